@@ -1,0 +1,28 @@
+# make demo: train a small model on real text on this machine, export it, read it back, score it.
+# make test: the tests. Both make .venv first. TORCH_INDEX=URL takes torch from that index (a CPU one, say).
+PYTHON ?= python3
+SEED ?= 1337
+PY := .venv/bin/python
+RUN_ID ?= demo_$(shell date +%Y-%m-%d_%H-%M-%S)_seed$(SEED)
+TORCH := $(shell grep '^torch==' requirements.txt)
+
+demo: .venv/ready
+	$(PY) data/demo.py --out data/demo
+	RECIPE=records/recipes/demo.env SEED=$(SEED) RUN_ID=$(RUN_ID) $(PY) -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
+	$(PY) records/analyze.py runs/$(RUN_ID)
+
+test: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest --durations=15
+
+test-slow: .venv/ready
+	$(PY) -m pytest -m slow --durations=15
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.PHONY: demo test test-slow

@@ -1,0 +1,53 @@
+"""Shared by all tests: the embedded corpus, environments for small runs, and a clean process afterwards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def clean_process():
+    """Nothing that a test sets globally outlives it."""
+    yield
+    torch.set_default_dtype(torch.float32)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def demo_data() -> Path:
+    """data/demo: tokenizer.model, shards and manifest.json of the embedded corpus, built where it is missing."""
+    folder = ROOT / "data" / "demo"
+    subprocess.run([sys.executable, "data/demo.py", "--out", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def smoke_env(demo_data) -> dict[str, str]:
+    """Settings of the smoke recipe (a few seconds on a CPU) with absolute paths, so that any working folder will do."""
+    return {
+        "RECIPE": str(ROOT / "records/recipes/smoke.env"),
+        "DATA_PATH": str(demo_data),
+        "TOKENIZER_PATH": str(demo_data / "tokenizer.model"),
+        "RUN_ID": "run",
+    }
+
+
+@pytest.fixture
+def run_trainer(tmp_path):
+    """A function that starts train_gpt.py as a user would, in tmp_path: run(env, *args, processes=1)."""
+
+    def run(env: dict[str, str], *args: str, processes: int = 1) -> subprocess.CompletedProcess:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train_gpt.py"), *args]
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
+        return subprocess.run(command, env={**kept, **env}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run

@@ -1,0 +1,1750 @@
+"""Train a language model for the 16,000,000-byte challenge: train, average, quantise to int6, write, read back, score.
+
+MEASURED_CLAIM
+
+    python train_gpt.py --help                                        every setting, its default and unit
+    RECIPE=records/recipes/pr1019.env python train_gpt.py --describe  the model of a recipe, parameter by parameter
+    RECIPE=records/recipes/demo.env torchrun --standalone --nproc_per_node=1 train_gpt.py
+    RECIPE=records/recipes/pr1019.env torchrun --standalone --nproc_per_node=8 train_gpt.py
+
+Read top to bottom: configuration, data, bits per byte, model, optimisers, averaging, quantisation, artifact, scoring,
+training, main. Importing this file only defines things. Shapes: B rows, T tokens a row, d = model_dim, H query heads,
+K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from glob import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+SIZE_CAP = 16_000_000  # bytes of code and model together, decimal
+BOS_ID = 1  # every document of every published export begins with this token
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+class UserError(ValueError):
+    """What the user can put right: a setting, a file, a folder. Ends the program with exit code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configuration
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def setting(section: str, default: Any, text: str, low: float | None = None, high: float | None = None, choices=()):
+    """One field of Config: its section, default, one line of help with the unit, and the values it admits."""
+    return field(default=default, metadata=dict(section=section, help=text, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of the trainer and the evaluator. The environment variable is the field's name in capitals."""
+
+    # fmt: off
+    run_id: str = setting("run", "", "folder of the run under runs/; empty: date, time and seed")
+    seed: int = setting("run", 1337, "seed of the initial weights", low=0)
+    device: str = setting("run", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    attention: str = setting("run", "auto", "attention kernel; auto: the first that is there",
+                             choices=("auto", "fa3", "fa2", "sdpa"))
+    use_compile: str = setting("run", "auto", "torch.compile; auto: on GPUs only", choices=("auto", "0", "1"))
+    train_log_every: int = setting("run", 500, "steps between lines of training loss", low=1)
+    val_loss_every: int = setting("run", 4000, "steps between validations; 0: none before the artifact", low=0)
+
+    data_path: str = setting("data", "./data/datasets/fineweb10B_sp1024", "folder of the token shards")
+    train_files: str = setting("data", "", "glob of the training shards; empty: DATA_PATH/fineweb_train_*.bin")
+    val_files: str = setting("data", "", "glob of the validation shards; empty: DATA_PATH/fineweb_val_*.bin")
+    tokenizer_path: str = setting("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+
+    vocab_size: int = setting("model", 1024, "tokens", low=4, high=65536)
+    num_layers: int = setting("model", 11, "transformer blocks (L)", low=1)
+    model_dim: int = setting("model", 512, "width of the residual stream (d)", low=8)
+    num_heads: int = setting("model", 8, "query heads (H)", low=1)
+    num_kv_heads: int = setting("model", 4, "key and value heads (K)", low=1)
+    mlp_mult: float = setting("model", 3.0, "MLP width m = int(MLP_MULT * MODEL_DIM)", low=0.1)
+    mlp_leaky_slope: float = setting("model", 0.5, "activation LeakyReLU(slope)^2; 0: ReLU^2", low=0, high=1)
+    tie_embeddings: bool = setting("model", True, "one matrix for the embedding and the output head")
+    logit_softcap: float = setting("model", 30.0, "logits become cap * tanh(logits / cap); 0: off", low=0)
+    rope_base: float = setting("model", 10000.0, "base of the rotary frequencies", low=1)
+    rope_dims: int = setting("model", 16, "rotated dimensions of a head; 0: all", low=0)
+    rope_ntk_len: int = setting("model", 1024, "TRAIN_SEQ_LEN beyond which ROPE_BASE is stretched; 0: never", low=0)
+    qk_gain_init: float = setting("model", 1.5, "initial gain of the queries, one a head", low=0)
+    xsa_last_n: int = setting("model", 11, "last layers that remove the token's own value from attention", low=0)
+    ln_scale: bool = setting("model", True, "scale the norms of layer l by 1 / sqrt(l + 1)")
+    resid_mix: bool = setting("model", True, "each block mixes the first embedding back in, by channel")
+    unet_skips: bool = setting("model", True, "first-half outputs are added to the second half, last to first")
+    smear_gate: bool = setting("model", True, "each embedding is blended with its left neighbour's")
+    bigram_vocab_size: int = setting("model", 3072, "rows of the hashed bigram table; 0: no table", low=0)
+    bigram_dim: int = setting("model", 112, "width of the bigram table", low=1)
+    doc_borders: str = setting("model", "respect", "smear and bigram across documents: never, or as published",
+                               choices=("respect", "published"))
+    ve_enabled: bool = setting("model", True, "shared value embeddings in VE_LAYERS")
+    ve_dim: int = setting("model", 128, "width of the value embedding", low=1)
+    ve_layers: str = setting("model", "9,10", "comma list of the layers that add the value embedding")
+    train_seq_len: int = setting("model", 2048, "tokens a training row (T)", low=2)
+    tied_embed_init_std: float = setting("model", 0.005, "standard deviation of the initial token embedding", low=0)
+
+    iterations: int = setting("training", 20000, "steps at most", low=1)
+    max_wallclock_seconds: float = setting("training", 600.0, "seconds of the contest clock; 0: no clock", low=0)
+    train_batch_tokens: int = setting("training", 786432, "tokens a step, all ranks together", low=2)
+    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks together", low=1)
+    warmup_steps: int = setting("training", 20, "steps on random tokens, outside the clock and undone", low=0)
+    warmdown_iters: int = setting("training", 4000, "last steps, of falling learning rate", low=0)
+    warmdown_frac: float = setting("training", 0.0, "the same, as a share of the run; 0: WARMDOWN_ITERS", low=0, high=1)
+    min_lr: float = setting("training", 0.0, "floor of the learning rate, as a share of its peak", low=0, high=1)
+    matrix_lr: float = setting("training", 0.025, "Muon, the banks", low=0)
+    scalar_lr: float = setting("training", 0.025, "AdamW, gates and scales and small projections", low=0)
+    tied_embed_lr: float = setting("training", 0.035, "AdamW, embeddings, when the head is tied", low=0)
+    embed_lr: float = setting("training", 0.6, "AdamW, embeddings, when it is not", low=0)
+    head_lr: float = setting("training", 0.008, "AdamW, the untied head", low=0)
+    muon_momentum: float = setting("training", 0.99, "Nesterov momentum", low=0, high=0.9999)
+    muon_momentum_warmup_start: float = setting("training", 0.92, "momentum of the first step", low=0, high=0.9999)
+    muon_momentum_warmup_steps: int = setting("training", 1500, "steps until MUON_MOMENTUM", low=0)
+    muon_backend_steps: int = setting("training", 5, "Newton-Schulz iterations", low=1)
+    muon_wd: float = setting("training", 0.04, "decoupled decay of the banks", low=0)
+    adam_wd: float = setting("training", 0.04, "decoupled decay of AdamW's matrices; gates and scales have none", low=0)
+    beta1: float = setting("training", 0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = setting("training", 0.95, "AdamW", low=0, high=0.999999)
+    adam_eps: float = setting("training", 1e-8, "AdamW", low=0)
+    grad_clip_norm: float = setting("training", 0.3, "norm of the reduced gradient at most; 0: no limit", low=0)
+    ema_enabled: bool = setting("training", True, "export the running average of the weights")
+    ema_decay: float = setting("training", 0.997, "a step", low=0, high=0.999999)
+    swa_enabled: bool = setting("training", False, "export the mean of late snapshots (of the EMA, if that is on)")
+    swa_every: int = setting("training", 50, "steps between snapshots", low=1)
+    swa_threshold: float = setting("training", 0.2, "snapshots once the schedule is below this", low=0, high=1)
+
+    gptq_calib_batches: int = setting("export", 16, "micro-batches of training data for GPTQ; 0: plain rounding", low=0)
+    gptq_block_size: int = setting("export", 128, "columns between two updates of the rest", low=1)
+    gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-6, high=1)
+    matrix_clip_sigmas: float = setting("export", 6.0, "int6 range in standard deviations of a row", low=0.5)
+
+    eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
+    eval_stride: int = setting("scoring", 64, "targets scored by a sliding window", low=1)
+    eval_batch_seqs: int = setting("scoring", 128, "windows a forward pass, each rank", low=1)
+    # fmt: on
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def value_layers(self) -> list[int]:
+        return [int(part) for part in self.ve_layers.split(",") if part.strip()] if self.ve_enabled else []
+
+    @property
+    def token_lr(self) -> float:
+        return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
+
+    @property
+    def train_glob(self) -> str:
+        return self.train_files or f"{self.data_path}/fineweb_train_*.bin"
+
+    @property
+    def val_glob(self) -> str:
+        return self.val_files or f"{self.data_path}/fineweb_val_*.bin"
+
+
+ALIASES = {"BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "XSA_LAYERS": "XSA_LAST_N"}  # the family of #494
+
+# Variables of the lineage that this trainer lacks: the values with which it does the same, "*" for any, and why.
+ABSENT = {
+    "LAWA_ENABLED": ("0", "EMA and SWA replace it"),
+    "VALUE_RESIDUAL": ("0", "off in every published run of this line"),
+    "GATED_ATTENTION": ("0", "off in every published run of this line"),
+    "DTG_ENABLED": ("0", "off in every published run of this line"),
+    "MOMENTUM_CYCLIC": ("0", "dropped by its own authors"),
+    "ADAPTIVE_WARMDOWN": ("0", "its trigger was noise; set WARMDOWN_FRAC"),
+    "TTT_QAT": ("0", "adapted weights are never quantised"),
+    "MTP_NUM_HEADS": ("0", "not built"),
+    "TRIGRAM": ("0", "not built"),
+    "POS_CONDITIONAL_BIGRAM": ("0", "not built"),
+    "QAT_ENABLED": ("0", "not built"),
+    "LATE_QAT": ("0 1", "it did nothing in the sources: the banks never met it"),
+    "LATE_QAT_THRESHOLD": ("*", "it did nothing in the sources: the banks never met it"),
+    "QAT_THRESHOLD": ("*", "it did nothing in the sources: the banks never met it"),
+    "TARGET_MB": ("*", "the cap is 16,000,000 bytes; the sources compared with MiB"),
+    "VAL_BATCH_SIZE": ("*", "EVAL_BATCH_SEQS sets the batch of every scoring pass"),
+}
+
+
+def parse_value(name: str, text: str, kind: str) -> Any:
+    """The value of TEXT for a field annotated KIND (str, int, float or bool); ValueError says what was expected."""
+    if kind == "str":
+        return text
+    if kind == "bool" and text.lower() in ("0", "1", "false", "true"):
+        return text.lower() in ("1", "true")
+    if kind == "int" and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    if kind == "float":
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            return value
+    expected = {"bool": "0 or 1", "int": "a whole number", "float": "a number"}[kind]
+    raise ValueError(f"{name}={text!r}: expected {expected}")
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Insertions, deletions, substitutions and swaps of neighbours that turn A into B (optimal string alignment)."""
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def likely_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that NAME is a near miss of: distance 1 for names of up to eight letters, 2 for longer ones."""
+    near = [(edit_distance(name, k), k) for k in known if abs(len(name) - len(k)) <= 2]
+    near = [(distance, k) for distance, k in near if distance <= (1 if len(k) <= 8 else 2)]
+    return min(near)[1] if near else None
+
+
+def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
+    """KEY=VALUE lines of a recipe (`#` starts a comment, `export` is allowed) and the problems found in it."""
+    values: dict[str, str] = {}
+    problems: list[str] = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        return {}, [f"RECIPE={path}: {error.strerror}"]
+    for number, line in enumerate(lines, 1):
+        line = line.split("#", 1)[0].strip().removeprefix("export ").strip()
+        if not line:
+            continue
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or key not in known:
+            near = likely_name(key, known)
+            problems.append(f"{path}:{number}: unknown setting {key!r}" + (f", did you mean {near}?" if near else ""))
+        elif key in values:
+            problems.append(f"{path}:{number}: {key} is given twice")
+        else:
+            values[key] = value.strip("'\"")
+    return values, problems
+
+
+def without_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """GIVEN with aliases renamed and absent variables taken out; the problems met; the notices to log."""
+    values, problems, notices = dict(given), [], []
+    for alias, name in ALIASES.items():
+        if alias in values:
+            if values.setdefault(name, values[alias]) != values[alias]:
+                problems.append(f"{alias}={values[alias]} contradicts {name}={values[name]}")
+            del values[alias]
+    for name, (accepted, why) in ABSENT.items():
+        if name in values:
+            value = values.pop(name)
+            if accepted == "*" or value in accepted.split():
+                notices.append(f"{name}={value} has no effect here: {why}")
+            else:
+                problems.append(f"{name}={value} is not supported ({why}); accepted: {accepted}")
+    return values, problems, notices
+
+
+def inconsistencies(c: Config) -> list[str]:
+    """What is wrong between settings that are right each for itself."""
+    rows = c.train_batch_tokens // c.train_seq_len
+    ve_layers_ok = re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", c.ve_layers) and max(c.value_layers or [0]) < c.num_layers
+    rules = [
+        (c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim} is no multiple of NUM_HEADS={c.num_heads}"),
+        (c.num_heads % c.num_kv_heads == 0, f"NUM_HEADS={c.num_heads} is no multiple of NUM_KV_HEADS={c.num_kv_heads}"),
+        (c.head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {c.head_dim} is odd"),
+        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
+        (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the one for first tokens"),
+        (not c.ve_enabled or ve_layers_ok, f"VE_LAYERS={c.ve_layers!r}: numbers from 0 to {c.num_layers - 1}"),
+        (c.train_batch_tokens % c.train_seq_len == 0 and rows % c.grad_accum_total == 0,
+         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
+         f"TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
+    ]  # fmt: skip
+    return [message for ok, message in rules if not ok]
+
+
+def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str]]:
+    """The configuration that ENVIRON asks for.
+
+    RECIPE=FILE is read first, other variables override it. Returns the configuration, the fields that were given, and
+    notices to log. Raises UserError, naming every problem at once: unknown keys in the recipe, wrong types and ranges,
+    contradictions, and names in the environment that are near misses of ours (IGNORE_ENV=A,B excuses some).
+    """
+    by_name = {f.name.upper(): f for f in fields(Config)}
+    known = {*by_name, *ALIASES, *ABSENT}
+    recipe, problems = read_recipe(environ["RECIPE"], known) if environ.get("RECIPE") else ({}, [])
+    given, more, notices = without_aliases({**recipe, **{k: v for k, v in environ.items() if k in known}})
+    problems += more
+    excused = {*known, "RECIPE", "IGNORE_ENV", *environ.get("IGNORE_ENV", "").split(",")}
+    for name in environ:
+        if name not in excused and re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and (near := likely_name(name, known)):
+            problems.append(f"{name} is set, did you mean {near}? (IGNORE_ENV={name} if not)")
+    values = {}
+    for name, text in given.items():
+        f = by_name[name]
+        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+        try:
+            value = parse_value(name, text, f.type)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if choices and value not in choices:
+            problems.append(f"{name}={text!r}: one of {', '.join(choices)}")
+        elif (low is not None and value < low) or (high is not None and value > high):
+            problems.append(f"{name}={text}: at least {low}" + (f", at most {high}" if high is not None else ""))
+        else:
+            values[f.name] = value
+    if not problems:
+        problems += inconsistencies(Config(**values))
+    if problems:
+        raise UserError("the settings have problems:\n" + "\n".join(f"  {p}" for p in problems))
+    return Config(**values), values, notices
+
+
+def help_text() -> str:
+    """Every setting with its default and one line, by section."""
+    lines = [__doc__.strip(), "", "Settings (environment variables; RECIPE=FILE reads KEY=VALUE lines first):"]
+    section = ""
+    for f in fields(Config):
+        if f.metadata["section"] != section:
+            section = f.metadata["section"]
+            lines += ["", f"{section}:"]
+        default = int(f.default) if f.type == "bool" else f.default
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        lines.append(f"  {f.name.upper() + '=' + str(default):42} {f.metadata['help']}{choices}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks and devices
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reduce_max(value: float) -> float:
+    """The largest VALUE over all ranks; a CPU tensor, so that no GPU waits for it."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs, float32 on CPUs, where bfloat16 is emulated."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def maybe_compile(function: Callable, config: Config, device: torch.device) -> Callable:
+    """FUNCTION, compiled for static shapes as one graph where USE_COMPILE says so."""
+    wanted = device.type == "cuda" if config.use_compile == "auto" else config.use_compile == "1"
+    return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_shard(path: str) -> np.ndarray:
+    """The tokens of a shard as a memory-mapped uint16 array.
+
+    A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count), then the tokens. Raises
+    UserError where magic, version or length are not as they must be.
+    """
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256:
+        raise UserError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header of a shard")
+    magic, version, count = (int(x) for x in header[:3])
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UserError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}")
+    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise UserError(
+            f"{path}: {size} bytes, but {count} tokens by its header, {SHARD_HEADER_BYTES + 2 * count} bytes"
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+class TokenStream:
+    """The shards of a glob, in the order of their names, as one endless stream that begins again after its end."""
+
+    def __init__(self, pattern: str, vocab_size: int):
+        self.paths = sorted(glob(pattern))
+        if not self.paths:
+            raise UserError(f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)")
+        self.pattern, self.vocab_size = pattern, vocab_size
+        self.shards = [open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            self._check(path, shard[: 1 << 16])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _check(self, path: str, tokens: np.ndarray) -> None:
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise UserError(f"{path}: token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size}")
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """COUNT tokens from position START modulo the length, as an int64 array of its own."""
+        parts, position = [], start % len(self)
+        while count > 0:
+            index = int(np.searchsorted(self.ends, position, side="right"))
+            offset = position - (int(self.ends[index - 1]) if index else 0)
+            part = self.shards[index][offset : offset + count]
+            self._check(self.paths[index], part)
+            parts.append(part)
+            count -= len(part)
+            position = (position + len(part)) % len(self)
+        return np.concatenate(parts).astype(np.int64)
+
+    def rows(self, start: int, rows: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (rows, seq_len) each: contiguous windows from START; the targets one token later."""
+        tokens = torch.from_numpy(self.read(start, rows * seq_len + 1))
+        if device.type == "cuda":
+            tokens = tokens.pin_memory().to(device, non_blocking=True)
+        return tokens[:-1].view(rows, seq_len), tokens[1:].view(rows, seq_len)
+
+
+def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
+    """Hold the shards against the manifest.json beside them, where there is one: tokenizer and token counts."""
+    path = Path(stream.paths[0]).with_name("manifest.json")
+    if not path.exists():
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        expected = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
+        made_with = manifest["tokenizer"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of data/prepare.py: {error!r}") from error
+    if made_with != tokenizer_sha256:
+        raise UserError(f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
+    for shard_path, shard in zip(stream.paths, stream.shards, strict=True):
+        name = Path(shard_path).name
+        if expected.get(name) != len(shard):
+            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {expected.get(name)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bits per byte
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Tokens and tokens per byte of the published validation sets: the fingerprint of right byte accounting.
+PUBLISHED_VAL = {
+    62_021_846: 0.41052,
+    45_508_608: 0.30125,
+    45_514_752: 0.30125,
+    40_540_802: 0.26834,
+    47_853_343: 0.31674,
+}
+
+# A tokenizer that returns this unchanged keeps every byte. NFKC would change the ligature, the circled one and the
+# accent; the usual SentencePiece defaults the spaces, tabs and line ends.
+LOSSLESS_PROBE = "  \ufb01\u2460 e\u0301\ta \r\n\n  x \U0001f600 "
+
+
+class ByteTable(NamedTuple):
+    """How many bytes of text a target stands for; three arrays of the vocabulary's length.
+
+    Each piece counts its UTF-8 bytes without the leading space, and the space counts one more, unless the token before
+    is a boundary (control, unknown or unused), as the field has it. Under a lossless tokenizer nothing is a boundary,
+    and the counted bytes are those of the text.
+    """
+
+    base_bytes: np.ndarray  # int64
+    has_leading_space: np.ndarray  # bool
+    is_boundary: np.ndarray  # bool
+
+    def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Bytes of each TARGET that follows PREVIOUS, int64."""
+        return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
+
+
+def load_byte_table(path: str, vocab_size: int) -> ByteTable:
+    """The ByteTable of a SentencePiece model. UserError where it is missing, broken, or not for this vocabulary."""
+    import sentencepiece as spm
+
+    try:
+        sp = spm.SentencePieceProcessor(model_file=path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"TOKENIZER_PATH={path}: {error}") from error
+    if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
+        raise UserError(
+            f"TOKENIZER_PATH={path}: {sp.vocab_size()} tokens with BOS {sp.bos_id()}, "
+            f"expected VOCAB_SIZE={vocab_size} with BOS {BOS_ID}"
+        )
+    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)])
+    lossless = sp.decode(sp.encode(LOSSLESS_PROBE)) == LOSSLESS_PROBE
+    if not lossless and sp.piece_to_id("\u2581") == sp.unk_id():
+        raise UserError(f"TOKENIZER_PATH={path}: without a piece for a lone space, bytes are miscounted (issue #897)")
+    base, space = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
+    for i in np.flatnonzero(~boundary).tolist():
+        piece = sp.id_to_piece(i)
+        space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
+        base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
+    return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary)
+
+
+def check_fingerprint(num_tokens: int, num_bytes: int) -> None:
+    """Raise UserError where a published validation set has another number of tokens per byte than the field counts."""
+    expected, measured = PUBLISHED_VAL.get(num_tokens), (num_tokens - 1) / num_bytes
+    if expected and abs(measured / expected - 1) > 2e-4:
+        raise UserError(
+            f"{num_tokens} validation tokens make {measured:.5f} tokens per byte, published {expected}: "
+            "the tokenizer is not the one that made these shards"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------------------
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+Tap = Callable[[str, int, Tensor, Tensor], None]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn]:
+    """The attention kernel asked for, or the first one importable of fa3, fa2, sdpa; CPUs have sdpa only."""
+    for name, module in (("fa3", "flash_attn_interface"), ("fa2", "flash_attn")):
+        if requested == name or (requested == "auto" and device.type == "cuda"):
+            try:
+                flash = __import__(module).flash_attn_func
+            except ImportError:
+                if requested == name:
+                    raise UserError(f"ATTENTION={name}: the package {module} is not installed") from None
+                continue
+
+            def flash_attention(q: Tensor, k: Tensor, v: Tensor, flash: Callable = flash) -> Tensor:
+                out = flash(q, k, v, causal=True)
+                return out[0] if isinstance(out, tuple) else out
+
+            return name, flash_attention
+    return "sdpa", sdpa_attention
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_base(config: Config) -> float:
+    """The base of the frequencies: stretched once, for TRAIN_SEQ_LEN, and then the same at every length.
+
+    base * (T / ntk_len)^(r / (r - 2)) for r rotated dimensions and T = TRAIN_SEQ_LEN > ntk_len (NTK-aware scaling).
+    """
+    r, stretch = config.rotary_dims, config.train_seq_len / (config.rope_ntk_len or config.train_seq_len)
+    return config.rope_base * max(1.0, stretch) ** (r / (r - 2)) if r > 2 else config.rope_base
+
+
+def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2i / dims), (length, 1, dims / 2) each, device and dtype of LIKE."""
+    frequencies = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
+    angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), frequencies)
+    return angles.cos().to(like.dtype).unsqueeze(1), angles.sin().to(like.dtype).unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.size(-1) dimensions of x (B, T, heads, D), the pairs being (i, i + half)."""
+    half = cos.size(-1)
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (arXiv 2603.09078): y minus its component along the token's own value.
+
+    y (B, T, H, D), v (B, T, K, D); query head h belongs to value head h // (H / K).
+    """
+    B, T, H, D = y.shape
+    unit = F.normalize(v, dim=-1).unsqueeze(-2)  # (B, T, K, 1, D)
+    y = y.view(B, T, v.size(2), -1, D)  # (B, T, K, H / K, D)
+    return (y - (y * unit).sum(-1, keepdim=True) * unit).reshape(B, T, H, D)
+
+
+class BankView(NamedTuple):
+    """The weights of a forward pass.
+
+    weights: bank name -> its rows, (out, in) each, or (B, out, in), one matrix for each row of the batch.
+    adapters: bank name -> (A, B) of shapes (rows, r, in) and (rows, out, r), or with a leading axis of size B.
+    """
+
+    weights: Mapping[str, Sequence[Tensor]]
+    adapters: Mapping[str, tuple[Tensor, Tensor]]
+    tap: Tap | None
+
+    def linear(self, bank: str, row: int, x: Tensor) -> Tensor:
+        """x (B, T, in) through row ROW of bank BANK -> (B, T, out)."""
+        y = x @ self.weights[bank][row].mT
+        if bank in self.adapters:
+            a, b = (factor.select(-3, row).to(x.dtype) for factor in self.adapters[bank])
+            y = y + (x @ a.mT) @ b.mT
+        if self.tap is not None:
+            self.tap(bank, row, x, y)
+        return y
+
+
+class BigramHash(nn.Module):
+    """An embedding of the pair (previous token, this token), hashed into a table; the last row is for first tokens."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed = nn.Embedding(config.bigram_vocab_size, config.bigram_dim)
+        self.proj = nn.Linear(config.bigram_dim, config.model_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, input_ids: Tensor, first: Tensor) -> Tensor:
+        """input_ids (B, T); first (B, T), True where a token has no predecessor -> (B, T, d)."""
+        sentinel = self.embed.num_embeddings - 1
+        ids = input_ids.int()  # the published hash wraps at 32 bits
+        previous = F.pad(ids, (1, -1))
+        hashed = torch.bitwise_xor(36313 * ids, 27191 * previous) % sentinel
+        return self.scale * self.proj(self.embed(hashed.masked_fill(first, sentinel)))
+
+
+class SmearGate(nn.Module):
+    """(1 - g) x_t + g x_{t-1} with one learned gate g = sigmoid(gate) a channel."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(config.model_dim))
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        """x (B, T, d); first (B, T), True where a token has no predecessor."""
+        gate = self.gate.sigmoid().to(x.dtype)
+        previous = F.pad(x, (0, 0, 1, -1)).masked_fill(first.unsqueeze(-1), 0)
+        return (1 - gate) * x + gate * previous
+
+
+class ValueEmbedding(nn.Module):
+    """A second, narrow token embedding, added to the values of some layers."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.ve_dim)
+        self.proj = nn.Linear(config.ve_dim, config.kv_dim, bias=False)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) -> (B, T, K * D)."""
+        return self.scale * self.proj(self.embed(input_ids))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys. Its matrices are rows of the banks."""
+
+    def __init__(self, config: Config, layer: int, kernel: AttentionFn):
+        super().__init__()
+        self.layer, self.kernel, self.num_layers = layer, kernel, config.num_layers
+        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.exclusive = layer >= config.num_layers - config.xsa_last_n
+        self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+
+    def forward(self, x: Tensor, banks: BankView, rotary: tuple[Tensor, Tensor], extra_value: Tensor | None) -> Tensor:
+        B, T, d = x.shape
+        q = banks.linear("qo_bank", self.layer, x).view(B, T, self.heads, -1)
+        k = banks.linear("kv_bank", self.layer, x).view(B, T, self.kv_heads, -1)
+        v = banks.linear("kv_bank", self.num_layers + self.layer, x)
+        v = (v if extra_value is None else v + extra_value).view(B, T, self.kv_heads, -1)
+        q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
+        y = self.kernel(q * self.q_gain.to(x.dtype).unsqueeze(-1), k, v)  # (B, T, H, D)
+        y = exclude_self(y, v) if self.exclusive else y
+        return banks.linear("qo_bank", self.num_layers + self.layer, y.reshape(B, T, d))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the scaled norm of the stream and added back by channel."""
+
+    def __init__(self, config: Config, layer: int, kernel: AttentionFn):
+        super().__init__()
+        self.layer, self.slope = layer, config.mlp_leaky_slope
+        self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+        self.attn = Attention(config, layer, kernel)
+        self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
+        keep_first = torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim)
+        self.resid_mix = nn.Parameter(keep_first) if config.resid_mix else None
+
+    def forward(
+        self, x: Tensor, x0: Tensor, banks: BankView, rotary: tuple[Tensor, Tensor], extra_value: Tensor | None
+    ) -> Tensor:
+        """x, x0 (B, T, d): the stream and the first embedding; extra_value (B, T, K * D) or None -> (B, T, d)."""
+        if self.resid_mix is not None:
+            mix = self.resid_mix.to(x.dtype)
+            x = mix[0] * x + mix[1] * x0
+        attended = self.attn(rms_norm(x) * self.norm_scale, banks, rotary, extra_value)
+        x = x + self.attn_scale.to(x.dtype) * attended
+        hidden = banks.linear("mlp_up_bank", self.layer, rms_norm(x) * self.norm_scale)  # (B, T, m)
+        hidden = F.leaky_relu(hidden, self.slope).square()
+        return x + self.mlp_scale.to(x.dtype) * banks.linear("mlp_down_bank", self.layer, hidden)
+
+
+class GPT(nn.Module):
+    """The model: one forward for training, scoring, statistics and adaptation.
+
+    All block matrices live in four banks. Layer i has W_Q = qo_bank[i], W_O = qo_bank[L + i], W_K = kv_bank[i],
+    W_V = kv_bank[L + i], and its rows of mlp_up_bank and mlp_down_bank. Parameters are float32; the forward casts to
+    `dtype`. State-dict names are those of the banked line (#399, #549, #1019).
+    """
+
+    BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, kernel: AttentionFn = sdpa_attention):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        L, d, m = config.num_layers, config.model_dim, config.mlp_dim
+        self.qo_bank = nn.Parameter(torch.empty(2 * L, d, d))
+        self.kv_bank = nn.Parameter(torch.empty(2 * L, config.kv_dim, d))
+        self.mlp_up_bank = nn.Parameter(torch.empty(L, m, d))
+        self.mlp_down_bank = nn.Parameter(torch.empty(L, d, m))
+        self.tok_emb = nn.Embedding(config.vocab_size, d)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(d, config.vocab_size, bias=False)
+        self.bigram = BigramHash(config) if config.bigram_vocab_size else None
+        self.smear = SmearGate(config) if config.smear_gate else None
+        self.skip_weights = nn.Parameter(torch.ones(L // 2, d)) if config.unet_skips and L > 1 else None
+        self.blocks = nn.ModuleList(Block(config, layer, kernel) for layer in range(L))
+        self.value_layers = config.value_layers
+        self.ve_shared = ValueEmbedding(config) if self.value_layers else None
+        self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in self.value_layers)
+        self.rotary = (config.rotary_dims, rotary_base(config))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> GPT:
+        """Initial weights, a function of SEED alone: orthogonal inputs, zero outputs, small embeddings."""
+        generator = torch.Generator().manual_seed(seed)
+        L = self.config.num_layers
+        inputs = [*self.qo_bank[:L], *self.kv_bank, *self.mlp_up_bank]
+        inputs += [part.proj.weight for part in (self.bigram, self.ve_shared) if part is not None]
+        for matrix in inputs:
+            nn.init.orthogonal_(matrix, generator=generator)
+        self.qo_bank[L:].zero_()
+        self.mlp_down_bank.zero_()
+        self.tok_emb.weight.normal_(0, self.config.tied_embed_init_std, generator=generator)
+        if self.lm_head is not None:
+            self.lm_head.weight.zero_()
+        if self.bigram is not None:
+            self.bigram.embed.weight.zero_()
+        if self.ve_shared is not None:
+            self.ve_shared.embed.weight.normal_(0, 0.01, generator=generator)
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        banks: Mapping[str, Tensor] | None = None,
+        adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) -> logits (B, T, V) in float32 (float64 for a float64 model).
+
+        banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
+        by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product.
+        """
+        own = {name: getattr(self, name) for name in self.BANKS}
+        # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
+        rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in {**own, **(banks or {})}.items()}
+        view = BankView(rows, adapters or {}, tap)
+        x0 = x = self.embed(input_ids)
+        rotary = rotary_tables(input_ids.size(1), *self.rotary, x)
+        extra = self.ve_shared(input_ids).to(self.dtype) if self.ve_shared is not None else None
+        skips: list[Tensor] = []
+        half = len(self.blocks) // 2
+        for layer, block in enumerate(self.blocks):
+            if self.skip_weights is not None and layer >= half and skips:
+                x = x + self.skip_weights[layer - half].to(x.dtype) * skips.pop()
+            extra_value = None
+            if layer in self.value_layers:
+                extra_value = self.ve_layer_scales[self.value_layers.index(layer)].to(x.dtype) * extra
+            x = block(x, x0, view, rotary, extra_value)
+            if layer < half:
+                skips.append(x)
+        return self.head(x)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids (B, T) -> the first embedding (B, T, d): token, hashed bigram, norm, smear."""
+        first = torch.zeros_like(input_ids, dtype=torch.bool)
+        first[:, 0] = True
+        if self.config.doc_borders == "respect":
+            first = first | (input_ids == BOS_ID)
+        x = self.tok_emb(input_ids)
+        if self.bigram is not None:
+            x = x + self.bigram(input_ids, first)
+        x = rms_norm(x.to(self.dtype))
+        return x if self.smear is None else self.smear(x, first)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The stream (B, T, d) -> softcapped logits (B, T, V)."""
+        weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        logits = (rms_norm(x) @ weight.to(x.dtype).mT).to(torch.promote_types(x.dtype, torch.float32))
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def token_nll(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood in nats of each target, (B, T)."""
+    logits = model(input_ids)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def flops_per_token(config: Config) -> int:
+    """Operations of one training token: 6 for each weight of a matrix product, and 6 L T d for causal attention."""
+    c = config
+    banks = c.num_layers * (2 * c.model_dim**2 + 2 * c.kv_dim * c.model_dim + 2 * c.mlp_dim * c.model_dim)
+    small = c.bigram_dim * c.model_dim * bool(c.bigram_vocab_size) + c.ve_dim * c.kv_dim * bool(c.value_layers)
+    return 6 * (banks + small + c.vocab_size * c.model_dim) + 6 * c.num_layers * c.train_seq_len * c.model_dim
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisers and schedules
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Every parameter is in the first group whose pattern its whole name matches; one that matches none is an error.
+# Gates, gains and scales have no decay: it would pull them to zero, whatever they learn (bug I-13 of the sources).
+PARAM_GROUPS = (
+    # group    optimiser  rate         decay      names
+    ("bank",   "muon",  "matrix_lr", "muon_wd", r"(qo|kv|mlp_up|mlp_down)_bank"),
+    ("embed",  "adamw", "token_lr",  "adam_wd", r"(tok_emb|bigram\.embed|ve_shared\.embed)\.weight"),
+    ("head",   "adamw", "head_lr",   "adam_wd", r"lm_head\.weight"),
+    ("proj",   "adamw", "scalar_lr", "adam_wd", r"(bigram|ve_shared)\.proj\.weight"),
+    ("scalar", "adamw", "scalar_lr", None,      r"(bigram|ve_shared)\.scale|smear\.gate|skip_weights|"
+                r"ve_layer_scales\.\d+|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain)"),
+)  # fmt: skip
+
+
+def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """The named parameters by group. Each is in exactly one, or this raises AssertionError."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {row[0]: [] for row in PARAM_GROUPS}
+    for name, parameter in model.named_parameters():
+        group = next((row[0] for row in PARAM_GROUPS if re.fullmatch(row[4], name)), None)
+        assert group is not None, f"parameter {name} belongs to no optimiser group"
+        groups[group].append((name, parameter))
+    return groups
+
+
+def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype=torch.bfloat16) -> Tensor:
+    """Push the singular values of each matrix of G (..., rows, cols) toward 1, keeping its singular vectors.
+
+    A quintic Newton-Schulz iteration on G / |G|_F, batched over leading axes, computed in DTYPE and returned in it. The
+    coefficients are tuned for slope at zero; after five steps singular values lie between about 0.7 and 1.2
+    (https://kellerjordan.github.io/posts/muon). A zero matrix stays zero.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.to(dtype, copy=True)
+    tall = X.size(-2) > X.size(-1)
+    X = X.mT if tall else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * (A @ A)) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, Nesterov, then orthogonalisation of each matrix of each bank; decay apart from the gradient.
+
+    Parameters are (rows, out, in) banks. The update is scaled by sqrt(max(1, out / in)).
+    """
+
+    def __init__(self, groups: list[dict], ns_steps: int, dtype: torch.dtype):
+        super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
+        self.ns_steps, self.dtype = ns_steps, dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+                update = p.grad.add(buffer, alpha=group["momentum"])
+                update = zeropower_via_newtonschulz5(update, self.ns_steps, dtype=self.dtype)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+
+
+def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+    """Muon for the banks, one AdamW for the rest, as PARAM_GROUPS says; each group keeps its peak rate as `peak_lr`."""
+    groups = group_parameters(model)
+    tables: dict[str, list[dict]] = {"muon": [], "adamw": []}
+    for name, optimizer, rate, decay, _ in PARAM_GROUPS:
+        if groups[name]:
+            lr, weight_decay = getattr(config, rate), getattr(config, decay) if decay else 0.0
+            params = [p for _, p in groups[name]]
+            tables[optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
+    muon = Muon(tables["muon"], config.muon_backend_steps, model.dtype)
+    betas = (config.beta1, config.beta2)
+    return [muon, torch.optim.AdamW(tables["adamw"], betas=betas, eps=config.adam_eps, fused=True)]
+
+
+def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
+    """The learning rate's share of its peak before step STEP: 1, then falling linearly to MIN_LR at the end of the run.
+
+    The end is ITERATIONS, or BUDGET seconds (0: no clock), whichever comes first at the pace so far of ELAPSED seconds
+    for STEP steps. The fall takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps at that pace.
+    """
+    remaining, total = config.iterations - step, float(config.iterations)
+    if budget and step:
+        pace = elapsed / step
+        remaining, total = min(remaining, (budget - elapsed) / pace), min(total, budget / pace)
+    window = config.warmdown_frac * total or config.warmdown_iters
+    share = min(1.0, max(0.0, remaining / window)) if window else 1.0
+    return config.min_lr + (1 - config.min_lr) * share
+
+
+def momentum_at(config: Config, step: int) -> float:
+    """Muon's momentum at step STEP: linear from its start to its end over MUON_MOMENTUM_WARMUP_STEPS."""
+    share = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
+    return config.muon_momentum_warmup_start * (1 - share) + config.muon_momentum * share
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weight averaging
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class WeightAverage:
+    """EMA of the weights, and the mean of snapshots late in the run (tight SWA), in float32.
+
+    With both on, the snapshots are of the EMA. `apply` copies the result into the model; with neither, it does nothing.
+    """
+
+    def __init__(self, model: nn.Module, config: Config):
+        self.config, self.live = config, [p.detach() for p in model.parameters()]
+        self.ema = [p.clone() for p in self.live] if config.ema_enabled else None
+        self.swa: list[Tensor] = []
+        self.snapshots = 0
+
+    @torch.no_grad()
+    def update(self, step: int, scale: float) -> None:
+        """After step STEP (from 1), taken at SCALE of the peak learning rate."""
+        if self.ema is not None:
+            torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay)
+        if self.config.swa_enabled and scale < self.config.swa_threshold and step % self.config.swa_every == 0:
+            self.snapshots += 1
+            source = self.live if self.ema is None else self.ema
+            self.swa = self.swa or [torch.zeros_like(p) for p in source]
+            torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
+
+    @torch.no_grad()
+    def apply(self) -> str:
+        """Put the average into the model; returns what it was, for the log."""
+        average = self.swa or self.ema
+        if not average:
+            return "none"
+        torch._foreach_copy_(self.live, average)
+        return f"swa of {self.snapshots} snapshots" if self.swa else f"ema {self.config.ema_decay}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantisation
+# ----------------------------------------------------------------------------------------------------------------------
+
+# How each tensor is stored, the first pattern that matches its whole name.
+SCHEMES = (
+    ("int6", r"(qo|kv|mlp_up|mlp_down)_bank"),  # GPTQ on [-31, 31], one float16 scale a row
+    ("int8", r"(tok_emb|lm_head|bigram\.embed|ve_shared\.embed)\.weight"),  # rounded, one float16 scale a row
+    ("fp16", r".*"),
+)
+
+
+class Record(NamedTuple):
+    """One stored tensor: int8 codes and float16 scales a row, or the float16 values as `codes` and no scales."""
+
+    name: str
+    scheme: str
+    codes: Tensor
+    scales: Tensor | None
+
+
+def hessian_key(bank: str, row: int, num_layers: int) -> tuple[str, int]:
+    """The stack and layer of the inputs of a bank row. Q, K and V read the same: four stacks serve six matrices."""
+    if bank == "qo_bank":
+        return ("attn_in", row) if row < num_layers else ("attn_out", row - num_layers)
+    return {"kv_bank": "attn_in", "mlp_up_bank": "mlp_in", "mlp_down_bank": "mlp_mid"}[bank], row % num_layers
+
+
+def calibration_batches(stream: TokenStream, config: Config, device: torch.device) -> Iterator[Tensor]:
+    """This rank's share of GPTQ_CALIB_BATCHES micro-batches of input ids, spread evenly over the training stream."""
+    rows = config.train_batch_tokens // config.train_seq_len // config.grad_accum_total
+    for batch in range(rank(), config.gptq_calib_batches, world_size()):
+        start = batch * len(stream) // config.gptq_calib_batches
+        yield stream.rows(start, rows, config.train_seq_len, device)[0]
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """X^T X of the inputs of every bank over the tokens of BATCHES (input ids), summed over the ranks.
+
+    Returns stack name -> (L, in, in), float32.
+    """
+    device, config = model.tok_emb.weight.device, model.config
+    d, L = config.model_dim, config.num_layers
+    widths = {"attn_in": d, "attn_out": d, "mlp_in": d, "mlp_mid": config.mlp_dim}
+    hessians = {stack: torch.zeros(L, width, width, device=device) for stack, width in widths.items()}
+
+    def tap(bank: str, row: int, x: Tensor, _: Tensor) -> None:
+        if bank != "kv_bank":  # reads what Q reads
+            stack, layer = hessian_key(bank, row, L)
+            flat = x.flatten(0, 1).float()  # (B * T, in)
+            hessians[stack][layer].addmm_(flat.mT, flat)
+
+    for input_ids in batches:
+        model(input_ids, tap=tap)
+    if world_size() > 1:
+        for hessian in hessians.values():
+            dist.all_reduce(hessian)
+    return hessians
+
+
+def row_scales(span: Tensor, levels: int) -> Tensor:
+    """float16 steps (..., rows, 1) for which SPAN (..., rows) falls on code LEVELS; never zero."""
+    return (span / levels).clamp(min=2.0**-24).to(torch.float16).unsqueeze(-1)
+
+
+def inverse_cholesky(H: Tensor, damp: float) -> Tensor:
+    """Upper U with U^T U = (H + damp * mean(diag H) I)^-1, batched, computed in float64."""
+    H = H.double()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(damp * diagonal.mean(-1, keepdim=True))
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
+
+@torch.no_grad()
+def gptq(W: Tensor, H: Tensor, scales: Tensor, levels: int = 31, damp: float = 0.01, block: int = 128) -> Tensor:
+    """Round W to codes so that the error weighted by H is small (arXiv 2210.17323), all matrices of the batch at once.
+
+    W (n, out, in); H (n, in, in) = X^T X of the inputs; scales (n, out, 1). Columns are taken in the order of falling
+    diag(H); the error made in each is spread over those not yet rounded. Returns int8 codes (n, out, in) within
+    +-levels; W is about codes * scales.
+    """
+    n, _, columns = W.shape
+    order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)  # (n, in)
+    batch = torch.arange(n, device=W.device).unsqueeze(-1)
+    W = W.float().mT[batch, order].mT  # columns permuted, a copy
+    H = H[batch.unsqueeze(-1), order.unsqueeze(-1), order.unsqueeze(-2)].clone()
+    dead = H.diagonal(dim1=-2, dim2=-1) == 0  # an input that is always zero needs no weight
+    H.diagonal(dim1=-2, dim2=-1)[dead] = 1.0
+    W = W.masked_fill(dead.unsqueeze(-2), 0.0)
+    U = inverse_cholesky(H, damp).float()
+    codes, step = torch.empty_like(W), scales.float().squeeze(-1)  # (n, out, in), (n, out)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = torch.empty_like(W[..., start:end])
+        for j in range(start, end):
+            codes[..., j] = torch.round(W[..., j] / step).clamp(-levels, levels)
+            error = (W[..., j] - codes[..., j] * step) / U[:, j, j].unsqueeze(-1)
+            W[..., j:end] -= error.unsqueeze(-1) * U[:, j, j:end].unsqueeze(-2)
+            errors[..., j - start] = error
+        W[..., end:] -= errors @ U[:, start:end, end:]
+    return torch.zeros_like(codes).scatter_(-1, order.unsqueeze(-2).expand_as(codes), codes).to(torch.int8)
+
+
+@torch.no_grad()
+def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None, config: Config) -> list[Record]:
+    """Every tensor of a state dict by its scheme, on the CPU. hessians None: the banks are rounded plainly."""
+    records = []
+    for name, tensor in state.items():
+        scheme = next(scheme for scheme, pattern in SCHEMES if re.fullmatch(pattern, name))
+        if scheme == "fp16":
+            records.append(Record(name, scheme, tensor.to(torch.float16).cpu(), None))
+            continue
+        levels = 31 if scheme == "int6" else 127
+        span = tensor.std(-1) * config.matrix_clip_sigmas if scheme == "int6" else tensor.abs().amax(-1)
+        scales = row_scales(span, levels)
+        if scheme == "int6" and hessians is not None:
+            keys = [hessian_key(name, row, config.num_layers) for row in range(tensor.size(0))]
+            H = torch.stack([hessians[stack][layer] for stack, layer in keys])
+            codes = gptq(tensor, H, scales, levels, config.gptq_damp, config.gptq_block_size)
+        else:
+            codes = torch.round(tensor / scales.float()).clamp(-levels, levels).to(torch.int8)
+        records.append(Record(name, scheme, codes.cpu(), scales.cpu()))
+    return records
+
+
+def dequantize(record: Record) -> Tensor:
+    """The float32 tensor that a record stands for."""
+    values = record.codes.float()
+    return values if record.scales is None else values * record.scales.float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact
+# ----------------------------------------------------------------------------------------------------------------------
+
+# The file: magic, uint32 version, SHA-256 of the rest, then a zstd frame. In the frame: uint32 length of a JSON header,
+# the header (model settings, tokenizer hash, table of tensors), and the tensors' bytes in table order, little-endian,
+# all codes before all scales. Nothing in it is executed to read it.
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 1
+ARTIFACT_PREFIX = struct.Struct("<8sI32s")
+STORAGE = {"int6": (torch.int8, "<i1"), "int8": (torch.int8, "<i1"), "fp16": (torch.float16, "<f2")}
+
+
+def import_zstandard():
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise UserError("the artifact needs the package zstandard: pip install zstandard==0.25.0") from None
+    return zstandard
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """The settings that build the model, which travel in the artifact."""
+    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["section"] == "model"}
+
+
+def write_atomically(path: Path, blob: bytes) -> None:
+    """Write BLOB under a temporary name, then rename: PATH is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str) -> bytes:
+    """The bytes of the artifact: model settings, tensors and checksum, compressed with zstd level 22."""
+    table = [dict(name=r.name, shape=list(r.codes.shape), scheme=r.scheme) for r in records]
+    header = dict(config=model_settings(config), tokenizer_sha256=tokenizer_sha256, tensors=table)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    codes = [r.codes.contiguous().numpy().tobytes() for r in records]
+    scales = [r.scales.contiguous().numpy().tobytes() for r in records if r.scales is not None]
+    data = b"".join([struct.pack("<I", len(text)), text, *codes, *scales])
+    body = import_zstandard().ZstdCompressor(level=22).compress(data)
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, hashlib.sha256(body).digest()) + body
+
+
+class Artifact(NamedTuple):
+    """What an artifact holds: the configuration of the model, its float32 weights, and the tokenizer's hash."""
+
+    config: Config
+    state: dict[str, Tensor]
+    tokenizer_sha256: str
+
+
+def read_artifact(path: str | Path) -> Artifact:
+    """Read and verify an artifact. UserError for one that is missing, truncated, altered, or of another format."""
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"artifact {path}: {error.strerror}") from error
+    if len(blob) < ARTIFACT_PREFIX.size:
+        raise UserError(f"artifact {path}: {len(blob)} bytes, shorter than its {ARTIFACT_PREFIX.size}-byte prefix")
+    magic, version, digest = ARTIFACT_PREFIX.unpack_from(blob)
+    if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
+        raise UserError(f"artifact {path}: magic {magic!r} version {version}, expected {ARTIFACT_MAGIC!r} version 1")
+    body = blob[ARTIFACT_PREFIX.size :]
+    if hashlib.sha256(body).digest() != digest:
+        raise UserError(f"artifact {path}: the checksum does not match, the file is truncated or altered")
+    data = import_zstandard().ZstdDecompressor().decompress(body)
+    (length,) = struct.unpack_from("<I", data)
+    header = json.loads(data[4 : 4 + length])
+    unknown = sorted(set(header["config"]) - {f.name for f in fields(Config)})
+    if unknown:
+        raise UserError(f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version")
+    state = decode_tensors(memoryview(data)[4 + length :], header["tensors"])
+    return Artifact(replace(Config(), **header["config"]), state, header["tokenizer_sha256"])
+
+
+def decode_tensors(payload: memoryview, table: list[dict]) -> dict[str, Tensor]:
+    """The float32 tensors of a payload laid out as TABLE says: all codes in order, then all scales in order."""
+    position = 0
+
+    def take(shape: list[int], dtype: str) -> Tensor:
+        nonlocal position
+        count = math.prod(shape)
+        array = np.frombuffer(payload, dtype, count, position).reshape(shape)
+        position += array.nbytes
+        return torch.from_numpy(array.copy())
+
+    codes = [take(row["shape"], STORAGE[row["scheme"]][1]) for row in table]
+    scales = [take([*row["shape"][:-1], 1], "<f2") if row["scheme"] != "fp16" else None for row in table]
+    assert position == len(payload), f"{len(payload) - position} bytes left over in the artifact"
+    records = [Record(r["name"], r["scheme"], c, s) for r, c, s in zip(table, codes, scales, strict=True)]
+    return {record.name: dequantize(record) for record in records}
+
+
+def load_model(artifact: Artifact, device: torch.device, kernel: AttentionFn = sdpa_attention) -> GPT:
+    """A fresh model with an artifact's weights, every tensor accounted for."""
+    model = GPT(artifact.config, compute_dtype(device), kernel)
+    model.load_state_dict(artifact.state, strict=True)
+    return model.to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """A plan of scoring: window w reads tokens[start : start + seq_len] and scores its targets from index first on."""
+
+    seq_len: int
+    start: np.ndarray  # (W,) int64
+    first: np.ndarray  # (W,) int64
+
+
+class Score(NamedTuple):
+    """Result of a scoring pass: nll (targets,) float32 in nats, its float64 mean, bits per byte, and seconds."""
+
+    nll: np.ndarray
+    val_loss: float
+    val_bpb: float
+    seconds: float
+
+
+def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
+    """Windows of seq_len that together score each of the num_tokens - 1 targets exactly once.
+
+    The first scores all its targets, each later one the next STRIDE, and the last one what is left, with a full window
+    of context. stride = seq_len gives non-overlapping windows but for the last.
+    """
+    targets = num_tokens - 1
+    if targets < seq_len:
+        raise UserError(f"{num_tokens} validation tokens are fewer than a window, EVAL_SEQ_LEN={seq_len} and a target")
+    ends = np.append(np.arange(seq_len, targets, stride), targets)
+    scored = np.diff(ends, prepend=0)
+    return Windows(seq_len, ends - seq_len, seq_len - scored)
+
+
+@torch.no_grad()
+def score(
+    model: GPT,
+    tokens: np.ndarray,
+    windows: Windows,
+    byte_table: ByteTable,
+    batch_seqs: int,
+    nll_fn: Callable = token_nll,
+) -> Score:
+    """Score TOKENS (uint16, on the host) by a plan of WINDOWS, which the ranks share; every rank gets the whole result.
+
+    Sums are float64. A target that the plan scores twice, or never, is an AssertionError.
+    """
+    device = model.tok_emb.weight.device
+    began, (seq_len, start, first) = time.perf_counter(), windows
+    nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
+    count = torch.zeros(len(tokens) - 1, dtype=torch.uint8, device=device)
+    mine = np.array_split(np.arange(len(start)), world_size())[rank()]
+    column = np.arange(seq_len)
+    for begin in tqdm(range(0, len(mine), batch_seqs), "score", disable=None if rank() == 0 else True):
+        index = mine[begin : begin + batch_seqs]
+        padded = np.resize(index, batch_seqs)  # a fixed shape, so that nothing is compiled again
+        rows = tokens[start[padded, None] + np.arange(seq_len + 1)].astype(np.int64)  # (batch_seqs, seq_len + 1)
+        batch = torch.from_numpy(rows).to(device, non_blocking=True)
+        losses = nll_fn(model, batch[:, :-1], batch[:, 1:])[: len(index)]
+        keep = torch.from_numpy(column >= first[index, None]).to(device)
+        targets = torch.from_numpy(start[index, None] + column).to(device)[keep]
+        nll[targets] = losses[keep].float()
+        count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.uint8))
+    if world_size() > 1:
+        dist.all_reduce(nll)
+        dist.all_reduce(count)
+    assert bool((count == 1).all()), "a target was scored twice or never"
+    losses = nll.cpu().numpy()
+    total = float(losses.sum(dtype=np.float64))
+    num_bytes = int(byte_table.count(tokens[:-1], tokens[1:]).sum())
+    return Score(losses, total / len(losses), total / math.log(2) / num_bytes, time.perf_counter() - began)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """train.log, metrics.jsonl and standard output of rank 0; the other ranks say nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def line(self, text: str) -> None:
+        if rank() == 0:
+            print(text, flush=True)
+            with open(self.folder / "train.log", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def metrics(self, **values: Any) -> None:
+        if rank() == 0:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+@dataclass
+class Run:
+    """What every phase of a run needs: settings, folder, device and the checked data."""
+
+    config: Config
+    device: torch.device
+    kernel: AttentionFn
+    folder: Path
+    log: RunLog
+    train: TokenStream
+    val_tokens: np.ndarray
+    byte_table: ByteTable
+    tokenizer_sha256: str
+
+    def score(self, model: GPT, stride: int, nll_fn: Callable = token_nll) -> Score:
+        """Score the validation tokens by windows of EVAL_SEQ_LEN, STRIDE apart."""
+        windows = sliding_windows(len(self.val_tokens), self.config.eval_seq_len, stride)
+        return score(model, self.val_tokens, windows, self.byte_table, self.config.eval_batch_seqs, nll_fn)
+
+
+class Clock:
+    """Seconds of training, with pauses. On a GPU the host may run one step ahead of it, not more."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.total, self.began = device, 0.0, None
+        self.last_step: torch.cuda.Event | None = None
+
+    def start(self) -> None:
+        synchronize(self.device)
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        synchronize(self.device)
+        self.total, self.began = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.total + (time.perf_counter() - self.began if self.began is not None else 0.0)
+
+    def step_done(self) -> None:
+        if self.device.type == "cuda":
+            previous, self.last_step = self.last_step, torch.cuda.Event()
+            self.last_step.record()
+            if previous is not None:
+                previous.synchronize()
+
+
+def split_batch(config: Config) -> tuple[int, int]:
+    """Rows of a step for each rank, and the micro-batches it takes them in. UserError where that is not whole."""
+    rows, ranks = config.train_batch_tokens // config.train_seq_len, world_size()
+    if rows % ranks:
+        raise UserError(f"{ranks} processes do not divide the {rows} rows of a step of TRAIN_BATCH_TOKENS")
+    mine, wanted = rows // ranks, math.ceil(config.grad_accum_total / ranks)
+    return mine, next(n for n in range(min(wanted, mine), mine + 1) if mine % n == 0)
+
+
+def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
+    """This rank's micro-batches of step STEP: (rows, T) inputs and targets of its part of the stream."""
+    c = run.config
+    rows, parts = split_batch(c)
+    start = step * c.train_batch_tokens + rank() * rows * c.train_seq_len
+    inputs, targets = run.train.rows(start, rows, c.train_seq_len, run.device)
+    return list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
+
+
+def reduce_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average the gradients over the ranks, in one all-reduce."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
+def mean_nll(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+    return token_nll(model, input_ids, targets).mean()
+
+
+def train_step(
+    loss_fn: Callable,
+    model: GPT,
+    batches: list[tuple[Tensor, Tensor]],
+    optimizers: list[torch.optim.Optimizer],
+    scale: float,
+    momentum: float,
+) -> Tensor:
+    """One optimiser step on micro-batches of equal size; returns this rank's mean loss, on its device.
+
+    Gradients are averaged over micro-batches and ranks, then clipped, so that the number of ranks changes nothing.
+    """
+    total = torch.zeros((), device=model.tok_emb.weight.device)
+    for input_ids, targets in batches:
+        loss = loss_fn(model, input_ids, targets) / len(batches)
+        loss.backward()
+        total += loss.detach()
+    parameters = list(model.parameters())
+    reduce_gradients(parameters)
+    if model.config.grad_clip_norm:
+        nn.utils.clip_grad_norm_(parameters, model.config.grad_clip_norm, foreach=True)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale
+            if "momentum" in group:
+                group["momentum"] = momentum
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
+    """Compile and load everything, then undo it; returns the seconds to keep for the Hessians.
+
+    It runs outside the clock, so it must not see the data: tokens are random, from a generator of its own.
+    """
+    c, generator = run.config, torch.Generator().manual_seed(0)
+    rows, parts = split_batch(c)
+
+    def random_ids(rows: int, length: int) -> Tensor:
+        return torch.randint(c.vocab_size, (rows, length), generator=generator).to(run.device)
+
+    saved = [p.detach().clone() for p in model.parameters()]
+    optimizers = make_optimizers(model, c)
+    for _ in range(c.warmup_steps):
+        ids = random_ids(rows // parts, c.train_seq_len)
+        train_step(loss_fn, model, [(ids, ids)] * parts, optimizers, 1.0, c.muon_momentum)
+    seconds = 0.0
+    with torch.no_grad():
+        if c.warmup_steps:
+            ids = random_ids(c.eval_batch_seqs, c.eval_seq_len)
+            nll_fn(model, ids, ids)
+        for _ in range(2 if c.gptq_calib_batches else 0):  # only the second counts: the first loads kernels
+            began = time.perf_counter()
+            collect_hessians(model, [random_ids(rows // parts, c.train_seq_len)])
+            synchronize(run.device)
+            seconds = time.perf_counter() - began
+        torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
+    return reduce_max(1.25 * seconds * math.ceil(c.gptq_calib_batches / world_size()))
+
+
+def validate(run: Run, model: GPT, nll_fn: Callable, step: int, seconds: float) -> None:
+    """Log a non-overlapping score of the live weights."""
+    result = run.score(model, run.config.eval_seq_len, nll_fn)
+    run.log.line(
+        f"step:{step}/{run.config.iterations} val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f} "
+        f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+    )
+    run.log.metrics(step=step, seconds=seconds, val_loss=result.val_loss, val_bpb=result.val_bpb)
+
+
+def log_step(run: Run, step: int, loss: Tensor, scale: float, seconds: float) -> None:
+    """Log the training loss, the mean over the ranks; FloatingPointError where it is no number."""
+    loss = loss.clone()
+    if world_size() > 1:
+        dist.all_reduce(loss)
+    train_loss = loss.item() / world_size()
+    run.log.line(
+        f"step:{step}/{run.config.iterations} train_loss:{train_loss:.4f} "
+        f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
+    )
+    run.log.metrics(step=step, seconds=seconds, train_loss=train_loss, lr_scale=scale)
+    if not math.isfinite(train_loss):
+        raise FloatingPointError(f"step {step}: train_loss is {train_loss}")
+
+
+def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, clock: Clock) -> int:
+    """Train until ITERATIONS, or until another step and RESERVE seconds would not fit the clock; returns the steps.
+
+    The average of the weights is in the model afterwards. The clock runs on, for what else reads training data.
+    """
+    c, step, elapsed, stop = run.config, 0, 0.0, False
+    budget = max(c.max_wallclock_seconds - reserve, 1e-9) if c.max_wallclock_seconds else 0.0
+    optimizers, average = make_optimizers(model, c), WeightAverage(model, c)
+    clock.start()
+    while True:
+        stop = stop or step == c.iterations
+        if c.val_loss_every and (stop or step % c.val_loss_every == 0):
+            clock.stop()
+            validate(run, model, nll_fn, step, clock.seconds())
+            clock.start()
+        if stop:
+            break
+        scale = lr_scale(c, step, elapsed, budget)
+        loss = train_step(loss_fn, model, step_batches(run, step), optimizers, scale, momentum_at(c, step))
+        step += 1
+        average.update(step, scale)
+        clock.step_done()
+        elapsed = reduce_max(clock.seconds()) if budget else clock.seconds()
+        if step <= 10 or step % c.train_log_every == 0:
+            log_step(run, step, loss, scale, elapsed)
+        if budget and elapsed + elapsed / step > budget:
+            stop = True
+            run.log.line(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
+    run.log.line(f"average: {average.apply()}")
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seconds_since_process_start() -> float:
+    """The strict clock: seconds since the kernel started this process (since this call where it does not say)."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
+
+
+def describe(config: Config) -> str:
+    """The model's parameter count, its parameters with their optimiser groups, and the operations a token."""
+    with torch.device("meta"):
+        model = GPT(config)
+    lines = [f"model_params:{sum(p.numel() for p in model.parameters())}"]
+    for group, members in group_parameters(model).items():
+        for name, parameter in members:
+            shape = "x".join(str(n) for n in parameter.shape) or "scalar"
+            lines.append(f"  {name:28} {shape:>16} {parameter.numel():>12,}  {group}")
+    return "\n".join([*lines, f"flops_per_token:{flops_per_token(config)}"])
+
+
+def code_files() -> list[Path]:
+    """The files whose bytes count: this one, and the evaluator where it lies beside it."""
+    here = Path(__file__).resolve()
+    return [path for path in (here, here.with_name("eval_ttt.py")) if path.exists()]
+
+
+def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
+    """Join the process group that torchrun announces, if it announces one; returns this rank's device."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("DEVICE=cuda, but torch sees no GPU")
+    device = torch.device("cpu")
+    if config.device != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def make_run_folder(config: Config, environ: Mapping[str, str]) -> Path:
+    """runs/RUN_ID with the code that runs and its settings. UserError where it exists already or cannot be made."""
+    result: list[Any] = [None]
+    if rank() == 0:
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = Path("runs") / (config.run_id or f"{stamp}_seed{config.seed}")
+        try:
+            (folder / "source").mkdir(parents=True, exist_ok=False)
+            for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
+                shutil.copy(path, folder / "source")
+            result = [folder]
+        except FileExistsError:
+            result = [UserError(f"{folder} is there already: choose another RUN_ID")]
+        except OSError as error:
+            result = [UserError(f"cannot make {folder}: {error.strerror}")]
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        raise result[0]
+    return result[0]
+
+
+def versions(device: torch.device, attention: str) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, gpu=gpu,
+                attention=attention, numpy=np.__version__, threads=torch.get_num_threads())  # fmt: skip
+
+
+def prepare_run(config: Config, environ: Mapping[str, str]) -> tuple[Run, str]:
+    """Check everything that can be wrong with the data and the machine, then make the run folder."""
+    device = start_ranks(config, environ)
+    attention, kernel = choose_attention(config.attention, device)
+    split_batch(config)
+    byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
+    tokenizer_sha256 = sha256_file(config.tokenizer_path)
+    train_stream, val_stream = (TokenStream(glob_, config.vocab_size) for glob_ in (config.train_glob, config.val_glob))
+    for stream in (train_stream, val_stream):
+        check_manifest(stream, tokenizer_sha256)
+    val_tokens = val_stream.read(0, len(val_stream)).astype(np.uint16)
+    sliding_windows(len(val_tokens), config.eval_seq_len, config.eval_stride)
+    check_fingerprint(len(val_tokens), int(byte_table.count(val_tokens[:-1], val_tokens[1:]).sum()))
+    import_zstandard()
+    folder = make_run_folder(config, environ)
+    log = RunLog(folder)
+    run = Run(config, device, kernel, folder, log, train_stream, val_tokens, byte_table, tokenizer_sha256)
+    return run, attention
+
+
+def log_setup(run: Run, model: GPT, given: Mapping[str, Any], notices: list[str], attention: str) -> None:
+    """The head of the log: versions, the settings with those given marked, data and model in the field's dialect."""
+    c, log = run.config, run.log
+    found = versions(run.device, attention)
+    log.line(" ".join(f"{name}:{value}" for name, value in found.items()))
+    for f in fields(Config):
+        log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
+    for notice in notices:
+        log.line(f"note: {notice}")
+    if attention == "sdpa" and run.device.type == "cuda":
+        log.line("WARNING: no flash attention is installed, torch's own attention runs instead and is slower")
+    log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
+    log.line(f"train_loader:dataset:{Path(c.train_glob).parent.name} train_shards:{len(run.train.paths)}")
+    log.line(f"val_loader:shards pattern={c.val_glob} tokens:{len(run.val_tokens) - 1}")
+    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
+    log.line(f"seed:{c.seed}")
+    if rank() == 0:
+        settings = dict(config=asdict(c), given=dict(given), versions=found)
+        (run.folder / "config.json").write_text(json.dumps(settings, indent=1))
+
+
+def export(run: Run, model: GPT, hessians: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """Write final_model.pt and the artifact (rank 0), log the sizes; returns them with hashes, on every rank."""
+    path, result = run.folder / "final_model.int6.ptz", [None]
+    if rank() == 0:
+        torch.save(model.state_dict(), run.folder / "final_model.pt")
+        records = quantize(model.state_dict(), hessians, run.config)
+        blob = encode_artifact(run.config, records, run.tokenizer_sha256)
+        write_atomically(path, blob)
+        bytes_code = sum(file.stat().st_size for file in code_files())
+        total = bytes_code + len(blob)
+        sizes = dict(bytes_code=bytes_code, bytes_model=len(blob), bytes_total=total, fits=total <= SIZE_CAP)
+        result = [sizes | dict(sha256_artifact=hashlib.sha256(blob).hexdigest())]
+    if world_size() > 1:
+        dist.broadcast_object_list(result)
+    sizes = result[0]
+    run.log.line(f"Code size: {sizes['bytes_code']} bytes")
+    run.log.line(f"Serialized model int6+zstd: {sizes['bytes_model']} bytes")
+    run.log.line(f"Total submission size int6+zstd: {sizes['bytes_total']} bytes")
+    if not sizes["fits"]:
+        run.log.line(f"WARNING: over the cap of {SIZE_CAP} bytes by {sizes['bytes_total'] - SIZE_CAP}")
+    return sizes
+
+
+def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
+    """Read the artifact back from disk into a fresh model and score it: non-overlapping, then sliding."""
+    model = load_model(read_artifact(run.folder / "final_model.int6.ptz"), run.device, run.kernel)
+    values: dict[str, Any] = {"eval_seconds": 0.0}
+    for name, label, stride in (
+        ("roundtrip", "final_int6_roundtrip", run.config.eval_seq_len),
+        ("sliding", "final_int6_sliding_window", run.config.eval_stride),
+    ):
+        result = run.score(model, stride, nll_fn)
+        run.log.line(f"{label}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
+        values |= {f"val_loss_{name}": result.val_loss, f"val_bpb_{name}": result.val_bpb}
+        values["eval_seconds"] += result.seconds
+    return values
+
+
+def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
+    """Train, export, read back, score, report; returns the exit code."""
+    run, attention = prepare_run(config, environ)
+    model = GPT(config, compute_dtype(run.device), run.kernel).init_weights(config.seed).to(run.device)
+    log_setup(run, model, given, notices, attention)
+    loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (mean_nll, token_nll))
+    reserve = warm_up(run, model, loss_fn, nll_fn)
+    clock = Clock(run.device)
+    steps = train(run, model, loss_fn, nll_fn, reserve, clock)
+    loop_seconds = clock.seconds()
+    batches = calibration_batches(run.train, config, run.device)
+    hessians = collect_hessians(model, batches) if config.gptq_calib_batches else None
+    clock.stop()
+    if run.device.type == "cuda":
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        run.log.line(f"peak memory allocated: {peak >> 20} MiB reserved: {reserved >> 20} MiB")
+    sizes = export(run, model, hessians)
+    result = dict(
+        **score_artifact(run, nll_fn),
+        **sizes,
+        train_seconds=clock.seconds(),
+        strict_seconds=seconds_since_process_start(),
+        steps=steps,
+        step_avg_ms=1000 * loop_seconds / steps,
+        tokens_per_second=steps * config.train_batch_tokens / loop_seconds,
+        model_params=sum(p.numel() for p in model.parameters()),
+        seed=config.seed,
+        world_size=world_size(),
+        legal=True,
+        sha256_code={path.name: sha256_file(path) for path in code_files()},
+        sha256_tokenizer=run.tokenizer_sha256,
+        versions=versions(run.device, attention),
+    )
+    run.log.line(f"clocks: contest {result['train_seconds']:.1f}s strict {result['strict_seconds']:.1f}s")
+    run.log.line("RESULT " + json.dumps(result))
+    if rank() == 0:
+        write_atomically(run.folder / "result.json", json.dumps(result, indent=1).encode())
+    return 0 if sizes["fits"] else 1
+
+
+def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Exit code 0: done, 1: failed or over the size cap, 2: the user's input."""
+    argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
+    try:
+        if argv == ["--help"]:
+            print(help_text())
+            return 0
+        if argv not in ([], ["--describe"]):
+            raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
+        config, given, notices = load_config(environ)
+        if argv:
+            print(describe(config))
+            return 0
+        return run_all(config, given, notices, environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
