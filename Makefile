@@ -6,8 +6,7 @@ PY := .venv/bin/python
 RUN_ID ?= demo_$(shell date +%Y-%m-%d_%H-%M-%S)_seed$(SEED)
 TORCH := $(shell grep '^torch==' requirements.txt)
 
-demo: .venv/ready
-	$(PY) data/demo.py --out data/demo
+demo: .venv/ready data/demo/manifest.json
 	RECIPE=records/recipes/demo.env SEED=$(SEED) RUN_ID=$(RUN_ID) $(PY) -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
 	$(PY) records/analyze.py runs/$(RUN_ID)
 
@@ -18,6 +17,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(PY) -m pytest -m slow --durations=15
+
+data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
+	rm -rf data/demo
+	$(PY) data/demo.py --out data/demo
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

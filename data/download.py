@@ -1,0 +1,459 @@
+"""Download published token shards and their tokenizer from a repository on the Hugging Face hub.
+
+    python data/download.py --variant sp1024 [--train-shards 80] [--repo OWNER/NAME] [--out data]
+
+All validation shards and the first --train-shards training shards of the variant go to DIR/datasets/FOLDER/, where
+FOLDER is the published one (fineweb10B_sp1024), and the tokenizer to DIR/tokenizers/. A file gets its name there only
+after its size, its hash and its shard header have been checked; one that is there already is kept only if it passes the
+same check. Interrupted downloads resume. DIR/datasets/FOLDER/source.json, written last, says where the files are from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import httpx
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
+from tqdm import tqdm
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")  # val_bytes: bytes of each validation token
+ATTEMPTS, FIRST_PAUSE = 4, 1.0  # tries for a file, and seconds before the second one
+
+
+class UserError(ValueError):
+    """Something the user can correct: the repository, the variant, the number of shards or the folder."""
+
+
+class DownloadError(RuntimeError):
+    """The network failed, or what arrived is not what the repository lists."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Repository
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the repository lists it; small ones have a git blob id (SHA-1) in place of a SHA-256."""
+
+    path: str
+    size: int
+    sha256: str | None
+    blob_id: str
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def folder(self) -> str:
+        return PurePosixPath(self.path).parent.as_posix()
+
+
+class Hub:
+    """One repository at one commit. HF_ENDPOINT and HF_TOKEN in the environment work as usual.
+
+    Raises UserError where the repository or the revision does not exist, DownloadError where the hub does not answer.
+    """
+
+    def __init__(self, repo: str, repo_type: str, revision: str | None) -> None:
+        self.repo, self.repo_type = repo, repo_type
+        self._endpoint = os.environ.get("HF_ENDPOINT")
+        api = HfApi(endpoint=self._endpoint)
+        try:
+            self.commit: str = api.repo_info(repo, repo_type=repo_type, revision=revision).sha
+            entries = list(api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=self.commit))
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{repo_type} {repo}, revision {revision or 'default'}: not found ({reason})") from error
+        except (httpx.HTTPError, OSError) as error:
+            raise DownloadError(
+                f"{repo}: the hub does not answer ({error}); check the connection, try again"
+            ) from error
+        self.files = [
+            RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            for entry in entries
+            if isinstance(entry, RepoFile)
+        ]
+
+    def fetch(self, file: RemoteFile, staging: Path, restart: bool) -> Path:
+        """Download a file below `staging`, from where an earlier try stopped unless `restart`; return its path."""
+        return Path(
+            hf_hub_download(
+                self.repo,
+                file.path,
+                repo_type=self.repo_type,
+                revision=self.commit,
+                local_dir=staging,
+                force_download=restart,
+                endpoint=self._endpoint,
+            )
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Choice of files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
+    """Return the repository's folder of a variant's shards: `fineweb10B_sp1024` is variant `sp1024`.
+
+    Raises UserError, with the variants that exist, where there is none or more than one.
+    """
+    start = f"{prefix.strip('/')}/".lstrip("/")
+    folders = sorted({file.folder for file in files if SHARD_FILE.fullmatch(file.name) and file.path.startswith(start)})
+    names = {folder: PurePosixPath(folder).name for folder in folders}
+    labels = {folder: name.split("_", 1)[-1] for folder, name in names.items()}
+    matching = [folder for folder in folders if variant in (labels[folder], names[folder])]
+    if len(matching) > 1:
+        raise UserError(f'variant "{variant}" is in several folders, choose one by --prefix: {", ".join(matching)}')
+    if not matching:
+        available = ", ".join(sorted(set(labels.values()))) or "none"
+        raise UserError(f'no variant "{variant}"; available: {available}')
+    return matching[0]
+
+
+def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -> list[RemoteFile]:
+    """Return all validation files of a folder and its first `train_shards` training shards, in this order."""
+    kinds: dict[str, list[RemoteFile]] = {"train": [], "val": [], "val_bytes": []}
+    for file in sorted(files, key=lambda file: file.path):
+        if file.folder == folder and (match := SHARD_FILE.fullmatch(file.name)):
+            kinds[match[1]].append(file)
+    if train_shards > len(kinds["train"]):
+        raise UserError(f"--train-shards {train_shards}: {folder} has {len(kinds['train'])} training shards")
+    if not kinds["val"]:
+        raise UserError(f"{folder} has no validation shards")
+    return kinds["val"] + kinds["val_bytes"] + kinds["train"][:train_shards]
+
+
+def nearest(files: Iterable[RemoteFile], folder: str, pattern: str) -> list[RemoteFile]:
+    """Return the files that match a relative path pattern in the closest of the folders that enclose `folder`."""
+    for parent in PurePosixPath(folder).parents:
+        start = "" if parent.as_posix() == "." else f"{parent.as_posix()}/"
+        found = [
+            file
+            for file in files
+            if file.path.startswith(start) and re.fullmatch(pattern, file.path.removeprefix(start))
+        ]
+        if found:
+            return found
+    return []
+
+
+def choose_tokenizer(files: list[RemoteFile], folder: str, manifest: dict) -> list[RemoteFile]:
+    """Return the tokenizer's files: those the published manifest names, else those with the variant's number."""
+    candidates = nearest(files, folder, r"tokenizers/[^/]+")
+    name = PurePosixPath(folder).name
+    specs = {entry.get("name"): entry for entry in manifest.get("tokenizers", [])}
+    spec = specs.get(published_entry(manifest, name).get("tokenizer_name"), {})
+    named = {PurePosixPath(spec[key]).name for key in ("model_path", "vocab_path") if spec.get(key)}
+    listed = [file for file in candidates if file.name in named]
+    number = re.search(r"\d+", name.split("_", 1)[-1])
+    numbered = [file for file in candidates if number and re.search(rf"(?<!\d){number[0]}(?!\d)", file.name)]
+    return listed or numbered or candidates
+
+
+def published_entry(manifest: dict, name: str) -> dict:
+    """Return what a published manifest says about a data set, or an empty object."""
+    return next((entry for entry in manifest.get("datasets", []) if entry.get("name") == name), {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def digest_of(path: Path, algorithm: str = "sha256", prefix: bytes = b"") -> str:
+    """Return the hash, in hexadecimal, of `prefix` and a file's content."""
+    digest = hashlib.new(algorithm, prefix)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def shard_tokens(path: Path) -> int:
+    """Return a shard's number of tokens; DownloadError where its header or its size is wrong."""
+    with path.open("rb") as stream:
+        header = stream.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES:
+        raise DownloadError(f"{path.name}: {len(header)} bytes, shorter than a shard's header")
+    magic, version, tokens = struct.unpack("<3i", header[:12])
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise DownloadError(
+            f"{path.name}: magic {magic}, version {version}, not {SHARD_MAGIC}, {SHARD_VERSION}: not a shard"
+        )
+    size = path.stat().st_size
+    if size != HEADER_BYTES + 2 * tokens:
+        raise DownloadError(f"{path.name}: {size} bytes, but {tokens} tokens need {HEADER_BYTES + 2 * tokens}")
+    return tokens
+
+
+def check_content(path: Path, file: RemoteFile, sha256: str) -> None:
+    """Compare a local file, of known SHA-256, with the listing; DownloadError where size, hash or header differ."""
+    size = path.stat().st_size
+    if size != file.size:
+        raise DownloadError(f"{file.path}: {size} bytes, the repository lists {file.size}")
+    if file.sha256 and sha256 != file.sha256:
+        raise DownloadError(f"{file.path}: SHA-256 {sha256}, the repository lists {file.sha256}")
+    if not file.sha256:
+        blob_id = digest_of(path, "sha1", f"blob {size}\0".encode())
+        if blob_id != file.blob_id:
+            raise DownloadError(f"{file.path}: git blob {blob_id}, the repository lists {file.blob_id}")
+    if SHARD_FILE.fullmatch(path.name):
+        shard_tokens(path)
+
+
+class HashCache:
+    """SHA-256 of local files, remembered in a JSON file for as long as size and modification time stay the same."""
+
+    def __init__(self, path: Path, trusted: bool) -> None:
+        self._path = path
+        self._entries: dict[str, list] = {}
+        if trusted and path.exists():
+            try:
+                self._entries = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                self._entries = {}  # it only saves time
+
+    def sha256(self, path: Path) -> str:
+        """Return the SHA-256 of a file, reading it only where it is new or changed."""
+        status, key = path.stat(), path.resolve().as_posix()
+        entry = self._entries.get(key)
+        if not entry or entry[:2] != [status.st_size, status.st_mtime_ns]:
+            self._entries[key] = [status.st_size, status.st_mtime_ns, digest_of(path)]
+        return self._entries[key][2]
+
+    def save(self) -> None:
+        """Write the remembered hashes."""
+        write_json(self._path, self._entries)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file atomically, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Download
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """Where each chosen file goes, split into those already there and those to fetch."""
+
+    folder: str
+    shards_at: Path
+    kept: dict[Path, RemoteFile]
+    missing: dict[Path, RemoteFile]
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(file.size for file in self.missing.values())
+
+
+def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: HashCache) -> Plan:
+    """Choose the files and check which of them are already there.
+
+    Raises UserError where the folder holds shards that are not this repository's: the trainer would mix them in.
+    """
+    folder = find_folder(hub.files, options.variant, options.prefix)
+    shards_at = options.out / "datasets" / PurePosixPath(folder).name
+    chosen = choose_shards(hub.files, folder, options.train_shards)
+    wanted = {shards_at / file.name: file for file in chosen}
+    wanted |= {options.out / "tokenizers" / file.name: file for file in choose_tokenizer(hub.files, folder, manifest)}
+    kept = {path: file for path, file in wanted.items() if is_intact(path, file, cache)}
+    listed = {file.name: file for file in hub.files if file.folder == folder}
+    for path in sorted(shards_at.glob("fineweb_*.bin")):
+        if path in wanted:
+            continue
+        if path.name not in listed or not is_intact(path, listed[path.name], cache):
+            raise UserError(
+                f"{path}: not a file of {hub.repo} at {hub.commit[:12]}; move it away or choose another --out"
+            )
+        kept[path] = listed[path.name]
+    return Plan(folder, shards_at, kept, {path: file for path, file in wanted.items() if path not in kept})
+
+
+def is_intact(path: Path, file: RemoteFile, cache: HashCache) -> bool:
+    """Tell whether a local file is there and is the listed one."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    try:
+        check_content(path, file, cache.sha256(path))
+    except DownloadError:
+        return False
+    return True
+
+
+def fetch_checked(hub: Hub, file: RemoteFile, staging: Path) -> Path:
+    """Download a file, check it and return its path below `staging`; DownloadError after several failed tries."""
+    restart, failure = False, ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+        try:
+            path = hub.fetch(file, staging, restart)
+            check_content(path, file, digest_of(path))
+            return path
+        except (DownloadError, httpx.HTTPError, OSError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            # A lost connection is worth resuming; wrong content, or a range the server refuses, is not.
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            restart = status == 416 or not isinstance(error, httpx.HTTPError)
+            failure = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    (staging / file.path).unlink(missing_ok=True)
+    raise DownloadError(f"{file.path}: {failure} ({ATTEMPTS} tries); run the command again to resume")
+
+
+def fetch_all(hub: Hub, plan: Plan, staging: Path, workers: int, cache: HashCache) -> None:
+    """Download the missing files in parallel, each to its final name once it has been checked."""
+    _check_space(staging, plan.missing_bytes)
+    progress = tqdm(desc="downloading", total=plan.missing_bytes, unit="B", unit_scale=True, disable=None)
+    with progress, ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(fetch_checked, hub, file, staging): (path, file) for path, file in plan.missing.items()}
+        try:
+            for future in as_completed(futures):
+                path, file = futures[future]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(future.result(), path)
+                cache.sha256(path)
+                cache.save()
+                progress.update(file.size)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DownloadError(f"{folder}: {needed:,} bytes to download, {free:,} bytes free on the disk")
+
+
+def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
+    """Return the repository's own manifest of the variant, always of this commit, or an empty object."""
+    folder = find_folder(hub.files, options.variant, options.prefix)
+    found = nearest(hub.files, folder, r"manifest\.json")
+    if not found:
+        return {}
+    with tempfile.TemporaryDirectory() as staging:
+        path = fetch_checked(hub, found[0], Path(staging))
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DownloadError(f"{found[0].path}: not JSON ({error})") from error
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def source_record(hub: Hub, plan: Plan, options: argparse.Namespace, manifest: dict, cache: HashCache) -> dict:
+    """Return the content of source.json: where every file in place comes from, and what it is."""
+    files = []
+    for path, file in sorted((plan.kept | plan.missing).items()):
+        tokens = shard_tokens(path) if SHARD_FILE.fullmatch(path.name) else None
+        local = path.relative_to(options.out).as_posix()
+        files.append(
+            {"file": local, "path": file.path, "size": file.size, "sha256": cache.sha256(path), "tokens": tokens}
+        )
+    return {
+        "repo": hub.repo,
+        "repo_type": hub.repo_type,
+        "revision": hub.commit,
+        "variant": options.variant,
+        "files": files,
+        "published": published_entry(manifest, PurePosixPath(plan.folder).name) or None,
+    }
+
+
+def download(options: argparse.Namespace) -> str:
+    """Do what the command line asks for and return one line that says what was done, or what would be."""
+    hub = Hub(options.repo, options.repo_type, options.revision)
+    work = options.out / ".download"
+    cache = HashCache(work / "hashes.json", trusted=not options.verify)
+    manifest = read_manifest(hub, options)
+    plan = make_plan(hub, options, manifest, cache)
+    summary = (
+        f"{hub.repo} at {hub.commit[:12]}, {plan.folder}: {len(plan.kept)} files kept, {len(plan.missing)} files, "
+    )
+    if options.dry_run:
+        lines = [f"{file.size:>13,}  {path}" for path, file in plan.missing.items()]
+        return "\n".join([*lines, f"{summary}{plan.missing_bytes:,} bytes to download"])
+    source = plan.shards_at / "source.json"
+    if plan.missing:
+        source.unlink(missing_ok=True)
+        fetch_all(hub, plan, work / "staging", options.workers, cache)
+    shutil.rmtree(work / "staging", ignore_errors=True)
+    write_json(source, source_record(hub, plan, options, manifest, cache))
+    cache.save()
+    if not any("tokenizers" in path.parts for path in (*plan.kept, *plan.missing)):
+        print(f"warning: {hub.repo} has no tokenizer beside {plan.folder}", file=sys.stderr)
+    return f"{summary}{plan.missing_bytes:,} bytes downloaded"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description="Download published token shards and their tokenizer.")
+    parser.add_argument("--variant", required=True, metavar="NAME", help="for example sp1024")
+    parser.add_argument("--repo", default="willdepueoai/parameter-golf", metavar="OWNER/NAME", help="on the hub")
+    parser.add_argument("--repo-type", choices=("dataset", "model"), default="dataset", help="default: dataset")
+    parser.add_argument("--prefix", default="", metavar="FOLDER", help="look only below this folder of the repository")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
+    parser.add_argument("--train-shards", type=int, default=80, metavar="N", help="the first N of them (default: 80)")
+    parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="files at a time (default: 8)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded and stop")
+    parser.add_argument("--verify", action="store_true", help="hash files that are there again, as if never seen")
+    options = parser.parse_args(arguments)
+    if options.train_shards < 0 or options.workers < 1:
+        parser.error("--train-shards must be at least 0 and --workers at least 1")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
+    options = parse_arguments(arguments)
+    disable_progress_bars()  # ours shows the whole
+    try:
+        print(download(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (DownloadError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,812 @@
+"""Turn any text into a tokenizer, token shards and a manifest.
+
+    python data/prepare.py INPUT [INPUT ...] --out DIR
+
+Inputs are .txt files (one document each), .jsonl files (one JSON object a line, its text under --text-key), either of
+them compressed (.gz, .xz, .zst), or folders of such files. DIR receives
+
+    tokenizer.model             SentencePiece BPE, trained on a sample of the training documents, or the one given
+    fineweb_train_%06d.bin      256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
+    fineweb_val_%06d.bin        little-endian uint16 tokens; BOS (id 1) stands before each document, nothing after it
+    manifest.json               counts and hashes of all of the above; written last, so its presence means "complete"
+
+The input is read twice: first all of it is checked, counted and sampled, then it is encoded. Memory stays constant
+however long the input is, and the output does not depend on the number of worker processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import hashlib
+import heapq
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import platform
+import random
+import re
+import sys
+import threading
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import sentencepiece as spm
+import zstandard
+from tqdm import tqdm
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+SHARD_NAME = "fineweb_{split}_{index:06d}.bin"
+MANIFEST_VERSION = 1
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+SPACE = "\u2581"  # SentencePiece writes a space as this character
+SPLITS = ("train", "val")
+
+OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
+    "": lambda path: path.open("rb"),
+    ".gz": lambda path: gzip.open(path, "rb"),
+    ".xz": lambda path: lzma.open(path, "rb"),
+    ".zst": lambda path: io.BufferedReader(ZstdReader(path), 1 << 20),
+}
+FORMATS = (".txt", ".jsonl")
+
+
+class InputError(ValueError):
+    """Something the user can correct: the text, the tokenizer, the folder or the options."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One preparation: what goes in, where it goes, and how it is cut.
+
+    Validation documents are `val_inputs` where given, else the first `val_docs` documents where given, else the share
+    `val_fraction` of the documents, chosen by a hash of their text so that equal documents fall on the same side.
+    """
+
+    inputs: tuple[Path, ...]
+    out: Path
+    name: str
+    vocab_size: int = 1024
+    tokenizer: Path | None = None
+    val_inputs: tuple[Path, ...] = ()
+    val_docs: int | None = None
+    val_fraction: float = 0.02
+    text_key: str = "text"
+    shard_tokens: int = 100_000_000
+    workers: int = 1
+    tokenizer_sample_bytes: int = 64_000_000
+    seed: int = 1337
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 320 <= self.vocab_size <= 65536:
+            raise InputError(f"--vocab-size must lie between 320 and 65536, not {self.vocab_size}")
+        if not 0 <= self.val_fraction < 1:
+            raise InputError(f"--val-fraction must be at least 0 and below 1, not {self.val_fraction}")
+        if self.val_docs is not None and self.val_docs < 0:
+            raise InputError(f"--val-docs must be at least 0, not {self.val_docs}")
+        for option in ("shard_tokens", "workers", "tokenizer_sample_bytes"):
+            if getattr(self, option) < 1:
+                raise InputError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(self, option)}")
+
+    @property
+    def wants_validation(self) -> bool:
+        """Whether this job asks for any validation documents."""
+        if self.val_inputs or self.val_docs is not None:
+            return bool(self.val_inputs or self.val_docs)
+        return self.val_fraction > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Document(NamedTuple):
+    """A text, its UTF-8 bytes, and the split it belongs to."""
+
+    split: str
+    text: str
+    utf8: bytes
+
+
+class ZstdReader(io.RawIOBase):
+    """A .zst file of one or more frames. Raises EOFError where the last one is cut short.
+
+    zstandard's own stream_reader returns the beginning of a truncated file as if it were all of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._compressed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._plain:
+            self._compressed = self._compressed or self._file.read(1 << 16)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends before its end-of-stream marker")
+                return 0
+            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            self._plain = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def split_suffix(path: Path) -> tuple[str, str] | None:
+    """Return (format, compression) of a file name, for example (".jsonl", ".gz"), or None if it is not supported."""
+    compression = path.suffix if path.suffix in OPENERS else ""
+    kind = Path(path.stem if compression else path.name).suffix
+    return (kind, compression) if kind in FORMATS else None
+
+
+def list_inputs(paths: Iterable[Path]) -> list[Path]:
+    """Return the input files in order: files as given, folders recursively and sorted, other files in them left out.
+
+    Raises InputError for what does not exist, has an unsupported extension, or comes twice.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.is_file() and split_suffix(file))
+            if not found:
+                raise InputError(f"{path}: no .txt or .jsonl file (plain, .gz, .xz, .zst) in this folder")
+            files += found
+        elif not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        elif split_suffix(path) is None:
+            raise InputError(f"{path}: unsupported extension; supported are .txt and .jsonl, plain or .gz, .xz, .zst")
+        else:
+            files.append(path)
+    repeated = [path for path, count in Counter(file.resolve() for file in files).items() if count > 1]
+    if repeated:
+        raise InputError(f"{repeated[0]}: given more than once")
+    return files
+
+
+def read_texts(path: Path, text_key: str = "text") -> Iterator[tuple[str, bytes]]:
+    """Yield (text, UTF-8 bytes) of every document of one input file, the empty ones included.
+
+    Raises InputError, with the file's name and the line, for text that is not UTF-8, a line that is not a JSON object
+    with a string under `text_key`, and for a damaged or truncated compressed file.
+    """
+    kind, compression = split_suffix(path) or ("", "")
+    assert kind, f"{path} did not pass list_inputs"
+    try:
+        with OPENERS[compression](path) as stream:
+            if kind == ".txt":
+                content = stream.read()
+                yield _decode(content, path, 1), content
+                return
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _parse_line(line, path, number, text_key)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _decode(content: bytes, path: Path, first_line: int) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + content.count(b"\n", 0, error.start)
+        raise InputError(f"{path}, line {line}: not valid UTF-8 ({error.reason}, byte {error.start})") from error
+
+
+def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[str, bytes]:
+    try:
+        record = json.loads(_decode(line, path, number))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
+    text = record.get(text_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'{path}, line {number}: no string under the key "{text_key}" (see --text-key)')
+    try:
+        return text, text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise InputError(f"{path}, line {number}: lone surrogate U+{code:04X} at character {error.start}") from error
+
+
+def read_documents(job: Job) -> Iterator[Document]:
+    """Yield every document of the job, the empty ones included, with the split that it belongs to."""
+    for path in list_inputs(job.val_inputs):
+        for text, utf8 in read_texts(path, job.text_key):
+            yield Document("val", text, utf8)
+    count = 0
+    for path in list_inputs(job.inputs):
+        for text, utf8 in read_texts(path, job.text_key):
+            yield Document(_choose_split(job, count, utf8), text, utf8)
+            count += bool(utf8)
+
+
+def _choose_split(job: Job, index: int, utf8: bytes) -> str:
+    if job.val_inputs:
+        return "train"
+    if job.val_docs is not None:
+        return "val" if index < job.val_docs else "train"
+    digest = hashlib.sha256(f"{job.seed}\n".encode() + utf8).digest()
+    return "val" if int.from_bytes(digest[:8], "big") < job.val_fraction * 2**64 else "train"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Survey: the first pass
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """A uniform random sample of text passages, bounded in bytes and the same for the same texts and seed."""
+
+    PASSAGE = 16_000  # characters; SentencePiece's BPE trainer cannot take a word of 65,536 or more
+
+    def __init__(self, budget: int, seed: int) -> None:
+        self._budget, self._bytes, self._index = budget, 0, 0
+        self._random = random.Random(seed)
+        self._heap: list[tuple[float, int, str]] = []  # the passage with the largest draw on top, as a negative number
+
+    def add(self, text: str) -> None:
+        """Offer a text to the sample."""
+        for start in range(0, len(text), self.PASSAGE):
+            draw = self._random.random()
+            self._index += 1
+            if self._bytes >= self._budget and draw >= -self._heap[0][0]:
+                continue
+            passage = text[start : start + self.PASSAGE]
+            heapq.heappush(self._heap, (-draw, self._index, passage))
+            self._bytes += len(passage.encode())
+            while len(self._heap) > 1 and self._bytes - len(self._heap[0][2].encode()) >= self._budget:
+                self._bytes -= len(heapq.heappop(self._heap)[2].encode())
+
+    def passages(self) -> list[str]:
+        """Return the sampled passages in the order of the text."""
+        return [passage for _, _, passage in sorted(self._heap, key=lambda entry: entry[1])]
+
+
+@dataclass
+class Survey:
+    """What the first pass found: documents and UTF-8 bytes of each split, empty documents, a sample of the training."""
+
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    empty: int = 0
+    sample: list[str] = field(default_factory=list)
+
+
+def survey(job: Job) -> Survey:
+    """Read, check and count all the input, and sample the training documents where a tokenizer has to be trained.
+
+    Raises InputError where the input is damaged, empty, or leaves one side of the split without documents.
+    """
+    found = Survey()
+    sampler = Sampler(job.tokenizer_sample_bytes, job.seed)
+    with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as progress:
+        for document in read_documents(job):
+            if not document.utf8:
+                found.empty += 1
+                continue
+            found.documents[document.split] += 1
+            found.text_bytes[document.split] += len(document.utf8)
+            if document.split == "train" and job.tokenizer is None:
+                sampler.add(document.text)
+            progress.update(len(document.utf8))
+    _check_split(job, found)
+    found.sample = sampler.passages()
+    return found
+
+
+def _check_split(job: Job, found: Survey) -> None:
+    total = sum(found.documents.values())
+    if total == 0:
+        raise InputError(f"the input holds no text: {found.empty} documents, all of them empty")
+    if found.documents["train"] == 0:
+        raise InputError(f"no training documents: all {total} fell into validation; lower --val-docs or --val-fraction")
+    if found.documents["val"] == 0 and job.wants_validation:
+        raise InputError(
+            f"no validation documents: all {total} fell into training; "
+            "use --val-docs, a larger --val-fraction or --val-input (--val-fraction 0 for a training split only)"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+# ----------------------------------------------------------------------------------------------------------------------
+
+SEGMENT = 1 << 16  # characters that SentencePiece encodes at once; it takes about 100 bytes of memory for each
+HOSTILE_TEXT = (
+    " \t  leading, double  and trailing spaces \r\n\n\n \x00\x01\x7f\ufeff<s></s><unk><pad><0x41> \ufb01 \u212b "
+    "e\u0301 \u0301\u0327 \u2585 \u2047 \u00a0\u3000\u200d\u2028 0123 \u6f22\u5b57\U0001f600\U0001f3fd \U0010ffff  "
+)
+
+
+def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
+    """Train a lossless SentencePiece BPE of exactly `vocab_size` pieces and return its serialized model.
+
+    Ids: pad 0, bos 1, eos 2, unk 3, then the 256 bytes, then learned pieces. Raises InputError where the text is too
+    small for that many pieces.
+    """
+    sentences = _trainable(passages, vocab_size)
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=True,
+            character_coverage=1.0,
+            max_sentence_length=4 * Sampler.PASSAGE,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            pad_id=PAD_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        limit = re.search(r"too high.*<= (\d+)", str(error))
+        reason = f"it yields at most {limit[1]} pieces" if limit else str(error)
+        raise InputError(f"the training text is too small for --vocab-size {vocab_size}: {reason}") from error
+    return model.getvalue()
+
+
+def _trainable(passages: list[str], vocab_size: int) -> list[str]:
+    """Cut the text at characters that are to become byte tokens: rare ones, and those the trainer cannot take.
+
+    It reserves tab, U+2585 and NUL and would take a literal U+2581 for a space. Characters with pieces of their own
+    cover 99.9 % of the text, or fill half of the learned pieces: scripts of many characters need room for merges too.
+    """
+    counts: Counter[str] = Counter()
+    for passage in passages:
+        counts.update(passage)
+    common, missing = " ", 0.999 * counts.total()  # the space always: else it would be encoded as U+2581's bytes
+    for character, count in counts.most_common((vocab_size - 260) // 2):
+        if missing > 0 and character not in f"\0\t{SPACE}\u2585":
+            common += character
+        missing -= count
+    pattern = re.compile(f"[{re.escape(common)}]+")
+    return [*(part for passage in passages for part in pattern.findall(passage)), " "]
+
+
+def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
+    """Return the tokenizer of a serialized model; InputError unless it fits the shards (BOS id 1, 16-bit ids)."""
+    try:
+        sp = spm.SentencePieceProcessor(model_proto=model)
+        bos_id, vocab_size = sp.bos_id(), sp.vocab_size()
+    except RuntimeError as error:
+        raise InputError(f"{name}: not a SentencePiece model ({error})") from error
+    if bos_id != BOS_ID:
+        raise InputError(f"{name}: its BOS id is {bos_id}; the shards need {BOS_ID}")
+    if vocab_size > 65536:
+        raise InputError(f"{name}: {vocab_size} pieces; 16-bit shards hold ids up to 65535")
+    return sp
+
+
+def encode(sp: spm.SentencePieceProcessor, text: str) -> list[int]:
+    """Return the token ids of a text, without BOS.
+
+    With a tokenizer that keeps every character (identity normalisation, no dummy prefix, byte fallback) this is
+    lossless: SentencePiece alone would turn a literal U+2581 into a space, so its three bytes are encoded instead. With
+    any other tokenizer it is plain sp.encode.
+    """
+    if len(text) <= SEGMENT and SPACE not in text:
+        return sp.encode(text)
+    if not _keeps_text(sp):
+        return sp.encode(text)
+    ids: list[int] = []
+    literal = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+    for number, part in enumerate(text.split(SPACE)):
+        ids += literal if number else []
+        for segment in _segments(part):
+            ids += sp.encode(segment)
+    return ids
+
+
+def _segments(text: str) -> Iterator[str]:
+    """Cut a long text before spaces that follow something else: no learned piece crosses such a place."""
+    start = 0
+    while len(text) - start > SEGMENT:
+        stop = start + SEGMENT
+        space = text.rfind(" ", start, stop)
+        before = len(text[start : max(start, space)].rstrip(" "))
+        yield text[start : start + before if before else stop]
+        start = start + before if before else stop
+    yield text[start:]
+
+
+def is_lossless(sp: spm.SentencePieceProcessor) -> bool:
+    """Tell whether `encode` keeps every byte of any text, by encoding hostile strings and putting them together again.
+
+    Where it is true, a token stands for `token_bytes(sp)[id]` bytes, and these add up to the text's bytes exactly.
+    """
+    text = f"{SPACE}{HOSTILE_TEXT}{SPACE}{SPACE} {SPACE}"
+    return _keeps_text(sp) and _detokenize(sp, encode(sp, text)) == text.encode()
+
+
+def _keeps_text(sp: spm.SentencePieceProcessor) -> bool:
+    probes = (HOSTILE_TEXT, HOSTILE_TEXT.strip(), "a", " ", "\n", "\u2580")
+    return all(_detokenize(sp, sp.encode(text)) == text.encode() for text in probes)
+
+
+def _detokenize(sp: spm.SentencePieceProcessor, ids: list[int]) -> bytes:
+    return b"".join(_piece_bytes(sp, token) for token in ids)
+
+
+def _piece_bytes(sp: spm.SentencePieceProcessor, token: int) -> bytes:
+    piece = sp.id_to_piece(token)
+    if sp.is_byte(token):
+        return bytes([int(piece[3:5], 16)])
+    if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
+        return b""
+    return piece.replace(SPACE, " ").encode()
+
+
+def token_bytes(sp: spm.SentencePieceProcessor) -> np.ndarray:
+    """Return, for each token id of a lossless tokenizer, how many bytes of text it stands for (int64)."""
+    return np.array([len(_piece_bytes(sp, token)) for token in range(sp.vocab_size())], dtype=np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoding on all cores
+# ----------------------------------------------------------------------------------------------------------------------
+
+BATCH_CHARACTERS = 1 << 20
+_worker_tokenizer: spm.SentencePieceProcessor | None = None  # one for each process, set by _start_worker
+
+
+class Batch(NamedTuple):
+    """Consecutive documents of one split."""
+
+    split: str
+    texts: list[str]
+
+
+def make_batches(documents: Iterable[Document]) -> Iterator[Batch]:
+    """Group documents by split, in order, into batches of about a million characters; empty ones are left out."""
+    pending = {split: Batch(split, []) for split in SPLITS}
+    characters = dict.fromkeys(SPLITS, 0)
+    for split, text, _ in documents:
+        if not text:
+            continue
+        pending[split].texts.append(text)
+        characters[split] += len(text)
+        if characters[split] >= BATCH_CHARACTERS:
+            yield pending[split]
+            pending[split], characters[split] = Batch(split, []), 0
+    yield from (batch for batch in pending.values() if batch.texts)
+
+
+def encode_batch(sp: spm.SentencePieceProcessor, batch: Batch) -> np.ndarray:
+    """Return the tokens of a batch as uint16, BOS before each document."""
+    return np.concatenate([np.array([BOS_ID, *encode(sp, text)], dtype="<u2") for text in batch.texts])
+
+
+def encode_batches(model: bytes, batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield every batch with its tokens, in order, encoded by `workers` processes (in this one if it is 1)."""
+    if workers == 1:
+        sp = spm.SentencePieceProcessor(model_proto=model)
+        for batch in batches:
+            yield batch, encode_batch(sp, batch)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(model,)) as pool:
+        # A bounded window: the executor's own map would read the whole input ahead of the workers.
+        window: deque = deque()
+        try:
+            for batch in batches:
+                window.append((batch, pool.submit(_encode_in_worker, batch)))
+                if len(window) >= 3 * workers:
+                    batch, future = window.popleft()
+                    yield batch, future.result()
+            while window:
+                batch, future = window.popleft()
+                yield batch, future.result()
+        finally:
+            for _, future in window:
+                future.cancel()
+
+
+def _start_worker(model: bytes) -> None:
+    global _worker_tokenizer
+    _worker_tokenizer = spm.SentencePieceProcessor(model_proto=model)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, workers would wait for work for ever where the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(batch: Batch) -> np.ndarray:
+    assert _worker_tokenizer is not None
+    return encode_batch(_worker_tokenizer, batch)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` that takes its name at the end, or vanishes where an error ends the block."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes one split's tokens as shards of `shard_tokens` tokens, the last one shorter.
+
+    `shards` lists the finished ones as they stand in the manifest. `byte_counts` are the bytes of each token id, or
+    None where the tokenizer is not lossless.
+    """
+
+    def __init__(self, out: Path, split: str, shard_tokens: int, byte_counts: np.ndarray | None) -> None:
+        self._out, self._split, self._shard_tokens, self._byte_counts = out, split, shard_tokens, byte_counts
+        self._files = contextlib.ExitStack()
+        self._stream: BinaryIO | None = None
+        self._tokens = self._documents = self._text_bytes = 0
+        self.shards: list[dict] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.__exit__(*error)
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Append tokens, finishing shards as they fill up."""
+        while len(tokens):
+            room = self._shard_tokens - self._tokens
+            self._append(tokens[:room])
+            tokens = tokens[room:]
+            if self._tokens == self._shard_tokens:
+                self.finish()
+
+    def _append(self, tokens: np.ndarray) -> None:
+        if self._stream is None:
+            self._stream = self._files.enter_context(atomic_file(self._path()))
+            self._stream.write(bytes(4 * HEADER_INTS))
+        self._stream.write(tokens.astype("<u2").tobytes())
+        self._tokens += len(tokens)
+        self._documents += int((tokens == BOS_ID).sum())
+        if self._byte_counts is not None:
+            self._text_bytes += int(self._byte_counts[tokens].sum())
+
+    def finish(self) -> None:
+        """Give the open shard its header and its final name; nothing happens where none is open."""
+        if self._stream is None:
+            return
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = SHARD_MAGIC, SHARD_VERSION, self._tokens
+        self._stream.seek(0)
+        self._stream.write(header.tobytes())
+        self._files.close()
+        path = self._path()
+        entry = {"file": path.name, "split": self._split, "tokens": self._tokens, "documents": self._documents}
+        text_bytes = None if self._byte_counts is None else self._text_bytes
+        self.shards.append({**entry, "text_bytes": text_bytes, "sha256": sha256_of(path)})
+        self._stream, self._tokens, self._documents, self._text_bytes = None, 0, 0, 0
+
+    def _path(self) -> Path:
+        return self._out / SHARD_NAME.format(split=self._split, index=len(self.shards))
+
+
+def earlier_output(job: Job) -> list[Path]:
+    """Return what earlier preparations left in the job's folder, unfinished files included, the manifest first.
+
+    A tokenizer that the job itself takes from there is not among them.
+    """
+    pattern = re.compile(r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)(\.tmp)?")
+    found = sorted(path for path in job.out.glob("*") if pattern.fullmatch(path.name))
+    own = job.tokenizer.resolve() if job.tokenizer else None
+    return sorted((path for path in found if path.resolve() != own), key=lambda path: path.name != "manifest.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole preparation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def prepare(job: Job) -> dict:
+    """Do a job and return its manifest.
+
+    Raises InputError for what the user can correct. After that or any other exception no file of this job is left. An
+    earlier preparation in the same folder is only replaced with `overwrite`, and only once all the input is found good.
+    """
+    earlier = earlier_output(job)
+    if earlier and not job.overwrite:
+        raise InputError(f"{job.out}: holds {earlier[0].name} already; --overwrite replaces it")
+    list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # nothing twice, nothing on both sides
+    given = _read_model(job.tokenizer) if job.tokenizer else None
+    found = survey(job)
+    if found.empty:
+        print(f"note: {found.empty} empty documents skipped", file=sys.stderr)
+    model = given or train_tokenizer(found.sample, job.vocab_size)
+    found.sample = []
+    job.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for path in earlier:
+            path.unlink()
+        return _write_all(job, model, found)
+    except BaseException:
+        for path in earlier_output(job):
+            path.unlink()
+        raise
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        model = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    load_tokenizer(model, str(path))
+    return model
+
+
+def _write_all(job: Job, model: bytes, found: Survey) -> dict:
+    sp = load_tokenizer(model, "tokenizer.model")
+    byte_counts = token_bytes(sp) if is_lossless(sp) else None
+    shards = _write_shards(job, model, byte_counts, sum(found.text_bytes.values()))
+    splits = {split: _total(split, shards, found) for split in SPLITS}
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "name": job.name,
+        "tokenizer": {
+            "file": "tokenizer.model",
+            "sha256": hashlib.sha256(model).hexdigest(),
+            "vocab_size": sp.vocab_size(),
+            "lossless": byte_counts is not None,
+            "bos_id": BOS_ID,
+        },
+        "splits": splits,
+        "shards": shards,
+        "source": [path.resolve().name for path in (*job.inputs, *job.val_inputs)],
+        "python": platform.python_version(),
+        "sentencepiece": spm.__version__,
+    }
+    with atomic_file(job.out / "tokenizer.model") as stream:
+        stream.write(model)
+    with atomic_file(job.out / "manifest.json") as stream:
+        stream.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
+    return manifest
+
+
+def _write_shards(job: Job, model: bytes, byte_counts: np.ndarray | None, total_bytes: int) -> list[dict]:
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(ShardWriter(job.out, split, job.shard_tokens, byte_counts)) for split in SPLITS
+        }
+        progress = stack.enter_context(
+            tqdm(desc="encoding", total=total_bytes, unit="B", unit_scale=True, disable=None)
+        )
+        batches = stack.enter_context(
+            contextlib.closing(encode_batches(model, make_batches(read_documents(job)), job.workers))
+        )
+        for batch, tokens in batches:
+            writers[batch.split].write(tokens)
+            progress.update(sum(len(text.encode()) for text in batch.texts))
+        for writer in writers.values():
+            writer.finish()
+        return [shard for writer in writers.values() for shard in writer.shards]
+
+
+def _total(split: str, shards: list[dict], found: Survey) -> dict:
+    """Add up a split's shards and compare them with what the first pass found in the text."""
+    own = [shard for shard in shards if shard["split"] == split]
+    counted = {key: sum(shard[key] or 0 for shard in own) for key in ("documents", "text_bytes", "tokens")}
+    expected = {"documents": found.documents[split], "text_bytes": found.text_bytes[split]}
+    for key, number in expected.items():
+        lossy = key == "text_bytes" and any(shard[key] is None for shard in own)
+        if counted[key] != number and not lossy:
+            raise InputError(
+                f"{split}: {number} {key} at the first reading, {counted[key]} encoded; did a file change?"
+            )
+    return {**counted, **expected}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def describe(manifest: dict) -> str:
+    """Return one line of text for each split of a manifest."""
+    lines = []
+    for split, total in manifest["splits"].items():
+        ratio = f", {total['text_bytes'] / total['tokens']:.4f} bytes/token" if total["tokens"] else ""
+        size = f"{total['documents']:,} documents, {total['text_bytes']:,} bytes"
+        lines.append(f"{split}: {size}, {total['tokens']:,} tokens{ratio}")
+    return "\n".join(lines)
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_arguments(arguments: list[str] | None) -> Job:
+    """Return the job that the command line describes."""
+    parser = argparse.ArgumentParser(description="Turn any text into a tokenizer, token shards and a manifest.")
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt, .jsonl (.gz, .xz, .zst) or folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
+    parser.add_argument("--name", help="name of the data set in the manifest (default: the folder's)")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="where .jsonl objects have their text")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--vocab-size", type=int, default=1024, help="pieces of the new tokenizer (default: 1024)")
+    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE.model", help="use this SentencePiece model instead")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument("--val-docs", type=int, metavar="N", help="the first N documents are for validation")
+    split.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="by hash of the text (0.02)")
+    split.add_argument("--val-input", type=Path, nargs="+", default=[], metavar="PATH", help="separate validation text")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: 100000000")
+    parser.add_argument("--tokenizer-sample-bytes", type=int, default=64_000_000, metavar="N", help="default: 64000000")
+    parser.add_argument("--workers", type=int, default=core_count(), metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--seed", type=int, default=1337, help="of the split by hash and of the tokenizer's sample")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier preparation in DIR")
+    options = vars(parser.parse_args(arguments))
+    options["inputs"], options["val_inputs"] = tuple(options["inputs"]), tuple(options.pop("val_input"))
+    options["name"] = options["name"] or options["out"].resolve().name
+    return Job(**options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
+    try:
+        manifest = prepare(parse_arguments(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, BrokenProcessPool) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(describe(manifest))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

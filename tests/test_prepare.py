@@ -1,0 +1,461 @@
+"""data/prepare.py: lossless text, shards and manifest re-read independently, determinism, errors and crashes."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import lzma
+import random
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import prepare
+import pytest
+import sentencepiece as spm
+import zstandard
+
+SP_SPACE = "\u2581"
+HOSTILE = [
+    "",
+    " ",
+    "   leading and trailing   ",
+    "tab\there\t\tand\tthere",
+    "line\r\nfeed\r\rand\n\n\n",
+    "\x00nul\x00\x00 \x01\x1f\x7f",
+    SP_SPACE,
+    f"{SP_SPACE}a {SP_SPACE}{SP_SPACE} b{SP_SPACE}\U0001f600{SP_SPACE}",
+    "\U0001f600\U0001f3fd\u200d\U0001f469\ufe0f",
+    "\u0301lone \u0327marks\u0301",
+    "\ufb01 \u212b \u00e5 a\u030a \uff21 \u00bd \u3000 \u00a0\u2028",
+    "\u6f22\u5b57\u4eee\u540d \u0627\u0644\u0639 \u05e2\u05d1\u05e8 \u0939\u093f\u0928",
+    "\u2585 \u2047 \ufffd \ufeff \ufdd0 \U0010ffff",
+    "<s></s><unk><pad><0x41><0xE2> <mask>",
+    "0123456789 1234567 3.14159",
+    "x" * 3000,
+]
+
+
+def make_texts(seed: int, count: int) -> list[str]:
+    """Return documents of made-up words, with some repeated, some with rare characters."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(400)]
+    texts = []
+    for number in range(count):
+        lines = [" ".join(rng.choices(words, k=rng.randint(3, 12))) + "." for _ in range(rng.randint(1, 6))]
+        texts.append("\n".join(lines) + (f" \u00e9\t{SP_SPACE}\U0001f600{number}" if number % 7 == 0 else ""))
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
+    path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def run(inputs: list[Path], out: Path, *options: str) -> int:
+    """Run the command line with small numbers, in this process unless the options say otherwise."""
+    defaults = ["--vocab-size", "400"] if "--tokenizer" not in options else []
+    defaults += ["--workers", "1"] if "--workers" not in options else []
+    return prepare.main([*map(str, inputs), "--out", str(out), *defaults, *options])
+
+
+def read_tokens(path: Path) -> list[int]:
+    """Read a shard with nothing but struct, checking every field of its header."""
+    content = path.read_bytes()
+    header = struct.unpack("<256i", content[:1024])
+    assert header[:2] == (20240520, 1) and set(header[3:]) == {0}
+    assert len(content) == 1024 + 2 * header[2]
+    return list(struct.unpack(f"<{header[2]}H", content[1024:]))
+
+
+def to_bytes(sp: spm.SentencePieceProcessor, ids: list[int]) -> bytes:
+    """Put text together piece by piece, the independent oracle of losslessness."""
+    out = b""
+    for token in ids:
+        piece = sp.id_to_piece(token)
+        assert not sp.is_control(token) and not sp.is_unknown(token)
+        out += bytes([int(piece[3:-1], 16)]) if sp.is_byte(token) else piece.replace(SP_SPACE, " ").encode()
+    return out
+
+
+def documents_in(out: Path, split: str) -> list[str]:
+    """Decode all documents of a split from its shards."""
+    sp = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    tokens = [token for path in sorted(out.glob(f"fineweb_{split}_*.bin")) for token in read_tokens(path)]
+    starts = [index for index, token in enumerate(tokens) if token == 1]
+    assert not tokens or starts[0] == 0
+    ends = [*starts[1:], len(tokens)]
+    return [to_bytes(sp, tokens[start + 1 : end]).decode() for start, end in zip(starts, ends, strict=True)]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return make_texts(0, 300)
+
+
+@pytest.fixture(scope="module")
+def source(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("source") / "text.jsonl", texts)
+
+
+@pytest.fixture(scope="module")
+def prepared(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared")
+    assert run([source], out, "--val-docs", "30", "--shard-tokens", "3001", "--name", "words") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def sp(prepared: Path) -> spm.SentencePieceProcessor:
+    return spm.SentencePieceProcessor(model_file=str(prepared / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def lossy_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer as others make them: NFKC, spaces squeezed, a space put in front."""
+    path = tmp_path_factory.mktemp("lossy") / "other.model"
+    with path.open("wb") as stream:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(" ".join(texts).split(".")),
+            model_writer=stream,
+            model_type="bpe",
+            vocab_size=400,
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text and tokens
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_survives(sp: spm.SentencePieceProcessor, text: str) -> None:
+    ids = prepare.encode(sp, text)
+    assert to_bytes(sp, ids) == text.encode()
+    assert sp.decode(ids) == text
+    assert sum(prepare.token_bytes(sp)[ids]) == len(text.encode())
+
+
+def test_random_unicode_survives(sp: spm.SentencePieceProcessor) -> None:
+    rng = random.Random(1)
+    ranges = [(32, 127), (0, 32), (0x80, 0x3000), (0x2580, 0x2586), (0x3000, 0xD800), (0xE000, 0x110000), (32, 33)]
+    for _ in range(2000):
+        text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
+        ids = prepare.encode(sp, text)
+        assert to_bytes(sp, ids) == text.encode() and sp.decode(ids) == text
+
+
+@pytest.mark.parametrize("filler", ["banana  split\n", "  ", "\u6f22", f"a{SP_SPACE}b "])
+def test_long_text_is_encoded_in_parts_without_loss(sp: spm.SentencePieceProcessor, filler: str) -> None:
+    text = filler * (3 * prepare.SEGMENT // len(filler))
+    assert to_bytes(sp, prepare.encode(sp, text)) == text.encode()
+
+
+def test_parts_of_a_long_text_have_the_tokens_of_the_whole(sp: spm.SentencePieceProcessor) -> None:
+    text = " ".join(make_texts(5, 1500)).replace(SP_SPACE, "")
+    assert len(text) > 2 * prepare.SEGMENT
+    assert prepare.encode(sp, text) == sp.encode(text)
+
+
+def test_tokenizer_layout(sp: spm.SentencePieceProcessor) -> None:
+    assert sp.vocab_size() == 400
+    assert [sp.id_to_piece(i) for i in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert [sp.id_to_piece(4 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert prepare.is_lossless(sp)
+
+
+def test_other_tokenizers_are_used_as_they_are(lossy_model: Path) -> None:
+    lossy = spm.SentencePieceProcessor(model_file=str(lossy_model))
+    assert not prepare.is_lossless(lossy)
+    text = f"  bado  {SP_SPACE} kela\n"
+    assert prepare.encode(lossy, text) == lossy.encode(text)
+
+
+def test_vocabulary_of_a_large_script() -> None:
+    """More characters than pieces: the rare ones become bytes, the size is still the one asked for."""
+    rng = random.Random(2)
+    text = "".join(chr(0x4E00 + int(rng.paretovariate(0.5)) % 6000) for _ in range(30_000))
+    model = prepare.load_tokenizer(prepare.train_tokenizer([text[:16_000], text[16_000:]], 512), "test")
+    assert model.vocab_size() == 512 and prepare.is_lossless(model)
+    assert to_bytes(model, prepare.encode(model, text)) == text.encode()
+
+
+@pytest.mark.parametrize("text", ["\t", "\x00", SP_SPACE, "x", "]^-\\\\", " " * 20_000, "\n" * 5000, "ab" * 5000])
+def test_text_without_enough_variety_is_an_error(text: str) -> None:
+    with pytest.raises(prepare.InputError, match="it yields at most"):
+        prepare.train_tokenizer([text], 400)
+
+
+def test_sample_is_bounded_uniform_and_reproducible() -> None:
+    def sample(seed: int) -> list[str]:
+        sampler = prepare.Sampler(budget=20_000, seed=seed)
+        for number in range(5000):
+            sampler.add(f"{number:04d}" * 25)
+        return sampler.passages()
+
+    numbers = [int(text[:4]) for text in sample(1)]
+    assert len(numbers) == 200 and numbers == sorted(numbers)
+    assert 2000 < sum(numbers) / len(numbers) < 3000
+    assert sample(1) == sample(1) != sample(2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards and manifest
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_documents_come_back(prepared: Path, texts: list[str]) -> None:
+    assert documents_in(prepared, "val") == texts[:30]
+    assert documents_in(prepared, "train") == texts[30:]
+
+
+def test_manifest_numbers(prepared: Path, sp: spm.SentencePieceProcessor, texts: list[str]) -> None:
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    model = (prepared / "tokenizer.model").read_bytes()
+    assert manifest["tokenizer"] == {
+        "file": "tokenizer.model",
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "vocab_size": 400,
+        "lossless": True,
+        "bos_id": 1,
+    }
+    assert (manifest["version"], manifest["name"], manifest["source"]) == (1, "words", ["text.jsonl"])
+    assert {shard["file"] for shard in manifest["shards"]} == {path.name for path in prepared.glob("*.bin")}
+    totals = {split: {"documents": 0, "text_bytes": 0, "tokens": 0} for split in ("train", "val")}
+    for shard in manifest["shards"]:
+        tokens = read_tokens(prepared / shard["file"])
+        text = [token for token in tokens if token != 1]
+        found = {"documents": len(tokens) - len(text), "text_bytes": len(to_bytes(sp, text)), "tokens": len(tokens)}
+        assert found == {key: shard[key] for key in found}
+        assert shard["sha256"] == hashlib.sha256((prepared / shard["file"]).read_bytes()).hexdigest()
+        totals[shard["split"]] = {key: totals[shard["split"]][key] + number for key, number in found.items()}
+    assert manifest["splits"] == totals
+    assert totals["val"]["documents"] == 30 and totals["train"]["documents"] == 270
+    assert totals["val"]["text_bytes"] == sum(len(text.encode()) for text in texts[:30])
+
+
+def test_shards_are_full_but_the_last(prepared: Path) -> None:
+    sizes = [len(read_tokens(path)) for path in sorted(prepared.glob("fineweb_train_*.bin"))]
+    assert len(sizes) > 3 and set(sizes[:-1]) == {3001} and 0 < sizes[-1] <= 3001
+
+
+def test_given_tokenizer_and_lossy_counts(source: Path, texts: list[str], lossy_model: Path, tmp_path: Path) -> None:
+    assert run([source], tmp_path, "--tokenizer", str(lossy_model), "--val-docs", "20") == 0
+    assert (tmp_path / "tokenizer.model").read_bytes() == lossy_model.read_bytes()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["tokenizer"]["lossless"] is False
+    assert {shard["text_bytes"] for shard in manifest["shards"]} == {None}
+    assert manifest["splits"]["val"]["text_bytes"] == sum(len(text.encode()) for text in texts[:20])
+    lossy = spm.SentencePieceProcessor(model_file=str(lossy_model))
+    expected = [token for text in texts[:20] for token in [1, *lossy.encode(text)]]
+    assert read_tokens(tmp_path / "fineweb_val_000000.bin") == expected
+
+
+def test_output_does_not_depend_on_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1500)  # many more batches than the window holds
+    for workers in ("1", "2"):
+        assert run([source], tmp_path / workers, "--workers", workers, "--shard-tokens", "2000", "--name", "n") == 0
+    assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
+
+
+def zstd_frames(content: bytes) -> bytes:
+    """Compress as two frames, as parallel compressors and concatenation do."""
+    half = len(content) // 2
+    return zstandard.ZstdCompressor().compress(content[:half]) + zstandard.ZstdCompressor().compress(content[half:])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd_frames)]
+)
+def test_compressed_input_equals_plain(
+    source: Path, tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
+) -> None:
+    packed = tmp_path / f"text.jsonl{suffix}"
+    packed.write_bytes(compress(source.read_bytes()))
+    assert run([source], tmp_path / "plain") == 0 and run([packed], tmp_path / "packed") == 0
+    plain, other = snapshot(tmp_path / "plain"), snapshot(tmp_path / "packed")
+    assert {name: plain[name] for name in plain if name != "manifest.json"} == {
+        name: other[name] for name in other if name != "manifest.json"
+    }
+    for cut in (len(packed.read_bytes()) // 2, len(packed.read_bytes()) - 3):
+        packed.write_bytes(compress(source.read_bytes())[:cut])
+        assert run([packed], tmp_path / "cut") == 2
+        assert not (tmp_path / "cut").exists()
+
+
+def test_folder_of_text_files(texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    (folder / "b").mkdir(parents=True)
+    (folder / "c.txt").write_bytes(b"last\r\n document \x00")
+    (folder / "a.jsonl").write_text(json.dumps({"body": "first"}) + "\n\n" + json.dumps({"body": ""}) + "\n")
+    (folder / "notes.md").write_text("not read")
+    for number, text in enumerate(texts[:100]):
+        (folder / "b" / f"{number:03d}.txt").write_bytes(text.encode())
+    assert run([folder], tmp_path / "out", "--val-docs", "2", "--text-key", "body") == 0
+    assert "1 empty documents skipped" in capsys.readouterr().err
+    assert documents_in(tmp_path / "out", "val") == ["first", texts[0]]
+    assert documents_in(tmp_path / "out", "train") == [*texts[1:100], "last\r\n document \x00"]
+
+
+def test_split_by_hash_keeps_duplicates_together(texts: list[str], tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl", texts * 3)
+    for seed in ("1", "2"):
+        assert run([source], tmp_path / seed, "--val-fraction", "0.2", "--seed", seed) == 0
+        train, val = documents_in(tmp_path / seed, "train"), documents_in(tmp_path / seed, "val")
+        assert sorted(train + val) == sorted(texts * 3) and not set(train) & set(val)
+        assert 0.1 < len(val) / len(texts * 3) < 0.3
+    assert documents_in(tmp_path / "1", "val") != documents_in(tmp_path / "2", "val")
+
+
+def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts: list[str], tmp_path: Path) -> None:
+    foreign = write_jsonl(tmp_path / "val.jsonl", ["\u0416\u0416\u0416 " * 500])
+    assert run([source], tmp_path / "a", "--val-input", str(foreign)) == 0
+    assert documents_in(tmp_path / "a", "train") == texts
+    assert documents_in(tmp_path / "a", "val") == ["\u0416\u0416\u0416 " * 500]
+    assert run([source], tmp_path / "b", "--val-fraction", "0") == 0
+    assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
+    assert not list((tmp_path / "b").glob("fineweb_val_*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What users get wrong
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.txt", b"fine\nfine\nb\xffad", "bad.txt, line 3: not valid UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bad.jsonl, line 2: not valid UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": \n', "bad.jsonl, line 2: not JSON"),
+        ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', 'bad.jsonl, line 2: no string under the key "text"'),
+        ("bad.jsonl", b'{"text": 3}\n', "bad.jsonl, line 1: no string"),
+        ("bad.jsonl", b'["text"]\n', "bad.jsonl, line 1: no string"),
+        ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b\\ud800"}\n', "bad.jsonl, line 3: lone surrogate U+D800"),
+        ("bad.jsonl", b"", "no text"),
+        ("bad.jsonl", b'{"text": ""}\n', "1 documents, all of them empty"),
+        ("bad.csv", b"a,b\n", "unsupported extension"),
+        ("bad.jsonl.gz", b"not gzip", "bad.jsonl.gz: cannot be read"),
+        ("bad.jsonl.xz", b"not xz", "bad.jsonl.xz: cannot be read"),
+        ("bad.jsonl.zst", b"not zstandard", "bad.jsonl.zst: cannot be read"),
+        ("bad.txt", b"one document only", "no validation documents"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "no training documents"),
+    ],
+)
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    options = ["--val-docs", "2"] if "no training" in message else []
+    assert run([path], tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vocab-size", "9000"], "too small for --vocab-size 9000: it yields at most"),
+        (["--vocab-size", "100"], "between 320 and 65536"),
+        (["--val-fraction", "1.5"], "--val-fraction"),
+        (["--shard-tokens", "0"], "--shard-tokens must be at least 1"),
+        (["--val-input", "SOURCE"], "given more than once"),
+        (["--tokenizer", "SOURCE"], "not a SentencePiece model"),
+        (["--tokenizer", "/nonexistent.model"], "cannot be read"),
+    ],
+)
+def test_bad_options(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run([source], tmp_path / "out", *[str(source) if o == "SOURCE" else o for o in options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_earlier_output_is_replaced_only_on_request(
+    source: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run([source], out, "--shard-tokens", "2000") == 0
+    before = snapshot(out)
+    assert run([source], out) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\xff")
+    assert run([source, bad], out, "--overwrite") == 2
+    assert snapshot(out) == before
+    (out / "mine.txt").write_text("not ours")
+    smaller = write_jsonl(tmp_path / "fewer.jsonl", texts[:150])
+    assert run([smaller], out, "--overwrite", "--val-docs", "1") == 0
+    named = {shard["file"] for shard in json.loads((out / "manifest.json").read_text())["shards"]}
+    assert set(snapshot(out)) == named | {"tokenizer.model", "manifest.json", "mine.txt"}
+    assert documents_in(out, "train") == texts[1:150]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Crashes
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_in_the_middle_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def failing(sp: spm.SentencePieceProcessor, text: str) -> list[int]:
+        calls.append(text)
+        if len(calls) == 200:
+            assert len(list(tmp_path.glob("fineweb_train_*.bin"))) > 3
+            raise OSError(28, "No space left on device")
+        return sp.encode(text)
+
+    monkeypatch.setattr(prepare, "encode", failing)
+    monkeypatch.setattr(prepare, "is_lossless", lambda sp: True)
+    monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1000)
+    assert run([source], tmp_path, "--shard-tokens", "1000") == 1
+    assert snapshot(tmp_path) == {}
+
+
+KILLED = """
+import sys, time, prepare
+original = prepare.encode_batch
+def slowly(sp, batch):
+    time.sleep(0.05)
+    return original(sp, batch)
+prepare.encode_batch, prepare.BATCH_CHARACTERS = slowly, 1000
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_leaves_no_manifest_and_no_broken_shard(source: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ["--vocab-size", "400", "--workers", "1", "--shard-tokens", "1000", "--name", "n"]
+    folder = str(Path(prepare.__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(source), "--out", str(out), *options], env={"PYTHONPATH": folder}
+    )
+    deadline = time.monotonic() + 15
+    while not list(out.glob("fineweb_train_00000[1-9].bin")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    finished = list(out.glob("*.bin"))
+    assert finished and not (out / "manifest.json").exists()
+    assert all(len(read_tokens(path)) == 1000 for path in finished)
+    assert run([source], out, *options) == 2
+    assert run([source], out, *options, "--overwrite") == 0
+    assert run([source], tmp_path / "clean", *options) == 0
+    assert snapshot(out) == snapshot(tmp_path / "clean")
