@@ -137,8 +137,8 @@ def main() -> int:
         "export": lambda arm: bench_export(config, stream, device) if arm == "plain" else None,
         "score": lambda arm: bench_score(config, stream, table, device, arm, windows),
     }
-    report: dict[str, Any] = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, results=[],
-                                  versions=tg.versions(device, tg.choose_attention(config.attention, device)[0]))  # fmt: skip
+    versions = tg.versions(device, tg.choose_attention(config.attention, device)[0])
+    report = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[])
     for phase in arguments.phases.split(","):
         for arm in arguments.arms.split(","):
             result = jobs[phase](arm)
