@@ -1,0 +1,69 @@
+"""Every command of the READMEs runs: as it stands, or on small inputs, or with --describe where it needs GPUs."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+TRAIN_SMOKE = "RECIPE=records/recipes/smoke.env python train_gpt.py"
+GPU_SMOKE = "python tests/benchmarks/gpu.py --quick --arms plain --recipe records/recipes/smoke.env"
+CHECKS = (  # what the README says, what is run (None: that), exit code, and a word of the output
+    (r"torchrun --standalone --nproc_per_node=\d train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
+    (r"make (demo|test)", "make -n demo test", 0, "train_gpt.py"),  # CI runs them for real
+    (r"python data/download.py .*", None, 1, "error:"),  # the arguments are right, the network is closed
+    (
+        r"python data/prepare.py FILE_OR_FOLDER --out data/mine",
+        "python data/prepare.py text --out mine",
+        0,
+        "train: 40",
+    ),
+    (r"python data/prepare.py .*", None, 2, "no such file"),  # the arguments are right, the files are the reader's
+    (r"DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model python train_gpt.py", TRAIN_SMOKE, 0, "RESULT"),
+    (r"python train_gpt.py --(help|describe)", None, 0, "model"),
+    (r"python data/demo.py", None, 0, "kept"),
+    (r"python tests/benchmarks/trainer.py .*", "python tests/benchmarks/trainer.py --help", 0, "--out"),
+    (r"python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out .*", GPU_SMOKE, 0, "BENCH {"),
+)
+
+
+def commands() -> list[str]:
+    """The indented lines of the READMEs that start programs, without their comments."""
+    lines = [line for name in ("README.md", "data/README.md") for line in (ROOT / name).read_text().splitlines()]
+    found = [
+        line.split("  #")[0].strip() for line in lines if re.match(r"    (\w+=\S+ )*(python|torchrun|make) ", line)
+    ]
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture
+def checkout(tmp_path, demo_data):
+    """A folder that looks like the root of the project, in which what the commands write stays."""
+    for entry in ROOT.iterdir():
+        if entry.name not in (".git", ".venv", "runs"):
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "text").mkdir()
+    for n in range(42):
+        words = " ".join(f"{chr(97 + (n * k) % 26) * (k % 7 + 1)}{n * k}" for k in range(300))
+        (tmp_path / "text" / f"{n}.txt").write_text(f"Document {n}. {words}\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, checkout):
+    plain = re.sub(r"^(RECIPE=\S+ )", "", command)
+    replacement, code, word = next(check[1:] for check in CHECKS if re.fullmatch(check[0], plain))
+    shown = re.sub(re.escape(plain) + "$", replacement, command) if replacement else command
+    shown = shown.replace("--out mine", "--out mine --val-docs 2 --vocab-size 320")
+    line = re.sub(r"\bpython\b(?! -)", sys.executable, shown, count=1)
+    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    result = subprocess.run(line, shell=True, env=env, cwd=checkout, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    assert word in result.stdout + result.stderr
+
+
+def test_every_kind_of_command_is_there():
+    for pattern, *_ in CHECKS:
+        assert any(re.search(pattern, command) for command in commands()), pattern
