@@ -15,6 +15,7 @@ K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from glob import glob
 from pathlib import Path
@@ -186,6 +187,7 @@ ABSENT = {
     "DTG_ENABLED": ("0", "off in every published run of this line"),
     "MOMENTUM_CYCLIC": ("0", "dropped by its own authors"),
     "ADAPTIVE_WARMDOWN": ("0", "its trigger was noise; set WARMDOWN_FRAC"),
+    "TTT_ENABLED": ("*", "the trainer never adapts to the validation text"),
     "TTT_QAT": ("0", "adapted weights are never quantised"),
     "MTP_NUM_HEADS": ("0", "not built"),
     "TRIGRAM": ("0", "not built"),
@@ -245,14 +247,16 @@ def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
     problems: list[str] = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        return {}, [f"RECIPE={path}: {error.strerror}"]
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, [f"RECIPE={path}: {error}"]
     for number, line in enumerate(lines, 1):
         line = line.split("#", 1)[0].strip().removeprefix("export ").strip()
         if not line:
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
-        if not equals or key not in known:
+        if not equals:
+            problems.append(f"{path}:{number}: expected KEY=VALUE, found {line!r}")
+        elif key not in known:
             near = likely_name(key, known)
             problems.append(f"{path}:{number}: unknown setting {key!r}" + (f", did you mean {near}?" if near else ""))
         elif key in values:
@@ -262,41 +266,53 @@ def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
     return values, problems
 
 
-def without_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str], list[str]]:
-    """GIVEN with aliases renamed and absent variables taken out; the problems met; the notices to log."""
-    values, problems, notices = dict(given), [], []
+def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:
+    """GIVEN with aliases renamed and absent variables taken out, which adds to the problems or to the notices."""
+    values = dict(given)
     for alias, name in ALIASES.items():
         if alias in values:
             if values.setdefault(name, values[alias]) != values[alias]:
                 problems.append(f"{alias}={values[alias]} contradicts {name}={values[name]}")
             del values[alias]
-    for name, (accepted, why) in ABSENT.items():
-        if name in values:
-            value = values.pop(name)
-            if accepted == "*" or value in accepted.split():
-                notices.append(f"{name}={value} has no effect here: {why}")
-            else:
-                problems.append(f"{name}={value} is not supported ({why}); accepted: {accepted}")
-    return values, problems, notices
+    for name in ABSENT.keys() & values.keys():
+        value, (accepted, why) = values.pop(name), ABSENT[name]
+        if accepted == "*" or value in accepted.split():
+            notices.append(f"{name}={value} has no effect here: {why}")
+        else:
+            problems.append(f"{name}={value} is not supported ({why}); accepted: {accepted}")
+    return values
 
 
 def inconsistencies(c: Config) -> list[str]:
     """What is wrong between settings that are right each for itself."""
     rows = c.train_batch_tokens // c.train_seq_len
-    ve_layers_ok = re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", c.ve_layers) and max(c.value_layers or [0]) < c.num_layers
+    ve_ok = not c.ve_enabled or re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", c.ve_layers)
+    ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers) and max(c.value_layers, default=0) < c.num_layers
     rules = [
+        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: the name of one folder, under runs/"),
         (c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim} is no multiple of NUM_HEADS={c.num_heads}"),
         (c.num_heads % c.num_kv_heads == 0, f"NUM_HEADS={c.num_heads} is no multiple of NUM_KV_HEADS={c.num_kv_heads}"),
         (c.head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {c.head_dim} is odd"),
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the one for first tokens"),
-        (not c.ve_enabled or ve_layers_ok, f"VE_LAYERS={c.ve_layers!r}: numbers from 0 to {c.num_layers - 1}"),
+        (ve_ok, f"VE_LAYERS={c.ve_layers!r}: different numbers from 0 to {c.num_layers - 1}"),
         (c.train_batch_tokens % c.train_seq_len == 0 and rows % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
          f"TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
     return [message for ok, message in rules if not ok]
+
+
+def checked_value(f: Field, text: str) -> Any:
+    """The value of field F that TEXT stands for; ValueError where its type or range is wrong."""
+    name, value = f.name.upper(), parse_value(f.name.upper(), text, f.type)
+    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{name}={text!r}: one of {', '.join(choices)}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        raise ValueError(f"{name}={text}: at least {low}" + (f", at most {high}" if high is not None else ""))
+    return value
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str]]:
@@ -308,29 +324,21 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     """
     by_name = {f.name.upper(): f for f in fields(Config)}
     known = {*by_name, *ALIASES, *ABSENT}
+    notices: list[str] = []
     recipe, problems = read_recipe(environ["RECIPE"], known) if environ.get("RECIPE") else ({}, [])
-    given, more, notices = without_aliases({**recipe, **{k: v for k, v in environ.items() if k in known}})
-    problems += more
+    ours = {name: text for name, text in environ.items() if name in known}
+    given = lineage_names(recipe, problems, notices) | lineage_names(ours, problems, notices)
     excused = {*known, "RECIPE", "IGNORE_ENV", *environ.get("IGNORE_ENV", "").split(",")}
     for name in environ:
         if name not in excused and re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and (near := likely_name(name, known)):
             problems.append(f"{name} is set, did you mean {near}? (IGNORE_ENV={name} if not)")
     values = {}
     for name, text in given.items():
-        f = by_name[name]
-        low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
         try:
-            value = parse_value(name, text, f.type)
+            values[by_name[name].name] = checked_value(by_name[name], text)
         except ValueError as error:
             problems.append(str(error))
-            continue
-        if choices and value not in choices:
-            problems.append(f"{name}={text!r}: one of {', '.join(choices)}")
-        elif (low is not None and value < low) or (high is not None and value > high):
-            problems.append(f"{name}={text}: at least {low}" + (f", at most {high}" if high is not None else ""))
-        else:
-            values[f.name] = value
-    if not problems:
+    if len(values) == len(given):
         problems += inconsistencies(Config(**values))
     if problems:
         raise UserError("the settings have problems:\n" + "\n".join(f"  {p}" for p in problems))
@@ -408,8 +416,10 @@ def open_shard(path: str) -> np.ndarray:
     A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count), then the tokens. Raises
     UserError where magic, version or length are not as they must be.
     """
-    size = os.path.getsize(path)
-    header = np.fromfile(path, dtype="<i4", count=256)
+    try:
+        size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
     if len(header) < 256:
         raise UserError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header of a shard")
     magic, version, count = (int(x) for x in header[:3])
@@ -464,22 +474,30 @@ class TokenStream:
 
 
 def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
-    """Hold the shards against the manifest.json beside them, where there is one: tokenizer and token counts."""
+    """Hold the shards against the manifest.json beside them, where there is one.
+
+    Raises UserError for another tokenizer, another token count, and validation shards that are listed but not there.
+    """
     path = Path(stream.paths[0]).with_name("manifest.json")
     if not path.exists():
         return
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        expected = {shard["file"]: shard["tokens"] for shard in manifest["shards"]}
-        made_with = manifest["tokenizer"]["sha256"]
+        listed = {shard["file"]: (shard["tokens"], shard["split"]) for shard in manifest["shards"]}
+        made_with = str(manifest["tokenizer"]["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a manifest of data/prepare.py: {error!r}") from error
     if made_with != tokenizer_sha256:
         raise UserError(f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
+    splits = set()
     for shard_path, shard in zip(stream.paths, stream.shards, strict=True):
-        name = Path(shard_path).name
-        if expected.get(name) != len(shard):
-            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {expected.get(name)}")
+        tokens, split = listed.pop(Path(shard_path).name, (None, None))
+        splits.add(split)
+        if tokens != len(shard):
+            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {tokens}")
+    missing = sorted(name for name, (_, split) in listed.items() if split == "val") if "val" in splits else []
+    if missing:
+        raise UserError(f"{path} lists validation shards that are not there: {', '.join(missing)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -521,6 +539,8 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
     """The ByteTable of a SentencePiece model. UserError where it is missing, broken, or not for this vocabulary."""
     import sentencepiece as spm
 
+    if not Path(path).is_file():  # SentencePiece aborts the process over a folder or an empty name
+        raise UserError(f"TOKENIZER_PATH={path}: no such file")
     try:
         sp = spm.SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError) as error:
@@ -531,7 +551,8 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
             f"expected VOCAB_SIZE={vocab_size} with BOS {BOS_ID}"
         )
     boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)])
-    lossless = sp.decode(sp.encode(LOSSLESS_PROBE)) == LOSSLESS_PROBE
+    adds_space = sp.encode("a", out_type=str)[0].startswith("\u2581")  # decoding would hide it again
+    lossless = not adds_space and sp.decode(sp.encode(LOSSLESS_PROBE)) == LOSSLESS_PROBE
     if not lossless and sp.piece_to_id("\u2581") == sp.unk_id():
         raise UserError(f"TOKENIZER_PATH={path}: without a piece for a lone space, bytes are miscounted (issue #897)")
     base, space = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
@@ -1341,6 +1362,7 @@ class Run:
     config: Config
     device: torch.device
     kernel: AttentionFn
+    versions: dict[str, Any]
     folder: Path
     log: RunLog
     train: TokenStream
@@ -1583,7 +1605,8 @@ def make_run_folder(config: Config, environ: Mapping[str, str]) -> Path:
         stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         folder = Path("runs") / (config.run_id or f"{stamp}_seed{config.seed}")
         try:
-            (folder / "source").mkdir(parents=True, exist_ok=False)
+            folder.mkdir(parents=True)
+            (folder / "source").mkdir()
             for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
                 shutil.copy(path, folder / "source")
             result = [folder]
@@ -1604,14 +1627,14 @@ def versions(device: torch.device, attention: str) -> dict[str, Any]:
                 attention=attention, numpy=np.__version__, threads=torch.get_num_threads())  # fmt: skip
 
 
-def prepare_run(config: Config, environ: Mapping[str, str]) -> tuple[Run, str]:
+def prepare_run(config: Config, environ: Mapping[str, str]) -> Run:
     """Check everything that can be wrong with the data and the machine, then make the run folder."""
     device = start_ranks(config, environ)
     attention, kernel = choose_attention(config.attention, device)
     split_batch(config)
     byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
-    train_stream, val_stream = (TokenStream(glob_, config.vocab_size) for glob_ in (config.train_glob, config.val_glob))
+    train_stream, val_stream = (TokenStream(files, config.vocab_size) for files in (config.train_glob, config.val_glob))
     for stream in (train_stream, val_stream):
         check_manifest(stream, tokenizer_sha256)
     val_tokens = val_stream.read(0, len(val_stream)).astype(np.uint16)
@@ -1619,21 +1642,20 @@ def prepare_run(config: Config, environ: Mapping[str, str]) -> tuple[Run, str]:
     check_fingerprint(len(val_tokens), int(byte_table.count(val_tokens[:-1], val_tokens[1:]).sum()))
     import_zstandard()
     folder = make_run_folder(config, environ)
+    found = versions(device, attention)
     log = RunLog(folder)
-    run = Run(config, device, kernel, folder, log, train_stream, val_tokens, byte_table, tokenizer_sha256)
-    return run, attention
+    return Run(config, device, kernel, found, folder, log, train_stream, val_tokens, byte_table, tokenizer_sha256)
 
 
-def log_setup(run: Run, model: GPT, given: Mapping[str, Any], notices: list[str], attention: str) -> None:
+def log_setup(run: Run, model: GPT, given: Mapping[str, Any], notices: list[str]) -> None:
     """The head of the log: versions, the settings with those given marked, data and model in the field's dialect."""
     c, log = run.config, run.log
-    found = versions(run.device, attention)
-    log.line(" ".join(f"{name}:{value}" for name, value in found.items()))
+    log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
     for f in fields(Config):
         log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
     for notice in notices:
         log.line(f"note: {notice}")
-    if attention == "sdpa" and run.device.type == "cuda":
+    if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
         log.line("WARNING: no flash attention is installed, torch's own attention runs instead and is slower")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.train_glob).parent.name} train_shards:{len(run.train.paths)}")
@@ -1642,15 +1664,17 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any], notices: list[str]
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     log.line(f"seed:{c.seed}")
     if rank() == 0:
-        settings = dict(config=asdict(c), given=dict(given), versions=found)
-        (run.folder / "config.json").write_text(json.dumps(settings, indent=1))
+        settings = dict(config=asdict(c), given=dict(given), versions=run.versions)
+        write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode())
 
 
 def export(run: Run, model: GPT, hessians: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """Write final_model.pt and the artifact (rank 0), log the sizes; returns them with hashes, on every rank."""
     path, result = run.folder / "final_model.int6.ptz", [None]
     if rank() == 0:
-        torch.save(model.state_dict(), run.folder / "final_model.pt")
+        checkpoint = io.BytesIO()
+        torch.save(model.state_dict(), checkpoint)
+        write_atomically(run.folder / "final_model.pt", checkpoint.getvalue())
         records = quantize(model.state_dict(), hessians, run.config)
         blob = encode_artifact(run.config, records, run.tokenizer_sha256)
         write_atomically(path, blob)
@@ -1686,9 +1710,9 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
 
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Train, export, read back, score, report; returns the exit code."""
-    run, attention = prepare_run(config, environ)
+    run = prepare_run(config, environ)
     model = GPT(config, compute_dtype(run.device), run.kernel).init_weights(config.seed).to(run.device)
-    log_setup(run, model, given, notices, attention)
+    log_setup(run, model, given, notices)
     loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (mean_nll, token_nll))
     reserve = warm_up(run, model, loss_fn, nll_fn)
     clock = Clock(run.device)
@@ -1715,7 +1739,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
         legal=True,
         sha256_code={path.name: sha256_file(path) for path in code_files()},
         sha256_tokenizer=run.tokenizer_sha256,
-        versions=versions(run.device, attention),
+        versions=run.versions,
     )
     run.log.line(f"clocks: contest {result['train_seconds']:.1f}s strict {result['strict_seconds']:.1f}s")
     run.log.line("RESULT " + json.dumps(result))

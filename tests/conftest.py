@@ -48,6 +48,7 @@ def run_trainer(tmp_path):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train_gpt.py"), *args]
         kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
-        return subprocess.run(command, env={**kept, **env}, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        env = {"OMP_NUM_THREADS": "1", **kept, **env}
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run

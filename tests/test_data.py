@@ -1,0 +1,258 @@
+"""Data: shards written by struct and read back, broken shards, the endless stream, batches by rank, the manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt
+from train_gpt import Config, TokenStream, UserError, check_manifest, open_shard, split_batch, step_batches
+
+VOCAB = 1024
+
+
+def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+    """A shard, byte by byte: 256 little-endian int32, then little-endian uint16."""
+    header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    path.write_bytes(header + struct.pack(f"<{len(tokens)}H", *tokens))
+    return path
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """A function that writes shards of the given lengths and returns the stream of them, with its tokens in order."""
+
+    def make(*lengths: int, split: str = "train") -> tuple[TokenStream, np.ndarray]:
+        tokens = random_tokens(sum(lengths))
+        for index in reversed(range(len(lengths))):  # their names give the order, not their age
+            start = sum(lengths[:index])
+            write_shard(tmp_path / f"fineweb_{split}_{index:06d}.bin", tokens[start : start + lengths[index]])
+        return TokenStream(f"{tmp_path}/fineweb_{split}_*.bin", VOCAB), np.array(tokens)
+
+    return make
+
+
+def message_of(function, *args) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args)
+    return str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_open_shard_reads_what_struct_wrote(tmp_path):
+    tokens = [1, 0, 255, 256, 65535, 4660]
+    path = write_shard(tmp_path / "a.bin", tokens)
+    assert open_shard(str(path)).tolist() == tokens
+    assert path.stat().st_size == 1024 + 2 * 6
+
+
+def test_no_shards(tmp_path):
+    assert f"{tmp_path}/x_*.bin" in message_of(TokenStream, f"{tmp_path}/x_*.bin", VOCAB)
+
+
+def broken_shards() -> dict[str, tuple]:
+    tokens = random_tokens(100)
+    return {
+        "empty": (lambda path: path.write_bytes(b""), ["0 bytes"]),
+        "shorter than a header": (lambda path: path.write_bytes(b"\0" * 1023), ["1023 bytes"]),
+        "truncated": (
+            lambda path: path.write_bytes(write_shard(path, tokens).read_bytes()[:-2]),
+            ["1222 bytes", "100 tokens", "1224"],
+        ),
+        "half a token more": (
+            lambda path: path.write_bytes(write_shard(path, tokens).read_bytes() + b"\0"),
+            ["1225 bytes", "100 tokens", "1224"],
+        ),
+        "count too small": (lambda path: write_shard(path, tokens, count=99), ["1224 bytes", "99 tokens"]),
+        "count too large": (lambda path: write_shard(path, tokens, count=101), ["1224 bytes", "101 tokens"]),
+        "negative count": (lambda path: write_shard(path, tokens, count=-100), ["-100 tokens"]),
+        "no tokens": (lambda path: write_shard(path, []), ["0 tokens"]),
+        "wrong magic": (lambda path: write_shard(path, tokens, magic=20240521), ["20240521", "20240520"]),
+        "wrong version": (lambda path: write_shard(path, tokens, version=2), ["version 2", "version 1"]),
+        "a text": (lambda path: path.write_text("Once upon a time. " * 100), ["1701015119", "20240520"]),
+        "token beyond the vocabulary": (lambda path: write_shard(path, [*tokens, 1024]), ["1024", "VOCAB_SIZE=1024"]),
+        "a link to nothing": (lambda path: path.symlink_to(path.with_name("gone")), []),
+        "a folder": (lambda path: path.mkdir(), []),
+    }
+
+
+@pytest.mark.parametrize("kind", broken_shards())
+def test_a_broken_shard_is_named_with_its_numbers(tmp_path, kind):
+    write_shard(tmp_path / "fineweb_val_000000.bin", random_tokens(10))
+    path = tmp_path / "fineweb_val_000001.bin"
+    make, words = broken_shards()[kind]
+    make(path)
+    message = message_of(TokenStream, f"{tmp_path}/fineweb_val_*.bin", VOCAB)
+    assert [word for word in [str(path), *words] if word not in message] == []
+
+
+def test_a_token_beyond_the_vocabulary_later_in_a_shard_is_found_when_read(tmp_path):
+    tokens = [5] * 70_000
+    tokens[69_990] = 2000
+    path = write_shard(tmp_path / "fineweb_train_000000.bin", tokens)
+    found = TokenStream(str(path), VOCAB)
+    assert found.read(0, 69_990).tolist() == tokens[:69_990]
+    assert found.read(69_991, 100).tolist() == [5] * 100  # the last 9, then from the start
+    for start, count in ((69_000, 991), (69_990, 1), (69_995, 69_999)):
+        message = message_of(found.read, start, count)
+        assert str(path) in message and "2000" in message and "VOCAB_SIZE=1024" in message
+    assert TokenStream(str(path), 2001).read(69_990, 1).tolist() == [2000]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stream and batches
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(37,), (10, 1, 26), (7, 30, 1, 1, 5)])
+def test_read_across_borders_and_around_the_end(stream, lengths):
+    found, tokens = stream(*lengths)
+    total = len(tokens)
+    assert len(found) == total
+    for start in [*range(total), total, 3 * total + 5, 10**12]:
+        for count in (1, 2, 9, total - 1, total, total + 1, 3 * total + 2):
+            read = found.read(start, count)
+            assert read.dtype == np.int64
+            assert np.array_equal(read, tokens[(start + np.arange(count)) % total]), (start, count)
+
+
+def test_read_gives_an_array_of_its_own(stream):
+    found, tokens = stream(20)
+    found.read(0, 20)[:] = 0
+    assert found.read(0, 20).tolist() == tokens.tolist()
+
+
+def test_rows_are_inputs_and_the_tokens_after_them(stream):
+    found, tokens = stream(11, 20)
+    inputs, targets = found.rows(5, 3, 6, torch.device("cpu"))
+    assert inputs.tolist() == tokens[5:23].reshape(3, 6).tolist()
+    assert targets.tolist() == tokens[6:24].reshape(3, 6).tolist()
+    around = found.rows(29, 1, 4, torch.device("cpu"))
+    assert around[0].tolist() == [[*tokens[29:], *tokens[:2]]]
+    assert around[1].tolist() == [[*tokens[30:], *tokens[:3]]]
+
+
+def steps_of(run, monkeypatch, ranks: int, step: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The micro-batches of a step, rank by rank."""
+    monkeypatch.setattr(train_gpt, "world_size", lambda: ranks)
+    parts = []
+    for rank in range(ranks):
+        monkeypatch.setattr(train_gpt, "rank", lambda rank=rank: rank)
+        parts.append(step_batches(run, step))
+    return parts
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_step_batches_of_all_ranks_are_the_plain_stream(stream, monkeypatch, ranks, accumulate):
+    T, rows = 5, 8
+    found, tokens = stream(70, 31)
+    config = Config(train_seq_len=T, train_batch_tokens=T * rows, grad_accum_total=accumulate)
+    run = SimpleNamespace(config=config, train=found, device=torch.device("cpu"))
+    for step in range(6):  # 240 tokens: twice around the stream
+        by_rank = steps_of(run, monkeypatch, ranks, step)
+        assert [len(part) for part in by_rank] == [max(1, accumulate // ranks)] * ranks
+        batches = [batch for part in by_rank for batch in part]
+        assert len({inputs.shape for inputs, _ in batches}) == 1  # equal sizes: the mean of means is the mean
+        positions = step * T * rows + np.arange(T * rows)
+        for index, shift in ((0, 0), (1, 1)):
+            flat = torch.cat([batch[index].reshape(-1) for batch in batches]).tolist()
+            assert flat == tokens[(positions + shift) % len(tokens)].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulate", "ranks", "expected"),
+    [
+        (8, 8, 1, (8, 8)),
+        (8, 8, 8, (1, 1)),
+        (384, 8, 8, (48, 1)),
+        (384, 8, 2, (192, 4)),
+        (6, 2, 3, (2, 1)),
+        (6, 3, 2, (3, 3)),  # two micro-batches of 1.5 rows are none: the next number that divides
+        (8, 1, 4, (2, 1)),
+    ],
+)
+def test_split_batch(monkeypatch, rows, accumulate, ranks, expected):
+    monkeypatch.setattr(train_gpt, "world_size", lambda: ranks)
+    mine, parts = split_batch(Config(train_seq_len=4, train_batch_tokens=4 * rows, grad_accum_total=accumulate))
+    assert (mine, parts) == expected
+    assert mine * ranks == rows and mine % parts == 0 and mine / parts <= math.ceil(rows / accumulate)
+
+
+def test_ranks_that_do_not_divide_the_batch(monkeypatch):
+    monkeypatch.setattr(train_gpt, "world_size", lambda: 3)
+    message = message_of(split_batch, Config(train_seq_len=4, train_batch_tokens=32, grad_accum_total=1))
+    assert "3 processes" in message and "8 rows" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Manifest
+# ----------------------------------------------------------------------------------------------------------------------
+
+HASH = "ab" * 32
+
+
+def manifest_of(shards: dict[str, int], sha256: str | None = HASH) -> str:
+    listed = [{"file": name, "tokens": tokens, "split": name.split("_")[1]} for name, tokens in shards.items()]
+    return json.dumps({"tokenizer": {"sha256": sha256}, "shards": listed})
+
+
+def test_a_right_manifest_passes_and_none_is_needed(stream, tmp_path):
+    found, _ = stream(20, 30)
+    check_manifest(found, HASH)
+    shards = {"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30, "fineweb_val_000000.bin": 7}
+    (tmp_path / "manifest.json").write_text(manifest_of(shards))
+    check_manifest(found, HASH)
+
+
+def test_a_validation_shard_that_is_listed_but_missing(stream, tmp_path):
+    found, _ = stream(20, 30, split="val")
+    shards = {"fineweb_val_000000.bin": 20, "fineweb_val_000001.bin": 30, "fineweb_val_000002.bin": 7}
+    (tmp_path / "manifest.json").write_text(manifest_of(shards))
+    assert "fineweb_val_000002.bin" in message_of(check_manifest, found, HASH)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (manifest_of({"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}, "cd" * 32), ["cdcd", "abab"]),
+        (
+            manifest_of({"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 31}),
+            ["fineweb_train_000001.bin", "30 tokens", "31"],
+        ),
+        (manifest_of({"fineweb_train_000000.bin": 20}), ["fineweb_train_000001.bin", "30 tokens"]),
+        (manifest_of({"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}, None), []),
+        ("{", []),
+        ("", []),
+        ("[]", []),
+        ('{"shards": 7, "tokenizer": {"sha256": ""}}', []),
+        ('{"shards": [{"file": "a"}], "tokenizer": {"sha256": ""}}', []),
+        ('{"shards": []}', []),
+        (b"\xff\xfe{}", []),
+    ],
+    ids=[
+        "tokenizer", "count", "unlisted", "no hash", "cut off", "empty", "list", "bad shards", "shard without count",
+        "no tokenizer", "not UTF-8",
+    ],
+)  # fmt: skip
+def test_a_manifest_that_does_not_fit(stream, tmp_path, text, words):
+    found, _ = stream(20, 30)
+    path = tmp_path / "manifest.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    message = message_of(check_manifest, found, HASH)
+    assert [word for word in [str(path), *words] if word not in message] == []
