@@ -621,8 +621,9 @@ def rotary_base(config: Config) -> float:
 
 def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base^(-2i / dims), (length, 1, dims / 2) each, device and dtype of LIKE."""
-    frequencies = base ** (-torch.arange(0, dims, 2, device=like.device, dtype=torch.float32) / dims)
-    angles = torch.outer(torch.arange(length, device=like.device, dtype=torch.float32), frequencies)
+    exact = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    frequencies = base ** (-torch.arange(0, dims, 2, **exact) / dims)
+    angles = torch.outer(torch.arange(length, **exact), frequencies)
     return angles.cos().to(like.dtype).unsqueeze(1), angles.sin().to(like.dtype).unsqueeze(1)
 
 
@@ -911,7 +912,7 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dt
     (https://kellerjordan.github.io/posts/muon). A zero matrix stays zero.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.to(dtype, copy=True)
+    X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps)
@@ -1086,7 +1087,7 @@ def row_scales(span: Tensor, levels: int) -> Tensor:
 
 def inverse_cholesky(H: Tensor, damp: float) -> Tensor:
     """Upper U with U^T U = (H + damp * mean(diag H) I)^-1, batched, computed in float64."""
-    H = H.double()
+    H = H.to(torch.float64, copy=True)
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(damp * diagonal.mean(-1, keepdim=True))
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -1309,7 +1310,7 @@ def score(
     device = model.tok_emb.weight.device
     began, (seq_len, start, first) = time.perf_counter(), windows
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
-    count = torch.zeros(len(tokens) - 1, dtype=torch.uint8, device=device)
+    count = torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
     mine = np.array_split(np.arange(len(start)), world_size())[rank()]
     column = np.arange(seq_len)
     for begin in tqdm(range(0, len(mine), batch_seqs), "score", disable=None if rank() == 0 else True):
@@ -1321,7 +1322,7 @@ def score(
         keep = torch.from_numpy(column >= first[index, None]).to(device)
         targets = torch.from_numpy(start[index, None] + column).to(device)[keep]
         nll[targets] = losses[keep].float()
-        count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.uint8))
+        count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
     if world_size() > 1:
         dist.all_reduce(nll)
         dist.all_reduce(count)
@@ -1377,11 +1378,11 @@ class Run:
 
 
 class Clock:
-    """Seconds of training, with pauses. On a GPU the host may run one step ahead of it, not more."""
+    """Seconds of training, with pauses. On a GPU the host runs a step ahead of it and learns of losses a step later."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.began = device, 0.0, None
-        self.last_step: torch.cuda.Event | None = None
+        self.pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def start(self) -> None:
         synchronize(self.device)
@@ -1394,12 +1395,17 @@ class Clock:
     def seconds(self) -> float:
         return self.total + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
-    def step_done(self) -> None:
-        if self.device.type == "cuda":
-            previous, self.last_step = self.last_step, torch.cuda.Event()
-            self.last_step.record()
-            if previous is not None:
-                previous.synchronize()
+    def step_done(self, loss: Tensor) -> float:
+        """The loss of the last step that is certainly done, 0.0 before the first. No wait for the one just launched."""
+        if self.device.type != "cuda":
+            return loss.item()
+        previous, self.pending = self.pending, (torch.empty((), pin_memory=True), torch.cuda.Event())
+        self.pending[0].copy_(loss, non_blocking=True)
+        self.pending[1].record()
+        if previous is None:
+            return 0.0
+        previous[1].synchronize()
+        return previous[0].item()
 
 
 def split_batch(config: Config) -> tuple[int, int]:
@@ -1507,7 +1513,7 @@ def validate(run: Run, model: GPT, nll_fn: Callable, step: int, seconds: float) 
 
 
 def log_step(run: Run, step: int, loss: Tensor, scale: float, seconds: float) -> None:
-    """Log the training loss, the mean over the ranks; FloatingPointError where it is no number."""
+    """Log the training loss, the mean over the ranks."""
     loss = loss.clone()
     if world_size() > 1:
         dist.all_reduce(loss)
@@ -1517,8 +1523,11 @@ def log_step(run: Run, step: int, loss: Tensor, scale: float, seconds: float) ->
         f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
     )
     run.log.metrics(step=step, seconds=seconds, train_loss=train_loss, lr_scale=scale)
-    if not math.isfinite(train_loss):
-        raise FloatingPointError(f"step {step}: train_loss is {train_loss}")
+
+
+def stop_unless_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"step {step}: train_loss is {loss} (a GPU shows it one step late)")
 
 
 def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, clock: Clock) -> int:
@@ -1542,13 +1551,14 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         loss = train_step(loss_fn, model, step_batches(run, step), optimizers, scale, momentum_at(c, step))
         step += 1
         average.update(step, scale)
-        clock.step_done()
+        stop_unless_finite(clock.step_done(loss), step)
         elapsed = reduce_max(clock.seconds()) if budget else clock.seconds()
         if step <= 10 or step % c.train_log_every == 0:
             log_step(run, step, loss, scale, elapsed)
         if budget and elapsed + elapsed / step > budget:
             stop = True
             run.log.line(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
+    stop_unless_finite(loss.item(), step)
     run.log.line(f"average: {average.apply()}")
     return step
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)  # a second thread only waits on matrices as small as the tests'
 
 
 @pytest.fixture(autouse=True)
