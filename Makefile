@@ -3,7 +3,8 @@
 PYTHON ?= python3
 SEED ?= 1337
 PY := .venv/bin/python
-RUN_ID ?= demo_$(shell date +%Y-%m-%d_%H-%M-%S)_seed$(SEED)
+STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
+RUN_ID ?= demo_$(STAMP)_seed$(SEED)
 TORCH := $(shell grep '^torch==' requirements.txt)
 
 demo: .venv/ready data/demo/manifest.json

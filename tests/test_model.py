@@ -1,6 +1,8 @@
 """The model against an independent one of loops in float64; causality, document borders, banks, adapters, names."""
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def random_ids(rows: int, length: int, seed: int = 0, vocab: int = 40) -> torch.
 
 
 def norm(x: np.ndarray) -> np.ndarray:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + np.finfo(np.float64).eps)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + np.finfo(np.float32).eps)
 
 
 def int32(x: int) -> int:
@@ -476,11 +478,30 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
 
 def test_attention_kernels_are_found_or_refused():
     cpu = torch.device("cpu")
-    assert train_gpt.choose_attention("auto", cpu) == ("sdpa", train_gpt.sdpa_attention)
+    assert train_gpt.choose_attention("auto", cpu) == ("sdpa", train_gpt.sdpa_attention, [])
     assert train_gpt.choose_attention("sdpa", cpu)[0] == "sdpa"
-    for name, module in (("fa3", "flash_attn_interface"), ("fa2", "flash_attn")):
-        try:
-            __import__(module)
-        except ImportError:
-            with pytest.raises(UserError, match=module):
-                train_gpt.choose_attention(name, cpu)
+    for name in ("fa3", "fa2"):
+        with pytest.raises(UserError, match=f"ATTENTION={name}: {name} does not run on this device"):
+            train_gpt.choose_attention(name, cpu)
+
+
+@pytest.mark.parametrize(
+    ("generation", "modules", "expected", "words"),
+    [
+        ((9, 0), {"flash_attn_interface": True, "flash_attn": True}, "fa3", []),
+        ((9, 0), {"flash_attn_interface": False, "flash_attn": True}, "fa2", ["fa3 cannot be imported"]),
+        ((8, 0), {"flash_attn_interface": True, "flash_attn": True}, "fa2", ["fa3 does not run"]),
+        ((9, 0), {"flash_attn_interface": False, "flash_attn": False}, "sdpa", ["fa3 cannot", "fa2 cannot"]),
+    ],
+)
+def test_attention_kernels_on_a_gpu(monkeypatch, generation, modules, expected, words):
+    """With stand-ins for the GPU and the packages; the log learns why each better kernel was passed over."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generation)
+    for module, there in modules.items():
+        pair = lambda q, k, v, causal: (q + k, "log-sum-exp")  # noqa: E731
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=pair) if there else None)
+    name, kernel, notices = train_gpt.choose_attention("auto", torch.device("cuda"))
+    assert name == expected and len(notices) == len(words)
+    assert all(word in notice for word, notice in zip(words, notices, strict=True))
+    if name != "sdpa":
+        assert kernel(1, 2, 3) == 3

@@ -9,7 +9,7 @@ from test_model import SMALL, random_ids, random_model
 from test_optimisers import randn
 
 import train_gpt
-from train_gpt import GPT, collect_hessians, dequantize, gptq, hessian_key, quantize
+from train_gpt import GPT, STACKS, collect_hessians, dequantize, gptq, quantize
 
 
 def random_problem(n: int, out: int, width: int, samples: int, seed: int = 0):
@@ -132,7 +132,7 @@ def test_inverse_cholesky():
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, num_layers=2, ve_layers="0")])
 def test_hessians_are_sums_over_tokens_of_the_inputs_of_every_row(config):
-    """Against X^T X in float64 from a tap, which also shows that hessian_key names the right stack for every row."""
+    """Against X^T X in float64 from a tap, which also shows that STACKS names the right stack for every row."""
     model, batches = random_model(config, torch.float32), [random_ids(3, 12, seed) for seed in (1, 2)]
     explicit = {}
 
@@ -149,7 +149,7 @@ def test_hessians_are_sums_over_tokens_of_the_inputs_of_every_row(config):
     assert len(explicit) == sum(len(getattr(model, bank)) for bank in GPT.BANKS)
     used = set()
     for (bank, row), expected in explicit.items():
-        stack, layer = hessian_key(bank, row, L)
+        stack, layer = STACKS[bank][row // L], row % L
         used.add((stack, layer))
         got = hessians[stack][layer].double().numpy()
         assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected), (bank, row)
@@ -188,8 +188,7 @@ def test_on_real_inputs_gptq_beats_rounding_in_every_matrix(demo_data):
     for one, other in zip(fine, plain, strict=True):
         if one.scheme == "int6":
             assert torch.equal(one.scales, other.scales)
-            keys = [hessian_key(one.name, row, 3) for row in range(len(one.codes))]
-            H = torch.stack([hessians[stack][layer] for stack, layer in keys])
+            H = torch.cat([hessians[stack] for stack in STACKS[one.name]])
             errors = [weighted_error(state[one.name], r.codes, r.scales, H) for r in (one, other)]
             assert (errors[0] < errors[1]).all(), one.name
             ratios += (errors[0] / errors[1]).tolist()

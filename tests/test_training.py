@@ -190,7 +190,9 @@ def test_the_average_is_what_is_exported(quick, short_run, tmp_path_factory):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt, "log_step", lambda *_: None)  # whether or not the step is one that is logged
+    monkeypatch.setattr(
+        train_gpt.RunLog, "step", lambda *_, **__: None
+    )  # whether or not the step is one that is logged
     settings = {"SCALAR_LR": "1e38", "TIED_EMBED_LR": "1e38", "MATRIX_LR": "1e38"}
     with pytest.raises(FloatingPointError, match=r"step \d+: train_loss is (nan|inf)"):
         train_here({**quick, **SHORT, **settings}, tmp_path)
@@ -206,6 +208,8 @@ def test_a_loss_that_is_no_number_stops_the_run(quick, tmp_path, monkeypatch):
 class StepClock:
     """A clock on which every step takes one second."""
 
+    lag = 0
+
     def __init__(self):
         self.now, self.running = 0.0, False
 
@@ -218,10 +222,10 @@ class StepClock:
     def seconds(self):
         return self.now
 
-    def step_done(self, loss):
+    def step_done(self, step, loss):
         assert self.running
         self.now += 1.0
-        return loss.item()
+        return step, loss.item()
 
 
 @pytest.mark.parametrize(
@@ -413,6 +417,34 @@ def test_two_ranks_add_up_their_hessians_and_agree_on_the_slowest(two_ranks):
         assert part["slowest"] == 1.0
         for name, H in alone.items():
             assert (part["hessians"][name] - H).norm() < 1e-5 * H.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch.compile
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, monkeypatch):
+    """One whole graph for the step and one for scoring, made before the clock starts; the losses are those without."""
+    graphs, train = [], train_gpt.train
+
+    def count(module, inputs):
+        graphs.append("graph")
+        return module.forward
+
+    def compiled(function, *_):
+        return torch.compile(function, backend=count, dynamic=False, fullgraph=True)
+
+    def train_and_say(*args):
+        graphs.append("train")
+        return train(*args)
+
+    monkeypatch.setattr(train_gpt, "maybe_compile", compiled)
+    monkeypatch.setattr(train_gpt, "train", train_and_say)
+    torch._dynamo.reset()
+    folder = train_here({**quick, **SHORT, "WARMUP_STEPS": "1"}, tmp_path)
+    assert graphs == ["graph", "graph", "train"]
+    assert read_losses(folder) == pytest.approx(read_losses(short_run), abs=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 
-PEAK_FLOPS = 989e12
+PEAK_FLOPS = 989e12  # bfloat16, H100 and H200
 
 
 def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
@@ -40,13 +41,23 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any
     return time.perf_counter() - began, result
 
 
+def make_model(config: tg.Config, device: torch.device) -> tuple[str, tg.GPT]:
+    """The name of the attention kernel, and the model as initialised."""
+    attention, kernel, _ = tg.choose_attention(config.attention, device)
+    return attention, tg.GPT(config, tg.compute_dtype(device), kernel).init_weights(config.seed).to(device)
+
+
+def compiled_or_not(function: Callable, arm: str, config: tg.Config, device: torch.device) -> Callable:
+    """FUNCTION as the trainer would run it, compiled in arm `compiled` and as it stands in arm `plain`."""
+    return tg.maybe_compile(function, replace(config, use_compile="1" if arm == "compiled" else "0"), device)
+
+
 def bench_step(config: tg.Config, stream: tg.TokenStream, device: torch.device, arm: str, steps: int) -> dict:
     """Median milliseconds of STEPS training steps after three that warm up, with arm `plain` or `compiled`."""
     torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
-    attention, kernel = tg.choose_attention(config.attention, device)
-    model = tg.GPT(config, tg.compute_dtype(device), kernel).init_weights(config.seed).to(device)
+    attention, model = make_model(config, device)
     optimizers = tg.make_optimizers(model, config)
-    loss_fn = torch.compile(tg.mean_nll, dynamic=False, fullgraph=True) if arm == "compiled" else tg.mean_nll
+    loss_fn = compiled_or_not(tg.mean_nll, arm, config, device)
     rows, parts = tg.split_batch(config)
 
     def step(index: int) -> float:
@@ -73,8 +84,7 @@ def bench_step(config: tg.Config, stream: tg.TokenStream, device: torch.device, 
 
 def bench_export(config: tg.Config, stream: tg.TokenStream, device: torch.device) -> dict:
     """Seconds of the Hessians, of GPTQ and of coding, and the artifact's bytes, for weights as initialised."""
-    _, kernel = tg.choose_attention(config.attention, device)
-    model = tg.GPT(config, tg.compute_dtype(device), kernel).init_weights(config.seed).to(device)
+    _, model = make_model(config, device)
     batches = tg.calibration_batches(stream, config, device)
     hessian_seconds, hessians = timed(lambda: tg.collect_hessians(model, batches), device)
     gptq_seconds, records = timed(lambda: tg.quantize(model.state_dict(), hessians, config), device)
@@ -91,9 +101,8 @@ def bench_score(
     config: tg.Config, stream: tg.TokenStream, table: tg.ByteTable, device: torch.device, arm: str, windows: int
 ):
     """Sliding windows a second at EVAL_STRIDE, over about WINDOWS of them, the first batch apart."""
-    _, kernel = tg.choose_attention(config.attention, device)
-    model = tg.GPT(config, tg.compute_dtype(device), kernel).init_weights(config.seed).to(device)
-    nll_fn = torch.compile(tg.token_nll, dynamic=False, fullgraph=True) if arm == "compiled" else tg.token_nll
+    _, model = make_model(config, device)
+    nll_fn = compiled_or_not(tg.token_nll, arm, config, device)
     tokens = stream.read(0, config.eval_seq_len + windows * config.eval_stride + 1).astype(np.uint16)
     plan = tg.sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
     head = tokens[: config.eval_seq_len + 1]
@@ -125,9 +134,8 @@ def main() -> int:
     data = arguments.data or ROOT / "data/demo"
     if arguments.data is None:
         subprocess.run([sys.executable, "data/demo.py", "--out", str(data)], cwd=ROOT, check=True, stdout=sys.stderr)
-    settings = {k: v for k, v in os.environ.items() if k.lower() in tg.Config.__dataclass_fields__}
     paths = dict(DATA_PATH=str(data), TOKENIZER_PATH=str(arguments.tokenizer or data / "tokenizer.model"))
-    config, _, _ = tg.load_config({"RECIPE": arguments.recipe, **settings, **paths})
+    config, _, _ = tg.load_config({**os.environ, "RECIPE": arguments.recipe, **paths})
     device = tg.start_ranks(config, {})
     stream = tg.TokenStream(config.train_glob, config.vocab_size)
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
@@ -137,7 +145,7 @@ def main() -> int:
         "export": lambda arm: bench_export(config, stream, device) if arm == "plain" else None,
         "score": lambda arm: bench_score(config, stream, table, device, arm, windows),
     }
-    versions = tg.versions(device, tg.choose_attention(config.attention, device)[0])
+    versions = tg.library_versions(device, tg.choose_attention(config.attention, device)[0])
     report = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[])
     for phase in arguments.phases.split(","):
         for arm in arguments.arms.split(","):
@@ -157,4 +165,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except tg.UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,14 @@ PLAIN = {
     "LOGIT_SOFTCAP": "0",
 }
 SEEDS = (1337, 42, 2025)  # fixed before the recipe was tuned, on others
-COLUMNS = ("model_params", "steps", "step_avg_ms", "bytes_model", "val_bpb_roundtrip", "val_bpb_sliding")
+COLUMNS = (  # key of the result, format
+    ("model_params", ",d"),
+    ("steps", ",d"),
+    ("step_avg_ms", ".1f"),
+    ("bytes_model", ",d"),
+    ("val_bpb_roundtrip", ".4f"),
+    ("val_bpb_sliding", ".4f"),
+)
 
 
 def count_parameters(settings: dict[str, str]) -> int:
@@ -68,6 +76,7 @@ def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: di
         names = {field.upper() for field in train_gpt.Config.__dataclass_fields__}
         clean = {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"}
         env = {**clean, **RECIPE, **settings, **extra, "SEED": str(seed), "RUN_ID": folder.name}
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         print(f"{name} seed {seed} ...", file=sys.stderr, flush=True)
         with open(out / f"{folder.name}.txt", "w") as log:
             command = [sys.executable, str(ROOT / "train_gpt.py")]
@@ -88,9 +97,9 @@ def main() -> int:
     for turn, seed in enumerate(seeds):
         for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:  # forth and back, so that a drifting machine is fair
             results[name, seed] = run_arm(name, arms[name], seed, out, extra)
-    print(f"{'arm':8} {'seed':>6}" + "".join(f"{column:>18}" for column in COLUMNS))
+    print(f"{'arm':8} {'seed':>6}" + "".join(f"{column:>18}" for column, _ in COLUMNS))
     for (name, seed), result in sorted(results.items()):
-        print(f"{name:8} {seed:>6}" + "".join(f"{result[c]:>18,.4f}".replace(".0000", "") for c in COLUMNS))
+        print(f"{name:8} {seed:>6}" + "".join(f"{result[c]:>18{form}}" for c, form in COLUMNS))
     summary = {}
     for name in arms:
         scores = [results[name, seed]["val_bpb_sliding"] for seed in seeds]
