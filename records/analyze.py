@@ -55,7 +55,7 @@ def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
     for number, (name, (result, metrics)) in enumerate(runs.items()):
         for axis, key in ((left, "train_loss"), (right, "val_bpb")):
             points = [(row["seconds"], row[key]) for row in metrics if key in row]
-            axis.plot([x for x, _ in points], [y for _, y in points], color=f"C{number}", label=name)
+            axis.plot([x for x, _ in points], [y for _, y in points], color=f"C{number}", label=Path(name).name)
         right.axhline(result["val_bpb_sliding"], color=f"C{number}", linestyle=":")
     left.set(xlabel="seconds of training", ylabel="training loss, nats per token")
     right.set(xlabel="seconds of training", ylabel="validation bits per byte (dotted: artifact, sliding)")
