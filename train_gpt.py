@@ -169,13 +169,9 @@ class Config:
     def token_lr(self) -> float:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
-    @property
-    def train_glob(self) -> str:
-        return self.train_files or f"{self.data_path}/fineweb_train_*.bin"
-
-    @property
-    def val_glob(self) -> str:
-        return self.val_files or f"{self.data_path}/fineweb_val_*.bin"
+    def shards(self, split: str) -> str:
+        """The glob of the shards of SPLIT, train or val."""
+        return getattr(self, f"{split}_files") or f"{self.data_path}/fineweb_{split}_*.bin"
 
 
 ALIASES = {"BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "XSA_LAYERS": "XSA_LAST_N"}  # the family of #494
@@ -452,13 +448,12 @@ class TokenStream:
         self.shards = [open_shard(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         for path, shard in zip(self.paths, self.shards, strict=True):
-            self.check(path, shard[: 1 << 16])
+            self._check(path, shard[: 1 << 16])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def check(self, path: str, tokens: np.ndarray) -> None:
-        """UserError where TOKENS, which come from PATH, hold an id beyond the vocabulary."""
+    def _check(self, path: str, tokens: np.ndarray) -> None:
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(f"{path}: token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size}")
 
@@ -469,11 +464,17 @@ class TokenStream:
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - (int(self.ends[index - 1]) if index else 0)
             part = self.shards[index][offset : offset + count]
-            self.check(self.paths[index], part)
+            self._check(self.paths[index], part)
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % len(self)
         return np.concatenate(parts).astype(np.int64)
+
+    def read_all(self) -> np.ndarray:
+        """Every token once, uint16."""
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            self._check(path, shard)
+        return np.concatenate(self.shards)
 
     def rows(self, start: int, rows: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (rows, seq_len) each: contiguous windows from START; the targets one token later."""
@@ -1281,11 +1282,11 @@ def load_model(artifact: Artifact, device: torch.device, kernel: AttentionFn = s
 
 
 class Windows(NamedTuple):
-    """A plan of scoring: window w reads tokens[start : start + seq_len] and scores its targets from index first on."""
+    """A plan: window w reads tokens[start : start + seq_len] and scores its targets from index score_from on."""
 
     seq_len: int
     start: np.ndarray  # (W,) int64
-    first: np.ndarray  # (W,) int64
+    score_from: np.ndarray  # (W,) int64
 
 
 class Score(NamedTuple):
@@ -1325,7 +1326,7 @@ def score(
     Sums are float64. A target that the plan scores twice, or never, is an AssertionError.
     """
     device = model.tok_emb.weight.device
-    began, (seq_len, start, first) = time.perf_counter(), windows
+    began, (seq_len, start, score_from) = time.perf_counter(), windows
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
     count = torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
     mine = np.array_split(np.arange(len(start)), world_size())[rank()]
@@ -1336,7 +1337,7 @@ def score(
         rows = tokens[start[padded, None] + np.arange(seq_len + 1)].astype(np.int64)  # (batch_seqs, seq_len + 1)
         batch = torch.from_numpy(rows).to(device, non_blocking=True)
         losses = nll_fn(model, batch[:, :-1], batch[:, 1:])[: len(index)]
-        w, t = np.nonzero(column >= first[index, None])  # on the host: a mask on the GPU would make it wait
+        w, t = np.nonzero(column >= score_from[index, None])  # on the host: a mask on the GPU would make it wait
         targets = torch.from_numpy(start[index][w] + t).to(device)
         nll[targets] = losses[torch.from_numpy(w).to(device), torch.from_numpy(t).to(device)].float()
         count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
@@ -1644,11 +1645,10 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     split_batch(config)
     byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
-    train_stream, val_stream = (TokenStream(files, config.vocab_size) for files in (config.train_glob, config.val_glob))
+    train_stream, val_stream = (TokenStream(config.shards(split), config.vocab_size) for split in ("train", "val"))
     for stream in (train_stream, val_stream):
         check_manifest(stream, tokenizer_sha256)
-    val_tokens = np.concatenate(val_stream.shards)
-    val_stream.check(config.val_glob, val_tokens)
+    val_tokens = val_stream.read_all()
     sliding_windows(len(val_tokens), config.eval_seq_len, config.eval_stride)
     check_fingerprint(len(val_tokens), int(byte_table.count(val_tokens[:-1], val_tokens[1:]).sum()))
     import_zstandard()
@@ -1669,8 +1669,8 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
         log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
-    log.line(f"train_loader:dataset:{Path(c.train_glob).parent.name} train_shards:{len(run.train.paths)}")
-    log.line(f"val_loader:shards pattern={c.val_glob} tokens:{len(run.val_tokens) - 1}")
+    log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
+    log.line(f"val_loader:shards pattern={c.shards('val')} tokens:{len(run.val_tokens) - 1}")
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     log.line(f"seed:{c.seed}")

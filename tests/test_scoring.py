@@ -30,7 +30,7 @@ def test_windows_score_every_target_once_with_enough_context(seq_len, extra):
     for stride in {1, 2, seq_len // 2, seq_len - 1, seq_len} - {0}:
         plan, count = sliding_windows(num_tokens, seq_len, stride), np.zeros(num_tokens - 1, int)
         assert plan.seq_len == seq_len
-        for w, (start, first) in enumerate(zip(plan.start.tolist(), plan.first.tolist(), strict=True)):
+        for w, (start, first) in enumerate(zip(plan.start.tolist(), plan.score_from.tolist(), strict=True)):
             assert start >= 0 and start + seq_len <= num_tokens - 1 and 0 <= first < seq_len
             assert first == 0 if w == 0 else first >= seq_len - stride
             count[start + first : start + seq_len] += 1  # target t is tokens[t + 1]
@@ -42,11 +42,11 @@ def test_windows_score_every_target_once_with_enough_context(seq_len, extra):
 
 def test_the_plan_in_numbers():
     plan = sliding_windows(2048 + 64 * 2 + 10 + 1, 2048, 64)
-    assert plan.start.tolist() == [0, 64, 128, 138] and plan.first.tolist() == [0, 1984, 1984, 2038]
+    assert plan.start.tolist() == [0, 64, 128, 138] and plan.score_from.tolist() == [0, 1984, 1984, 2038]
     plan = sliding_windows(62_021_633, 2048, 64)  # the published validation set without its last tokens
     assert len(plan.start) == 969_057  # the sources scored 969,088 windows, the last targets 32 times
     plan = sliding_windows(62_021_633, 2048, 2048)
-    assert len(plan.start) == 30_284 and (plan.first == 0).all()
+    assert len(plan.start) == 30_284 and (plan.score_from == 0).all()
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 15, 16])
@@ -142,7 +142,7 @@ def test_ranks_share_the_windows(model, monkeypatch, ranks):
 def twice(plan: Windows, copies: int) -> Windows:
     """The plan with its last window repeated, COPIES times in all."""
     repeat = np.append(np.arange(len(plan.start)), np.full(copies - 1, len(plan.start) - 1))
-    return Windows(plan.seq_len, plan.start[repeat], plan.first[repeat])
+    return Windows(plan.seq_len, plan.start[repeat], plan.score_from[repeat])
 
 
 @pytest.mark.parametrize("copies", [2, 257])
@@ -157,12 +157,12 @@ def test_a_target_scored_more_than_once_is_an_error(model, copies):
 def test_a_plan_that_is_not_exact_is_an_error(model, change):
     plan = sliding_windows(len(TOKENS), 16, 5)
     if change == "overlap":
-        plan.first[3] -= 1
+        plan.score_from[3] -= 1
     elif change == "gap":
-        plan.first[3] += 1
+        plan.score_from[3] += 1
     else:
         keep = np.arange(len(plan.start)) != (2 if change == "missing window" else len(plan.start) - 1)
-        plan = Windows(16, plan.start[keep], plan.first[keep])
+        plan = Windows(16, plan.start[keep], plan.score_from[keep])
     with pytest.raises(AssertionError, match="twice or never"):
         score(model, TOKENS, plan, TABLE, 4)
 

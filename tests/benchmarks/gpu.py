@@ -137,7 +137,7 @@ def main() -> int:
     paths = dict(DATA_PATH=str(data), TOKENIZER_PATH=str(arguments.tokenizer or data / "tokenizer.model"))
     config, _, _ = tg.load_config({**os.environ, "RECIPE": arguments.recipe, **paths})
     device = tg.start_ranks(config, {})
-    stream = tg.TokenStream(config.train_glob, config.vocab_size)
+    stream = tg.TokenStream(config.shards("train"), config.vocab_size)
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     steps, windows = (2, 256) if arguments.quick else (arguments.steps, arguments.windows)
     jobs = {
