@@ -16,9 +16,6 @@ test: .venv/ready
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest --durations=15
 
-test-slow: .venv/ready
-	$(PY) -m pytest -m slow --durations=15
-
 data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	rm -rf data/demo
 	$(PY) data/demo.py --out data/demo
@@ -29,4 +26,4 @@ data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.PHONY: demo test test-slow
+.PHONY: demo test
