@@ -841,6 +841,7 @@ class GPT(nn.Module):
         banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
         by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product.
         """
+        assert {*(banks or {}), *(adapters or {})} <= {*self.BANKS}, "a replacement that nothing would use"
         own = {name: getattr(self, name) for name in self.BANKS}
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
         rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in {**own, **(banks or {})}.items()}

@@ -505,3 +505,9 @@ def test_attention_kernels_on_a_gpu(monkeypatch, generation, modules, expected, 
     assert all(word in notice for word, notice in zip(words, notices, strict=True))
     if name != "sdpa":
         assert kernel(1, 2, 3) == 3
+
+
+@pytest.mark.parametrize("given", [{"banks": {"qo": torch.zeros(1)}}, {"adapters": {"lm_head": (torch.zeros(1),) * 2}}])
+def test_a_replacement_under_a_wrong_name_is_an_error(given):
+    with pytest.raises(AssertionError, match="nothing would use"):
+        random_model(SMALL)(torch.tensor([[1, 2, 3]]), **given)
