@@ -1,6 +1,6 @@
 """Training step, export and sliding score of one recipe on one GPU: plain torch against torch.compile, in one run.
 
-    python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019 on any shards, under ten minutes
+    python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019 on any shards
     python tests/benchmarks/gpu.py --quick                                    two steps an arm, on the embedded corpus
 
 It needs this repository's files alone. Phases: step (ms a step of TRAIN_BATCH_TOKENS, tokens/s, share of the chip's
