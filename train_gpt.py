@@ -27,6 +27,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
 from glob import glob
@@ -59,6 +60,11 @@ def setting(section: str, default: Any, text: str, low: float | None = None, hig
     return field(default=default, metadata=dict(section=section, help=text, low=low, high=high, choices=choices))
 
 
+def int_list(text: str) -> list[int]:
+    """The numbers of a comma list."""
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
 @dataclass(frozen=True)
 class Config:
     """Every setting of the trainer and the evaluator. The environment variable is the field's name in capitals."""
@@ -84,7 +90,10 @@ class Config:
     num_heads: int = setting("model", 8, "query heads (H)", low=1)
     num_kv_heads: int = setting("model", 4, "key and value heads (K)", low=1)
     mlp_mult: float = setting("model", 3.0, "MLP width m = int(MLP_MULT * MODEL_DIM)", low=0.1)
+    mlp_hidden: int = setting("model", 0, "MLP width m; 0: by MLP_MULT", low=0)
     mlp_leaky_slope: float = setting("model", 0.5, "activation LeakyReLU(slope)^2; 0: ReLU^2", low=0, high=1)
+    star_relu: bool = setting("model", False, "learned scale and bias of every hidden channel after the activation")
+    block_order: str = setting("model", "", "comma list: which block's matrices each layer uses; empty: each once")
     tie_embeddings: bool = setting("model", True, "one matrix for the embedding and the output head")
     logit_softcap: float = setting("model", 30.0, "logits become cap * tanh(logits / cap); 0: off", low=0)
     rope_base: float = setting("model", 10000.0, "base of the rotary frequencies", low=1)
@@ -94,17 +103,25 @@ class Config:
     xsa_last_n: int = setting("model", 11, "last layers that remove the token's own value from attention", low=0)
     ln_scale: bool = setting("model", True, "scale the norms of layer l by 1 / sqrt(l + 1)")
     resid_mix: bool = setting("model", True, "each block mixes the first embedding back in, by channel")
+    phase_resid_mix: bool = setting("model", False, "initial mix from the first embedding (early) to the stream (late)")
     unet_skips: bool = setting("model", True, "first-half outputs are added to the second half, last to first")
+    skip_gates: bool = setting("model", False, "a sigmoid gate a channel blends the skips in, instead of adding them")
     smear_gate: bool = setting("model", True, "each embedding is blended with its left neighbour's")
     bigram_vocab_size: int = setting("model", 3072, "rows of the hashed bigram table; 0: no table", low=0)
     bigram_dim: int = setting("model", 112, "width of the bigram table", low=1)
+    bigram_hash: str = setting("model", "xor", "of #198, or the linear one of #494", choices=("xor", "linear"))
+    pos_conditional_bigram: bool = setting("model", False, "tokens that begin a word have one half of the bigram rows")
+    trigram: bool = setting("model", False, "hashed trigrams in the bigram table too")
+    word_start_boost: bool = setting("model", False, "learned factor of the bigram at tokens that begin a word")
     doc_borders: str = setting("model", "respect", "smear and bigram across documents: never, or as published",
                                choices=("respect", "published"))
     ve_enabled: bool = setting("model", True, "shared value embeddings in VE_LAYERS")
     ve_dim: int = setting("model", 128, "width of the value embedding", low=1)
     ve_layers: str = setting("model", "9,10", "comma list of the layers that add the value embedding")
+    num_memory_tokens: int = setting("model", 0, "learned vectors in place of a window's first tokens", low=0)
     train_seq_len: int = setting("model", 2048, "tokens a training row (T)", low=2)
     tied_embed_init_std: float = setting("model", 0.005, "standard deviation of the initial token embedding", low=0)
+    overtone_init: bool = setting("model", False, "initial embedding with singular values falling as 1 / sqrt(k)")
 
     iterations: int = setting("training", 20000, "steps at most", low=1)
     max_wallclock_seconds: float = setting("training", 600.0, "seconds of the contest clock; 0: no clock", low=0)
@@ -113,17 +130,21 @@ class Config:
     warmup_steps: int = setting("training", 20, "steps on random tokens, outside the clock and undone", low=0)
     warmdown_iters: int = setting("training", 4000, "last steps, of falling learning rate", low=0)
     warmdown_frac: float = setting("training", 0.0, "the same, as a share of the run; 0: WARMDOWN_ITERS", low=0, high=1)
+    warmdown_shape: str = setting("training", "linear", "of the fall", choices=("linear", "cosine"))
     min_lr: float = setting("training", 0.0, "floor of the learning rate, as a share of its peak", low=0, high=1)
     matrix_lr: float = setting("training", 0.025, "Muon, the banks", low=0)
     scalar_lr: float = setting("training", 0.025, "AdamW, gates and scales and small projections", low=0)
     tied_embed_lr: float = setting("training", 0.035, "AdamW, embeddings, when the head is tied", low=0)
     embed_lr: float = setting("training", 0.6, "AdamW, embeddings, when it is not", low=0)
     head_lr: float = setting("training", 0.008, "AdamW, the untied head", low=0)
+    encoder_lr_mult: float = setting("training", 1.0, "times the rates of the blocks of the first half", low=0)
+    decoder_lr_mult: float = setting("training", 1.0, "times the rates of the blocks of the second half", low=0)
     muon_momentum: float = setting("training", 0.99, "Nesterov momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = setting("training", 0.92, "momentum of the first step", low=0, high=0.9999)
     muon_momentum_warmup_steps: int = setting("training", 1500, "steps until MUON_MOMENTUM", low=0)
     muon_backend_steps: int = setting("training", 5, "Newton-Schulz iterations", low=1)
     muon_wd: float = setting("training", 0.04, "decoupled decay of the banks", low=0)
+    cautious_muon: bool = setting("training", False, "only the part of an update that goes along with the gradient")
     adam_wd: float = setting("training", 0.04, "decoupled decay of AdamW's matrices; gates and scales have none", low=0)
     beta1: float = setting("training", 0.9, "AdamW", low=0, high=0.9999)
     beta2: float = setting("training", 0.95, "AdamW", low=0, high=0.999999)
@@ -131,14 +152,22 @@ class Config:
     grad_clip_norm: float = setting("training", 0.3, "norm of the reduced gradient at most; 0: no limit", low=0)
     ema_enabled: bool = setting("training", True, "export the running average of the weights")
     ema_decay: float = setting("training", 0.997, "a step", low=0, high=0.999999)
+    ema_update_every: int = setting("training", 1, "steps between updates, each with EMA_DECAY to their power", low=1)
     swa_enabled: bool = setting("training", False, "export the mean of late snapshots (of the EMA, if that is on)")
     swa_every: int = setting("training", 50, "steps between snapshots", low=1)
     swa_threshold: float = setting("training", 0.2, "snapshots once the schedule is below this", low=0, high=1)
+    loop_start_frac: float = setting("training", 0.0, "share of the run without BLOCK_ORDER's repeats", low=0, high=1)
+    mtp_num_heads: int = setting("training", 0, "heads that predict further ahead, in training only", low=0)
+    mtp_loss_weight: float = setting("training", 0.2, "of their mean loss", low=0)
+    zloss_weight: float = setting("training", 0.0, "of the mean squared log of the softmax's denominator", low=0)
+    late_qat: bool = setting("training", False, "late steps see the banks as the export would round them")
+    late_qat_threshold: float = setting("training", 0.15, "late: the schedule is below this", low=0, high=1)
 
     gptq_calib_batches: int = setting("export", 16, "micro-batches of training data for GPTQ; 0: plain rounding", low=0)
     gptq_block_size: int = setting("export", 128, "columns between two updates of the rest", low=1)
     gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-6, high=1)
     matrix_clip_sigmas: float = setting("export", 6.0, "int6 range in standard deviations of a row", low=0.5)
+    prune_frac: float = setting("export", 0.0, "share of each matrix set to zero, the smallest", low=0, high=0.99)
 
     eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
     eval_stride: int = setting("scoring", 64, "targets scored by a sliding window", low=1)
@@ -155,7 +184,7 @@ class Config:
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.mlp_mult * self.model_dim)
+        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
 
     @property
     def rotary_dims(self) -> int:
@@ -163,7 +192,12 @@ class Config:
 
     @property
     def value_layers(self) -> list[int]:
-        return [int(part) for part in self.ve_layers.split(",") if part.strip()] if self.ve_enabled else []
+        return int_list(self.ve_layers) if self.ve_enabled else []
+
+    @property
+    def block_rows(self) -> list[int]:
+        """The bank row of each layer of the forward pass."""
+        return int_list(self.block_order) or list(range(self.num_layers))
 
     @property
     def token_lr(self) -> float:
@@ -174,17 +208,22 @@ class Config:
         return getattr(self, f"{split}_files") or f"{self.data_path}/fineweb_{split}_*.bin"
 
 
-ALIASES = {"BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "XSA_LAYERS": "XSA_LAST_N"}  # the family of #494
+ALIASES = {  # the family of #494
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_EMBED_DIM": "BIGRAM_DIM",
+    "XSA_LAYERS": "XSA_LAST_N",
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
+    "SWA_START_FRAC": "SWA_THRESHOLD",
+}
 
 # Variables of the lineage that this trainer lacks: names, the values with which it does the same ("*": any), and why.
 ABSENT = (
     ("VALUE_RESIDUAL GATED_ATTENTION DTG_ENABLED", "0", "off in every published run of this line"),
-    ("MTP_NUM_HEADS TRIGRAM POS_CONDITIONAL_BIGRAM QAT_ENABLED META_TTT_ENABLED REPTILE_ENABLED", "0", "not built"),
+    ("META_TTT_ENABLED REPTILE_ENABLED", "0", "not built"),
+    ("QAT_ENABLED", "0", "rounding from the first step on; LATE_QAT rounds in the last ones"),
     ("LAWA_ENABLED", "0", "EMA and SWA replace it"),
     ("MOMENTUM_CYCLIC", "0", "dropped by its own authors"),
     ("ADAPTIVE_WARMDOWN", "0", "its trigger was noise; set WARMDOWN_FRAC"),
-    ("EMA_UPDATE_EVERY", "1", "the average takes every step"),
-    ("LATE_QAT LATE_QAT_THRESHOLD QAT_THRESHOLD", "*", "it did nothing in the sources: the banks never met it"),
     ("TARGET_MB", "*", "the cap is 16,000,000 bytes; the sources compared with MiB"),
     ("VAL_BATCH_SIZE", "*", "EVAL_BATCH_SEQS sets the batch of every scoring pass"),
     ("TTT_QAT", "0", "adapted weights are never quantised"),
@@ -281,8 +320,12 @@ def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[s
 def inconsistencies(c: Config) -> list[str]:
     """What is wrong between settings that are right each for itself."""
     rows = c.train_batch_tokens // c.train_seq_len
-    ve_ok = not c.ve_enabled or re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", c.ve_layers)
+    a_list = r"\s*\d+(\s*,\s*\d+)*\s*"
+    ve_ok = not c.ve_enabled or re.fullmatch(a_list, c.ve_layers)
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers) and max(c.value_layers, default=0) < c.num_layers
+    order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
+    order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
+    with_bigram = c.pos_conditional_bigram or c.trigram or c.word_start_boost
     rules = [
         (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: the name of one folder, under runs/"),
         (c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim} is no multiple of NUM_HEADS={c.num_heads}"),
@@ -290,6 +333,18 @@ def inconsistencies(c: Config) -> list[str]:
         (c.head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {c.head_dim} is odd"),
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the one for first tokens"),
+        (not c.pos_conditional_bigram or c.bigram_vocab_size != 2, "BIGRAM_VOCAB_SIZE=2 has no two halves"),
+        (c.bigram_vocab_size or not with_bigram, "POS_CONDITIONAL_BIGRAM, TRIGRAM and WORD_START_BOOST need "
+         "BIGRAM_VOCAB_SIZE"),
+        (c.bigram_hash == "xor" or not (c.pos_conditional_bigram or c.trigram), "POS_CONDITIONAL_BIGRAM and TRIGRAM "
+         "need BIGRAM_HASH=xor"),
+        (order_ok, f"BLOCK_ORDER={c.block_order!r}: every number from 0 to {c.num_layers - 1}, as often as you like"),
+        (c.loop_start_frac == 0 or not order_ok or len(c.block_rows) > c.num_layers,
+         "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
+        (c.resid_mix or not c.phase_resid_mix, "PHASE_RESID_MIX needs RESID_MIX"),
+        (c.unet_skips or not c.skip_gates, "SKIP_GATES needs UNET_SKIPS"),
+        (c.num_memory_tokens + c.mtp_num_heads < min(c.train_seq_len, c.eval_seq_len),
+         f"NUM_MEMORY_TOKENS={c.num_memory_tokens} and MTP_NUM_HEADS={c.mtp_num_heads} leave no target in a row"),
         (ve_ok, f"VE_LAYERS={c.ve_layers!r}: different numbers from 0 to {c.num_layers - 1}"),
         (c.train_batch_tokens % c.train_seq_len == 0 and rows % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
@@ -694,22 +749,39 @@ class BankView(NamedTuple):
 class SideEmbedding(nn.Module):
     """An embedding of its own width, projected to OUT features and scaled: hashed bigrams, values."""
 
-    def __init__(self, rows: int, width: int, out: int, scale: float):
+    def __init__(self, rows: int, width: int, out: int, scale: float | None):
         super().__init__()
         self.embed = nn.Embedding(rows, width)
         self.proj = nn.Linear(width, out, bias=False)
-        self.scale = nn.Parameter(torch.tensor(scale))
+        self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """ids (B, T) -> (B, T, out) of DTYPE."""
-        return self.scale.to(dtype) * F.linear(self.embed(ids).to(dtype), self.proj.weight.to(dtype))
+    def forward(self, ids: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """ids (B, T) each, whose embeddings are added up -> (B, T, out) of DTYPE."""
+        out = F.linear(sum(self.embed(each) for each in ids).to(dtype), self.proj.weight.to(dtype))
+        return out if self.scale is None else self.scale.to(dtype) * out
 
 
-def bigram_hash(input_ids: Tensor, first: Tensor, rows: int) -> Tensor:
-    """The table row of each pair (previous token, this token), (B, T); the last row where FIRST (B, T) says so."""
-    ids = input_ids.int()  # the published hash wraps at 32 bits
-    hashed = torch.bitwise_xor(36313 * ids, 27191 * F.pad(ids, (1, -1))) % (rows - 1)
-    return hashed.masked_fill(first, rows - 1)
+def ngram_rows(config: Config, input_ids: Tensor, first: Tensor, word_start: Tensor | None) -> list[Tensor]:
+    """The table rows, (B, T) each, of every pair (previous token, this one), and with TRIGRAM of every triple.
+
+    FIRST (B, T): the token has no predecessor; its row is the last one. WORD_START (V,): the token begins a word.
+    """
+    ids, rows = input_ids.int(), config.bigram_vocab_size  # the published hashes wrap at 32 bits
+    previous = F.pad(ids, (1, -1))
+    if config.bigram_hash == "linear":
+        return [(1009 * previous.masked_fill(first, 0) + ids) % rows]
+    pair, buckets = torch.bitwise_xor(36313 * ids, 27191 * previous), rows - 1
+    if config.pos_conditional_bigram:
+        half = buckets // 2
+        hashed = pair % half + half * (~word_start[input_ids])
+    else:
+        hashed = pair % buckets
+    found = [hashed.masked_fill(first, buckets)]
+    if config.trigram:
+        triple = torch.bitwise_xor(pair, 51497 * F.pad(previous, (1, -1)))
+        second = first | F.pad(first, (1, -1), value=True)
+        found.append((triple % buckets).masked_fill(second, buckets))
+    return found
 
 
 class SmearGate(nn.Module):
@@ -749,8 +821,23 @@ class Attention(nn.Module):
         return banks.linear("qo_bank", self.num_layers + self.layer, y.reshape(B, T, d))
 
 
+class StarReLU(nn.Module):
+    """A learned scale and bias of every hidden channel (arXiv 2210.13452, by channel as in #494)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale.to(x.dtype) * x + self.bias.to(x.dtype)
+
+
 class Block(nn.Module):
-    """Attention, then MLP, each on the scaled norm of the stream and added back by channel."""
+    """Attention, then MLP, each on the scaled norm of the stream and added back by channel.
+
+    LAYER is the bank row of its matrices; blocks that share a row have gates and scales of their own.
+    """
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
         super().__init__()
@@ -761,6 +848,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(config.model_dim))
         keep_first = torch.tensor([[1.0], [0.0]]).repeat(1, config.model_dim)
         self.resid_mix = nn.Parameter(keep_first) if config.resid_mix else None
+        self.mlp = StarReLU(config.mlp_dim) if config.star_relu else None
 
     def forward(
         self, x: Tensor, x0: Tensor, banks: BankView, rotary: tuple[Tensor, Tensor], extra_value: Tensor | None
@@ -773,6 +861,7 @@ class Block(nn.Module):
         x = x + self.attn_scale.to(x.dtype) * attended
         hidden = banks.linear("mlp_up_bank", self.layer, rms_norm(x) * self.norm_scale)  # (B, T, m)
         hidden = F.leaky_relu(hidden, self.slope).square()
+        hidden = hidden if self.mlp is None else self.mlp(hidden)
         return x + self.mlp_scale.to(x.dtype) * banks.linear("mlp_down_bank", self.layer, hidden)
 
 
@@ -782,11 +871,20 @@ class GPT(nn.Module):
     All block matrices live in four banks. Layer i has W_Q = qo_bank[i], W_O = qo_bank[L + i], W_K = kv_bank[i],
     W_V = kv_bank[L + i], and its rows of mlp_up_bank and mlp_down_bank. Parameters are float32; the forward casts to
     `dtype`. State-dict names are those of the banked line (#399, #549, #1019).
+
+    With BLOCK_ORDER there are more blocks than bank rows; `looped` False leaves out those that use a row again.
+    word_start (V,): the tokens that begin a word, which POS_CONDITIONAL_BIGRAM and WORD_START_BOOST ask for.
     """
 
     BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, kernel: AttentionFn = sdpa_attention):
+    def __init__(
+        self,
+        config: Config,
+        dtype: torch.dtype = torch.float32,
+        kernel: AttentionFn = sdpa_attention,
+        word_start: np.ndarray | None = None,
+    ):
         super().__init__()
         self.config, self.dtype = config, dtype
         L, d, m = config.num_layers, config.model_dim, config.mlp_dim
@@ -798,15 +896,25 @@ class GPT(nn.Module):
         self.lm_head = None if config.tie_embeddings else nn.Linear(d, config.vocab_size, bias=False)
         self.bigram = None
         if config.bigram_vocab_size:
-            self.bigram = SideEmbedding(config.bigram_vocab_size, config.bigram_dim, d, scale=0.05)
+            scale = 0.05 if config.bigram_hash == "xor" else None
+            self.bigram = SideEmbedding(config.bigram_vocab_size, config.bigram_dim, d, scale)
+        self.word_start_boost = nn.Parameter(torch.tensor(1.0)) if config.word_start_boost else None
+        self.register_buffer("word_start", None if word_start is None else torch.tensor(word_start), persistent=False)
         self.smear = SmearGate(config) if config.smear_gate else None
-        self.skip_weights = nn.Parameter(torch.ones(L // 2, d)) if config.unet_skips and L > 1 else None
-        self.blocks = nn.ModuleList(Block(config, layer, kernel) for layer in range(L))
+        memory = (1, config.num_memory_tokens, d)
+        self.memory_tokens = nn.Parameter(torch.empty(memory)) if config.num_memory_tokens else None
+        rows, skips = config.block_rows, len(config.block_rows) // 2
+        self.skip_weights = nn.Parameter(torch.ones(skips, d)) if config.unet_skips and skips else None
+        self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates and skips else None
+        self.blocks = nn.ModuleList(Block(config, row, kernel) for row in rows)
+        self.looped, self.first_uses = True, [rows.index(row) for row in range(L)]
         self.value_layers = config.value_layers
         self.ve_shared = None
         if self.value_layers:
             self.ve_shared = SideEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, scale=0.1)
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in self.value_layers)
+        heads = range(config.mtp_num_heads)
+        self.mtp_heads = nn.ModuleList(nn.Linear(d, config.vocab_size, bias=False) for _ in heads)
         self.rotary = (config.rotary_dims, rotary_base(config))
 
     @torch.no_grad()
@@ -821,13 +929,32 @@ class GPT(nn.Module):
         self.qo_bank[L:].zero_()
         self.mlp_down_bank.zero_()
         self.tok_emb.weight.normal_(0, self.config.tied_embed_init_std, generator=generator)
-        if self.lm_head is not None:
-            self.lm_head.weight.zero_()
-        if self.bigram is not None:
+        if self.config.overtone_init:
+            self.tok_emb.weight.copy_(overtone(self.tok_emb.weight))
+        for head in (self.lm_head, *self.mtp_heads):
+            if head is not None:
+                head.weight.zero_()
+        if self.bigram is not None and self.bigram.scale is not None:
             self.bigram.embed.weight.zero_()
+        elif self.bigram is not None:  # as #494: of the table and the projection, the latter is zero
+            self.bigram.embed.weight.normal_(0, 0.01, generator=generator)
+            self.bigram.proj.weight.zero_()
         if self.ve_shared is not None:
             self.ve_shared.embed.weight.normal_(0, 0.01, generator=generator)
+        if self.memory_tokens is not None:
+            self.memory_tokens.normal_(0, 0.02, generator=generator)
+        if self.config.phase_resid_mix:
+            for layer, block in enumerate(self.blocks):
+                share = 1 / (1 + math.exp(-3 * (layer / max(len(self.blocks) - 1, 1) - 0.5)))
+                block.resid_mix[0], block.resid_mix[1] = share, 1 - share
         return self
+
+    @torch.no_grad()
+    def start_loop(self) -> None:
+        """Use all of BLOCK_ORDER from now on; a block that uses a row again begins with the scales of the first use."""
+        for block, row in zip(self.blocks, self.config.block_rows, strict=True):
+            block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
+        self.looped = True
 
     def forward(
         self,
@@ -841,6 +968,16 @@ class GPT(nn.Module):
         banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
         by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product.
         """
+        return self.head(self.stream(input_ids, banks, adapters, tap))
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        banks: Mapping[str, Tensor] | None = None,
+        adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """input_ids (B, T) -> what the head reads, (B, T, d); the other arguments as in `forward`."""
         assert {*(banks or {}), *(adapters or {})} <= {*self.BANKS}, "a replacement that nothing would use"
         own = {name: getattr(self, name) for name in self.BANKS}
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
@@ -848,19 +985,25 @@ class GPT(nn.Module):
         view = BankView(rows, adapters or {}, tap)
         x0 = x = self.embed(input_ids)
         rotary = rotary_tables(input_ids.size(1), *self.rotary, x)
-        extra = self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
+        extra = self.ve_shared([input_ids], self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
-        half = len(self.blocks) // 2
-        for layer, block in enumerate(self.blocks):
-            if self.skip_weights is not None and layer >= half and skips:
-                x = x + self.skip_weights[layer - half].to(x.dtype) * skips.pop()
+        blocks = self.blocks if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
+        half = len(blocks) // 2
+        for depth, block in enumerate(blocks):
+            if self.skip_weights is not None and depth >= half and skips:
+                x = self.add_skip(x, skips.pop(), depth - half)
             extra_value = None
-            if layer in self.value_layers:
-                extra_value = self.ve_layer_scales[self.value_layers.index(layer)].to(x.dtype) * extra
+            if block.layer in self.value_layers:
+                extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
             x = block(x, x0, view, rotary, extra_value)
-            if layer < half:
+            if depth < half:
                 skips.append(x)
-        return self.head(x)
+        return x
+
+    def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""
+        skip = self.skip_weights[index].to(x.dtype) * skip
+        return x + skip if self.skip_gates is None else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> the first embedding (B, T, d): token, hashed bigram, norm, smear."""
@@ -870,30 +1013,67 @@ class GPT(nn.Module):
             first = first | (input_ids == BOS_ID)
         x = self.tok_emb(input_ids).to(self.dtype)
         if self.bigram is not None:
-            x = x + self.bigram(bigram_hash(input_ids, first, self.config.bigram_vocab_size), self.dtype)
+            hashed = self.bigram(ngram_rows(self.config, input_ids, first, self.word_start), self.dtype)
+            if self.word_start_boost is not None:
+                boost = torch.where(self.word_start[input_ids], self.word_start_boost, 1.0)  # (B, T)
+                hashed = boost.to(x.dtype).unsqueeze(-1) * hashed
+            x = x + hashed
         x = rms_norm(x)
-        return x if self.smear is None else self.smear(x, first)
+        x = x if self.smear is None else self.smear(x, first)
+        if self.memory_tokens is not None:
+            memory = self.memory_tokens.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat((memory[:, : x.size(1)], x[:, memory.size(1) :]), dim=1)
+        return x
 
-    def head(self, x: Tensor) -> Tensor:
-        """The stream (B, T, d) -> softcapped logits (B, T, V)."""
-        weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+    def head(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The stream (B, T, d) -> softcapped logits (B, T, V), by WEIGHT (V, d) or by the model's own."""
+        if weight is None:
+            weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         logits = (rms_norm(x) @ weight.to(x.dtype).mT).to(torch.promote_types(x.dtype, torch.float32))
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def token_nll(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihood in nats of each target, (B, T)."""
-    logits = model(input_ids)
+def overtone(weight: Tensor) -> Tensor:
+    """WEIGHT with its k-th singular value, k from 1, replaced by the first one / sqrt(k) (#60)."""
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    return U * (S[0] / torch.arange(1, len(S) + 1, device=S.device).sqrt()) @ Vh
+
+
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log likelihood in nats of each of TARGETS (B, T) under LOGITS (B, T, V)."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
+def token_nll(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """What scoring asks of the model: the nll of each target, (B, T)."""
+    return nll(model(input_ids), targets)
+
+
+def training_loss(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+    """The mean nll of the targets, memory tokens' places left out; plus z-loss and the heads that look further ahead.
+
+    Head k, from 1, predicts at each place the target k places later.
+    """
+    c = model.config
+    x, targets = model.stream(input_ids)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
+    logits = model.head(x)
+    loss = nll(logits, targets).mean()
+    if c.zloss_weight:
+        loss = loss + c.zloss_weight * logits.logsumexp(-1).square().mean()
+    for k, head in enumerate(model.mtp_heads, 1):
+        ahead = nll(model.head(x[:, :-k], head.weight), targets[:, k:]).mean()
+        loss = loss + c.mtp_loss_weight / c.mtp_num_heads * ahead
+    return loss
+
+
 def flops_per_token(config: Config) -> int:
-    """Operations of one training token: 6 for each weight of a matrix product, and 6 L T d for causal attention."""
-    c = config
-    banks = c.num_layers * (2 * c.model_dim**2 + 2 * c.kv_dim * c.model_dim + 2 * c.mlp_dim * c.model_dim)
+    """Operations of a training token: 6 for each weight of a matrix product, and 6 T d a layer for causal attention."""
+    c, layers = config, len(config.block_rows)
+    block = 2 * c.model_dim**2 + 2 * c.kv_dim * c.model_dim + 2 * c.mlp_dim * c.model_dim
     small = c.bigram_dim * c.model_dim * bool(c.bigram_vocab_size) + c.ve_dim * c.kv_dim * bool(c.value_layers)
-    return 6 * (banks + small + c.vocab_size * c.model_dim) + 6 * c.num_layers * c.train_seq_len * c.model_dim
+    heads = (1 + c.mtp_num_heads) * c.vocab_size * c.model_dim
+    return 6 * (layers * block + small + heads) + 6 * layers * c.train_seq_len * c.model_dim
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -904,12 +1084,13 @@ def flops_per_token(config: Config) -> int:
 # Gates, gains and scales have no decay: it would pull them to zero, whatever they learn.
 PARAM_GROUPS = (
     # group    optimiser  rate         decay      names
-    ("bank",   "muon",  "matrix_lr", "muon_wd", r"(qo|kv|mlp_up|mlp_down)_bank"),
-    ("embed",  "adamw", "token_lr",  "adam_wd", r"(tok_emb|bigram\.embed|ve_shared\.embed)\.weight"),
+    ("bank",   "muon",  "matrix_lr", "muon_wd", r"(qo|kv|mlp_up|mlp_down)_bank|mtp_heads\.\d+\.weight"),
+    ("embed",  "adamw", "token_lr",  "adam_wd", r"(tok_emb|bigram\.embed|ve_shared\.embed)\.weight|memory_tokens"),
     ("head",   "adamw", "head_lr",   "adam_wd", r"lm_head\.weight"),
     ("proj",   "adamw", "scalar_lr", "adam_wd", r"(bigram|ve_shared)\.proj\.weight"),
-    ("scalar", "adamw", "scalar_lr", None,      r"(bigram|ve_shared)\.scale|smear\.gate|skip_weights|"
-                r"ve_layer_scales\.\d+|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain)"),
+    ("scalar", "adamw", "scalar_lr", None,      r"(bigram|ve_shared)\.scale|smear\.gate|skip_(weights|gates)|"
+                r"word_start_boost|ve_layer_scales\.\d+|"
+                r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|mlp\.(scale|bias))"),
 )  # fmt: skip
 
 
@@ -944,12 +1125,21 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dt
 class Muon(torch.optim.Optimizer):
     """Momentum, Nesterov, then orthogonalisation of each matrix of each bank; decay apart from the gradient.
 
-    Parameters are (rows, out, in) banks. The update is scaled by sqrt(max(1, out / in)).
+    Parameters are (rows, out, in) banks, or single matrices. The update is scaled by sqrt(max(1, out / in)), and the
+    rate of a bank in ROW_RATES by its (rows, 1, 1). CAUTIOUS leaves out the entries of an update whose sign is not the
+    gradient's, and enlarges the others to the same mean (arXiv 2411.16085).
     """
 
-    def __init__(self, groups: list[dict], ns_steps: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        groups: list[dict],
+        ns_steps: int,
+        dtype: torch.dtype,
+        cautious: bool = False,
+        row_rates: Mapping[Tensor, Tensor] | None = None,
+    ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
-        self.ns_steps, self.dtype = ns_steps, dtype
+        self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates or {}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -961,36 +1151,69 @@ class Muon(torch.optim.Optimizer):
                 buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
                 update = p.grad.add(buffer, alpha=group["momentum"])
                 update = zeropower_via_newtonschulz5(update, self.ns_steps, dtype=self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+                if self.cautious:
+                    along = update * p.grad > 0
+                    update = update * along / along.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
+                rates = self.row_rates.get(p, 1.0)
+                p.mul_(1 - group["lr"] * group["weight_decay"] * rates)
+                p.add_(rates * update, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+
+
+def depth_rates(config: Config) -> list[float]:
+    """ENCODER_LR_MULT or DECODER_LR_MULT for each layer of the forward pass."""
+    layers = len(config.block_rows)
+    return [config.encoder_lr_mult] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the banks, one AdamW for the rest, as PARAM_GROUPS says; each group keeps its peak rate as `peak_lr`."""
-    groups = group_parameters(model)
+    """Muon for the banks, one AdamW for the rest, as PARAM_GROUPS says; each group keeps its peak rate as `peak_lr`.
+
+    Where the rates depend on depth, a bank row has that of its first use.
+    """
+    groups, by_layer = group_parameters(model), depth_rates(config)
     tables: dict[str, list[dict]] = {"muon": [], "adamw": []}
-    for name, optimizer, rate, decay, _ in PARAM_GROUPS:
-        if groups[name]:
-            lr, weight_decay = getattr(config, rate), getattr(config, decay) if decay else 0.0
-            params = [p for _, p in groups[name]]
+    for group, optimizer, rate, decay, _ in PARAM_GROUPS:
+        members: dict[float, list[Tensor]] = {}
+        for name, p in groups[group]:
+            block = re.match(r"blocks\.(\d+)\.", name)
+            members.setdefault(by_layer[int(block[1])] if block else 1.0, []).append(p)
+        for factor, params in members.items():
+            lr, weight_decay = factor * getattr(config, rate), getattr(config, decay) if decay else 0.0
             tables[optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
-    muon = Muon(tables["muon"], config.muon_backend_steps, model.dtype)
+    row_rates = {}
+    if set(by_layer) != {1.0}:
+        by_row = torch.tensor([by_layer[layer] for layer in model.first_uses], device=model.qo_bank.device)
+        for name in GPT.BANKS:
+            bank = getattr(model, name)
+            row_rates[bank] = by_row.repeat(len(bank) // len(by_row)).view(-1, 1, 1)
+    muon = Muon(tables["muon"], config.muon_backend_steps, model.dtype, config.cautious_muon, row_rates)
     betas = (config.beta1, config.beta2)
     return [muon, torch.optim.AdamW(tables["adamw"], betas=betas, eps=config.adam_eps, fused=True)]
 
 
-def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
-    """The learning rate's share of its peak before step STEP: 1, then falling linearly to MIN_LR at the end of the run.
+def run_length(config: Config, step: int, elapsed: float, budget: float) -> tuple[float, float]:
+    """Steps that are left before step STEP, and steps in all.
 
     The end is ITERATIONS, or BUDGET seconds (0: no clock), whichever comes first at the pace so far of ELAPSED seconds
-    for STEP steps. The fall takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps at that pace.
+    for STEP steps.
     """
-    remaining, total = config.iterations - step, float(config.iterations)
+    remaining, total = float(config.iterations - step), float(config.iterations)
     if budget and step:
         pace = elapsed / step
         remaining, total = min(remaining, (budget - elapsed) / pace), min(total, budget / pace)
+    return max(0.0, remaining), total
+
+
+def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
+    """The learning rate's share of its peak before step STEP: 1, then falling to MIN_LR; arguments as for run_length.
+
+    The fall takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps, and is linear or half a cosine.
+    """
+    remaining, total = run_length(config, step, elapsed, budget)
     window = config.warmdown_frac * total or config.warmdown_iters
-    share = min(1.0, max(0.0, remaining / window)) if window else 1.0
+    share = min(1.0, remaining / window) if window else 1.0
+    if config.warmdown_shape == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
     return config.min_lr + (1 - config.min_lr) * share
 
 
@@ -1020,8 +1243,9 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         """After step STEP (from 1), taken at SCALE of the peak learning rate."""
-        if self.ema is not None:
-            torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay)
+        every = self.config.ema_update_every
+        if self.ema is not None and step % every == 0:
+            torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay**every)
         if self.config.swa_enabled and scale < self.config.swa_threshold and step % self.config.swa_every == 0:
             self.snapshots += 1
             source = self.live if self.ema is None else self.ema
@@ -1142,23 +1366,70 @@ def gptq(W: Tensor, H: Tensor, scales: Tensor, levels: int = 31, damp: float = 0
     return torch.zeros_like(codes).scatter_(-1, order.unsqueeze(-2).expand_as(codes), codes).to(torch.int8)
 
 
+def find_scheme(name: str) -> tuple[str, int]:
+    """Scheme and largest code of the tensor NAME."""
+    return next(row[:2] for row in SCHEMES if re.fullmatch(row[3], name))
+
+
+def choose_scales(tensor: Tensor, scheme: str, levels: int, config: Config) -> Tensor:
+    """float16 steps, one a row: MATRIX_CLIP_SIGMAS deviations on the largest code for int6, else the largest entry."""
+    span = tensor.std(-1) * config.matrix_clip_sigmas if scheme == "int6" else tensor.abs().amax(-1)
+    return row_scales(span, levels)
+
+
+def round_to_codes(tensor: Tensor, scales: Tensor, levels: int) -> Tensor:
+    """The nearest codes, as floats."""
+    return torch.round(tensor / scales.float()).clamp(-levels, levels)
+
+
+@contextmanager
+def fake_quantized_banks(model: GPT) -> Iterator[None]:
+    """Inside, the banks hold what plain rounding by the export's scales makes of them; afterwards their own values.
+
+    Gradients that are taken inside and applied afterwards are straight-through ones (arXiv 1308.3432). No second graph
+    is compiled for it, and a step of several micro-batches rounds once.
+    """
+    banks = {name: getattr(model, name).detach() for name in GPT.BANKS}
+    saved = {name: bank.clone() for name, bank in banks.items()}
+    for name, bank in banks.items():
+        scheme, levels = find_scheme(name)
+        scales = choose_scales(bank, scheme, levels, model.config)
+        bank.copy_(round_to_codes(bank, scales, levels) * scales.float())
+    yield
+    for name, bank in banks.items():
+        bank.copy_(saved[name])
+
+
+def prune_smallest(tensor: Tensor, share: float) -> Tensor:
+    """TENSOR (..., out, in) with the SHARE of the entries of each matrix that are smallest in magnitude set to zero."""
+    magnitude = tensor.abs()
+    count = int(share * tensor.size(-2) * tensor.size(-1))
+    if not count:
+        return tensor
+    limit = magnitude.flatten(-2).kthvalue(count, dim=-1).values
+    return tensor.masked_fill(magnitude <= limit[..., None, None], 0.0)
+
+
 @torch.no_grad()
 def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None, config: Config) -> list[Record]:
-    """Every tensor of a state dict by its scheme, on the CPU. hessians None: the banks are rounded plainly."""
+    """Every tensor of a state dict by its scheme, on the CPU, pruned by PRUNE_FRAC before.
+
+    hessians None: the banks are rounded plainly.
+    """
     records = []
     for name, tensor in state.items():
-        scheme, levels = next(row[:2] for row in SCHEMES if re.fullmatch(row[3], name))
+        scheme, levels = find_scheme(name)
         if scheme == "fp16":
             records.append(Record(name, scheme, tensor.to(torch.float16).cpu(), None))
             continue
-        span = tensor.std(-1) * config.matrix_clip_sigmas if scheme == "int6" else tensor.abs().amax(-1)
-        scales = row_scales(span, levels)
+        scales = choose_scales(tensor, scheme, levels, config)
+        tensor = prune_smallest(tensor, config.prune_frac)
         if scheme == "int6" and hessians is not None:
             H = torch.cat([hessians[stack] for stack in STACKS[name]])  # (rows, in, in)
             codes = gptq(tensor, H, scales, levels, config.gptq_damp, config.gptq_block_size)
         else:
-            codes = torch.round(tensor / scales.float()).clamp(-levels, levels).to(torch.int8)
-        records.append(Record(name, scheme, codes.cpu(), scales.cpu()))
+            codes = round_to_codes(tensor, scales, levels)
+        records.append(Record(name, scheme, codes.to(torch.int8).cpu(), scales.cpu()))
     return records
 
 
@@ -1270,9 +1541,14 @@ def decode_tensors(payload: memoryview, table: list[dict]) -> dict[str, Tensor]:
     return {record.name: dequantize(record) for record in records}
 
 
-def load_model(artifact: Artifact, device: torch.device, kernel: AttentionFn = sdpa_attention) -> GPT:
-    """A fresh model with an artifact's weights, every tensor accounted for."""
-    model = GPT(artifact.config, compute_dtype(device), kernel)
+def load_model(
+    artifact: Artifact,
+    device: torch.device,
+    kernel: AttentionFn = sdpa_attention,
+    word_start: np.ndarray | None = None,
+) -> GPT:
+    """A fresh model with an artifact's weights, every tensor accounted for; arguments as for GPT."""
+    model = GPT(artifact.config, compute_dtype(device), kernel, word_start)
     model.load_state_dict(artifact.state, strict=True)
     return model.to(device)
 
@@ -1462,10 +1738,6 @@ def reduce_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
     return flat[-1]
 
 
-def mean_nll(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
-    return token_nll(model, input_ids, targets).mean()
-
-
 def train_step(
     loss_fn: Callable,
     model: GPT,
@@ -1473,17 +1745,19 @@ def train_step(
     optimizers: list[torch.optim.Optimizer],
     scale: float,
     momentum: float,
+    round_banks: bool = False,
 ) -> Tensor:
     """One optimiser step on micro-batches of equal size; returns the mean loss of all ranks, on the device.
 
     Gradients are averaged over micro-batches and ranks, then clipped, so that the number of ranks changes nothing.
     """
     total = torch.zeros((), device=model.tok_emb.weight.device)
-    for input_ids, targets in batches:
-        loss = loss_fn(model, input_ids, targets) / len(batches)
-        loss.backward()
-        total += loss.detach()
-    parameters = list(model.parameters())
+    with fake_quantized_banks(model) if round_banks else nullcontext():
+        for input_ids, targets in batches:
+            loss = loss_fn(model, input_ids, targets) / len(batches)
+            loss.backward()
+            total += loss.detach()
+    parameters = [p for p in model.parameters() if p.grad is not None]  # the scales of a later loop have none
     total = reduce_gradients(parameters, total)
     if model.config.grad_clip_norm:
         nn.utils.clip_grad_norm_(parameters, model.config.grad_clip_norm, foreach=True)
@@ -1511,7 +1785,8 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
 
     saved = [p.detach().clone() for p in model.parameters()]
     optimizers = make_optimizers(model, c)
-    for _ in range(c.warmup_steps):
+    for turn in range(c.warmup_steps):
+        model.looped = turn % 2 == 0 or not c.loop_start_frac
         inputs, targets = shifted(random_ids(rows * c.train_seq_len + 1), rows)
         batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
         train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
@@ -1526,6 +1801,7 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
             synchronize(run.device)
             seconds = max(seconds, time.perf_counter() - began) if turn else 0.0  # the first loads kernels
         torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
+    model.looped = not c.loop_start_frac
     return reduce_max(1.5 * seconds * math.ceil(c.gptq_calib_batches / world_size()))  # half as much again, for reading
 
 
@@ -1552,8 +1828,14 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
             clock.start()
         if stop:
             break
+        remaining, total = run_length(c, step, elapsed, budget)
+        if not model.looped and 1 - remaining / total >= c.loop_start_frac:
+            model.start_loop()
+            run.log.line(f"loop: from step {step}")
         scale = lr_scale(c, step, elapsed, budget)
-        loss = train_step(loss_fn, model, step_batches(run, step), optimizers, scale, momentum_at(c, step))
+        round_banks = c.late_qat and scale < c.late_qat_threshold
+        batches, momentum = step_batches(run, step), momentum_at(c, step)
+        loss = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
         step += 1
         average.update(step, scale)
         stop_unless_finite(*clock.step_done(step, loss))
@@ -1682,11 +1964,11 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
 
 def export(run: Run, model: GPT, hessians: Mapping[str, Tensor] | None) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp_heads.")}
     checkpoint = io.BytesIO()
-    torch.save(state, checkpoint)
+    torch.save({name: tensor.cpu() for name, tensor in state.items()}, checkpoint)
     write_atomically(run.folder / "final_model.pt", checkpoint.getvalue())
-    blob = encode_artifact(run.config, quantize(model.state_dict(), hessians, run.config), run.tokenizer_sha256)
+    blob = encode_artifact(run.config, quantize(state, hessians, run.config), run.tokenizer_sha256)
     write_atomically(run.folder / "final_model.int6.ptz", blob)
     bytes_code = sum(file.stat().st_size for file in code_files())
     total = bytes_code + len(blob)
@@ -1703,7 +1985,7 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
     """Read the artifact back from disk into a fresh model and score it: non-overlapping, then sliding."""
     began, values = time.perf_counter(), {}
     artifact = on_rank_0(lambda: read_artifact(run.folder / "final_model.int6.ptz"))
-    model = load_model(artifact, run.device, run.kernel)
+    model = load_model(artifact, run.device, run.kernel, run.byte_table.has_leading_space)
     for name, label, stride in (
         ("roundtrip", "final_int6_roundtrip", run.config.eval_seq_len),
         ("sliding", "final_int6_sliding_window", run.config.eval_stride),
@@ -1718,12 +2000,13 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     """Train, export, read back, score, report; returns the exit code."""
     began = process_start()
     run = prepare_run(config, notices, environ)
-    model = GPT(config, compute_dtype(run.device), run.kernel).init_weights(config.seed).to(run.device)
+    model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
+    model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
         for parameter in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
-    loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (mean_nll, token_nll))
+    loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (training_loss, token_nll))
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
     clock = Clock(run.device)

@@ -38,7 +38,7 @@ ORDINARY = """
 # Settings of the published programs that belong to parts which this trainer leaves to others, or ignores.
 LINEAGE = """
     TTT_ENABLED TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP
-    MTP_LOSS_WEIGHT LAWA_K LAWA_FREQ EMA_UPDATE_EVERY CONTROL_TENSOR_NAME_PATTERNS INT7_PATTERNS SKIP_TTT TRAIN_GPT_DIR
+    LAWA_K LAWA_FREQ CONTROL_TENSOR_NAME_PATTERNS INT7_PATTERNS SKIP_TTT TRAIN_GPT_DIR
 """.split()
 
 PR549 = """
@@ -361,10 +361,8 @@ def test_an_alias_in_the_environment_overrides_the_recipe(recipe):
     ("name", "off", "on"),
     [
         *((name, "0", "1") for name in ("LAWA_ENABLED", "VALUE_RESIDUAL", "GATED_ATTENTION", "DTG_ENABLED")),
-        *((name, "0", "1") for name in ("MOMENTUM_CYCLIC", "ADAPTIVE_WARMDOWN", "TTT_QAT", "MTP_NUM_HEADS")),
+        *((name, "0", "1") for name in ("MOMENTUM_CYCLIC", "ADAPTIVE_WARMDOWN", "TTT_QAT", "QAT_ENABLED")),
         ("TARGET_MB", "15.9", None),
-        ("QAT_THRESHOLD", "0.15", None),
-        ("LATE_QAT_THRESHOLD", "0.15", None),
     ],
 )
 def test_absent_variables(name, off, on):
@@ -387,7 +385,7 @@ def test_absent_variables(name, off, on):
 def test_published_environments_start(text, expected, recipe, capsys):
     config, _, notices = load_config(environment(text))
     assert {name: getattr(config, name) for name in expected} == expected
-    for name in ("LATE_QAT", "LATE_QAT_THRESHOLD", "TARGET_MB", "LAWA_ENABLED", "DTG_ENABLED", "VAL_BATCH_SIZE"):
+    for name in ("TARGET_MB", "LAWA_ENABLED", "DTG_ENABLED", "VAL_BATCH_SIZE"):
         assert any(notice.startswith(f"{name}=") for notice in notices) == (f" {name}=" in text)
     assert train_gpt.main(["--describe"], environment(text)) == 0
     assert "model_params:" in capsys.readouterr().out

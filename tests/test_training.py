@@ -238,7 +238,7 @@ def test_training_stops_where_another_step_and_the_reserve_would_not_fit(tmp_pat
     )  # fmt: skip
     run = make_run(tmp_path, config, train=stream(tmp_path))
     model = random_model(config, torch.float32)
-    assert train_gpt.train(run, model, train_gpt.mean_nll, train_gpt.token_nll, reserve, StepClock()) == steps
+    assert train_gpt.train(run, model, train_gpt.training_loss, train_gpt.token_nll, reserve, StepClock()) == steps
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert ("stopping_early: wallclock_cap" in (tmp_path / "train.log").read_text()) == (steps < iterations)
@@ -327,10 +327,10 @@ def test_a_step_takes_the_mean_of_its_micro_batches_clipped(parts, limit):
     """In float64, against the gradient of all rows at once."""
     model = random_model(replace(SMALL, grad_clip_norm=limit))
     ids, targets, before = random_ids(4, 12, 1), random_ids(4, 12, 2), flat(model)
-    gradient = gradient_of(model, train_gpt.mean_nll, ids, targets)
-    expected_loss = float(train_gpt.mean_nll(model, ids, targets).detach())
+    gradient = gradient_of(model, train_gpt.training_loss, ids, targets)
+    expected_loss = float(train_gpt.training_loss(model, ids, targets).detach())
     batches = list(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
-    loss = train_step(train_gpt.mean_nll, model, batches, [sgd(model)], 0.5, 0.9)
+    loss = train_step(train_gpt.training_loss, model, batches, [sgd(model)], 0.5, 0.9)
     assert float(loss) == pytest.approx(expected_loss, abs=1e-5)
     assert np.linalg.norm(gradient) > 0.6
     np.testing.assert_allclose(flat(model), before - 0.5 * clipped(gradient, limit or 1e9), rtol=0, atol=1e-6)
@@ -340,7 +340,7 @@ def test_a_step_takes_the_mean_of_its_micro_batches_clipped(parts, limit):
 def test_a_step_sets_rate_and_momentum_of_every_group():
     model = random_model(SMALL, torch.float32)
     optimizers = train_gpt.make_optimizers(model, SMALL)
-    train_step(train_gpt.mean_nll, model, [(random_ids(2, 8), random_ids(2, 8, 1))], optimizers, 0.25, 0.875)
+    train_step(train_gpt.training_loss, model, [(random_ids(2, 8), random_ids(2, 8, 1))], optimizers, 0.25, 0.875)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             assert group["lr"] == 0.25 * group["peak_lr"] > 0
@@ -358,7 +358,7 @@ def rank_data(rank: int):
     """Very different work for the two ranks: other tokens, and a loss a hundred times as steep on the second."""
 
     def loss_fn(model, ids, targets):
-        return train_gpt.mean_nll(model, ids, targets) * (1, 100)[rank]
+        return train_gpt.training_loss(model, ids, targets) * (1, 100)[rank]
 
     return loss_fn, random_ids(2, 12, 10 + rank), random_ids(2, 12, 20 + rank)
 

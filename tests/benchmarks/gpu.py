@@ -57,7 +57,7 @@ def bench_step(config: tg.Config, stream: tg.TokenStream, device: torch.device, 
     torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
     attention, model = make_model(config, device)
     optimizers = tg.make_optimizers(model, config)
-    loss_fn = compiled_or_not(tg.mean_nll, arm, config, device)
+    loss_fn = compiled_or_not(tg.training_loss, arm, config, device)
     rows, parts = tg.split_batch(config)
 
     def step(index: int) -> float:
