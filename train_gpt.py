@@ -30,8 +30,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
+from functools import cached_property
 from glob import glob
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,11 +169,52 @@ class Config:
     gptq_block_size: int = setting("export", 128, "columns between two updates of the rest", low=1)
     gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-6, high=1)
     matrix_clip_sigmas: float = setting("export", 6.0, "int6 range in standard deviations of a row", low=0.5)
-    prune_frac: float = setting("export", 0.0, "share of each matrix set to zero, the smallest", low=0, high=0.99)
+    prune_frac: float = setting("export", 0.0, "smallest share of a matrix, zeroed before rounding", low=0, high=0.99)
 
     eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
     eval_stride: int = setting("scoring", 64, "targets scored by a sliding window", low=1)
     eval_batch_seqs: int = setting("scoring", 128, "windows a forward pass, each rank", low=1)
+
+    model_path: str = setting("evaluator", "", "artifact, or final_model.pt; empty: the artifact of runs/RUN_ID")
+    eval_budget_seconds: float = setting("evaluator", 600.0, "seconds of the adapted score, warm-up included", low=0)
+    audit_tokens: int = setting("evaluator", 8192, "targets that --audit evaluates", low=2)
+    ttt_mode: str = setting("evaluator", "doc_banks", "what adapts, see TTT_MODES; none: nothing", choices=tuple(
+        "none banks all lora doc_banks doc_lora phased".split()))
+    ttt_protocol: str = setting("evaluator", "legal", "the others learn before they score, and are marked as invalid",
+                                choices=("legal", "adapt_first", "two_pass"))
+    ttt_optimizer: str = setting("evaluator", "precond", "precond: gradient over the root of its second moment",
+                                 choices=("precond", "sgd", "adamw"))
+    ttt_moments: str = setting("evaluator", "running", "second moments: of scored tokens, or of training, stored",
+                               choices=("running", "artifact"))
+    ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
+    ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
+    ttt_in_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's input matrices", low=0)
+    ttt_out_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's output matrices", low=0)
+    ttt_freeze_blocks: int = setting("evaluator", 0, "first blocks, whose bank rows and scales do not adapt", low=0)
+    ttt_momentum: float = setting("evaluator", 0.0, "of sgd; beta1 of adamw", low=0, high=0.9999)
+    ttt_beta2: float = setting("evaluator", 0.99, "of precond and adamw", low=0, high=0.999999)
+    ttt_weight_decay: float = setting("evaluator", 0.0, "decoupled decay of adamw", low=0)
+    ttt_pull: float = setting("evaluator", 0.0, "share of the way back to the artifact at each step", low=0, high=1)
+    ttt_grad_clip: float = setting("evaluator", 2.0, "norm of a step's gradient at most; 0: no limit", low=0)
+    ttt_epochs: int = setting("evaluator", 1, "passes over each scored chunk", low=0)
+    ttt_chunk_tokens: int = setting("evaluator", 32768, "targets a chunk, by flat chunks", low=1)
+    ttt_chunk_size: int = setting("evaluator", 128, "targets a piece, by documents; EVAL_SEQ_LEN at most", low=1)
+    ttt_context: int = setting("evaluator", 0, "left context of what is learned from, tokens", low=0)
+    ttt_batch_seqs: int = setting("evaluator", 32, "rows a step, by flat chunks; documents at once, by documents",
+                                  low=1)
+    ttt_doc_order: str = setting("evaluator", "longest", "of the documents", choices=("longest", "file"))
+    ttt_top_frac: float = setting("evaluator", 1.0, "rows of a scored chunk to learn from, those of highest loss",
+                                  low=0.001, high=1)
+    ttt_loss_power: float = setting("evaluator", 0.0, "steps times (row's scored loss / mean so far) to this", low=0)
+    ttt_lora_rank: int = setting("evaluator", 8, "of the adapters", low=1)
+    ttt_lora_alpha: float = setting("evaluator", 8.0, "adapters count alpha / rank", low=0)
+    ttt_warm_start_a: bool = setting("evaluator", False, "a new document keeps the adapters' input side")
+    phased_ttt_prefix_docs: int = setting("evaluator", 2000, "phased: documents before the last border", low=1)
+    phased_ttt_num_phases: int = setting("evaluator", 3, "phased: borders at which the base learns", low=1)
+    global_ttt_lr: float = setting("evaluator", 0.001, "phased: SGD on the base", low=0)
+    global_ttt_momentum: float = setting("evaluator", 0.9, "phased: SGD on the base", low=0, high=0.9999)
+    ppm_alpha: float = setting("evaluator", 1.0, "model's share in a mixture with an order-1 PPM; 1: no mixture",
+                               low=0, high=1)
     # fmt: on
 
     @property
@@ -198,6 +241,10 @@ class Config:
     def block_rows(self) -> list[int]:
         """The bank row of each layer of the forward pass."""
         return int_list(self.block_order) or list(range(self.num_layers))
+
+    @property
+    def piece_size(self) -> int:
+        return min(self.ttt_chunk_size, self.eval_seq_len)
 
     @property
     def token_lr(self) -> float:
@@ -227,8 +274,7 @@ ABSENT = (
     ("TARGET_MB", "*", "the cap is 16,000,000 bytes; the sources compared with MiB"),
     ("VAL_BATCH_SIZE", "*", "EVAL_BATCH_SEQS sets the batch of every scoring pass"),
     ("TTT_QAT", "0", "adapted weights are never quantised"),
-    ("TTT_ENABLED TTT_LR TTT_EPOCHS TTT_MOMENTUM TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_BATCH_SEQS TTT_GRAD_CLIP", "*",
-     "the trainer never adapts to the validation text"),
+    ("TTT_ENABLED", "*", "the trainer never adapts to the validation text; TTT_MODE is the evaluator's"),
 )  # fmt: skip
 
 KINDS = {  # annotation: the text it admits, its value, and what to say otherwise
@@ -350,6 +396,10 @@ def inconsistencies(c: Config) -> list[str]:
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
          f"TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
+        (c.ttt_protocol == "legal" or c.ttt_mode in ("banks", "all", "lora"),
+         f"TTT_PROTOCOL={c.ttt_protocol} is by flat chunks: TTT_MODE=banks, all or lora"),
+        (c.ppm_alpha == 1 or not TTT_MODES[c.ttt_mode][0], "PPM_ALPHA needs the order of the text: no TTT_MODE by "
+         "documents"),
         (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
     return [message for ok, message in rules if not ok]
@@ -385,9 +435,9 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     return Config(**values), values, notices
 
 
-def help_text() -> str:
-    """Every setting with its default and one line, by section."""
-    lines = [__doc__.strip(), "", "Settings (environment variables; RECIPE=FILE reads KEY=VALUE lines first):"]
+def help_text(head: str) -> str:
+    """HEAD, then every setting with its default and one line, by section."""
+    lines = [head.strip(), "", "Settings (environment variables; RECIPE=FILE reads KEY=VALUE lines first):"]
     section = ""
     for f in fields(Config):
         if f.metadata["section"] != section:
@@ -639,6 +689,16 @@ def check_fingerprint(num_tokens: int, num_bytes: int) -> None:
         )
 
 
+def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str) -> tuple[np.ndarray, list[str]]:
+    """The validation tokens and the shards they come from. UserError for whatever can be wrong with them."""
+    stream = TokenStream(config.shards("val"), config.vocab_size)
+    check_manifest(stream, tokenizer_sha256)
+    tokens = stream.read_all()
+    sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
+    check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()))
+    return tokens, stream.paths
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 # ----------------------------------------------------------------------------------------------------------------------
@@ -746,6 +806,14 @@ class BankView(NamedTuple):
         return y
 
 
+def lookup(weight: Tensor, ids: Tensor) -> Tensor:
+    """Rows of an embedding (V, d) at IDS (B, T) -> (B, T, d); with a leading axis, each row of IDS has a table."""
+    if weight.dim() == 2:
+        return F.embedding(ids, weight)
+    tables = torch.arange(len(weight), device=ids.device).unsqueeze(-1)
+    return F.embedding(ids + tables * weight.size(1), weight.flatten(0, 1))
+
+
 class SideEmbedding(nn.Module):
     """An embedding of its own width, projected to OUT features and scaled: hashed bigrams, values."""
 
@@ -757,7 +825,7 @@ class SideEmbedding(nn.Module):
 
     def forward(self, ids: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """ids (B, T) each, whose embeddings are added up -> (B, T, out) of DTYPE."""
-        out = F.linear(sum(self.embed(each) for each in ids).to(dtype), self.proj.weight.to(dtype))
+        out = sum(lookup(self.embed.weight, each) for each in ids).to(dtype) @ self.proj.weight.to(dtype).mT
         return out if self.scale is None else self.scale.to(dtype) * out
 
 
@@ -962,13 +1030,16 @@ class GPT(nn.Module):
         banks: Mapping[str, Tensor] | None = None,
         adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         tap: Tap | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> logits (B, T, V) in float32 (float64 for a float64 model).
 
         banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
-        by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product.
+        by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
+        the places whose logits are wanted, (B, C, V) then.
         """
-        return self.head(self.stream(input_ids, banks, adapters, tap))
+        x = self.stream(input_ids, banks, adapters, tap)
+        return self.head(x if columns is None else x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1))))
 
     def stream(
         self,
@@ -1011,12 +1082,12 @@ class GPT(nn.Module):
         first[:, 0] = True
         if self.config.doc_borders == "respect":
             first = first | (input_ids == BOS_ID)
-        x = self.tok_emb(input_ids).to(self.dtype)
+        x = lookup(self.tok_emb.weight, input_ids).to(self.dtype)
         if self.bigram is not None:
             hashed = self.bigram(ngram_rows(self.config, input_ids, first, self.word_start), self.dtype)
             if self.word_start_boost is not None:
-                boost = torch.where(self.word_start[input_ids], self.word_start_boost, 1.0)  # (B, T)
-                hashed = boost.to(x.dtype).unsqueeze(-1) * hashed
+                boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (self.word_start_boost - 1)  # (B, T, 1)
+                hashed = boost.to(x.dtype) * hashed
             x = x + hashed
         x = rms_norm(x)
         x = x if self.smear is None else self.smear(x, first)
@@ -1034,6 +1105,11 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def count_parameters(model: GPT) -> int:
+    """Those that the artifact holds: not the heads of multi-token prediction."""
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp_heads."))
+
+
 def overtone(weight: Tensor) -> Tensor:
     """WEIGHT with its k-th singular value, k from 1, replaced by the first one / sqrt(k) (#60)."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -1045,9 +1121,20 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def token_nll(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """What scoring asks of the model: the nll of each target, (B, T)."""
-    return nll(model(input_ids), targets)
+def token_nll(
+    model: GPT,
+    input_ids: Tensor,
+    targets: Tensor,
+    columns: Tensor | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """The nll of TARGETS at COLUMNS of INPUT_IDS, all three (B, C), or at every place.
+
+    weights: replacements of any parameters by name, as FastWeights makes them; adapters as in GPT.forward.
+    """
+    extra = dict(adapters=adapters, columns=columns)
+    return nll(torch.func.functional_call(model, dict(weights or {}), (input_ids,), extra), targets)
 
 
 def training_loss(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
@@ -1224,6 +1311,213 @@ def momentum_at(config: Config, step: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Adaptation
+# ----------------------------------------------------------------------------------------------------------------------
+
+# What learns at test time: by flat chunks one set of weights for the whole text, by documents one set for each, which
+# starts from the artifact. `learns` names groups of PARAM_GROUPS, or adapters.
+TTT_MODES = {
+    # mode        by documents, learns
+    "none":      (False, ""),
+    "banks":     (False, "bank"),
+    "all":       (False, "bank embed head proj scalar"),
+    "lora":      (False, "adapters"),
+    "doc_banks": (True,  "bank embed head proj scalar"),
+    "doc_lora":  (True,  "adapters"),
+    "phased":    (True,  "adapters"),
+}  # fmt: skip
+
+
+def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
+    """Low-rank pairs for every bank row: BANK.a (rows, r, in), uniform within 1 / sqrt(in), and BANK.b, zero."""
+    generator, pairs = torch.Generator().manual_seed(config.seed), {}
+    for name in GPT.BANKS:
+        rows, out, width = getattr(model, name).shape
+        a = torch.rand(rows, config.ttt_lora_rank, width, generator=generator) * 2 - 1
+        pairs[f"{name}.a"] = (a / math.sqrt(width)).to(model.qo_bank.device)
+        pairs[f"{name}.b"] = torch.zeros(rows, out, config.ttt_lora_rank, device=model.qo_bank.device)
+    return pairs
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the last two axes of a parameter or adapter are a matrix; else it is a stack of vectors, or a number."""
+    return bool(re.fullmatch(r"\w+_bank(\.[ab])?|.*\.weight|memory_tokens", name))
+
+
+class FastWeights:
+    """The tensors that learn at test time, in float32, with a leading axis: one set, or one for each row of a batch.
+
+    They are parameters of the model by name, or adapters. `base` is what they start from; `rates` multiplies the
+    learning rate: the MLP's multipliers, zero for frozen blocks, and for banks (rows, 1, 1). `moments` are the means of
+    squared gradients over all sets, for matrices as a row and a column factor (arXiv 1804.04235); documents share them.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        config: Config,
+        learns: str,
+        sets: int | None = None,
+        moments: Mapping[str, list[Tensor]] | None = None,
+    ):
+        self.config, self.shared, self.steps = config, sets is None, 0
+        if learns == "adapters":
+            self.base = make_adapters(model, config)
+        else:
+            groups = group_parameters(model)
+            self.base = {name: p.detach().float() for group in learns.split() for name, p in groups[group]}
+        self.rows = sets or 1  # how many of the sets are in use, the first ones
+        self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
+        self.rates = {name: self._rate(name, base) for name, base in self.base.items()}
+        self.fixed, self.moments = moments is not None, dict(moments or {})
+        self.state: dict[str, list[Tensor]] = {}
+
+    def _rate(self, name: str, base: Tensor) -> float | Tensor:
+        c, (bank, *_) = self.config, name.split(".")
+        rate = {"mlp_up_bank": c.ttt_in_lr_mult, "mlp_down_bank": c.ttt_out_lr_mult}.get(bank, 1.0)
+        if bank in GPT.BANKS:
+            layers = torch.arange(len(base), device=base.device) % c.num_layers
+            return rate * (layers >= c.ttt_freeze_blocks).float().view(-1, 1, 1)
+        block = re.match(r"blocks\.(\d+)\.", name)
+        return 0.0 if block and c.block_rows[int(block[1])] < c.ttt_freeze_blocks else rate
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the base, and the optimiser to its start; the moments stay, and with TTT_WARM_START_A adapters' A."""
+        for name, value in self.values.items():
+            if not (self.config.ttt_warm_start_a and name.endswith("_bank.a")):
+                value.copy_(self.base[name])
+        self.state.clear()
+
+    def used(self) -> dict[str, Tensor]:
+        """The sets in use, as views."""
+        return {name: value[: self.rows] for name, value in self.values.items()}
+
+    def weights(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Replacements and adapters for token_nll. The axis of the sets goes where it meets that of a batch's rows."""
+        scale, replaced, adapters = self.config.ttt_lora_alpha / self.config.ttt_lora_rank, {}, {}
+        for name, value in values.items():
+            if self.shared:
+                value = value[0]
+            elif value.dim() == 1:
+                value = value.view(-1, 1, 1)
+            elif not is_matrix(name):
+                value = value.movedim(0, -2).unsqueeze(-2)  # (..., sets, 1, d)
+            elif name == "memory_tokens":
+                value = value.squeeze(1)
+            bank, _, side = name.partition(".")
+            if bank in GPT.BANKS and side:
+                adapters[bank] = (value,) if side == "a" else (*adapters[bank], scale * value)
+            else:
+                replaced[name] = value
+        return replaced, adapters
+
+    def observe(self, gradients: Mapping[str, Tensor], sets: int) -> None:
+        """Take squared gradients into the moments: their mean at first, then with TTT_BETA2; SETS have a gradient."""
+        news = []
+        for name, g in gradients.items():
+            squares = g.square().sum(0) / max(sets, 1)
+            news.append([squares.mean(-1), squares.mean(-2)] if is_matrix(name) else [squares])
+        if world_size() > 1 and not self.shared:
+            flat = torch.cat([part.flatten() for parts in news for part in parts])
+            dist.all_reduce(flat)
+            pieces = iter(flat.split([part.numel() for parts in news for part in parts]))
+            news = [[next(pieces).view_as(part) for part in parts] for parts in news]
+        share = max(1 - self.config.ttt_beta2, 1 / self.steps)
+        for name, parts in zip(gradients, news, strict=True):
+            for old, new in zip(
+                self.moments.setdefault(name, [torch.zeros_like(p) for p in parts]), parts, strict=True
+            ):
+                old.lerp_(new, share)
+
+    def direction(self, name: str, g: Tensor) -> Tensor:
+        """What TTT_OPTIMIZER makes of a gradient, (sets, ...)."""
+        c = self.config
+        if c.ttt_optimizer == "precond":
+            parts = self.moments[name]
+            square = parts[0] if len(parts) == 1 else factored(*parts)
+            return g / (square + TTT_MOMENT_FLOOR * square.mean()).sqrt().clamp(min=1e-12)
+        state = self.state.setdefault(name, [torch.zeros_like(g), torch.zeros_like(g), torch.zeros(())])
+        momentum, square, steps = state[0][: len(g)], state[1][: len(g)], state[2]
+        if c.ttt_optimizer == "sgd":
+            return momentum.mul_(c.ttt_momentum).add_(g)
+        steps += 1
+        momentum.lerp_(g, 1 - c.ttt_momentum)
+        square.lerp_(g.square(), 1 - c.ttt_beta2)
+        mean, root = momentum / (1 - c.ttt_momentum**steps), (square / (1 - c.ttt_beta2**steps)).sqrt()
+        return mean / (root + 1e-10) + c.ttt_weight_decay * self.values[name][: len(g)]
+
+
+@torch.no_grad()
+def collect_moments(model: GPT, batches: Iterable[Tensor], config: Config) -> dict[str, list[Tensor]]:
+    """Mean squared gradients, as FastWeights keeps them, of pieces of TTT_CHUNK_SIZE tokens of BATCHES (input ids)."""
+    _, learns = TTT_MODES[config.ttt_mode]
+    settings = replace(config, ttt_optimizer="precond", ttt_beta2=0.999999)  # a plain mean
+    fast = None
+    for ids in batches:
+        fast = fast or FastWeights(model, settings, learns, len(ids))
+        for first in range(0, ids.size(1) - 1, config.piece_size):
+            piece = ids[:, max(0, first - config.ttt_context) : first + config.piece_size + 1]
+            columns = torch.arange(min(first, config.ttt_context), piece.size(1) - 1, device=ids.device)
+            columns = columns.expand(len(ids), -1)
+            targets = piece.gather(1, columns + 1)
+            weight = torch.full(targets.shape, 1 / targets.size(1), device=ids.device)
+            adaptation_step(model, fast, piece[:, :-1], targets, columns, weight, 0.0, len(ids) * world_size())
+    return fast.moments if fast else {}
+
+
+TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
+MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of TRAIN_SEQ_LEN
+
+
+def factored(row: Tensor, column: Tensor) -> Tensor:
+    """Factors (..., out) and (..., in) of a mean square -> (..., out, in), exact where it has rank one."""
+    return row.unsqueeze(-1) * column.unsqueeze(-2) / row.mean(-1)[..., None, None].clamp(min=1e-30)
+
+
+def adaptation_step(
+    model: GPT,
+    fast: FastWeights,
+    ids: Tensor,
+    targets: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    lr: float,
+    sets: int = 1,
+    nll_fn: Callable = token_nll,
+) -> dict[str, Tensor]:
+    """One step of FAST down the sum of WEIGHT * nll, (B, C); SETS is how many sets learn, on all ranks.
+
+    Gradients are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by
+    itself. Returns the step of each tensor, per unit of its rate.
+    """
+    c, values = fast.config, {name: value.detach().requires_grad_() for name, value in fast.used().items()}
+    with torch.enable_grad():
+        losses = nll_fn(model, ids, targets, columns, *fast.weights(values))
+        found = torch.autograd.grad((losses * weight).sum(), list(values.values()))
+    with torch.no_grad():
+        if fast.shared and world_size() > 1:
+            flat = torch.cat([g.flatten() for g in found])
+            dist.all_reduce(flat)
+            found = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in found]), found, strict=True)]
+        if c.ttt_grad_clip:
+            norms = sum(g.reshape(len(g), -1).square().sum(1) for g in found).sqrt()  # (sets,)
+            factor = (c.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            found = [g * factor.view(-1, *[1] * (g.dim() - 1)) for g in found]
+        gradients = dict(zip(values, found, strict=True))
+        fast.steps += 1
+        if c.ttt_optimizer == "precond" and not fast.fixed:
+            fast.observe(gradients, sets)
+        steps = {name: -lr * fast.direction(name, g) for name, g in gradients.items()}
+        for name, step in steps.items():
+            value = fast.values[name][: fast.rows]
+            value.add_(fast.rates[name] * step)
+            if c.ttt_pull:
+                value.lerp_(fast.base[name], c.ttt_pull)
+    return steps
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Weight averaging
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1395,9 +1689,11 @@ def fake_quantized_banks(model: GPT) -> Iterator[None]:
         scheme, levels = find_scheme(name)
         scales = choose_scales(bank, scheme, levels, model.config)
         bank.copy_(round_to_codes(bank, scales, levels) * scales.float())
-    yield
-    for name, bank in banks.items():
-        bank.copy_(saved[name])
+    try:
+        yield
+    finally:
+        for name, bank in banks.items():
+            bank.copy_(saved[name])
 
 
 def prune_smallest(tensor: Tensor, share: float) -> Tensor:
@@ -1489,11 +1785,12 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
 
 
 class Artifact(NamedTuple):
-    """What an artifact holds: the configuration of the model, its float32 weights, and the tokenizer's hash."""
+    """What an artifact holds: the model's configuration, its float32 weights, the tokenizer's hash, TTT's moments."""
 
     config: Config
     state: dict[str, Tensor]
     tokenizer_sha256: str
+    moments: Mapping[str, list[Tensor]] = MappingProxyType({})
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -1518,8 +1815,20 @@ def read_artifact(path: str | Path) -> Artifact:
     unknown = sorted(set(header["config"]) - {f.name for f in fields(Config)})
     if unknown:
         raise UserError(f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version")
-    state = decode_tensors(memoryview(data)[4 + length :], header["tensors"])
-    return Artifact(replace(Config(), **header["config"]), state, header["tokenizer_sha256"])
+    tensors = decode_tensors(memoryview(data)[4 + length :], header["tensors"])
+    moments: dict[str, list[Tensor]] = {}
+    for name in [name for name in tensors if name.startswith("moments.")]:
+        moments.setdefault(name.split(".", 2)[2], []).append(tensors.pop(name).exp2())
+    return Artifact(replace(Config(), **header["config"]), tensors, header["tokenizer_sha256"], moments)
+
+
+def moment_tensors(moments: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Moments as tensors to store: their binary logarithms, which float16 keeps to 1 %."""
+    stored = {}
+    for name, parts in moments.items():
+        for number, part in enumerate(parts):
+            stored[f"moments.{number}.{name}"] = part.clamp(min=2.0**-100).log2()
+    return stored
 
 
 def decode_tensors(payload: memoryview, table: list[dict]) -> dict[str, Tensor]:
@@ -1558,12 +1867,40 @@ def load_model(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Windows(NamedTuple):
-    """A plan: window w reads tokens[start : start + seq_len] and scores its targets from index score_from on."""
+class LedgerError(RuntimeError):
+    """An evaluation would score a target twice, or learn from one that it has not scored."""
 
-    seq_len: int
-    start: np.ndarray  # (W,) int64
-    score_from: np.ndarray  # (W,) int64
+
+class Windows(NamedTuple):
+    """Window w reads tokens[start : start + end]; its targets from index `begin` to `end` count. (W,) int64 each.
+
+    Target t of a text is tokens[t + 1], so window w stands for the targets from start + begin to start + end.
+    """
+
+    start: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+
+    def take(self, index: np.ndarray) -> Windows:
+        return Windows(self.start[index], self.begin[index], self.end[index])
+
+    def ranges(self, whole: bool = False) -> Iterator[tuple[int, int]]:
+        """First and last but one target of each window that has any; WHOLE: of all that it reads."""
+        for start, begin, end in zip(self.start.tolist(), self.begin.tolist(), self.end.tolist(), strict=True):
+            if end > begin:
+                yield (start if whole else start + begin), start + end
+
+
+class Chunk(NamedTuple):
+    """A part of a plan: windows that are scored with the same weights, then windows that may be learned from.
+
+    fresh: the weights go back to the artifact's before. base: the base learns, not the fast weights.
+    """
+
+    scored: Windows
+    learned: Windows | None = None
+    fresh: bool = False
+    base: bool = False
 
 
 class Score(NamedTuple):
@@ -1573,6 +1910,24 @@ class Score(NamedTuple):
     val_loss: float
     val_bpb: float
     seconds: float
+
+
+class Ledger:
+    """What has been scored. Raises LedgerError before a target is scored again, or learned from unscored."""
+
+    def __init__(self, targets: int):
+        self.scored = np.zeros(targets, bool)
+
+    def score(self, windows: Windows) -> None:
+        for begin, end in windows.ranges():
+            if self.scored[begin:end].any():
+                raise LedgerError(f"targets {begin} to {end - 1} would be scored twice")
+            self.scored[begin:end] = True
+
+    def learn(self, windows: Windows) -> None:
+        for begin, end in windows.ranges(whole=True):
+            if not self.scored[begin:end].all():
+                raise LedgerError(f"targets {begin} to {end - 1} would be learned from before they are scored")
 
 
 def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
@@ -1585,43 +1940,94 @@ def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
     if targets < seq_len:
         raise UserError(f"{num_tokens} validation tokens are fewer than a window, EVAL_SEQ_LEN={seq_len} and a target")
     ends = np.append(np.arange(seq_len, targets, stride), targets)
-    scored = np.diff(ends, prepend=0)
-    return Windows(seq_len, ends - seq_len, seq_len - scored)
+    return Windows(ends - seq_len, seq_len - np.diff(ends, prepend=0), np.full(len(ends), seq_len))
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below NUMBER: few shapes, so that little is compiled."""
+    return 1 << max(int(number) - 1, 0).bit_length()
+
+
+class Batch(NamedTuple):
+    """Windows as tensors: ids (B, T), targets and columns (B, C), and on the host which of them count, (B, C)."""
+
+    ids: Tensor
+    targets: Tensor
+    columns: Tensor
+    counts: np.ndarray
+
+
+def make_batch(tokens: np.ndarray, windows: Windows, width: int, device: torch.device) -> Batch:
+    """The windows as one batch of a few possible shapes; places after a window's end read as BOS."""
+    start, begin, end = windows
+    most = int((end - begin).max(initial=1))
+    length = int(end[0]) if end.min() == end.max() > 0 else power_of_two(end.max(initial=1))
+    width = min(width if most <= width else length, length)
+    places = np.arange(length + 1)
+    rows = tokens[np.minimum(start[:, None] + places, len(tokens) - 1)].astype(np.int64)  # (B, length + 1)
+    rows[places > end[:, None]] = BOS_ID
+    columns = np.minimum(begin[:, None] + np.arange(width), length - 1)  # (B, width)
+    counts = np.arange(width) < (end - begin)[:, None]
+    arrays = rows[:, :-1], np.take_along_axis(rows, columns + 1, axis=1), columns
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts)
+
+
+def rank_share(windows: Windows) -> Windows:
+    """The windows of this rank, which are contiguous."""
+    return windows.take(np.array_split(np.arange(len(windows.start)), world_size())[rank()])
 
 
 @torch.no_grad()
 def score(
     model: GPT,
     tokens: np.ndarray,
-    windows: Windows,
+    plan: Sequence[Chunk],
     byte_table: ByteTable,
-    batch_seqs: int,
+    batch_seqs: int | None,
     nll_fn: Callable = token_nll,
+    learner: Any = None,
+    observe: Callable[[Windows, Batch, Tensor], None] | None = None,
 ) -> Score:
-    """Score TOKENS (uint16, on the host) by a plan of WINDOWS, which the ranks share; every rank gets the whole result.
+    """Score TOKENS (uint16, on the host) chunk by chunk of a PLAN; every rank gets the whole result.
 
-    Sums are float64. A target that the plan scores twice, or never, is an AssertionError.
+    The ranks share the windows of a chunk, and take BATCH_SEQS of them at a time (None: all). A LEARNER's weights are
+    used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py). OBSERVE sees the windows, the
+    batch and the losses, before anything is learned.
+    Sums are float64. Raises LedgerError where a target would be scored twice, never, or after it was learned from.
     """
-    device = model.tok_emb.weight.device
-    began, (seq_len, start, score_from) = time.perf_counter(), windows
+    device, began = model.tok_emb.weight.device, time.perf_counter()
+    forward = nll_fn if learner is None else learner.token_nll
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
-    count = torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
-    mine = np.array_split(np.arange(len(start)), world_size())[rank()]
-    column = np.arange(seq_len)
-    for begin in tqdm(range(0, len(mine), batch_seqs), "score", disable=None if rank() == 0 else True):
-        index = mine[begin : begin + batch_seqs]
-        padded = np.resize(index, batch_seqs)  # a fixed shape, so that nothing is compiled again
-        rows = tokens[start[padded, None] + np.arange(seq_len + 1)].astype(np.int64)  # (batch_seqs, seq_len + 1)
-        batch = torch.from_numpy(rows).to(device, non_blocking=True)
-        losses = nll_fn(model, batch[:, :-1], batch[:, 1:])[: len(index)]
-        w, t = np.nonzero(column >= score_from[index, None])  # on the host: a mask on the GPU would make it wait
-        targets = torch.from_numpy(start[index][w] + t).to(device)
-        nll[targets] = losses[torch.from_numpy(w).to(device), torch.from_numpy(t).to(device)].float()
-        count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
+    ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
+    bar = tqdm(total=len(nll), desc="score", unit="target", disable=None if rank() == 0 else True)
+    for number, chunk in enumerate(plan):
+        if learner is not None:
+            learner.begin(number, chunk)
+        ledger.score(chunk.scored)
+        width = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(chunk.scored.start) else 1
+        mine = rank_share(chunk.scored)
+        size = batch_seqs or len(mine.start)
+        for first in range(0, len(mine.start), max(size, 1)):
+            index = np.arange(first, min(first + size, len(mine.start)))
+            windows = mine.take(index)
+            batch = make_batch(tokens, mine.take(np.resize(index, size)), width, device)  # of a fixed shape
+            losses = forward(model, batch.ids, batch.targets, batch.columns)
+            row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a mask on the GPU would make it wait
+            targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
+            nll[targets] = losses[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)].float()
+            count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
+            if observe is not None:
+                observe(windows, batch, losses)
+            bar.update(len(row) * world_size())
+        if learner is not None and chunk.learned is not None:
+            ledger.learn(chunk.learned)
+            learner.learn(tokens, chunk, nll)
+    bar.close()
     if world_size() > 1:
         dist.all_reduce(nll)
         dist.all_reduce(count)
-    assert bool((count == 1).all()), "a target was scored twice or never"
+    if not bool((count == 1).all()):
+        raise LedgerError(f"{int((count != 1).sum())} targets were scored twice or never")
     losses = nll.cpu().numpy()
     total = float(losses.sum(dtype=np.float64))
     num_bytes = int(byte_table.count(tokens[:-1], tokens[1:]).sum())
@@ -1636,13 +2042,13 @@ def score(
 class RunLog:
     """train.log, metrics.jsonl and standard output of rank 0; the other ranks say nothing."""
 
-    def __init__(self, folder: Path, iterations: int):
-        self.folder, self.iterations = folder, iterations
+    def __init__(self, folder: Path, iterations: int, name: str = "train.log"):
+        self.folder, self.iterations, self.name = folder, iterations, name
 
     def line(self, text: str) -> None:
         if rank() == 0:
             print(text, flush=True)
-            with open(self.folder / "train.log", "a", encoding="utf-8") as file:
+            with open(self.folder / self.name, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def step(self, step: int, seconds: float, also: Mapping[str, float] | None = None, **values: float) -> None:
@@ -1666,14 +2072,18 @@ class Run:
     folder: Path
     log: RunLog
     train: TokenStream
-    val_tokens: np.ndarray
     byte_table: ByteTable
     tokenizer_sha256: str
 
+    @cached_property
+    def val_tokens(self) -> np.ndarray:
+        """The validation text, read on first use: with VAL_LOSS_EVERY=0 not before the artifact is written."""
+        return read_validation(self.config, self.byte_table, self.tokenizer_sha256)[0]
+
     def score(self, model: GPT, stride: int, nll_fn: Callable = token_nll) -> Score:
         """Score the validation tokens by windows of EVAL_SEQ_LEN, STRIDE apart."""
-        windows = sliding_windows(len(self.val_tokens), self.config.eval_seq_len, stride)
-        return score(model, self.val_tokens, windows, self.byte_table, self.config.eval_batch_seqs, nll_fn)
+        plan = [Chunk(sliding_windows(len(self.val_tokens), self.config.eval_seq_len, stride))]
+        return score(model, self.val_tokens, plan, self.byte_table, self.config.eval_batch_seqs, nll_fn)
 
 
 class Clock:
@@ -1785,19 +2195,23 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
 
     saved = [p.detach().clone() for p in model.parameters()]
     optimizers = make_optimizers(model, c)
-    for turn in range(c.warmup_steps):
-        model.looped = turn % 2 == 0 or not c.loop_start_frac
+    for model.looped in [False] * (c.warmup_steps if c.loop_start_frac else 0) + [True] * c.warmup_steps:
         inputs, targets = shifted(random_ids(rows * c.train_seq_len + 1), rows)
         batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
         train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
     seconds = 0.0
     with torch.no_grad():
         if c.warmup_steps:
-            ids = random_ids(c.eval_batch_seqs, c.eval_seq_len + 1)
-            nll_fn(model, ids[:, :-1], ids[:, 1:])
+            tokens, rows_a_pass = random_ids(c.eval_seq_len + 1).cpu().numpy(), np.zeros(c.eval_batch_seqs, np.int64)
+            for scored in (c.eval_seq_len, c.eval_stride):
+                windows = Windows(rows_a_pass, rows_a_pass + c.eval_seq_len - scored, rows_a_pass + c.eval_seq_len)
+                batch = make_batch(tokens, windows, power_of_two(scored), run.device)
+                nll_fn(model, batch.ids, batch.targets, batch.columns)
         for turn in range(4 if c.gptq_calib_batches else 0):
             began = time.perf_counter()
             collect_hessians(model, [random_ids(rows // parts, c.train_seq_len)])
+            if c.ttt_moments == "artifact" and turn < 2:
+                collect_moments(model, [random_ids(MOMENT_ROWS, c.train_seq_len)], c)
             synchronize(run.device)
             seconds = max(seconds, time.perf_counter() - began) if turn else 0.0  # the first loads kernels
         torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
@@ -1829,7 +2243,7 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         if stop:
             break
         remaining, total = run_length(c, step, elapsed, budget)
-        if not model.looped and 1 - remaining / total >= c.loop_start_frac:
+        if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
             model.start_loop()
             run.log.line(f"loop: from step {step}")
         scale = lr_scale(c, step, elapsed, budget)
@@ -1847,6 +2261,8 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
             run.log.line(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
     stop_unless_finite(step, loss.item())
     run.log.line(f"average: {average.apply()}")
+    if not model.looped:
+        model.start_loop()  # the artifact's model is the whole one
     return step
 
 
@@ -1869,7 +2285,7 @@ def describe(config: Config) -> str:
     """The model's parameter count, its parameters with their optimiser groups, and the operations a token."""
     with torch.device("meta"):
         model = GPT(config)
-    lines = [f"model_params:{sum(p.numel() for p in model.parameters())}"]
+    lines = [f"model_params:{count_parameters(model)}"]
     for group, members in group_parameters(model).items():
         for name, parameter in members:
             shape = "x".join(str(n) for n in parameter.shape) or "scalar"
@@ -1928,19 +2344,22 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     split_batch(config)
     byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
-    train_stream, val_stream = (TokenStream(config.shards(split), config.vocab_size) for split in ("train", "val"))
-    for stream in (train_stream, val_stream):
-        check_manifest(stream, tokenizer_sha256)
-    val_tokens = val_stream.read_all()
-    sliding_windows(len(val_tokens), config.eval_seq_len, config.eval_stride)
-    check_fingerprint(len(val_tokens), int(byte_table.count(val_tokens[:-1], val_tokens[1:]).sum()))
+    stream = TokenStream(config.shards("train"), config.vocab_size)
+    check_manifest(stream, tokenizer_sha256)
+    if not glob(config.shards("val")):
+        raise UserError(f"no shards match {config.shards('val')}")
+    early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     import_zstandard()
     folder = on_rank_0(lambda: make_run_folder(config, environ))
     log = RunLog(folder, config.iterations)
     for notice in [*notices, *attention_notices]:
         log.line(f"note: {notice}")
     used = library_versions(device, attention)
-    return Run(config, device, kernel, used, folder, log, train_stream, val_tokens, byte_table, tokenizer_sha256)
+    run = Run(config, device, kernel, used, folder, log, stream, byte_table, tokenizer_sha256)
+    if early is not None:
+        run.val_tokens = early[0]
+        log.line(f"val_loader:shards pattern={config.shards('val')} tokens:{len(run.val_tokens) - 1}")
+    return run
 
 
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
@@ -1953,8 +2372,7 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
-    log.line(f"val_loader:shards pattern={c.shards('val')} tokens:{len(run.val_tokens) - 1}")
-    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     log.line(f"seed:{c.seed}")
     if rank() == 0:
@@ -1962,13 +2380,15 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode())
 
 
-def export(run: Run, model: GPT, hessians: Mapping[str, Tensor] | None) -> dict[str, Any]:
+def export(run: Run, model: GPT, hessians: Mapping[str, Tensor] | None, moments: Mapping = {}) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp_heads.")}
     checkpoint = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in state.items()}, checkpoint)
     write_atomically(run.folder / "final_model.pt", checkpoint.getvalue())
-    blob = encode_artifact(run.config, quantize(state, hessians, run.config), run.tokenizer_sha256)
+    blob = encode_artifact(
+        run.config, quantize(state | moment_tensors(moments), hessians, run.config), run.tokenizer_sha256
+    )
     write_atomically(run.folder / "final_model.int6.ptz", blob)
     bytes_code = sum(file.stat().st_size for file in code_files())
     total = bytes_code + len(blob)
@@ -1996,6 +2416,18 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
     return values | dict(eval_seconds=time.perf_counter() - began)
 
 
+def read_statistics(run: Run, model: GPT) -> tuple[dict[str, Tensor] | None, dict[str, list[Tensor]]]:
+    """What the export and the evaluator want to know of the training text: Hessians, and TTT's moments if stored."""
+    c, hessians, moments = run.config, None, {}
+    if c.gptq_calib_batches:
+        hessians = collect_hessians(model, calibration_batches(run.train, c, run.device))
+    if c.ttt_moments == "artifact":
+        count = math.ceil(MOMENT_BATCHES / world_size()) * world_size()  # as many for each rank: all reduce together
+        few = replace(c, gptq_calib_batches=count, train_batch_tokens=MOMENT_ROWS * c.train_seq_len, grad_accum_total=1)
+        moments = collect_moments(model, calibration_batches(run.train, few, run.device), c)
+    return hessians, moments
+
+
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Train, export, read back, score, report; returns the exit code."""
     began = process_start()
@@ -2012,13 +2444,12 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     clock = Clock(run.device)
     steps = train(run, model, loss_fn, nll_fn, reserve, clock)
     loop_seconds = clock.seconds()
-    batches = calibration_batches(run.train, config, run.device)
-    hessians = collect_hessians(model, batches) if config.gptq_calib_batches else None
+    hessians, moments = read_statistics(run, model)
     clock.stop()
     if run.device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         run.log.line(f"peak memory allocated: {peak >> 20} MiB reserved: {reserved >> 20} MiB")
-    sizes = on_rank_0(lambda: export(run, model, hessians))
+    sizes = on_rank_0(lambda: export(run, model, hessians, moments))
     result = dict(
         **score_artifact(run, nll_fn),
         **sizes,
@@ -2027,7 +2458,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
         steps=steps,
         step_avg_ms=1000 * loop_seconds / steps,
         tokens_per_second=steps * config.train_batch_tokens / loop_seconds,
-        model_params=sum(p.numel() for p in model.parameters()),
+        model_params=count_parameters(model),
         seed=config.seed,
         world_size=world_size(),
         legal=True,
@@ -2051,7 +2482,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
         if argv == ["--help"]:
-            print(help_text())
+            print(help_text(__doc__))
             return 0
         if argv not in ([], ["--describe"]):
             raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")

@@ -74,7 +74,7 @@ def settings(demo_data, tmp_path_factory) -> dict[str, str]:
         write_shard(data / f"fineweb_{split}_000000.bin", tokens)
     return dict(
         RECIPE=str(RECIPE), DATA_PATH=str(data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), RUN_ID="run",
-        ITERATIONS="3", VAL_LOSS_EVERY="2", WARMUP_STEPS="1", GPTQ_CALIB_BATCHES="1", LATE_QAT="1", DEVICE="cpu",
+        ITERATIONS="3", VAL_LOSS_EVERY="2", WARMUP_STEPS="1", GPTQ_CALIB_BATCHES="1", TARGET_MB="15.9", DEVICE="cpu",
     )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_head_of_the_log(finished):
     assert not any(find(pattern, head) for pattern in PATTERNS)
     assert re.search(r"^seed:1337$", tail, re.M) and re.search(r"^world_size:1 grad_accum_steps:2$", tail, re.M)
     notes = [line for line in head.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1 and "LATE_QAT=1" in notes[0]
+    assert len(notes) == 1 and "TARGET_MB=15.9" in notes[0]
 
 
 def recipe_values() -> dict[str, str]:

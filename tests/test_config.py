@@ -35,10 +35,11 @@ ORDINARY = """
     TEST_TMPDIR MATCHED_FINEWEB_REPO_ID
 """.split()
 
+THREE = "NUM_LAYERS=3 VE_LAYERS=1"
+
 # Settings of the published programs that belong to parts which this trainer leaves to others, or ignores.
 LINEAGE = """
-    TTT_ENABLED TTT_LR TTT_EPOCHS TTT_CHUNK_TOKENS TTT_FREEZE_BLOCKS TTT_MOMENTUM TTT_BATCH_SEQS TTT_GRAD_CLIP
-    LAWA_K LAWA_FREQ CONTROL_TENSOR_NAME_PATTERNS INT7_PATTERNS SKIP_TTT TRAIN_GPT_DIR
+    TTT_ENABLED LAWA_K LAWA_FREQ CONTROL_TENSOR_NAME_PATTERNS INT7_PATTERNS SKIP_TTT TRAIN_GPT_DIR
 """.split()
 
 PR549 = """
@@ -176,6 +177,23 @@ def test_values_refused(text, words):
         ("TRAIN_BATCH_TOKENS=20480 GRAD_ACCUM_TOTAL=8", "TRAIN_BATCH_TOKENS=20480 GRAD_ACCUM_TOTAL=8"),
         ("TRAIN_BATCH_TOKENS=1024", "TRAIN_BATCH_TOKENS=1024 TRAIN_SEQ_LEN=2048"),
         ("EVAL_STRIDE=2049", "EVAL_STRIDE=2049 EVAL_SEQ_LEN=2048"),
+        ("BIGRAM_VOCAB_SIZE=0 TRIGRAM=1", "TRIGRAM BIGRAM_VOCAB_SIZE"),
+        ("BIGRAM_VOCAB_SIZE=0 POS_CONDITIONAL_BIGRAM=1", "POS_CONDITIONAL_BIGRAM BIGRAM_VOCAB_SIZE"),
+        ("BIGRAM_VOCAB_SIZE=0 WORD_START_BOOST=1", "WORD_START_BOOST BIGRAM_VOCAB_SIZE"),
+        ("BIGRAM_VOCAB_SIZE=2 POS_CONDITIONAL_BIGRAM=1", "BIGRAM_VOCAB_SIZE=2"),
+        ("BIGRAM_HASH=linear TRIGRAM=1", "TRIGRAM BIGRAM_HASH=xor"),
+        ("BIGRAM_HASH=linear POS_CONDITIONAL_BIGRAM=1", "POS_CONDITIONAL_BIGRAM BIGRAM_HASH=xor"),
+        ("RESID_MIX=0 PHASE_RESID_MIX=1", "PHASE_RESID_MIX RESID_MIX"),
+        ("UNET_SKIPS=0 SKIP_GATES=1", "SKIP_GATES UNET_SKIPS"),
+        (f"{THREE} BLOCK_ORDER=0,1", "BLOCK_ORDER 0,1 2"),
+        (f"{THREE} BLOCK_ORDER=0,1,2,3", "BLOCK_ORDER 0,1,2,3 2"),
+        (f"{THREE} BLOCK_ORDER=0,1,-2", "BLOCK_ORDER 0,1,-2"),
+        (f"{THREE} BLOCK_ORDER=0,1,2,", "BLOCK_ORDER 0,1,2,"),
+        (f"{THREE} BLOCK_ORDER=0;1;2 LOOP_START_FRAC=0.5", "BLOCK_ORDER 0;1;2"),
+        ("LOOP_START_FRAC=0.5", "LOOP_START_FRAC BLOCK_ORDER"),
+        (f"{THREE} LOOP_START_FRAC=0.5 BLOCK_ORDER=2,1,0", "LOOP_START_FRAC BLOCK_ORDER"),
+        ("NUM_MEMORY_TOKENS=2048", "NUM_MEMORY_TOKENS=2048"),
+        ("NUM_MEMORY_TOKENS=2000 MTP_NUM_HEADS=48", "NUM_MEMORY_TOKENS=2000 MTP_NUM_HEADS=48"),
     ],
 )
 def test_contradictions_refused(text, words):
@@ -191,6 +209,11 @@ def test_contradictions_refused(text, words):
         "ROPE_DIMS=64",
         "BIGRAM_VOCAB_SIZE=0",
         "EVAL_STRIDE=2048",
+        "BIGRAM_HASH=linear WORD_START_BOOST=1",
+        "BIGRAM_VOCAB_SIZE=3 POS_CONDITIONAL_BIGRAM=1 TRIGRAM=1",
+        f"{THREE} BLOCK_ORDER=2,1,0",
+        f"{THREE} BLOCK_ORDER=2,1,0,2 LOOP_START_FRAC=0.5",
+        "NUM_MEMORY_TOKENS=2000 MTP_NUM_HEADS=47",
     ],
 )
 def test_near_contradictions_taken(text):
@@ -340,13 +363,17 @@ def test_every_recipe_loads(path):
 
 
 def test_aliases():
-    config, given, _ = load_config(environment("BIGRAM_BUCKETS=2048 XSA_LAYERS=4"))
-    assert given == {"bigram_vocab_size": 2048, "xsa_last_n": 4}
-    assert (config.bigram_vocab_size, config.xsa_last_n) == (2048, 4)
+    text = "BIGRAM_BUCKETS=2048 BIGRAM_EMBED_DIM=96 XSA_LAYERS=4 QAT_THRESHOLD=0.25 SWA_START_FRAC=0.5"
+    expected = dict(bigram_vocab_size=2048, bigram_dim=96, xsa_last_n=4, late_qat_threshold=0.25, swa_threshold=0.5)
+    config, given, _ = load_config(environment(text))
+    assert given == expected and {name: getattr(config, name) for name in expected} == expected
     assert load_config(environment("XSA_LAYERS=4 XSA_LAST_N=4"))[0].xsa_last_n == 4
 
 
-@pytest.mark.parametrize("text", ["XSA_LAYERS=4 XSA_LAST_N=5", "BIGRAM_VOCAB_SIZE=64 BIGRAM_BUCKETS=65"])
+@pytest.mark.parametrize("text", [
+    "XSA_LAYERS=4 XSA_LAST_N=5", "BIGRAM_VOCAB_SIZE=64 BIGRAM_BUCKETS=65", "BIGRAM_DIM=64 BIGRAM_EMBED_DIM=65",
+    "QAT_THRESHOLD=0.1 LATE_QAT_THRESHOLD=0.2", "SWA_START_FRAC=0.1 SWA_THRESHOLD=0.2",
+])  # fmt: skip
 def test_an_alias_that_contradicts_its_name(text):
     message = problems(environment(text))
     assert [word for word in text.split() if word not in message] == []
@@ -389,7 +416,7 @@ def test_published_environments_start(text, expected, recipe, capsys):
         assert any(notice.startswith(f"{name}=") for notice in notices) == (f" {name}=" in text)
     assert train_gpt.main(["--describe"], environment(text)) == 0
     assert "model_params:" in capsys.readouterr().out
-    exports = "".join(f"export {word}\n" for word in text.split() if not word.startswith("TTT_"))
+    exports = "".join(f"export {word}\n" for word in text.split() if word != "TTT_ENABLED=1")
     assert load_config(recipe(exports))[0] == config
 
 
@@ -446,9 +473,12 @@ def test_describe(recipe_name, more, by_shape, published, capsys, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_describe_operations_a_token(capsys):
-    assert train_gpt.main(["--describe"], {"RECIPE": str(RECIPES / "pr1019.env")}) == 0
+@pytest.mark.parametrize("order, heads", [("", 0), ("0,1,2,3,4,5,4,5,6,7,8,9,10", 2)])
+def test_describe_operations_a_token(capsys, order, heads):
+    settings = {"RECIPE": str(RECIPES / "pr1019.env"), "BLOCK_ORDER": order, "MTP_NUM_HEADS": str(heads)}
+    assert train_gpt.main(["--describe"], settings) == 0
     # forward and backward: 3 times 2 for each weight of a product; attention: QK^T and AV over half of 2048 positions
-    products = 25_952_256 + 112 * 512 + 128 * 256 + 1024 * 512
-    attention = 11 * 2 * 512 * 2048 // 2
+    layers = 13 if order else 11
+    products = 25_952_256 // 11 * layers + 112 * 512 + 128 * 256 + (1 + heads) * 1024 * 512
+    attention = layers * 2 * 512 * 2048 // 2
     assert f"flops_per_token:{6 * (products + attention)}" in capsys.readouterr().out

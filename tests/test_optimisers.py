@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from test_levers import ALL, LOSSES, lever_model
 from test_model import SMALL
 from torch import nn
 
@@ -77,20 +78,40 @@ def test_newton_schulz_keeps_zero_and_its_input(dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_muon_equals_its_formula(shape):
-    """Momentum, Nesterov, orthogonalisation by SVD, sqrt(max(1, out / in)) and decoupled decay, in float64."""
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("rates", [None, (0.5, 2.0, 1.0, 0.0)])
+def test_muon_equals_its_formula(shape, cautious, rates):
+    """Momentum, Nesterov, orthogonalisation by SVD, sqrt(max(1, out / in)) and decoupled decay, in float64.
+
+    Cautious: the entries that go along with the gradient, over their share of the matrix. A row has its rate.
+    """
     lr, decay, W, buffer = 0.03, 0.2, randn(shape, 3).numpy(), np.zeros(shape)
+    factor = np.array(rates or (1.0,) * 4)[: shape[0], None, None]
     p = nn.Parameter(torch.from_numpy(W.copy()))
-    muon = Muon([dict(params=[p], lr=lr, weight_decay=decay)], 5, torch.float64)
+    row_rates = {p: torch.from_numpy(factor)} if rates else None
+    muon = Muon([dict(params=[p], lr=lr, weight_decay=decay)], 5, torch.float64, cautious, row_rates)
     for step, momentum in enumerate((0.85, 0.9, 0.95, 0.99)):
         gradient = randn(shape, 10 + step)
         p.grad, muon.param_groups[0]["momentum"] = gradient.clone(), momentum
         muon.step()
         buffer = momentum * buffer + gradient.numpy()
         update = svd_oracle(torch.from_numpy(gradient.numpy() + momentum * buffer))
-        W = W * (1 - lr * decay) - lr * np.sqrt(max(1, shape[1] / shape[2])) * update
-        assert torch.equal(p.grad, gradient)
-        np.testing.assert_allclose(p.detach().numpy(), W, rtol=0, atol=1e-10)
+        along = (update * gradient.numpy() > 0) | (not cautious)
+        update = update * along / along.mean((1, 2), keepdims=True)
+        W = W * (1 - lr * factor * decay) - lr * factor * np.sqrt(max(1, shape[1] / shape[2])) * update
+        assert torch.equal(p.grad, gradient) and (along.mean() < 0.9) == cautious
+        np.testing.assert_allclose(p.detach().numpy(), W, rtol=0, atol=1e-6 if cautious else 1e-10)
+
+
+def test_cautious_muon_without_any_entry_to_take():
+    """A gradient of zero against a momentum that is none: nothing divides by zero."""
+    p = nn.Parameter(randn((2, 8, 4)))
+    muon = Muon([dict(params=[p], lr=0.1)], 5, torch.float64, cautious=True)
+    for seed in (1, 2):
+        p.grad, before = randn((2, 8, 4), seed), p.detach().clone()
+        p.grad[1] *= seed % 2
+        muon.step()
+    assert p.isfinite().all() and torch.equal(p[1], before[1]) and not torch.equal(p[0], before[0])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -134,20 +155,54 @@ GROUPS = {  # name -> rate when tied, rate when not, decay
 }
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_has_one_group_with_its_rate_and_decay(tied):
-    model = GPT(replace(SMALL, tie_embeddings=tied, **RATES))
-    names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, tuple] = {}
+def found_groups(model: GPT) -> dict[str, tuple[float, float]]:
+    """Rate and decay of every parameter; none is in two groups, and Muon has those with a rate of 0.001."""
+    names, found = {id(p): name for name, p in model.named_parameters()}, {}
     for optimizer in make_optimizers(model, model.config):
         for group in optimizer.param_groups:
             for p in group["params"]:
                 assert names[id(p)] not in found
                 assert group["lr"] == group["peak_lr"]
                 found[names[id(p)]] = (group["lr"], group["weight_decay"])
-                assert isinstance(optimizer, Muon) == names[id(p)].endswith("_bank")
+                assert isinstance(optimizer, Muon) == (group["lr"] == 0.001)
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_one_group_with_its_rate_and_decay(tied):
     expected = {name: (row[0] if tied else row[1], row[2]) for name, row in GROUPS.items()}
+    found = found_groups(GPT(replace(SMALL, tie_embeddings=tied, **RATES)))
     assert found == {name: row for name, row in expected.items() if row[0] is not None}
+
+
+DEPTH = dict(encoder_lr_mult=0.25, decoder_lr_mult=3.0)
+
+
+def test_every_parameter_of_the_levers_has_one_group_with_its_rate_and_decay():
+    """The rates of a block's scales go by its place in the forward pass of eight layers, its halves being four each."""
+    expected = {name: (rate, decay) for name, (rate, _, decay) in GROUPS.items() if rate and name[:7] != "blocks."}
+    expected |= {f"mtp_heads.{k}.weight": (0.001, 0.5) for k in range(2)}
+    expected |= {"memory_tokens": (0.003, 0.25), "skip_gates": (0.002, 0.0), "word_start_boost": (0.002, 0.0)}
+    for n in range(8):
+        for part in ("attn_scale", "mlp_scale", "resid_mix", "attn.q_gain", "mlp.scale", "mlp.bias"):
+            expected[f"blocks.{n}.{part}"] = (0.002 * (0.25 if n < 4 else 3.0), 0.0)
+    assert found_groups(GPT(replace(ALL, **RATES, **DEPTH, **LOSSES))) == expected
+
+
+def test_banks_take_the_rate_of_the_half_of_their_first_use():
+    """Of eight layers, the first four use the rows 3, 1, 4 and 0."""
+    model = lever_model(replace(ALL, **RATES, **DEPTH, **LOSSES))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for i, p in enumerate(model.parameters()):
+        p.grad = randn(p.shape, i)
+    make_optimizers(model, model.config)[0].step()
+    for name in (*GPT.BANKS, "mtp_heads.1.weight"):
+        p = model.get_parameter(name)
+        for i, W in enumerate(p.detach().view(-1, *p.shape[-2:]).numpy()):
+            lr = 0.001 * (1 if name.startswith("mtp") else 3.0 if i % 5 == 2 else 0.25)
+            update = svd_oracle(p.grad.view(-1, *W.shape)[i : i + 1])[0] * np.sqrt(max(1, W.shape[0] / W.shape[1]))
+            start = before[name].view(-1, *W.shape)[i].numpy()
+            np.testing.assert_allclose(W, start * (1 - lr * 0.5) - lr * update, rtol=0, atol=1e-7)
 
 
 def test_a_parameter_that_no_group_knows_is_refused():
@@ -240,6 +295,17 @@ def test_lr_follows_the_pace_of_the_run():
     assert lr_scale(config, 50, 101.0, 100.0) == 0
 
 
+@pytest.mark.parametrize("budget", [0.0, 100.0])
+@pytest.mark.parametrize("min_lr", [0.0, 0.2])
+def test_a_cosine_falls_from_one_to_the_floor(budget, min_lr):
+    """(1 + cos(pi u)) / 2, u being the share of the fall that is over; here it takes the last 40 of 100 steps."""
+    config = Config(iterations=10**6 if budget else 100, warmdown_iters=40, warmdown_shape="cosine", min_lr=min_lr)
+    scales = [lr_scale(config, step, float(step), budget) for step in range(1, 120)]
+    over = np.clip((np.arange(1, 120) - 60) / 40, 0, 1)
+    np.testing.assert_allclose(scales, min_lr + (1 - min_lr) * (1 + np.cos(np.pi * over)) / 2, rtol=0, atol=1e-12)
+    assert scales[59] == 1 and scales[79] == pytest.approx((1 + min_lr) / 2) and scales[99] == pytest.approx(min_lr)
+
+
 @pytest.mark.parametrize("step, momentum", [(0, 0.92), (375, 0.9375), (750, 0.955), (1500, 0.99), (20000, 0.99)])
 def test_momentum(step, momentum):
     assert momentum_at(Config(), step) == pytest.approx(momentum, abs=1e-12)
@@ -259,10 +325,16 @@ def test_momentum_rises_monotonically_or_is_constant_without_a_warm_up():
 
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("swa", [True, False])
-def test_weight_average(ema, swa):
-    """Against a float64 recurrence from the initial weights; snapshots at steps 6, 9, 12: every third one below 0.5."""
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_weight_average(ema, swa, every):
+    """Against a float64 recurrence from the initial weights; snapshots at steps 6, 9, 12: every third one below 0.5.
+
+    An update every so many steps takes the live weights of its own step, by the decay of all of them.
+    """
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
-    config = Config(ema_enabled=ema, ema_decay=0.8, swa_enabled=swa, swa_every=3, swa_threshold=0.5)
+    config = Config(
+        ema_enabled=ema, ema_decay=0.8, ema_update_every=every, swa_enabled=swa, swa_every=3, swa_threshold=0.5
+    )
     average = WeightAverage(model, config)
     running = [p.detach().double().numpy().copy() for p in model.parameters()]
     snapshots = []
@@ -271,7 +343,8 @@ def test_weight_average(ema, swa):
             for i, p in enumerate(model.parameters()):
                 p.copy_(randn(p.shape, 10 * step + i))
         live = [p.detach().double().numpy().copy() for p in model.parameters()]
-        running = [0.8 * e + 0.2 * p for e, p in zip(running, live, strict=True)]
+        if step % every == 0:
+            running = [0.8**every * e + (1 - 0.8**every) * p for e, p in zip(running, live, strict=True)]
         average.update(step, 1.0 if step < 5 else 0.5 if step == 5 else 0.49)
         if step in (6, 9, 12):
             snapshots.append(running if ema else live)

@@ -367,7 +367,7 @@ def work_of_a_rank(rank: int, folder: str) -> None:
     """What one of two real processes does; its results go to FOLDER."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model, (loss_fn, ids, targets) = random_model(CLIPPED, torch.float32), rank_data(rank)
-    plan = train_gpt.sliding_windows(len(TOKENS), 16, 5)
+    plan = [train_gpt.Chunk(train_gpt.sliding_windows(len(TOKENS), 16, 5))]
     nll = train_gpt.score(model, TOKENS, plan, TABLE, 4).nll
     hessians = train_gpt.collect_hessians(model, [ids])
     weights = {}
@@ -404,7 +404,7 @@ def test_two_ranks_step_by_the_mean_of_their_gradients_clipped_afterwards(two_ra
 
 
 def test_two_ranks_get_the_score_of_one(two_ranks):
-    plan = train_gpt.sliding_windows(len(TOKENS), 16, 5)
+    plan = [train_gpt.Chunk(train_gpt.sliding_windows(len(TOKENS), 16, 5))]
     alone = train_gpt.score(random_model(CLIPPED, torch.float32), TOKENS, plan, TABLE, 4).nll
     for part in two_ranks:
         np.testing.assert_allclose(part["nll"], alone, rtol=0, atol=2e-5)
@@ -425,7 +425,7 @@ def test_two_ranks_add_up_their_hessians_and_agree_on_the_slowest(two_ranks):
 
 
 def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, monkeypatch):
-    """One whole graph for the step and one for scoring, made before the clock starts; the losses are those without."""
+    """One whole graph for the step and two widths of scoring, made before the clock starts; losses as without."""
     graphs, train = [], train_gpt.train
 
     def count(module, inputs):
@@ -443,7 +443,7 @@ def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, mon
     monkeypatch.setattr(train_gpt, "train", train_and_say)
     torch._dynamo.reset()
     folder = train_here({**quick, **SHORT, "WARMUP_STEPS": "1"}, tmp_path)
-    assert graphs == ["graph", "graph", "train"]
+    assert graphs == ["graph", "graph", "graph", "train"]
     assert read_losses(folder) == pytest.approx(read_losses(short_run), abs=1e-5)
 
 

@@ -98,18 +98,20 @@ def bench_export(config: tg.Config, stream: tg.TokenStream, device: torch.device
 
 
 def bench_score(
-    config: tg.Config, stream: tg.TokenStream, table: tg.ByteTable, device: torch.device, arm: str, windows: int
+    config: tg.Config, stream: tg.TokenStream, table: tg.ByteTable, device: torch.device, arm: str, count: int
 ):
-    """Sliding windows a second at EVAL_STRIDE, over about WINDOWS of them, the first batch apart."""
+    """Sliding windows a second at EVAL_STRIDE, over about COUNT of them, the first batch apart."""
     _, model = make_model(config, device)
     nll_fn = compiled_or_not(tg.token_nll, arm, config, device)
-    tokens = stream.read(0, config.eval_seq_len + windows * config.eval_stride + 1).astype(np.uint16)
-    plan = tg.sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
+    tokens = stream.read(0, config.eval_seq_len + count * config.eval_stride + 1).astype(np.uint16)
+    windows = tg.sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
     head = tokens[: config.eval_seq_len + 1]
     first = tg.sliding_windows(len(head), config.eval_seq_len, config.eval_seq_len)
-    warm, _ = timed(lambda: tg.score(model, head, first, table, config.eval_batch_seqs, nll_fn), device)
-    seconds, _ = timed(lambda: tg.score(model, tokens, plan, table, config.eval_batch_seqs, nll_fn), device)
-    return dict(phase="score", arm=arm, windows=len(plan.start), windows_per_second=len(plan.start) / seconds,
+    warm, _ = timed(lambda: tg.score(model, head, [tg.Chunk(first)], table, config.eval_batch_seqs, nll_fn), device)
+    seconds, _ = timed(
+        lambda: tg.score(model, tokens, [tg.Chunk(windows)], table, config.eval_batch_seqs, nll_fn), device
+    )
+    return dict(phase="score", arm=arm, windows=len(windows.start), windows_per_second=len(windows.start) / seconds,
                 first_batch_seconds=warm)  # fmt: skip
 
 

@@ -1,11 +1,19 @@
-"""The demo recipe against plain transformers, every arm for the same time: does what the model adds pay for itself?
+"""Does what the model adds pay for itself? The demo recipe against plain transformers, or lever by lever.
 
     python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 21 minutes on 2 cores
     python tests/benchmarks/trainer.py --quick                      five seconds of training an arm, one seed
+    python tests/benchmarks/trainer.py --levers --out runs/levers   every lever alone, three seeds, hours
+    python tests/benchmarks/trainer.py --levers --quick             four steps of a few levers, one seed
 
-Arms: `levers`, the demo recipe; `plain`, everything switched off and the MLP widened to as many parameters; `narrow`,
-everything switched off and the same block matrices. Same optimisers, data, export and scoring. Each run leaves
-its folder under --out; a finished one is not run again. Ends with a table and one line `BENCH {json}`.
+Arms, each for the same time: `levers`, the demo recipe; `plain`, everything switched off and the MLP widened to as many
+parameters; `narrow`, everything switched off and the same block matrices. Same optimisers, data, export and scoring.
+
+With --levers, each arm is the recipe with one lever changed, trained for --steps steps and for as many as fit into the
+recipe's time for them. The time of a step is measured first, all arms in turn in one process, on an idle machine. The
+scores come from whole runs of a given number of steps on one thread each: neither load nor --workers changes them.
+
+Each run leaves its folder under --out; a finished one is not run again. Ends with a table and one line `BENCH {json}`;
+--levers also writes timing.json, levers.json and levers.md.
 """
 
 from __future__ import annotations
@@ -18,7 +26,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import date
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +57,62 @@ PLAIN = {
     "LOGIT_SOFTCAP": "0",
 }
 SEEDS = (1337, 42, 2025)  # fixed before the recipe was tuned, on others
+
+SWA = {"SWA_ENABLED": "1", "SWA_EVERY": "10", "SWA_THRESHOLD": "0.2"}
+LEVERS = {  # name -> what it changes in the recipe; first what the recipe lacks, then what it has
+    "relu2": {"MLP_LEAKY_SLOPE": "0"},
+    "star_relu": {"STAR_RELU": "1", "MLP_LEAKY_SLOPE": "0"},
+    "mlp_512": {"MLP_HIDDEN": "512"},
+    "mha": {"NUM_KV_HEADS": "4"},
+    "skip_gates": {"SKIP_GATES": "1"},
+    "phase_resid_mix": {"PHASE_RESID_MIX": "1"},
+    "linear_hash": {"BIGRAM_HASH": "linear"},
+    "pos_conditional": {"POS_CONDITIONAL_BIGRAM": "1"},
+    "word_start_boost": {"WORD_START_BOOST": "1"},
+    "trigram": {"TRIGRAM": "1"},
+    "published_borders": {"DOC_BORDERS": "published"},
+    "memory_tokens": {"NUM_MEMORY_TOKENS": "4"},
+    "overtone": {"OVERTONE_INIT": "1"},
+    "recurrence": {"NUM_LAYERS": "2", "BLOCK_ORDER": "0,1,0,1", "VE_LAYERS": "1"},  # VE in two of four layers, as ever
+    "loop": {"BLOCK_ORDER": "0,1,2,1,2,3", "LOOP_START_FRAC": "0.35"},
+    "mtp": {"MTP_NUM_HEADS": "1"},
+    "zloss": {"ZLOSS_WEIGHT": "1e-4"},
+    "decoder_lr": {"ENCODER_LR_MULT": "1", "DECODER_LR_MULT": "2"},
+    "cosine": {"WARMDOWN_SHAPE": "cosine"},
+    "cautious_muon": {"CAUTIOUS_MUON": "1"},
+    "ema_every_10": {"EMA_UPDATE_EVERY": "10"},
+    "ema_and_swa": SWA,
+    "swa": {"EMA_ENABLED": "0", **SWA},
+    "late_qat": {"LATE_QAT": "1", "LATE_QAT_THRESHOLD": "0.15"},
+    "prune": {"PRUNE_FRAC": "0.03"},
+    "no_average": {"EMA_ENABLED": "0"},
+    "no_xsa": {"XSA_LAST_N": "0"},
+    "no_smear": {"SMEAR_GATE": "0"},
+    "no_bigram": {"BIGRAM_VOCAB_SIZE": "0"},
+    "no_ve": {"VE_ENABLED": "0"},
+    "no_skips": {"UNET_SKIPS": "0"},
+    "no_resid_mix": {"RESID_MIX": "0"},
+    "no_ln_scale": {"LN_SCALE": "0"},
+    "full_rotary": {"ROPE_DIMS": "0"},
+    "no_softcap": {"LOGIT_SOFTCAP": "0"},
+    "qk_gain_1": {"QK_GAIN_INIT": "1"},
+    "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # the rate of the tied matrix for both
+}
+DEPTHS = {
+    f"depth_{L}": {"NUM_LAYERS": f"{L}", "XSA_LAST_N": f"{L}", "VE_LAYERS": f"{L - 2},{L - 1}"} for L in (10, 11, 13)
+}
+ARMS = {"recipe": {}, **LEVERS, **DEPTHS}
+QUICK = ("late_qat", "loop", "depth_10")
+# Other numbers in the same operations: the training step costs what it costs without them.
+FREE = {
+    "MLP_LEAKY_SLOPE",
+    "PHASE_RESID_MIX",
+    "OVERTONE_INIT",
+    "WARMDOWN_SHAPE",
+    "PRUNE_FRAC",
+    "LN_SCALE",
+    "QK_GAIN_INIT",
+}
 COLUMNS = (  # key of the result, format
     ("model_params", ",d"),
     ("steps", ",d"),
@@ -84,15 +152,9 @@ def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: di
     return json.loads((folder / "result.json").read_text())
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five seconds of training an arm, one seed")
-    parser.add_argument("--out", type=Path, help="folder for the runs; default: a temporary one")
-    arguments = parser.parse_args()
-    out = arguments.out or Path(tempfile.mkdtemp())
-    out.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr)
-    seeds, extra = (SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if arguments.quick else (SEEDS, {})
+def compare_with_plain(quick: bool, out: Path) -> None:
+    """The three arms, each for MAX_WALLCLOCK_SECONDS."""
+    seeds, extra = (SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if quick else (SEEDS, {})
     arms, results = make_arms(), {}
     for turn, seed in enumerate(seeds):
         for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:  # forth and back, so that a drifting machine is fair
@@ -107,7 +169,292 @@ def main() -> int:
         summary[name] = dict(mean=statistics.mean(scores), sd=spread, n=len(scores), settings=arms[name])
         print(f"{name:8} sliding bpb of the artifact: mean {summary[name]['mean']:.4f} sd {spread:.4f} n {len(scores)}")
     versions = results["levers", seeds[0]]["versions"]
-    print("BENCH " + json.dumps(dict(benchmark="trainer", quick=arguments.quick, arms=summary, versions=versions)))
+    print("BENCH " + json.dumps(dict(benchmark="trainer", quick=quick, arms=summary, versions=versions)))
+
+
+# Lever by lever: the time of a step
+
+
+class Kind(NamedTuple):
+    """What a training step does besides; steps of one kind cost the same."""
+
+    looped: bool  # uses all of BLOCK_ORDER
+    rounded: bool  # on banks as the export would round them
+    ema: bool  # updates the EMA
+    snapshot: bool  # takes a snapshot for SWA
+
+
+def step_kinds(c: train_gpt.Config) -> dict[Kind, list[int]]:
+    """The steps of a run by kind, decided as train_gpt.train and WeightAverage do."""
+    kinds: dict[Kind, list[int]] = {}
+    for step in range(c.iterations):
+        scale, (remaining, total) = train_gpt.lr_scale(c, step, 0.0, 0.0), train_gpt.run_length(c, step, 0.0, 0.0)
+        kind = Kind(
+            looped=1 - remaining / total >= c.loop_start_frac,
+            rounded=c.late_qat and scale < c.late_qat_threshold,
+            ema=c.ema_enabled and (step + 1) % c.ema_update_every == 0,
+            snapshot=c.swa_enabled and scale < c.swa_threshold and (step + 1) % c.swa_every == 0,
+        )
+        kinds.setdefault(kind, []).append(step)
+    return kinds
+
+
+class Stepper:
+    """An arm that trains for the timing only: steps of a run of STEPS steps, kind after kind instead of in order."""
+
+    def __init__(self, settings: dict[str, str], steps: int):
+        fixed = {"ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0", "DEVICE": "cpu"}
+        self.config, _, _ = train_gpt.load_config({**RECIPE, **settings, **fixed})
+        c = self.config
+        self.stream = train_gpt.TokenStream(c.shards("train"), c.vocab_size)
+        word_start = train_gpt.load_byte_table(c.tokenizer_path, c.vocab_size).has_leading_space
+        self.model = train_gpt.GPT(c, word_start=word_start).init_weights(c.seed)
+        self.optimizers = train_gpt.make_optimizers(self.model, c)
+        self.average = train_gpt.WeightAverage(self.model, c)
+        self.kinds = step_kinds(c)
+        self.seconds: dict[Kind, list[float]] = {kind: [] for kind in self.kinds}
+
+    def step(self, kind: Kind, turn: int) -> float:
+        """Seconds of a step of KIND, with what train_gpt.train does around it; TURN chooses which."""
+        began, c = time.perf_counter(), self.config
+        step = self.kinds[kind][turn % len(self.kinds[kind])]
+        rows, parts = train_gpt.split_batch(c)
+        inputs, targets = self.stream.rows(step * c.train_batch_tokens, rows, c.train_seq_len, torch.device("cpu"))
+        batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
+        scale, momentum = train_gpt.lr_scale(c, step, 0.0, 0.0), train_gpt.momentum_at(c, step)
+        self.model.looped = kind.looped
+        loss_fn = train_gpt.training_loss
+        train_gpt.train_step(loss_fn, self.model, batches, self.optimizers, scale, momentum, kind.rounded).item()
+        self.average.update(step + 1, scale)
+        return time.perf_counter() - began
+
+    def visit(self, count: int) -> None:
+        """One round: of each kind a step that fills the caches, then COUNT that are timed, and their mean."""
+        for kind, seconds in self.seconds.items():
+            first = len(seconds) * (count + 1)
+            self.step(kind, first)
+            seconds.append(statistics.mean(self.step(kind, first + 1 + turn) for turn in range(count)))
+
+    def ms(self) -> float:
+        """Milliseconds of the run's average step: of each kind the median over the rounds, times its share of steps."""
+        total = sum(len(steps) * statistics.median(self.seconds[kind]) for kind, steps in self.kinds.items())
+        return 1000 * total / self.config.iterations
+
+
+def spell(settings: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def costly(settings: dict[str, str]) -> dict[str, str]:
+    """What of SETTINGS changes the operations of a training step."""
+    return {name: value for name, value in settings.items() if name not in FREE}
+
+
+def time_steps(arms: list[dict[str, str]], steps: int, rounds: int, count: int) -> tuple[list[float], float]:
+    """Milliseconds a step of each of ARMS in a run of STEPS, and of the first arm again, as a control.
+
+    They are measured in turn, ROUNDS times COUNT steps, forth and back, so that a drifting machine is fair to all.
+    """
+    steppers = [Stepper(settings, steps) for settings in (*arms, arms[0])]
+    for turn in range(1 + rounds):
+        print(f"timing of {len(steppers)} arms, round {turn}/{rounds}", file=sys.stderr, flush=True)
+        for stepper in steppers[:: 1 if turn % 2 == 0 else -1]:
+            stepper.visit(count if turn else 1)
+            if not turn:  # allocates and warms up
+                stepper.seconds = {kind: [] for kind in stepper.kinds}
+    *times, control = (stepper.ms() for stepper in steppers)
+    return times, control
+
+
+def get_timing(path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: int, count: int) -> dict[str, Any]:
+    """What PATH holds, with the arms it lacks measured now, beside the recipe and scaled by it; written back.
+
+    Its `ms` has the milliseconds a step by the settings that cost something, the recipe's at "". Arms whose settings
+    are FREE have the recipe's own time, since what is measured between the two would be noise.
+    """
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("run_steps") != steps:
+        kept = dict(run_steps=steps, rounds=rounds, steps_a_round=count, threads=torch.get_num_threads(), ms={})
+    wanted = {spell(costly(settings)): costly(settings) for settings in arms.values()}
+    missing = [settings for text, settings in wanted.items() if text and text not in kept["ms"]]
+    if missing or not kept["ms"]:
+        times, control = time_steps([{}, *missing], steps, rounds, count)
+        first = kept["ms"].setdefault("", times[0])
+        kept["ms"] |= {spell(s): ms / times[0] * first for s, ms in zip(missing, times[1:], strict=True)}
+        kept.setdefault("control", control / times[0])
+        train_gpt.write_atomically(path, json.dumps(kept, indent=1).encode())
+    return kept
+
+
+# Lever by lever: the scores
+
+
+class Job(NamedTuple):
+    """One run: an arm, its steps, its seed."""
+
+    name: str
+    steps: int
+    seed: int
+
+
+def run_lever(job: Job, settings: dict[str, str], out: Path, extra: dict[str, str]) -> dict:
+    """The result of JOB, trained now or found; ValueError where what is found was trained with other settings."""
+    name, settings = f"{job.name}_{job.steps}", {**settings, "ITERATIONS": str(job.steps)}
+    result = run_arm(name, settings, job.seed, out, extra)
+    run_id = f"{name}_seed{job.seed}"
+    given = json.loads((out / "runs" / run_id / "config.json").read_text())["given"]
+    if given != train_gpt.load_config({**RECIPE, **settings, **extra, "SEED": str(job.seed), "RUN_ID": run_id})[1]:
+        raise ValueError(f"runs/{run_id} has other settings: remove it, or choose another --out")
+    return result
+
+
+def run_jobs(jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra: dict[str, str], workers: int) -> dict:
+    """The result of each job, WORKERS at a time. Where some fail, the others go on, and this ends the program."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        pending = {job: pool.submit(run_lever, job, arms[job.name], out, extra) for job in jobs}
+        wait(pending.values())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    failed = [f"{job}: {future.exception()}" for job, future in pending.items() if future.exception()]
+    if failed:
+        raise SystemExit("\n".join(["some runs failed, the others are kept:", *failed]))
+    return {job: future.result() for job, future in pending.items()}
+
+
+def summarize(results: list[dict], base: list[dict]) -> dict[str, Any]:
+    """Means over the seeds, and the paired difference to BASE, the recipe's results in the same order of seeds."""
+    keys = ("model_params", "bytes_model", "val_bpb_roundtrip", "val_bpb_sliding")
+    summary = {key: statistics.mean(result[key] for result in results) for key in keys}
+    pairs = zip(results, base, strict=True)
+    differences = [ours["val_bpb_sliding"] - theirs["val_bpb_sliding"] for ours, theirs in pairs]
+    sd = statistics.stdev(differences) if len(differences) > 1 else 0.0
+    return summary | dict(steps=results[0]["steps"], mean=statistics.mean(differences), sd=sd, n=len(differences))
+
+
+def make_rows(arms: dict[str, dict[str, str]], results: dict[Job, dict], fitting: dict[str, int], timing: dict) -> list:
+    """One summary an arm, at equal steps and at equal time, sorted by the difference in sliding bpb at equal time."""
+    steps, seeds = timing["run_steps"], list(dict.fromkeys(job.seed for job in results))
+    base, rows = [results[Job("recipe", steps, seed)] for seed in seeds], []
+    for name, settings in arms.items():
+        row = dict(arm=name, settings=settings, ms=timing["ms"][spell(costly(settings))])
+        for kind, count in (("equal_steps", steps), ("equal_time", fitting[name])):
+            row[kind] = summarize([results[Job(name, count, seed)] for seed in seeds], base)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["equal_time"]["mean"])
+
+
+def scores(summary: dict[str, Any]) -> list[str]:
+    """The three cells of a table that say how good an arm is."""
+    difference = f"{summary['mean']:+.4f}" + (f" sd {summary['sd']:.4f}" if summary["n"] > 1 else "")
+    return [f"{summary['val_bpb_roundtrip']:.4f}", f"{summary['val_bpb_sliding']:.4f}", difference]
+
+
+def table(rows: list[dict], steps: int) -> str:
+    """ROWS as Markdown, padded so that it can be read as it stands."""
+    header = ["arm", "ms/step", "parameters", "bytes", f"{steps} steps: bpb", "sliding", "difference"]
+    header += ["equal time: steps", "bpb", "sliding", "difference", "settings"]
+    lines = [header]
+    for row in rows:
+        ours, timed, settings = row["equal_steps"], row["equal_time"], spell(row["settings"])
+        line = [row["arm"], f"{row['ms']:.1f}", f"{ours['model_params']:,.0f}", f"{ours['bytes_model']:,.0f}"]
+        line += [*scores(ours), f"{timed['steps']}", *scores(timed), settings and f"`{settings}`"]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    last = len(header) - 1
+    lines.insert(1, ["-" * (w - 1) + ("-" if i in (0, last) else ":") for i, w in enumerate(widths)])
+    padded = [
+        [
+            cell.ljust(w) if i in (0, last) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+METHOD = """# Each lever alone, against the demo recipe
+
+{date}, n = {n} (seeds {seeds}), torch {torch}, Python {python}.
+
+Every arm is `records/recipes/demo.env` with the settings of its last column, trained for {run_steps} steps, and for as
+many as fit into the recipe's time for {run_steps}. Scores are of the artifact on all of the validation text:
+non-overlapping windows of 256 tokens (bpb), and windows {stride} apart (sliding). The difference is the arm's sliding
+bpb less the recipe's in the same seed, mean and standard deviation over the seeds; below zero, the arm is better. Runs
+have one thread and a given number of steps, so that the machine's load changes no score.
+
+ms/step was measured in one process of {threads} threads, all arms in turn: the median over {rounds} rounds of the mean
+of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop that has
+begun, updates of an average) are timed apart and count by their share of the run. Settings that change no operation
+have the recipe's time. A second copy of the recipe took {control:.3f} of its time. Parameters include heads that only
+training uses; bytes are the artifact's after {run_steps} steps.
+"""
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for readers: how it was measured, the levers, the depths."""
+    timing, seeds, versions = report["timing"], report["seeds"], report["versions"]
+    depths = [row for row in report["rows"] if row["arm"] in ("recipe", *DEPTHS)]
+    levers = [row for row in report["rows"] if row["arm"] not in DEPTHS]
+    steps = timing["run_steps"]
+    shown = {**timing, **versions, "threads": timing["threads"], "date": report["date"], "stride": report["stride"]}
+    how = METHOD.format(n=len(seeds), seeds=", ".join(map(str, seeds)), **shown)
+    note = "\nThe runs are of more than one version of the code.\n" if len(report["sha256_code"]) > 1 else ""
+    parts = [how + note, table(levers, steps), "\n## Depth, at the same width\n", table(depths, steps)]
+    return "\n".join(parts) + "\n"
+
+
+def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
+    """Time the arms, run them, report: timing.json, levers.json, levers.md, and the same on standard output."""
+    only = arguments.only.split(",") if arguments.only else []
+    if unknown := set(only) - set(ARMS):
+        raise SystemExit(f"--only: no such arms: {', '.join(sorted(unknown))}")
+    for settings in ARMS.values():
+        train_gpt.load_config({**RECIPE, **settings})  # or a UserError, before hours of runs
+    only = only or (QUICK if arguments.quick else ARMS)
+    arms = {name: ARMS[name] for name in ARMS if name == "recipe" or name in only}
+    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 6, 4)
+    timing = get_timing(out / "timing.json", arms, steps, rounds, count)
+    base_ms = timing["ms"][""]
+    fitting = {name: max(1, round(steps * base_ms / timing["ms"][spell(costly(s))])) for name, s in arms.items()}
+    jobs = [Job(name, n, seed) for seed in seeds for name in arms for n in dict.fromkeys((steps, fitting[name]))]
+    stride = "256" if arguments.quick else "128"
+    fixed = {"MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    results = run_jobs(jobs, arms, out, {**fixed, "EVAL_STRIDE": stride}, arguments.workers)
+    report = dict(
+        benchmark="levers",
+        quick=arguments.quick,
+        date=date.today().isoformat(),
+        seeds=seeds,
+        stride=stride,
+        versions=results[jobs[0]]["versions"],
+        sha256_code=sorted({result["sha256_code"]["train_gpt.py"] for result in results.values()}),
+        timing=timing,
+        rows=make_rows(arms, results, fitting, timing),
+    )
+    runs = [dict(arm=job.name, **result) for job, result in results.items()]
+    train_gpt.write_atomically(out / "levers.json", json.dumps({**report, "runs": runs}, indent=1).encode())
+    train_gpt.write_atomically(out / "levers.md", markdown(report).encode())
+    print(markdown(report))
+    print("BENCH " + json.dumps(report))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="five seconds of training an arm, or four steps; one seed")
+    parser.add_argument("--out", type=Path, help="folder for the runs; default: a temporary one")
+    parser.add_argument("--levers", action="store_true", help="every lever alone against the recipe")
+    parser.add_argument("--steps", type=int, default=250, help="with --levers: steps of the recipe's runs")
+    parser.add_argument("--workers", type=int, default=2, help="with --levers: runs at a time, one thread each")
+    parser.add_argument("--only", help="with --levers: comma list of the arms to run")
+    arguments = parser.parse_args()
+    out = arguments.out or Path(tempfile.mkdtemp())
+    out.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr)
+    if arguments.levers:
+        compare_levers(arguments, out)
+    else:
+        compare_with_plain(arguments.quick, out)
     return 0
 
 

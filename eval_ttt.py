@@ -1,0 +1,876 @@
+"""Score an artifact on the validation text, plain and with test-time training: every target first scored, then learned.
+
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
+    MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit     the checks of legality, with a certificate
+    python eval_ttt.py --help                                                every setting, its default and unit
+
+The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans, learning,
+evaluation, the mixture with an order-1 PPM, audit, reports, main. Shapes as in train_gpt.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from glob import glob
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+import train_gpt as tg
+from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, UserError, Windows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rows_over(begin: int, end: int, length: int, context: int) -> Windows:
+    """Windows that cover the targets from BEGIN to END, LENGTH each, reading CONTEXT tokens more to the left."""
+    first = np.arange(begin, end, length)
+    start = np.maximum(first - context, 0)
+    return Windows(start, first - start, np.minimum(first + length, end) - start)
+
+
+def flat_plan(num_tokens: int, config: Config) -> list[Chunk]:
+    """Sliding windows in the order of the text, in chunks of TTT_CHUNK_TOKENS by their first scored target.
+
+    The weights learn from a chunk's targets once, in rows of EVAL_SEQ_LEN, before the next one; not from the last.
+    """
+    windows = tg.sliding_windows(num_tokens, config.eval_seq_len, config.eval_stride)
+    first = windows.start + windows.begin
+    number = first // config.ttt_chunk_tokens
+    cuts = np.append(np.flatnonzero(np.diff(number, prepend=-1)), len(first))
+    plan = []
+    for a, b in pairwise(cuts.tolist()):
+        scored = windows.take(np.arange(a, b))
+        rows = rows_over(int(first[a]), int((scored.start + scored.end)[-1]), config.eval_seq_len, config.ttt_context)
+        plan.append(Chunk(scored, rows if b < len(first) else None))
+    return plan
+
+
+def documents(tokens: np.ndarray, order: str = "file") -> tuple[np.ndarray, np.ndarray]:
+    """First and last but one target of each document; its last target is the BOS of the next one."""
+    begin = np.unique(np.append(0, np.flatnonzero(tokens[:-1] == BOS_ID)))
+    end = np.append(begin[1:], len(tokens) - 1)
+    index = np.argsort(begin - end, kind="stable") if order == "longest" else np.arange(len(begin))
+    return begin[index], end[index]
+
+
+def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Chunk]:
+    """TTT_BATCH_SEQS documents at a time, each a row, all of them a piece of TTT_CHUNK_SIZE targets further each time.
+
+    A piece is scored with up to EVAL_SEQ_LEN tokens of its own document, then learned from, unless it is the last one.
+    Rows are sorted by length, so that those of documents that have ended are the last ones, and left out. The ranks
+    take rows in turn; their rows stand together. EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by side, not up to the
+    piece's end.
+    """
+    c, (begin, end) = config, documents(tokens, config.ttt_doc_order)
+    per_rank = min(math.ceil(c.ttt_batch_seqs / ranks), math.ceil(len(begin) / ranks))
+    plan = []
+    for first in range(0, len(begin), per_rank * ranks):
+        batch = slice(first, first + per_rank * ranks)
+        order = np.argsort(begin[batch] - end[batch], kind="stable")
+        low, high = np.zeros((2, per_rank * ranks), np.int64)
+        low[: len(order)], high[: len(order)] = begin[batch][order], end[batch][order]
+        low, high = low.reshape(per_rank, ranks).T, high.reshape(per_rank, ranks).T  # (ranks, rows)
+        for number, piece in enumerate(range(0, int((high - low).max()), c.piece_size)):
+            rows = min(tg.power_of_two((high - low > piece).sum(1).max()), per_rank)
+            lo, hi = low[:, :rows].flatten(), high[:, :rows].flatten()
+            a, b = np.minimum(lo + piece, hi), np.minimum(lo + piece + c.piece_size, hi)
+            start, left = np.maximum(lo, b - c.eval_seq_len), np.maximum(lo, a - c.ttt_context)
+            if c.eval_stride == c.eval_seq_len:
+                start = lo + (a - lo) // c.eval_seq_len * c.eval_seq_len
+            learned = Windows(left, a - left, np.where(b < hi, b - left, a - left))
+            scored = Windows(start, a - start, b - start)
+            plan.append(Chunk(scored, learned if (b < hi).any() else None, fresh=number == 0))
+    return plan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learning from what is scored
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """What `score` asks of an adaptation: losses under the weights of the moment, and to learn from a scored chunk."""
+
+    def __init__(
+        self,
+        model: tg.GPT,
+        config: Config,
+        plan: Sequence[Chunk],
+        nll_fn: Callable,
+        moments: Mapping[str, list[Tensor]],
+        on_learn: Callable[[Chunk], None],
+        progress: Callable[[int], None],
+    ):
+        by_documents, learns = TTT_MODES[config.ttt_mode]
+        self.model, self.config, self.nll_fn, self.chunks = model, config, nll_fn, len(plan)
+        self.by_documents, self.number, self.base = by_documents, 0, None
+        self.on_learn, self.progress = on_learn, progress
+        sets = len(plan[0].scored.start) // tg.world_size() if by_documents else None
+        stored = moments if config.ttt_moments == "artifact" else None
+        self.fast = tg.FastWeights(model, config, learns, sets, stored)
+        if config.ttt_mode == "phased":
+            sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
+            self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
+        self.loss_sum, self.loss_count = 0.0, 0
+
+    def begin(self, number: int, chunk: Chunk) -> None:
+        self.number = number
+        self.progress(number)
+        if chunk.fresh:
+            self.fast.reset()
+        if self.by_documents and not chunk.base:
+            self.fast.rows = len(chunk.scored.start) // tg.world_size()
+
+    def token_nll(self, model: tg.GPT, ids: Tensor, targets: Tensor, columns: Tensor) -> Tensor:
+        return self.nll_fn(model, ids, targets, columns, *self.fast.weights(self.fast.used()))
+
+    def lr(self) -> float:
+        share = self.number / max(self.chunks - 1, 1) if self.config.ttt_lr_schedule == "cosine" else 0.0
+        return self.config.ttt_lr * (1 + math.cos(math.pi * share)) / 2
+
+    def learn(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
+        """TTT_EPOCHS over the rows of a chunk, all of them at once by documents, else TTT_BATCH_SEQS a step."""
+        self.on_learn(chunk)
+        weight = self.row_weights(chunk.learned, nll)
+        for _ in range(self.config.ttt_epochs):
+            self.pass_over(tokens, chunk.learned, weight, self.base if chunk.base else self.fast)
+        if chunk.base:
+            with torch.no_grad():
+                for name, value in self.base.values.items():
+                    self.model.get_parameter(name).copy_(value[0])
+
+    def pass_over(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, fast: tg.FastWeights) -> None:
+        """Steps of FAST on the rows that count: TTT_BATCH_SEQS each, or all, where each row has its own weights."""
+        rows = np.flatnonzero(weight) if fast.shared else np.arange(len(weight))
+        size = self.config.ttt_batch_seqs if fast.shared else len(rows)
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            self.step(tokens, windows.take(part), weight[part], fast)
+
+    def step(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, fast: tg.FastWeights) -> None:
+        """One step on rows that the ranks share; WEIGHT (rows,). By documents a mean for each row, else one for all."""
+        learned = np.maximum(windows.end - windows.begin, 0)
+        per_target = weight / (learned.sum() if fast.shared else np.maximum(learned, 1))
+        mine = np.array_split(np.arange(len(learned)), tg.world_size())[tg.rank()]
+        padded = np.resize(mine, math.ceil(len(learned) / tg.world_size())) if len(mine) else np.zeros(1, np.int64)
+        per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
+        batch = tg.make_batch(tokens, windows.take(padded), tg.power_of_two(learned.max()), self.device)
+        target_weight = torch.from_numpy((per_target[:, None] * batch.counts).astype(np.float32)).to(self.device)
+        lr = fast.config.ttt_lr if fast is self.base else self.lr()
+        tg.adaptation_step(self.model, fast, batch.ids, batch.targets, batch.columns, target_weight, lr,
+                           int((learned > 0).sum()), self.nll_fn)  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.qo_bank.device
+
+    def row_weights(self, windows: Windows, nll: Tensor) -> np.ndarray:
+        """How much each row counts, (rows,): by its scored loss where TTT_TOP_FRAC or TTT_LOSS_POWER ask for it.
+
+        The legal form of error-guided adaptation (#294 chose windows by the loss of all of the text, before scoring).
+        """
+        c, learned = self.config, (windows.end > windows.begin).astype(np.float64)
+        if c.ttt_top_frac == 1 and c.ttt_loss_power == 0:
+            return learned
+        sums = torch.stack([nll[begin:end].sum() for begin, end in windows.ranges()]).double()
+        if tg.world_size() > 1:  # each rank holds the losses of its own windows
+            dist.all_reduce(sums)
+        index, count = np.flatnonzero(learned), (windows.end - windows.begin)[learned > 0]
+        loss = sums.cpu().numpy() / count
+        self.loss_sum, self.loss_count = self.loss_sum + float(sums.sum()), self.loss_count + int(count.sum())
+        weight = (loss / (self.loss_sum / self.loss_count)) ** c.ttt_loss_power
+        kept = np.argsort(-loss, kind="stable")[: math.ceil(c.ttt_top_frac * len(loss))]
+        learned[:] = 0.0
+        learned[index[kept]] = weight[kept] / (c.ttt_top_frac if not self.by_documents else 1.0)
+        return learned
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    """What an evaluation needs, the text apart: so that warm-up cannot see it, and the audit can change it."""
+
+    config: Config
+    artifact: tg.Artifact
+    device: torch.device
+    kernel: tg.AttentionFn
+    byte_table: tg.ByteTable
+    nll_fn: Callable
+
+    def load(self) -> tg.GPT:
+        """A fresh model: some ways of learning change it."""
+        model = tg.load_model(self.artifact, self.device, self.kernel, self.byte_table.has_leading_space)
+        return model.requires_grad_(False)
+
+    def plan(self, tokens: np.ndarray) -> list[Chunk]:
+        if TTT_MODES[self.config.ttt_mode][0]:
+            plan = document_plan(tokens, self.config, tg.world_size())
+            return with_phases(plan, tokens, self.config) if self.config.ttt_mode == "phased" else plan
+        return flat_plan(len(tokens), self.config)
+
+    def batch_seqs(self) -> int | None:
+        """Windows a forward pass; by documents all rows of this rank, since each has its own weights."""
+        return None if TTT_MODES[self.config.ttt_mode][0] else self.config.eval_batch_seqs
+
+
+def score_plan(setup: Setup, tokens: np.ndarray) -> tg.Score:
+    """The plan's score without adaptation, by the plain forward."""
+    plan = [chunk._replace(learned=None) for chunk in setup.plan(tokens)]
+    return tg.score(setup.load(), tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn)
+
+
+def evaluate(
+    setup: Setup,
+    tokens: np.ndarray,
+    observe: Callable | None = None,
+    on_learn: Callable[[Chunk], None] = lambda chunk: None,
+    progress: Callable[[int], None] = lambda number: None,
+) -> tg.Score:
+    """The score of TOKENS as the settings say.
+
+    OBSERVE is called as by `score`, with the model and the learner before; ON_LEARN with a chunk before it is learned
+    from; PROGRESS with the number of each chunk before it is scored.
+    """
+    c, model, plan = setup.config, setup.load(), setup.plan(tokens)
+    learner = None
+    if c.ttt_mode != "none":
+        learner = Learner(model, c, plan, setup.nll_fn, setup.artifact.moments, on_learn, progress)
+    if c.ttt_protocol != "legal":
+        plan = learn_first(setup, model, learner, tokens, plan)
+    seen = None if observe is None else (lambda *args: observe(model, learner, *args))
+    result = tg.score(model, tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn, learner, seen)
+    if c.ppm_alpha == 1:
+        return result
+    nll = mixed_nll(result.nll, ppm_nll(tokens, c.vocab_size), c.ppm_alpha)
+    bpb = result.val_bpb / result.val_loss * float(nll.mean())
+    return result._replace(nll=nll.astype(np.float32), val_loss=float(nll.mean()), val_bpb=bpb)
+
+
+def learn_first(setup: Setup, model: tg.GPT, learner: Learner, tokens: np.ndarray, plan: list[Chunk]) -> list[Chunk]:
+    """INVALID, kept to be reproduced: learn from the text before it is scored; the plan that then scores it.
+
+    adapt_first learns from all of it (#398, #442, #494), two_pass from the rows that a first pass found hardest (#296).
+    """
+    c = setup.config
+    rows = rows_over(0, len(tokens) - 1, c.eval_seq_len, 0)
+    if c.ttt_protocol == "two_pass":
+        first = tg.score(model, tokens, plan, setup.byte_table, c.eval_batch_seqs, setup.nll_fn).nll
+        loss = np.array([first[begin:end].mean() for begin, end in rows.ranges()])
+        rows = rows.take(np.sort(np.argsort(-loss)[: math.ceil(c.ttt_top_frac * len(loss))]))
+    learner.chunks = c.ttt_epochs
+    for learner.number in range(c.ttt_epochs):
+        learner.pass_over(tokens, rows, np.ones(len(rows.start)), learner.fast)
+    return [chunk._replace(learned=None) for chunk in plan]
+
+
+def with_phases(plan: list[Chunk], tokens: np.ndarray, config: Config) -> list[Chunk]:
+    """PLAN by documents with PHASED_TTT_NUM_PHASES borders, where the base learns from all documents scored so far."""
+    c, phased, seen, done = config, [], 0, 0
+    empty = Windows(*(np.zeros(0, np.int64) for _ in range(3)))
+    fresh = [i for i, chunk in enumerate(plan) if chunk.fresh]
+    begin, end = documents(tokens, c.ttt_doc_order)
+    borders = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
+    for first, after in zip(fresh, [*fresh[1:], len(plan)], strict=True):
+        phased += plan[first:after]
+        seen = min(seen + len(plan[first].scored.start), len(begin))
+        if done < len(borders) and seen >= borders[done] and after < len(plan):
+            parts = [rows_over(int(begin[d]), int(end[d]), c.eval_seq_len, 0) for d in range(seen)]
+            rows = Windows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+            phased.append(Chunk(empty, rows, base=True))
+            done += 1
+    return phased
+
+
+def warm_up(setup: Setup) -> None:
+    """Compile and load all that the evaluation needs, on random documents from a generator of its own."""
+    c = setup.config
+    by_documents = TTT_MODES[c.ttt_mode][0]
+    count, size = (
+        (c.ttt_batch_seqs, c.eval_seq_len + 1) if by_documents else (2, max(c.ttt_chunk_tokens, c.eval_seq_len))
+    )
+    tokens = np.random.default_rng(0).integers(BOS_ID + 1, c.vocab_size, (count, size))
+    tokens[:, 0] = BOS_ID
+    evaluate(setup, tokens.astype(np.uint16).flatten())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A mixture with PPM, for the negative result of #398
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def seen_before(key: np.ndarray) -> np.ndarray:
+    """How often each entry of KEY has occurred before its place."""
+    order = np.argsort(key, kind="stable")
+    groups = np.flatnonzero(np.diff(key[order], prepend=key[order[0]] - 1))
+    rank = np.arange(len(key)) - np.repeat(groups, np.diff(np.append(groups, len(key))))
+    return rank[np.argsort(order, kind="stable")]
+
+
+def ppm_nll(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Nats of each target under PPM-C of orders 1 and 0 that learns as it goes, without exclusions; normalised.
+
+    An order gives count / (total + distinct) and passes distinct / (total + distinct) on, at last evenly to all tokens.
+    """
+    previous, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    probability, escape = np.zeros(len(target)), np.ones(len(target))
+    for context in (previous, np.zeros_like(previous)):
+        count = seen_before(context * vocab_size + target)
+        total = seen_before(context)
+        order = np.argsort(context, kind="stable")
+        new = (count == 0)[order].astype(np.int64)
+        before = np.cumsum(new) - new  # distinct successors before, counted through all groups
+        first = np.flatnonzero(total[order] == 0)
+        distinct = np.empty_like(before)
+        distinct[order] = before - np.repeat(before[first], np.diff(np.append(first, len(order))))
+        mass = np.maximum(total + distinct, 1)
+        probability += escape * count / mass
+        escape *= np.where(total > 0, distinct / mass, 1.0)
+    return -np.log(probability + escape / vocab_size)
+
+
+def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
+    """-log(alpha * exp(-nll) + (1 - alpha) * exp(-ppm)), both normalised, so their mixture is."""
+    return -np.logaddexp(np.log(alpha) - nll, np.log(1 - alpha) - ppm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Audit
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trace:
+    """An evaluation as the audit sees it, from what was computed, not from what was planned; one entry a target.
+
+    turn: how often something had been learned when it was scored; read_from: the first token that its window read;
+    count: how often it was scored; from_row: -log of its entry in the whole, normalised distribution. rows: the
+    distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn", windows) in order.
+    """
+
+    nll: np.ndarray
+    turn: np.ndarray
+    read_from: np.ndarray
+    count: np.ndarray
+    from_row: np.ndarray
+    rows: dict[int, np.ndarray]
+    events: list[tuple[str, Windows]]
+
+
+Tracer = Callable[[np.ndarray, Sequence[int], float], Trace]  # tokens, probes, last turn of interest
+
+
+class Enough(Exception):
+    """Ends an evaluation of which the audit has seen what it wants."""
+
+
+def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (), until: float = math.inf) -> Trace:
+    """Evaluate TOKENS and watch: the distributions of a batch are computed again, with the weights of the moment.
+
+    UNTIL is the last turn of interest; what is scored later may be missing.
+    """
+    targets, rows, events = len(tokens) - 1, {}, []
+    turn, read_from, count = (np.zeros(targets, np.int64) for _ in range(3))
+    nll, from_row, turns = np.full(targets, np.nan, np.float32), np.full(targets, np.nan), 0
+
+    def watch(chunk: Chunk) -> None:
+        nonlocal turns
+        turns += 1
+        if turns > until:
+            raise Enough
+        events.append(("learn", chunk.learned))
+
+    def observe(model: tg.GPT, learner: Learner | None, windows: Windows, batch: tg.Batch, losses: Tensor) -> None:
+        replaced, adapters = learner.fast.weights(learner.fast.used()) if learner else ({}, {})
+        extra = dict(adapters=adapters, columns=batch.columns)
+        logits = torch.func.functional_call(model, replaced, (batch.ids,), extra)
+        log_p = logits.double().log_softmax(-1)
+        own = log_p.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1).cpu().numpy()
+        for w, (start, begin, end) in enumerate(zip(*(part.tolist() for part in windows), strict=True)):
+            at = slice(start + begin, start + end)
+            turn[at], read_from[at], from_row[at] = turns, start, -own[w, : end - begin]
+            nll[at] = losses[w, : end - begin].float().cpu().numpy()
+            count[at] += 1
+            for t in {*probes} & {*range(start + begin, start + end)}:
+                rows[t] = log_p[w, t - start - begin].cpu().numpy()
+        events.append(("score", windows))
+
+    with suppress(Enough):
+        nll = evaluate(setup, tokens, observe, watch).nll
+    if setup.config.ppm_alpha < 1:
+        from_row = mixed_nll(from_row, ppm_nll(tokens, setup.config.vocab_size), setup.config.ppm_alpha)
+    return Trace(nll, turn, read_from, count, from_row, rows, events)
+
+
+class Check(NamedTuple):
+    """One line of the certificate; `ok` None: it says nothing about this evaluation."""
+
+    name: str
+    ok: bool | None
+    checked: int
+    detail: str
+
+
+def cut_after(trace: Trace, tokens: np.ndarray, turn: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """TOKENS with everything changed that is scored after TURN, or in it after a place in its window; and where.
+
+    Tokens that begin documents stay, so that the windows are the same.
+    """
+    offset = np.arange(len(trace.turn)) - trace.read_from
+    middle = np.median(offset[trace.turn == turn])
+    later = (trace.turn > turn) | ((trace.turn == turn) & (offset > middle))
+    changed, places = tokens.copy(), 1 + np.flatnonzero(later & (tokens[1:] != BOS_ID))
+    others = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(places))
+    changed[places] = np.where(
+        others == tokens[places], BOS_ID + 1 + (others - BOS_ID) % int(tokens.max() - BOS_ID), others
+    )
+    return changed, places
+
+
+def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T1: what is scored before the first change, or beside it, has the same loss, bit for bit."""
+    compared, wrong, last = 0, 0, int(base.turn.max())
+    for turn in sorted({0, last // 2, last}):
+        changed, places = cut_after(base, tokens, turn, rng)
+        is_changed = np.zeros(len(tokens) + 1, np.int64)
+        is_changed[places + 1] = 1
+        before = np.cumsum(is_changed)  # changed tokens before each place, the target's own included in clean
+        targets = np.arange(len(base.turn))
+        clean = (base.turn <= turn) & (before[targets + 2] == before[base.read_from])
+        after = trace(changed, (), turn)
+        compared += int(clean.sum())
+        wrong += int((after.nll[clean] != base.nll[clean]).sum())
+    return Check(
+        "T1 later tokens change no earlier loss", wrong == 0, compared, f"{wrong} of {compared} losses changed"
+    )
+
+
+def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T2: the distribution of a target is the same whatever the target is."""
+    early = [
+        np.flatnonzero((base.turn == turn) & (tokens[1:] != BOS_ID)) for turn in sorted({0, *base.turn.tolist()})[:3]
+    ]
+    probes = [int(rng.choice(targets)) for targets in early if len(targets)]
+    until = base.turn[probes].max()
+    rows, wrong = trace(tokens, probes, until).rows, 0
+    for t in probes:
+        changed = tokens.copy()
+        changed[t + 1] = BOS_ID + 1 if tokens[t + 1] != BOS_ID + 1 else BOS_ID + 2
+        wrong += int(not np.array_equal(trace(changed, [t], until).rows[t], rows[t]))
+    return Check("T2 no distribution sees its target", wrong == 0, len(probes), f"{wrong} of {len(probes)} changed")
+
+
+def check_normalised(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T3: each loss is -log of the target's entry in a whole, normalised distribution."""
+    error = np.abs(base.nll - base.from_row)
+    return Check("T3 losses are of normalised distributions", bool((error < 1e-4).all()), len(error),
+                 f"largest difference {np.nanmax(error):.1e}")  # fmt: skip
+
+
+def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T4: every target is scored exactly once."""
+    wrong = int((base.count != 1).sum())
+    return Check("T4 every target is scored once", wrong == 0, len(base.count), f"{wrong} twice or never")
+
+
+def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T5: in the order of events, nothing is learned from that is not scored, and nothing is scored afterwards."""
+    scored, learned, wrong = set(), set(), 0
+    for kind, windows in base.events:
+        targets = {t for begin, end in windows.ranges() for t in range(begin, end)}
+        if kind == "learn":
+            wrong, learned = wrong + len(targets - scored), learned | targets
+        else:
+            wrong, scored = wrong + len(targets & learned), scored | targets
+    return Check("T5 scored first, learned after", wrong == 0, len(base.events), f"{wrong} targets out of order")
+
+
+def check_bytes(tokens: np.ndarray, byte_table: tg.ByteTable, tokenizer: Any) -> Check:
+    """T9: the counted bytes are those of the decoded text, over whole documents."""
+    begin, end = documents(tokens)
+    counted, text = 0, 0
+    for a, b in zip(begin[:-1].tolist(), end[:-1].tolist(), strict=True):
+        counted += int(byte_table.count(tokens[a:b], tokens[a + 1 : b + 1]).sum())
+        text += len(tokenizer.decode(tokens[a + 1 : b].tolist()).encode())
+    return Check(
+        "T9 counted bytes are the text's", counted == text, len(begin) - 1, f"{counted} counted, {text} decoded"
+    )
+
+
+def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plain: np.ndarray) -> Check:
+    """T10: windows that slide gain over windows side by side; learning from scored targets must not eat that up."""
+    gap = float((plain_aligned - plain).mean())
+    lost = (plain_aligned - plain) - (aligned.nll - adapted.nll)
+    error = float(lost.std() / math.sqrt(len(lost)))
+    shrunk = float(lost.mean()) > max(0.1 * gap, 3 * error)
+    seen = gap > 3 * float((plain_aligned - plain).std()) / math.sqrt(len(lost))
+    detail = f"gap {gap:.4f} nats, {lost.mean():+.4f} less adapted (s.e. {error:.4f})"
+    return Check("T10 no sign of memory", not shrunk if seen else None, len(lost), detail)
+
+
+def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
+    """T11: steps of size zero give the loss of no steps, bit for bit; and the plain forward's, but for rounding."""
+    still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
+    none = replace(setup, config=replace(setup.config, ttt_epochs=0))
+    zero, off = evaluate(still, tokens).nll, evaluate(none, tokens).nll
+    wrong, apart = int((zero != off).sum()), float(np.abs(off - score_plan(setup, tokens).nll).max())
+    return Check("T11 learning rate 0 changes nothing", wrong == 0 and apart < 1e-3, len(zero),
+                 f"{wrong} losses differ from those without steps; the plain forward's within {apart:.1e}")  # fmt: skip
+
+
+def check_parity(setup: Setup, tokens: np.ndarray) -> Check:
+    """T14: adapters with zero output sides give the plain logits."""
+    model = setup.load()
+    ids = torch.from_numpy(tokens[: setup.config.eval_seq_len].astype(np.int64)).to(setup.device).unsqueeze(0)
+    fast = tg.FastWeights(model, setup.config, "adapters", 1)
+    _, adapters = fast.weights(fast.values)
+    with torch.no_grad():
+        apart = float((model(ids) - model(ids, adapters=adapters)).abs().max())
+    return Check("T14 zero adapters give the plain logits", apart == 0, ids.numel(), f"largest difference {apart:.1e}")
+
+
+def check_warm_up(setup: Setup, base: Trace, tokens: np.ndarray) -> Check:
+    """T7: warm-up, which is not given the text, changes no loss."""
+    warm_up(setup)
+    wrong = int((evaluate(setup, tokens).nll != base.nll).sum())
+    return Check("T7 warm-up changes nothing", wrong == 0, len(base.nll), f"{wrong} losses changed")
+
+
+def check_files(opened: Iterable[str], train_pattern: str) -> Check:
+    """T6: the evaluation opens no training shard; OPENED are the files that the process opened."""
+    names = {os.path.realpath(path) for path in glob(train_pattern)}
+    found = sorted({path for path in opened if os.path.realpath(path) in names or "fineweb_train" in path})
+    return Check("T6 no training data is opened", not found, len(set(opened)), ", ".join(found) or "none was")
+
+
+def audit(setup: Setup, tokens: np.ndarray, opened: Sequence[str], trace: Tracer | None = None) -> list[Check]:
+    """All checks on TOKENS; TRACE replaces the evaluation, so that cheats can be tried."""
+    trace = trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until))
+    tokenizer = SentencePieceProcessor(model_file=setup.config.tokenizer_path)
+    base, rng = trace(tokens, (), math.inf), np.random.default_rng(setup.config.seed)
+    by_trace = (check_future, check_target, check_normalised, check_once, check_ledger)
+    checks = [check(trace, base, tokens, rng) for check in by_trace]
+    checks += [check_files(opened, setup.config.shards("train")), check_warm_up(setup, base, tokens)]
+    checks.append(check_bytes(tokens, setup.byte_table, tokenizer))
+    aligned = replace(setup, config=replace(setup.config, eval_stride=setup.config.eval_seq_len))
+    plain = [score_plan(each, tokens).nll for each in (aligned, setup)]
+    checks.append(check_memory(trace_evaluation(aligned, tokens), base, *plain))
+    return [*checks, check_no_op(setup, tokens), check_parity(setup, tokens)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports
+# ----------------------------------------------------------------------------------------------------------------------
+
+LOSS_BORDERS = (1, 3, 5, 7, 10)  # nats
+PLACE_BORDERS = (0, 128, 256, 512, 1024, 2048)  # targets after the beginning of the document
+
+
+def loss_shares(nll: np.ndarray) -> list[dict[str, float]]:
+    """For each border: how many targets lose more, as a share of the targets and of the whole loss."""
+    total = float(nll.sum(dtype=np.float64))
+    return [dict(above=b, targets=float((nll > b).mean()), loss=float(nll[nll > b].sum(dtype=np.float64)) / total)
+            for b in LOSS_BORDERS]  # fmt: skip
+
+
+def classes(tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, np.ndarray]:
+    """Masks over the targets: by what the target is, and by its place in its document."""
+    target, (begin, end) = tokens[1:], documents(tokens)
+    place = np.arange(len(target)) - np.repeat(begin, end - begin)
+    border = target == BOS_ID
+    starts = byte_table.has_leading_space[target]
+    masks = {"document end": border, "word start": ~border & starts, "within a word": ~border & ~starts}
+    for low, high in pairwise((*PLACE_BORDERS, len(target) + 1)):
+        masks[f"place {low}+"] = (place >= low) & (place < high)
+    return masks
+
+
+def distribution(tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable) -> dict[str, Any]:
+    """Where the loss is, before and after adaptation, in nats: by size, by class and by place."""
+    table = []
+    for name, mask in classes(tokens, byte_table).items():
+        if mask.any():
+            means = dict(before=float(before[mask].mean()), after=float(after[mask].mean()))
+            table.append(dict(name=name, targets=int(mask.sum()), **means))
+    return dict(before=loss_shares(before), after=loss_shares(after), classes=table)
+
+
+def distribution_text(report: Mapping[str, Any]) -> str:
+    lines = [f"{'nats above':>12} {'targets':>9} {'of the loss':>12} {'adapted':>9} {'of the loss':>12}"]
+    for one, other in zip(report["before"], report["after"], strict=True):
+        lines.append(f"{one['above']:>12} {one['targets']:>9.2%} {one['loss']:>12.2%} {other['targets']:>9.2%} "
+                     f"{other['loss']:>12.2%}")  # fmt: skip
+    lines.append(f"{'class':>14} {'targets':>9} {'before':>8} {'after':>8} {'gain':>8}  nats")
+    for row in report["classes"]:
+        lines.append(f"{row['name']:>14} {row['targets']:>9} {row['before']:>8.4f} {row['after']:>8.4f} "
+                     f"{row['before'] - row['after']:>8.4f}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report: Mapping[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    bins = np.linspace(0, 14, 57)
+    for nll, name in ((before, "before"), (after, "adapted")):
+        left.hist(nll, bins, weights=nll / len(nll), histtype="step", label=name)
+    left.set(xlabel="nats of a target", ylabel="share of the mean loss", title="where the loss is")
+    left.legend()
+    places = [row for row in report["classes"] if row["name"].startswith("place")]
+    right.bar([row["name"][6:] for row in places], [row["before"] - row["after"] for row in places])
+    right.set(xlabel="targets after the document's beginning", ylabel="nats gained", title="gain by place")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def document_table(tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable) -> str:
+    """CSV: one line a document, in the order of the text; sums of nats."""
+    begin, end = documents(tokens)
+    num_bytes = byte_table.count(tokens[:-1], tokens[1:])
+    lines = ["document,first_target,targets,bytes,nats,nats_adapted"]
+    for number, (a, b) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
+        sums = (float(x[a:b].sum(dtype=np.float64)) for x in (before, after))
+        lines.append(f"{number},{a},{b - a},{int(num_bytes[a:b].sum())}," + ",".join(f"{x:.4f}" for x in sums))
+    return "\n".join(lines) + "\n"
+
+
+def running_bpb(plan: Sequence[Chunk], nll: np.ndarray, num_bytes: np.ndarray, points: int = 20) -> Iterator[str]:
+    """Lines with the score of everything up to some chunks of the plan."""
+    loss = total = 0.0
+    shown = {round(x) for x in np.linspace(0, len(plan) - 1, points)}
+    for number, chunk in enumerate(plan):
+        for begin, end in chunk.scored.ranges():
+            loss += float(nll[begin:end].sum(dtype=np.float64))
+            total += float(num_bytes[begin:end].sum())
+        if number in shown and total:
+            yield f"chunk:{number + 1}/{len(plan)} running_bpb:{loss / math.log(2) / total:.6f}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Artifact, Path]:
+    """The configuration with the artifact's model in it, the artifact, and its path.
+
+    final_model.pt holds weights only, so the settings must describe the model then. UserError where the settings
+    contradict the artifact, or where there is none.
+    """
+    path = Path(config.model_path or f"runs/{config.run_id}/final_model.int6.ptz")
+    if not config.model_path and not config.run_id:
+        raise UserError("MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one")
+    if path.suffix == ".pt":
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            tg.GPT(config).load_state_dict(state)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"MODEL_PATH={path}: {error}") from error
+        return config, tg.Artifact(config, state, tg.sha256_file(config.tokenizer_path)), path
+    artifact = tg.read_artifact(path)
+    model = tg.model_settings(artifact.config)
+    wrong = [f"{name.upper()}={given[name]}, but {value} in the artifact" for name, value in model.items()
+             if name in given and given[name] != value]  # fmt: skip
+    if wrong:
+        raise UserError(f"the settings contradict {path}:\n" + "\n".join(f"  {line}" for line in wrong))
+    return replace(config, **model), artifact, path
+
+
+def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]):
+    """Everything that can be wrong with the input is found here: setup, validation tokens, path of the model."""
+    device = tg.start_ranks(config, environ)
+    attention, kernel, notices = tg.choose_attention(config.attention, device)
+    config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
+    problems = tg.inconsistencies(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
+    if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
+        raise UserError(
+            f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer that the artifact was trained with"
+        )
+    if config.ttt_moments == "artifact" and TTT_MODES[config.ttt_mode][1] and not artifact.moments:
+        raise UserError(f"TTT_MOMENTS=artifact, but {path} has none: train with TTT_MOMENTS=artifact")
+    tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
+    nll_fn = tg.maybe_compile(tg.token_nll, config, device)
+    setup = Setup(config, artifact, device, kernel, byte_table, nll_fn)
+    return setup, tokens, path, [*notices, f"attention: {attention}"], shards
+
+
+class Budget:
+    """Says early, and once, when the evaluation will not fit EVAL_BUDGET_SECONDS."""
+
+    def __init__(self, config: Config, began: float, log: tg.RunLog, plan_length: int):
+        self.config, self.began, self.log, self.chunks = config, began, log, plan_length
+        self.first = time.time()
+        self.said = not config.eval_budget_seconds
+
+    def __call__(self, number: int) -> None:
+        share, now = number / self.chunks, time.time()
+        if not self.said and share > 0.02 and now - self.first > 2:
+            needed = self.first - self.began + (now - self.first) / share
+            if needed > self.config.eval_budget_seconds:
+                self.log.line(f"WARNING: at this pace the evaluation takes {needed:.0f}s of EVAL_BUDGET_SECONDS="
+                              f"{self.config.eval_budget_seconds:.0f}")  # fmt: skip
+                self.said = True
+
+
+def run_audit(setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: list[str]) -> int:
+    """Run the checks, print the certificate and write it; exit code 0 where none failed."""
+    setup = replace(setup, nll_fn=tg.token_nll)  # as the checks compute it
+    part, began = tokens[: setup.config.audit_tokens + 1], time.time()
+    checks = audit(setup, part, opened)
+    legal = setup.config.ttt_protocol == "legal" and all(check.ok is not False for check in checks)
+    hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(setup.config.tokenizer_path),
+              **{Path(name).name: tg.sha256_file(name) for name in [*tg.code_files(), *shards]}}  # fmt: skip
+    settings = {f.name: getattr(setup.config, f.name) for f in fields(Config)}
+    lines = [f"certificate of {path.name} on the first {len(part) - 1} targets, TTT_MODE={setup.config.ttt_mode} "
+             f"TTT_PROTOCOL={setup.config.ttt_protocol}: {'legal' if legal else 'NOT LEGAL'}"]  # fmt: skip
+    for check in checks:
+        verdict = {True: "pass", False: "FAIL", None: "none"}[check.ok]
+        lines.append(f"  {verdict}  {check.name:45} {check.detail} ({check.checked} checked)")
+    lines += [f"  sha256 {name} {value}" for name, value in hashes.items()] + [f"  {time.time() - began:.1f}s"]
+    print("\n".join(lines), flush=True)
+    report = dict(legal=legal, targets=len(part) - 1, checks=[check._asdict() for check in checks], sha256=hashes,
+                  settings=settings, seconds=time.time() - began)  # fmt: skip
+    tg.write_atomically(path.with_name("certificate.json"), json.dumps(report, indent=1).encode())
+    tg.write_atomically(path.with_name("certificate.txt"), ("\n".join(lines) + "\n").encode())
+    return 0 if legal else 1
+
+
+def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, began: float) -> dict[str, Any]:
+    """Warm up, score with adaptation, then the scores to compare it with; writes the reports, returns the result."""
+    c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
+    if setup.nll_fn is not tg.token_nll:
+        warm_up(setup)
+    plan = setup.plan(tokens)
+    label = "legal_ttt" if c.ttt_protocol == "legal" else "invalid_ttt"
+    adapted = evaluate(setup, tokens, progress=Budget(c, began, log, len(plan)))
+    seconds = time.time() - began
+    for line in running_bpb(plan, adapted.nll, num_bytes):
+        log.line(line)
+    scores = {"ttt": adapted}
+    for name, stride in (("roundtrip", c.eval_seq_len), ("sliding", c.eval_stride)):
+        windows = [Chunk(tg.sliding_windows(len(tokens), c.eval_seq_len, stride))]
+        scores[name] = tg.score(setup.load(), tokens, windows, setup.byte_table, c.eval_batch_seqs, setup.nll_fn)
+    by_documents = TTT_MODES[c.ttt_mode][0]
+    scores["plan"] = score_plan(setup, tokens) if by_documents else scores["sliding"]
+    for name, dialect in (("roundtrip", "final_int6_roundtrip"), ("sliding", "final_int6_sliding_window"),
+                          ("plan", "same_plan_without_ttt"), ("ttt", label)):  # fmt: skip
+        log.line(f"{dialect}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
+                 f"time:{scores[name].seconds:.1f}s")  # fmt: skip
+    report = distribution(tokens, scores["plan"].nll, adapted.nll, setup.byte_table)
+    for line in distribution_text(report).splitlines():
+        log.line(line)
+    if tg.rank() == 0:
+        folder, array = path.parent, io.BytesIO()
+        np.save(array, adapted.nll)
+        tg.write_atomically(folder / "nll.npy", array.getvalue())
+        tg.write_atomically(folder / "distribution.json", json.dumps(report, indent=1).encode())
+        table = document_table(tokens, scores["plan"].nll, adapted.nll, setup.byte_table)
+        tg.write_atomically(folder / "documents.csv", table.encode())
+        plot_distribution(folder / "distribution.png", scores["plan"].nll, adapted.nll, report)
+    result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
+    return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, eval_seconds=seconds,
+                         fits_budget=not c.eval_budget_seconds or seconds <= c.eval_budget_seconds)  # fmt: skip
+
+
+def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: Sequence[str], environ) -> int:
+    """Prepare, then audit or score; returns the exit code."""
+    began, opened = tg.process_start(), []
+    if argv:
+        sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
+    setup, tokens, path, more, shards = prepare(config, given, environ)
+    c = setup.config
+    if argv:
+        if tg.world_size() > 1:
+            raise UserError("--audit runs in one process")
+        return run_audit(setup, tokens, path, shards, opened)
+    log = tg.RunLog(path.parent, 0, "eval_ttt.log")
+    if tg.rank() == 0:
+        for name in ("eval_ttt.log", "eval_ttt.json", "nll.npy"):  # what an earlier evaluation left is no score of this
+            (path.parent / name).unlink(missing_ok=True)
+    for notice in [*notices, *more]:
+        log.line(f"note: {notice}")
+    for f in fields(Config):
+        if f.metadata["section"] in ("model", "scoring", "evaluator"):
+            log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
+    by_documents = TTT_MODES[c.ttt_mode][0]
+    order = f"documents, {c.ttt_doc_order} first" if by_documents and c.ttt_doc_order == "longest" else "the file's"
+    log.line(f"evaluation order: {order}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
+    if c.ttt_protocol != "legal":
+        log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} learns from what it scores later: THIS SCORE IS INVALID")
+    result = run_scores(setup, tokens, path, log, began)
+    if not result["fits_budget"]:
+        log.line(f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")
+    trained = path.with_name("result.json")
+    bytes_code = sum(file.stat().st_size for file in tg.code_files())
+    sizes = dict(bytes_code=bytes_code, bytes_model=path.stat().st_size, bytes_total=bytes_code + path.stat().st_size)
+    result |= dict(
+        **sizes,
+        fits=sizes["bytes_total"] <= tg.SIZE_CAP,
+        strict_seconds=time.time() - began,
+        legal=c.ttt_protocol == "legal",
+        seed=c.seed,
+        world_size=tg.world_size(),
+        settings={
+            f.name: getattr(c, f.name) for f in fields(Config) if f.metadata["section"] in ("scoring", "evaluator")
+        },
+        sha256_artifact=tg.sha256_file(path),
+        sha256_tokenizer=setup.artifact.tokenizer_sha256,
+        sha256_code={file.name: tg.sha256_file(file) for file in tg.code_files()},
+        sha256_shards={Path(shard).name: tg.sha256_file(shard) for shard in shards},
+        trainer=json.loads(trained.read_text()) if trained.exists() else None,
+        versions=tg.library_versions(setup.device, "given by the log"),
+    )
+    log.line("RESULT " + json.dumps(result))
+    if tg.rank() == 0:
+        tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(result, indent=1).encode())
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return 0
+
+
+def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+    """Exit code 0: done (with --audit: legal), 1: failed or not legal, 2: the user's input."""
+    argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
+    try:
+        if argv == ["--help"]:
+            print(tg.help_text(__doc__))
+            return 0
+        if argv not in ([], ["--audit"]):
+            raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
+        config, given, notices = tg.load_config(environ)
+        return run_all(config, given, notices, argv, environ)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

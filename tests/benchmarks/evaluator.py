@@ -1,0 +1,203 @@
+"""The evaluator on an artifact: speed against a loop over windows, and every way of learning at test time.
+
+    python tests/benchmarks/evaluator.py --model runs/demo/final_model.int6.ptz --out runs/bench_evaluator
+    python tests/benchmarks/evaluator.py --model runs/demo/final_model.int6.ptz --quick     about a minute
+
+Speed: sliding windows by `score`, and one by one with all their logits, as the sources do, over the same windows.
+Modes: the step size of each is chosen on the tuning documents, the first ones, and its gain over the same plan without
+adaptation is reported on the others. Each result is kept under --out as it comes, and found there by a later call. Ends
+with tables and one line `BENCH {json}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import eval_ttt as ev  # noqa: E402
+import train_gpt as tg  # noqa: E402
+
+SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9, ttt_grad_clip=1.0, ttt_epochs=3, ttt_lr_schedule="cosine")
+ADAMW = dict(ttt_optimizer="adamw", ttt_beta2=0.999, ttt_grad_clip=1.0)
+MODES = {  # name: settings, step sizes to choose from
+    "all, sgd as #549": (dict(ttt_mode="all", **SGD), (0.002, 0.005, 0.02)),
+    "banks, sgd as #549": (dict(ttt_mode="banks", **SGD), (0.002, 0.005, 0.02)),
+    "all, adamw as #456": (dict(ttt_mode="all", **ADAMW), (2e-5, 1e-4, 5e-4)),
+    "all, precond": (dict(ttt_mode="all", ttt_pull=0.001), (1e-4, 3e-4, 1e-3)),
+    "all, precond, small chunks": (dict(ttt_mode="all", ttt_pull=0.001, ttt_chunk_tokens=512), (1e-4, 3e-4, 1e-3)),
+    "  hardest half": (dict(ttt_mode="all", ttt_pull=0.001, ttt_chunk_tokens=512, ttt_top_frac=0.5), (1e-4, 3e-4)),
+    "lora": (dict(ttt_mode="lora", ttt_chunk_tokens=512, **ADAMW), (1e-4, 1e-3, 3e-3)),
+    "doc_lora": (dict(ttt_mode="doc_lora", **ADAMW), (1e-3, 3e-3, 1e-2)),
+    "phased": (dict(ttt_mode="phased", phased_ttt_prefix_docs=48, **ADAMW), (1e-3, 3e-3, 1e-2)),
+    "doc_banks, sgd": (dict(ttt_mode="doc_banks", ttt_optimizer="sgd"), (0.03, 0.1, 0.3)),
+    "doc_banks, precond": (dict(ttt_mode="doc_banks"), (5e-4, 1e-3, 2e-3, 3e-3)),
+    "  stored moments": (dict(ttt_mode="doc_banks", ttt_moments="artifact"), (5e-4, 1e-3, 2e-3, 3e-3)),
+    "  pieces of 64": (dict(ttt_mode="doc_banks", ttt_chunk_size=64), (5e-4, 1e-3, 2e-3)),
+    "  left context 128": (dict(ttt_mode="doc_banks", ttt_context=128), (1e-3, 2e-3)),
+    "  steps by loss": (dict(ttt_mode="doc_banks", ttt_loss_power=1.0), (1e-3, 2e-3)),
+    "  output side 3x": (dict(ttt_mode="doc_banks", ttt_out_lr_mult=3.0, ttt_in_lr_mult=0.5), (1e-3, 2e-3)),
+    "  half of the blocks": (dict(ttt_mode="doc_banks", ttt_freeze_blocks=2), (1e-3, 2e-3)),
+}  # fmt: skip
+
+
+def window_loop(setup: ev.Setup, tokens: np.ndarray, windows: tg.Windows) -> tuple[float, float]:
+    """Mean nats and seconds of scoring each window by itself: all logits, one `.item()` a window."""
+    model, total, count, began = setup.load(), 0.0, 0, time.perf_counter()
+    with torch.no_grad():
+        for start, begin, end in zip(*(part.tolist() for part in windows), strict=True):
+            row = torch.from_numpy(tokens[start : start + end + 1].astype(np.int64)).to(setup.device)
+            losses = F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none")
+            total += losses[begin:].double().sum().item()
+            count += end - begin
+    return total / count, time.perf_counter() - began
+
+
+def bench_speed(setup: ev.Setup, tokens: np.ndarray, count: int) -> dict:
+    """Targets a second by `score` and by the loop over the same COUNT windows, each the faster of two turns."""
+    c = setup.config
+    part = tokens[: c.eval_seq_len + count * c.eval_stride + 1]
+    windows = tg.sliding_windows(len(part), c.eval_seq_len, c.eval_stride)
+    seconds: dict[str, list[float]] = {"score": [], "loop": []}
+    for _ in range(2):
+        result = tg.score(setup.load(), part, [tg.Chunk(windows)], setup.byte_table, c.eval_batch_seqs, setup.nll_fn)
+        seconds["score"].append(result.seconds)
+        loss, took = window_loop(setup, part, windows)
+        seconds["loop"].append(took)
+    assert abs(loss - result.val_loss) < (1e-4 if setup.device.type == "cpu" else 1e-2), (loss, result.val_loss)
+    rate = {name: (len(part) - 1) / min(values) for name, values in seconds.items()}
+    peak = (torch.cuda.max_memory_allocated() >> 20) if setup.device.type == "cuda" else peak_memory()
+    return dict(targets=len(part) - 1, windows=len(windows.start), targets_per_second=rate["score"],
+                loop_targets_per_second=rate["loop"], ratio=rate["score"] / rate["loop"], peak_mib=peak)  # fmt: skip
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def measure(setup: ev.Setup, tokens: np.ndarray, settings: dict) -> dict:
+    """Gain, score and seconds of one way of learning on TOKENS, against the same plan without."""
+    setup = replace(setup, config=replace(setup.config, **settings))
+    began = time.perf_counter()
+    adapted = ev.evaluate(setup, tokens)
+    seconds = time.perf_counter() - began
+    plain = ev.score_plan(setup, tokens)
+    begin, end = ev.documents(tokens)
+    gains = [
+        float((plain.nll[a:b] - adapted.nll[a:b]).sum()) for a, b in zip(begin.tolist(), end.tolist(), strict=True)
+    ]
+    per_token = np.array(gains).sum() / len(plain.nll)
+    return dict(val_bpb=adapted.val_bpb, plan_bpb=plain.val_bpb, gain_bpb=plain.val_bpb - adapted.val_bpb,
+                gain_nats=per_token, documents=len(gains), documents_better=int(sum(g > 0 for g in gains)),
+                seconds=seconds, plan_seconds=plain.seconds, targets=len(plain.nll))  # fmt: skip
+
+
+def split_documents(tokens: np.ndarray, tuning: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first TUNING documents, and the rest, each with the BOS that ends it."""
+    begin, _ = ev.documents(tokens)
+    cut = int(begin[tuning])
+    return tokens[: cut + 1], tokens[cut:]
+
+
+def bench_modes(setup: ev.Setup, tokens: np.ndarray, tuning: int, out: Path, modes: dict) -> dict[str, dict]:
+    """Every mode: its best step size on the tuning documents, and what that gives on the others."""
+    parts = dict(zip(("tuning", "report"), split_documents(tokens, tuning), strict=True))
+    path = out / "modes.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+
+    def run(name: str, part: str, settings: dict) -> dict:
+        key = f"{name.strip()} | {part} | {len(parts[part])} | {json.dumps(settings, sort_keys=True)}"
+        if key not in kept:
+            kept[key] = measure(setup, parts[part], settings)
+            tg.write_atomically(path, json.dumps(kept, indent=1).encode())
+            print(
+                f"{name:28} {part:7} lr {settings['ttt_lr']:.0e} {kept[key]['gain_bpb']:+.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return kept[key]
+
+    results = {}
+    for name, (settings, rates) in modes.items():
+        if settings.get("ttt_moments") == "artifact" and not setup.artifact.moments:
+            continue
+        tuned = {lr: run(name, "tuning", {**settings, "ttt_lr": lr})["gain_bpb"] for lr in rates}
+        best = max(tuned, key=lambda lr: tuned[lr])
+        found = run(name, "report", {**settings, "ttt_lr": best})
+        results[name] = dict(
+            settings=settings, ttt_lr=best, tuning={f"{lr:g}": gain for lr, gain in tuned.items()}, **found
+        )
+    return results
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="an artifact")
+    parser.add_argument("--data", default=str(ROOT / "data/demo"), help="folder of the validation shards")
+    parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model beside the shards")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens a window")
+    parser.add_argument("--tuning", type=int, default=30, help="documents to choose step sizes on")
+    parser.add_argument("--documents", type=int, default=0, help="documents in all; 0: all")
+    parser.add_argument("--windows", type=int, default=1000, help="windows of the speed comparison")
+    parser.add_argument("--rows", type=int, default=16, help="TTT_BATCH_SEQS and EVAL_BATCH_SEQS")
+    parser.add_argument("--modes", default="", help="regex-free part of the names to run; empty: all")
+    parser.add_argument("--quick", action="store_true", help="few documents, few windows, one step size a mode")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: a temporary one")
+    return parser.parse_args()
+
+
+def make_setup(arguments: argparse.Namespace) -> tuple[ev.Setup, np.ndarray]:
+    tokenizer = arguments.tokenizer or f"{arguments.data}/tokenizer.model"
+    environ = dict(DATA_PATH=arguments.data, TOKENIZER_PATH=tokenizer, MODEL_PATH=arguments.model, EVAL_STRIDE="64",
+                   EVAL_SEQ_LEN=str(arguments.seq_len), EVAL_BATCH_SEQS=str(arguments.rows),
+                   TTT_BATCH_SEQS=str(arguments.rows))  # fmt: skip
+    config, given, _ = tg.load_config(environ)
+    setup, tokens, *_ = ev.prepare(config, given, {})
+    return setup, tokens
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    out = arguments.out or Path(tempfile.mkdtemp())
+    out.mkdir(parents=True, exist_ok=True)
+    setup, tokens = make_setup(arguments)
+    modes = {name: mode for name, mode in MODES.items() if arguments.modes in name}
+    windows, tuning, total = arguments.windows, arguments.tuning, arguments.documents
+    if arguments.quick:
+        windows, tuning, total = 60, 2, 5
+        modes = {name: (settings, rates[:1]) for name, (settings, rates) in modes.items()}
+    if total:
+        begin, _ = ev.documents(tokens)
+        tokens = tokens[: int(begin[total]) + 1] if total < len(begin) else tokens
+    speed = bench_speed(setup, tokens, min(windows, (len(tokens) - 1 - setup.config.eval_seq_len) // 64))
+    print(f"score {speed['targets_per_second']:,.0f} targets/s, loop {speed['loop_targets_per_second']:,.0f}: "
+          f"{speed['ratio']:.2f}x, peak {speed['peak_mib']} MiB")  # fmt: skip
+    results = bench_modes(setup, tokens, tuning, out, modes)
+    print(f"{'mode':28} {'lr':>8} {'plan bpb':>9} {'bpb':>8} {'gain':>8} {'better':>8} {'seconds':>8} {'plain s':>8}")
+    for name, r in results.items():
+        better = f"{r['documents_better']}/{r['documents']}"
+        print(f"{name:28} {r['ttt_lr']:>8.0e} {r['plan_bpb']:>9.4f} {r['val_bpb']:>8.4f} {r['gain_bpb']:>+8.4f} "
+              f"{better:>8} {r['seconds']:>8.1f} {r['plan_seconds']:>8.1f}")  # fmt: skip
+    versions = tg.library_versions(setup.device, setup.config.attention)
+    report = dict(benchmark="evaluator", quick=arguments.quick, model=tg.sha256_file(arguments.model), speed=speed,
+                  modes=results, tuning_documents=tuning, versions=versions)  # fmt: skip
+    assert all(math.isfinite(r["val_bpb"]) for r in results.values())
+    tg.write_atomically(out / "evaluator.json", json.dumps(report, indent=1).encode())
+    print("BENCH " + json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
