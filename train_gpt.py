@@ -919,14 +919,25 @@ class Block(nn.Module):
         self.mlp = StarReLU(config.mlp_dim) if config.star_relu else None
 
     def forward(
-        self, x: Tensor, x0: Tensor, banks: BankView, rotary: tuple[Tensor, Tensor], extra_value: Tensor | None
+        self,
+        x: Tensor,
+        x0: Tensor,
+        banks: BankView,
+        rotary: tuple[Tensor, Tensor],
+        extra_value: Tensor | None,
+        columns: Tensor | None,
     ) -> Tensor:
-        """x, x0 (B, T, d): the stream and the first embedding; extra_value (B, T, K * D) or None -> (B, T, d)."""
+        """x, x0 (B, T, d): the stream and the first embedding; extra_value (B, T, K * D) or None -> (B, T, d).
+
+        columns (B, C) or None: the places that go on after attention, (B, C, d) then.
+        """
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
         attended = self.attn(rms_norm(x) * self.norm_scale, banks, rotary, extra_value)
         x = x + self.attn_scale.to(x.dtype) * attended
+        if columns is not None:
+            x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         hidden = banks.linear("mlp_up_bank", self.layer, rms_norm(x) * self.norm_scale)  # (B, T, m)
         hidden = F.leaky_relu(hidden, self.slope).square()
         hidden = hidden if self.mlp is None else self.mlp(hidden)
@@ -1038,8 +1049,7 @@ class GPT(nn.Module):
         by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
         the places whose logits are wanted, (B, C, V) then.
         """
-        x = self.stream(input_ids, banks, adapters, tap)
-        return self.head(x if columns is None else x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1))))
+        return self.head(self.stream(input_ids, banks, adapters, tap, columns))
 
     def stream(
         self,
@@ -1047,8 +1057,9 @@ class GPT(nn.Module):
         banks: Mapping[str, Tensor] | None = None,
         adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         tap: Tap | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
-        """input_ids (B, T) -> what the head reads, (B, T, d); the other arguments as in `forward`."""
+        """input_ids (B, T) -> what the head reads, (B, T, d) or (B, C, d); the other arguments as in `forward`."""
         assert {*(banks or {}), *(adapters or {})} <= {*self.BANKS}, "a replacement that nothing would use"
         own = {name: getattr(self, name) for name in self.BANKS}
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
@@ -1066,7 +1077,7 @@ class GPT(nn.Module):
             extra_value = None
             if block.layer in self.value_layers:
                 extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
-            x = block(x, x0, view, rotary, extra_value)
+            x = block(x, x0, view, rotary, extra_value, columns if depth == len(blocks) - 1 else None)
             if depth < half:
                 skips.append(x)
         return x

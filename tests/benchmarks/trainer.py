@@ -9,8 +9,9 @@ Arms, each for the same time: `levers`, the demo recipe; `plain`, everything swi
 parameters; `narrow`, everything switched off and the same block matrices. Same optimisers, data, export and scoring.
 
 With --levers, each arm is the recipe with one lever changed, trained for --steps steps and for as many as fit into the
-recipe's time for them. The time of a step is measured first, all arms in turn in one process, on an idle machine. The
-scores come from whole runs of a given number of steps on one thread each: neither load nor --workers changes them.
+recipe's time for them. The time of a step is measured first, all arms in turn in one process, as CPU time of one
+thread. The scores come from whole runs of a given number of steps on one thread each: neither load nor --workers
+changes them.
 
 Each run leaves its folder under --out; a finished one is not run again. Ends with a table and one line `BENCH {json}`;
 --levers also writes timing.json, levers.json and levers.md.
@@ -102,6 +103,7 @@ DEPTHS = {
     f"depth_{L}": {"NUM_LAYERS": f"{L}", "XSA_LAST_N": f"{L}", "VE_LAYERS": f"{L - 2},{L - 1}"} for L in (10, 11, 13)
 }
 ARMS = {"recipe": {}, **LEVERS, **DEPTHS}
+COPIES = 4  # of the recipe in the timing: their mean is its time, their spread is the noise
 QUICK = ("late_qat", "loop", "depth_10")
 # Other numbers in the same operations: the training step costs what it costs without them.
 FREE = {
@@ -215,8 +217,8 @@ class Stepper:
         self.seconds: dict[Kind, list[float]] = {kind: [] for kind in self.kinds}
 
     def step(self, kind: Kind, turn: int) -> float:
-        """Seconds of a step of KIND, with what train_gpt.train does around it; TURN chooses which."""
-        began, c = time.perf_counter(), self.config
+        """CPU seconds of a step of KIND, with what train_gpt.train does around it; TURN chooses which."""
+        began, c = time.process_time(), self.config
         step = self.kinds[kind][turn % len(self.kinds[kind])]
         rows, parts = train_gpt.split_batch(c)
         inputs, targets = self.stream.rows(step * c.train_batch_tokens, rows, c.train_seq_len, torch.device("cpu"))
@@ -226,14 +228,14 @@ class Stepper:
         loss_fn = train_gpt.training_loss
         train_gpt.train_step(loss_fn, self.model, batches, self.optimizers, scale, momentum, kind.rounded).item()
         self.average.update(step + 1, scale)
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     def visit(self, count: int) -> None:
-        """One round: of each kind a step that fills the caches, then COUNT that are timed, and their mean."""
+        """One round: of each kind a step that fills the caches, then COUNT that are timed, of which the fastest."""
         for kind, seconds in self.seconds.items():
             first = len(seconds) * (count + 1)
             self.step(kind, first)
-            seconds.append(statistics.mean(self.step(kind, first + 1 + turn) for turn in range(count)))
+            seconds.append(min(self.step(kind, first + 1 + turn) for turn in range(count)))
 
     def ms(self) -> float:
         """Milliseconds of the run's average step: of each kind the median over the rounds, times its share of steps."""
@@ -250,38 +252,41 @@ def costly(settings: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in settings.items() if name not in FREE}
 
 
-def time_steps(arms: list[dict[str, str]], steps: int, rounds: int, count: int) -> tuple[list[float], float]:
-    """Milliseconds a step of each of ARMS in a run of STEPS, and of the first arm again, as a control.
+def time_steps(arms: list[dict[str, str]], steps: int, rounds: int, count: int) -> list[float]:
+    """Milliseconds a step of each of ARMS in a run of STEPS.
 
-    They are measured in turn, ROUNDS times COUNT steps, forth and back, so that a drifting machine is fair to all.
+    They are measured in turn, ROUNDS times COUNT steps, forth and back, so that a drifting machine is fair to all; on
+    one thread, since several wait for each other wherever something else runs.
     """
-    steppers = [Stepper(settings, steps) for settings in (*arms, arms[0])]
+    torch.set_num_threads(1)
+    steppers = [Stepper(settings, steps) for settings in arms]
     for turn in range(1 + rounds):
-        print(f"timing of {len(steppers)} arms, round {turn}/{rounds}", file=sys.stderr, flush=True)
+        print(f"timing of {len(steppers)} models, round {turn}/{rounds}", file=sys.stderr, flush=True)
         for stepper in steppers[:: 1 if turn % 2 == 0 else -1]:
             stepper.visit(count if turn else 1)
             if not turn:  # allocates and warms up
                 stepper.seconds = {kind: [] for kind in stepper.kinds}
-    *times, control = (stepper.ms() for stepper in steppers)
-    return times, control
+    return [stepper.ms() for stepper in steppers]
 
 
 def get_timing(path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: int, count: int) -> dict[str, Any]:
     """What PATH holds, with the arms it lacks measured now, beside the recipe and scaled by it; written back.
 
     Its `ms` has the milliseconds a step by the settings that cost something, the recipe's at "". Arms whose settings
-    are FREE have the recipe's own time, since what is measured between the two would be noise.
+    are FREE have the recipe's own time, since what is measured between the two would be noise; `noise` is its standard
+    deviation, as a share, between copies of the recipe.
     """
     kept = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("run_steps") != steps:
-        kept = dict(run_steps=steps, rounds=rounds, steps_a_round=count, threads=torch.get_num_threads(), ms={})
+        kept = dict(run_steps=steps, rounds=rounds, steps_a_round=count, ms={})
     wanted = {spell(costly(settings)): costly(settings) for settings in arms.values()}
     missing = [settings for text, settings in wanted.items() if text and text not in kept["ms"]]
     if missing or not kept["ms"]:
-        times, control = time_steps([{}, *missing], steps, rounds, count)
-        first = kept["ms"].setdefault("", times[0])
-        kept["ms"] |= {spell(s): ms / times[0] * first for s, ms in zip(missing, times[1:], strict=True)}
-        kept.setdefault("control", control / times[0])
+        times = time_steps([*[{}] * COPIES, *missing], steps, rounds, count)
+        recipe = statistics.mean(times[:COPIES])
+        first = kept["ms"].setdefault("", recipe)
+        kept["ms"] |= {spell(s): ms / recipe * first for s, ms in zip(missing, times[COPIES:], strict=True)}
+        kept.setdefault("noise", statistics.stdev(times[:COPIES]) / recipe)
         train_gpt.write_atomically(path, json.dumps(kept, indent=1).encode())
     return kept
 
@@ -383,11 +388,11 @@ non-overlapping windows of 256 tokens (bpb), and windows {stride} apart (sliding
 bpb less the recipe's in the same seed, mean and standard deviation over the seeds; below zero, the arm is better. Runs
 have one thread and a given number of steps, so that the machine's load changes no score.
 
-ms/step was measured in one process of {threads} threads, all arms in turn: the median over {rounds} rounds of the mean
-of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop that has
-begun, updates of an average) are timed apart and count by their share of the run. Settings that change no operation
-have the recipe's time. A second copy of the recipe took {control:.3f} of its time. Parameters include heads that only
-training uses; bytes are the artifact's after {run_steps} steps.
+ms/step was measured in one process, all arms in turn, as CPU time of one thread: the median over {rounds} rounds of the
+fastest of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop
+that has begun, updates of an average) are timed apart and count by their share of the run. Settings that change no
+operation have the recipe's time, the mean of {copies} copies of it, which differ by {noise:.1%} (standard deviation).
+Parameters include heads that only training uses; bytes are the artifact's after {run_steps} steps.
 """
 
 
@@ -397,7 +402,7 @@ def markdown(report: dict[str, Any]) -> str:
     depths = [row for row in report["rows"] if row["arm"] in ("recipe", *DEPTHS)]
     levers = [row for row in report["rows"] if row["arm"] not in DEPTHS]
     steps = timing["run_steps"]
-    shown = {**timing, **versions, "threads": timing["threads"], "date": report["date"], "stride": report["stride"]}
+    shown = {**timing, **versions, "date": report["date"], "stride": report["stride"], "copies": COPIES}
     how = METHOD.format(n=len(seeds), seeds=", ".join(map(str, seeds)), **shown)
     note = "\nThe runs are of more than one version of the code.\n" if len(report["sha256_code"]) > 1 else ""
     parts = [how + note, table(levers, steps), "\n## Depth, at the same width\n", table(depths, steps)]
@@ -413,7 +418,7 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
         train_gpt.load_config({**RECIPE, **settings})  # or a UserError, before hours of runs
     only = only or (QUICK if arguments.quick else ARMS)
     arms = {name: ARMS[name] for name in ARMS if name == "recipe" or name in only}
-    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 6, 4)
+    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 8, 3)
     timing = get_timing(out / "timing.json", arms, steps, rounds, count)
     base_ms = timing["ms"][""]
     fitting = {name: max(1, round(steps * base_ms / timing["ms"][spell(costly(s))])) for name, s in arms.items()}
