@@ -1,4 +1,4 @@
-# make demo: train a small model on real text on this machine, export it, read it back, score it.
+# make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit that.
 # make test: the tests. Both make .venv first. TORCH_INDEX=URL takes torch from that index (a CPU one, say).
 PYTHON ?= python3
 SEED ?= 1337
@@ -9,6 +9,8 @@ TORCH := $(shell grep '^torch==' requirements.txt)
 
 demo: .venv/ready data/demo/manifest.json
 	RECIPE=records/recipes/demo.env SEED=$(SEED) RUN_ID=$(RUN_ID) $(PY) -m torch.distributed.run --standalone --nproc_per_node=1 train_gpt.py
+	RECIPE=records/recipes/demo.env MODEL_PATH=runs/$(RUN_ID)/final_model.int6.ptz $(PY) eval_ttt.py
+	RECIPE=records/recipes/demo.env MODEL_PATH=runs/$(RUN_ID)/final_model.int6.ptz $(PY) eval_ttt.py --audit
 	$(PY) records/analyze.py runs/$(RUN_ID)
 
 test: .venv/ready

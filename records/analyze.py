@@ -19,6 +19,8 @@ ROWS = (  # key of result.json, label, format
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("val_bpb_roundtrip", "bpb, int6 artifact, non-overlapping", "{:.4f}"),
     ("val_bpb_sliding", "bpb, int6 artifact, sliding", "{:.4f}"),
+    ("val_bpb_ttt", "bpb, test-time training", "{:.4f}"),
+    ("ttt_gain_bpb", "  its gain over the same plan", "{:.4f}"),
     ("bytes_model", "artifact bytes", "{:,}"),
     ("bytes_total", "with code (cap 16,000,000)", "{:,}"),
     ("train_seconds", "contest clock, s", "{:.1f}"),
@@ -27,9 +29,16 @@ ROWS = (  # key of result.json, label, format
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """result.json and the lines of metrics.jsonl of a run. ValueError for a folder that holds no finished run."""
+    """result.json, with the evaluator's scores where it has run, and the lines of metrics.jsonl of a run.
+
+    ValueError for a folder that holds no finished run.
+    """
     try:
         result = json.loads((folder / "result.json").read_text())
+        evaluated = folder / "eval_ttt.json"
+        if evaluated.exists():
+            scores = json.loads(evaluated.read_text())
+            result |= {key: scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
@@ -42,7 +51,8 @@ def table(results: dict[str, dict]) -> str:
     width = max(14, *(len(name) for name in names))
     lines = [" " * 38 + "".join(f"{name:>{width + 2}}" for name in names)]
     for key, label, form in ROWS:
-        lines.append(f"{label:38}" + "".join(f"{form.format(results[name][key]):>{width + 2}}" for name in names))
+        values = (form.format(results[name][key]) if key in results[name] else "-" for name in names)
+        lines.append(f"{label:38}" + "".join(f"{value:>{width + 2}}" for value in values))
     return "\n".join(lines)
 
 

@@ -104,7 +104,7 @@ DEPTHS = {
 }
 ARMS = {"recipe": {}, **LEVERS, **DEPTHS}
 COPIES = 4  # of the recipe in the timing: their mean is its time, their spread is the noise
-QUICK = ("late_qat", "loop", "depth_10")
+QUICK = ("prune", "depth_10")
 # Other numbers in the same operations: the training step costs what it costs without them.
 FREE = {
     "MLP_LEAKY_SLOPE",
