@@ -32,14 +32,15 @@ import train_gpt as tg  # noqa: E402
 
 SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9, ttt_grad_clip=1.0, ttt_epochs=3, ttt_lr_schedule="cosine")
 ADAMW = dict(ttt_optimizer="adamw", ttt_beta2=0.999, ttt_grad_clip=1.0)
+CHUNK, SMALL = dict(ttt_chunk_tokens=2048), dict(ttt_chunk_tokens=512)  # of 32,768 there would be two
 MODES = {  # name: settings, step sizes to choose from
-    "all, sgd as #549": (dict(ttt_mode="all", **SGD), (0.002, 0.005, 0.02)),
-    "banks, sgd as #549": (dict(ttt_mode="banks", **SGD), (0.002, 0.005, 0.02)),
-    "all, adamw as #456": (dict(ttt_mode="all", **ADAMW), (2e-5, 1e-4, 5e-4)),
-    "all, precond": (dict(ttt_mode="all", ttt_pull=0.001), (1e-4, 3e-4, 1e-3)),
-    "all, precond, small chunks": (dict(ttt_mode="all", ttt_pull=0.001, ttt_chunk_tokens=512), (1e-4, 3e-4, 1e-3)),
-    "  hardest half": (dict(ttt_mode="all", ttt_pull=0.001, ttt_chunk_tokens=512, ttt_top_frac=0.5), (1e-4, 3e-4)),
-    "lora": (dict(ttt_mode="lora", ttt_chunk_tokens=512, **ADAMW), (1e-4, 1e-3, 3e-3)),
+    "all, sgd as #549": (dict(ttt_mode="all", **SGD, **CHUNK), (0.002, 0.005, 0.02)),
+    "banks, sgd as #549": (dict(ttt_mode="banks", **SGD, **CHUNK), (0.002, 0.005, 0.02)),
+    "all, adamw as #456": (dict(ttt_mode="all", **ADAMW, **CHUNK), (2e-5, 1e-4, 5e-4)),
+    "all, precond": (dict(ttt_mode="all", ttt_pull=0.001, **CHUNK), (1e-4, 3e-4, 1e-3)),
+    "all, precond, small chunks": (dict(ttt_mode="all", ttt_pull=0.001, **SMALL), (1e-4, 3e-4, 1e-3)),
+    "  hardest half": (dict(ttt_mode="all", ttt_pull=0.001, **SMALL, ttt_top_frac=0.5), (1e-4, 3e-4)),
+    "lora": (dict(ttt_mode="lora", **SMALL, **ADAMW), (1e-4, 1e-3, 3e-3)),
     "doc_lora": (dict(ttt_mode="doc_lora", **ADAMW), (1e-3, 3e-3, 1e-2)),
     "phased": (dict(ttt_mode="phased", phased_ttt_prefix_docs=48, **ADAMW), (1e-3, 3e-3, 1e-2)),
     "doc_banks, sgd": (dict(ttt_mode="doc_banks", ttt_optimizer="sgd"), (0.03, 0.1, 0.3)),

@@ -231,11 +231,11 @@ class Stepper:
         return time.process_time() - began
 
     def visit(self, count: int) -> None:
-        """One round: of each kind a step that fills the caches, then COUNT that are timed, of which the fastest."""
+        """One round: of each kind a step that fills the caches, then COUNT that are timed, and their mean."""
         for kind, seconds in self.seconds.items():
             first = len(seconds) * (count + 1)
             self.step(kind, first)
-            seconds.append(min(self.step(kind, first + 1 + turn) for turn in range(count)))
+            seconds.append(statistics.mean(self.step(kind, first + 1 + turn) for turn in range(count)))
 
     def ms(self) -> float:
         """Milliseconds of the run's average step: of each kind the median over the rounds, times its share of steps."""
@@ -389,7 +389,7 @@ bpb less the recipe's in the same seed, mean and standard deviation over the see
 have one thread and a given number of steps, so that the machine's load changes no score.
 
 ms/step was measured in one process, all arms in turn, as CPU time of one thread: the median over {rounds} rounds of the
-fastest of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop
+mean of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop
 that has begun, updates of an average) are timed apart and count by their share of the run. Settings that change no
 operation have the recipe's time, the mean of {copies} copies of it, which differ by {noise:.1%} (standard deviation).
 Parameters include heads that only training uses; bytes are the artifact's after {run_steps} steps.
@@ -418,7 +418,7 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
         train_gpt.load_config({**RECIPE, **settings})  # or a UserError, before hours of runs
     only = only or (QUICK if arguments.quick else ARMS)
     arms = {name: ARMS[name] for name in ARMS if name == "recipe" or name in only}
-    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 8, 3)
+    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 8, 4)
     timing = get_timing(out / "timing.json", arms, steps, rounds, count)
     base_ms = timing["ms"][""]
     fitting = {name: max(1, round(steps * base_ms / timing["ms"][spell(costly(s))])) for name, s in arms.items()}
