@@ -1646,13 +1646,14 @@ def gptq(W: Tensor, H: Tensor, scales: Tensor, levels: int = 31, damp: float = 0
     """Round W to codes so that the error weighted by H is small (arXiv 2210.17323), all matrices of the batch at once.
 
     W (n, out, in); H (n, in, in) = X^T X of the inputs; scales (n, out, 1). Columns are taken in the order of falling
-    diag(H); the error made in each is spread over those not yet rounded. Returns int8 codes (n, out, in) within
-    +-levels; W is about codes * scales.
+    diag(H); the error made in each is spread over those not yet rounded. A weight of zero, a pruned one say, stays zero.
+    Returns int8 codes (n, out, in) within +-levels; W is about codes * scales.
     """
     n, _, columns = W.shape
     order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)  # (n, in)
     batch = torch.arange(n, device=W.device).unsqueeze(-1)
     W = W.float().mT[batch, order].mT  # columns permuted, a copy
+    pruned = W == 0
     H = H[batch.unsqueeze(-1), order.unsqueeze(-1), order.unsqueeze(-2)]
     dead = H.diagonal(dim1=-2, dim2=-1) == 0  # an input that is always zero needs no weight
     H.diagonal(dim1=-2, dim2=-1)[dead] = 1.0
@@ -1663,7 +1664,7 @@ def gptq(W: Tensor, H: Tensor, scales: Tensor, levels: int = 31, damp: float = 0
         end = min(start + block, columns)
         errors = torch.empty_like(W[..., start:end])
         for j in range(start, end):
-            codes[..., j] = torch.round(W[..., j] / step).clamp(-levels, levels)
+            codes[..., j] = torch.round(W[..., j] / step).clamp(-levels, levels).masked_fill(pruned[..., j], 0.0)
             error = (W[..., j] - codes[..., j] * step) / U[:, j, j].unsqueeze(-1)
             W[..., j:end] -= error.unsqueeze(-1) * U[:, j, j:end].unsqueeze(-2)
             errors[..., j - start] = error

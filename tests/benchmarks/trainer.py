@@ -14,7 +14,7 @@ thread. The scores come from whole runs of a given number of steps on one thread
 changes them.
 
 Each run leaves its folder under --out; a finished one is not run again. Ends with a table and one line `BENCH {json}`;
---levers also writes timing.json, levers.json and levers.md.
+--levers also writes timing_STEPS.json, levers.json and levers.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ PLAIN = {
 }
 SEEDS = (1337, 42, 2025)  # fixed before the recipe was tuned, on others
 
-SWA = {"SWA_ENABLED": "1", "SWA_EVERY": "10", "SWA_THRESHOLD": "0.2"}
+SWA = {"SWA_ENABLED": "1", "SWA_EVERY": "5", "SWA_THRESHOLD": "0.2"}
 LEVERS = {  # name -> what it changes in the recipe; first what the recipe lacks, then what it has
     "relu2": {"MLP_LEAKY_SLOPE": "0"},
     "star_relu": {"STAR_RELU": "1", "MLP_LEAKY_SLOPE": "0"},
@@ -276,9 +276,8 @@ def get_timing(path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: 
     are FREE have the recipe's own time, since what is measured between the two would be noise; `noise` is its standard
     deviation, as a share, between copies of the recipe.
     """
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    if kept.get("run_steps") != steps:
-        kept = dict(run_steps=steps, rounds=rounds, steps_a_round=count, ms={})
+    kept = dict(run_steps=steps, rounds=rounds, steps_a_round=count, ms={})
+    kept = json.loads(path.read_text()) if path.exists() else kept
     wanted = {spell(costly(settings)): costly(settings) for settings in arms.values()}
     missing = [settings for text, settings in wanted.items() if text and text not in kept["ms"]]
     if missing or not kept["ms"]:
@@ -323,7 +322,7 @@ def run_jobs(jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra:
         pool.shutdown(cancel_futures=True)
     failed = [f"{job}: {future.exception()}" for job, future in pending.items() if future.exception()]
     if failed:
-        raise SystemExit("\n".join(["some runs failed, the others are kept:", *failed]))
+        raise SystemExit("\n".join([f"some runs failed, see {out}/*.txt; the others are kept:", *failed]))
     return {job: future.result() for job, future in pending.items()}
 
 
@@ -383,7 +382,8 @@ METHOD = """# Each lever alone, against the demo recipe
 {date}, n = {n} (seeds {seeds}), torch {torch}, Python {python}.
 
 Every arm is `records/recipes/demo.env` with the settings of its last column, trained for {run_steps} steps, and for as
-many as fit into the recipe's time for {run_steps}. Scores are of the artifact on all of the validation text:
+many as fit into the recipe's time for {run_steps} (as many as the recipe's, where the time of a step differs by less
+than twice the noise). Scores are of the artifact on all of the validation text:
 non-overlapping windows of 256 tokens (bpb), and windows {stride} apart (sliding). The difference is the arm's sliding
 bpb less the recipe's in the same seed, mean and standard deviation over the seeds; below zero, the arm is better. Runs
 have one thread and a given number of steps, so that the machine's load changes no score.
@@ -410,7 +410,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
-    """Time the arms, run them, report: timing.json, levers.json, levers.md, and the same on standard output."""
+    """Time the arms, run them, report: timing_STEPS.json, levers.json, levers.md, and the same on standard output."""
     only = arguments.only.split(",") if arguments.only else []
     if unknown := set(only) - set(ARMS):
         raise SystemExit(f"--only: no such arms: {', '.join(sorted(unknown))}")
@@ -418,10 +418,12 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
         train_gpt.load_config({**RECIPE, **settings})  # or a UserError, before hours of runs
     only = only or (QUICK if arguments.quick else ARMS)
     arms = {name: ARMS[name] for name in ARMS if name == "recipe" or name in only}
-    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 8, 4)
-    timing = get_timing(out / "timing.json", arms, steps, rounds, count)
+    steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 3, 3)
+    timing = get_timing(out / f"timing_{steps}.json", arms, steps, rounds, count)
     base_ms = timing["ms"][""]
-    fitting = {name: max(1, round(steps * base_ms / timing["ms"][spell(costly(s))])) for name, s in arms.items()}
+    ratio = {name: base_ms / timing["ms"][spell(costly(s))] for name, s in arms.items()}
+    resolved = {name: abs(r - 1) > 2 * timing["noise"] for name, r in ratio.items()}  # less is not known to be unequal
+    fitting = {name: max(1, round(steps * ratio[name])) if resolved[name] else steps for name in arms}
     jobs = [Job(name, n, seed) for seed in seeds for name in arms for n in dict.fromkeys((steps, fitting[name]))]
     stride = "256" if arguments.quick else "128"
     fixed = {"MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
