@@ -1646,7 +1646,7 @@ def gptq(W: Tensor, H: Tensor, scales: Tensor, levels: int = 31, damp: float = 0
     """Round W to codes so that the error weighted by H is small (arXiv 2210.17323), all matrices of the batch at once.
 
     W (n, out, in); H (n, in, in) = X^T X of the inputs; scales (n, out, 1). Columns are taken in the order of falling
-    diag(H); the error made in each is spread over those not yet rounded. A weight of zero, a pruned one say, stays zero.
+    diag(H); the error made in each is spread over those not yet rounded. A weight of zero (a pruned one) stays zero.
     Returns int8 codes (n, out, in) within +-levels; W is about codes * scales.
     """
     n, _, columns = W.shape
