@@ -1,0 +1,499 @@
+"""The audit: honest evaluations pass, each cheat is caught by a check, by name, and every check can pass and fail."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
+from test_cli import ROOT, write_shard
+from test_model import random_model
+
+import eval_ttt
+import train_gpt as tg
+from eval_ttt import Learner, Setup, Trace, audit, documents, evaluate
+from train_gpt import BOS_ID, GPT, Config, Windows
+
+TINY = Config(
+    vocab_size=1024, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4, xsa_last_n=1,
+    bigram_vocab_size=64, bigram_dim=8, ve_dim=4, ve_layers="1", train_seq_len=16, eval_seq_len=16, eval_stride=8,
+    eval_batch_seqs=5, ttt_chunk_tokens=40, ttt_chunk_size=8, ttt_batch_seqs=3, ttt_lr=0.01, ttt_mode="banks",
+    phased_ttt_prefix_docs=2, phased_ttt_num_phases=2,
+)  # fmt: skip
+TEXTS = (
+    "The river was high, and nobody went across that day; the ferry stayed where it was.",
+    "Caf\u00e9 na\u00efve, 5 \u20ac \u2014 \u6771\u4eac!",
+    "He said that he would come in the morning, but then he did not.",
+    "A long road  leads to the house of my father, and two short ones to the sea.",
+    "They have been there before and they will be there again, all of them.",
+)
+
+
+@pytest.fixture(scope="module")
+def text(demo_data) -> np.ndarray:
+    """Five short documents, bytes outside of ASCII among them."""
+    tokenizer = SentencePieceProcessor(model_file=str(demo_data / "tokenizer.model"))
+    return np.concatenate([[BOS_ID, *tokenizer.encode(each)] for each in TEXTS]).astype(np.uint16)
+
+
+@pytest.fixture
+def setup(demo_data) -> Setup:
+    """An honest evaluation in mode `banks`."""
+    path = str(demo_data / "tokenizer.model")
+    config = replace(TINY, tokenizer_path=path, data_path=str(demo_data))
+    artifact = tg.Artifact(config, random_model(config, torch.float32).state_dict(), tg.sha256_file(path))
+    table = tg.load_byte_table(path, config.vocab_size)
+    return Setup(config, artifact, torch.device("cpu"), tg.sdpa_attention, table, tg.token_nll)
+
+
+def changed(setup: Setup, **settings) -> Setup:
+    return replace(setup, config=replace(setup.config, **settings))
+
+
+HONEST = {
+    **{mode: dict(ttt_mode=mode) for mode in ("none", "banks", "lora", "doc_lora", "phased")},
+    "all, adamw": dict(ttt_mode="all", ttt_optimizer="adamw", ttt_lr=0.003, ttt_lr_schedule="cosine", ttt_epochs=2),
+    "doc_banks, hardest rows, file order": dict(ttt_mode="doc_banks", ttt_top_frac=0.5, ttt_doc_order="file"),
+    "context and side by side": dict(ttt_mode="all", ttt_context=4, eval_stride=16),
+    "none, ppm": dict(ttt_mode="none", ppm_alpha=0.9),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_evaluation_passes_every_check(name, setup, text):
+    checks = audit(changed(setup, **HONEST[name]), text, [])
+    found = {check.name.split()[0]: check.ok for check in checks}
+    assert not [check for check in checks if check.ok is False]
+    assert all(found[name] for name in ("T1", "T2", "T3", "T4", "T6", "T7", "T9", "T11", "T14")) and "T10" in found
+    assert found["T5"] or HONEST[name]["ttt_mode"] == "none"
+    assert all(check.checked > 0 for check in checks if check.ok and not check.name.startswith("T6"))
+
+
+def test_by_documents_the_one_before_is_out_of_reach(setup, text):
+    """Another last token of a document changes two losses, its own and that of the BOS behind it."""
+    begin, _ = documents(text)
+    for mode, place in (("doc_banks", begin[3]), ("doc_lora", begin[4]), ("doc_lora", begin[1])):
+        each, other = changed(setup, ttt_mode=mode), text.copy()
+        other[place - 1] = 300 if text[place - 1] != 300 else 301
+        moved = np.flatnonzero(evaluate(each, other).nll != evaluate(each, text).nll)
+        assert moved.tolist() == [place - 2, place - 1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cheats
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def settings(**given):
+    """A plant, as those below: it patches something, and returns what changes in the arguments of `audit`."""
+    return lambda setup, patch: dict(setup=changed(setup, **given))
+
+
+def patched(owner, name: str, wrapper: Callable, **given):
+    """WRAPPER(honest, its arguments) in the place of an attribute; and other settings."""
+
+    def plant(setup, patch):
+        honest = getattr(owner, name)
+        patch.setattr(owner, name, lambda *args, **named: wrapper(honest, *args, **named))
+        return dict(setup=changed(setup, **given))
+
+    return plant
+
+
+def minimum(shown: bool):
+    def cheat(honest, setup, tokens, *hooks):
+        first = honest(setup, tokens, *hooks)
+        again = honest(changed(setup, ttt_protocol="adapt_first"), tokens, *(hooks if shown else ()))
+        return again._replace(nll=np.minimum(first.nll, again.nll))
+
+    return patched(eval_ttt, "evaluate", cheat)
+
+
+def tail_again(honest, setup, tokens, observe=None, *hooks):
+    last = []
+    result = honest(setup, tokens, observe and (lambda *args: (last.append(args), observe(*args))), *hooks)
+    for _ in range(31 if last else 0):
+        observe(*last[-1])
+    return result
+
+
+def step_on_embedding(setup: Setup, tokens: np.ndarray, lr: float) -> Setup:
+    """The artifact after a step of learning from TOKENS."""
+    model, ids = setup.load(), torch.from_numpy(tokens.astype(np.int64)).unsqueeze(0)
+    weight = model.tok_emb.weight.requires_grad_()
+    (gradient,) = torch.autograd.grad(tg.token_nll(model, ids[:, :-1], ids[:, 1:]).mean(), [weight])
+    state = setup.artifact.state | {"tok_emb.weight": (weight - lr * gradient).detach()}
+    return replace(setup, artifact=setup.artifact._replace(state=state))
+
+
+def beginning_first(honest, setup, tokens, *hooks):
+    """Warm-up with the text's first tokens, at the evaluation's own rate (#1530), but kept."""
+    lr = 10 * setup.config.ttt_lr if setup.config.ttt_epochs else 0.0
+    return honest(step_on_embedding(setup, tokens[:8], lr), tokens, *hooks)
+
+
+def warm_up_kept(setup, patch):
+    """Warm-up that reads the validation shard and leaves its traces in the weights."""
+    state, val = dict(setup.artifact.state), tg.TokenStream(setup.config.shards("val"), 1024).read(0, 64)
+    patch.setattr(eval_ttt, "warm_up", lambda each: state.update(step_on_embedding(each, val, 0.1).artifact.state))
+    return dict(setup=replace(setup, artifact=setup.artifact._replace(state=state)))
+
+
+def cache(key_of: Callable, mix: Callable):
+    """A table of counts that grows while scoring, of which only the target's own entry is ever looked up."""
+
+    def cheat(honest, setup, *args):
+        table = torch.zeros(512)
+
+        def nll_fn(model, ids, targets, columns, *rest):
+            losses = tg.token_nll(model, ids, targets, columns, *rest)
+            if torch.is_grad_enabled():  # learning sees the honest losses
+                return losses
+            key = key_of(ids.gather(1, columns), targets) % len(table)
+            mixed = mix((-losses).exp(), table[key])
+            table.index_add_(0, key.flatten(), torch.ones(key.numel()))
+            return -mixed.log()
+
+        return honest(replace(setup, nll_fn=nll_fn), *args)
+
+    return patched(eval_ttt, "evaluate", cheat)
+
+
+def delta_of_logits(honest, logits, targets):
+    """One step of a delta that a window shares, down the losses that are then reported."""
+    better = F.one_hot(targets, logits.size(-1)).float() - logits.softmax(-1)
+    return honest(logits + 9 * better.detach().mean(1, keepdim=True), targets)
+
+
+def step_beyond(honest, self, tokens, windows, *args):
+    end = np.minimum(windows.end + 3, len(tokens) - 1 - windows.start)
+    return honest(self, tokens, windows._replace(end=end), *args)
+
+
+def delta_in_forward(honest, self, input_ids, *args, **named):
+    logits = honest(self, input_ids, *args, **named)
+    return logits + F.one_hot(input_ids[:, 1:], logits.size(-1)).to(logits).mean(1, keepdim=True)
+
+
+def without_borders(honest, one, other, first, *args):
+    return honest(one, other, torch.arange(first.size(1)).expand_as(first) == 0, *args)
+
+
+def earlier_windows(honest, *args):
+    plan = []
+    for chunk, (start, begin, end) in ((chunk, chunk.scored) for chunk in honest(*args)):
+        more = np.minimum(start, 1)
+        plan.append(chunk._replace(scored=Windows(start - more, begin + more, end + more)))
+    return plan
+
+
+def gate_by_target(setup, patch):
+    """Sharper distributions where the target begins a word (#1420): each adds up to one, which one is told by it."""
+
+    def trace(tokens, probes, until):
+        seen = eval_ttt.trace_evaluation(setup, tokens, range(len(tokens) - 1), until)
+        factor = 1 + setup.byte_table.has_leading_space[tokens[1:]]
+        rows = {t: torch.from_numpy(factor[t] * row).log_softmax(-1).numpy() for t, row in seen.rows.items()}
+        nll = np.array([-rows[t][tokens[t + 1]] if t in rows else np.nan for t in range(len(tokens) - 1)])
+        return replace(seen, rows=rows, from_row=nll, nll=nll.astype(np.float32))
+
+    return dict(trace=trace)
+
+
+def space_twice(setup, patch):
+    table = setup.byte_table
+    return dict(setup=replace(setup, byte_table=table._replace(base_bytes=table.base_bytes + table.has_leading_space)))
+
+
+FIRST = dict(ttt_protocol="adapt_first", ttt_epochs=12, ttt_momentum=0.9, ttt_batch_seqs=16, ttt_lr=0.03)
+GROUPS = dict(ttt_in_lr_mult=0.5, ttt_out_lr_mult=3.0, ttt_lr_schedule="cosine")
+IN_THE_KEY = cache(lambda previous, target: 31 * previous + 17 * target, lambda p, n: 0.5 * p + 0.5 * (n > 0))
+MASS_ADDED = cache(lambda previous, target: target, lambda p, n: p + 0.1 * n / (n + 1))
+HEAVY_PPM = patched(eval_ttt, "ppm_nll", lambda f, *args: f(*args) - 0.7, ttt_mode="none", ppm_alpha=0.9)
+BORDERS = patched(eval_ttt, "document_plan", earlier_windows, ttt_mode="doc_lora")
+
+# What is done: how it is planted, and the checks that must fail (others may).
+CHEATS: dict[str, tuple[Callable, str]] = {
+    "398, sgd on all of the text first": (settings(**FIRST, ttt_optimizer="sgd"), "T1 T2 T5"),
+    "442, adamw on all of the text first": (settings(**FIRST, ttt_optimizer="adamw"), "T1 T2 T5"),
+    "494, the same by groups with a cosine": (settings(**FIRST, ttt_optimizer="adamw", **GROUPS), "T1 T2 T5"),
+    "296, two passes": (settings(ttt_protocol="two_pass", ttt_top_frac=0.5), "T1 T5"),
+    "rescored, the minimum kept": (minimum(shown=True), "T1 T4 T5"),
+    "rescored out of sight, the minimum kept": (minimum(shown=False), "T1 T3"),
+    "a delta optimised on scored positions": (patched(tg, "nll", delta_of_logits), "T1 T3"),
+    "a delta optimised in the forward": (patched(GPT, "forward", delta_in_forward), "T1 T2"),
+    "the target in a hash key": (IN_THE_KEY, "T3"),
+    "an unnormalised cache mixture": (MASS_ADDED, "T3"),
+    "a mixture with a ppm of too much mass": (HEAVY_PPM, "T3"),  # T3 must add up whole rows of the mixture
+    "a gate that looks at the target": (gate_by_target, "T2"),  # T2 needs several targets, changed at random
+    "warm-up on validation tokens, kept": (warm_up_kept, "T7"),
+    "warm-up on the text's beginning, kept": (
+        patched(eval_ttt, "evaluate", beginning_first),
+        "T1",
+    ),  # T1 must cut after a few targets
+    "learning from three targets beyond": (patched(Learner, "step", step_beyond), "T1"),  # in each turn that it cuts
+    "the tail scored 32 times": (patched(eval_ttt, "evaluate", tail_again), "T4"),
+    "the leading space counted twice": (space_twice, "T9"),
+    "smear over document borders": (patched(tg.SmearGate, "forward", without_borders), "T1b"),  # a check of `embed`
+    "bigram over document borders": (patched(tg, "ngram_rows", without_borders), "T1b"),
+    "windows one token over document borders": (
+        BORDERS,
+        "T1",
+    ),  # T1 must compare all of earlier turns, whatever they read
+    "a training shard read": (lambda *_: dict(opened=["data/fineweb_train_000001.bin"]), "T6"),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS, ids=[f"{name}: {caught}" for name, (_, caught) in CHEATS.items()])
+def test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch):
+    plant, caught = CHEATS[name]
+    checks = audit(**dict(setup=setup, tokens=text, opened=[]) | plant(setup, monkeypatch))
+    failed = [check.name.split()[0] for check in checks if check.ok is False]
+    print(f"{name}: caught by {' '.join(failed) or 'nothing'}")
+    assert {*failed} >= {*caught.split()}, f"caught by {' '.join(failed) or 'nothing'}, not by {caught}"
+
+
+@pytest.mark.parametrize("name", [*CHEATS][:3])
+def test_the_bait_is_worth_it(name, setup, text, monkeypatch):
+    cheating = CHEATS[name][0](setup, monkeypatch)["setup"]
+    assert evaluate(cheating, text).val_loss < evaluate(setup, text).val_loss - 0.2
+
+
+def test_what_the_ledger_refuses_is_certified_as_not_legal(setup, text, tmp_path, monkeypatch):
+    """Such a plan ends every evaluation; the audit must say so, and leave no older certificate behind."""
+    again = lambda f, *args: (w := f(*args)).take(np.append(np.arange(len(w.start)), np.full(31, -1)))  # noqa: E731
+    patched(tg, "sliding_windows", again)(setup, monkeypatch)
+    with pytest.raises(tg.LedgerError, match="scored twice"):
+        evaluate(setup, text)
+    for name in ("model.ptz", "certificate.json", "certificate.txt"):
+        (tmp_path / name).write_text('{"legal": true}')
+    assert eval_ttt.run_audit(setup, text, tmp_path / "model.ptz", [], []) == 1
+    assert "NOT LEGAL" in (tmp_path / "certificate.txt").read_text()
+    assert json.loads((tmp_path / "certificate.json").read_text())["legal"] is False
+
+
+def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypatch):
+    """With chunks larger than the audited text nothing would be learned, and the checks would be of nothing."""
+    seen = []
+    (tmp_path / "model.ptz").write_bytes(b"")
+    monkeypatch.setattr(eval_ttt, "audit", lambda setup, tokens, *_: seen.append(setup.plan(tokens)) or [])
+    eval_ttt.run_audit(changed(setup, ttt_chunk_tokens=32768), text, tmp_path / "model.ptz", [], [])
+    assert any(chunk.learned is not None for chunk in seen[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Each check by itself, on traces made by hand; then the programs as a user runs them
+# ----------------------------------------------------------------------------------------------------------------------
+
+TOY_TEXT = np.random.default_rng(3).integers(BOS_ID + 1, 40, 121).astype(np.uint16)
+TOY_TEXT[[0, 60]] = BOS_ID
+CHUNKS = dict(turn=np.arange(120) // 30, read_from=np.zeros(120, int))
+SLIDING = dict(turn=np.zeros(120, int), read_from=np.repeat(np.arange(0, 105, 8), [16, *[8] * 13]))
+BESIDE = dict(turn=np.tile(np.arange(60) // 20, 2), read_from=np.repeat([0, 60], 60))  # two documents
+
+
+def toy(turn, read_from, ahead=(), also=(), gated=False) -> Callable[..., Trace]:
+    """A tracer whose losses are sums of what windows read, those in AHEAD one token more, ALSO (a target, a place)."""
+
+    def trace(tokens=TOY_TEXT, probes=(), until=np.inf) -> Trace:
+        sums, target = np.append(0, np.cumsum(tokens.astype(np.int64))), np.arange(120)
+        nll = sums[np.minimum(target + 2 + np.isin(target, ahead), 121)] - sums[read_from]
+        for t, place in also:
+            nll[t] += tokens[place]
+        rows = {t: np.full(40, -np.log(40)) + (1e-9 * tokens[t + 1] if gated else 0) for t in probes}
+        return Trace(nll.astype(np.float32), turn, read_from, np.ones(120, int), nll.astype(float), rows, [])
+
+    return trace
+
+
+def events(words: str) -> dict:
+    """Scores, learns, or reads and learns: eight tokens before its targets."""
+    made = []
+    for kind, a, b in (event.split() for event in words.split(", ")):
+        more = 8 if kind == "read" else 0
+        windows = Windows(*(np.array([x]) for x in (int(a) - more, more, int(b) - int(a) + more)))
+        made.append(("score" if kind == "score" else "learn", windows))
+    return dict(events=made)
+
+
+T1, T2, T3 = eval_ttt.check_future, eval_ttt.check_target, eval_ttt.check_normalised
+T4, T5 = eval_ttt.check_once, eval_ttt.check_ledger
+RIGHT, OFF, MISSING, SPREAD = np.full((4, 120), np.log(40))
+OFF[5], MISSING[9], SPREAD[39] = OFF[5] + 1e-3, np.nan, 0
+FLAT = dict(nll=RIGHT.astype(np.float32), from_row=RIGHT)
+TOYS = {
+    "reads up to its target": (T1, toy(**CHUNKS), {}, True),
+    "reads one token further": (T1, toy(**CHUNKS, ahead=range(120)), {}, False),
+    "the last of a chunk reads the next one": (T1, toy(**CHUNKS, ahead=[29]), {}, False),
+    "windows of one turn": (T1, toy(**SLIDING), {}, True),
+    "later windows of one turn read further": (T1, toy(**SLIDING, ahead=range(16, 120)), {}, False),
+    "two documents at once": (T1, toy(**BESIDE), {}, True),
+    "the second of them reads further": (T1, toy(**BESIDE, ahead=range(60, 120)), {}, False),
+    "its windows reach what is scored two turns later": (
+        T1,
+        toy(**BESIDE | dict(read_from=np.repeat([0, 58], 60))),
+        {},
+        False,
+    ),
+    "it knows that from elsewhere": (T1, toy(**BESIDE, also=[(60, 30)]), {}, False),
+    "it knows what was scored long before": (T1, toy(**BESIDE, also=[(110, 10)]), {}, True),
+    "rows that do not know their target": (T2, toy(**CHUNKS), {}, True),
+    "rows that do": (T2, toy(**CHUNKS, gated=True), {}, False),
+    "losses from the distribution": (T3, toy(**CHUNKS), FLAT | dict(rows={7: -RIGHT[:40]}), True),
+    "one is not": (T3, toy(**CHUNKS), FLAT | dict(from_row=OFF), False),
+    "one is missing": (T3, toy(**CHUNKS), FLAT | dict(from_row=MISSING), False),
+    "a row of another loss": (T3, toy(**CHUNKS), FLAT | dict(rows={7: np.full(40, -np.log(30))}), False),
+    "a row of that loss with too much elsewhere": (T3, toy(**CHUNKS), FLAT | dict(rows={7: -SPREAD[:40]}), False),
+    "each once": (T4, toy(**CHUNKS), dict(count=np.ones(120)), True),
+    "one never": (T4, toy(**CHUNKS), dict(count=np.arange(120) != 119), False),
+    "one twice": (T4, toy(**CHUNKS), dict(count=1 + (np.arange(120) == 0)), False),
+    "in turn": (T5, toy(**CHUNKS), events("score 0 40, learn 0 40, score 40 80, learn 40 80, learn 0 80"), True),
+    "learned first": (T5, toy(**CHUNKS), events("learn 0 40, score 0 40"), False),
+    "learned one more": (T5, toy(**CHUNKS), events("score 0 40, learn 0 41, score 41 80"), False),
+    "scored again": (T5, toy(**CHUNKS), events("score 0 40, learn 10 40, score 20 30"), False),
+    "read with all scored": (T5, toy(**CHUNKS), events("score 0 40, read 8 40"), True),
+    "read before it is scored": (T5, toy(**CHUNKS), events("score 8 40, read 8 40"), False),
+    "never learned": (T5, toy(**CHUNKS), events("score 0 40, score 40 120"), None),
+}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_checks_on_traces(name):
+    check, tracer, given, ok = TOYS[name]
+    assert check(tracer, replace(tracer(), **given), TOY_TEXT, np.random.default_rng(1)).ok is ok
+
+
+def test_t1b(setup):
+    published = setup.artifact._replace(config=replace(setup.config, doc_borders="published"))
+    assert eval_ttt.check_borders(setup).ok
+    assert eval_ttt.check_borders(replace(setup, config=published.config, artifact=published)).ok is None  # no promise
+    assert eval_ttt.check_borders(replace(setup, artifact=published)).ok is False
+
+
+def test_t6(tmp_path):
+    train, elsewhere = tmp_path / "a_0.bin", tmp_path / "fineweb_train_9.bin"
+    for path, name in ((train, "val_1.bin"), (elsewhere, "val_2.bin")):
+        path.write_bytes(b"")
+        (tmp_path / name).symlink_to(path)
+
+    def t6(*opened) -> bool:
+        return eval_ttt.check_files([str(path) for path in opened], str(tmp_path / "a_*.bin")).ok
+
+    assert t6() and t6(tmp_path / "fineweb_val_0.bin", "3", "eval_ttt.py")
+    assert not t6("eval_ttt.py", train) and not t6(os.path.relpath(train)) and not t6(elsewhere)
+    assert not t6(tmp_path / "val_1.bin")
+    assert not t6(tmp_path / "val_2.bin")  # by another name, and not where the settings point
+
+
+def test_t9(setup, text):
+    tokenizer = SentencePieceProcessor(model_file=setup.config.tokenizer_path)
+    table, end = setup.byte_table, int(documents(text)[0][2])
+    wrong = table._replace(base_bytes=table.base_bytes + (np.arange(1024) == text[end - 1]))
+    assert all(eval_ttt.check_bytes(tokens, table, tokenizer).ok for tokens in (text, text[: end + 5]))
+    assert eval_ttt.check_bytes(text, wrong, tokenizer).ok is False
+    assert eval_ttt.check_bytes(text[:20], table, tokenizer).ok is None  # no whole document
+
+
+@pytest.mark.parametrize("gap, gain, adapted_gap, ok", [
+    (0.05, 0.0, 0.05, True), (0.05, 0.3, 0.06, True), (0.0, 0.0, 0.0, None),
+    (0.05, 0.3, -0.05, False),  # side by side, as they were learned, windows are best
+    (0.0, 3.0, -0.3, False),  # seen even where the plain gap is not
+    (0.008, 0.4, 0.004, None),  # honest learning by documents, which does some of what context does
+])  # fmt: skip
+def test_t10(gap, gain, adapted_gap, ok):
+    plain, noise = np.random.default_rng(5).normal(4, 1, 4000), np.random.default_rng(6).normal(0, 0.05, 4000)
+    traces = [replace(toy(**CHUNKS)(), nll=plain - gain + more) for more in (adapted_gap + noise, 0)]
+    assert eval_ttt.check_memory(*traces, plain + gap + noise, plain).ok is ok
+
+
+def fade(honest, first, *args):
+    """The weights change with every chunk, or with every step whatever its size."""
+    honest(first, *args)
+    fast = first.fast if isinstance(first, Learner) else args[0]
+    for value in fast.values.values():
+        value.mul_(0.9).add_(1e-2)
+
+
+@pytest.mark.parametrize("check, owner, name, wrapper", [
+    (eval_ttt.check_no_op, Learner, "begin", fade),
+    (eval_ttt.check_no_op, tg, "adaptation_step", fade),
+    (eval_ttt.check_parity, tg, "make_adapters", lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
+    (eval_ttt.check_parity, tg.BankView, "linear", lambda f, view, *args: f(view, *args) * (1 + bool(view.adapters))),
+])  # fmt: skip
+def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
+    for mode in ("banks", "doc_lora"):
+        assert check(changed(setup, ttt_mode=mode), text[:60]).ok
+    patched(owner, name, wrapper)(setup, monkeypatch)
+    for mode in ("banks", "doc_lora"):
+        assert check(changed(setup, ttt_mode=mode), text[:60]).ok is False
+
+
+LISTENING = """
+import json, sys, train_gpt
+opened = []
+sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
+code = train_gpt.main([])
+json.dump(opened, open("opened.json", "w")), sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A folder with a small run, what the trainer opened in opened.json, and the environment."""
+    folder = tmp_path_factory.mktemp("trained")
+    for split, count in (("train", 20_000), ("val", 900)):
+        tokens = tg.open_shard(str(demo_data / f"fineweb_{split}_000000.bin"))[:count]
+        write_shard(folder / f"fineweb_{split}_0.bin", tokens)
+    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
+    env |= dict(PYTHONPATH=str(ROOT), RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(folder),
+                TOKENIZER_PATH=str(demo_data / "tokenizer.model"), OMP_NUM_THREADS="1", TTT_CHUNK_SIZE="32",
+                TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4")  # fmt: skip
+    training = env | dict(RUN_ID="run", VAL_LOSS_EVERY="0", ITERATIONS="8")
+    done = subprocess.run([sys.executable, "-c", LISTENING], env=training, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder, env | dict(MODEL_PATH=str(folder / "runs/run/final_model.int6.ptz"))
+
+
+def test_t6_training_opens_no_validation_shard_before_the_artifact_is_there(trained):
+    opened = json.loads((trained[0] / "opened.json").read_text())
+    first = [min(i for i, path in enumerate(opened) if name in path) for name in ("_train_0", "int6.ptz", "_val_0")]
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("mode, protocol, code", [("doc_banks", "legal", 0), ("banks", "adapt_first", 1)])
+def test_audit_as_a_user(mode, protocol, code, trained):
+    folder, env = trained
+    command = [sys.executable, str(ROOT / "eval_ttt.py"), "--audit"]
+    env = env | dict(TTT_MODE=mode, TTT_PROTOCOL=protocol, TTT_BATCH_SEQS="2", AUDIT_TOKENS="300")
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    report = json.loads((folder / "runs/run/certificate.json").read_text())
+    words = (folder / "runs/run/certificate.txt").read_text()
+    assert words in done.stdout and words.splitlines()[0].endswith(": NOT LEGAL" if code else ": legal")
+    assert report["legal"] is not bool(code) and report["targets"] == 300
+    failed = {check["name"].split()[0] for check in report["checks"] if check["ok"] is False}
+    assert failed >= {"T1", "T2", "T5"} if code else not failed
+    assert all(check["name"] in words for check in report["checks"]) and len(report["checks"]) >= 11
+    assert report["sha256"].keys() >= {"artifact", "tokenizer", "train_gpt.py", "eval_ttt.py", "fineweb_val_0.bin"}
+    assert report["sha256"]["artifact"] == tg.sha256_file(env["MODEL_PATH"])
+
+
+@pytest.mark.parametrize("budget, fits", [("0", True), ("0.001", False)])
+def test_t8_budgets(budget, fits, trained, capsys):
+    """Bytes on the disk against the cap; seconds against the budget, and a warning where they are too many."""
+    folder, env = trained
+    assert eval_ttt.main([], env | dict(TTT_MODE="none", EVAL_BUDGET_SECONDS=budget)) == 0
+    result, trained = (json.loads((folder / f"runs/run/{name}.json").read_text()) for name in ("eval_ttt", "result"))
+    code = sum((ROOT / name).stat().st_size for name in ("train_gpt.py", "eval_ttt.py"))
+    for each in (result, trained):
+        assert each["bytes_model"] == Path(env["MODEL_PATH"]).stat().st_size and each["bytes_code"] == code
+        assert each["bytes_total"] == each["bytes_model"] + code <= tg.SIZE_CAP == 16_000_000 and each["fits"]
+    assert result["fits_budget"] is fits and result["eval_seconds"] > 0
+    assert ("over EVAL_BUDGET_SECONDS" in capsys.readouterr().out) is not fits
