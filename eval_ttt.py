@@ -80,10 +80,10 @@ def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Ch
     piece's end.
     """
     c, (begin, end) = config, documents(tokens, config.ttt_doc_order)
-    per_rank = min(math.ceil(c.ttt_batch_seqs / ranks), math.ceil(len(begin) / ranks))
-    plan = []
-    for first in range(0, len(begin), per_rank * ranks):
-        batch = slice(first, first + per_rank * ranks)
+    count = min(c.ttt_batch_seqs, len(begin))
+    per_rank, plan = math.ceil(count / ranks), []
+    for first in range(0, len(begin), count):
+        batch = slice(first, first + count)
         order = np.argsort(begin[batch] - end[batch], kind="stable")
         low, high = np.zeros((2, per_rank * ranks), np.int64)
         low[: len(order)], high[: len(order)] = begin[batch][order], end[batch][order]
@@ -94,7 +94,7 @@ def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Ch
             a, b = np.minimum(lo + piece, hi), np.minimum(lo + piece + c.piece_size, hi)
             start, left = np.maximum(lo, b - c.eval_seq_len), np.maximum(lo, a - c.ttt_context)
             if c.eval_stride == c.eval_seq_len:
-                start = lo + (a - lo) // c.eval_seq_len * c.eval_seq_len
+                start = np.maximum(start, lo + (a - lo) // c.eval_seq_len * c.eval_seq_len)
             learned = Windows(left, a - left, np.where(b < hi, b - left, a - left))
             scored = Windows(start, a - start, b - start)
             plan.append(Chunk(scored, learned if (b < hi).any() else None, fresh=number == 0))
@@ -117,12 +117,11 @@ class Learner:
         nll_fn: Callable,
         moments: Mapping[str, list[Tensor]],
         on_learn: Callable[[Chunk], None],
-        progress: Callable[[int], None],
     ):
         by_documents, learns = TTT_MODES[config.ttt_mode]
         self.model, self.config, self.nll_fn, self.chunks = model, config, nll_fn, len(plan)
         self.by_documents, self.number, self.base = by_documents, 0, None
-        self.on_learn, self.progress = on_learn, progress
+        self.on_learn = on_learn
         sets = len(plan[0].scored.start) // tg.world_size() if by_documents else None
         stored = moments if config.ttt_moments == "artifact" else None
         self.fast = tg.FastWeights(model, config, learns, sets, stored)
@@ -133,7 +132,6 @@ class Learner:
 
     def begin(self, number: int, chunk: Chunk) -> None:
         self.number = number
-        self.progress(number)
         if chunk.fresh:
             self.fast.reset()
         if self.by_documents and not chunk.base:
@@ -176,7 +174,7 @@ class Learner:
         target_weight = torch.from_numpy((per_target[:, None] * batch.counts).astype(np.float32)).to(self.device)
         lr = fast.config.ttt_lr if fast is self.base else self.lr()
         tg.adaptation_step(self.model, fast, batch.ids, batch.targets, batch.columns, target_weight, lr,
-                           int((learned > 0).sum()), self.nll_fn)  # fmt: skip
+                           1 if fast.shared else int((learned > 0).sum()), self.nll_fn)  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -256,11 +254,12 @@ def evaluate(
     c, model, plan = setup.config, setup.load(), setup.plan(tokens)
     learner = None
     if c.ttt_mode != "none":
-        learner = Learner(model, c, plan, setup.nll_fn, setup.artifact.moments, on_learn, progress)
+        learner = Learner(model, c, plan, setup.nll_fn, setup.artifact.moments, on_learn)
     if c.ttt_protocol != "legal":
         plan = learn_first(setup, model, learner, tokens, plan)
     seen = None if observe is None else (lambda *args: observe(model, learner, *args))
-    result = tg.score(model, tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn, learner, seen)
+    how = (setup.byte_table, setup.batch_seqs(), setup.nll_fn, learner, seen, progress)
+    result = tg.score(model, tokens, plan, *how)
     if c.ppm_alpha == 1:
         return result
     nll = mixed_nll(result.nll, ppm_nll(tokens, c.vocab_size), c.ppm_alpha)
@@ -731,6 +730,7 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
     final_model.pt holds weights only, so the settings must describe the model then. UserError where the settings
     contradict the artifact, or where there is none.
     """
+    config = replace(config, mtp_num_heads=0)  # a part of training
     path = Path(config.model_path or f"runs/{config.run_id}/final_model.int6.ptz")
     if not config.model_path and not config.run_id:
         raise UserError("MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one")
@@ -755,7 +755,8 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     device = tg.start_ranks(config, environ)
     attention, kernel, notices = tg.choose_attention(config.attention, device)
     config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
-    problems = tg.inconsistencies(config)
+    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1)  # of no interest here
+    problems = tg.inconsistencies(replace(config, **step))
     if problems:
         raise UserError("\n".join(problems))
     byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
@@ -768,6 +769,8 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
     nll_fn = tg.maybe_compile(tg.token_nll, config, device)
     setup = Setup(config, artifact, device, kernel, byte_table, nll_fn)
+    if config.ttt_moments == "artifact" and artifact.moments:
+        tg.FastWeights(setup.load(), config, TTT_MODES[config.ttt_mode][1], None, artifact.moments)  # or a UserError
     return setup, tokens, path, [*notices, f"attention: {attention}"], shards
 
 
@@ -845,11 +848,11 @@ def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, beg
     if tg.rank() == 0:
         folder, array = path.parent, io.BytesIO()
         np.save(array, adapted.nll)
-        tg.write_atomically(folder / "nll.npy", array.getvalue())
         tg.write_atomically(folder / "distribution.json", json.dumps(report, indent=1).encode())
         table = document_table(tokens, scores["plan"].nll, adapted.nll, setup.byte_table)
         tg.write_atomically(folder / "documents.csv", table.encode())
         plot_distribution(folder / "distribution.png", scores["plan"].nll, adapted.nll, report)
+        tg.write_atomically(folder / "nll.npy", array.getvalue())
     result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
     return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, eval_seconds=seconds,
                          fits_budget=not c.eval_budget_seconds or seconds <= c.eval_budget_seconds)  # fmt: skip

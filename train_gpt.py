@@ -1380,6 +1380,8 @@ class FastWeights:
         self.rows = sets or 1  # how many of the sets are in use, the first ones
         self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
         self.rates = {name: self._rate(name, base) for name, base in self.base.items()}
+        if moments is not None and not self.base.keys() <= moments.keys():
+            raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
         self.fixed, self.moments = moments is not None, dict(moments or {})
         self.state: dict[str, list[Tensor]] = {}
 
@@ -1447,7 +1449,8 @@ class FastWeights:
         if c.ttt_optimizer == "precond":
             parts = self.moments[name]
             square = parts[0] if len(parts) == 1 else factored(*parts)
-            return g / (square + TTT_MOMENT_FLOOR * square.mean()).sqrt().clamp(min=1e-12)
+            root = (square + TTT_MOMENT_FLOOR * square.mean()).sqrt()
+            return torch.where(root > 0, g / root, 0.0)  # adapters' A has no gradient in training, where B is zero
         state = self.state.setdefault(name, [torch.zeros_like(g), torch.zeros_like(g), torch.zeros(())])
         momentum, square, steps = state[0][: len(g)], state[1][: len(g)], state[2]
         if c.ttt_optimizer == "sgd":
@@ -1465,7 +1468,7 @@ def collect_moments(model: GPT, batches: Iterable[Tensor], config: Config) -> di
     _, learns = TTT_MODES[config.ttt_mode]
     settings = replace(config, ttt_optimizer="precond", ttt_beta2=0.999999)  # a plain mean
     fast = None
-    for ids in batches:
+    for ids in batches if learns else ():
         fast = fast or FastWeights(model, settings, learns, len(ids))
         for first in range(0, ids.size(1) - 1, config.piece_size):
             piece = ids[:, max(0, first - config.ttt_context) : first + config.piece_size + 1]
@@ -1519,7 +1522,10 @@ def adaptation_step(
         fast.steps += 1
         if c.ttt_optimizer == "precond" and not fast.fixed:
             fast.observe(gradients, sets)
-        steps = {name: -lr * fast.direction(name, g) for name, g in gradients.items()}
+        moves = torch.ones(1, device=ids.device) if fast.shared else (weight != 0).any(1)  # (sets,)
+        steps = {}
+        for name, g in gradients.items():  # a document that has ended must not drift on by its momentum
+            steps[name] = -lr * moves.view(-1, *[1] * (g.dim() - 1)) * fast.direction(name, g)
         for name, step in steps.items():
             value = fast.values[name][: fast.rows]
             value.add_(fast.rates[name] * step)
@@ -1999,12 +2005,13 @@ def score(
     nll_fn: Callable = token_nll,
     learner: Any = None,
     observe: Callable[[Windows, Batch, Tensor], None] | None = None,
+    progress: Callable[[int], None] = lambda number: None,
 ) -> Score:
     """Score TOKENS (uint16, on the host) chunk by chunk of a PLAN; every rank gets the whole result.
 
     The ranks share the windows of a chunk, and take BATCH_SEQS of them at a time (None: all). A LEARNER's weights are
     used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py). OBSERVE sees the windows, the
-    batch and the losses, before anything is learned.
+    batch and the losses, before anything is learned; PROGRESS the number of each chunk, before it is scored.
     Sums are float64. Raises LedgerError where a target would be scored twice, never, or after it was learned from.
     """
     device, began = model.tok_emb.weight.device, time.perf_counter()
@@ -2013,6 +2020,7 @@ def score(
     ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
     bar = tqdm(total=len(nll), desc="score", unit="target", disable=None if rank() == 0 else True)
     for number, chunk in enumerate(plan):
+        progress(number)
         if learner is not None:
             learner.begin(number, chunk)
         ledger.score(chunk.scored)

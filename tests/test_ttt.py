@@ -1,0 +1,597 @@
+"""The parts of test-time training against explicit computations: plans, ledger, fast weights, steps, moments, PPM."""
+
+import copy
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from test_model import SMALL, random_ids, random_model
+from test_scoring import TABLE, TOKENS
+
+import train_gpt
+from eval_ttt import document_plan, documents, flat_plan, mixed_nll, ppm_nll, with_phases
+from train_gpt import GPT, TTT_MODES, Chunk, Config, FastWeights, Ledger, LedgerError, Windows, adaptation_step
+
+ALL = TTT_MODES["all"][1]
+LEVERS = replace(
+    SMALL, num_memory_tokens=2, word_start_boost=True, star_relu=True, skip_gates=True, tie_embeddings=False,
+    block_order="0,1,2,1,3,4", trigram=True, pos_conditional_bigram=True,
+)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plans
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def windows(*rows: tuple[int, int, int]) -> Windows:
+    return Windows(*(np.array(column, np.int64) for column in zip(*rows, strict=True)))
+
+
+def rows(given: Windows) -> list[tuple[int, int, int]]:
+    return list(zip(given.start.tolist(), given.begin.tolist(), given.end.tolist(), strict=True))
+
+
+def counted(given: Windows) -> list[int]:
+    """The targets that count, in order."""
+    return [target for start, begin, end in rows(given) for target in range(start + begin, start + end)]
+
+
+def spans(tokens: np.ndarray) -> list[tuple[int, int]]:
+    """First and last but one target of each document, found one token at a time."""
+    return list(pairwise([0, *(i for i in range(1, len(tokens) - 1) if tokens[i] == 1), len(tokens) - 1]))
+
+
+def text_of(lengths: list[int]) -> np.ndarray:
+    """Documents of so many targets each."""
+    tokens = np.random.default_rng(len(lengths)).integers(2, 40, sum(lengths) + 1).astype(np.uint16)
+    tokens[np.cumsum([0, *lengths])[:-1]] = 1
+    return tokens
+
+
+def follow(plan: list[Chunk], targets: int) -> None:
+    """Carry out a plan on sets of targets: each is scored once, and before it is learned from."""
+    scored = set()
+    for chunk in plan:
+        new = counted(chunk.scored)
+        assert len(set(new)) == len(new) and not scored & set(new)
+        scored |= set(new)
+        if chunk.learned is not None:
+            read = {t for start, begin, end in rows(chunk.learned) if end > begin for t in range(start, start + end)}
+            assert read and read <= scored
+    assert scored == set(range(targets))
+
+
+FLAT = [  # tokens, EVAL_SEQ_LEN, EVAL_STRIDE, TTT_CHUNK_TOKENS, TTT_CONTEXT
+    (77, 16, 4, 16, 0), (77, 16, 4, 8, 3), (78, 16, 5, 12, 5), (77, 16, 16, 1, 0), (20, 16, 4, 1000, 0),
+    (200, 7, 3, 50, 9), (17, 16, 4, 4, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_tokens, seq_len, stride, chunk_tokens, context", FLAT)
+def test_flat_plan(num_tokens, seq_len, stride, chunk_tokens, context):
+    config = Config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=chunk_tokens, ttt_context=context)
+    plan = flat_plan(num_tokens, config)
+    follow(plan, num_tokens - 1)
+    scored = [row for chunk in plan for row in rows(chunk.scored)]
+    assert scored == rows(train_gpt.sliding_windows(num_tokens, seq_len, stride))
+    numbers = [{(start + begin) // chunk_tokens for start, begin, _ in rows(chunk.scored)} for chunk in plan]
+    assert all(len(one) == 1 and min(one) < min(two) for one, two in pairwise([*numbers, {math.inf}]))
+    assert plan[-1].learned is None and not any(chunk.fresh or chunk.base for chunk in plan)
+    for chunk in plan[:-1]:
+        assert counted(chunk.learned) == counted(chunk.scored)
+        lengths = [end - begin for _, begin, end in rows(chunk.learned)]
+        assert all(length == seq_len for length in lengths[:-1]) and 0 < lengths[-1] <= seq_len
+        assert all(begin == min(context, start + begin) for start, begin, _ in rows(chunk.learned))
+
+
+def test_a_flat_plan_in_numbers():
+    """Windows end at 8, 12, 16, 20; the first target that each scores is 0, 8, 12, 16."""
+    plan = flat_plan(21, Config(eval_seq_len=8, eval_stride=4, ttt_chunk_tokens=8, ttt_context=2))
+    assert [rows(chunk.scored) for chunk in plan] == [[(0, 0, 8)], [(4, 4, 8), (8, 4, 8)], [(12, 4, 8)]]
+    assert [rows(chunk.learned) for chunk in plan[:2]] == [[(0, 0, 8)], [(6, 2, 10)]]
+
+
+BORDERS = [
+    ([1, 5, 6, 1, 7], [(0, 3), (3, 4)]), ([5, 6, 1, 7, 8], [(0, 2), (2, 4)]), ([1, 5, 6, 1], [(0, 3)]),
+    ([5, 6, 7], [(0, 2)]), ([1, 1, 1, 5], [(0, 1), (1, 2), (2, 3)]), ([1, 5, 1, 1], [(0, 2), (2, 3)]),
+    ([5, 1], [(0, 1)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens, expected", BORDERS, ids=str)
+def test_documents_begin_at_their_first_token(tokens, expected):
+    begin, end = documents(np.array(tokens, np.uint16))
+    assert list(zip(begin.tolist(), end.tolist(), strict=True)) == expected == spans(np.array(tokens))
+
+
+def test_the_longest_documents_first():
+    begin, end = documents(text_of([3, 7, 1, 7, 9, 3]), "longest")
+    assert (end - begin).tolist() == [9, 7, 7, 3, 3, 1] and begin.tolist() == [18, 3, 11, 0, 27, 10]
+
+
+LENGTHS = [13, 1, 29, 5, 4, 17, 1, 10, 30]
+BY_DOCUMENTS = [  # TTT_CHUNK_SIZE, EVAL_SEQ_LEN, EVAL_STRIDE, TTT_BATCH_SEQS, TTT_CONTEXT, TTT_DOC_ORDER
+    (5, 12, 4, 4, 0, "longest"), (5, 12, 4, 3, 7, "file"), (4, 12, 12, 2, 2, "longest"), (12, 12, 3, 100, 0, "file"),
+    (1, 8, 8, 1, 0, "file"), (5, 12, 12, 4, 0, "file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("size, seq_len, stride, batch, context, order", BY_DOCUMENTS)
+def test_document_plan(size, seq_len, stride, batch, context, order, ranks):
+    """Every rank has as many rows; a row of a rank is one document for a whole batch and reads no other."""
+    tokens = text_of(LENGTHS)
+    config = Config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_size=size, ttt_context=context)
+    config = replace(config, ttt_batch_seqs=batch, ttt_doc_order=order)
+    plan, batches, piece = document_plan(tokens, config, ranks), [], 0
+    follow(plan, len(tokens) - 1)
+    for chunk in plan:
+        piece, batches = (0, [*batches, {}]) if chunk.fresh else (piece + 1, batches)
+        per_rank, rest = divmod(len(chunk.scored.start), ranks)
+        assert rest == 0 and not chunk.base
+        learned = rows(chunk.learned or windows(*[(0, 0, 0)] * per_rank * ranks))
+        for row, ((start, begin, end), learn) in enumerate(zip(rows(chunk.scored), learned, strict=True)):
+            if end <= begin:
+                assert learn[2] <= learn[1]
+                continue
+            low, high = next(span for span in spans(tokens) if span[0] <= start + begin < span[1])
+            assert batches[-1].setdefault(divmod(row, per_rank), (low, high)) == (low, high)
+            a, b = low + piece * size, min(low + (piece + 1) * size, high)
+            assert (start + begin, start + end) == (a, b) and end <= seq_len
+            block = low + (a - low) // seq_len * seq_len if stride == seq_len else low
+            assert start == max(block, b - seq_len)
+            left = max(low, a - context)
+            assert learn == (left, a - left, b - left) if b < high else learn[2] <= learn[1]
+    expected = spans(tokens) if order == "file" else sorted(spans(tokens), key=lambda span: span[0] - span[1])
+    for each in batches:  # the longest to rank 0, the next to rank 1, and so on
+        in_turn = [span for _, span in sorted(each.items(), key=lambda item: item[0][::-1])]
+        assert in_turn == sorted(expected[:batch], key=lambda span: span[0] - span[1])
+        expected = expected[batch:]
+    assert not expected
+
+
+def test_documents_of_a_batch_do_not_depend_on_the_ranks():
+    config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_batch_seqs=6)
+    plans = [document_plan(text_of(LENGTHS), config, ranks) for ranks in (1, 2, 3)]
+    for chunks in zip(*plans, strict=True):
+        assert len({tuple(sorted(counted(chunk.scored))) for chunk in chunks}) == 1
+
+
+PHASES = [(2, 6, 3, [2, 4, 6]), (2, 5, 1, [6]), (3, 6, 2, [3, 6]), (2, 9, 1, []), (2, 2000, 3, []), (100, 4, 2, [])]
+
+
+@pytest.mark.parametrize("batch, prefix, phases, expected", PHASES)
+def test_phases(batch, prefix, phases, expected):
+    """EXPECTED: how many documents are scored at each border; after the last batch nothing is learned."""
+    tokens = text_of(LENGTHS)
+    config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_batch_seqs=batch)
+    config = replace(config, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases)
+    plain = document_plan(tokens, config)
+    plan = with_phases(plain, tokens, config)
+    follow(plan, len(tokens) - 1)
+    assert [rows(chunk.scored) for chunk in plan if not chunk.base] == [rows(chunk.scored) for chunk in plain]
+    in_order, borders = sorted(spans(tokens), key=lambda span: span[0] - span[1]), []
+    for number, chunk in enumerate(plan):
+        if chunk.base:
+            done = sum(before.fresh for before in plan[:number]) * batch
+            assert counted(chunk.learned) == [t for low, high in in_order[:done] for t in range(low, high)]
+            assert all(begin == 0 < end <= 12 for _, begin, end in rows(chunk.learned))
+            assert all(any(low <= s and s + e <= high for low, high in in_order) for s, _, e in rows(chunk.learned))
+            assert len(chunk.scored.start) == 0 and plan[number + 1].fresh
+            borders.append(done)
+    assert borders == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ledger
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_ledger_refuses_a_second_score_and_early_learning():
+    ledger = Ledger(20)
+    ledger.score(windows((0, 0, 5), (3, 4, 9), (15, 2, 2)))  # 0 to 4 and 7 to 11; the third has no target
+    ledger.learn(windows((0, 0, 5), (8, 2, 4), (0, 9, 9)))
+    for again in ((4, 0, 1), (0, 4, 6), (6, 0, 2), (7, 3, 9)):
+        with pytest.raises(LedgerError, match="scored twice"):
+            ledger.score(windows(again))
+    for early in ((0, 0, 6), (4, 3, 6), (5, 3, 6), (11, 0, 2), (19, 0, 1)):  # two of them only as left context
+        with pytest.raises(LedgerError, match="before they are scored"):
+            ledger.learn(windows(early))
+    ledger.score(windows((5, 0, 2)))
+    ledger.learn(windows((0, 0, 12)))
+
+
+@pytest.mark.parametrize("change, message", [("learn", "before they are scored"), ("score", "scored twice")])
+def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, message):
+    class Never:
+        begin, token_nll = staticmethod(lambda *_: None), staticmethod(train_gpt.token_nll)
+        learn = staticmethod(lambda *_: pytest.fail("learned"))
+
+    plan = flat_plan(len(TOKENS), Config(eval_seq_len=16, eval_stride=8, ttt_chunk_tokens=16))
+    plan = [chunk._replace(learned=None) for chunk in plan]
+    plan[2] = plan[1] if change == "score" else plan[2]._replace(learned=windows((10, 4, 16), (32, 0, 17)))
+    with pytest.raises(LedgerError, match=message):
+        train_gpt.score(random_model(SMALL, torch.float32), TOKENS, plan, TABLE, 4, learner=Never())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Adaptation by hand
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Moments:
+    """Mean squared gradients as the settings describe them: row and column means of matrices, else every entry."""
+
+    def __init__(self, config: Config, stored: dict[str, list[torch.Tensor]] | None = None):
+        self.config, self.fixed, self.steps = config, stored is not None, 0
+        self.means = {name: [part.double() for part in parts] for name, parts in (stored or {}).items()}
+
+    @staticmethod
+    def parts(name: str, g: torch.Tensor) -> list[torch.Tensor]:
+        if "_bank" in name or name.endswith(".weight") or name == "memory_tokens":
+            return [(g**2).mean(-1), (g**2).mean(-2)]
+        return [g**2]
+
+    def observe(self, gradients: list[dict[str, torch.Tensor]]) -> None:
+        self.steps += 0 if self.fixed else 1
+        for name in gradients[0] if not self.fixed else ():
+            each = [self.parts(name, g[name]) for g in gradients]
+            new = [sum(column) / len(each) for column in zip(*each, strict=True)]
+            keep = min(self.config.ttt_beta2, 1 - 1 / self.steps)
+            old = self.means.get(name, new)
+            self.means[name] = [keep * o + (1 - keep) * n for o, n in zip(old, new, strict=True)]
+
+    def root(self, name: str) -> torch.Tensor:
+        parts = self.means[name]
+        square = parts[0]
+        if len(parts) == 2:
+            mean = parts[0].mean(-1, keepdim=True).unsqueeze(-1)
+            square = torch.einsum("...i,...j->...ij", *parts) / mean.clamp(min=1e-30)
+        return (square + 1e-3 * square.mean()).sqrt().clamp(min=1e-12)
+
+
+class Hand:
+    """One set of weights that learns by torch's own optimisers, in float64, each setting as its help text says."""
+
+    def __init__(self, model: GPT, config: Config, learns: str, moments: Moments | None = None):
+        self.config, self.moments = config, moments
+        self.model = copy.deepcopy(model).double().requires_grad_(False)
+        self.model.dtype, self.low_rank = torch.float64, learns == "adapters"
+        own = {n: p for n, p in self.model.named_parameters() if learns == ALL or n in GPT.BANKS}
+        start = train_gpt.make_adapters(model, config) if self.low_rank else own
+        self.start = {name: tensor.detach().double().clone() for name, tensor in start.items()}
+        start = {name: tensor.clone() for name, tensor in self.start.items()} if self.low_rank else start
+        self.values = {name: tensor.requires_grad_() for name, tensor in start.items()}
+        self.optimizer = self.make_optimizer(list(self.values.values()))
+
+    def make_optimizer(self, tensors: list[torch.Tensor]) -> torch.optim.Optimizer:
+        c = self.config
+        if c.ttt_optimizer == "adamw":
+            betas = (c.ttt_momentum, c.ttt_beta2)
+            return torch.optim.AdamW(tensors, lr=1.0, betas=betas, eps=1e-10, weight_decay=c.ttt_weight_decay)
+        return torch.optim.SGD(tensors, lr=1.0, momentum=c.ttt_momentum if c.ttt_optimizer == "sgd" else 0.0)
+
+    def losses(self, tokens: np.ndarray, start: int, a: int, b: int) -> torch.Tensor:
+        """Nats of the targets from A to B, read from START."""
+        ids, banks, c = torch.from_numpy(tokens[start : b + 1].astype(np.int64)), None, self.config
+        if self.low_rank:
+            products = {n: self.values[f"{n}.b"] @ self.values[f"{n}.a"] for n in GPT.BANKS}
+            factor = c.ttt_lora_alpha / c.ttt_lora_rank
+            banks = {n: getattr(self.model, n) + factor * product for n, product in products.items()}
+        log_p = self.model(ids[None, :-1], banks=banks)[0, a - start :].log_softmax(-1)
+        return -log_p[torch.arange(b - a), ids[a - start + 1 :]]
+
+    def score(self, *where) -> np.ndarray:
+        with torch.no_grad():
+            return self.losses(*where).numpy()
+
+    def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the loss, clipped."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.config.ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.values.values(), self.config.ttt_grad_clip)
+        return {name: value.grad for name, value in self.values.items()}
+
+    @torch.no_grad()
+    def apply(self, lr: float) -> None:
+        """Go LR along the gradients that `gradients` left, which the moments have seen."""
+        c, before = self.config, {name: value.clone() for name, value in self.values.items()}
+        for name, value in self.values.items():
+            if c.ttt_optimizer == "precond":
+                value.grad = value.grad / self.moments.root(name)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for name, value in self.values.items():
+            value.copy_(before[name] + self.rate(name) * (value - before[name]))
+            value.add_(c.ttt_pull * (self.start[name] - value))
+
+    def rate(self, name: str) -> torch.Tensor:
+        c, bank, rate = self.config, name.split(".")[0], torch.ones_like(self.values[name])
+        rate *= {"mlp_up_bank": c.ttt_in_lr_mult, "mlp_down_bank": c.ttt_out_lr_mult}.get(bank, 1.0)
+        for frozen in range(c.ttt_freeze_blocks):
+            if bank in GPT.BANKS:
+                rate[[frozen, c.num_layers + frozen] if bank in ("qo_bank", "kv_bank") else frozen] = 0.0
+            for block, row in enumerate(c.block_rows):
+                rate *= 0.0 if row == frozen and name.startswith(f"blocks.{block}.") else 1.0
+        return rate
+
+    def step(self, loss: torch.Tensor, lr: float) -> None:
+        gradients = self.gradients(loss)
+        if self.config.ttt_optimizer == "precond":
+            self.moments.observe([gradients])
+        self.apply(lr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fast weights
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def model_of(config: Config, seed: int = 0) -> GPT:
+    """Random weights in float64, and the words' beginnings where a lever asks for them."""
+    model = GPT(config, torch.float64, word_start=TABLE.has_leading_space).double()
+    model.load_state_dict(random_model(config, seed=seed).state_dict())
+    return model.requires_grad_(False)
+
+
+def fast_of(model: GPT, config: Config, learns: str, sets: int | None, moments: dict | None = None) -> FastWeights:
+    """Fast weights of a float64 model, held in float64 and not float32, so that many digits can be compared."""
+    fast, own = FastWeights(model, config, learns, sets, moments), dict(model.named_parameters())
+    assert {value.dtype for value in fast.values.values()} == {torch.float32}
+    fast.base = {name: own.get(name, base).detach().double() for name, base in fast.base.items()}
+    fast.values = {name: torch.stack([fast.base[name]] * len(value)) for name, value in fast.values.items()}
+    return fast
+
+
+def batch_of(seed: int, weights: tuple[float, ...], length: int = 12):
+    """Token rows (for Hand), and for adaptation_step: ids, targets, columns, weights of a mean for each row."""
+    ids = random_ids(len(weights), length + 1, seed)
+    weight = torch.tensor(weights, dtype=torch.float64)[:, None].expand(-1, length) / length
+    return ids.numpy(), ids[:, :-1], ids[:, 1:], torch.arange(length).expand(len(weights), -1), weight
+
+
+@pytest.mark.parametrize("config", [SMALL, LEVERS], ids=["small", "every lever"])
+def test_each_row_of_a_batch_reads_its_own_set(config):
+    """For every parameter by itself, and for all of them together."""
+    model, (_, ids, targets, columns, _) = model_of(config), batch_of(0, (1.0, 1.0, 1.0))
+    plain, others = train_gpt.token_nll(model, ids, targets, columns), [model_of(config, seed) for seed in (1, 2, 3)]
+    names = [name for name, _ in model.named_parameters()]
+    fast = fast_of(model, config, ALL, 3)
+    assert set(fast.values) == set(names)
+    for changed in [*([name] for name in names), names]:
+        fast.reset()
+        for name in changed:
+            fast.values[name].copy_(torch.stack([other.get_parameter(name) for other in others]))
+        together = train_gpt.token_nll(model, ids, targets, columns, *fast.weights(fast.used()))
+        for row, other in enumerate(others):
+            alone = model_of(config)
+            alone.load_state_dict({n: other.get_parameter(n) for n in changed}, strict=False)
+            part = slice(row, row + 1)
+            expected = train_gpt.token_nll(alone, ids[part], targets[part], columns[part])
+            torch.testing.assert_close(together[part], expected, rtol=0, atol=1e-9, msg=str(changed))
+            assert not torch.allclose(expected, plain[part], atol=1e-6), changed
+
+
+@pytest.mark.parametrize("sets", [None, 3])
+def test_adapters_count_alpha_over_rank(sets):
+    config = replace(LEVERS, ttt_lora_rank=3, ttt_lora_alpha=7.0)
+    model, (text, ids, targets, columns, _) = model_of(config), batch_of(0, (1.0, 1.0, 1.0))
+    fast, hands = fast_of(model, config, "adapters", sets), [Hand(model, config, "adapters") for _ in range(3)]
+    plain = train_gpt.token_nll(model, ids, targets, columns)
+    assert torch.equal(train_gpt.token_nll(model, ids, targets, columns, *fast.weights(fast.used())), plain)
+    generator = torch.Generator().manual_seed(1)
+    for name, value in fast.values.items():
+        value.normal_(generator=generator)
+        for row, hand in enumerate(hands):
+            hand.values[name].detach().copy_(value[row if sets else 0])
+    together = train_gpt.token_nll(model, ids, targets, columns, *fast.weights(fast.used()))
+    for row, hand in enumerate(hands):
+        np.testing.assert_allclose(together[row].numpy(), hand.score(text[row], 0, 0, 12), rtol=0, atol=1e-9)
+
+
+def test_initial_adapters():
+    """Input sides uniform within 1 / sqrt(in), by the seed; output sides zero."""
+    model, config = random_model(SMALL), replace(SMALL, ttt_lora_rank=5, seed=3)
+    pairs, same, other = (train_gpt.make_adapters(model, replace(config, seed=seed)) for seed in (3, 3, 4))
+    assert set(pairs) == {f"{name}.{side}" for name in GPT.BANKS for side in "ab"}
+    for name in GPT.BANKS:
+        count, out, width = getattr(model, name).shape
+        a, b = pairs[f"{name}.a"], pairs[f"{name}.b"]
+        assert a.shape == (count, 5, width) and b.shape == (count, out, 5) and (b == 0).all()
+        assert 0.9 * width**-0.5 < a.abs().max() <= width**-0.5 and not torch.equal(a[0], a[1])
+        assert float(a.std()) == pytest.approx((3 * width) ** -0.5, rel=0.1) and abs(a.mean()) < 0.1 * a.std()
+        assert torch.equal(same[f"{name}.a"], a) and not torch.equal(other[f"{name}.a"], a)
+
+
+STEPS = {
+    "sgd": dict(ttt_optimizer="sgd", ttt_grad_clip=0.0),
+    "sgd with momentum": dict(ttt_optimizer="sgd", ttt_momentum=0.9, ttt_grad_clip=0.0),
+    "sgd, clipped": dict(ttt_optimizer="sgd", ttt_momentum=0.5, ttt_grad_clip=0.7),
+    "adamw": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.3),
+    "adamw without momentum": dict(ttt_optimizer="adamw", ttt_beta2=0.9),
+    "precond": dict(ttt_beta2=0.6),
+    "precond, moments of training": dict(ttt_moments="artifact"),
+    "pull": dict(ttt_pull=0.2),
+    "frozen blocks": dict(ttt_freeze_blocks=2),
+    "rates of the MLP": dict(ttt_in_lr_mult=0.5, ttt_out_lr_mult=3.0, ttt_optimizer="adamw", ttt_weight_decay=0.3),
+}
+LEARN = [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]  # the third document ends here
+
+
+@pytest.mark.parametrize("learns", [ALL, "adapters"], ids=["all", "adapters"])
+@pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS)
+def test_steps_of_documents_equal_steps_by_hand(changes, learns):
+    """Documents side by side against each by itself; what they share is the moments."""
+    config, lr = replace(LEVERS, **changes), 0.01
+    model, stored, fixed = model_of(config), None, config.ttt_moments == "artifact"
+    tolerance = 1e-5 if config.ttt_optimizer == "adamw" else 1e-7  # its corrections of the bias are float32
+    if fixed:
+        shapes = FastWeights(model, config, learns).base
+        stored = {name: [p + 0.01 for p in Moments.parts(name, base)] for name, base in shapes.items()}
+    moments = Moments(config, stored)
+    fast = fast_of(model, config, learns, 3, copy.deepcopy(stored))
+    hands = [Hand(model, config, learns, moments) for _ in range(3)]
+    for number, weights in enumerate(LEARN):
+        text, *batch = batch_of(number, weights)
+        losses = [w * hand.losses(ids, 0, 0, 12).mean() for hand, ids, w in zip(hands, text, weights, strict=True)]
+        found = [hand.gradients(loss) for hand, loss in zip(hands, losses, strict=True)]
+        moments.observe([g for g, weight in zip(found, weights, strict=True) if weight])
+        adaptation_step(model, fast, *batch, lr, sum(weight > 0 for weight in weights))
+        for row, hand in enumerate(hands[: 2 if weights[2] == 0 else 3]):
+            hand.apply(lr)
+            for name, value in hand.values.items():
+                torch.testing.assert_close(fast.values[name][row], value.detach(), rtol=0, atol=tolerance, msg=name)
+    moved = [name for name, base in fast.base.items() if not torch.equal(fast.values[name][0], base)]
+    frozen = [f"blocks.{block}." for block in (0, 1, 3)] if config.ttt_freeze_blocks else ()
+    assert moved == [name for name in fast.base if not name.startswith(tuple(frozen))]
+
+
+@pytest.mark.parametrize("changes", [STEPS["sgd, clipped"], STEPS["precond"]], ids=["sgd", "precond"])
+def test_one_set_for_all_rows_takes_one_gradient(changes):
+    config = replace(LEVERS, **changes)
+    model, moments = model_of(config), Moments(config)
+    fast, hand = fast_of(model, config, ALL, None), Hand(model, config, ALL, moments)
+    weights = (0.5, 0.25, 0.25)
+    for number in range(3):
+        text, *batch = batch_of(number, weights)
+        adaptation_step(model, fast, *batch, 0.01)
+        hand.step(sum(w * hand.losses(text[row], 0, 0, 12).mean() for row, w in enumerate(weights)), 0.01)
+    for name, value in hand.values.items():
+        torch.testing.assert_close(fast.values[name][0], value.detach(), rtol=0, atol=1e-7, msg=name)
+
+
+def test_what_a_step_returns():
+    """The step of each tensor per unit of its rate; and a rate of zero, or a set that is not in use, stands still."""
+    config = replace(LEVERS, ttt_freeze_blocks=1, ttt_out_lr_mult=2.0)
+    model, batch = model_of(config), batch_of(0, (1.0, 1.0))[1:]
+    fast = fast_of(model, config, ALL, 3)
+    fast.rows = 2
+    steps = adaptation_step(model, fast, *batch, 0.01, 2)
+    assert {step.size(0) for step in steps.values()} == {2}
+    for name, value in fast.values.items():
+        rate = Hand(model, config, ALL).rate(name)
+        torch.testing.assert_close(value[:2] - fast.base[name], rate * steps[name], rtol=0, atol=1e-12)
+        assert torch.equal(value[2], fast.base[name]) and steps[name].abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "precond"])
+def test_reset_forgets_all_but_the_moments(optimizer):
+    config = replace(LEVERS, ttt_optimizer=optimizer, ttt_momentum=0.9)
+    model, moments = model_of(config), Moments(config)
+    fast = fast_of(model, config, ALL, 1)
+    for document in range(2):
+        hand = Hand(model, config, ALL, moments)
+        fast.reset()
+        for number in range(2):
+            text, *batch = batch_of(2 * document + number, (1.0,))
+            adaptation_step(model, fast, *batch, 0.01)
+            hand.step(hand.losses(text[0], 0, 0, 12).mean(), 0.01)
+        for name, value in hand.values.items():
+            torch.testing.assert_close(fast.values[name][0], value.detach(), rtol=0, atol=1e-5, msg=name)
+    fast.reset()
+    assert all(torch.equal(value[0], fast.base[name]) for name, value in fast.values.items())
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_warm_start_keeps_the_input_sides(warm):
+    model, config = model_of(SMALL), replace(SMALL, ttt_warm_start_a=warm)
+    fast = fast_of(model, config, "adapters", 2)
+    for number in range(2):  # at the first one the input sides have no gradient
+        adaptation_step(model, fast, *batch_of(number, (1.0, 1.0))[1:], 0.01, 2)
+    before = copy.deepcopy(fast.values)
+    fast.reset()
+    for name, value in fast.values.items():
+        assert not torch.equal(before[name][0], fast.base[name])
+        assert torch.equal(value, before[name] if warm and name.endswith(".a") else torch.stack([fast.base[name]] * 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Moments of training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["doc_banks", "doc_lora"])
+@pytest.mark.parametrize("size, context, clip", [(5, 0, 0.0), (5, 3, 0.3), (16, 0, 2.0), (99, 0, 2.0)])
+def test_moments_are_means_over_pieces(mode, size, context, clip):
+    config = replace(LEVERS, ttt_mode=mode, ttt_chunk_size=size, ttt_context=context, ttt_grad_clip=clip)
+    model, batches, gradients = model_of(config), [random_ids(2, 17, seed) for seed in (1, 2)], []
+    for text in torch.cat(batches).numpy():
+        for a in range(0, 16, size):
+            hand, b = Hand(model, config, TTT_MODES[mode][1]), min(a + size, 16)
+            gradients.append(hand.gradients(hand.losses(text, max(0, a - context), a, b).mean()))
+    found = train_gpt.collect_moments(model, batches, config)
+    assert set(found) == set(gradients[0])
+    for name, parts in found.items():
+        each = [Moments.parts(name, g[name]) for g in gradients]
+        for part, values in zip(parts, zip(*each, strict=True), strict=True):
+            torch.testing.assert_close(part.double(), sum(values) / len(values), rtol=1e-4, atol=1e-12, msg=name)
+
+
+def test_no_mode_no_moments():
+    assert train_gpt.collect_moments(model_of(SMALL), [random_ids(2, 17)], replace(SMALL, ttt_mode="none")) == {}
+
+
+@pytest.mark.parametrize("smallest, tolerance", [(2.0**-32, 0.01), (2.0**-99, 0.025)])
+def test_moments_survive_the_artifact(tmp_path, smallest, tolerance):
+    model, generator, given = random_model(LEVERS, torch.float32), torch.Generator().manual_seed(0), {}
+    for name, p in model.named_parameters():
+        shapes = [part.shape for part in Moments.parts(name, p.detach())]
+        given[name] = [smallest ** torch.rand(shape, generator=generator) for shape in shapes]
+    given["kv_bank"][0][0] = 0.0
+    records = train_gpt.quantize(model.state_dict() | train_gpt.moment_tensors(given), None, LEVERS)
+    (tmp_path / "a").write_bytes(train_gpt.encode_artifact(LEVERS, records, "hash"))
+    artifact = train_gpt.read_artifact(tmp_path / "a")
+    assert set(artifact.state) == set(model.state_dict()) and set(artifact.moments) == set(given)
+    for name, parts in given.items():
+        for part, read in zip(parts, artifact.moments[name], strict=True):
+            torch.testing.assert_close(read, part, rtol=tolerance, atol=1e-29, msg=name)
+    train_gpt.load_model(artifact, torch.device("cpu"), word_start=TABLE.has_leading_space)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PPM
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ppm(tokens: list[int], vocab: int) -> np.ndarray:
+    """The distribution of what follows TOKENS: what the last one was followed by, then all there was, then evenly."""
+    p, left, pairs = np.zeros(vocab), 1.0, list(pairwise(tokens))
+    for followers in ([b for a, b in pairs if a == tokens[-1]], [b for _, b in pairs]):
+        if followers:
+            total, distinct = len(followers), len(set(followers))
+            for token in followers:
+                p[token] += left / (total + distinct)
+            left *= distinct / (total + distinct)
+    return p + left / vocab
+
+
+@pytest.mark.parametrize("vocab, length", [(2, 60), (5, 150), (40, 150), (300, 100)])
+def test_ppm_equals_its_definition(vocab, length):
+    tokens = (np.random.default_rng(vocab).random(length) ** 2 * vocab).astype(np.uint16)
+    expected = [-math.log(ppm(tokens[: t + 1].tolist(), vocab)[tokens[t + 1]]) for t in range(length - 1)]
+    np.testing.assert_allclose(ppm_nll(tokens, vocab), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", [0, 1, 7, 30, 58])
+def test_ppm_is_normalised_and_looks_back_only(place):
+    tokens, vocab = (np.random.default_rng(1).random(60) ** 2 * 9).astype(np.uint16), 11
+    before, p = ppm_nll(tokens, vocab), []
+    for other in range(vocab):
+        changed = tokens.copy()
+        changed[place + 1] = other
+        p.append(math.exp(-ppm_nll(changed, vocab)[place]))
+        np.testing.assert_array_equal(ppm_nll(changed, vocab)[:place], before[:place])
+    assert sum(p) == pytest.approx(1, abs=1e-12) and min(p) > 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
+def test_mixtures(alpha):
+    nll, other = np.random.default_rng(0).uniform(0, 800, (2, 50))
+    expected = -np.log(alpha * np.exp(-nll.astype(np.longdouble)) + (1 - alpha) * np.exp(-other.astype(np.longdouble)))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(mixed_nll(nll, other, alpha), expected.astype(float), rtol=1e-12)

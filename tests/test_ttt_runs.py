@@ -1,0 +1,599 @@
+"""Evaluations with test-time training: against loops by hand, on two ranks, a control, and as a user meets them."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import shutil
+import time
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_cli import snapshot, write_shard
+from test_model import random_ids, random_model
+from test_scoring import TABLE, TOKENS
+from test_ttt import ALL, LEVERS, Hand, Moments, counted, rows, spans
+
+import eval_ttt
+import train_gpt
+from eval_ttt import Learner, Setup, evaluate, score_plan
+from train_gpt import TTT_MODES, Artifact, Chunk
+
+ROOT, CPU = Path(__file__).resolve().parent.parent, torch.device("cpu")
+TINY = replace(LEVERS, num_layers=3, block_order="0,1,2,1", ve_layers="1", xsa_last_n=2, eval_seq_len=12, eval_stride=4,
+               eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16, ttt_batch_seqs=4, ttt_lr=0.01)  # fmt: skip
+SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9)
+
+
+def setup_of(moments=None, **changes) -> Setup:
+    config = replace(TINY, **changes)
+    artifact = Artifact(config, random_model(config, torch.float32).state_dict(), "hash", moments or {})
+    return Setup(config, artifact, CPU, train_gpt.sdpa_attention, TABLE, train_gpt.token_nll)
+
+
+def moments_of(mode: str) -> dict[str, list[torch.Tensor]]:
+    return train_gpt.collect_moments(setup_of().load(), [random_ids(4, 17)], replace(TINY, ttt_mode=mode))
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """The forward in float64; what learns stays float32."""
+    monkeypatch.setattr(train_gpt, "compute_dtype", lambda device: torch.float64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By hand
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cosine(config, number: int, count: int) -> float:
+    return (1 + math.cos(math.pi * number / (count - 1))) / 2 if config.ttt_lr_schedule == "cosine" else 1.0
+
+
+def hardness(config, nll: np.ndarray, seen: np.ndarray) -> float:
+    """What TTT_LOSS_POWER makes of a row's losses, SEEN being all that could be learned from so far."""
+    return (nll.mean() / seen.mean()) ** config.ttt_loss_power
+
+
+def flat_by_hand(setup: Setup, tokens: np.ndarray, learns: str) -> np.ndarray:
+    """Score a chunk of windows, learn from its rows, go on to the next."""
+    c, targets, nll = setup.config, len(tokens) - 1, np.full(len(tokens) - 1, np.nan)
+    hand = Hand(setup.load(), c, learns, Moments(c))
+    ends = [*range(c.eval_seq_len, targets, c.eval_stride), targets]
+    firsts = [0, *ends[:-1]]
+    chunks = [list(group) for _, group in groupby(zip(firsts, ends, strict=True), lambda w: w[0] // c.ttt_chunk_tokens)]
+    for number, chunk in enumerate(chunks):
+        for first, end in chunk:
+            nll[first:end] = hand.score(tokens, end - c.eval_seq_len, first, end)
+        begin, end = chunk[0][0], chunk[-1][1]
+        learned = [(a, min(a + c.eval_seq_len, end)) for a in range(begin, end, c.eval_seq_len)]
+        for _ in range(c.ttt_epochs if number < len(chunks) - 1 else 0):
+            for first in range(0, len(learned), c.ttt_batch_seqs):
+                some = learned[first : first + c.ttt_batch_seqs]
+                sums = [hand.losses(tokens, max(0, a - c.ttt_context), a, b).sum() for a, b in some]
+                sums = [hardness(c, nll[a:b], nll[:end]) * x for (a, b), x in zip(some, sums, strict=True)]
+                hand.step(sum(sums) / sum(b - a for a, b in some), c.ttt_lr * cosine(c, number, len(chunks)))
+    return nll
+
+
+def documents_by_hand(setup: Setup, tokens: np.ndarray, learns: str, moments: Moments | None = None) -> np.ndarray:
+    """One document after the other, one piece after the other; each document begins with the artifact's weights."""
+    c, nll, seen, number = setup.config, np.full(len(tokens) - 1, np.nan), [], 0
+    moments, size = moments or Moments(c), c.ttt_chunk_size
+    count = sum(math.ceil((high - low) / size) for low, high in spans(tokens))
+    for low, high in sorted(spans(tokens), key=lambda span: span[0] - span[1] if c.ttt_doc_order == "longest" else 0):
+        hand = Hand(setup.load(), c, learns, moments)
+        for a in range(low, high, size):
+            b = min(a + size, high)
+            start = max(low, b - c.eval_seq_len)
+            if c.eval_stride == c.eval_seq_len:
+                start = low + (a - low) // c.eval_seq_len * c.eval_seq_len
+            nll[a:b] = hand.score(tokens, start, a, b)
+            seen += nll[a:b].tolist() if b < high else []
+            for _ in range(c.ttt_epochs if b < high else 0):
+                loss = hand.losses(tokens, max(low, a - c.ttt_context), a, b).mean()
+                hand.step(hardness(c, nll[a:b], np.array(seen)) * loss, c.ttt_lr * cosine(c, number, count))
+            number += 1
+    return nll
+
+
+FLAT = {
+    "all, sgd": dict(ttt_mode="all", **SGD),
+    "all, adamw": dict(ttt_mode="all", ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3),
+    "all, precond, one row a step": dict(ttt_mode="all", ttt_batch_seqs=1, ttt_lr=0.003),
+    "all, precond, three rows a step": dict(ttt_mode="all", ttt_batch_seqs=3, ttt_chunk_tokens=36, ttt_lr=0.003),
+    "banks": dict(ttt_mode="banks", **SGD),
+    "lora": dict(ttt_mode="lora", ttt_lr=0.3, ttt_lora_alpha=16.0, **SGD),
+    "cosine": dict(ttt_mode="all", ttt_lr_schedule="cosine", **SGD),
+    "two epochs of small steps": dict(ttt_mode="all", ttt_epochs=2, ttt_batch_seqs=1, **SGD),
+    "context, unclipped": dict(ttt_mode="all", ttt_context=3, ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
+    "pull, frozen block": dict(ttt_mode="all", ttt_pull=0.1, ttt_freeze_blocks=1, **SGD),
+    "by loss": dict(ttt_mode="all", ttt_loss_power=2.0, ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
+}
+
+
+@pytest.mark.parametrize("changes", FLAT.values(), ids=FLAT)
+def test_flat_chunks_equal_a_loop_by_hand(changes, exact):
+    setup = setup_of(**changes)
+    expected = flat_by_hand(setup, TOKENS, TTT_MODES[setup.config.ttt_mode][1])
+    got, plain = evaluate(setup, TOKENS).nll, score_plan(setup, TOKENS).nll
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    assert abs(expected - plain).max() > 0.02
+
+
+DOCUMENTS = {
+    "sgd": SGD,
+    "adamw": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3),
+    "context, two epochs, file order": dict(ttt_context=3, ttt_epochs=2, ttt_doc_order="file", **SGD),
+    "windows side by side": dict(ttt_chunk_size=4, eval_stride=12, **SGD),
+    "by loss, unclipped": dict(ttt_batch_seqs=1, ttt_loss_power=1.5, ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
+    "cosine": dict(ttt_batch_seqs=1, ttt_lr_schedule="cosine", **SGD),
+    "precond": dict(ttt_batch_seqs=1, ttt_beta2=0.9),
+    "low rank": dict(ttt_mode="doc_lora", ttt_lr=0.3, **SGD),
+    "low rank, precond": dict(ttt_mode="doc_lora", ttt_batch_seqs=1, ttt_lr=0.003),
+}
+
+
+@pytest.mark.parametrize("changes", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_documents_equal_a_loop_by_hand(changes, exact):
+    setup = setup_of(**changes)
+    expected = documents_by_hand(setup, TOKENS, TTT_MODES[setup.config.ttt_mode][1])
+    got, plain = evaluate(setup, TOKENS).nll, score_plan(setup, TOKENS).nll
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    assert abs(expected - plain).max() > 0.02
+    for low, _ in spans(TOKENS):  # nothing is known of a document before its first piece is scored
+        np.testing.assert_allclose(got[low : low + 1], plain[low : low + 1], rtol=0, atol=1e-6)
+
+
+def test_documents_with_moments_of_training_equal_a_loop_by_hand(exact):
+    stored = moments_of("doc_banks")
+    setup = setup_of(stored, ttt_moments="artifact", ttt_lr=1e-3)
+    expected = documents_by_hand(setup, TOKENS, ALL, Moments(setup.config, stored))
+    np.testing.assert_allclose(evaluate(setup, TOKENS).nll, expected, rtol=0, atol=2e-5)
+
+
+def test_adapters_with_moments_of_training_take_small_steps():
+    """In training their output sides are zero, so that their input sides have no gradient there."""
+    setup, moved = setup_of(moments_of("doc_lora"), ttt_mode="doc_lora", ttt_moments="artifact", ttt_lr=1e-3), []
+
+    def observe(model, learner, *_):
+        pairs = zip(learner.fast.values.values(), learner.fast.base.values(), strict=True)
+        moved.append(max(float((value - base).abs().max()) for value, base in pairs))
+
+    evaluate(setup, TOKENS, observe)
+    assert 1e-4 < max(moved) < 1  # six steps of 1e-3
+
+
+TOGETHER = [SGD, dict(ttt_moments="artifact", ttt_lr=1e-3), dict(ttt_mode="doc_lora", **SGD)]
+
+
+@pytest.mark.parametrize("changes", TOGETHER, ids=str)
+def test_documents_at_once_equal_one_at_a_time(changes, exact):
+    stored = moments_of("doc_banks") if changes.get("ttt_moments") else None
+    scores = [evaluate(setup_of(stored, **changes, ttt_batch_seqs=count), TOKENS).nll for count in (1, 2, 3, 4, 50)]
+    for score in scores[1:]:
+        np.testing.assert_allclose(score, scores[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_phases_equal_a_loop_by_hand(batch, exact):
+    """Adapters of each document on a base that learns, at two borders, from the documents scored so far."""
+    phases = dict(phased_ttt_prefix_docs=2, phased_ttt_num_phases=2 // batch, global_ttt_lr=0.01)
+    setup = setup_of(ttt_mode="phased", ttt_batch_seqs=batch, ttt_lr=0.1, ttt_optimizer="sgd", **phases)
+    c, nll, seen = setup.config, np.full(len(TOKENS) - 1, np.nan), []
+    base = Hand(setup.load(), replace(c, ttt_momentum=c.global_ttt_momentum), ALL)
+    in_order = sorted(spans(TOKENS), key=lambda span: span[0] - span[1])
+    for number, (low, high) in enumerate(in_order, 1):
+        hand = Hand(base.model, c, "adapters")
+        for a in range(low, high, 5):
+            b = min(a + 5, high)
+            nll[a:b] = hand.score(TOKENS, max(low, b - 12), a, b)
+            if b < high:
+                hand.step(hand.losses(TOKENS, a, a, b).mean(), c.ttt_lr)
+        seen += [(a, min(a + 12, high)) for a in range(low, high, 12)]
+        if number in ((1, 2) if batch == 1 else (2,)):
+            for first in range(0, len(seen), batch):
+                some = seen[first : first + batch]
+                loss = sum(base.losses(TOKENS, a, a, b).sum() for a, b in some)
+                base.step(loss / sum(b - a for a, b in some), c.global_ttt_lr)
+    got = evaluate(setup, TOKENS).nll
+    np.testing.assert_allclose(got, nll, rtol=0, atol=2e-5)
+    alone = evaluate(replace(setup, config=replace(c, ttt_mode="doc_lora")), TOKENS).nll
+    first = [t for low, high in in_order[:batch] for t in range(low, high)]
+    np.testing.assert_array_equal(got[first], alone[first])
+    assert abs(np.delete(got - alone, first)).max() > 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What must change nothing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["precond", "adamw"])
+@pytest.mark.parametrize("mode", [mode for mode in TTT_MODES if mode != "none"])
+def test_steps_of_size_zero_change_nothing(mode, optimizer):
+    phases = dict(phased_ttt_prefix_docs=2, phased_ttt_num_phases=1)
+    setup = setup_of(ttt_mode=mode, ttt_optimizer=optimizer, ttt_batch_seqs=2, **phases)
+    still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
+    off = evaluate(replace(setup, config=replace(setup.config, ttt_epochs=0)), TOKENS)
+    np.testing.assert_array_equal(evaluate(still, TOKENS).nll, off.nll)
+    plain = score_plan(setup, TOKENS).nll
+    np.testing.assert_allclose(off.nll, plain, rtol=0, atol=0 if mode in ("banks", "all", "lora") else 1e-5)
+    assert not np.array_equal(evaluate(setup, TOKENS).nll, off.nll)
+
+
+@pytest.mark.parametrize("mode", ["none", "all", "doc_banks", "phased"])
+def test_who_watches_sees_everything(mode):
+    setup = setup_of(ttt_mode=mode, ttt_batch_seqs=2, phased_ttt_prefix_docs=2, phased_ttt_num_phases=1)
+    seen, learned, numbers, plan = [], [], [], setup.plan(TOKENS)
+
+    def observe(model, learner, windows, batch, losses):
+        seen.extend(counted(windows))
+        assert (learner is None) == (mode == "none") and losses.shape == batch.targets.shape
+
+    evaluate(setup, TOKENS, observe, learned.append, numbers.append)
+    assert sorted(seen) == list(range(len(TOKENS) - 1)) and numbers == list(range(len(plan)))
+    expected = [rows(chunk.learned) for chunk in plan if chunk.learned is not None and mode != "none"]
+    assert [rows(chunk.learned) for chunk in learned] == expected
+
+
+RANKS = {
+    "doc_banks": dict(ttt_batch_seqs=2),
+    "documents by loss": dict(ttt_top_frac=0.5, ttt_loss_power=1.0),
+    "doc_lora": dict(ttt_mode="doc_lora", ttt_lr=0.1, ttt_batch_seqs=2, **SGD),
+    "warm start": dict(ttt_mode="doc_lora", ttt_lr=0.1, ttt_batch_seqs=2, ttt_warm_start_a=True, **SGD),
+    "all": dict(ttt_mode="all", ttt_batch_seqs=3, **SGD),
+    "banks by loss": dict(ttt_mode="banks", ttt_top_frac=0.5, ttt_loss_power=1.0, ttt_chunk_tokens=36),
+    "lora": dict(ttt_mode="lora", ttt_lr=0.1, **SGD),
+    "phased": dict(ttt_mode="phased", ttt_batch_seqs=2, phased_ttt_prefix_docs=2, phased_ttt_num_phases=1),
+    "two_pass": dict(ttt_mode="all", ttt_protocol="two_pass", **SGD),
+}
+
+
+def work_of_a_rank(rank: int, folder: str) -> None:
+    """Under float64 forwards, as `exact`, so that the order of additions does not show."""
+    torch.set_num_threads(1)
+    train_gpt.compute_dtype = lambda device: torch.float64
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    scores = {name: evaluate(setup_of(**changes), TOKENS).nll for name, changes in RANKS.items()}
+    torch.save(scores, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, np.ndarray]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(work_of_a_rank, (str(folder),), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_get_the_score_of_one(ranks, name, exact):
+    np.testing.assert_array_equal(ranks[0][name], ranks[1][name])
+    alone = evaluate(setup_of(**RANKS[name]), TOKENS).nll
+    np.testing.assert_allclose(ranks[0][name], alone, rtol=0, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is learned from
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learned(monkeypatch) -> list[list[int]]:
+    """The targets of each step that weigh something, filled while an evaluation runs."""
+    steps, step = [], Learner.step
+
+    def spy(self, tokens, windows, weight, fast):
+        steps.append(counted(windows.take(np.flatnonzero(weight))))
+        return step(self, tokens, windows, weight, fast)
+
+    monkeypatch.setattr(Learner, "step", spy)
+    return steps
+
+
+@pytest.mark.parametrize("mode", ["all", "doc_banks"])
+@pytest.mark.parametrize("share", [0.01, 0.4, 0.6])
+def test_rows_of_the_highest_scored_loss_are_learned_from(mode, share, learned):
+    setup = setup_of(ttt_mode=mode, ttt_top_frac=share, ttt_chunk_tokens=36, ttt_batch_seqs=50)
+    nll, expected = evaluate(setup, TOKENS).nll, []
+    for chunk in setup.plan(TOKENS):
+        if chunk.learned is not None:
+            each = [range(s + b, s + e) for s, b, e in rows(chunk.learned) if e > b]
+            best = sorted(each, key=lambda row: -nll[row].mean())[: math.ceil(share * len(each))]
+            expected.append({target for row in best for target in row})
+    assert [set(step) for step in learned] == expected and len(expected) > 1
+
+
+@pytest.mark.parametrize("protocol, share", [("adapt_first", 1.0), ("two_pass", 1.0), ("two_pass", 0.5)])
+def test_invalid_protocols_learn_first(protocol, share, learned):
+    """From everything, or from the hardest rows; random text cannot be learned in any other way."""
+    setup = setup_of(ttt_mode="all", ttt_protocol=protocol, ttt_top_frac=share, ttt_epochs=5, ttt_lr=0.003)
+    plain, legal = score_plan(setup, TOKENS), replace(setup, config=replace(setup.config, ttt_protocol="legal"))
+    text = [range(a, min(a + 12, len(TOKENS) - 1)) for a in range(0, len(TOKENS) - 1, 12)]
+    hardest = sorted(text, key=lambda row: -plain.nll[row].mean())[: math.ceil(share * len(text))]
+    best = min(evaluate(legal, TOKENS).val_loss, plain.val_loss)
+    learned.clear()
+    assert evaluate(setup, TOKENS).val_loss < best - 0.5
+    assert {target for step in learned for target in step} == {target for row in hardest for target in row}
+
+
+def test_a_mixture_is_of_whole_scores():
+    alone, mixed = (evaluate(setup_of(ttt_mode="banks", ppm_alpha=alpha), TOKENS) for alpha in (1.0, 0.25))
+    expected = -np.log(0.25 * np.exp(-alone.nll.astype(float)) + 0.75 * np.exp(-eval_ttt.ppm_nll(TOKENS, 40)))
+    np.testing.assert_allclose(mixed.nll, expected, rtol=0, atol=1e-5)
+    assert mixed.val_loss == pytest.approx(expected.mean(), abs=1e-6)
+    assert mixed.val_bpb / mixed.val_loss == pytest.approx(alone.val_bpb / alone.val_loss, rel=1e-6)
+
+
+def test_other_documents_do_not_help_as_the_own_does(monkeypatch):
+    """Each document repeats words of its own; the control learns from its neighbour's pieces, scored just before."""
+    rng = np.random.default_rng(0)
+
+    def text(count: int) -> np.ndarray:
+        words = [rng.permutation(np.arange(2, 40))[:4] for _ in range(count)]
+        return np.concatenate([np.append(1, rng.choice(own, 40)) for own in words]).astype(np.uint16)
+
+    setup = setup_of(ttt_batch_seqs=8, ttt_chunk_size=8, eval_seq_len=16, ttt_moments="running", ttt_lr=0.02)
+    model = setup.load().init_weights(0).requires_grad_()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(40):
+        ids = torch.from_numpy(text(8).astype(np.int64)).view(8, 41)
+        optimizer.zero_grad()
+        train_gpt.training_loss(model, ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+    setup = replace(setup, artifact=setup.artifact._replace(state=model.state_dict()))
+    tokens = np.append(text(8), 1).astype(np.uint16)
+    plain, own, plan = score_plan(setup, tokens).val_loss, evaluate(setup, tokens).val_loss, Setup.plan
+
+    def of_the_neighbour(self, tokens):
+        turn = np.roll(np.arange(8), 1)
+        return [c._replace(learned=c.learned and c.learned.take(turn)) for c in plan(self, tokens)]
+
+    monkeypatch.setattr(Setup, "plan", of_the_neighbour)
+    other = evaluate(setup, tokens).val_loss
+    assert own < plain - 0.1 and other > plain
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a user meets it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def env(demo_data, tmp_path_factory) -> dict[str, str]:
+    """The smoke recipe, on a validation text of five documents, the last one short."""
+    shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
+    write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 900])
+    data, budget = str(demo_data), "1000000"  # seconds since the tests began
+    return dict(
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=data, TOKENIZER_PATH=f"{data}/tokenizer.model",
+        VAL_FILES=str(shard), TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4", DEVICE="cpu", EVAL_BUDGET_SECONDS=budget,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(env, tmp_path_factory) -> Path:
+    """A folder in which the smoke recipe was trained for a moment, as RUN_ID=run."""
+    short = dict(ITERATIONS="6", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_MOMENTS="artifact")
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train_gpt.main([], env | short | {"RUN_ID": "run"}) == 0
+    return folder
+
+
+def finish(folder: Path, env: dict[str, str], work: Path | None = None) -> SimpleNamespace:
+    """An evaluation that ends well, and what it printed and left in FOLDER."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(work or folder)
+        assert eval_ttt.main([], env) == 0
+    result, tokens = json.loads((folder / "eval_ttt.json").read_text()), np.fromfile(env["VAL_FILES"], "<u2")[512:]
+    left = dict(result=result, nll=np.load(folder / "nll.npy"))
+    return SimpleNamespace(folder=folder, out=out.getvalue(), tokens=tokens, **left)
+
+
+@pytest.fixture
+def run(work, tmp_path) -> Path:
+    """A copy of the run's folder to evaluate in."""
+    return Path(shutil.copytree(work / "runs/run", tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(work, env) -> SimpleNamespace:
+    return finish(work / "runs/run", env | {"RUN_ID": "run"}, work)
+
+
+def test_what_is_printed_is_logged_and_kept(evaluated):
+    lines = evaluated.out.splitlines()
+    assert (evaluated.folder / "eval_ttt.log").read_text() == evaluated.out
+    assert lines[-1].startswith("RESULT ") and json.loads(lines[-1][7:]) == evaluated.result
+    assert "  TTT_CHUNK_SIZE=32 (given)" in lines and "  TTT_LR=0.001" in lines and "  MODEL_DIM=64 (given)" in lines
+    assert any("evaluation order: documents, longest first; targets:899 world_size:1" in line for line in lines)
+    for label, name in (("final_int6_roundtrip", "roundtrip"), ("final_int6_sliding_window", "sliding"),
+                        ("same_plan_without_ttt", "plan"), ("legal_ttt", "ttt")):  # fmt: skip
+        loss, bpb = (evaluated.result[f"val_{unit}_{name}"] for unit in ("loss", "bpb"))
+        assert sum(line.startswith(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}") for line in lines) == 1
+    running = [line for line in lines if "running_bpb:" in line]
+    assert len(running) > 3 and running[-1].endswith(f"running_bpb:{evaluated.result['val_bpb_ttt']:.6f}")
+
+
+def test_what_the_result_says(evaluated, env):
+    result, folder = evaluated.result, evaluated.folder
+    trainer = json.loads((folder / "result.json").read_text())
+    assert result["trainer"] == trainer and result["legal"] is True and result["fits_budget"] is True
+    assert result["ttt_gain_bpb"] == result["val_bpb_plan"] - result["val_bpb_ttt"] != 0
+    same = "bytes_code bytes_model bytes_total fits sha256_artifact sha256_tokenizer sha256_code".split()
+    scores = [f"val_{unit}_{name}" for unit in ("loss", "bpb") for name in ("roundtrip", "sliding")]
+    assert {key: result[key] for key in same + scores} == {key: trainer[key] for key in same + scores}
+    assert result["sha256_shards"] == {"fineweb_val_000000.bin": train_gpt.sha256_file(env["VAL_FILES"])}
+    assert result["settings"]["ttt_chunk_size"] == 32 and "iterations" not in result["settings"]
+
+
+def test_losses_and_documents_agree_with_the_score(evaluated):
+    nll, result, tokens = evaluated.nll.astype(np.float64), evaluated.result, evaluated.tokens
+    assert nll.shape == (899,) and nll.mean() == pytest.approx(result["val_loss_ttt"], abs=1e-9)
+    with open(evaluated.folder / "documents.csv", newline="") as file:
+        table = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert [(row["first_target"], row["first_target"] + row["targets"]) for row in table] == spans(tokens)
+    assert [row["document"] for row in table] == [0, 1, 2, 3, 4]
+    for column, name in (("nats", "plan"), ("nats_adapted", "ttt")):
+        nats, total = (sum(row[key] for row in table) for key in (column, "bytes"))
+        assert nats == pytest.approx(result[f"val_loss_{name}"] * 899, abs=1e-3)
+        assert nats / math.log(2) / total == pytest.approx(result[f"val_bpb_{name}"], abs=1e-5)
+    for row, (low, high) in zip(table, spans(tokens), strict=True):
+        assert row["nats_adapted"] == pytest.approx(nll[low:high].sum(), abs=1e-4)
+
+
+def test_the_distribution_is_of_these_losses(evaluated, env):
+    report, tokens = json.loads((evaluated.folder / "distribution.json").read_bytes()), evaluated.tokens
+    starts = train_gpt.load_byte_table(env["TOKENIZER_PATH"], 1024).has_leading_space
+    names, place = [[] for _ in range(899)], 0
+    for t, token in enumerate(tokens[1:].tolist()):
+        place = 0 if tokens[t] == 1 else place + 1
+        names[t].append("document end" if token == 1 else "word start" if starts[token] else "within a word")
+        names[t].append(f"place {max(border for border in (0, 128, 256, 512, 1024, 2048) if place >= border)}+")
+    assert sorted(row["name"] for row in report["classes"]) == sorted({name for each in names for name in each})
+    for row in report["classes"]:
+        nll = [float(x) for x, each in zip(evaluated.nll, names, strict=True) if row["name"] in each]
+        assert row["targets"] == len(nll) and row["after"] == pytest.approx(np.mean(nll), abs=1e-5)
+    before = sum(row["before"] * row["targets"] for row in report["classes"] if not row["name"].startswith("place"))
+    assert before / 899 == pytest.approx(evaluated.result["val_loss_plan"], abs=1e-5)
+    for row in report["after"]:
+        large = evaluated.nll[evaluated.nll > row["above"]].astype(np.float64)
+        assert row["targets"] == pytest.approx(len(large) / 899)
+        assert row["loss"] == pytest.approx(large.sum() / evaluated.nll.astype(np.float64).sum())
+    assert (evaluated.folder / "distribution.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def without_recipe(env: dict[str, str]) -> dict[str, str]:
+    kept = {name: text for name, text in env.items() if name not in ("RECIPE", "DATA_PATH")}
+    return kept | dict(EVAL_SEQ_LEN="64", EVAL_STRIDE="32", EVAL_BATCH_SEQS="64")
+
+
+def test_the_artifact_brings_the_settings_of_the_model(evaluated, env, run):
+    """No recipe, and a path instead of RUN_ID: the same losses."""
+    done = finish(run, without_recipe(env) | dict(MODEL_PATH=str(run / "final_model.int6.ptz")))
+    np.testing.assert_array_equal(done.nll, evaluated.nll)
+
+
+def test_settings_of_the_training_do_not_matter(env, run):
+    """A window of training that does not divide the default batch of training."""
+    artifact = train_gpt.read_artifact(run / "final_model.int6.ptz")
+    config = replace(artifact.config, train_seq_len=80)
+    records = train_gpt.quantize(artifact.state, None, config)
+    (run / "other.ptz").write_bytes(train_gpt.encode_artifact(config, records, artifact.tokenizer_sha256))
+    finish(run, without_recipe(env) | dict(TTT_MODE="none", MODEL_PATH=str(run / "other.ptz")))
+
+
+@pytest.mark.parametrize("changes", [{}, {"MTP_NUM_HEADS": "1"}], ids=str)
+def test_the_weights_before_rounding_can_be_scored(env, run, changes):
+    """With the recipe's settings; heads of training are not in the file."""
+    done = finish(run, env | dict(MODEL_PATH=str(run / "final_model.pt"), TTT_MODE="none") | changes)
+    config, _, _ = train_gpt.load_config(env)
+    table, model = train_gpt.load_byte_table(env["TOKENIZER_PATH"], 1024), train_gpt.GPT(config)
+    model.load_state_dict(torch.load(run / "final_model.pt", weights_only=True))
+    for name, stride in (("roundtrip", 64), ("sliding", 32), ("ttt", 32)):
+        windows = train_gpt.sliding_windows(900, 64, stride)
+        expected = train_gpt.score(model, done.tokens, [Chunk(windows)], table, 64)
+        assert done.result[f"val_loss_{name}"] == pytest.approx(expected.val_loss, abs=1e-6)
+    assert done.result["val_loss_sliding"] != done.result["trainer"]["val_loss_sliding"]
+    assert done.result["ttt_gain_bpb"] == pytest.approx(0, abs=1e-7) and "the file's" in done.out
+
+
+def test_an_invalid_score_is_marked_and_lateness_said(env, run, monkeypatch):
+    seconds = iter(range(10**6))
+    monkeypatch.setattr(eval_ttt, "time", SimpleNamespace(time=lambda: time.time() + 10 * next(seconds)))
+    done = finish(run, env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="all", TTT_CHUNK_TOKENS="64",
+                                  TTT_PROTOCOL="adapt_first", EVAL_BUDGET_SECONDS="30"))  # fmt: skip
+    lines = done.out.splitlines()
+    assert done.result["legal"] is False and '"legal": false' in lines[-1]
+    assert any("THIS SCORE IS INVALID" in line for line in lines) and "\nlegal_ttt" not in done.out
+    assert sum(line.startswith("invalid_ttt_exact val_loss:") for line in lines) == 1
+    assert done.result["val_loss_ttt"] < done.result["val_loss_plan"] - 0.05 and done.result["fits_budget"] is False
+    early, late = (next(n for n, line in enumerate(lines) if word in line) for word in ("at this pace", "running_bpb"))
+    assert lines[early].startswith("WARNING: ") and lines[early].endswith("EVAL_BUDGET_SECONDS=30") and early < late
+    assert sum("at this pace" in line for line in lines) == 1
+    assert any(line.startswith("WARNING: ") and "is over EVAL_BUDGET_SECONDS=30" in line for line in lines[late:])
+
+
+@pytest.mark.parametrize("budget, pace, expected", [(100, 1.0, 110), (100, 0.5, None), (0, 5.0, None), (59, 0.5, 60)])
+def test_the_pace_is_extrapolated(monkeypatch, budget, pace, expected):
+    """Ten seconds before the first of a hundred chunks, then PACE seconds a chunk."""
+    now, said = [10.0], []
+    monkeypatch.setattr(eval_ttt, "time", SimpleNamespace(time=lambda: now[0]))
+    log = SimpleNamespace(line=lambda text: said.append((text, now[0])))
+    watch = eval_ttt.Budget(replace(TINY, eval_budget_seconds=float(budget)), 0.0, log, 100)
+    for number in range(100):
+        watch(number)
+        now[0] += pace
+    assert [text for text, _ in said] == ([] if expected is None else
+            [f"WARNING: at this pace the evaluation takes {expected}s of EVAL_BUDGET_SECONDS={budget}"])  # fmt: skip
+    assert all(when < 10 + 100 * pace / 4 for _, when in said)
+
+
+STAGES = {
+    "adapted score": (train_gpt, "token_nll", 5), "comparison": (eval_ttt, "score_plan", 0),
+    "report": (eval_ttt, "distribution", 0), "picture": (eval_ttt, "plot_distribution", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("where, name, calls", STAGES.values(), ids=STAGES)
+def test_an_evaluation_that_dies_leaves_no_score(evaluated, env, run, monkeypatch, where, name, calls):
+    assert (run / "eval_ttt.json").exists() and (run / "nll.npy").exists()  # of an earlier evaluation
+    function, left = getattr(where, name), iter(range(calls))
+
+    def die(*args):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    monkeypatch.setattr(where, name, die)
+    with pytest.raises(KeyboardInterrupt):
+        finish(run, env | {"MODEL_PATH": str(run / "final_model.int6.ptz")})
+    assert not {"eval_ttt.json", "nll.npy"} & {path.name for path in run.iterdir()}
+    assert "RESULT" not in (run / "eval_ttt.log").read_text()
+
+
+REFUSED = {
+    "contradictions": (dict(MODEL_DIM="96", LOGIT_SOFTCAP="9"), ["MODEL_DIM=96, but 64", "LOGIT_SOFTCAP=9.0, but 30"]),
+    "missing": (dict(MODEL_PATH="absent.ptz"), ["absent.ptz", "No such file"]),
+    "missing weights": (dict(MODEL_PATH="absent.pt"), ["absent.pt", "No such file"]),
+    "damaged": (dict(MODEL_PATH="damaged.ptz"), ["damaged.ptz"]),
+    "no path": (dict(MODEL_PATH=""), ["MODEL_PATH is not set"]),
+    "another shape": (dict(MODEL_PATH="final_model.pt", MODEL_DIM="96"), ["final_model.pt", "size mismatch"]),
+    "another tokenizer": (dict(TOKENIZER_PATH="other.model"), ["TOKENIZER_PATH=other.model", "trained with"]),
+    "short text": (dict(EVAL_SEQ_LEN="900"), ["EVAL_SEQ_LEN=900"]),
+    "invalid by documents": (dict(TTT_PROTOCOL="two_pass"), ["TTT_PROTOCOL=two_pass"]),
+    "PPM by documents": (dict(PPM_ALPHA="0.5"), ["PPM_ALPHA"]),
+    "unknown mode": (dict(TTT_MODE="slot"), ["TTT_MODE='slot'"]),
+    "no moments": (dict(MODEL_PATH="final_model.pt", TTT_MOMENTS="artifact"), ["TTT_MOMENTS=artifact"]),
+    "other moments": (dict(TTT_MODE="doc_lora", TTT_MOMENTS="artifact"), ["TTT_MOMENTS=artifact"]),
+}
+
+
+@pytest.mark.parametrize("changes, words", REFUSED.values(), ids=REFUSED)
+def test_what_the_user_can_put_right(env, run, monkeypatch, capsys, changes, words):
+    monkeypatch.chdir(run)
+    artifact, tokenizer = Path("final_model.int6.ptz").read_bytes(), Path(env["TOKENIZER_PATH"]).read_bytes()
+    Path("damaged.ptz").write_bytes(artifact[:-9] + b"123456789")
+    Path("other.model").write_bytes(tokenizer + b"\xc2\x0c\x00")  # an empty field of its own
+    before = snapshot(run)
+    assert eval_ttt.main([], env | {"MODEL_PATH": "final_model.int6.ptz"} | changes) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "RESULT" not in captured.out and snapshot(run) == before
+    assert all(word in captured.err for word in words)
+
+
+def test_arguments(capsys):
+    assert eval_ttt.main(["--help"], {}) == 0 and "  TTT_MODE=doc_banks " in capsys.readouterr().out
+    assert eval_ttt.main(["--adapt"], {}) == 2 and "--adapt" in capsys.readouterr().err
