@@ -197,7 +197,7 @@ class Learner:
         weight = (loss / (self.loss_sum / self.loss_count)) ** c.ttt_loss_power
         kept = np.argsort(-loss, kind="stable")[: math.ceil(c.ttt_top_frac * len(loss))]
         learned[:] = 0.0
-        learned[index[kept]] = weight[kept] / (c.ttt_top_frac if not self.by_documents else 1.0)
+        learned[index[kept]] = weight[kept]
         return learned
 
 
@@ -296,10 +296,10 @@ def with_phases(plan: list[Chunk], tokens: np.ndarray, config: Config) -> list[C
         phased += plan[first:after]
         seen = min(seen + len(plan[first].scored.start), len(begin))
         if done < len(borders) and seen >= borders[done] and after < len(plan):
+            done = sum(border <= seen for border in borders)
             parts = [rows_over(int(begin[d]), int(end[d]), c.eval_seq_len, 0) for d in range(seen)]
             rows = Windows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
             phased.append(Chunk(empty, rows, base=True))
-            done += 1
     return phased
 
 
@@ -631,6 +631,7 @@ def audit(setup: Setup, tokens: np.ndarray, opened: Sequence[str], trace: Tracer
 # Reports
 # ----------------------------------------------------------------------------------------------------------------------
 
+REPORTS = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "documents.csv", "distribution.json", "distribution.png")
 LOSS_BORDERS = (1, 3, 5, 7, 10)  # nats
 PLACE_BORDERS = (0, 128, 256, 512, 1024, 2048)  # targets after the beginning of the document
 
@@ -871,7 +872,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
         return run_audit(setup, tokens, path, shards, opened)
     log = tg.RunLog(path.parent, 0, "eval_ttt.log")
     if tg.rank() == 0:
-        for name in ("eval_ttt.log", "eval_ttt.json", "nll.npy"):  # what an earlier evaluation left is no score of this
+        for name in REPORTS:  # what an earlier evaluation left is no score of this
             (path.parent / name).unlink(missing_ok=True)
     for notice in [*notices, *more]:
         log.line(f"note: {notice}")

@@ -1841,7 +1841,7 @@ def read_artifact(path: str | Path) -> Artifact:
 
 
 def moment_tensors(moments: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Moments as tensors to store: their binary logarithms, which float16 keeps to 1 %."""
+    """Moments as tensors to store: their binary logarithms, which float16 keeps to 2 %."""
     stored = {}
     for name, parts in moments.items():
         for number, part in enumerate(parts):

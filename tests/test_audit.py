@@ -1,5 +1,6 @@
 """The audit: honest evaluations pass, each cheat is caught by a check, by name, and every check can pass and fail."""
 
+import ast
 import json
 import os
 import subprocess
@@ -497,3 +498,24 @@ def test_t8_budgets(budget, fits, trained, capsys):
         assert each["bytes_total"] == each["bytes_model"] + code <= tg.SIZE_CAP == 16_000_000 and each["fits"]
     assert result["fits_budget"] is fits and result["eval_seconds"] > 0
     assert ("over EVAL_BUDGET_SECONDS" in capsys.readouterr().out) is not fits
+
+
+def trains_before_it_scores(source: str) -> list[str]:
+    """T13, functions as the field's reviewers look for: an argument of validation tokens, a loop with steps or backward
+    passes in it, and no pass without gradients before."""
+    found = []
+    for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
+        takes = any("val" in argument.arg for argument in function.args.args)
+        calls = [node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)]
+        loops = any(isinstance(node, (ast.For, ast.While)) for node in ast.walk(function))
+        learns = {"backward", "step", "grad"} & {*calls}
+        if takes and loops and learns and not {"no_grad", "inference_mode"} & {*calls}:
+            found.append(function.name)
+    return found
+
+
+def test_t13_no_function_has_the_shape_of_a_cheat():
+    planted = "def adapt(model, val_tokens):\n for _ in range(9):\n  loss(model, val_tokens).backward()\n  opt.step()\n"
+    assert trains_before_it_scores(planted) == ["adapt"]
+    for name in ("train_gpt.py", "eval_ttt.py"):
+        assert trains_before_it_scores((ROOT / name).read_text()) == []
