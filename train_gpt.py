@@ -1444,13 +1444,13 @@ class FastWeights:
                 old.lerp_(new, share)
 
     def direction(self, name: str, g: Tensor) -> Tensor:
-        """What TTT_OPTIMIZER makes of a gradient, (sets, ...)."""
+        """What TTT_OPTIMIZER makes of a gradient, (sets, ...), which may be overwritten."""
         c = self.config
         if c.ttt_optimizer == "precond":
             parts = self.moments[name]
             square = parts[0] if len(parts) == 1 else factored(*parts)
-            root = (square + TTT_MOMENT_FLOOR * square.mean()).sqrt()
-            return torch.where(root > 0, g / root, 0.0)  # adapters' A has no gradient in training, where B is zero
+            inverse = (square + TTT_MOMENT_FLOOR * square.mean()).rsqrt()
+            return g.mul_(inverse.nan_to_num(posinf=0.0))  # adapters' A has no gradient in training, where B is zero
         state = self.state.setdefault(name, [torch.zeros_like(g), torch.zeros_like(g), torch.zeros(())])
         momentum, square, steps = state[0][: len(g)], state[1][: len(g)], state[2]
         if c.ttt_optimizer == "sgd":
@@ -1499,11 +1499,11 @@ def adaptation_step(
     lr: float,
     sets: int = 1,
     nll_fn: Callable = token_nll,
-) -> dict[str, Tensor]:
+) -> None:
     """One step of FAST down the sum of WEIGHT * nll, (B, C); SETS is how many sets learn, on all ranks.
 
     Gradients are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by
-    itself. Returns the step of each tensor, per unit of its rate.
+    itself.
     """
     c, values = fast.config, {name: value.detach().requires_grad_() for name, value in fast.used().items()}
     with torch.enable_grad():
@@ -1515,23 +1515,19 @@ def adaptation_step(
             dist.all_reduce(flat)
             found = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in found]), found, strict=True)]
         if c.ttt_grad_clip:
-            norms = sum(g.reshape(len(g), -1).square().sum(1) for g in found).sqrt()  # (sets,)
-            factor = (c.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in found])
+            factor = (c.ttt_grad_clip / (norms.norm(dim=0) + 1e-6)).clamp(max=1.0)  # (sets,)
             found = [g * factor.view(-1, *[1] * (g.dim() - 1)) for g in found]
         gradients = dict(zip(values, found, strict=True))
         fast.steps += 1
         if c.ttt_optimizer == "precond" and not fast.fixed:
             fast.observe(gradients, sets)
-        moves = torch.ones(1, device=ids.device) if fast.shared else (weight != 0).any(1)  # (sets,)
-        steps = {}
+        moves = torch.ones(1, device=ids.device) if fast.shared else (weight != 0).any(1).float()  # (sets,)
         for name, g in gradients.items():  # a document that has ended must not drift on by its momentum
-            steps[name] = -lr * moves.view(-1, *[1] * (g.dim() - 1)) * fast.direction(name, g)
-        for name, step in steps.items():
-            value = fast.values[name][: fast.rows]
-            value.add_(fast.rates[name] * step)
+            value, rate = fast.values[name][: fast.rows], fast.rates[name] * moves.view(-1, *[1] * (g.dim() - 1))
+            value.addcmul_(fast.direction(name, g), rate.to(g.dtype), value=-lr)
             if c.ttt_pull:
                 value.lerp_(fast.base[name], c.ttt_pull)
-    return steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

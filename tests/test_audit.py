@@ -430,10 +430,10 @@ def fade(honest, first, *args):
 ])  # fmt: skip
 def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
     for mode in ("banks", "doc_lora"):
-        assert check(changed(setup, ttt_mode=mode), text[:60]).ok
+        assert check(changed(setup, ttt_mode=mode), text[:120]).ok
     patched(owner, name, wrapper)(setup, monkeypatch)
     for mode in ("banks", "doc_lora"):
-        assert check(changed(setup, ttt_mode=mode), text[:60]).ok is False
+        assert check(changed(setup, ttt_mode=mode), text[:120]).ok is False
 
 
 LISTENING = """
