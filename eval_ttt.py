@@ -294,7 +294,7 @@ def with_phases(plan: list[Chunk], tokens: np.ndarray, config: Config) -> list[C
     borders = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
     for first, after in zip(fresh, [*fresh[1:], len(plan)], strict=True):
         phased += plan[first:after]
-        seen = min(seen + len(plan[first].scored.start), len(begin))
+        seen = min(seen + c.ttt_batch_seqs, len(begin))
         if done < len(borders) and seen >= borders[done] and after < len(plan):
             done = sum(border <= seen for border in borders)
             parts = [rows_over(int(begin[d]), int(end[d]), c.eval_seq_len, 0) for d in range(seen)]
