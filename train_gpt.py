@@ -191,6 +191,7 @@ class Config:
     ttt_in_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's input matrices", low=0)
     ttt_out_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's output matrices", low=0)
     ttt_freeze_blocks: int = setting("evaluator", 0, "first blocks, whose bank rows and scales do not adapt", low=0)
+    ttt_layers: str = setting("evaluator", "", "comma list of the blocks that adapt, of those not frozen; empty: all")
     ttt_momentum: float = setting("evaluator", 0.0, "of sgd; beta1 of adamw", low=0, high=0.9999)
     ttt_beta2: float = setting("evaluator", 0.99, "of precond and adamw", low=0, high=0.999999)
     ttt_weight_decay: float = setting("evaluator", 0.0, "decoupled decay of adamw", low=0)
@@ -369,6 +370,7 @@ def inconsistencies(c: Config) -> list[str]:
     a_list = r"\s*\d+(\s*,\s*\d+)*\s*"
     ve_ok = not c.ve_enabled or re.fullmatch(a_list, c.ve_layers)
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers) and max(c.value_layers, default=0) < c.num_layers
+    layers_ok = not c.ttt_layers or (re.fullmatch(a_list, c.ttt_layers) and max(int_list(c.ttt_layers)) < c.num_layers)
     order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
     order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
     with_bigram = c.pos_conditional_bigram or c.trigram or c.word_start_boost
@@ -396,6 +398,7 @@ def inconsistencies(c: Config) -> list[str]:
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
          f"TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
+        (layers_ok, f"TTT_LAYERS={c.ttt_layers!r}: numbers from 0 to {c.num_layers - 1}"),
         (c.ttt_protocol == "legal" or c.ttt_mode in ("banks", "all", "lora"),
          f"TTT_PROTOCOL={c.ttt_protocol} is by flat chunks: TTT_MODE=banks, all or lora"),
         (c.ppm_alpha == 1 or not TTT_MODES[c.ttt_mode][0], "PPM_ALPHA needs the order of the text: no TTT_MODE by "
@@ -1337,6 +1340,8 @@ TTT_MODES = {
     "doc_lora":  (True,  "adapters"),
     "phased":    (True,  "adapters"),
 }  # fmt: skip
+TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
+MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of TRAIN_SEQ_LEN
 
 
 def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
@@ -1388,11 +1393,14 @@ class FastWeights:
     def _rate(self, name: str, base: Tensor) -> float | Tensor:
         c, (bank, *_) = self.config, name.split(".")
         rate = {"mlp_up_bank": c.ttt_in_lr_mult, "mlp_down_bank": c.ttt_out_lr_mult}.get(bank, 1.0)
+        adapts = [row >= c.ttt_freeze_blocks for row in range(c.num_layers)]
+        if c.ttt_layers:
+            adapts = [adapts[row] and row in int_list(c.ttt_layers) for row in range(c.num_layers)]
         if bank in GPT.BANKS:
-            layers = torch.arange(len(base), device=base.device) % c.num_layers
-            return rate * (layers >= c.ttt_freeze_blocks).float().view(-1, 1, 1)
+            mask = torch.tensor(adapts * (len(base) // c.num_layers), device=base.device)
+            return rate * mask.float().view(-1, 1, 1)
         block = re.match(r"blocks\.(\d+)\.", name)
-        return 0.0 if block and c.block_rows[int(block[1])] < c.ttt_freeze_blocks else rate
+        return rate if not block or adapts[c.block_rows[int(block[1])]] else 0.0
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -1478,10 +1486,6 @@ def collect_moments(model: GPT, batches: Iterable[Tensor], config: Config) -> di
             weight = torch.full(targets.shape, 1 / targets.size(1), device=ids.device)
             adaptation_step(model, fast, piece[:, :-1], targets, columns, weight, 0.0, len(ids) * world_size())
     return fast.moments if fast else {}
-
-
-TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
-MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of TRAIN_SEQ_LEN
 
 
 def factored(row: Tensor, column: Tensor) -> Tensor:

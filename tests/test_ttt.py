@@ -595,3 +595,15 @@ def test_mixtures(alpha):
     expected = -np.log(alpha * np.exp(-nll.astype(np.longdouble)) + (1 - alpha) * np.exp(-other.astype(np.longdouble)))
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(mixed_nll(nll, other, alpha), expected.astype(float), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layers, frozen, expected", [("", 0, {0, 1, 2, 3, 4}), ("1", 0, {1}), ("0, 2", 1, {2}), ("2,0", 0, {0, 2})]
+)
+def test_only_the_chosen_layers_adapt(layers, frozen, expected):
+    config = replace(LEVERS, ttt_layers=layers, ttt_freeze_blocks=frozen)
+    fast = fast_of(model_of(config), config, "bank", 2)
+    L = config.num_layers
+    for name, rate in fast.rates.items():
+        moving = {row % L for row in range(len(fast.base[name])) if rate[row] != 0}
+        assert moving == expected, name
