@@ -8,9 +8,9 @@ On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-20) the demo r
     RECIPE=records/recipes/demo.env torchrun --standalone --nproc_per_node=1 train_gpt.py
     RECIPE=records/recipes/pr1019.env torchrun --standalone --nproc_per_node=8 train_gpt.py
 
-Read top to bottom: configuration, data, bits per byte, model, optimisers, averaging, quantisation, artifact, scoring,
-training, main. Importing this file only defines things. Shapes: B rows, T tokens a row, d = model_dim, H query heads,
-K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
+Read top to bottom: configuration, data, bits per byte, model, optimisers, adaptation, averaging, quantisation,
+artifact, scoring, training, main. Importing this file only defines things. Shapes: B rows, T tokens a row,
+d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
 """
 
 from __future__ import annotations
