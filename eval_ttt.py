@@ -115,7 +115,7 @@ class Learner:
         config: Config,
         plan: Sequence[Chunk],
         nll_fn: Callable,
-        moments: Mapping[str, list[Tensor]],
+        artifact: tg.Artifact,
         on_learn: Callable[[Chunk], None],
     ):
         by_documents, learns = TTT_MODES[config.ttt_mode]
@@ -123,8 +123,8 @@ class Learner:
         self.by_documents, self.number, self.base = by_documents, 0, None
         self.on_learn = on_learn
         sets = len(plan[0].scored.start) // tg.world_size() if by_documents else None
-        stored = moments if config.ttt_moments == "artifact" else None
-        self.fast = tg.FastWeights(model, config, learns, sets, stored)
+        stored = artifact.moments if config.ttt_moments == "artifact" else None
+        self.fast = tg.FastWeights(model, config, learns, sets, stored, artifact.factors)
         if config.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
             self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
@@ -254,7 +254,7 @@ def evaluate(
     c, model, plan = setup.config, setup.load(), setup.plan(tokens)
     learner = None
     if c.ttt_mode != "none":
-        learner = Learner(model, c, plan, setup.nll_fn, setup.artifact.moments, on_learn)
+        learner = Learner(model, c, plan, setup.nll_fn, setup.artifact, on_learn)
     if c.ttt_protocol != "legal":
         plan = learn_first(setup, model, learner, tokens, plan)
     seen = None if observe is None else (lambda *args: observe(model, learner, *args))

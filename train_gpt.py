@@ -165,6 +165,37 @@ class Config:
     late_qat: bool = setting("training", False, "late steps see the banks as the export would round them")
     late_qat_threshold: float = setting("training", 0.15, "late: the schedule is below this", low=0, high=1)
 
+    meta_ttt_enabled: bool = setting("meta", False, "train for the weights that test-time steps lead to")
+    meta_ttt_objective: str = setting("meta", "fomaml", "a part of some steps, or a last phase of the evaluator's own "
+                                      "steps on averaged weights", choices=("fomaml", "deployed"))
+    meta_ttt_every: int = setting("meta", 8, "fomaml: steps from one to the next", low=1)
+    meta_ttt_min_scale: float = setting("meta", 0.5, "fomaml: only while the schedule is above this", low=0, high=1)
+    meta_ttt_loss_weight: float = setting("meta", 0.5, "fomaml: of the outer loss after the inner steps", low=0)
+    meta_ttt_delta_weight: float = setting("meta", 0.0, "fomaml: of the outer loss after less that before", low=0)
+    meta_ttt_split: str = setting("meta", "batch", "fomaml: inner and outer part are rows, or halves of rows where "
+                                  "the second sees the first (seq) or not (cut)", choices=("batch", "seq", "cut"))
+    meta_ttt_params: str = setting("meta", "banks", "fomaml: what the inner steps change", choices=("banks", "lora"))
+    meta_ttt_freeze_blocks: int = setting("meta", 0, "fomaml: first blocks that the inner steps leave", low=0)
+    meta_ttt_inner_optimizer: str = setting("meta", "sgd", "fomaml", choices=("sgd", "adamw", "precond"))
+    meta_ttt_inner_lr: float = setting("meta", 0.002, "fomaml", low=0)
+    meta_ttt_inner_steps: int = setting("meta", 1, "fomaml", low=1)
+    meta_ttt_inner_momentum: float = setting("meta", 0.0, "fomaml", low=0, high=0.9999)
+    meta_ttt_time_frac: float = setting("meta", 0.2, "deployed: last share of the run", low=0.001, high=0.9)
+    meta_ttt_outer_lr: float = setting("meta", 0.1, "deployed: share of the peak rates, falling to 0", low=0)
+    meta_ttt_docs: int = setting("meta", 16, "deployed: documents a step, all ranks together", low=1)
+    meta_ttt_pieces: int = setting("meta", 8, "deployed: pieces of TTT_CHUNK_SIZE of each at most", low=2)
+    meta_sgd_enabled: bool = setting("meta", False, "learn a factor of the inner rate for each bank row; the artifact "
+                                     "keeps them, and the evaluator uses them")
+    meta_sgd_lr: float = setting("meta", 0.0, "of Adam on their logarithms; 0: SCALAR_LR", low=0)
+    reptile_enabled: bool = setting("meta", False, "a last phase of Reptile on MLPs, on averaged weights")
+    reptile_time_frac: float = setting("meta", 0.2, "last share of the run", low=0.001, high=0.9)
+    reptile_layers: str = setting("meta", "", "comma list of the blocks whose MLPs learn; empty: the last quarter")
+    reptile_tasks: int = setting("meta", 8, "inner loops a step, all ranks together", low=1)
+    reptile_inner_steps: int = setting("meta", 3, "SGD steps, each on a row of its own", low=1)
+    reptile_inner_lr: float = setting("meta", 0.1, "of the inner SGD", low=0)
+    reptile_outer_lr: float = setting("meta", 0.01, "share of the way to the mean of the tasks' weights", low=0, high=1)
+    meta_control: bool = setting("meta", False, "inner steps lead nowhere: a control of the same cost and tokens")
+
     gptq_calib_batches: int = setting("export", 16, "micro-batches of training data for GPTQ; 0: plain rounding", low=0)
     gptq_block_size: int = setting("export", 128, "columns between two updates of the rest", low=1)
     gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-6, high=1)
@@ -248,6 +279,21 @@ class Config:
         return min(self.ttt_chunk_size, self.eval_seq_len)
 
     @property
+    def late_fracs(self) -> dict[str, float]:
+        """The phases after training, in their order, and the share of the run that each takes."""
+        deployed = self.meta_ttt_enabled and self.meta_ttt_objective == "deployed"
+        given = (
+            ("reptile", self.reptile_enabled, self.reptile_time_frac),
+            ("deployed", deployed, self.meta_ttt_time_frac),
+        )
+        return {name: frac for name, wanted, frac in given if wanted}
+
+    @property
+    def main_frac(self) -> float:
+        """The share of the run that is left for training."""
+        return 1 - sum(self.late_fracs.values())
+
+    @property
     def token_lr(self) -> float:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
@@ -267,7 +313,7 @@ ALIASES = {  # the family of #494
 # Variables of the lineage that this trainer lacks: names, the values with which it does the same ("*": any), and why.
 ABSENT = (
     ("VALUE_RESIDUAL GATED_ATTENTION DTG_ENABLED", "0", "off in every published run of this line"),
-    ("META_TTT_ENABLED REPTILE_ENABLED", "0", "not built"),
+    ("META_TTT_SAM_ENABLED", "0", "an inner step against the gradient of a neighbour; no run of it was finished"),
     ("QAT_ENABLED", "0", "rounding from the first step on; LATE_QAT rounds in the last ones"),
     ("LAWA_ENABLED", "0", "EMA and SWA replace it"),
     ("MOMENTUM_CYCLIC", "0", "dropped by its own authors"),
@@ -370,7 +416,11 @@ def inconsistencies(c: Config) -> list[str]:
     a_list = r"\s*\d+(\s*,\s*\d+)*\s*"
     ve_ok = not c.ve_enabled or re.fullmatch(a_list, c.ve_layers)
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers) and max(c.value_layers, default=0) < c.num_layers
-    layers_ok = not c.ttt_layers or (re.fullmatch(a_list, c.ttt_layers) and max(int_list(c.ttt_layers)) < c.num_layers)
+    layers_ok = {
+        name: not text or (re.fullmatch(a_list, text) and max(int_list(text)) < c.num_layers)
+        for name, text in (("TTT_LAYERS", c.ttt_layers), ("REPTILE_LAYERS", c.reptile_layers))
+    }
+    as_trained = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1 and c.ttt_loss_power == 0
     order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
     order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
     with_bigram = c.pos_conditional_bigram or c.trigram or c.word_start_boost
@@ -398,7 +448,12 @@ def inconsistencies(c: Config) -> list[str]:
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
          f"TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
-        (layers_ok, f"TTT_LAYERS={c.ttt_layers!r}: numbers from 0 to {c.num_layers - 1}"),
+        (c.main_frac > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.main_frac:.2f} of the run to train"),
+        ("deployed" not in c.late_fracs or (TTT_MODES[c.ttt_mode][0] and as_trained),
+         "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents, TTT_LR_SCHEDULE=flat, TTT_TOP_FRAC=1 and "
+         "TTT_LOSS_POWER=0"),
+        *((ok, f"{name}={getattr(c, name.lower())!r}: numbers from 0 to {c.num_layers - 1}")
+          for name, ok in layers_ok.items()),
         (c.ttt_protocol == "legal" or c.ttt_mode in ("banks", "all", "lora"),
          f"TTT_PROTOCOL={c.ttt_protocol} is by flat chunks: TTT_MODE=banks, all or lora"),
         (c.ppm_alpha == 1 or not TTT_MODES[c.ttt_mode][0], "PPM_ALPHA needs the order of the text: no TTT_MODE by "
@@ -472,6 +527,16 @@ def reduce_max(value: float) -> float:
     tensor = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return float(tensor)
+
+
+def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors summed over the ranks, in one all-reduce; with one process as they are."""
+    if world_size() == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)]
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
@@ -1363,8 +1428,9 @@ def is_matrix(name: str) -> bool:
 class FastWeights:
     """The tensors that learn at test time, in float32, with a leading axis: one set, or one for each row of a batch.
 
-    They are parameters of the model by name, or adapters. `base` is what they start from; `rates` multiplies the
-    learning rate: the MLP's multipliers, zero for frozen blocks, and for banks (rows, 1, 1). `moments` are the means of
+    LEARNS names groups of PARAM_GROUPS or parameters, or is adapters. `base` is what they start from, the live
+    parameters; `rates` multiplies the learning rate: the MLP's multipliers, zero for frozen blocks, and FACTORS by bank
+    row, (rows, 1, 1). `moments` are the means of
     squared gradients over all sets, for matrices as a row and a column factor (arXiv 1804.04235); documents share them.
     """
 
@@ -1375,20 +1441,29 @@ class FastWeights:
         learns: str,
         sets: int | None = None,
         moments: Mapping[str, list[Tensor]] | None = None,
+        factors: Mapping[str, Tensor] | None = None,
     ):
         self.config, self.shared, self.steps = config, sets is None, 0
         if learns == "adapters":
             self.base = make_adapters(model, config)
         else:
-            groups = group_parameters(model)
-            self.base = {name: p.detach().float() for group in learns.split() for name, p in groups[group]}
+            words = learns.split()
+            members = [(group, *pair) for group, pairs in group_parameters(model).items() for pair in pairs]
+            self.base = {name: p.detach().float() for group, name, p in members if group in words or name in words}
         self.rows = sets or 1  # how many of the sets are in use, the first ones
         self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
-        self.rates = {name: self._rate(name, base) for name, base in self.base.items()}
+        self.set_factors(factors or {})
         if moments is not None and not self.base.keys() <= moments.keys():
             raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
         self.fixed, self.moments = moments is not None, dict(moments or {})
         self.state: dict[str, list[Tensor]] = {}
+
+    def set_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Take new factors of the rates by bank."""
+        self.rates = {name: self._rate(name, base) for name, base in self.base.items()}
+        for name in self.rates:
+            if name.split(".")[0] in factors:
+                self.rates[name] = self.rates[name] * factors[name.split(".")[0]]
 
     def _rate(self, name: str, base: Tensor) -> float | Tensor:
         c, (bank, *_) = self.config, name.split(".")
@@ -1439,11 +1514,9 @@ class FastWeights:
         for name, g in gradients.items():
             squares = g.square().sum(0) / max(sets, 1)
             news.append([squares.mean(-1), squares.mean(-2)] if is_matrix(name) else [squares])
-        if world_size() > 1 and not self.shared:
-            flat = torch.cat([part.flatten() for parts in news for part in parts])
-            dist.all_reduce(flat)
-            pieces = iter(flat.split([part.numel() for parts in news for part in parts]))
-            news = [[next(pieces).view_as(part) for part in parts] for parts in news]
+        if not self.shared:
+            sums = iter(sum_over_ranks([part for parts in news for part in parts]))
+            news = [[next(sums) for _ in parts] for parts in news]
         share = max(1 - self.config.ttt_beta2, 1 / self.steps)
         for name, parts in zip(gradients, news, strict=True):
             for old, new in zip(
@@ -1503,21 +1576,21 @@ def adaptation_step(
     lr: float,
     sets: int = 1,
     nll_fn: Callable = token_nll,
-) -> None:
-    """One step of FAST down the sum of WEIGHT * nll, (B, C); SETS is how many sets learn, on all ranks.
+) -> Tensor:
+    """One step of FAST down the sum of WEIGHT * nll, (B, C), of this rank, which is returned as it was before.
+
+    SETS is how many sets learn, on all ranks.
 
     Gradients are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by
     itself.
     """
     c, values = fast.config, {name: value.detach().requires_grad_() for name, value in fast.used().items()}
     with torch.enable_grad():
-        losses = nll_fn(model, ids, targets, columns, *fast.weights(values))
-        found = torch.autograd.grad((losses * weight).sum(), list(values.values()))
+        loss = (nll_fn(model, ids, targets, columns, *fast.weights(values)) * weight).sum()
+        found = torch.autograd.grad(loss, list(values.values()))
     with torch.no_grad():
-        if fast.shared and world_size() > 1:
-            flat = torch.cat([g.flatten() for g in found])
-            dist.all_reduce(flat)
-            found = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in found]), found, strict=True)]
+        if fast.shared:
+            found = sum_over_ranks(list(found))
         if c.ttt_grad_clip:
             norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in found])
             factor = (c.ttt_grad_clip / (norms.norm(dim=0) + 1e-6)).clamp(max=1.0)  # (sets,)
@@ -1532,6 +1605,223 @@ def adaptation_step(
             value.addcmul_(fast.direction(name, g), rate.to(g.dtype), value=-lr)
             if c.ttt_pull:
                 value.lerp_(fast.base[name], c.ttt_pull)
+    return loss.detach()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta-learning
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class MetaRates:
+    """Meta-SGD (arXiv 1707.09835): a positive factor of the inner rate for each bank row. No part of the model.
+
+    They are exponentials, so they stay positive, learned by Adam without decay. One whose row is frozen has no gradient
+    and stays 1.
+    """
+
+    def __init__(self, model: GPT, config: Config):
+        banks = {name: getattr(model, name) for name in GPT.BANKS} if config.meta_sgd_enabled else {}
+        self.logs = {name: torch.zeros(len(bank), 1, 1, device=bank.device) for name, bank in banks.items()}
+        lr = config.meta_sgd_lr or config.scalar_lr
+        self.adam = torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
+
+    def factors(self) -> dict[str, Tensor]:
+        """By bank, (rows, 1, 1)."""
+        return {name: log.exp() for name, log in self.logs.items()}
+
+    def add_gradients(self, fast: FastWeights, gradients: Mapping[str, Tensor]) -> None:
+        """From the outer loss's GRADIENTS at the fast values: a row's displacement is proportional to its factor."""
+        for bank, log in self.logs.items():
+            for name in (name for name in gradients if name.split(".")[0] == bank):
+                moved = fast.used()[name] - fast.base[name]
+                each = (gradients[name] * moved).sum((-2, -1)).sum(0).view_as(log)
+                log.grad = each if log.grad is None else log.grad + each
+
+    def step(self, scale: float) -> None:
+        """Average the gradients over the ranks and take a step at SCALE of the rate."""
+        if self.adam is None:
+            return
+        for log, g in zip(self.logs.values(), sum_over_ranks([log.grad for log in self.logs.values()]), strict=True):
+            log.grad = g / world_size()
+        self.adam.param_groups[0]["lr"] = scale * self.adam.defaults["lr"]
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+    def report(self) -> dict[str, list[float]]:
+        """The factors by bank and row."""
+        return {name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()}
+
+    def summary(self) -> str:
+        """For the log: the smallest and the largest factor of each bank."""
+        spans = (f"{name}:{min(factors):.3f}..{max(factors):.3f}" for name, factors in self.report().items())
+        return "".join(f" rates_{span}" for span in spans)
+
+
+def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
+    """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task."""
+    c, plain = config, dict(ttt_grad_clip=0.0, ttt_pull=0.0, ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0)
+    if objective == "deployed":  # the evaluator's own
+        return FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()))
+    if objective == "reptile":
+        layers = c.reptile_layers or ",".join(map(str, range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)))
+        plain |= dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_freeze_blocks=0, ttt_layers=layers)
+        tasks = math.ceil(c.reptile_tasks / world_size())
+        return FastWeights(model, replace(c, **plain), "mlp_up_bank mlp_down_bank", tasks)
+    plain |= dict(ttt_optimizer=c.meta_ttt_inner_optimizer, ttt_momentum=c.meta_ttt_inner_momentum)
+    plain |= dict(ttt_freeze_blocks=c.meta_ttt_freeze_blocks, ttt_layers="")
+    return FastWeights(model, replace(c, **plain), "bank" if c.meta_ttt_params == "banks" else "adapters")
+
+
+def outer_gradients(
+    model: GPT,
+    fast: FastWeights,
+    rates: MetaRates,
+    ids: Tensor,
+    targets: Tensor,
+    columns: Tensor,
+    weight: Tensor,
+    nll_fn: Callable,
+) -> Tensor:
+    """Add the gradients of the sum of WEIGHT * nll under the fast weights to the parameters' and the rates'; that sum.
+
+    Those at the fast values go to the parameters that they started from: the inner steps' own derivative is left out.
+    """
+    values = {name: value.detach().requires_grad_() for name, value in fast.used().items()}
+    with torch.enable_grad():
+        loss = (nll_fn(model, ids, targets, columns, *fast.weights(values)) * weight).sum()
+        loss.backward()
+    gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
+    rates.add_gradients(fast, gradients)
+    for name, g in gradients.items():
+        if not name.endswith(("_bank.a", "_bank.b")):  # adapters start from nothing that is kept
+            p = model.get_parameter(name)
+            p.grad = g.sum(0) if p.grad is None else p.grad + g.sum(0)
+    return loss.detach()
+
+
+def split_task(ids: Tensor, targets: Tensor, split: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inner and outer part of rows (B, T): ids, targets and columns each, see META_TTT_SPLIT."""
+    B, T = ids.shape
+    places, half = torch.arange(T, device=ids.device).expand(B, T), T // 2
+    if split == "batch":
+        return (ids[0::2], targets[0::2], places[0::2]), (ids[1::2], targets[1::2], places[1::2])
+    inner = (ids[:, :half], targets[:, :half], places[:, :half])
+    if split == "seq":
+        return inner, (ids, targets[:, half:], places[:, half:])
+    return inner, (ids[:, half:], targets[:, half:], places[:, : T - half])
+
+
+def fomaml_step(
+    model: GPT,
+    config: Config,
+    fast: FastWeights,
+    rates: MetaRates,
+    ids: Tensor,
+    targets: Tensor,
+    nll_fn: Callable = token_nll,
+) -> tuple[Tensor | None, Tensor]:
+    """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a step.
+
+    IDS, TARGETS (B, T): this rank's rows, as many on each. The outer loss counts META_TTT_LOSS_WEIGHT, whatever the
+    ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT more (#1502). Returns
+    this rank's outer loss before (None where it is not needed) and after.
+    """
+    c, delta, before = config, config.meta_ttt_delta_weight, None
+    inner, outer = split_task(ids, targets, c.meta_ttt_split)
+    fast.reset()
+    fast.set_factors(rates.factors())
+    share = torch.full(inner[1].shape, 1 / inner[1].numel() / world_size(), device=ids.device)
+    for _ in range(c.meta_ttt_inner_steps):
+        adaptation_step(model, fast, *inner, share, 0.0 if c.meta_control else c.meta_ttt_inner_lr, nll_fn=nll_fn)
+    if delta:
+        before = nll_fn(model, *outer).mean()
+        (-delta * before).backward()
+    total = c.meta_ttt_loss_weight + delta
+    weight = torch.full(outer[1].shape, total / outer[1].numel(), device=ids.device)
+    loss = outer_gradients(model, fast, rates, *outer, weight, nll_fn)
+    return before, loss / max(total, 1e-12)
+
+
+def sample_documents(
+    stream: TokenStream, count: int, config: Config, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """COUNT documents of over a piece from random places of the training text, cut at META_TTT_PIECES pieces.
+
+    Returns rows that begin with BOS (count, length + 1) and the number of targets of each (count,).
+    """
+    length, found = config.meta_ttt_pieces * config.piece_size, 0
+    rows, sizes = torch.full((count, length + 1), BOS_ID), torch.zeros(count, dtype=torch.long)
+    for _ in range(1000 * count):
+        text = stream.read(int(generator.integers(len(stream))), 4 * length)
+        begin, *others = [*np.flatnonzero(text == BOS_ID).tolist(), len(text) - 1]
+        size = min((others or [begin])[0] - begin, length)
+        if size > config.piece_size:
+            rows[found, : size + 1], sizes[found] = torch.from_numpy(text[begin : begin + size + 1]), size
+            found += 1
+            if found == count:
+                return rows, sizes
+    raise UserError(f"META_TTT_OBJECTIVE=deployed finds hardly a document of over {config.piece_size} tokens")
+
+
+def deployed_step(
+    model: GPT,
+    config: Config,
+    fast: FastWeights,
+    rates: MetaRates,
+    rows: Tensor,
+    sizes: Tensor,
+    nll_fn: Callable = token_nll,
+) -> Tensor:
+    """Gradients of the loss of documents that are scored and learned from as the evaluator does it, piece by piece.
+
+    ROWS (documents, length + 1) and SIZES (documents,), on the host, are those of all ranks; each takes its part. The
+    banks are rounded as the artifact's will be. Returns this rank's part of the loss, of which the mean is the whole.
+    """
+    c, device, total = config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
+    mine, ends = rows.chunk(world_size())[rank()].to(device), sizes.chunk(world_size())[rank()].unsqueeze(-1)
+    lr, length = 0.0 if c.meta_control else c.ttt_lr, rows.size(1) - 1
+    fast.reset()
+    fast.set_factors(rates.factors())
+    with fake_quantized_banks(model):
+        for a in range(0, length, c.piece_size):
+            b = a + c.piece_size
+            places, targets = torch.arange(a, b).expand(len(mine), -1), mine[:, a + 1 : b + 1]
+            inside = (places < ends).float()  # (documents, piece)
+            scored, learned = (max(0, x) for x in (b - c.eval_seq_len, a - c.ttt_context))
+            weight = (inside * world_size() / sizes.sum()).to(device)
+            part = (mine[:, scored:b], targets, (places - scored).to(device))
+            total += outer_gradients(model, fast, rates, *part, weight, nll_fn)
+            weight = (inside * (ends > b) / c.piece_size).to(device)  # an ended document's last piece is not learned
+            part = (mine[:, learned:b], targets, (places - learned).to(device))
+            for _ in range(c.ttt_epochs if b < length else 0):
+                adaptation_step(model, fast, *part, weight, lr, int((sizes > b).sum()), nll_fn)
+    return total
+
+
+def reptile_step(model: GPT, config: Config, fast: FastWeights, rows: Tensor, nll_fn: Callable = token_nll) -> Tensor:
+    """Inner SGD from the same weights for each task, then a part of the way to their mean (arXiv 1803.02999).
+
+    ROWS (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same weights: it
+    is plain SGD on the same rows. Returns the mean loss of the first inner step.
+    """
+    places = torch.arange(rows.size(2) - 1, device=rows.device).expand(rows.size(1), -1)
+    weight, first = torch.full(places.shape, 1 / places.size(1), device=rows.device), None
+    moved = [torch.zeros_like(base) for base in fast.base.values()]
+    for number, part in enumerate(rows):
+        if number == 0 or config.meta_control:
+            fast.reset()
+        task = (part[:, :-1], part[:, 1:], places, weight)
+        loss = adaptation_step(model, fast, *task, config.reptile_inner_lr, nll_fn=nll_fn)
+        first = loss / len(weight) if first is None else first
+        if number == len(rows) - 1 or config.meta_control:
+            for move, (name, base) in zip(moved, fast.base.items(), strict=True):
+                move += fast.values[name].mean(0) - base
+    *moved, first = sum_over_ranks([*moved, first])
+    with torch.no_grad():
+        for name, move in zip(fast.base, moved, strict=True):
+            model.get_parameter(name).add_(move, alpha=config.reptile_outer_lr / world_size())
+    return first / world_size()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1803,12 +2093,13 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
 
 
 class Artifact(NamedTuple):
-    """What an artifact holds: the model's configuration, its float32 weights, the tokenizer's hash, TTT's moments."""
+    """What an artifact holds: the configuration of the model, its float32 weights, and what else scoring needs."""
 
     config: Config
     state: dict[str, Tensor]
     tokenizer_sha256: str
     moments: Mapping[str, list[Tensor]] = MappingProxyType({})
+    factors: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -1837,16 +2128,16 @@ def read_artifact(path: str | Path) -> Artifact:
     moments: dict[str, list[Tensor]] = {}
     for name in [name for name in tensors if name.startswith("moments.")]:
         moments.setdefault(name.split(".", 2)[2], []).append(tensors.pop(name).exp2())
-    return Artifact(replace(Config(), **header["config"]), tensors, header["tokenizer_sha256"], moments)
+    factors = {name: tensors.pop(f"factors.{name}").exp2() for name in GPT.BANKS if f"factors.{name}" in tensors}
+    return Artifact(replace(Config(), **header["config"]), tensors, header["tokenizer_sha256"], moments, factors)
 
 
-def moment_tensors(moments: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Moments as tensors to store: their binary logarithms, which float16 keeps to 2 %."""
-    stored = {}
+def learned_tensors(moments: Mapping[str, list[Tensor]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Moments and rate factors as tensors to store: their binary logarithms, which float16 keeps to 2 %."""
+    stored = {f"factors.{bank}": factor for bank, factor in factors.items()}
     for name, parts in moments.items():
-        for number, part in enumerate(parts):
-            stored[f"moments.{number}.{name}"] = part.clamp(min=2.0**-100).log2()
-    return stored
+        stored |= {f"moments.{number}.{name}": part for number, part in enumerate(parts)}
+    return {name: tensor.clamp(min=2.0**-100).log2() for name, tensor in stored.items()}
 
 
 def decode_tensors(payload: memoryview, table: list[dict]) -> dict[str, Tensor]:
@@ -2158,14 +2449,10 @@ def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
 
 def reduce_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
     """Average the gradients over the ranks, and with them the loss, which is returned, in one all-reduce."""
-    if world_size() == 1:
-        return loss
-    flat = torch.cat([*(p.grad.flatten() for p in parameters), loss.view(1)])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for p, part in zip(parameters, flat[:-1].split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p)
-    return flat[-1]
+    *gradients, loss = sum_over_ranks([*(p.grad for p in parameters), loss])
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient.div_(world_size())
+    return loss / world_size()
 
 
 def train_step(
@@ -2179,7 +2466,8 @@ def train_step(
 ) -> Tensor:
     """One optimiser step on micro-batches of equal size; returns the mean loss of all ranks, on the device.
 
-    Gradients are averaged over micro-batches and ranks, then clipped, so that the number of ranks changes nothing.
+    Gradients are averaged over micro-batches and ranks, added to those that are there (of a meta-step), then clipped,
+    so that the number of ranks changes nothing.
     """
     total = torch.zeros((), device=model.tok_emb.weight.device)
     with fake_quantized_banks(model) if round_banks else nullcontext():
@@ -2187,8 +2475,15 @@ def train_step(
             loss = loss_fn(model, input_ids, targets) / len(batches)
             loss.backward()
             total += loss.detach()
+    return apply_gradients(model, optimizers, total, scale, momentum)
+
+
+def apply_gradients(
+    model: GPT, optimizers: list[torch.optim.Optimizer], loss: Tensor, scale: float, momentum: float
+) -> Tensor:
+    """Average the gradients and LOSS over the ranks, clip, take a step; returns the loss."""
     parameters = [p for p in model.parameters() if p.grad is not None]  # the scales of a later loop have none
-    total = reduce_gradients(parameters, total)
+    loss = reduce_gradients(parameters, loss)
     if model.config.grad_clip_norm:
         nn.utils.clip_grad_norm_(parameters, model.config.grad_clip_norm, foreach=True)
     for optimizer in optimizers:
@@ -2198,7 +2493,7 @@ def train_step(
                 group["momentum"] = momentum
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total
+    return loss
 
 
 def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
@@ -2219,6 +2514,8 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
         inputs, targets = shifted(random_ids(rows * c.train_seq_len + 1), rows)
         batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
         train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
+    if c.warmup_steps:
+        warm_up_meta(model, c, nll_fn, batches, random_ids)
     seconds = 0.0
     with torch.no_grad():
         if c.warmup_steps:
@@ -2239,18 +2536,71 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
     return reduce_max(1.5 * seconds * math.ceil(c.gptq_calib_batches / world_size()))  # half as much again, for reading
 
 
+def warm_up_meta(
+    model: GPT,
+    config: Config,
+    nll_fn: Callable,
+    batches: list[tuple[Tensor, Tensor]],
+    random_ids: Callable[..., Tensor],
+) -> None:
+    """One meta-step of each kind that the run will take, for what it compiles; gradients are dropped."""
+    c, rates = config, MetaRates(model, config)
+    if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
+        fomaml_step(model, c, inner_weights(model, c, "fomaml"), rates, *meta_rows(batches, c), nll_fn)
+    if "reptile" in c.late_fracs:
+        fast = inner_weights(model, c, "reptile")
+        reptile_step(model, c, fast, random_ids(1, fast.rows, c.train_seq_len + 1), nll_fn)
+    if "deployed" in c.late_fracs:
+        fast, length = inner_weights(model, c, "deployed"), c.meta_ttt_pieces * c.piece_size
+        rows = random_ids(world_size() * fast.rows, length + 1)
+        deployed_step(model, c, fast, rates, rows, torch.full((len(rows),), length), nll_fn)
+    model.zero_grad(set_to_none=True)
+
+
 def stop_unless_finite(step: int, loss: float) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(f"step {step}: train_loss is {loss}")
 
 
-def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, clock: Clock) -> int:
+def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
+    """FOMAML's part of a step's BATCHES: one micro-batch in all, the same rows whatever the number of ranks."""
+    ids, targets = (torch.cat(parts)[:: config.grad_accum_total] for parts in zip(*batches, strict=True))
+    if config.meta_ttt_split == "batch" and len(ids) < 2:
+        raise UserError("META_TTT_SPLIT=batch has one row on each rank, and needs two: less GRAD_ACCUM_TOTAL")
+    return ids, targets
+
+
+def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Callable[[int, float, list], None]:
+    """What adds FOMAML's gradients to those of a step where it is due."""
+    c = run.config
+    if not c.meta_ttt_enabled or c.meta_ttt_objective != "fomaml":
+        return lambda step, scale, batches: None
+    fast = inner_weights(model, c, "fomaml")
+
+    def add(step: int, scale: float, batches: list[tuple[Tensor, Tensor]]) -> None:
+        if step % c.meta_ttt_every or scale <= c.meta_ttt_min_scale:
+            return
+        before, after = fomaml_step(model, c, fast, rates, *meta_rows(batches, c), nll_fn)
+        rates.step(scale)
+        if step < 3 * c.meta_ttt_every or step % c.train_log_every < c.meta_ttt_every:
+            shown = "" if before is None else f" before:{before.item():.5f}"
+            run.log.line(f"meta_step:{step}{shown} after:{after.item():.5f}{rates.summary()}")
+
+    return add
+
+
+def train(
+    run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, clock: Clock, rates: MetaRates
+) -> int:
     """Train until ITERATIONS, or until another step and RESERVE seconds would not fit the clock; returns the steps.
 
-    The average of the weights is in the model afterwards. The clock runs on, for what else reads training data.
+    Later phases have their share of either. The average of the weights is in the model afterwards. The clock runs on,
+    for what else reads training data.
     """
-    c, step, elapsed, stop = run.config, 0, 0.0, False
-    budget = max(c.max_wallclock_seconds - reserve, 1e-9) if c.max_wallclock_seconds else 0.0
+    step, elapsed, stop = 0, 0.0, False
+    c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.main_frac)))
+    budget = max(c.max_wallclock_seconds - reserve, 1e-9) * c.main_frac if c.max_wallclock_seconds else 0.0
+    add_meta_gradients = fomaml_part(run, model, nll_fn, rates)
     optimizers, average = make_optimizers(model, c), WeightAverage(model, c)
     clock.start()
     while True:
@@ -2269,6 +2619,7 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         scale = lr_scale(c, step, elapsed, budget)
         round_banks = c.late_qat and scale < c.late_qat_threshold
         batches, momentum = step_batches(run, step), momentum_at(c, step)
+        add_meta_gradients(step, scale, batches)
         loss = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
         step += 1
         average.update(step, scale)
@@ -2284,6 +2635,64 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
     if not model.looped:
         model.start_loop()  # the artifact's model is the whole one
     return step
+
+
+def reptile_phase(
+    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates, generator: np.random.Generator
+) -> Callable[[float], Tensor]:
+    """Reptile's step on windows from random places of the training text; it keeps its rate to the end, as #294."""
+    c, fast = run.config, inner_weights(model, run.config, "reptile")
+
+    def step(left: float) -> Tensor:
+        starts = generator.integers(len(run.train), size=(c.reptile_inner_steps, world_size() * fast.rows))
+        mine = np.split(starts, world_size(), axis=1)[rank()]
+        rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
+        return reptile_step(model, c, fast, torch.from_numpy(rows).to(run.device), nll_fn)
+
+    return step
+
+
+def deployed_phase(
+    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates, generator: np.random.Generator
+) -> Callable[[float], Tensor]:
+    """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
+    c, fast, optimizers = run.config, inner_weights(model, run.config, "deployed"), make_optimizers(model, run.config)
+
+    def step(left: float) -> Tensor:
+        rows, sizes = sample_documents(run.train, world_size() * fast.rows, c, generator)
+        loss = deployed_step(model, c, fast, rates, rows, sizes, nll_fn)
+        rates.step(left)
+        return apply_gradients(model, optimizers, loss, c.meta_ttt_outer_lr * left, c.muon_momentum)
+
+    return step
+
+
+LATE_PHASES = {"reptile": reptile_phase, "deployed": deployed_phase}
+
+
+def late_phases(
+    run: Run, model: GPT, nll_fn: Callable, reserve: float, clock: Clock, rates: MetaRates
+) -> dict[str, int]:
+    """The phases after training, on averaged weights, inside the clock; returns the steps of each.
+
+    Each has its share of ITERATIONS, and of the clock less RESERVE seconds where that is set.
+    """
+    c, generator, steps, share = run.config, np.random.default_rng([run.config.seed, 1]), {}, run.config.main_frac
+    for name, frac in c.late_fracs.items():
+        take_step, count = LATE_PHASES[name](run, model, nll_fn, rates, generator), max(1, round(c.iterations * frac))
+        share += frac
+        began, step, left = reduce_max(clock.seconds()), 0, 1.0
+        seconds = (c.max_wallclock_seconds - reserve) * share - began if c.max_wallclock_seconds else math.inf
+        while left > 0:
+            loss, step = take_step(left), step + 1
+            stop_unless_finite(step, loss.item())
+            elapsed = reduce_max(clock.seconds()) - began
+            left = 1 - max(step / count, elapsed * (1 + 1 / step) / max(seconds, 1e-9))  # with time for one more
+            if step <= 3 or step % c.train_log_every == 0 or left <= 0:
+                times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
+                run.log.line(f"{name}_step:{step}/{count} loss:{loss.item():.5f} {times}{rates.summary()}")
+        steps[name] = step
+    return steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2400,14 +2809,20 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode())
 
 
-def export(run: Run, model: GPT, hessians: Mapping[str, Tensor] | None, moments: Mapping = {}) -> dict[str, Any]:
+def export(
+    run: Run,
+    model: GPT,
+    hessians: Mapping[str, Tensor] | None,
+    moments: Mapping[str, list[Tensor]] = MappingProxyType({}),
+    factors: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp_heads.")}
     checkpoint = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in state.items()}, checkpoint)
     write_atomically(run.folder / "final_model.pt", checkpoint.getvalue())
     blob = encode_artifact(
-        run.config, quantize(state | moment_tensors(moments), hessians, run.config), run.tokenizer_sha256
+        run.config, quantize(state | learned_tensors(moments, factors), hessians, run.config), run.tokenizer_sha256
     )
     write_atomically(run.folder / "final_model.int6.ptz", blob)
     bytes_code = sum(file.stat().st_size for file in code_files())
@@ -2462,14 +2877,16 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
     clock = Clock(run.device)
-    steps = train(run, model, loss_fn, nll_fn, reserve, clock)
+    rates = MetaRates(model, config)
+    steps = train(run, model, loss_fn, nll_fn, reserve, clock, rates)
     loop_seconds = clock.seconds()
+    late_steps = late_phases(run, model, nll_fn, reserve, clock, rates)
     hessians, moments = read_statistics(run, model)
     clock.stop()
     if run.device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         run.log.line(f"peak memory allocated: {peak >> 20} MiB reserved: {reserved >> 20} MiB")
-    sizes = on_rank_0(lambda: export(run, model, hessians, moments))
+    sizes = on_rank_0(lambda: export(run, model, hessians, moments, rates.factors()))
     result = dict(
         **score_artifact(run, nll_fn),
         **sizes,
@@ -2479,6 +2896,8 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
         step_avg_ms=1000 * loop_seconds / steps,
         tokens_per_second=steps * config.train_batch_tokens / loop_seconds,
         model_params=count_parameters(model),
+        late_steps=late_steps,
+        meta_rates=rates.report(),
         seed=config.seed,
         world_size=world_size(),
         legal=True,

@@ -462,7 +462,15 @@ def train_and_watch(folder, monkeypatch, **changes) -> tuple[GPT, list[tuple[boo
     c = replace(ALL, train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, warmdown_iters=5, ema_enabled=False)
     c = replace(c, **{"iterations": 10, "max_wallclock_seconds": 0.0, **changes})
     model, seen = lever_model(c, torch.float32, looped=not c.loop_start_frac), watch(monkeypatch, "train_step")
-    train_gpt.train(make_run(folder, c, train=stream(folder)), model, training_loss, None, 0.0, StepClock())
+    train_gpt.train(
+        make_run(folder, c, train=stream(folder)),
+        model,
+        training_loss,
+        None,
+        0.0,
+        StepClock(),
+        train_gpt.MetaRates(model, c),
+    )
     return model, seen
 
 

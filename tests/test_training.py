@@ -238,7 +238,8 @@ def test_training_stops_where_another_step_and_the_reserve_would_not_fit(tmp_pat
     )  # fmt: skip
     run = make_run(tmp_path, config, train=stream(tmp_path))
     model = random_model(config, torch.float32)
-    assert train_gpt.train(run, model, train_gpt.training_loss, train_gpt.token_nll, reserve, StepClock()) == steps
+    functions, rates = (train_gpt.training_loss, train_gpt.token_nll), train_gpt.MetaRates(model, config)
+    assert train_gpt.train(run, model, *functions, reserve, StepClock(), rates) == steps
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert ("stopping_early: wallclock_cap" in (tmp_path / "train.log").read_text()) == (steps < iterations)
