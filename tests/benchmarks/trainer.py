@@ -4,6 +4,7 @@
     python tests/benchmarks/trainer.py --quick                      five seconds of training an arm, one seed
     python tests/benchmarks/trainer.py --levers --out runs/levers   every lever alone, three seeds, hours
     python tests/benchmarks/trainer.py --levers --quick             four steps of a few levers, one seed
+    python tests/benchmarks/trainer.py --meta                       a meta-step of each kind against a plain step
 
 Arms, each for the same time: `levers`, the demo recipe; `plain`, everything switched off and the MLP widened to as many
 parameters; `narrow`, everything switched off and the same block matrices. Same optimisers, data, export and scoring.
@@ -12,6 +13,9 @@ With --levers, each arm is the recipe with one lever changed, trained for --step
 recipe's time for them. The time of a step is measured first, all arms in turn in one process, as CPU time of one
 thread. The scores come from whole runs of a given number of steps on one thread each: neither load nor --workers
 changes them.
+
+With --meta, each kind of step is timed by itself, in a process of its own for its peak memory, on the recipe's device;
+on a CPU as CPU time of one thread.
 
 Each run leaves its folder under --out; a finished one is not run again. Ends with a table and one line `BENCH {json}`;
 --levers also writes timing_STEPS.json, levers.json and levers.md.
@@ -22,12 +26,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import date
 from pathlib import Path
@@ -392,7 +398,7 @@ ms/step was measured in one process, all arms in turn, as CPU time of one thread
 mean of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop
 that has begun, updates of an average) are timed apart and count by their share of the run. Settings that change no
 operation have the recipe's time, the mean of {copies} copies of it, which differ by {noise:.1%} (standard deviation).
-Parameters include heads that only training uses; bytes are the artifact's after {run_steps} steps.
+Parameters are those that are exported; bytes are the artifact's after {run_steps} steps.
 """
 
 
@@ -446,6 +452,99 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
     print("BENCH " + json.dumps(report))
 
 
+# Meta-steps
+
+
+META_STEPS = {  # name -> what it changes in the recipe
+    "plain": {},
+    "fomaml, halves of rows": {"META_TTT_ENABLED": "1", "META_TTT_SPLIT": "cut"},
+    "fomaml, rows, delta, Meta-SGD": {
+        "META_TTT_ENABLED": "1", "META_TTT_DELTA_WEIGHT": "0.3", "META_SGD_ENABLED": "1",
+    },
+    "deployed, doc_banks": {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_banks"},
+    "deployed, doc_lora": {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_lora"},
+    "reptile": {"REPTILE_ENABLED": "1"},
+}  # fmt: skip
+
+
+def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
+    """One step of the kind that C trains with, on random tokens, FOMAML's with the plain step that it joins."""
+    tg, generator = train_gpt, torch.Generator().manual_seed(0)
+    kernel = tg.choose_attention(c.attention, device)[1]
+    word_start = tg.load_byte_table(c.tokenizer_path, c.vocab_size).has_leading_space
+    model = tg.GPT(c, tg.compute_dtype(device), kernel, word_start).init_weights(c.seed).to(device)
+    optimizers, rates = tg.make_optimizers(model, c), tg.MetaRates(model, c)
+    loss_fn, nll_fn = (tg.maybe_compile(function, c, device) for function in (tg.training_loss, tg.token_nll))
+
+    def random_ids(*shape: int) -> torch.Tensor:
+        return torch.randint(c.vocab_size, shape, generator=generator)
+
+    rows, parts = tg.split_batch(c)
+    inputs, targets = tg.shifted(random_ids(c.train_batch_tokens + 1).to(device), rows)
+    batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
+    phase = next(iter(c.late_fracs), "fomaml" if c.meta_ttt_enabled else None)
+    fast = phase and tg.inner_weights(model, c, phase)
+    length = c.meta_ttt_pieces * c.piece_size
+    documents, sizes = random_ids(c.meta_ttt_docs, length + 1), torch.full((c.meta_ttt_docs,), length)
+    tasks = random_ids(c.reptile_inner_steps, c.reptile_tasks, c.train_seq_len + 1).to(device)
+
+    def step() -> None:
+        if phase == "reptile":
+            tg.reptile_step(model, c, fast, tasks, nll_fn)
+        elif phase == "deployed":
+            loss = tg.deployed_step(model, c, fast, rates, documents, sizes, nll_fn)
+            tg.apply_gradients(model, optimizers, loss, 0.1, c.muon_momentum)
+        else:
+            if phase == "fomaml":
+                tg.fomaml_step(model, c, fast, rates, *tg.meta_rows(batches, c), nll_fn)
+            tg.train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
+        rates.step(1.0)
+
+    return step
+
+
+def time_meta_step(settings: dict[str, str], count: int) -> dict[str, float]:
+    """Milliseconds of a step, the median of COUNT, and peak memory in MiB; this process does nothing else."""
+    torch.set_num_threads(1)
+    c, _, _ = train_gpt.load_config(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() and c.device != "cpu" else "cpu")
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    step, seconds = make_step(c, device), []
+    for turn in range(2 + count):
+        train_gpt.synchronize(device)
+        began = clock()
+        step()
+        train_gpt.synchronize(device)
+        if turn >= 2:
+            seconds.append(clock() - began)
+    on_gpu = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() / 1024 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(ms=1000 * statistics.median(seconds), peak_mib=peak / 1024)
+
+
+def compare_meta_steps(arguments: argparse.Namespace, out: Path) -> None:
+    """Each kind of step in a process of its own; a table, meta.json."""
+    recipe = {**RECIPE, **({"RECIPE": arguments.recipe} if arguments.recipe else {})}
+    rows = {}
+    for name, settings in META_STEPS.items():
+        given = json.dumps([{**recipe, **settings}, 2 if arguments.quick else 10])
+        command = [sys.executable, __file__, "--time-meta-step", given]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:30} {rows[name]['ms']:>9.1f} ms {rows[name]['ms'] / rows['plain']['ms']:>6.2f} of a plain step "
+              f"{rows[name]['peak_mib']:>8.0f} MiB", flush=True)  # fmt: skip
+    report = dict(
+        benchmark="meta",
+        quick=arguments.quick,
+        recipe=Path(recipe["RECIPE"]).name,
+        date=date.today().isoformat(),
+        versions=train_gpt.library_versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"), ""),
+        steps=rows,
+    )
+    train_gpt.write_atomically(out / "meta.json", json.dumps(report, indent=1).encode())
+    print("BENCH " + json.dumps(report))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="five seconds of training an arm, or four steps; one seed")
@@ -454,11 +553,19 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=250, help="with --levers: steps of the recipe's runs")
     parser.add_argument("--workers", type=int, default=2, help="with --levers: runs at a time, one thread each")
     parser.add_argument("--only", help="with --levers: comma list of the arms to run")
+    parser.add_argument("--meta", action="store_true", help="meta-steps against plain ones")
+    parser.add_argument("--recipe", help="with --meta: another recipe than the demo's")
+    parser.add_argument("--time-meta-step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.time_meta_step:
+        print(json.dumps(time_meta_step(*json.loads(arguments.time_meta_step))))
+        return 0
     out = arguments.out or Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr)
-    if arguments.levers:
+    if arguments.meta:
+        compare_meta_steps(arguments, out)
+    elif arguments.levers:
         compare_levers(arguments, out)
     else:
         compare_with_plain(arguments.quick, out)
