@@ -888,6 +888,8 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
     by_documents = TTT_MODES[c.ttt_mode][0]
     order = f"documents, {c.ttt_doc_order} first" if by_documents and c.ttt_doc_order == "longest" else "the file's"
     log.line(f"evaluation order: {order}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
+    if setup.artifact.factors:
+        log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
     if c.ttt_protocol != "legal":
         log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} learns from what it scores later: THIS SCORE IS INVALID")
     result = run_scores(setup, tokens, path, log, began)

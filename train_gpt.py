@@ -565,8 +565,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def maybe_compile(function: Callable, config: Config, device: torch.device) -> Callable:
-    """FUNCTION, compiled for static shapes as one graph where USE_COMPILE says so."""
+    """FUNCTION, compiled for static shapes as one graph where USE_COMPILE says so.
+
+    There is a graph for each shape, of which learning by documents has more than the eight that torch allows.
+    """
     wanted = device.type == "cuda" if config.use_compile == "auto" else config.use_compile == "1"
+    if wanted:
+        torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
 
 
@@ -1449,7 +1454,8 @@ class FastWeights:
         else:
             words = learns.split()
             members = [(group, *pair) for group, pairs in group_parameters(model).items() for pair in pairs]
-            self.base = {name: p.detach().float() for group, name, p in members if group in words or name in words}
+            used = [(group, name, p) for group, name, p in members if not name.startswith("mtp_heads.")]
+            self.base = {name: p.detach().float() for group, name, p in used if group in words or name in words}
         self.rows = sets or 1  # how many of the sets are in use, the first ones
         self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
         self.set_factors(factors or {})
@@ -1652,17 +1658,23 @@ class MetaRates:
         """The factors by bank and row."""
         return {name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()}
 
-    def summary(self) -> str:
-        """For the log: the smallest and the largest factor of each bank."""
-        spans = (f"{name}:{min(factors):.3f}..{max(factors):.3f}" for name, factors in self.report().items())
-        return "".join(f" rates_{span}" for span in spans)
+
+def rates_text(factors: Mapping[str, Tensor]) -> str:
+    """For the log: the smallest and the largest factor of each bank; nothing where there are none."""
+    return "".join(f" rates_{name}:{f.min().item():.3f}..{f.max().item():.3f}" for name, f in factors.items())
 
 
-def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
-    """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task."""
+def inner_weights(
+    model: GPT, config: Config, objective: str, moments: Mapping[str, list[Tensor]] | None = None
+) -> FastWeights:
+    """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task.
+
+    MOMENTS are deployed's, where the evaluator will have them from the artifact.
+    """
     c, plain = config, dict(ttt_grad_clip=0.0, ttt_pull=0.0, ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0)
+    plain |= dict(ttt_weight_decay=0.0, ttt_warm_start_a=False)
     if objective == "deployed":  # the evaluator's own
-        return FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()))
+        return FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()), moments)
     if objective == "reptile":
         layers = c.reptile_layers or ",".join(map(str, range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)))
         plain |= dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_freeze_blocks=0, ttt_layers=layers)
@@ -1745,19 +1757,19 @@ def fomaml_step(
 
 def sample_documents(
     stream: TokenStream, count: int, config: Config, generator: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+) -> tuple[np.ndarray, np.ndarray]:
     """COUNT documents of over a piece from random places of the training text, cut at META_TTT_PIECES pieces.
 
     Returns rows that begin with BOS (count, length + 1) and the number of targets of each (count,).
     """
     length, found = config.meta_ttt_pieces * config.piece_size, 0
-    rows, sizes = torch.full((count, length + 1), BOS_ID), torch.zeros(count, dtype=torch.long)
+    rows, sizes = np.full((count, length + 1), BOS_ID, np.int64), np.zeros(count, np.int64)
     for _ in range(1000 * count):
-        text = stream.read(int(generator.integers(len(stream))), 4 * length)
-        begin, *others = [*np.flatnonzero(text == BOS_ID).tolist(), len(text) - 1]
-        size = min((others or [begin])[0] - begin, length)
+        text = stream.read(int(generator.integers(len(stream))), 4 * length + 1)
+        begin, *later = [*np.flatnonzero(text == BOS_ID).tolist(), len(text)]
+        size = min(length, later[0] - begin) if begin + length < len(text) else 0
         if size > config.piece_size:
-            rows[found, : size + 1], sizes[found] = torch.from_numpy(text[begin : begin + size + 1]), size
+            rows[found, : size + 1], sizes[found] = text[begin : begin + size + 1], size
             found += 1
             if found == count:
                 return rows, sizes
@@ -1769,33 +1781,38 @@ def deployed_step(
     config: Config,
     fast: FastWeights,
     rates: MetaRates,
-    rows: Tensor,
-    sizes: Tensor,
+    rows: np.ndarray,
+    sizes: np.ndarray,
     nll_fn: Callable = token_nll,
 ) -> Tensor:
     """Gradients of the loss of documents that are scored and learned from as the evaluator does it, piece by piece.
 
-    ROWS (documents, length + 1) and SIZES (documents,), on the host, are those of all ranks; each takes its part. The
-    banks are rounded as the artifact's will be. Returns this rank's part of the loss, of which the mean is the whole.
+    ROWS (documents, length + 1) and SIZES (documents,) are those of all ranks; each takes its part. The banks are
+    rounded as the artifact's will be. Returns this rank's part of the loss, of which the mean is the whole.
     """
     c, device, total = config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
-    mine, ends = rows.chunk(world_size())[rank()].to(device), sizes.chunk(world_size())[rank()].unsqueeze(-1)
-    lr, length = 0.0 if c.meta_control else c.ttt_lr, rows.size(1) - 1
-    fast.reset()
+    text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
+    first, text = np.arange(len(text)) * rows.shape[1], text.flatten()
+    lr, width = 0.0 if c.meta_control else c.ttt_lr, power_of_two(c.piece_size)
     fast.set_factors(rates.factors())
     with fake_quantized_banks(model):
-        for a in range(0, length, c.piece_size):
-            b = a + c.piece_size
-            places, targets = torch.arange(a, b).expand(len(mine), -1), mine[:, a + 1 : b + 1]
-            inside = (places < ends).float()  # (documents, piece)
-            scored, learned = (max(0, x) for x in (b - c.eval_seq_len, a - c.ttt_context))
-            weight = (inside * world_size() / sizes.sum()).to(device)
-            part = (mine[:, scored:b], targets, (places - scored).to(device))
-            total += outer_gradients(model, fast, rates, *part, weight, nll_fn)
-            weight = (inside * (ends > b) / c.piece_size).to(device)  # an ended document's last piece is not learned
-            part = (mine[:, learned:b], targets, (places - learned).to(device))
-            for _ in range(c.ttt_epochs if b < length else 0):
-                adaptation_step(model, fast, *part, weight, lr, int((sizes > b).sum()), nll_fn)
+        fast.reset()
+        for piece in range(0, int(sizes.max()), c.piece_size):
+            a, b = np.minimum(piece, ends), np.minimum(piece + c.piece_size, ends)
+            start, left = np.maximum(0, b - c.eval_seq_len), np.maximum(0, a - c.ttt_context)
+            if c.eval_stride == c.eval_seq_len:
+                start = np.maximum(start, a // c.eval_seq_len * c.eval_seq_len)
+            batch = make_batch(text, Windows(first + start, a - start, b - start), width, device)
+            weight = torch.from_numpy(np.float32(batch.counts) * world_size() / sizes.sum()).to(device).float()
+            part = (batch.ids, batch.targets, batch.columns, weight)
+            total += outer_gradients(model, fast, rates, *part, nll_fn)
+            learners = int((sizes > piece + c.piece_size).sum())
+            learned = np.where(b < ends, b - left, a - left)  # of its last piece a document does not learn
+            batch = make_batch(text, Windows(first + left, a - left, learned), width, device)
+            weight = torch.from_numpy(np.float32(batch.counts) / c.piece_size).to(device)
+            part = (batch.ids, batch.targets, batch.columns, weight, lr)
+            for _ in range(c.ttt_epochs if learners else 0):
+                adaptation_step(model, fast, *part, learners, nll_fn)
     return total
 
 
@@ -2552,8 +2569,8 @@ def warm_up_meta(
         reptile_step(model, c, fast, random_ids(1, fast.rows, c.train_seq_len + 1), nll_fn)
     if "deployed" in c.late_fracs:
         fast, length = inner_weights(model, c, "deployed"), c.meta_ttt_pieces * c.piece_size
-        rows = random_ids(world_size() * fast.rows, length + 1)
-        deployed_step(model, c, fast, rates, rows, torch.full((len(rows),), length), nll_fn)
+        rows = random_ids(world_size() * fast.rows, length + 1).cpu().numpy()
+        deployed_step(model, c, fast, rates, rows, np.full(len(rows), length), nll_fn)
     model.zero_grad(set_to_none=True)
 
 
@@ -2562,12 +2579,26 @@ def stop_unless_finite(step: int, loss: float) -> None:
         raise FloatingPointError(f"step {step}: train_loss is {loss}")
 
 
+def training_moments(run: Run, model: GPT) -> dict[str, list[Tensor]] | None:
+    """TTT's second moments from training text, where TTT_MOMENTS asks for them."""
+    c = run.config
+    if c.ttt_moments != "artifact":
+        return None
+    count = math.ceil(MOMENT_BATCHES / world_size()) * world_size()  # as many for each rank: all reduce together
+    few = replace(c, gptq_calib_batches=count, train_batch_tokens=MOMENT_ROWS * c.train_seq_len, grad_accum_total=1)
+    return collect_moments(model, calibration_batches(run.train, few, run.device), c)
+
+
 def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
     """FOMAML's part of a step's BATCHES: one micro-batch in all, the same rows whatever the number of ranks."""
-    ids, targets = (torch.cat(parts)[:: config.grad_accum_total] for parts in zip(*batches, strict=True))
-    if config.meta_ttt_split == "batch" and len(ids) < 2:
-        raise UserError("META_TTT_SPLIT=batch has one row on each rank, and needs two: less GRAD_ACCUM_TOTAL")
-    return ids, targets
+    ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    every = config.grad_accum_total * (2 if config.meta_ttt_split == "batch" else 1)
+    if len(ids) % every:
+        raise UserError(
+            f"META_TTT_SPLIT={config.meta_ttt_split} takes one row in {config.grad_accum_total} (GRAD_ACCUM_TOTAL), "
+            f"and each process has {len(ids)} rows of a step: no multiple of {every}"
+        )
+    return ids[:: config.grad_accum_total], targets[:: config.grad_accum_total]
 
 
 def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Callable[[int, float, list], None]:
@@ -2584,7 +2615,7 @@ def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Cal
         rates.step(scale)
         if step < 3 * c.meta_ttt_every or step % c.train_log_every < c.meta_ttt_every:
             shown = "" if before is None else f" before:{before.item():.5f}"
-            run.log.line(f"meta_step:{step}{shown} after:{after.item():.5f}{rates.summary()}")
+            run.log.line(f"meta_step:{step}{shown} after:{after.item():.5f}{rates_text(rates.factors())}")
 
     return add
 
@@ -2656,7 +2687,8 @@ def deployed_phase(
     run: Run, model: GPT, nll_fn: Callable, rates: MetaRates, generator: np.random.Generator
 ) -> Callable[[float], Tensor]:
     """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
-    c, fast, optimizers = run.config, inner_weights(model, run.config, "deployed"), make_optimizers(model, run.config)
+    c, optimizers = run.config, make_optimizers(model, run.config)
+    fast = inner_weights(model, c, "deployed", training_moments(run, model))
 
     def step(left: float) -> Tensor:
         rows, sizes = sample_documents(run.train, world_size() * fast.rows, c, generator)
@@ -2690,7 +2722,7 @@ def late_phases(
             left = 1 - max(step / count, elapsed * (1 + 1 / step) / max(seconds, 1e-9))  # with time for one more
             if step <= 3 or step % c.train_log_every == 0 or left <= 0:
                 times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
-                run.log.line(f"{name}_step:{step}/{count} loss:{loss.item():.5f} {times}{rates.summary()}")
+                run.log.line(f"{name}_step:{step}/{count} loss:{loss.item():.5f} {times}{rates_text(rates.factors())}")
         steps[name] = step
     return steps
 
@@ -2853,14 +2885,10 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
 
 def read_statistics(run: Run, model: GPT) -> tuple[dict[str, Tensor] | None, dict[str, list[Tensor]]]:
     """What the export and the evaluator want to know of the training text: Hessians, and TTT's moments if stored."""
-    c, hessians, moments = run.config, None, {}
+    c, hessians = run.config, None
     if c.gptq_calib_batches:
         hessians = collect_hessians(model, calibration_batches(run.train, c, run.device))
-    if c.ttt_moments == "artifact":
-        count = math.ceil(MOMENT_BATCHES / world_size()) * world_size()  # as many for each rank: all reduce together
-        few = replace(c, gptq_calib_batches=count, train_batch_tokens=MOMENT_ROWS * c.train_seq_len, grad_accum_total=1)
-        moments = collect_moments(model, calibration_batches(run.train, few, run.device), c)
-    return hessians, moments
+    return hessians, training_moments(run, model) or {}
 
 
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
