@@ -39,6 +39,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -485,7 +486,7 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
     phase = next(iter(c.late_fracs), "fomaml" if c.meta_ttt_enabled else None)
     fast = phase and tg.inner_weights(model, c, phase)
     length = c.meta_ttt_pieces * c.piece_size
-    documents, sizes = random_ids(c.meta_ttt_docs, length + 1), torch.full((c.meta_ttt_docs,), length)
+    documents, sizes = random_ids(c.meta_ttt_docs, length + 1).numpy(), np.full(c.meta_ttt_docs, length)
     tasks = random_ids(c.reptile_inner_steps, c.reptile_tasks, c.train_seq_len + 1).to(device)
 
     def step() -> None:
