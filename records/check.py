@@ -1,0 +1,1163 @@
+"""Check a record folder, a log or a run against the rules of the contest, from its files and nothing else.
+
+    python records/check.py records/track_10min_16mb/2026-12-01_Name [--against FOLDER] [--json]
+    python records/check.py runs/NAME
+    python records/check.py train_seed42.log
+
+Every number is derived again: steps, times, sizes, scores, seeds, tokens per byte, significance. Each rule says pass,
+warn or fail with the line or file it rests on. Exit code 0: passed, warnings allowed; 1: failed; 2: the user's input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import hashlib
+import json
+import lzma
+import math
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
+from pathlib import Path
+from statistics import mean, pstdev, stdev
+from typing import Any, NamedTuple
+
+import zstandard
+from scipy import stats
+
+SIZE_CAP = 16_000_000  # bytes of code and model, decimal
+TIME_LIMIT = 600.0  # seconds, of training and of evaluation
+MARGIN_NATS = 0.005  # what a record must gain
+P_WRITTEN, P_APPLIED = 0.01, 0.25  # of the written rule; of the maintainers' passes from 2026-04-28
+MIN_SEEDS = 3
+LEAKY_SHARDS = 1499  # of the export that leaves 10,000 documents to validation and trains on the other 40,000
+VAL_DOCUMENTS = 50_000
+RATIO_TOLERANCE = 2e-4  # relative; a tail cut to whole windows moves tokens per byte by up to 1e-4
+EXPORT_TOLERANCE = 0.02  # relative; other exports of all documents differ by less in their tokens
+TAIL_TOKENS = 8192  # more than any cut to whole windows drops
+ARTIFACT_MAGIC = b"PGOLFQ6\0"  # of train_gpt.py's container: magic, uint32 version, SHA-256 of the rest
+UNPACK_LIMIT = 1 << 28  # bytes read of a compressed file
+
+
+class Published(NamedTuple):
+    """A validation set of the field: tokenizer, tokens with the tail, and tokens per byte by the field's counting."""
+
+    name: str
+    tokens: int
+    tokens_per_byte: float
+
+
+PUBLISHED = (
+    Published("sp1024", 62_021_846, 0.41052),
+    Published("sp1024 (the first baseline's export)", 63_779_840, 0.40945),
+    Published("sp4096", 45_508_608, 0.30125),
+    Published("sp4096", 45_514_752, 0.30125),
+    Published("sp8192", 40_540_802, 0.26834),
+    Published("sp8192 caseops", 47_853_343, 0.31674),
+)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a log
+# ----------------------------------------------------------------------------------------------------------------------
+
+NUM = r"(?:[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)"
+INT = r"\d[\d,]*"
+AT_STEP = r"(?:step:)?(?P<steps>\d+)/\d+ "
+LINES = tuple(  # of every dialect, each anchored to the line's start; the last line that matches counts
+    (where, re.compile(pattern))
+    for where, pattern in (
+        # anywhere: settings stand before model_params in some dialects and after it in others
+        ("any", r" *seed: ?(?P<seed>\d+)$"),
+        ("any", r"(?:train_loader:dataset:\S+ )? *train_shards: ?(?P<train_shards>\d+)"),
+        ("any", r"val_loader:\S* pattern=\S+ tokens:(?P<val_tokens>\d+)"),
+        ("any", r" *val_tokens: ?(?P<val_tokens>\d+)"),
+        ("any", r"evaluation order: .*targets:(?P<val_tokens>\d+)"),
+        ("any", r"(?:val_bpb:enabled \S+ | *)tokenizer_path[=:] ?(?P<tokenizer>[^\s\"'(]+)$"),
+        ("any", r"model_params: ?(?P<model_params>\d+)"),
+        # only after model_params: before it a log may hold the source of its program
+        ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM}(?: \S+)*? (?:train_time|t): ?(?P<train_ms>{NUM})ms"),
+        ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM} train_time: ?(?P<train_minutes>{NUM})m\b"),  # from #1218 on
+        ("body", rf"{AT_STEP}val_loss: ?{NUM} val_bpb: ?{NUM}(?: train_time: ?(?P<train_ms>{NUM})ms)?"),
+        ("body", rf"stopping_early: ?(?P<stopped>\w+) train_time: ?(?P<train_ms>{NUM})ms step: ?(?P<steps>\d+)/\d+"),
+        ("body", rf"Code size(?: \(uncompressed\))?: (?P<bytes_source>{INT}) bytes"),
+        ("body", rf"Code size \(compressed\): (?P<bytes_packed>{INT}) bytes"),
+        ("body", rf"Serialized model [^:]+: (?P<bytes_model>{INT}) bytes"),
+        ("body", rf"Total submission size [^:]+: (?P<bytes_total>{INT}) bytes"),
+        ("body", rf"artifact:\S+ .*\bcode:(?P<bytes_source>{INT})"),  # ternary
+        ("body", rf"budget:(?P<bytes_total>{INT})/\d+"),  # ternary
+        ("body", rf"GPTQ:collected \d+ Hessians in (?P<hessian_seconds>{NUM})s"),
+        ("body", rf"ttt_lora:compile warmup done \((?P<compile_seconds>{NUM})s\)"),
+        ("body", rf"total_eval_time: ?(?P<total_eval_seconds>{NUM})s"),
+        ("body", r"ttt_phased: total_docs:(?P<val_documents>\d+)"),
+    )
+)
+SCORE_LINE = re.compile(
+    rf"(?P<label>[A-Za-z][\w +.-]*?)(?: stride:\d+)? val_loss: ?(?P<loss>{NUM}) val_bpb: ?(?P<bpb>{NUM})"
+    rf"(?: stride:\d+)?(?: eval_time: ?(?P<ms>{NUM})ms| time: ?(?P<s>{NUM})s)?"
+)
+STAMP = re.compile(r"(?:\[[^\]]*\]:? ?|\d+\.\d+ |\d{4}-\d\d-\d\d[T ][\d:.,]+Z? )*")  # rank, epoch or date before a line
+SETTING = re.compile(r" +(?P<key>\w+)(?:=|: )(?P<value>.*?)(?: \(given\))?$")  # this repository's, and from #1218 on
+PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$")  # the baseline's settings: names and values on a few lines
+OWN_SETTINGS = re.compile(
+    r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE
+)  # each run has its own
+IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights that are not the artifact's
+NO_RESULT = re.compile(r"diagnostic|" + IN_MEMORY.pattern, re.IGNORECASE)
+RESULT_SCORES = (("ttt", "legal_ttt"), ("sliding", "final_int6_sliding_window"), ("roundtrip", "final_int6_roundtrip"))
+COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total", "train_shards",
+          "val_tokens", "val_documents")  # fmt: skip
+
+
+@dataclass
+class Score:
+    """One scored evaluation: nats per token, bits per byte, seconds (None: not said), decimals printed."""
+
+    label: str
+    val_loss: float
+    val_bpb: float
+    seconds: float | None
+    decimals: int
+    line: str
+
+    @property
+    def tokens_per_byte(self) -> float:
+        return self.val_bpb * math.log(2) / self.val_loss if self.val_loss else math.nan
+
+
+@dataclass
+class LogFacts:
+    """What the logs of one training run say, its evaluator's included; None where they do not say it.
+
+    `train_seconds` is the contest's clock: RESULT's, else the training loop's. `eval_seconds` is the headline's pass,
+    `eval_all_seconds` every pass over the artifact and compilation too. `bytes_code` is the code as counted,
+    `bytes_source` before packing. `evidence` has the line of each fact, `conflicts` what contradicts itself.
+    """
+
+    paths: list[Path]
+    seed: int | None = None
+    steps: int | None = None
+    step_avg_ms: float | None = None
+    train_seconds: float | None = None
+    hessian_seconds: float | None = None
+    eval_seconds: float | None = None
+    eval_all_seconds: float | None = None
+    bytes_source: int | None = None
+    bytes_code: int | None = None
+    bytes_model: int | None = None
+    bytes_total: int | None = None
+    model_params: int | None = None
+    train_shards: int | None = None
+    val_tokens: int | None = None
+    val_documents: int | None = None
+    tokenizer: str | None = None
+    stopped: str | None = None
+    headline: Score | None = None
+    scores: list[Score] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    source_sha256: list[str] = field(default_factory=list)
+    results: list[dict] = field(default_factory=list)
+    result: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, str] = field(default_factory=dict)
+    conflicts: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return " + ".join(path.name for path in self.paths)
+
+    @property
+    def val_bpb(self) -> float | None:
+        return self.headline.val_bpb if self.headline else None
+
+    @property
+    def val_loss(self) -> float | None:
+        return self.headline.val_loss if self.headline else None
+
+    def cite(self, key: str) -> str:
+        """The line that a fact rests on."""
+        return self.evidence.get(key) or f"{self.name}: RESULT {key}"
+
+
+def read_log(path: str | Path, *more: str | Path) -> LogFacts:
+    """What a log says; with MORE, what the logs of one training run say. ValueError where one cannot be read."""
+    facts, found = LogFacts([Path(path), *map(Path, more)]), {}
+    for each in facts.paths:
+        try:
+            text = each.read_bytes().decode("utf-8", errors="replace")
+        except OSError as error:
+            raise ValueError(f"{each}: {error.strerror}") from error
+        read_text(text, each.name, facts, found)
+    facts.result = fold_results(facts)
+    counted = "bytes_packed" if "bytes_packed" in found else "bytes_source"
+    found["bytes_code"], facts.evidence["bytes_code"] = found.get(counted), facts.evidence.get(counted, "")
+    if "train_minutes" in found and "stopped" not in found:
+        found["train_ms"] = 60_000 * found["train_minutes"]
+    loop_ms = found.get("train_ms")
+    for key in COUNTS:
+        value = facts.result.get(key, found.get(key))
+        setattr(facts, key, None if value is None else int(value))
+    facts.stopped, facts.tokenizer = found.get("stopped"), found.get("tokenizer")
+    facts.hessian_seconds = found.get("hessian_seconds")
+    facts.train_seconds = facts.result.get("train_seconds", loop_ms / 1000 if loop_ms else None)
+    facts.step_avg_ms = facts.result.get("step_avg_ms", loop_ms / facts.steps if loop_ms and facts.steps else None)
+    if facts.bytes_total is None and None not in (facts.bytes_code, facts.bytes_model):
+        facts.bytes_total = facts.bytes_code + facts.bytes_model
+    elif facts.bytes_model is None and None not in (facts.bytes_code, facts.bytes_total):
+        facts.bytes_model = facts.bytes_total - facts.bytes_code
+    choose_headline(facts, found)
+    facts.conflicts += contradictions(facts, found)
+    return facts
+
+
+def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> None:
+    """Collect what the lines of one log say; of a line that a progress bar overwrote, what was left standing counts."""
+    lines = [STAMP.sub("", line.rstrip().rpartition("\r")[2], count=1) for line in text.split("\n")]
+    start = next((i for i, line in enumerate(lines) if re.match(r"model_params: ?\d", line)), 0)
+    for index, line in enumerate(lines):
+        body, cited = index >= start, f"{name}:{index + 1}: {line.strip()[:140]}"
+        if line.startswith("RESULT {"):
+            try:
+                facts.results.append(json.loads(line.removeprefix("RESULT ")))
+            except ValueError:
+                facts.conflicts.append(f"{cited}: not JSON, so cut off or altered")
+        elif body and (scored := SCORE_LINE.match(line)):
+            add_score(facts.scores, scored, cited)
+        else:
+            for where, pattern in LINES:
+                if (body or where == "any") and (match := pattern.match(line)):
+                    told = {key: value for key, value in match.groupdict().items() if value is not None}
+                    if told.get("seed", found.get("seed")) != found.get("seed", told.get("seed")):
+                        facts.conflicts.append(f"two seeds in one log: {facts.cite('seed')}; {cited}")
+                    found |= {k: v if k in ("tokenizer", "stopped", "seed") else number(v) for k, v in told.items()}
+                    facts.evidence |= dict.fromkeys(told, cited)
+        if "steps" not in found and (match := SETTING.match(line)):
+            facts.settings[match["key"].lower()] = match["value"]
+        elif "steps" not in found and body and PAIRS.match(line):
+            facts.settings |= dict(pair.split(":", 1) for pair in line.split(" "))
+    blocks = re.split(r"(?m)^={20,}$", "\n".join(lines))  # between rulers the baseline prints its program
+    programs = (b for b in blocks if b.count("\n") > 50 and re.search(r"(?m)^(import|from) \w", b))
+    facts.source_sha256 += [hashlib.sha256(program.strip().encode()).hexdigest() for program in programs]
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def add_score(scores: list[Score], match: re.Match, cited: str) -> None:
+    """Append a score, or join it to the same evaluation printed before with more or fewer digits."""
+    seconds = number(match["ms"]) / 1000 if match["ms"] else number(match["s"]) if match["s"] else None
+    decimals = len(match["bpb"].partition(".")[2])
+    new = Score(match["label"].strip(), number(match["loss"]), number(match["bpb"]), seconds, decimals, cited)
+    for index, old in enumerate(scores):
+        apart = max(abs(old.val_loss - new.val_loss), abs(old.val_bpb - new.val_bpb))
+        same = old.label.removesuffix("_exact") == new.label.removesuffix("_exact")
+        if same and apart < 0.51 * 10.0 ** -min(old.decimals, new.decimals):
+            better = max(old, new, key=lambda score: score.decimals)
+            scores[index] = replace(better, seconds=old.seconds if seconds is None else seconds)
+            return
+    scores.append(new)
+
+
+def fold_results(facts: LogFacts) -> dict[str, Any]:
+    """The trainer's RESULT with what the evaluator's replaces; the evaluator's carries the trainer's when alone."""
+    for result in facts.results:
+        broken = [k for k in (*COUNTS, "train_seconds", "eval_seconds") if k in result and not is_number(result[k])]
+        facts.conflicts += [f"{facts.name}: RESULT has {key} {result.pop(key)!r}" for key in broken]
+    trained = next((r for r in reversed(facts.results) if "train_seconds" in r), None)
+    evaluated = next((r for r in reversed(facts.results) if "val_bpb_ttt" in r), None)
+    if evaluated is None:
+        return dict(trained or {})
+    trained = trained or evaluated.get("trainer") or {}
+    if trained.get("sha256_artifact", evaluated.get("sha256_artifact")) != evaluated.get("sha256_artifact"):
+        facts.conflicts.append(
+            f"{facts.name}: the evaluator scored another artifact than the trainer's (sha256_artifact)"
+        )
+    kept = re.compile("val_|bytes_|eval_seconds|sha256_artifact")
+    legal = bool(evaluated.get("legal") and trained.get("legal", True))
+    return trained | {key: value for key, value in evaluated.items() if kept.match(key)} | dict(legal=legal)
+
+
+def choose_headline(facts: LogFacts, found: Mapping[str, Any]) -> None:
+    """The last score of the artifact; a label that repeats an earlier one's values is an alias of that."""
+    for name, label in RESULT_SCORES:
+        loss, bpb = facts.result.get(f"val_loss_{name}"), facts.result.get(f"val_bpb_{name}")
+        if not facts.scores and loss is not None and bpb is not None:
+            facts.scores = [Score(label, loss, bpb, None, 16, f"{facts.name}: RESULT val_bpb_{name}")]
+    first: dict[tuple[float, float], Score] = {}
+    for score in facts.scores:
+        if not NO_RESULT.search(score.label):
+            facts.headline = first.setdefault((score.val_loss, score.val_bpb), score)
+            if facts.headline is not score:
+                facts.aliases[score.label] = facts.headline.label
+    if "eval_seconds" in facts.result:
+        facts.eval_seconds = facts.eval_all_seconds = facts.result["eval_seconds"]
+        return
+    facts.eval_seconds = facts.headline.seconds if facts.headline else None
+    if facts.eval_seconds is None:
+        facts.eval_seconds = found.get("total_eval_seconds")
+    if facts.eval_seconds is not None:
+        passes = (score.seconds or 0.0 for score in facts.scores if not IN_MEMORY.search(score.label))
+        facts.eval_all_seconds = max(facts.eval_seconds, sum(passes) + found.get("compile_seconds", 0.0))
+
+
+def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
+    """Where the RESULT line says something else than the log's own lines."""
+    result, name = facts.result, facts.name
+    for key in ("seed", "model_params", "bytes_code", "bytes_model", "bytes_total"):
+        if key in result and found.get(key) is not None and result[key] != int(found[key]):
+            yield f"{name}: RESULT has {key} {result[key]}, but {facts.cite(key)}"
+    if found.get("steps", 0) > result.get("steps", math.inf):
+        yield f"{name}: RESULT has steps {result['steps']}, but {facts.cite('steps')}"
+    if found.get("train_ms", 0) / 1000 > result.get("train_seconds", math.inf) + 0.5:
+        yield f"{name}: RESULT has train_seconds {result['train_seconds']:.3f}, but {facts.cite('train_ms')}"
+    for key, label in (*RESULT_SCORES, ("ttt", "invalid_ttt")):
+        told = result.get(f"val_bpb_{key}")
+        for score in facts.scores if told is not None else ():
+            if score.label == f"{label}_exact" and abs(told - score.val_bpb) > 1e-7:
+                yield f"{name}: RESULT has val_bpb_{key} {told:.8f}, but {score.line}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a record
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Record:
+    """A record folder, a run of this repository, or a lone log. `claims` are submission.json, its floats as Decimal."""
+
+    path: Path
+    kind: str  # "folder", "run" or "log"
+    runs: list[LogFacts] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    claims: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    readme: str = ""
+    code: list[Path] = field(default_factory=list)
+    artifacts: list[Path] = field(default_factory=list)
+    certificates: list[Path] = field(default_factory=list)
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def values(self, fact: str) -> list[Any]:
+        """A fact of every run that says it, in the runs' order; numbers that are none are left out."""
+        return [value for run in self.runs if (value := getattr(run, fact)) is not None and math.isfinite(value)]
+
+
+def read_record(path: str | Path) -> Record:
+    """Read a record folder, a run folder or a log. ValueError where there is none of them."""
+    path = Path(path)
+    if path.is_file():
+        return Record(path, "log", [read_log(path)])
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    is_run = (path / "train.log").exists() and bool({"config.json", "result.json"} & {p.name for p in files})
+    record = Record(path, "run" if is_run else "folder")
+    record.code = [p for p in files if p.suffix == ".py"]
+    record.artifacts = [p for p in files if p.suffix == ".ptz"]
+    record.certificates = [p for p in files if re.fullmatch(r"certificate.*\.txt", p.name)]
+    record.manifest = read_object(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
+    if is_run:
+        record.runs = [read_log(*(path / name for name in ("train.log", "eval_ttt.log") if (path / name).exists()))]
+        return record
+    not_logs = re.compile(r"requirements|certificate|readme|license", re.IGNORECASE)
+    for run in gather_runs(p for p in files if p.suffix in (".log", ".txt") and not not_logs.match(p.name)):
+        same = [r for r in record.runs if run.headline and (r.seed, r.val_bpb) == (run.seed, run.val_bpb)]
+        record.copies += [f"{run.name} repeats {twin.name}: seed {run.seed}" for twin in same]
+        record.runs += [] if same else [run]
+    named = sorted(path.glob("submission*.json"), key=lambda p: p.name != "submission.json")
+    record.claims = read_object(named[0], record.problems) if named else {}
+    record.readme = "\n".join(p.read_text(errors="replace") for p in files if p.name.lower() == "readme.md")
+    return record
+
+
+def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_float=Decimal)
+    except ValueError as error:
+        content = error
+    if not isinstance(content, dict):
+        problems.append(f"{path.name} is not a JSON object: {str(content)[:80]}")
+        return {}
+    return content
+
+
+def gather_runs(paths: Iterable[Path]) -> list[LogFacts]:
+    """One LogFacts a training run: an evaluator's log joins the trainer's of its artifact, else of its seed."""
+    logs = [log for log in map(read_log, paths) if log.paths[0].suffix == ".log" or log.scores or log.steps]
+    runs = [log for log in logs if "steps" in log.evidence or not log.scores]
+    for log in [log for log in logs if "steps" not in log.evidence and log.scores]:
+        key, seeds = log.result.get("sha256_artifact"), {log.seed, file_seed(log)} - {None}
+        waiting = [r for r in runs if "val_bpb_ttt" not in r.result]
+        same = [r for r in waiting if key and r.result.get("sha256_artifact") == key]
+        same = same or [r for r in waiting if r.seed in seeds and not r.result.get("sha256_artifact")]
+        if same:
+            runs[runs.index(same[0])] = read_log(*same[0].paths, *log.paths)
+        else:
+            runs.append(log)
+    return runs
+
+
+def file_seed(log: LogFacts) -> int | None:
+    match = re.search(r"seed[_-]?(\d+)", log.paths[0].name)
+    return int(match[1]) if match else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Test(NamedTuple):
+    """A one-sided test that the new scores are lower."""
+
+    name: str
+    t: float
+    df: float
+    p: float
+
+    def __str__(self) -> str:
+        return f"{self.name} t={self.t:.2f} df={self.df:.2f} p={self.p:.2g}"
+
+
+def welch(new: Sequence[float], old: Sequence[float]) -> Test:
+    """Two samples of unequal variance, in any unit."""
+    result = stats.ttest_ind(new, old, equal_var=False, alternative="less")
+    return Test("Welch", float(result.statistic), float(result.df), float(result.pvalue))
+
+
+def paired(new: Mapping[int, float], old: Mapping[int, float]) -> Test:
+    """The seeds that both have, pair by pair."""
+    seeds = sorted(new.keys() & old.keys())
+    result = stats.ttest_rel([new[s] for s in seeds], [old[s] for s in seeds], alternative="less")
+    return Test(f"{len(seeds)} pairs of a seed", float(result.statistic), float(result.df), float(result.pvalue))
+
+
+def one_sample(scores: Sequence[float], threshold: float) -> Test:
+    """One sample against a threshold in the same unit."""
+    result = stats.ttest_1samp(scores, threshold, alternative="less")
+    return Test(f"against {threshold:.5f}", float(result.statistic), float(result.df), float(result.pvalue))
+
+
+def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
+    """How much lower NEW's mean is than OLD's, in nats a token and in bpb, and tests of the bpb.
+
+    Welch's, one sample against OLD's mean less the margin, and paired where two seeds or more are in both. ValueError
+    where either record has fewer than two scores.
+    """
+    ours, theirs = new.values("val_bpb"), old.values("val_bpb")
+    if min(len(ours), len(theirs)) < 2:
+        raise ValueError(f"{new.path.name} and {old.path.name} must have two scores each to be compared")
+    gain, factor = mean(theirs) - mean(ours), nats_per_bpb(new)
+    seeds = [{run.seed: run.val_bpb for run in record.runs if run.headline} for record in (new, old)]
+    pairs = [paired(*seeds)] if len(seeds[0].keys() & seeds[1].keys()) > 1 else []
+    return gain * factor, gain, [welch(ours, theirs), one_sample(ours, mean(theirs) - MARGIN_NATS / factor), *pairs]
+
+
+def nats_per_bpb(record: Record) -> float:
+    """Nats a token of one bit per byte, by a record's own scores."""
+    return math.log(2) / mean(run.headline.tokens_per_byte for run in record.runs if run.headline)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules on files and claims
+# ----------------------------------------------------------------------------------------------------------------------
+
+Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence
+REQUIRED_KEYS = {"name": str, "author": str, "github_id": str, "date": str, "val_bpb": (int, Decimal)}
+USUAL_KEYS = ("blurb", "bytes_total", "track", "seeds", "val_loss")
+SCORE_DECIMALS = {"val_bpb": 4, "val_loss": 4}  # a score with fewer digits is meant to be exact
+SEED_CLAIMS = (  # key of a seed's entry in submission.json, fact, factor, tolerance beyond the digits given
+    ("val_bpb", "val_bpb", 1, 0),
+    ("val_loss", "val_loss", 1, 0),
+    ("artifact_bytes", "bytes_total", 1, 0),
+    ("bytes_total", "bytes_total", 1, 0),
+    ("steps", "steps", 1, 0),
+    ("step_avg_ms", "step_avg_ms", 1, 0),
+    ("train_time_s", "train_seconds", 1, 0.05),
+    ("train_time_ms", "train_seconds", 1000, 50),
+    ("eval_time_s", "eval_seconds", 1, 0.05),
+    ("eval_time_ms", "eval_seconds", 1000, 50),
+    ("ttt_time_ms", "eval_seconds", 1000, 50),
+)
+MEAN_CLAIMS = (  # key of submission.json, fact, what the seeds' values make
+    ("val_bpb", "val_bpb", mean),
+    ("val_loss", "val_loss", mean),
+    ("val_bpb_std", "val_bpb", stdev),
+    ("val_loss_std", "val_loss", stdev),
+    ("bytes_code", "bytes_code", max),
+    ("bytes_total", "bytes_total", max),
+    ("artifact_bytes_max", "bytes_total", max),
+    ("artifact_bytes_mean", "bytes_total", mean),
+    ("train_steps_mean", "steps", mean),
+    ("step_avg_ms_mean", "step_avg_ms", mean),
+    ("train_time_s_mean", "train_seconds", mean),
+    ("eval_time_s_mean", "eval_seconds", mean),
+)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+
+
+def agrees(claim: Any, value: float, slack: float = 0.0, decimals: int = 0) -> bool:
+    """Whether a claim is a value rounded to the digits that the claim gives, or to DECIMALS if they are more."""
+    digits = claim.as_tuple().exponent if isinstance(claim, Decimal) else 0
+    return abs(float(claim) - value) <= 0.501 * 10.0 ** min(digits, -decimals) + slack
+
+
+def seed_claims(record: Record) -> dict[int, dict[str, Any]]:
+    """The entries of submission.json for single seeds."""
+    for entries in (record.claims.get("seed_results"), record.claims.get("seeds")):
+        if isinstance(entries, dict):
+            return {int(k): v for k, v in entries.items() if k.isdigit() and isinstance(v, dict)}
+    return {}
+
+
+def claimed_seeds(record: Record) -> list[int]:
+    seeds = record.claims.get("seeds")
+    return [seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else list(seed_claims(record))
+
+
+def check_files(record: Record) -> Iterator[Finding]:
+    names, folder = {p.name for p in record.path.iterdir()}, record.path.resolve().name
+    for name in ("README.md", "submission.json", "train_gpt.py"):
+        if name not in names:
+            yield "fail", f"{name} is not in {folder}/"
+    if not record.runs:
+        yield "fail", f"no training log in {folder}/"
+    if not re.fullmatch(r"\d{4}-(0\d|1[0-2])-([0-2]\d|3[01])_.+", folder):
+        yield "fail", f"{folder} is not YYYY-MM-DD_Description"
+    elif re.search(r"[^\w.+,=-]", folder):
+        yield "warn", f"{folder!r} holds spaces or signs"
+    yield "pass", ", ".join(sorted(names))
+
+
+def check_json(record: Record) -> Iterator[Finding]:
+    yield from (("fail", problem) for problem in record.problems)
+    for key, kind in REQUIRED_KEYS.items():
+        if not isinstance(record.claims.get(key), kind) or isinstance(record.claims[key], bool):
+            yield "fail", f"submission.json: {key} is {record.claims.get(key, 'missing')}"
+    if not re.match(r"\d{4}-\d\d-\d\d", str(record.claims.get("date", "2026-01-01"))):
+        yield "fail", f"submission.json: date {record.claims['date']} is not ISO"
+    if missing := [key for key in USUAL_KEYS if key not in record.claims]:
+        yield "warn", f"submission.json lacks usual keys: {', '.join(missing)}"
+    yield "pass", f"submission.json: {len(record.claims)} keys"
+
+
+def check_claims(record: Record) -> Iterator[Finding]:
+    """Each number of submission.json is the logs', rounded to the digits that it gives."""
+    claims, entries, by_seed = record.claims, seed_claims(record), {run.seed: run for run in record.runs}
+    for seed, entry in entries.items():
+        for key, fact, factor, slack in SEED_CLAIMS:
+            value, digits = getattr(by_seed.get(seed), fact, None), SCORE_DECIMALS.get(key, 0)
+            if value is None or not is_number(entry.get(key)):
+                continue
+            if not agrees(entry[key], factor * value, slack, digits):
+                told = f"{entry[key]} in submission.json, {factor * value:.10g} in {by_seed[seed].name}"
+                yield "fail", f"seed {seed}: {key} is {told}"
+    for key, fact, combine in MEAN_CLAIMS:
+        keys = [name for name, its, factor, _ in SEED_CLAIMS if its == fact and factor == 1]
+        unlogged = [
+            next((e[k] for k in keys if is_number(e.get(k))), None) for s, e in entries.items() if s not in by_seed
+        ]
+        values = record.values(fact) + [float(value) for value in unlogged if value is not None]
+        if is_number(claims.get(key)) and len(values) > (combine is stdev):
+            lost = [seed for seed in claimed_seeds(record) if seed not in by_seed]
+            yield compare_claim(key, claims[key], values, combine, lost)
+
+
+def compare_claim(key: str, claim: Any, values: list[float], combine: Callable, lost: list[int]) -> Finding:
+    derived, decimals = f"{combine.__name__} {combine(values):.10g} of {len(values)}", SCORE_DECIMALS.get(key, 0)
+    if agrees(claim, combine(values), 0, decimals) or (key == "bytes_total" and agrees(claim, mean(values))):
+        return "pass", f"{key} {claim}: the logs' {derived}"
+    if combine is stdev and agrees(claim, pstdev(values)):
+        return "warn", f"{key} {claim} is the population's deviation; the sample's is {stdev(values):.6f}"
+    if lost:
+        return "warn", f"{key} {claim} cannot be derived: seeds {lost} have no log; the others' {derived}"
+    if combine is not stdev and any(agrees(claim, value, 0, decimals) for value in values):
+        return "warn", f"{key} {claim} is one seed's; the logs' {derived}"
+    return "fail", f"{key} is {claim} in submission.json, the logs' {derived}"
+
+
+def check_seeds(record: Record) -> Iterator[Finding]:
+    runs, claimed = record.runs, claimed_seeds(record)
+    seeds = sorted({run.seed for run in runs} - {None})
+    if len(seeds) < MIN_SEEDS:
+        yield "fail", f"{len(seeds)} distinct seeds in the logs, {MIN_SEEDS} are needed: {seeds}"
+    for seed, count in Counter(run.seed for run in runs).items():
+        if count > 1:
+            yield "fail", f"seed {seed} twice, with other scores: {', '.join(r.name for r in runs if r.seed == seed)}"
+    for bpb, count in Counter(record.values("val_bpb")).items():
+        if count > 1:
+            names = ", ".join(run.name for run in runs if run.val_bpb == bpb)
+            yield "fail", f"the same score {bpb:.8f} under several seeds, so a copy: {names}"
+    for run in runs:
+        if file_seed(run) not in (None, run.seed):
+            yield "fail", f"{run.name} is named for seed {file_seed(run)}, but {run.cite('seed')}"
+    yield from (("warn", copy) for copy in record.copies)
+    if len(set(claimed)) < len(claimed):
+        yield "fail", f"submission.json has a seed twice: {claimed}"
+    if lost := sorted(set(claimed) - set(seeds)):
+        yield "fail", f"submission.json has seeds {lost}, but no log has: {seeds}"
+    if claimed and (more := sorted(set(seeds) - set(claimed))):
+        yield "warn", f"submission.json leaves out seeds {more} that have logs: were the others chosen?"
+    yield "pass", f"seeds {seeds}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules on logs
+# ----------------------------------------------------------------------------------------------------------------------
+
+WANTED = ("seed", "steps", "step_avg_ms", "train_seconds", "eval_seconds", "bytes_code", "bytes_model", "val_tokens")
+
+
+def check_log(record: Record) -> Iterator[Finding]:
+    for run in record.runs:
+        yield from (("fail", conflict) for conflict in run.conflicts)
+        if missing := [key for key in WANTED if getattr(run, key) is None]:
+            yield "warn", f"{run.name}: no line gives {', '.join(missing)}"
+        if run.headline is None:
+            yield "fail", f"{run.name}: no final scored line"
+        elif not 0 < run.headline.val_bpb < math.inf:
+            yield "fail", run.headline.line
+        else:
+            also = "".join(f"; {label} repeats {first}, an alias" for label, first in run.aliases.items())
+            yield "pass", run.headline.line + also
+
+
+def check_settings(record: Record) -> Iterator[Finding]:
+    for run in record.runs[1:]:
+        first, own = record.runs[0].settings, run.settings
+        other = sorted(k for k in first.keys() & own.keys() if first[k] != own[k] and not OWN_SETTINGS.fullmatch(k))
+        if other:
+            shown = ", ".join(f"{key} {first[key]} and {own[key]}" for key in other)
+            yield "fail", f"{record.runs[0].name} and {run.name} have different settings: {shown}"
+    yield "pass", f"{len(record.runs[0].settings) if record.runs else 0} settings are the same in all logs"
+
+
+def check_code(record: Record) -> Iterator[Finding]:
+    """One code in all logs, and the shipped files are it."""
+    hashed = [(run.name, r["sha256_code"]) for run in record.runs for r in run.results if "sha256_code" in r]
+    shipped = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in record.code}
+    for name, code in hashed:
+        if changed := sorted(k for k in code if code[k] != hashed[0][1].get(k)):
+            yield "fail", f"{', '.join(changed)} changed between {hashed[0][0]} and {name} (sha256_code)"
+        for file in code if shipped or record.kind == "folder" else ():
+            if shipped.get(file) != code[file]:
+                what = "as shipped is not what" if file in shipped else "is not shipped, but"
+                yield "fail", f"{file} {what} ran in {name} (sha256 {code[file][:12]}..)"
+    if len({tuple(run.source_sha256) for run in record.runs if run.source_sha256}) > 1:
+        yield "fail", "the source that the logs print changed between seeds"
+    if len(set(record.values("bytes_source"))) > 1:
+        yield "fail", "code changed between seeds: " + "; ".join(run.cite("bytes_source") for run in record.runs)
+    yield "pass", f"{len(hashed)} logs name one code, size {sorted(set(record.values('bytes_source')))}"
+
+
+def counted_files(record: Record) -> list[Path]:
+    """The shipped files that count: those that RESULT hashes, else train_gpt.py; and what they import."""
+    named = {n for run in record.runs for r in run.results for n in r.get("sha256_code", ())} or {"train_gpt.py"}
+    files, names = {p.name: p for p in record.code}, sorted(named)
+    for name in names:
+        more = {f"{module}.py" for module in imports(parse_python(files[name])[0])} if name in files else set()
+        names += sorted((more & files.keys()) - set(names))
+    return [files[name] for name in names if name in files]
+
+
+def check_sizes(record: Record) -> Iterator[Finding]:
+    """Sizes in the log add up, are the files', and stay under the cap in every way of adding."""
+    files = counted_files(record)
+    shipped = sum(p.stat().st_size for p in files)
+    for run in record.runs:
+        code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
+        if None in (code, model, total):
+            yield "warn", f"{run.name}: no line gives the size of {'code' if code is None else 'the model'}"
+            continue
+        sums = {"in the log": total, "code and model in the log": code + model}
+        if code + model != total:
+            yield "fail", f"{code} + {model} is not {total}: {run.cite('bytes_total')}"
+        if run.bytes_source not in (None, code):
+            yield "warn", f"counted packed, shipped are {shipped or run.bytes_source}: {run.cite('bytes_code')}"
+        elif files:
+            sums["code as shipped and model"] = shipped + model
+            if shipped != code:
+                names = ", ".join(p.name for p in files)
+                yield "fail", f"{names} have {shipped} bytes, the log counts {code}: {run.cite('bytes_code')}"
+        way, worst = max(sums.items(), key=lambda item: item[1])
+        if worst > SIZE_CAP:
+            yield "fail", f"{worst} bytes ({way}), {worst - SIZE_CAP} over {SIZE_CAP}: {run.cite('bytes_total')}"
+        yield "pass", f"{worst} bytes of {SIZE_CAP}: {run.cite('bytes_total')}"
+
+
+def check_train_time(record: Record) -> Iterator[Finding]:
+    for run in record.runs:
+        if run.train_seconds is None:
+            yield "warn", f"{run.name}: no line gives the time of training"
+            continue
+        own_clock = "train_seconds" in run.result
+        cited = f"{run.train_seconds:.3f} s: {f'{run.name}: RESULT' if own_clock else run.cite('train_ms')}"
+        over = run.train_seconds - TIME_LIMIT
+        late = over + (run.hessian_seconds or 0)
+        if over > 0 and not own_clock and run.stopped and over <= 2 * (run.step_avg_ms or 0) / 1000:
+            yield "warn", f"over {TIME_LIMIT:.0f} s by the loop's last steps, as in merged records: {cited}"
+        elif over > 0:
+            yield "fail", f"over {TIME_LIMIT:.0f} s: {cited}"
+        elif late > 0:
+            calibrated = f"{TIME_LIMIT + late:.1f} s with calibration, which counts if it reads training data"
+            yield "warn", f"{calibrated}: {run.cite('hessian_seconds')}"
+        yield "pass", cited
+
+
+def check_eval_time(record: Record) -> Iterator[Finding]:
+    for run in record.runs:
+        if run.eval_seconds is None:
+            yield "warn", f"{run.name}: no line gives the time of evaluation"
+            continue
+        cited = f"{run.eval_seconds:.1f} s, with every pass and compilation {run.eval_all_seconds:.1f} s: {run.name}"
+        status = "fail" if run.eval_seconds > TIME_LIMIT else "warn" if run.eval_all_seconds > TIME_LIMIT else "pass"
+        yield status, f"over {TIME_LIMIT:.0f} s: {cited}" if status != "pass" else cited
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules on scores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def published(run: LogFacts) -> Published | None:
+    """The published validation set that a log's number of tokens stands for, else its tokenizer's."""
+    if run.val_tokens is None:
+        return by_tokenizer(run)
+    near = [p for p in PUBLISHED if 0 <= p.tokens - run.val_tokens <= TAIL_TOKENS]
+    return min(near, key=lambda p: p.tokens - run.val_tokens, default=None)
+
+
+def by_tokenizer(run: LogFacts) -> Published | None:
+    match = re.search(r"fineweb_(\d+)_bpe(.*caseops)?", run.tokenizer or "")
+    name = f"sp{match[1]}{' caseops' if match[2] else ''}" if match else ""
+    return next((p for p in PUBLISHED if p.name == name), None)
+
+
+def own_ratio(record: Record) -> float | None:
+    """Tokens per byte of the validation text, by a manifest.json of data/prepare.py."""
+    splits = record.manifest.get("splits")
+    val = splits.get("val") if isinstance(splits, dict) else None
+    return val["tokens"] / val["text_bytes"] if val and val.get("text_bytes") and val.get("tokens") else None
+
+
+def check_bytes(record: Record) -> Iterator[Finding]:
+    """Tokens per byte, which follow from a score's two units, are those of the validation set."""
+    rows = [(run, s) for run in record.runs for s in run.scores if 0 < min(s.val_loss, s.val_bpb) < math.inf]
+    for run, score in rows:
+        known, ratio, own = published(run), score.tokens_per_byte, own_ratio(record)
+        expected = own or (known.tokens_per_byte if known else rows[0][1].tokens_per_byte)
+        source = "manifest.json" if own else known.name if known else rows[0][1].line
+        rounding = 10.0**-score.decimals * (1 / score.val_bpb + 1 / score.val_loss)
+        if abs(ratio / expected - 1) > RATIO_TOLERANCE + rounding:
+            tokens = run.val_tokens or (known.tokens if known else 0)
+            counted = f"{tokens / ratio:,.0f} bytes were counted instead of {tokens / expected:,.0f}"
+            yield "fail", f"{ratio:.5f} tokens per byte, {source} has {expected:.5f}: {counted}: {score.line}"
+        elif score is run.headline:
+            shown = f"{ratio:.5f} tokens per byte: {run.name}"
+            yield ("pass", f"{source} has {shown}") if known or own else ("warn", f"nothing to compare with {shown}")
+
+
+def check_validation(record: Record) -> Iterator[Finding]:
+    """All of the validation set is scored and none of it was trained on, as far as logs can tell."""
+    shards = [s for s in record.manifest.get("shards") or () if isinstance(s, dict)]
+    train, val = ({s.get("sha256") for s in shards if s.get("split") == split} for split in ("train", "val"))
+    if train & val:
+        yield "fail", f"manifest.json has a shard on both sides: {sorted(map(str, train & val))}"
+    for run in record.runs:
+        known, named = published(run), by_tokenizer(run)
+        if run.train_shards == LEAKY_SHARDS:
+            yield "fail", f"an export that trains on 40,000 validation documents: {run.cite('train_shards')}"
+        if known and run.val_documents not in (None, VAL_DOCUMENTS):
+            yield "fail", f"a part of the {VAL_DOCUMENTS} validation documents: {run.cite('val_documents')}"
+        if re.fullmatch(r"0?\.\d+", run.settings.get("val_doc_fraction", "1.0")):
+            yield "fail", f"{run.name}: val_doc_fraction {run.settings['val_doc_fraction']}"
+        if named and (not known or known.name.split(" (")[0] != named.name):
+            what = f"{known.name}'s" if known else f"not the {named.tokens:,}"
+            other_export = not known and abs(run.val_tokens / named.tokens - 1) < EXPORT_TOLERANCE
+            told = f"{what} validation tokens under the tokenizer of {named.name}: {run.cite('val_tokens')}"
+            yield "warn" if other_export else "fail", told
+        elif known and known.name != known.name.split(" (")[0]:
+            yield "warn", f"{known.name}, not comparable with later scores: {run.cite('val_tokens')}"
+        elif run.val_tokens is None or not known:
+            yield "warn", f"no published validation set, or its size is not said: {run.name}"
+        else:
+            yield "pass", f"{known.name}: {run.cite('val_tokens')}"
+
+
+def check_units(record: Record) -> Iterator[Finding]:
+    """No number of one unit stands for the other: 0.005 nats a token is fewer bits per byte."""
+    if not record.values("val_bpb") or not all(0 < loss < math.inf for loss in record.values("val_loss")):
+        return
+    factor, claims = nats_per_bpb(record), record.claims
+    allowed = [factor, *(math.log(2) / p.tokens_per_byte for p in PUBLISHED)]
+    text = f"{record.readme}\n{json.dumps(claims, default=str)}"
+    pairs = [(m[1], m[2], m[0]) for m in re.finditer(r"(\d\.\d+)\s*bpb\W{1,8}(\d\.\d+)\s*nats", text, re.IGNORECASE)]
+    for key in (key for key in claims if key.endswith("_nats")):
+        bpb, nats = claims.get(key.removesuffix("_nats") + "_bpb"), claims[key]
+        if is_number(bpb) and is_number(nats):
+            pairs.append((str(abs(bpb)), str(abs(nats)), f"{key} {nats} beside {bpb} bpb"))
+    for bpb, nats, shown in pairs:
+        error = [10.0 ** Decimal(value).as_tuple().exponent for value in (bpb, nats)]
+        if all(abs(float(nats) - float(bpb) * f) > error[1] + f * error[0] for f in allowed):
+            confused = any(math.isclose(float(nats), float(bpb) * f, rel_tol=0.03) for f in (1, math.log(2)))
+            told = f"a bit per byte is {factor:.4f} nats a token here: {shown}"
+            yield ("fail", f"units confused, {told}") if confused else ("warn", f"units do not agree, {told}")
+    margin = f"0.005 nats a token are {MARGIN_NATS / factor:.5f} bpb here"
+    for match in re.finditer(r".{0,60}0\.005\s*(?:val_)?bpb.{0,40}", text, re.IGNORECASE):
+        yield "warn", f"{margin}: {match[0].strip()}"
+    yield "pass", f"{margin}; {len(pairs)} pairs of units agree"
+
+
+def check_significance(record: Record, against: Record) -> Iterator[Finding]:
+    """The gain over the record to beat, and the statistics that submission.json claims."""
+    nats, bpb, tests = compare(record, against)
+    shown = f"{nats:.5f} nats = {bpb:.5f} bpb better than {against.path.name}; {'; '.join(map(str, tests))}"
+    if nats >= MARGIN_NATS and tests[0].p < P_WRITTEN:
+        yield "pass", shown
+    elif nats > 0 and tests[0].p < P_APPLIED:
+        yield "warn", f"short of {MARGIN_NATS} nats at p<{P_WRITTEN}, but p<{P_APPLIED}, as applied later: {shown}"
+    else:
+        yield "fail", shown
+    for key, value in (("t_statistic", tests[0].t), ("welch_df", tests[0].df), ("p_value", tests[0].p)):
+        if is_number(record.claims.get(key)) and not agrees(record.claims[key], value):
+            yield "fail", f"{key} is {record.claims[key]} in submission.json, Welch gives {value:.6g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules on code
+# ----------------------------------------------------------------------------------------------------------------------
+
+VAL_NAME = re.compile(r"(val|valid|validation)_(toks?|tokens|token_ids|data|ids|loader|stream|batch(es)?|seqs|docs)$")
+TARGET_NAME = re.compile(r"(targets?|tgts?|labels?|y|next_tok\w*)(_np|_ids?|_tok\w*)?$")
+SCORING_CALL = re.compile(r"model$|forward|logits|cross_entropy|loss|nll|score|bpb")
+CHANGE_NAME = re.compile(r"slot|delta|bias|shift|logit")
+CALIBRATION_CALL = re.compile(r"hessian|calib|gptq|quantize")
+NETWORK = {"requests", "urllib", "urllib3", "httpx", "aiohttp", "huggingface_hub"}
+QUIET, GRADIENTS = {"no_grad", "inference_mode"}, {"backward", "grad"}
+LZMA2 = [{"id": lzma.FILTER_LZMA2}]
+UNPACKERS = (
+    lambda blob: zlib.decompressobj().decompress(blob, UNPACK_LIMIT),
+    lambda blob: lzma.LZMADecompressor().decompress(blob, UNPACK_LIMIT),
+    lambda blob: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(blob, UNPACK_LIMIT),
+    lambda blob: zstandard.ZstdDecompressor().stream_reader(blob).read(UNPACK_LIMIT),
+)
+
+
+def unpack(blob: bytes) -> Iterator[bytes]:
+    """What each compressor that can read a blob makes of it."""
+    for unpacker in UNPACKERS:
+        try:
+            yield unpacker(blob)
+        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError):
+            continue
+
+
+def parse_python(path: Path) -> tuple[ast.Module | None, str]:
+    """The syntax tree of a program, or of the program packed in it; None and the reason where there is none."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError) as error:
+        return None, f"{path.name} does not compile: {error}"
+    if "exec" not in {name for _, name, _ in called(tree)}:
+        return tree, ""
+    texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes)))
+    longest = max(texts, key=len, default="")
+    for decode in (base64.b85decode, base64.a85decode, base64.b64decode):
+        try:
+            for source in unpack(decode(longest)):
+                return ast.parse(source), ""
+        except (ValueError, SyntaxError):
+            continue
+    return (None, f"{path.name} is packed in a way that cannot be read") if len(longest) > 2000 else (tree, "")
+
+
+def called(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
+    """Line, last name and node of every call."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [(call.lineno, getattr(call.func, "attr", getattr(call.func, "id", "")), call) for call in calls]
+
+
+def names_in(*trees: ast.AST) -> set[str]:
+    """The variables and attributes that code mentions."""
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))
+    return {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
+
+
+def imports(tree: ast.Module | None) -> set[str]:
+    nodes = list(ast.walk(tree)) if tree else []
+    found = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return found | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def inputs_of(call: ast.Call) -> set[str]:
+    return names_in(*call.args, *(keyword.value for keyword in call.keywords))
+
+
+def quiet_calls(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
+    """The calls under no_grad or inference_mode."""
+    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.With) and names_in(*node.items) & QUIET)
+    return [call for block in blocks for call in called(block)]
+
+
+def scoring_lines(tree: ast.AST, scorers: Iterable[str] = ()) -> list[int]:
+    """Lines that compute losses without gradients, or call SCORERS, which do."""
+    quiet = [line for line, name, _ in quiet_calls(tree) if SCORING_CALL.search(name)]
+    return quiet + [line for line, name, _ in called(tree) if name in scorers]
+
+
+def made_from(function: ast.AST, sources: set[str]) -> set[str]:
+    """The variables of a function that depend on SOURCES."""
+    made, before = set(sources), set()
+    while made != before:
+        before = set(made)
+        for node in ast.walk(function):
+            origin = getattr(node, "iter", getattr(node, "value", None))
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            if isinstance(origin, ast.AST) and names_in(origin) & made:
+                stored = (n for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name))
+                made |= {name.id for name in stored if isinstance(name.ctx, ast.Store)}
+    return made
+
+
+def learning_lines(function: ast.AST, sources: set[str], scorers: Iterable[str] = ()) -> list[int]:
+    """Lines that take gradients, in the innermost loop, of losses of what depends on SOURCES (none: of anything)."""
+    made, quiet = made_from(function, sources), {id(call) for _, _, call in quiet_calls(function)}
+    loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))]
+    takes = {id(loop): [line for line, name, _ in called(loop) if name in GRADIENTS] for loop in loops}
+    lines = []
+    for loop in loops:
+        losses = [c for _, name, c in called(loop) if SCORING_CALL.search(name) and name not in scorers]
+        fed = not sources or any(id(call) not in quiet and inputs_of(call) & made for call in losses)
+        if fed and not any(takes.get(id(inner)) for inner in ast.walk(loop) if inner is not loop):
+            lines += takes[id(loop)]
+    return sorted(lines)
+
+
+def find_shapes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and meaning of each shape of code that reviewers reject."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    scorers = {f.name for f in functions if names_in(*f.decorator_list) & QUIET}
+    scorers |= {f.name for f in functions if scoring_lines(f) and not learning_lines(f, set())}
+    for function in functions:
+        yield from learning_shapes(function, scorers - {function.name})
+    for node in ast.walk(tree):
+        xor = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor)
+        if xor or (isinstance(node, ast.Call) and called(node)[0][1] == "bitwise_xor"):
+            for name in sorted(filter(TARGET_NAME.match, names_in(node)))[:1]:
+                yield node.lineno, f"n-gram cache: a hash key of {name!r}, the token to be predicted"
+    for line, name, call in called(tree):
+        if CALIBRATION_CALL.search(name) and (val := sorted(filter(VAL_NAME.match, inputs_of(call)))):
+            yield line, f"calibration on the validation set: {name} is given {val[0]}"
+        if name == "exec" and {inner for _, inner, _ in called(call)} & {"open", "read_text", "read_bytes"}:
+            yield line, "uncounted code: exec of another file"
+
+
+def learning_shapes(function: ast.FunctionDef, scorers: set[str]) -> Iterator[tuple[int, str]]:
+    """What a function that is given validation tokens learns from them in the wrong order."""
+    arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+    val = {a.arg for a in arguments if VAL_NAME.match(a.arg)}
+    learned = learning_lines(function, val, scorers)
+    if val and learned and not any(line < learned[0] for line in scoring_lines(function, scorers)):
+        yield learned[0], f"adapts first: {function.name} learns from {min(val)} before it scores it"
+    for loop in (n for n in ast.walk(function) if isinstance(n, ast.For) and val):
+        repeats = any(re.search("epoch|pass", name) for name in names_in(loop.target, loop.iter))
+        inside = range(loop.lineno, (loop.end_lineno or 0) + 1)
+        if repeats and scoring_lines(loop, scorers) and any(line in inside for line in learned):
+            yield loop.lineno, f"several passes: {function.name} scores {min(val)} in every epoch that learns from it"
+    for node in ast.walk(function) if val or re.match("eval|score|slot", function.name) else ():
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, calls = node.targets[0].id, called(node.value)
+            free = any(k.arg == "requires_grad" for _, _, call in calls for k in call.keywords)
+            free = free or bool({"Parameter", "requires_grad_"} & {call for _, call, _ in calls})
+            if free and CHANGE_NAME.search(name) and any(line > node.lineno for line in learned):
+                yield node.lineno, f"SLOT: {function.name} optimises {name!r} on what it scores"
+
+
+def check_tree(record: Record) -> Iterator[Finding]:
+    """The syntax tree of the programs: evidence about structure, neither a proof nor an acquittal."""
+    for path in record.code:
+        tree, problem = parse_python(path)
+        if tree is None:  # nested quotes in f-strings need Python 3.12
+            yield "warn" if "packed" in problem or "f-string" in problem else "fail", problem
+            continue
+        yield from (("fail", f"{path.name}:{line}: {meaning}") for line, meaning in find_shapes(tree))
+        if path.name in ("train_gpt.py", "eval_ttt.py") and (network := sorted(imports(tree) & NETWORK)):
+            yield "warn", f"{path.name} imports {', '.join(network)}: evaluation may download nothing"
+    yield "pass", f"no known illegal shape in {', '.join(path.name for path in record.code) or 'no program'}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rules on artifact and legality
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def is_pickle(blob: bytes, packed: bool = True) -> bool:
+    """Whether a file is a pickle: plain, zipped as torch saves it, or (PACKED) compressed."""
+    if blob[:1] == b"\x80" and blob[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return True
+    if blob[:4] == b"PK\x03\x04":
+        return b".pkl" in blob
+    return packed and any(is_pickle(inner, False) for inner in unpack(blob))
+
+
+def check_artifact(record: Record) -> Iterator[Finding]:
+    """What the logs scored, unaltered, and read without executing anything."""
+    scored = {run.result["sha256_artifact"]: run for run in record.runs if "sha256_artifact" in run.result}
+    for path in record.artifacts:
+        blob = path.read_bytes()
+        size, digest = len(blob), hashlib.sha256(blob).hexdigest()
+        if blob.startswith(ARTIFACT_MAGIC):
+            if hashlib.sha256(blob[44:]).digest() != blob[12:44]:
+                yield "fail", f"{path.name}: the checksum does not match, so the file is cut off or altered"
+        elif is_pickle(blob):
+            yield "fail" if scored else "warn", f"{path.name} is a pickle: to read it executes what it says"
+        if scored and digest not in scored:
+            yield "fail", f"{path.name} is not what the logs scored (sha256 {digest[:12]}..)"
+        models = [scored[digest].bytes_model] if digest in scored else record.values("bytes_model")
+        if models and size not in models:
+            yield "fail", f"{path.name} has {size} bytes, the logs count {models}"
+        yield "pass", f"{path.name}: {size} bytes, sha256 {digest[:12]}.."
+
+
+def check_legality(record: Record) -> Iterator[Finding]:
+    """No score that calls itself invalid; certificates of an audit are good, and of this code and these artifacts."""
+    for run in record.runs:
+        if run.headline and run.headline.label.startswith("invalid"):
+            yield "fail", run.headline.line
+        if run.result.get("legal") is False:
+            yield "fail", f'{run.name}: RESULT has "legal": false'
+        if run.headline and "ttt" in run.headline.label and record.kind != "log" and not record.certificates:
+            yield "warn", f"no certificate of an audit, so score-first is the log's word: {run.headline.line}"
+    shipped = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in record.code}
+    scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
+    for path in record.certificates:
+        lines = path.read_text(errors="replace").splitlines() or [""]
+        bad = [] if lines[0].endswith(": legal") else lines[:1]
+        bad += [line.strip() for line in lines if line.startswith("  FAIL ")]
+        hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
+        bad += [f"of another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
+        if scored and hashes.get("artifact") not in scored:
+            bad.append("of another artifact than the logs scored")
+        yield from (("fail", f"{path.name}: {problem}") for problem in bad)
+        yield "pass", f"{path.name}: {lines[0]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ----------------------------------------------------------------------------------------------------------------------
+
+EVERY = ("folder", "run", "log")
+RULES = (  # name, the kinds of record it applies to, function
+    ("files", ("folder",), check_files),
+    ("json", ("folder",), check_json),
+    ("log", EVERY, check_log),
+    ("claims", ("folder",), check_claims),
+    ("seeds", ("folder",), check_seeds),
+    ("settings", ("folder",), check_settings),
+    ("code", EVERY, check_code),
+    ("sizes", EVERY, check_sizes),
+    ("artifact", ("folder", "run"), check_artifact),
+    ("train time", EVERY, check_train_time),
+    ("eval time", EVERY, check_eval_time),
+    ("bytes", EVERY, check_bytes),
+    ("validation set", EVERY, check_validation),
+    ("units", ("folder",), check_units),
+    ("syntax tree", ("folder", "run"), check_tree),
+    ("legality", EVERY, check_legality),
+)
+RECORD_RULES = {"seeds", "train time", "eval time"}
+COLUMNS = (  # heading, fact, format
+    ("seed", "seed", "d"),
+    ("val_bpb", "val_bpb", ".8f"),
+    ("val_loss", "val_loss", ".8f"),
+    ("steps", "steps", "d"),
+    ("ms/step", "step_avg_ms", ".2f"),
+    ("train s", "train_seconds", ".1f"),
+    ("eval s", "eval_seconds", ".1f"),
+    ("code", "bytes_code", "d"),
+    ("model", "bytes_model", "d"),
+    ("total", "bytes_total", "d"),
+)
+
+
+class Verdict(NamedTuple):
+    """What a rule found: status "pass", "warn" or "fail", and the line or file that it rests on."""
+
+    rule: str
+    status: str
+    evidence: str
+
+
+def check(record: Record, against: Record | None = None) -> list[Verdict]:
+    """Every rule that applies; of a rule with faults only the faults. AGAINST: the record to beat.
+
+    In the non-record track times and seeds are only warned of.
+    """
+    findings = [(name, rule(record)) for name, kinds, rule in RULES if record.kind in kinds]
+    if against is not None:
+        findings.append(("significance", check_significance(record, against)))
+    verdicts = []
+    other_track = "non_record" in f"{record.path.resolve()} {record.claims.get('track')}".replace("-", "_")
+    for name, found in findings:
+        own = [Verdict(name, status, evidence) for status, evidence in dict.fromkeys(found)]
+        if other_track and name in RECORD_RULES:
+            own = [v._replace(status="warn") if v.status == "fail" else v for v in own]
+        own = own or [Verdict(name, "pass", "nothing to check")]
+        verdicts += [verdict for verdict in own if verdict.status != "pass"] or own
+    return verdicts
+
+
+def status_of(verdicts: Iterable[Verdict]) -> str:
+    """The worst status of all: "fail", "warn" or "pass"."""
+    return min((verdict.status for verdict in verdicts), key=("fail", "warn", "pass").index, default="pass")
+
+
+def report(record: Record, verdicts: Sequence[Verdict]) -> str:
+    """The derived numbers as a table, then the verdicts, the worst last."""
+    lines = [str(record.path), " ".join(f"{heading:>10}" for heading, _, _ in COLUMNS) + "  score, log"]
+    for run in record.runs:
+        values = [(getattr(run, fact), form) for _, fact, form in COLUMNS]
+        cells = " ".join(f"{'-' if value is None else format(value, form):>10}" for value, form in values)
+        lines.append(f"{cells}  {run.headline.label if run.headline else 'no score'}, {run.name}")
+    for verdict in sorted(verdicts, key=lambda v: ("pass", "warn", "fail").index(v.status)):
+        lines.append(f"{verdict.status}  {verdict.rule:14}  {verdict.evidence}")
+    counts = Counter(verdict.status for verdict in verdicts)
+    return "\n".join([*lines, f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, help="record folders, run folders or logs")
+    parser.add_argument("--against", type=Path, help="the record to beat: a folder with its logs")
+    parser.add_argument("--json", action="store_true", help="print facts and verdicts as JSON")
+    arguments = parser.parse_args(argv)
+    try:
+        against = read_record(arguments.against) if arguments.against else None
+        checked = [(record, check(record, against)) for record in map(read_record, arguments.paths)]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        objects = [
+            dict(path=record.path, kind=record.kind, status=status_of(verdicts), runs=[asdict(r) for r in record.runs],
+                 verdicts=[verdict._asdict() for verdict in verdicts])
+            for record, verdicts in checked
+        ]  # fmt: skip
+        print(json.dumps(objects, indent=1, default=str))
+    else:
+        print("\n\n".join(report(record, verdicts) for record, verdicts in checked))
+    return 1 if any(status_of(verdicts) == "fail" for _, verdicts in checked) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
