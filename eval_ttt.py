@@ -124,7 +124,8 @@ class Learner:
         self.on_learn = on_learn
         sets = len(plan[0].scored.start) // tg.world_size() if by_documents else None
         stored = artifact.moments if config.ttt_moments == "artifact" else None
-        self.fast = tg.FastWeights(model, config, learns, sets, stored, artifact.factors)
+        factors = artifact.factors if config.ttt_meta_rates else {}
+        self.fast = tg.FastWeights(model, config, learns, sets, stored, factors)
         if config.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
             self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
@@ -888,7 +889,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
     by_documents = TTT_MODES[c.ttt_mode][0]
     order = f"documents, {c.ttt_doc_order} first" if by_documents and c.ttt_doc_order == "longest" else "the file's"
     log.line(f"evaluation order: {order}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
-    if setup.artifact.factors:
+    if setup.artifact.factors and c.ttt_meta_rates:
         log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
     if c.ttt_protocol != "legal":
         log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} learns from what it scores later: THIS SCORE IS INVALID")

@@ -184,8 +184,8 @@ class Config:
     meta_ttt_outer_lr: float = setting("meta", 0.1, "deployed: share of the peak rates, falling to 0", low=0)
     meta_ttt_docs: int = setting("meta", 16, "deployed: documents a step, all ranks together", low=1)
     meta_ttt_pieces: int = setting("meta", 8, "deployed: pieces of TTT_CHUNK_SIZE of each at most", low=2)
-    meta_sgd_enabled: bool = setting("meta", False, "learn a factor of the inner rate for each bank row; the artifact "
-                                     "keeps them, and the evaluator uses them")
+    meta_sgd_enabled: bool = setting("meta", False, "learn a factor of the inner rate for each bank row; they go into "
+                                     "the artifact, see TTT_META_RATES")
     meta_sgd_lr: float = setting("meta", 0.0, "of Adam on their logarithms; 0: SCALAR_LR", low=0)
     reptile_enabled: bool = setting("meta", False, "a last phase of Reptile on MLPs, on averaged weights")
     reptile_time_frac: float = setting("meta", 0.2, "last share of the run", low=0.001, high=0.9)
@@ -218,6 +218,7 @@ class Config:
     ttt_moments: str = setting("evaluator", "running", "second moments: of scored tokens, or of training, stored",
                                choices=("running", "artifact"))
     ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
+    ttt_meta_rates: bool = setting("evaluator", True, "times the factors that META_SGD_ENABLED left in the artifact")
     ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
     ttt_in_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's input matrices", low=0)
     ttt_out_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's output matrices", low=0)
@@ -1758,17 +1759,20 @@ def fomaml_step(
 def sample_documents(
     stream: TokenStream, count: int, config: Config, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """COUNT documents of over a piece from random places of the training text, cut at META_TTT_PIECES pieces.
+    """COUNT stretches of documents of over a piece, as much of them as META_TTT_PIECES pieces take.
 
-    Returns rows that begin with BOS (count, length + 1) and the number of targets of each (count,).
+    Each has a random place of the training text in it, so that long documents count as they do in training: it begins
+    with the BOS before that place, or there if none is near. Returns rows (count, length + 1) and the number of targets
+    of each (count,).
     """
     length, found = config.meta_ttt_pieces * config.piece_size, 0
     rows, sizes = np.full((count, length + 1), BOS_ID, np.int64), np.zeros(count, np.int64)
     for _ in range(1000 * count):
-        text = stream.read(int(generator.integers(len(stream))), 4 * length + 1)
-        begin, *later = [*np.flatnonzero(text == BOS_ID).tolist(), len(text)]
-        size = min(length, later[0] - begin) if begin + length < len(text) else 0
-        if size > config.piece_size:
+        text = stream.read(int(generator.integers(len(stream))), 2 * length + 1)
+        borders = np.flatnonzero(text == BOS_ID)
+        begin = int(max(borders[borders <= length], default=length))
+        size = int(min(borders[borders > begin], default=len(text))) - begin
+        if (size := min(size, length)) > config.piece_size:
             rows[found, : size + 1], sizes[found] = text[begin : begin + size + 1], size
             found += 1
             if found == count:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -590,6 +591,8 @@ def test_the_evaluator_steps_by_the_factors_of_the_artifact(precise, monkeypatch
     found = evaluate(setup, TOKENS).nll
     np.testing.assert_allclose(found, documents_by_hand(setup, TOKENS, TTT_MODES[mode][1]), rtol=0, atol=2e-5)
     assert abs(found - plain).max() > 0.01
+    without = replace(setup, config=replace(setup.config, ttt_meta_rates=False))
+    np.testing.assert_array_equal(evaluate(without, TOKENS).nll, plain)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -883,21 +886,27 @@ MIXED, LONG = [3, 17, 5, 6, 1, 40, 20, 21, 9, 4, 30, 15], [150, 19, 130, 90, 7, 
 
 
 @pytest.mark.parametrize("lengths", [MIXED, LONG], ids=["mixed", "long"])
-def test_rows_are_documents_of_the_text(tmp_path, lengths):
-    """Whole, with the next one's BOS as the last target, or cut after META_TTT_PIECES pieces: nowhere else."""
+def test_rows_are_stretches_of_documents(tmp_path, lengths):
+    """From a document's BOS, or from further in than a row is long, to the next BOS or as far as the row goes."""
     text = corpus(tmp_path, lengths)
     c = replace(EXACT, meta_ttt_pieces=4)  # of five
     tokens = np.append(text.shards[0].astype(np.int64), train_gpt.BOS_ID)
-    starts, seen = [*np.flatnonzero(tokens == train_gpt.BOS_ID).tolist()], set()
-    rows, sizes = sample_documents(text, 200, c, np.random.default_rng(2))
-    assert rows.shape == (200, 21) and sizes.shape == (200,)
+    borders, count, found = np.flatnonzero(tokens == train_gpt.BOS_ID), 2000, Counter()
+    rows, sizes = sample_documents(text, count, c, np.random.default_rng(2))
+    assert rows.shape == (count, 21) and sizes.shape == (count,)
+    windows = np.lib.stride_tricks.sliding_window_view(np.append(tokens, np.zeros(21, np.int64)), 21)
     for row, size in zip(rows, sizes.tolist(), strict=True):
-        at = next(s for s in starts if (tokens[s : s + min(size, 6)] == row[: min(size, 6)]).all())
-        whole = next(s for s in starts if s > at) - at
-        assert whole > 5 and size == min(whole, 20)
-        np.testing.assert_array_equal(row[: size + 1], tokens[at : at + size + 1])
-        seen.add(at)
-    assert seen == {s for s, end in pairwise(starts) if end - s > 5}
+        (at,) = np.flatnonzero((windows[:, : size + 1] == row[: size + 1]).all(1))
+        document = int(np.searchsorted(borders, at, side="right")) - 1
+        assert at == borders[document] or at > borders[document] + 20
+        assert size == min(borders[document + 1] - at, 20) > 5
+        found[document] += 1
+    long = {number: length for number, length in enumerate(np.diff(borders).tolist()) if length > 5}
+    assert found.keys() == long.keys()
+    for number, length in long.items():  # by tokens, but that the last few of a document are too few for a piece
+        least, most = (max(length - 5, min(length, 20)) if length > 20 else length), length
+        total = sum(long.values())
+        assert 0.7 * least / total < found[number] / count < 1.4 * most / (total - 5 * len(long))
 
 
 def test_documents_are_those_of_the_generator(tmp_path):

@@ -1,11 +1,14 @@
 """What the README says was measured is what the kept results say."""
 
+import importlib.util
 import json
 import re
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 ROWS = {
     "levers": r"`demo.env`, everything on",
@@ -28,3 +31,56 @@ def test_the_table_of_the_readme(arm):
     spreads = [stdev(run["val_bpb_sliding"] for run in runs), mean(adapted), stdev(adapted)]
     assert numbers == [*expected, *(round(value, 4) for value in spreads)] and len(adapted) == 3
     assert max(run["train_seconds"] for run in runs) <= 120
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The meta-learning experiment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    spec = importlib.util.spec_from_file_location("experiment", ROOT / "records/meta_learning/experiment.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_kept_runs_give_the_kept_report(experiment):
+    assert experiment.make_report()[0] == (ROOT / "records/meta_learning/report.md").read_text()
+
+
+def test_a_paired_comparison(experiment):
+    """Against the one-sample test and the confidence interval of scipy; the visible effect by simulation."""
+    ours, theirs = np.array([1.1, 1.4, 0.9, 1.6, 1.3]), np.array([1.0, 1.2, 0.8, 1.3, 1.3])
+    found, known = experiment.compare(list(ours), list(theirs)), stats.ttest_1samp(ours - theirs, 0.0)
+    interval = known.confidence_interval(0.95)
+    assert (found.n, found.mean, found.p) == (5, pytest.approx((ours - theirs).mean()), pytest.approx(known.pvalue))
+    assert found.half == pytest.approx((interval.high - interval.low) / 2)
+    spread = (ours - theirs).std(ddof=1)
+    draws = np.random.default_rng(0).normal(found.visible, spread, (20_000, 5))
+    assert 0.7 < (stats.ttest_1samp(draws, 0.0, axis=1).pvalue < 0.01).mean() < 0.9
+
+
+def test_holm_by_hand(experiment):
+    found = experiment.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert experiment.holm({"a": 0.7, "b": 0.6}) == pytest.approx({"b": 1.0, "a": 1.0})
+
+
+def test_arms_are_equal_in_time(experiment):
+    """What the steps of an arm cost, counted step by step, comes to the plain arm's, to within one step of a phase."""
+    cost = {name: row["ms"] for name, row in json.loads(experiment.TIMING.read_text())["steps"].items()}
+    for name, settings in experiment.ARMS.items():
+        count = experiment.iterations(settings)
+        c, _, _ = experiment.tg.load_config({"RECIPE": str(experiment.RECIPE), **settings, "ITERATIONS": str(count)})
+        main, total = round(count * c.main_frac), 0.0
+        for step in range(main):
+            schedule = experiment.replace(c, iterations=main)
+            due = c.meta_ttt_enabled and not c.late_fracs and step % c.meta_ttt_every == 0
+            due = due and experiment.tg.lr_scale(schedule, step, 0.0, 0.0) > c.meta_ttt_min_scale
+            kind = "fomaml, rows, delta, Meta-SGD" if c.meta_sgd_enabled else "fomaml, halves of rows"
+            total += cost[kind] if due else cost["plain"]
+        for phase, frac in c.late_fracs.items():
+            total += round(count * frac) * cost["reptile" if phase == "reptile" else f"deployed, {c.ttt_mode}"]
+        assert total / cost["plain"] == pytest.approx(experiment.PLAIN_STEPS, abs=4), name
