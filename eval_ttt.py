@@ -74,10 +74,8 @@ def documents(tokens: np.ndarray, order: str = "file") -> tuple[np.ndarray, np.n
 def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Chunk]:
     """TTT_BATCH_SEQS documents at a time, each a row, all of them a piece of TTT_CHUNK_SIZE targets further each time.
 
-    A piece is scored with up to EVAL_SEQ_LEN tokens of its own document, then learned from, unless it is the last one.
     Rows are sorted by length, so that those of documents that have ended are the last ones, and left out. The ranks
-    take rows in turn; their rows stand together. EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by side, not up to the
-    piece's end.
+    take rows in turn; their rows stand together.
     """
     c, (begin, end) = config, documents(tokens, config.ttt_doc_order)
     count = min(c.ttt_batch_seqs, len(begin))
@@ -90,14 +88,9 @@ def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Ch
         low, high = low.reshape(per_rank, ranks).T, high.reshape(per_rank, ranks).T  # (ranks, rows)
         for number, piece in enumerate(range(0, int((high - low).max()), c.piece_size)):
             rows = min(tg.power_of_two((high - low > piece).sum(1).max()), per_rank)
-            lo, hi = low[:, :rows].flatten(), high[:, :rows].flatten()
-            a, b = np.minimum(lo + piece, hi), np.minimum(lo + piece + c.piece_size, hi)
-            start, left = np.maximum(lo, b - c.eval_seq_len), np.maximum(lo, a - c.ttt_context)
-            if c.eval_stride == c.eval_seq_len:
-                start = np.maximum(start, lo + (a - lo) // c.eval_seq_len * c.eval_seq_len)
-            learned = Windows(left, a - left, np.where(b < hi, b - left, a - left))
-            scored = Windows(start, a - start, b - start)
-            plan.append(Chunk(scored, learned if (b < hi).any() else None, fresh=number == 0))
+            scored, learned = tg.piece_windows(low[:, :rows].flatten(), high[:, :rows].flatten(), piece, c)
+            learns = (learned.end > learned.begin).any()
+            plan.append(Chunk(scored, learned if learns else None, fresh=number == 0))
     return plan
 
 

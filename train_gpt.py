@@ -8,9 +8,9 @@ On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-20) the demo r
     RECIPE=records/recipes/demo.env torchrun --standalone --nproc_per_node=1 train_gpt.py
     RECIPE=records/recipes/pr1019.env torchrun --standalone --nproc_per_node=8 train_gpt.py
 
-Read top to bottom: configuration, data, bits per byte, model, optimisers, adaptation, averaging, quantisation,
-artifact, scoring, training, main. Importing this file only defines things. Shapes: B rows, T tokens a row,
-d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
+Read top to bottom: configuration, data, bits per byte, model, optimisers, adaptation, meta-learning, averaging,
+quantisation, artifact, scoring, training, main. Importing this file only defines things. Shapes: B rows, T tokens a
+row, d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -1436,8 +1436,8 @@ class FastWeights:
 
     LEARNS names groups of PARAM_GROUPS or parameters, or is adapters. `base` is what they start from, the live
     parameters; `rates` multiplies the learning rate: the MLP's multipliers, zero for frozen blocks, and FACTORS by bank
-    row, (rows, 1, 1). `moments` are the means of
-    squared gradients over all sets, for matrices as a row and a column factor (arXiv 1804.04235); documents share them.
+    row, (rows, 1, 1). `moments` are the means of squared gradients over all sets, for matrices as a row and a column
+    factor (arXiv 1804.04235); documents share them.
     """
 
     def __init__(
@@ -1459,6 +1459,7 @@ class FastWeights:
             self.base = {name: p.detach().float() for group, name, p in used if group in words or name in words}
         self.rows = sets or 1  # how many of the sets are in use, the first ones
         self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
+        self.own_rates = {name: self._rate(name, base) for name, base in self.base.items()}
         self.set_factors(factors or {})
         if moments is not None and not self.base.keys() <= moments.keys():
             raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
@@ -1467,10 +1468,8 @@ class FastWeights:
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Take new factors of the rates by bank."""
-        self.rates = {name: self._rate(name, base) for name, base in self.base.items()}
-        for name in self.rates:
-            if name.split(".")[0] in factors:
-                self.rates[name] = self.rates[name] * factors[name.split(".")[0]]
+        banks = {name: name.split(".")[0] for name in self.base}
+        self.rates = {name: rate * factors.get(banks[name], 1.0) for name, rate in self.own_rates.items()}
 
     def _rate(self, name: str, base: Tensor) -> float | Tensor:
         c, (bank, *_) = self.config, name.split(".")
@@ -1796,24 +1795,20 @@ def deployed_step(
     """
     c, device, total = config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
     text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
-    first, text = np.arange(len(text)) * rows.shape[1], text.flatten()
-    lr, width = 0.0 if c.meta_control else c.ttt_lr, power_of_two(c.piece_size)
+    low, text = np.arange(len(text)) * rows.shape[1], text.flatten()
+    lr, width, share = 0.0 if c.meta_control else c.ttt_lr, power_of_two(c.piece_size), world_size() / int(sizes.sum())
     fast.set_factors(rates.factors())
     with fake_quantized_banks(model):
         fast.reset()
         for piece in range(0, int(sizes.max()), c.piece_size):
-            a, b = np.minimum(piece, ends), np.minimum(piece + c.piece_size, ends)
-            start, left = np.maximum(0, b - c.eval_seq_len), np.maximum(0, a - c.ttt_context)
-            if c.eval_stride == c.eval_seq_len:
-                start = np.maximum(start, a // c.eval_seq_len * c.eval_seq_len)
-            batch = make_batch(text, Windows(first + start, a - start, b - start), width, device)
-            weight = torch.from_numpy(np.float32(batch.counts) * world_size() / sizes.sum()).to(device).float()
+            scored, learned = piece_windows(low, low + ends, piece, c)
+            batch = make_batch(text, scored, width, device)
+            weight = torch.from_numpy(batch.counts.astype(np.float32) * share).to(device)
             part = (batch.ids, batch.targets, batch.columns, weight)
             total += outer_gradients(model, fast, rates, *part, nll_fn)
             learners = int((sizes > piece + c.piece_size).sum())
-            learned = np.where(b < ends, b - left, a - left)  # of its last piece a document does not learn
-            batch = make_batch(text, Windows(first + left, a - left, learned), width, device)
-            weight = torch.from_numpy(np.float32(batch.counts) / c.piece_size).to(device)
+            batch = make_batch(text, learned, width, device)
+            weight = torch.from_numpy(batch.counts.astype(np.float32) / c.piece_size).to(device)
             part = (batch.ids, batch.targets, batch.columns, weight, lr)
             for _ in range(c.ttt_epochs if learners else 0):
                 adaptation_step(model, fast, *part, learners, nll_fn)
@@ -2271,6 +2266,19 @@ def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
         raise UserError(f"{num_tokens} validation tokens are fewer than a window, EVAL_SEQ_LEN={seq_len} and a target")
     ends = np.append(np.arange(seq_len, targets, stride), targets)
     return Windows(ends - seq_len, seq_len - np.diff(ends, prepend=0), np.full(len(ends), seq_len))
+
+
+def piece_windows(low: np.ndarray, high: np.ndarray, piece: int, config: Config) -> tuple[Windows, Windows]:
+    """Of documents with targets LOW to HIGH: how the piece PIECE targets in is scored, and how it is learned from.
+
+    It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by
+    side. Nothing is learned from a document's last piece; one that has ended has empty windows.
+    """
+    c, a, b = config, np.minimum(low + piece, high), np.minimum(low + piece + config.piece_size, high)
+    start, left = np.maximum(low, b - c.eval_seq_len), np.maximum(low, a - c.ttt_context)
+    if c.eval_stride == c.eval_seq_len:
+        start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
+    return Windows(start, a - start, b - start), Windows(left, a - left, np.where(b < high, b - left, a - left))
 
 
 def power_of_two(number: int) -> int:
