@@ -16,8 +16,10 @@ row, d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = M
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
+import lzma
 import math
 import os
 import platform
@@ -26,12 +28,14 @@ import shutil
 import struct
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from glob import glob
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -196,11 +200,26 @@ class Config:
     reptile_outer_lr: float = setting("meta", 0.01, "share of the way to the mean of the tasks' weights", low=0, high=1)
     meta_control: bool = setting("meta", False, "inner steps lead nowhere: a control of the same cost and tokens")
 
-    gptq_calib_batches: int = setting("export", 16, "micro-batches of training data for GPTQ; 0: plain rounding", low=0)
-    gptq_block_size: int = setting("export", 128, "columns between two updates of the rest", low=1)
-    gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-6, high=1)
-    matrix_clip_sigmas: float = setting("export", 6.0, "int6 range in standard deviations of a row", low=0.5)
+    quant_steps: str = setting(
+        "export", "two_sided", "how steps are chosen", choices=("two_sided", "sigmas", "clip", "fixed")
+    )
+    quant_loss: float = setting("export", 0.001, "two_sided: nats that rounding may cost, by its own model", low=1e-9)
+    quant_trellis: bool = setting("export", False, "two_sided: two grids and the best path through both")
+    matrix_bits: int = setting("export", 6, "of the codes of a bank, but for two_sided", low=3, high=8)
+    matrix_clip_sigmas: float = setting("export", 6.0, "sigmas: range in standard deviations of a row", low=0.5)
+    embed_clip_sigmas: float = setting("export", 0.0, "sigmas: the same of a table; 0: its largest entry", low=0)
+    grad_quant: bool = setting("export", False, "a bit more or less by a matrix's mean squared gradient (#398)")
+    grad_quant_int7_frac: float = setting("export", 0.1, "share of the matrices with a bit more", low=0, high=1)
+    grad_quant_int5_frac: float = setting("export", 0.2, "share of the matrices with a bit less", low=0, high=1)
+    calib_source: str = setting("export", "train", "text for the statistics", choices=("train", "self"))
+    calib_temperature: float = setting("export", 0.8, "self: of the softmax it is drawn from", low=0.01)
+    gptq_calib_batches: int = setting("export", 16, "micro-batches of text for GPTQ; 0: plain rounding", low=0)
+    gptq_grad_batches: int = setting("export", 8, "micro-batches for gradients, where steps or bits need them", low=1)
+    gptq_block_size: int = setting("export", 64, "columns between two updates of the rest", low=1)
+    gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-9, high=1)
     prune_frac: float = setting("export", 0.0, "smallest share of a matrix, zeroed before rounding", low=0, high=0.99)
+    compressor: str = setting("export", "zstd", "coder of the codes", choices=("zstd", "lzma", "ans"))
+    fit_size: bool = setting("export", False, "the finest steps that the size cap admits, by one factor for all")
 
     eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
     eval_stride: int = setting("scoring", 64, "targets scored by a sliding window", low=1)
@@ -288,6 +307,11 @@ class Config:
             ("deployed", deployed, self.meta_ttt_time_frac),
         )
         return {name: frac for name, wanted, frac in given if wanted}
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether the export asks for gradients of the loss."""
+        return self.quant_steps == "two_sided" or self.grad_quant
 
     @property
     def main_frac(self) -> float:
@@ -448,6 +472,7 @@ def inconsistencies(c: Config) -> list[str]:
         (c.train_batch_tokens % c.train_seq_len == 0 and rows % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
          f"TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.quant_steps == "two_sided" or not c.quant_trellis, "QUANT_TRELLIS needs QUANT_STEPS=two_sided"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
         (c.main_frac > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.main_frac:.2f} of the run to train"),
         ("deployed" not in c.late_fracs or (TTT_MODES[c.ttt_mode][0] and as_trained),
@@ -782,9 +807,16 @@ Tap = Callable[[str, int, Tensor, Tensor], None]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels."""
+    """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels.
+
+    k and v may begin earlier than q: they end with it.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    mask, past = None, k.size(2) - q.size(2)
+    if past:  # the queries are those of the last places
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:
@@ -940,6 +972,26 @@ class SmearGate(nn.Module):
         return (1 - gate) * x + gate * previous
 
 
+class Cache:
+    """What a forward pass of further tokens needs of those before: their ids, and keys and values block by block."""
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None
+        self.blocks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append_ids(self, ids: Tensor) -> Tensor:
+        """All ids so far (B, past + T), with these (B, T)."""
+        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
+        return self.ids
+
+    def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a block so far, with these (B, T, K, D)."""
+        if depth in self.blocks:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.blocks[depth], (k, v), strict=True))
+        self.blocks[depth] = (k, v)
+        return k, v
+
+
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys. Its matrices are rows of the banks."""
 
@@ -950,15 +1002,23 @@ class Attention(nn.Module):
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
 
-    def forward(self, x: Tensor, banks: BankView, rotary: tuple[Tensor, Tensor], extra_value: Tensor | None) -> Tensor:
-        """x (B, T, d), extra_value (B, T, K * D) or None -> (B, T, d)."""
+    def forward(
+        self,
+        x: Tensor,
+        banks: BankView,
+        rotary: tuple[Tensor, Tensor],
+        extra_value: Tensor | None,
+        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """x (B, T, d), extra_value (B, T, K * D) or None -> (B, T, d); EXTEND puts earlier keys and values first."""
         B, T, d = x.shape
         q = banks.linear("qo_bank", self.layer, x).view(B, T, self.heads, -1)
         k = banks.linear("kv_bank", self.layer, x).view(B, T, self.kv_heads, -1)
         v = banks.linear("kv_bank", self.num_layers + self.layer, x)
         v = (v if extra_value is None else v + extra_value).view(B, T, self.kv_heads, -1)
         q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
-        y = self.kernel(q * self.q_gain.to(x.dtype).unsqueeze(-1), k, v)  # (B, T, H, D)
+        keys, values = (k, v) if extend is None else extend(k, v)
+        y = self.kernel(q * self.q_gain.to(x.dtype).unsqueeze(-1), keys, values)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
         return banks.linear("qo_bank", self.num_layers + self.layer, y.reshape(B, T, d))
 
@@ -1000,6 +1060,7 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         extra_value: Tensor | None,
         columns: Tensor | None,
+        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         """x, x0 (B, T, d): the stream and the first embedding; extra_value (B, T, K * D) or None -> (B, T, d).
 
@@ -1008,7 +1069,7 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        attended = self.attn(rms_norm(x) * self.norm_scale, banks, rotary, extra_value)
+        attended = self.attn(rms_norm(x) * self.norm_scale, banks, rotary, extra_value, extend)
         x = x + self.attn_scale.to(x.dtype) * attended
         if columns is not None:
             x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
@@ -1116,14 +1177,15 @@ class GPT(nn.Module):
         adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         tap: Tap | None = None,
         columns: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> logits (B, T, V) in float32 (float64 for a float64 model).
 
         banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
         by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
-        the places whose logits are wanted, (B, C, V) then.
+        the places whose logits are wanted, (B, C, V) then. cache: of the tokens before these, which are added to it.
         """
-        return self.head(self.stream(input_ids, banks, adapters, tap, columns))
+        return self.head(self.stream(input_ids, banks, adapters, tap, columns, cache))
 
     def stream(
         self,
@@ -1132,6 +1194,7 @@ class GPT(nn.Module):
         adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         tap: Tap | None = None,
         columns: Tensor | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> what the head reads, (B, T, d) or (B, C, d); the other arguments as in `forward`."""
         assert {*(banks or {}), *(adapters or {})} <= {*self.BANKS}, "a replacement that nothing would use"
@@ -1139,8 +1202,9 @@ class GPT(nn.Module):
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
         rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in {**own, **(banks or {})}.items()}
         view = BankView(rows, adapters or {}, tap)
-        x0 = x = self.embed(input_ids)
-        rotary = rotary_tables(input_ids.size(1), *self.rotary, x)
+        x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
+        length = input_ids.size(1) if cache is None else cache.ids.size(1)
+        rotary = tuple(table[-input_ids.size(1) :] for table in rotary_tables(length, *self.rotary, x))
         extra = self.ve_shared([input_ids], self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
         blocks = self.blocks if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
@@ -1151,7 +1215,8 @@ class GPT(nn.Module):
             extra_value = None
             if block.layer in self.value_layers:
                 extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
-            x = block(x, x0, view, rotary, extra_value, columns if depth == len(blocks) - 1 else None)
+            extend = None if cache is None else partial(cache.append, depth)
+            x = block(x, x0, view, rotary, extra_value, columns if depth == len(blocks) - 1 else None, extend)
             if depth < half:
                 skips.append(x)
         return x
@@ -1180,6 +1245,13 @@ class GPT(nn.Module):
             memory = self.memory_tokens.to(x.dtype).expand(len(x), -1, -1)
             x = torch.cat((memory[:, : x.size(1)], x[:, memory.size(1) :]), dim=1)
         return x
+
+    def embed_more(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """The first embedding (B, T, d) of ids that come after those of CACHE, which gets them."""
+        whole, new = cache.append_ids(input_ids), input_ids.size(1)
+        back = new + 4  # smear, bigram and trigram together look back three places, and the first is a border to them
+        near = whole if self.memory_tokens is not None else whole[:, -back:]
+        return self.embed(near)[:, -new:]
 
     def head(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The stream (B, T, d) -> softcapped logits (B, T, V), by WEIGHT (V, d) or by the model's own."""
@@ -1880,15 +1952,8 @@ class WeightAverage:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Quantisation
+# Statistics for the export
 # ----------------------------------------------------------------------------------------------------------------------
-
-# How each tensor is stored: scheme, largest code, numpy type of the codes, pattern of the name (the first that fits).
-SCHEMES = (
-    ("int6", 31, "<i1", r"(qo|kv|mlp_up|mlp_down)_bank"),  # GPTQ, one float16 scale a row
-    ("int8", 127, "<i1", r"(tok_emb|lm_head|bigram\.embed|ve_shared\.embed)\.weight"),  # one float16 scale a row
-    ("fp16", 0, "<f2", r".*"),
-)
 
 # What the rows of a bank read, L rows each; Q, K and V read the same, so four stacks of Hessians serve six matrices.
 STACKS = {
@@ -1899,33 +1964,57 @@ STACKS = {
 }
 
 
-class Record(NamedTuple):
-    """One stored tensor: int8 codes and float16 scales a row, or the float16 values as `codes` and no scales."""
+class Statistics(NamedTuple):
+    """What the export knows of text, as means over its tokens.
 
-    name: str
-    scheme: str
-    codes: Tensor
-    scales: Tensor | None
+    hessians: stack -> (L, in, in), E[x x^T] of what the banks read. gradients: tensor -> (rows, columns); of a bank
+    E[(dL/dy)^2] of its outputs (n, out) and E[(dL/dW)^2] by matrix (n,), of a table E[(dL/dW)^2] by row and by column.
+    """
+
+    hessians: Mapping[str, Tensor] = MappingProxyType({})
+    gradients: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
-def calibration_batches(stream: TokenStream, config: Config, device: torch.device) -> Iterator[Tensor]:
-    """This rank's share of GPTQ_CALIB_BATCHES micro-batches of input ids, spread evenly over the training stream."""
-    rows = config.train_batch_tokens // config.train_seq_len // config.grad_accum_total
-    for batch in range(rank(), config.gptq_calib_batches, world_size()):
-        start = batch * len(stream) // config.gptq_calib_batches
-        yield stream.rows(start, rows, config.train_seq_len, device)[0]
+def calibration_batches(run: Run, model: GPT, count: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of COUNT batches (input ids, targets) of ROWS rows, from what CALIB_SOURCE names.
+
+    Spread evenly over the training stream, or written by the model; of the validation text it is given nothing.
+    """
+    c, length = run.config, run.config.train_seq_len
+    for batch in range(rank(), count, world_size()):
+        if c.calib_source == "self":
+            ids = generate(model, rows, length + 1, c.calib_temperature, c.seed * count + batch)
+            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        else:
+            yield run.train.rows(batch * len(run.train) // count, rows, length, run.device)
+
+
+@torch.no_grad()
+def generate(model: GPT, rows: int, length: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
+    """ROWS texts (rows, length) by the model itself, each from a document's beginning on, sampled at TEMPERATURE."""
+    device = model.tok_emb.weight.device
+    generator, cache = torch.Generator().manual_seed(seed), Cache()
+    ids = torch.full((rows, 1), BOS_ID, device=device)
+    for _ in range(length - 1):
+        logits = model(ids[:, -1:], cache=cache)[:, -1]  # (rows, V)
+        noise = torch.empty(logits.shape).exponential_(generator=generator).to(device)
+        chosen = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # Gumbel's way to draw from a softmax
+        ids = torch.cat((ids, chosen), dim=1)
+    return ids
 
 
 @torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """X^T X of the inputs of every bank over the tokens of BATCHES (input ids), summed over the ranks.
+    """E[x x^T] of the inputs of every bank over the tokens of BATCHES (input ids) of all ranks.
 
-    Returns stack name -> (L, in, in), float32.
+    Returns stack name -> (L, in, in), float32. Where BLOCK_ORDER uses a bank row twice, the mean of its uses.
     """
     device, config = model.tok_emb.weight.device, model.config
     d, L = config.model_dim, config.num_layers
     widths = {"attn_in": d, "attn_out": d, "mlp_in": d, "mlp_mid": config.mlp_dim}
     hessians = {stack: torch.zeros(L, width, width, device=device) for stack, width in widths.items()}
+    uses = torch.tensor([config.block_rows.count(row) for row in range(L)], device=device)
+    tokens = torch.zeros((), device=device)
 
     def tap(bank: str, row: int, x: Tensor, _: Tensor) -> None:
         if bank != "kv_bank":  # reads what Q reads
@@ -1934,85 +2023,431 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor]) -> dict[str, Tensor]
 
     for input_ids in batches:
         model(input_ids, tap=tap)
-    if world_size() > 1:
-        for hessian in hessians.values():
-            dist.all_reduce(hessian)
-    return hessians
+        tokens += input_ids.numel()
+    *sums, tokens = sum_over_ranks([*hessians.values(), tokens])
+    return {stack: total / (tokens * uses)[:, None, None] for stack, total in zip(hessians, sums, strict=True)}
 
 
-def row_scales(span: Tensor, levels: int) -> Tensor:
-    """float16 steps (..., rows, 1) for which SPAN (..., rows) falls on code LEVELS; never zero."""
-    return (span / levels).clamp(min=2.0**-24).to(torch.float16).unsqueeze(-1)
+def collect_gradients(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The gradients of Statistics over BATCHES (input ids, targets) of all ranks, float32.
+
+    E[(dL/dW)^2] comes from the gradients of whole batches: that of the sum over its tokens, squared, by their number.
+    """
+    device, outputs = model.tok_emb.weight.device, []
+    weights = {name: p for name, p in model.named_parameters() if find_scheme(name) != "fp16"}
+    rows = {name: torch.zeros(p.shape[:-1], device=device) for name, p in weights.items()}
+    columns = {name: torch.zeros(len(p) if name in GPT.BANKS else p.size(-1), device=device)
+               for name, p in weights.items()}  # fmt: skip
+    tokens = torch.zeros((), device=device)
+
+    def tap(bank: str, row: int, _: Tensor, y: Tensor) -> None:
+        y.retain_grad()
+        outputs.append((bank, row, y))
+
+    for input_ids, targets in batches:
+        nll(model(input_ids, tap=tap), targets).sum().backward()
+        while outputs:
+            bank, row, y = outputs.pop()
+            rows[bank][row] += y.grad.float().square().sum((0, 1))
+        for name, p in weights.items():
+            squares = p.grad.square()
+            columns[name] += squares.mean((1, 2) if name in GPT.BANKS else 0)
+            if name not in GPT.BANKS:
+                rows[name] += squares.mean(1)
+        model.zero_grad(set_to_none=True)
+        tokens += input_ids.numel()
+    *sums, tokens = sum_over_ranks([*rows.values(), *columns.values(), tokens])
+    means = [total / tokens for total in sums]
+    return dict(zip(weights, zip(means[: len(rows)], means[len(rows) :], strict=True), strict=True))
 
 
-def inverse_cholesky(H: Tensor, damp: float) -> Tensor:
-    """Upper U with U^T U = (H + damp * mean(diag H) I)^-1, batched, computed in float64."""
-    H = H.to(torch.float64, copy=True)
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(damp * diagonal.mean(-1, keepdim=True))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantisation
+# ----------------------------------------------------------------------------------------------------------------------
+
+# How each tensor is stored: scheme, pattern of the name (the first that fits). int6 and int8 say how fine the codes
+# are where the settings do not; both are int8 codes times a step by row, and by column where the steps are two-sided.
+SCHEMES = (
+    ("int6", r"(qo|kv|mlp_up|mlp_down)_bank"),
+    ("int8", r"(tok_emb|lm_head|(bigram|ve_shared)\.(embed|proj))\.weight"),
+    ("fp16", r".*"),
+)
+WIDEST = 127  # the largest code there is
+
+# Of the mean square of a gradient's rows or columns: smaller ones count as this much. Rows of a table are few tokens.
+BANK_FLOOR, TABLE_FLOOR = 1e-3, 0.1
+
+
+def find_scheme(name: str) -> str:
+    """The scheme of the tensor NAME."""
+    return next(scheme for scheme, pattern in SCHEMES if re.fullmatch(pattern, name))
+
+
+class Record(NamedTuple):
+    """One stored tensor: int8 codes and the logarithms of their steps, or float16 values as `codes` and no steps.
+
+    The step of a code is 2^((row + column) / 8): row_steps (..., out, 1) int8, column_steps (..., 1, in) int8 or None.
+    """
+
+    name: str
+    codes: Tensor
+    row_steps: Tensor | None = None
+    column_steps: Tensor | None = None
+    trellis: bool = False
+
+
+class Feedback(NamedTuple):
+    """How the error of a rounded column is made up for in those that are rounded later (GPTQ, arXiv 2210.17323).
+
+    order (n, in): the columns as they are taken. U (n, in, in), upper triangular: U^T U is the inverse of the damped
+    Hessian, with rows and columns in that order. dead (n, in): inputs that are always zero and need no weight.
+    """
+
+    order: Tensor
+    U: Tensor
+    dead: Tensor
+
+    def column_weights(self) -> Tensor:
+        """u (n, in): with the later columns making up for it, an error e of column j costs as much as (e / u_j)^2."""
+        return torch.zeros_like(self.U[:, 0]).scatter_(1, self.order, self.U.diagonal(dim1=-2, dim2=-1))
+
+
+def no_feedback(W: Tensor) -> Feedback:
+    """For W (n, out, in) without a Hessian: every column is rounded for itself."""
+    n, _, columns = W.shape
+    order = torch.arange(columns, device=W.device).expand(n, -1)
+    U = torch.eye(columns, device=W.device).expand(n, -1, -1)
+    return Feedback(order, U, torch.zeros_like(order, dtype=torch.bool))
+
+
+def make_feedback(
+    H: Tensor, damp: float, order: Tensor | None = None, say: Callable[[str], None] = warnings.warn
+) -> Feedback:
+    """The feedback of Hessians (n, in, in), in ORDER (n, in) or that of falling diag(H); computed in float64.
+
+    DAMP times the mean of the diagonal is added to it, and ten times as much for as long as one is not positive
+    definite, which SAY is told.
+    """
+    dead = H.diagonal(dim1=-2, dim2=-1) == 0
+    order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True) if order is None else order
+    batch = torch.arange(len(H), device=H.device).unsqueeze(-1)
+    H = H.double()[batch.unsqueeze(-1), order.unsqueeze(-1), order.unsqueeze(-2)]
+    H.diagonal(dim1=-2, dim2=-1)[dead.gather(1, order)] = 1.0
+    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    eye = torch.eye(H.size(-1), dtype=H.dtype, device=H.device)
+    while True:
+        # J the reversal, J H J = L L^T: then H = R R^T with R = J L J upper triangular, and U = R^-1
+        lower, failed = torch.linalg.cholesky_ex((H + damp * mean * eye).flip(-1, -2))
+        if not failed.any():
+            U = torch.linalg.solve_triangular(lower.flip(-1, -2), eye.expand_as(H), upper=True)
+            return Feedback(order, U.float(), dead)
+        damp *= 10
+        say(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite, damping {damp:g}")
 
 
 @torch.no_grad()
-def gptq(W: Tensor, H: Tensor, scales: Tensor, levels: int = 31, damp: float = 0.01, block: int = 128) -> Tensor:
-    """Round W to codes so that the error weighted by H is small (arXiv 2210.17323), all matrices of the batch at once.
+def quantise(
+    W: Tensor,
+    feedback: Feedback,
+    row_step: Tensor,
+    column_step: Tensor | None = None,
+    levels: int | Tensor = WIDEST,
+    block: int = 64,
+    trellis: bool = False,
+) -> Tensor:
+    """Round W to codes so that the error weighted by the Hessians is small, all matrices of the batch at once.
 
-    W (n, out, in); H (n, in, in) = X^T X of the inputs; scales (n, out, 1). Columns are taken in the order of falling
-    diag(H); the error made in each is spread over those not yet rounded. A weight of zero (a pruned one) stays zero.
-    Returns int8 codes (n, out, in) within +-levels; W is about codes * scales.
+    W (n, out, in); row_step (n, out, 1) and column_step (n, 1, in) or None, whose product is the step; levels: the
+    largest code, or one for each matrix (n, 1, 1). Column by column in the order of FEEDBACK; the error made in each is
+    spread over those not yet rounded. Without TRELLIS a weight of zero (a pruned one) stays zero.
+    Returns int8 codes (n, out, in): W is about codes * step, or trellis_values(codes) * step.
     """
-    n, _, columns = W.shape
-    order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True)  # (n, in)
-    batch = torch.arange(n, device=W.device).unsqueeze(-1)
-    W = W.float().mT[batch, order].mT  # columns permuted, a copy
-    pruned = W == 0
-    H = H[batch.unsqueeze(-1), order.unsqueeze(-1), order.unsqueeze(-2)]
-    dead = H.diagonal(dim1=-2, dim2=-1) == 0  # an input that is always zero needs no weight
-    H.diagonal(dim1=-2, dim2=-1)[dead] = 1.0
-    W = W.masked_fill(dead.unsqueeze(-2), 0.0)
-    U = inverse_cholesky(H, damp).float()
-    codes, step = torch.empty_like(W), scales.float().squeeze(-1)  # (n, out, in), (n, out)
-    for start in range(0, columns, block):
-        end = min(start + block, columns)
-        errors = torch.empty_like(W[..., start:end])
-        for j in range(start, end):
-            codes[..., j] = torch.round(W[..., j] / step).clamp(-levels, levels).masked_fill(pruned[..., j], 0.0)
-            error = (W[..., j] - codes[..., j] * step) / U[:, j, j].unsqueeze(-1)
-            W[..., j:end] -= error.unsqueeze(-1) * U[:, j, j:end].unsqueeze(-2)
-            errors[..., j - start] = error
-        W[..., end:] -= errors @ U[:, start:end, end:]
-    return torch.zeros_like(codes).scatter_(-1, order.unsqueeze(-2).expand_as(codes), codes).to(torch.int8)
+    order, U, dead = feedback
+    levels = levels.squeeze(-1) if isinstance(levels, Tensor) else levels
+    # In units of the steps, the error of column j moves column k by its share V_jk: no step is left in the loop.
+    V, W = U / U.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), W.float() / row_step
+    if column_step is not None:
+        steps = column_step.squeeze(1).gather(1, order)  # (n, in)
+        W, V = W / column_step, V * (steps.unsqueeze(-1) / steps.unsqueeze(-2))
+    columns = order.unsqueeze(-1).expand(-1, -1, W.size(1))
+    W = W.masked_fill(dead.unsqueeze(1), 0.0).mT.gather(1, columns)  # (n, in, out), in order
+    pruned, codes, errors = W == 0, torch.empty_like(W, dtype=torch.int8), torch.empty_like(W)
+    state = torch.zeros_like(W[:, 0], dtype=torch.long)  # of the trellis
+
+    def visit(low: int, high: int) -> None:
+        if high - low > block:  # halves, so that most of the work is in large matrix products
+            middle = (low + high) // 2
+            visit(low, middle)
+            W[:, middle:high].baddbmm_(V[:, low:middle, middle:high].mT, errors[:, low:middle], alpha=-1)
+            visit(middle, high)
+            return
+        part = slice(low, high)
+        if trellis:
+            codes[:, part], errors[:, part] = trellis_block(W[:, part], V[:, part, part], state)
+        else:
+            codes[:, part], errors[:, part] = plain_block(W[:, part], V[:, part, part], levels, pruned[:, part])
+
+    visit(0, W.size(1))
+    return torch.empty_like(codes).scatter_(1, columns, codes).mT
 
 
-def find_scheme(name: str) -> tuple[str, int]:
-    """Scheme and largest code of the tensor NAME."""
-    return next(row[:2] for row in SCHEMES if re.fullmatch(row[3], name))
+def plain_block(W: Tensor, V: Tensor, levels: int | Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors of some columns W (n, b, out), in units of the step, each rounded to the nearest code."""
+    W, codes = W.clone(), torch.empty_like(W)
+    for j in range(W.size(1)):
+        codes[:, j] = W[:, j].round().clamp_(-levels, levels).masked_fill_(pruned[:, j], 0.0)
+        error = (W[:, j] - codes[:, j]).unsqueeze(1)
+        W[:, j + 1 :].addcmul_(V[:, j, j + 1 :].unsqueeze(-1), error, value=-1)
+    return codes, W - codes
 
 
-def choose_scales(tensor: Tensor, scheme: str, levels: int, config: Config) -> Tensor:
-    """float16 steps, one a row: MATRIX_CLIP_SIGMAS deviations on the largest code for int6, else the largest entry."""
-    span = tensor.std(-1) * config.matrix_clip_sigmas if scheme == "int6" else tensor.abs().amax(-1)
-    return row_scales(span, levels)
+# Trellis-coded quantisation as video coders have it (dependent quantisation, the eight states of the ECM): codes k mean
+# 2k in even states and 2k - sign(k) in odd ones, and a code's parity leads from state s to TRELLIS[s][parity]. The best
+# path through both grids errs as a finer grid does, at the codes of a coarser one: 0.14 bits a weight less for
+# Gaussian weights at 3 bits and the same error, which needs the unit of the grids to be TRELLIS_STEP of a plain step.
+TRELLIS = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
+TRELLIS_STEP = 0.606
 
 
-def round_to_codes(tensor: Tensor, scales: Tensor, levels: int) -> Tensor:
-    """The nearest codes, as floats."""
-    return torch.round(tensor / scales.float()).clamp(-levels, levels)
+def trellis_values(codes: Tensor) -> Tensor:
+    """What codes (..., out, in) of the trellis stand for, in units of the step, float32; it takes columns in order."""
+    table, columns = torch.tensor(TRELLIS, device=codes.device), codes.mT.contiguous()  # (..., in, out)
+    values, state = torch.empty(columns.shape, device=codes.device), torch.zeros_like(codes[..., 0], dtype=torch.long)
+    for j, code in enumerate(columns.long().unbind(-2)):
+        values[..., j, :] = 2 * code - (state & 1) * code.sign()
+        state = table[state, code & 1]
+    return values.mT
+
+
+def trellis_candidates(x: Tensor) -> tuple[Tensor, Tensor]:
+    """From every state the nearest code of either parity, and its value: x (S, n, out) -> (S, 2, n, out) each."""
+    even, odd = x[0::2], x[1::2]
+    codes, values = (torch.empty(len(x), 2, *x.shape[1:], device=x.device) for _ in range(2))
+    codes[0::2, 0], codes[0::2, 1] = 2 * (even / 4).round(), 2 * (even / 4 - 0.5).round() + 1
+    codes[1::2, 0] = 2 * ((odd.abs() + 1) / 4).round().masked_fill_(odd.abs() < 1.5, 0.0)  # 0, 2, 4 .. for 0, 3, 7 ..
+    codes[1::2, 1] = 2 * ((odd.abs() - 1) / 4).round() + 1  # 1, 3 .. for 1, 5 ..
+    codes[1::2] *= torch.where(odd < 0, -1.0, 1.0).unsqueeze(1)
+    codes[:, 0].clamp_(1 - WIDEST, WIDEST - 1)  # an even number
+    codes[:, 1].clamp_(-WIDEST, WIDEST)
+    values[0::2], values[1::2] = 2 * codes[0::2], 2 * codes[1::2] - codes[1::2].sign()
+    return codes, values
+
+
+def trellis_block(W: Tensor, V: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors of some columns W (n, b, out) along the best path through the trellis (Viterbi).
+
+    Every state keeps the rest of W as its own path leaves it. STATE (n, out): where the path begins; then its end.
+    """
+    S, b = len(TRELLIS), W.size(1)
+    targets = torch.tensor(TRELLIS, device=W.device).flatten()
+    before = torch.stack([(targets == s).nonzero().flatten() for s in range(S)])  # (S, 2): 2 * state + parity
+    states = torch.arange(S, device=W.device).view(S, 1, 1)
+    rest = W.expand(S, *W.shape).clone()  # (S, n, b, out)
+    cost = torch.full((S, *state.shape), math.inf, device=W.device).scatter_(0, state.unsqueeze(0), 0.0)
+    steps = []
+    for j in range(b):
+        codes, values = trellis_candidates(rest[:, :, j])  # (S, 2, n, out)
+        errors = rest[:, :, j].unsqueeze(1) - values
+        cost, choice = (cost.unsqueeze(1) + errors.square()).flatten(0, 1)[before].min(1)  # (S, n, out)
+        arrow = before[states, choice]
+        error, origin = errors.flatten(0, 1).gather(0, arrow), arrow >> 1
+        steps.append((codes.flatten(0, 1).gather(0, arrow), error, origin))
+        later = rest[:, :, j + 1 :].gather(0, origin.unsqueeze(2).expand(-1, -1, b - j - 1, -1))
+        rest[:, :, j + 1 :] = later.addcmul_(V[:, j, j + 1 :].unsqueeze(-1), error.unsqueeze(2), value=-1)
+    at = cost.argmin(0, keepdim=True)
+    state.copy_(at[0])
+    codes, errors = torch.empty_like(W), torch.empty_like(W)
+    for j in range(b - 1, -1, -1):
+        code, error, origin = steps[j]
+        codes[:, j], errors[:, j], at = code.gather(0, at)[0], error.gather(0, at)[0], origin.gather(0, at)
+    return codes, errors
+
+
+def log_steps(step: Tensor) -> Tensor:
+    """The int8 eighths of an octave nearest to STEP."""
+    return (8 * step.clamp(min=2.0**-16).log2()).round().clamp(-128, 127).to(torch.int8)
+
+
+def from_log(steps: Tensor) -> Tensor:
+    """The steps that int8 eighths of an octave stand for."""
+    eighths = torch.tensor([2 ** (k / 8) for k in range(8)], device=steps.device)  # no exp2: it differs by processors
+    return torch.ldexp(eighths[steps.long() % 8], steps // 8)
+
+
+def sigma_steps(W: Tensor, levels: int | Tensor, sigmas: float) -> Tensor:
+    """Steps (n, out, 1): the largest code stands for SIGMAS deviations of its row (#1394), with 0 for its maximum."""
+    return (W.std(-1, keepdim=True) * sigmas if sigmas else widest_steps(W, 1)) / levels
+
+
+def widest_steps(W: Tensor, reach: int) -> Tensor:
+    """Steps (n, out, 1) with which no entry of a row is beyond REACH of them, however they are rounded to be stored."""
+    return W.abs().amax(-1, keepdim=True) * (2 ** (1 / 16) / reach)
+
+
+def clip_steps(W: Tensor, levels: int | Tensor, weights: Tensor, tried: int = 12) -> Tensor:
+    """Steps (n, out, 1), the largest code at that share of the row's largest entry which plain rounding likes best.
+
+    Its squared error is weighted by WEIGHTS (n, 1, in), the diagonal of the Hessian.
+    """
+    largest = W.abs().amax(-1, keepdim=True).clamp(min=2.0**-16)
+    best, least = largest, torch.full_like(largest, math.inf)
+    for step in (share * largest / levels for share in torch.linspace(1.0, 0.3, tried).tolist()):
+        codes = (W / step).round().clamp(-levels, levels)
+        error = ((W - codes * step).square() * weights).sum(-1, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best
+
+
+def two_sided_steps(W: Tensor, g: Tensor, u: Tensor, step: float, reach: int) -> tuple[Tensor, Tensor]:
+    """Steps (n, out, 1) and stored column steps (n, 1, in), whose product is about STEP u_j / sqrt(g_i).
+
+    W (n, out, in), g (n, out), u (n, in). Where half of a column's entries would be beyond REACH steps, its step grows.
+    """
+    row = step * g.rsqrt().unsqueeze(-1)
+    u = u.unsqueeze(1)
+    u = u * (W.abs() / (row * u * reach)).median(1, keepdim=True).values.clamp(min=1.0)
+    mean = u.log().mean(-1, keepdim=True).exp()  # goes to the rows: one byte has to hold the rest
+    return row * mean, log_steps(u / mean)
+
+
+def raised(squares: Tensor, floor: float) -> Tensor:
+    """Mean squares (..., n), none below FLOOR of their mean."""
+    return squares.maximum(floor * squares.mean(-1, keepdim=True)).clamp(min=1e-30)
+
+
+def guided_levels(gradients: Mapping[str, tuple[Tensor, Tensor]], config: Config) -> dict[str, Tensor]:
+    """Bank -> the largest code of each matrix (n, 1, 1), a bit more or less by its mean squared gradient (#398)."""
+    order = torch.cat([gradients[name][1] for name in GPT.BANKS]).argsort()
+    bits = torch.full((len(order),), config.matrix_bits, device=order.device)
+    bits[order[: int(config.grad_quant_int5_frac * len(order))]] -= 1
+    bits[order[len(order) - int(config.grad_quant_int7_frac * len(order)) :]] += 1
+    levels = (2 ** (bits.clamp(max=8) - 1) - 1)[:, None, None]
+    return dict(zip(GPT.BANKS, levels.split([len(gradients[name][1]) for name in GPT.BANKS]), strict=True))
+
+
+class Plan(NamedTuple):
+    """A tensor on its way to codes: W (n, out, in), feedback, steps (n, out, 1) and stored column steps (n, 1, in)."""
+
+    W: Tensor
+    feedback: Feedback
+    row_step: Tensor
+    columns: Tensor | None
+    levels: int | Tensor
+    least: Tensor | float  # steps (n, out, 1) that leave nothing beyond the last code: they become no finer
+
+
+def row_steps(name: str, W: Tensor, weights: Tensor, levels: int | Tensor, config: Config) -> Tensor:
+    """Steps (n, out, 1) of the tensor NAME by the choosers that have one a row; WEIGHTS as for clip_steps."""
+    bank = name in GPT.BANKS
+    if config.quant_steps == "clip" and bank:
+        return clip_steps(W, levels, weights)
+    if config.quant_steps == "fixed" and bank:
+        return torch.full_like(W[..., :1], 1 / 31)
+    return sigma_steps(W, levels, config.matrix_clip_sigmas if bank else config.embed_clip_sigmas)
+
+
+def bank_feedbacks(
+    hessians: Mapping[str, Tensor], config: Config, say: Callable[[str], None]
+) -> dict[str, tuple[Feedback, Tensor]]:
+    """Bank -> its feedback, made once for what Q, K and V share, and the diagonal of its Hessians (n, 1, in)."""
+    made = {}
+    for stack, H in hessians.items():  # the trellis takes columns as they stand: the decoder knows no other order
+        order = torch.arange(H.size(-1), device=H.device).expand(len(H), -1) if config.quant_trellis else None
+        made[stack] = (*make_feedback(H, config.gptq_damp, order, say), H.diagonal(dim1=-2, dim2=-1))
+    found = {}
+    for bank, stacks in STACKS.items() if made else ():
+        *feedback, diagonal = (torch.cat(parts) for parts in zip(*(made[stack] for stack in stacks), strict=True))
+        found[bank] = (Feedback(*feedback), diagonal.unsqueeze(1))
+    return found
+
+
+@torch.no_grad()
+def plan_rounding(
+    state: Mapping[str, Tensor], statistics: Statistics, config: Config, say: Callable[[str], None] = warnings.warn
+) -> dict[str, Plan]:
+    """How to round every tensor of a state dict that is not kept as float16, pruned by PRUNE_FRAC before.
+
+    QUANT_STEPS=two_sided: an error e_ij that later columns make up for costs g_i (e_ij / u_j)^2 / 2 nats, g_i the mean
+    squared gradient of output i. A bit more divides the cost of a weight by four, so the fewest bits for a loss make
+    all costs equal: step_ij = lambda u_j / sqrt(g_i), one lambda for the whole model. With N weights the loss is
+    N lambda^2 / 24 = QUANT_LOSS. For tables, which have no Hessian, the factors of E[(dL/dW)^2] stand in; a tensor
+    without gradients has one step a row.
+    """
+    tensors = {name: tensor.float() for name, tensor in state.items() if find_scheme(name) != "fp16"}
+    feedbacks = bank_feedbacks(statistics.hessians, config, say)
+    guided = guided_levels(statistics.gradients, config) if config.grad_quant else {}
+    step = math.sqrt(24 * config.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
+    step, reach = (step * TRELLIS_STEP, 2 * WIDEST - 2) if config.quant_trellis else (step, WIDEST)
+    plans = {}
+    for name, tensor in tensors.items():
+        W = tensor.reshape(-1, *tensor.shape[-2:])
+        feedback, weights = feedbacks.get(name) or (no_feedback(W), torch.ones_like(W[:, :1]))
+        bank, columns = name in GPT.BANKS, None
+        levels: int | Tensor = guided.get(name, 2 ** (config.matrix_bits - 1) - 1) if bank else WIDEST
+        if config.quant_steps == "two_sided" and name in statistics.gradients:
+            g, c = statistics.gradients[name]  # (n, out) and (n,), or of a table (out,) and (in,)
+            if bank:
+                g, u = raised(g, BANK_FLOOR), feedback.column_weights()
+            else:
+                g, u = raised(g / g.mean(), TABLE_FLOOR).unsqueeze(0), raised(c, BANK_FLOOR).rsqrt().unsqueeze(0)
+            row, columns = two_sided_steps(W, g, u, step, reach)
+        else:
+            row = row_steps(name, W, weights, levels, config)
+        least: Tensor | float = 0.0
+        if columns is not None or config.fit_size:  # the step decides, the codes have room
+            levels = WIDEST
+            least = widest_steps(W if columns is None else W / from_log(columns), reach)
+        plans[name] = Plan(prune_smallest(W, config.prune_frac), feedback, row, columns, levels, least)
+    return plans
+
+
+def round_all(
+    state: Mapping[str, Tensor], plans: Mapping[str, Plan], config: Config, factor: float = 1.0
+) -> list[Record]:
+    """Every tensor of a state dict as it is stored, on the CPU; the steps of PLANS are multiplied by FACTOR."""
+    records = []
+    for name, tensor in state.items():
+        if name not in plans:
+            records.append(Record(name, tensor.to(torch.float16).cpu()))
+            continue
+        W, feedback, row_step, columns, levels, least = plans[name]
+        rows = log_steps((row_step * factor).clamp(min=least))
+        column_step = None if columns is None else from_log(columns)
+        trellis = config.quant_trellis and columns is not None
+        codes = quantise(W, feedback, from_log(rows), column_step, levels, config.gptq_block_size, trellis)
+        lead = tensor.shape[:-2]  # the banks have three axes, the tables two
+        columns = None if columns is None else columns.view(*lead, 1, -1).cpu()
+        records.append(Record(name, codes.reshape(tensor.shape).cpu(), rows.view(*lead, -1, 1).cpu(), columns, trellis))
+    return records
+
+
+def quantize(state: Mapping[str, Tensor], statistics: Statistics, config: Config) -> list[Record]:
+    """Every tensor of a state dict by its scheme, on the CPU."""
+    return round_all(state, plan_rounding(state, statistics, config), config)
+
+
+def dequantize(record: Record) -> Tensor:
+    """The float32 tensor that a record stands for."""
+    if record.row_steps is None:
+        return record.codes.float()
+    values = trellis_values(record.codes) if record.trellis else record.codes.float()
+    step = from_log(record.row_steps)
+    return values * (step if record.column_steps is None else step * from_log(record.column_steps))
 
 
 @contextmanager
 def fake_quantized_banks(model: GPT) -> Iterator[None]:
-    """Inside, the banks hold what plain rounding by the export's scales makes of them; afterwards their own values.
+    """Inside, the banks hold what plain rounding by MATRIX_BITS and MATRIX_CLIP_SIGMAS makes of them.
 
     Gradients that are taken inside and applied afterwards are straight-through ones (arXiv 1308.3432). No second graph
     is compiled for it, and a step of several micro-batches rounds once.
     """
     banks = {name: getattr(model, name).detach() for name in GPT.BANKS}
     saved = {name: bank.clone() for name, bank in banks.items()}
-    for name, bank in banks.items():
-        scheme, levels = find_scheme(name)
-        scales = choose_scales(bank, scheme, levels, model.config)
-        bank.copy_(round_to_codes(bank, scales, levels) * scales.float())
+    levels = 2 ** (model.config.matrix_bits - 1) - 1
+    for bank in banks.values():
+        step = from_log(log_steps(sigma_steps(bank, levels, model.config.matrix_clip_sigmas)))
+        bank.copy_((bank / step).round().clamp(-levels, levels) * step)
     try:
         yield
     finally:
@@ -2030,52 +2465,176 @@ def prune_smallest(tensor: Tensor, share: float) -> Tensor:
     return tensor.masked_fill(magnitude <= limit[..., None, None], 0.0)
 
 
-@torch.no_grad()
-def quantize(state: Mapping[str, Tensor], hessians: Mapping[str, Tensor] | None, config: Config) -> list[Record]:
-    """Every tensor of a state dict by its scheme, on the CPU, pruned by PRUNE_FRAC before.
+# ----------------------------------------------------------------------------------------------------------------------
+# Coding
+# ----------------------------------------------------------------------------------------------------------------------
 
-    hessians None: the banks are rounded plainly.
+# A code says more about its width than about its neighbours, so codes are laid out by their expected width: every coder
+# then meets one width at a time. Quarter octaves, by row and by column; 64 sums of the two are told apart.
+NUM_WIDTHS, NARROWEST = 64, -24
+LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
+PACKAGES = {"zstandard": "0.25.0", "constriction": "0.5.0"}
+
+
+def import_package(name: str) -> Any:
+    """A package that only the artifact needs. UserError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(f"the artifact needs the package {name}: pip install {name}=={PACKAGES[name]}") from None
+
+
+def pack(data: bytes, coder: str) -> bytes:
+    """DATA compressed by zstd, level 22, or lzma."""
+    return lzma.compress(data, **LZMA) if coder == "lzma" else import_package("zstandard").compress(data, 22)
+
+
+def unpack(data: bytes, coder: str) -> bytes:
+    """What `pack` was given."""
+    return lzma.decompress(data, **LZMA) if coder == "lzma" else import_package("zstandard").decompress(data)
+
+
+def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The root mean square of codes (..., out, in) by row (..., out, 1) and by column, relative to it (..., 1, in)."""
+    squares = codes.float().square() + 2.0**-12
+    rows = squares.mean(-1, keepdim=True)
+    columns = (squares / rows).mean(-2, keepdim=True)
+    return tuple((2 * part.log2()).round().to(torch.int8) for part in (rows, columns))  # quarter octaves of the root
+
+
+def lay_out(widths: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+    """The places of all codes in the order of their expected width, and their number by width and matrix."""
+    sums = [(row.int() + column - NARROWEST).clamp(0, NUM_WIDTHS - 1).to(torch.uint8) for row, column in widths]
+    matrices = [matrix.flatten().numpy() for part in sums for matrix in part.view(-1, *part.shape[-2:])]
+    counts = np.stack([np.bincount(matrix, minlength=NUM_WIDTHS) for matrix in matrices], axis=1)
+    return np.concatenate(matrices).argsort(kind="stable"), counts
+
+
+class Table(NamedTuple):
+    """Frequencies of codes, from LOW on, that an entropy coder goes by: uint16, never zero."""
+
+    low: int
+    frequencies: np.ndarray
+
+    @classmethod
+    def of(cls, codes: np.ndarray) -> Table:
+        low = int(codes.min())
+        counts = np.bincount(codes.astype(np.int16) - low, minlength=2)  # the coder wants two symbols
+        return cls(low, np.ceil(counts * (65535 / len(codes))).clip(1, 65535).astype("<u2"))
+
+    def dump(self) -> bytes:
+        return struct.pack("<bB", self.low, len(self.frequencies) - 1) + self.frequencies.tobytes()
+
+    def bits(self, codes: np.ndarray) -> float:
+        """What CODES cost by this table."""
+        shares = self.frequencies / self.frequencies.sum(dtype=np.int64)
+        return -float(np.log2(shares)[codes.astype(np.int16) - self.low].sum())
+
+    def model(self) -> Any:
+        """For the coder: quotients of whole numbers, so the same on every machine."""
+        weights = self.frequencies / self.frequencies.sum(dtype=np.int64)
+        return import_package("constriction").stream.model.Categorical(weights, perfect=False)
+
+
+def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], list[int]]:
+    """A table for each width, and one for those of its matrices that save more by it than it takes: tables, uses.
+
+    codes: int8 in the order of `lay_out`; the uses, numbers of tables, are of its segments by width and by matrix.
     """
-    records = []
-    for name, tensor in state.items():
-        scheme, levels = find_scheme(name)
-        if scheme == "fp16":
-            records.append(Record(name, scheme, tensor.to(torch.float16).cpu(), None))
+    tables: list[Table] = []
+    uses: list[int] = []
+    parts = iter(np.split(codes, counts.flatten().cumsum()[:-1]))
+    for row in counts.tolist():
+        segments = [next(parts) for _ in row]
+        whole = np.concatenate(segments)
+        if not len(whole):
             continue
-        scales = choose_scales(tensor, scheme, levels, config)
-        tensor = prune_smallest(tensor, config.prune_frac)
-        if scheme == "int6" and hessians is not None:
-            H = torch.cat([hessians[stack] for stack in STACKS[name]])  # (rows, in, in)
-            codes = gptq(tensor, H, scales, levels, config.gptq_damp, config.gptq_block_size)
+        shared, common = Table.of(whole), len(tables)
+        tables.append(shared)
+        for segment in segments:
+            if not len(segment):
+                continue
+            own = Table.of(segment)
+            pays = shared.bits(segment) - own.bits(segment) > 8 * len(own.dump())
+            uses.append(len(tables) if pays else common)
+            tables += [own] if pays else []
+    return tables, uses
+
+
+def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
+    """Codes (int8) in the order of `lay_out` as bytes; ans: an asymmetric numeral system (arXiv 1311.2540)."""
+    if coder == "lzma":
+        return pack(codes.tobytes(), coder)
+    if coder == "zstd":  # width by width: it does not always see where one ends
+        frames = [pack(part.tobytes(), coder) for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
+        return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
+    tables, uses = choose_tables(codes, counts)
+    sizes, stack = counts[counts > 0], import_package("constriction").stream.stack.AnsCoder()
+    for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):  # last in, first out
+        stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
+    side = [struct.pack("<H", len(tables)), *(table.dump() for table in tables), np.array(uses, "<u2").tobytes()]
+    packed = pack(b"".join(side), "zstd")
+    return struct.pack("<I", len(packed)) + packed + stack.get_compressed().astype("<u4").tobytes()
+
+
+def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
+    """What `encode_codes` was given."""
+    if coder == "lzma":
+        return np.frombuffer(unpack(data, coder), np.int8)
+    if coder == "zstd":
+        ends = np.frombuffer(data, "<u4", NUM_WIDTHS).cumsum(dtype=np.int64) + 4 * NUM_WIDTHS
+        frames = [data[low:high] for low, high in pairwise([4 * NUM_WIDTHS, *ends.tolist()])]
+        return np.frombuffer(b"".join(unpack(frame, coder) for frame in frames), np.int8)
+    (length,) = struct.unpack_from("<I", data)
+    side, tables = unpack(data[4 : 4 + length], "zstd"), []
+    (number,), position = struct.unpack_from("<H", side), 2
+    for _ in range(number):
+        low, last = struct.unpack_from("<bB", side, position)
+        tables.append(Table(low, np.frombuffer(side, "<u2", last + 1, position + 2)))
+        position += 2 + tables[-1].frequencies.nbytes
+    sizes = counts[counts > 0]
+    uses = np.frombuffer(side, "<u2", len(sizes), position)
+    stack = import_package("constriction").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
+    parts = [stack.decode(tables[use].model(), size) + tables[use].low for size, use in zip(sizes, uses, strict=True)]
+    return np.concatenate(parts).astype(np.int8)
+
+
+def fit(build: Callable[[float], bytes], budget: int, passes: int = 12) -> tuple[bytes, float]:
+    """The largest of the artifacts BUILD(factor) that BUDGET bytes hold, to 0.1 %, and its factor.
+
+    Where none fits, the last one tried, which is the smallest. Bytes fall about evenly with the logarithm of the
+    factor: two sizes tell where to look, halving where that is slow.
+    """
+    below: tuple[float, int] | None = None  # log2 of the factor and bytes, of the best that fits
+    above: tuple[float, int] | None = None  # of the closest that does not
+    best, at = (b"", 1.0), 0.0
+    for turn in range(passes):
+        blob = build(2.0**at)
+        if len(blob) <= budget:
+            finer = below is None or above is not None or len(blob) > below[1]
+            below, best = (at, len(blob)), (blob, 2.0**at)
+            if len(blob) >= 0.999 * budget or not finer:  # full, or the steps have become no finer
+                break
         else:
-            codes = round_to_codes(tensor, scales, levels)
-        records.append(Record(name, scheme, codes.to(torch.int8).cpu(), scales.cpu()))
-    return records
-
-
-def dequantize(record: Record) -> Tensor:
-    """The float32 tensor that a record stands for."""
-    values = record.codes.float()
-    return values if record.scales is None else values * record.scales.float()
+            above = (at, len(blob))
+            best = best if below else (blob, 2.0**at)
+        if below is None or above is None:
+            at += 1.0 if below is None else -1.0
+        else:
+            share = (0.9995 * budget - below[1]) / (above[1] - below[1]) if turn % 3 else 0.5
+            at = below[0] + (above[0] - below[0]) * min(max(share, 0.05), 0.95)
+    return best
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Artifact
 # ----------------------------------------------------------------------------------------------------------------------
 
-# The file: magic, uint32 version, SHA-256 of the rest, then a zstd frame. In the frame: uint32 length of a JSON header,
-# the header (model settings, tokenizer hash, table of tensors), and the tensors' bytes in table order, little-endian,
-# all codes before all scales. Nothing in it is executed to read it.
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 1
-ARTIFACT_PREFIX = struct.Struct("<8sI32s")
-
-
-def import_zstandard():
-    try:
-        import zstandard
-    except ModuleNotFoundError:
-        raise UserError("the artifact needs the package zstandard: pip install zstandard==0.25.0") from None
-    return zstandard
+# The file: magic, uint32 version, name of the coder, SHA-256 of these two and what follows it: uint32 length of a
+# packed head, the head, the coded codes. The head: uint32 length of a JSON text (model settings, hashes, table of
+# tensors), the text, and what is not a code: float16 tensors, steps, widths. Nothing is executed to read it.
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 2
+ARTIFACT_PREFIX = struct.Struct("<8sI4s32s")
 
 
 def model_settings(config: Config) -> dict[str, Any]:
@@ -2096,16 +2655,61 @@ def write_atomically(path: Path, blob: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def checksum(coder: bytes, body: bytes) -> bytes:
+    return hashlib.sha256(struct.pack("<I", ARTIFACT_VERSION) + coder + body).digest()
+
+
 def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str) -> bytes:
-    """The bytes of the artifact: model settings, tensors and checksum, compressed with zstd level 22."""
-    table = [dict(name=r.name, shape=list(r.codes.shape), scheme=r.scheme) for r in records]
+    """The bytes of the artifact: model settings, tensors, and codes by the coder that COMPRESSOR names."""
+    coded = [record for record in records if record.row_steps is not None]
+    widths = [code_widths(record.codes) for record in coded]
+    order, counts = lay_out(widths)
+    codes = np.concatenate([record.codes.flatten().numpy() for record in coded])[order]
+    table = [dict(name=r.name, shape=list(r.codes.shape), coded=r.row_steps is not None,
+                  columns=r.column_steps is not None, trellis=r.trellis) for r in records]  # fmt: skip
     header = dict(config=model_settings(config), tokenizer_sha256=tokenizer_sha256, tensors=table)
+    header["sha256_codes"] = hashlib.sha256(codes).hexdigest()
     text = json.dumps(header, separators=(",", ":")).encode()
-    codes = [r.codes.contiguous().numpy().tobytes() for r in records]
-    scales = [r.scales.contiguous().numpy().tobytes() for r in records if r.scales is not None]
-    data = b"".join([struct.pack("<I", len(text)), text, *codes, *scales])
-    body = import_zstandard().ZstdCompressor(level=22).compress(data)
-    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, hashlib.sha256(body).digest()) + body
+    side = [record.codes for record in records if record.row_steps is None]
+    side += [steps for record in coded for steps in (record.row_steps, record.column_steps) if steps is not None]
+    side += [part for pair in widths for part in pair]
+    plain = [struct.pack("<I", len(text)), text, *(part.contiguous().numpy().tobytes() for part in side)]
+    head = pack(b"".join(plain), "zstd")
+    body = struct.pack("<I", len(head)) + head + encode_codes(codes, counts, config.compressor)
+    coder = config.compressor.encode().ljust(4, b"\0")
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, coder, checksum(coder, body)) + body
+
+
+def decode_records(body: bytes, coder: str) -> tuple[dict[str, Any], list[Record]]:
+    """Header and tensors of the body of an artifact. UserError where other codes come out than went in."""
+    (length,) = struct.unpack_from("<I", body)
+    head = unpack(body[4 : 4 + length], "zstd")
+    (text,) = struct.unpack_from("<I", head)
+    header, position = json.loads(head[4 : 4 + text]), 4 + text
+
+    def take(shape: Sequence[int], dtype: str = "<i1") -> Tensor:
+        nonlocal position
+        array = np.frombuffer(head, dtype, math.prod(shape), position).reshape(shape)
+        position += array.nbytes
+        return torch.from_numpy(array.copy())
+
+    found = {
+        row["name"]: Record(row["name"], take(row["shape"], "<f2")) for row in header["tensors"] if not row["coded"]
+    }
+    rows = [row for row in header["tensors"] if row["coded"]]
+    sides = [([*lead, out, 1], [*lead, 1, columns]) for *lead, out, columns in (row["shape"] for row in rows)]
+    steps = [(take(side[0]), take(side[1]) if row["columns"] else None) for row, side in zip(rows, sides, strict=True)]
+    order, counts = lay_out([(take(side[0]), take(side[1])) for side in sides])
+    assert position == len(head), f"{len(head) - position} bytes left over in the artifact"
+    laid_out = decode_codes(body[4 + length :], counts, coder)
+    if hashlib.sha256(laid_out).hexdigest() != header["sha256_codes"]:
+        raise UserError("artifact: its codes do not come out as they went in, another version of the coder?")
+    codes = np.empty_like(laid_out)
+    codes[order] = laid_out
+    parts = torch.from_numpy(codes).split([math.prod(row["shape"]) for row in rows])
+    for row, part, pair in zip(rows, parts, steps, strict=True):
+        found[row["name"]] = Record(row["name"], part.view(row["shape"]), *pair, row["trellis"])
+    return header, [found[row["name"]] for row in header["tensors"]]
 
 
 class Artifact(NamedTuple):
@@ -2126,21 +2730,19 @@ def read_artifact(path: str | Path) -> Artifact:
         raise UserError(f"artifact {path}: {error.strerror}") from error
     if len(blob) < ARTIFACT_PREFIX.size:
         raise UserError(f"artifact {path}: {len(blob)} bytes, shorter than its {ARTIFACT_PREFIX.size}-byte prefix")
-    magic, version, digest = ARTIFACT_PREFIX.unpack_from(blob)
+    magic, version, coder, digest = ARTIFACT_PREFIX.unpack_from(blob)
     if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
         raise UserError(
             f"artifact {path}: magic {magic!r} version {version}, expected {ARTIFACT_MAGIC!r} {ARTIFACT_VERSION}"
         )
     body = blob[ARTIFACT_PREFIX.size :]
-    if hashlib.sha256(body).digest() != digest:
+    if checksum(coder, body) != digest:
         raise UserError(f"artifact {path}: the checksum does not match, the file is truncated or altered")
-    data = import_zstandard().ZstdDecompressor().decompress(body)
-    (length,) = struct.unpack_from("<I", data)
-    header = json.loads(data[4 : 4 + length])
+    header, records = decode_records(body, coder.rstrip(b"\0").decode())
     unknown = sorted(set(header["config"]) - {f.name for f in fields(Config)})
     if unknown:
         raise UserError(f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version")
-    tensors = decode_tensors(memoryview(data)[4 + length :], header["tensors"])
+    tensors = {record.name: dequantize(record) for record in records}
     moments: dict[str, list[Tensor]] = {}
     for name in [name for name in tensors if name.startswith("moments.")]:
         moments.setdefault(name.split(".", 2)[2], []).append(tensors.pop(name).exp2())
@@ -2154,25 +2756,6 @@ def learned_tensors(moments: Mapping[str, list[Tensor]], factors: Mapping[str, T
     for name, parts in moments.items():
         stored |= {f"moments.{number}.{name}": part for number, part in enumerate(parts)}
     return {name: tensor.clamp(min=2.0**-100).log2() for name, tensor in stored.items()}
-
-
-def decode_tensors(payload: memoryview, table: list[dict]) -> dict[str, Tensor]:
-    """The float32 tensors of a payload laid out as TABLE says: all codes in order, then all scales in order."""
-    position = 0
-
-    def take(shape: list[int], dtype: str) -> Tensor:
-        nonlocal position
-        count = math.prod(shape)
-        array = np.frombuffer(payload, dtype, count, position).reshape(shape)
-        position += array.nbytes
-        return torch.from_numpy(array.copy())
-
-    storage = {scheme: numpy_type for scheme, _, numpy_type, _ in SCHEMES}
-    codes = [take(row["shape"], storage[row["scheme"]]) for row in table]
-    scales = [take([*row["shape"][:-1], 1], "<f2") if row["scheme"] != "fp16" else None for row in table]
-    assert position == len(payload), f"{len(payload) - position} bytes left over in the artifact"
-    records = [Record(r["name"], r["scheme"], c, s) for r, c, s in zip(table, codes, scales, strict=True)]
-    return {record.name: dequantize(record) for record in records}
 
 
 def load_model(
@@ -2545,24 +3128,40 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
         train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
     if c.warmup_steps:
         warm_up_meta(model, c, nll_fn, batches, random_ids)
-    seconds = 0.0
-    with torch.no_grad():
-        if c.warmup_steps:
+    if c.warmup_steps:
+        with torch.no_grad():
             tokens, rows_a_pass = random_ids(c.eval_seq_len + 1).cpu().numpy(), np.zeros(c.eval_batch_seqs, np.int64)
             for scored in (c.eval_seq_len, c.eval_stride):
                 windows = Windows(rows_a_pass, rows_a_pass + c.eval_seq_len - scored, rows_a_pass + c.eval_seq_len)
                 batch = make_batch(tokens, windows, power_of_two(scored), run.device)
                 nll_fn(model, batch.ids, batch.targets, batch.columns)
-        for turn in range(4 if c.gptq_calib_batches else 0):
-            began = time.perf_counter()
-            collect_hessians(model, [random_ids(rows // parts, c.train_seq_len)])
-            if c.ttt_moments == "artifact" and turn < 2:
-                collect_moments(model, [random_ids(MOMENT_ROWS, c.train_seq_len)], c)
-            synchronize(run.device)
-            seconds = max(seconds, time.perf_counter() - began) if turn else 0.0  # the first loads kernels
-        torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
+    seconds = statistics_seconds(run, model, lambda rows: random_ids(rows, c.train_seq_len))
+    torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
     model.looped = not c.loop_start_frac
-    return reduce_max(1.5 * seconds * math.ceil(c.gptq_calib_batches / world_size()))  # half as much again, for reading
+    return seconds
+
+
+def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor]) -> float:
+    """The seconds to keep for the statistics: what a batch of each takes, as often, and half as much for reading it."""
+    c, rows, total = run.config, run.config.train_batch_tokens // run.config.train_seq_len, 0.0
+    rows, written = rows // c.grad_accum_total, min(c.train_seq_len, 32)
+    gradients = c.gptq_grad_batches if c.wants_gradients else 0
+    texts = (c.gptq_calib_batches + gradients) * c.train_seq_len / written if c.calib_source == "self" else 0
+    moments = MOMENT_BATCHES if c.ttt_moments == "artifact" else 0
+    for count, work in (
+        (c.gptq_calib_batches, lambda: collect_hessians(model, [random_rows(rows)])),
+        (gradients, lambda: collect_gradients(model, [(random_rows(rows), random_rows(rows))])),
+        (texts, lambda: generate(model, rows, written)),
+        (moments, lambda: collect_moments(model, [random_rows(MOMENT_ROWS)], c)),
+    ):
+        seconds = []
+        for _ in range(3 if count else 0):
+            began = time.perf_counter()
+            work()
+            synchronize(run.device)
+            seconds.append(time.perf_counter() - began)
+        total += max(seconds[1:], default=0.0) * math.ceil(count / world_size())  # the first loads kernels
+    return reduce_max(1.5 * total)
 
 
 def warm_up_meta(
@@ -2597,8 +3196,8 @@ def training_moments(run: Run, model: GPT) -> dict[str, list[Tensor]] | None:
     if c.ttt_moments != "artifact":
         return None
     count = math.ceil(MOMENT_BATCHES / world_size()) * world_size()  # as many for each rank: all reduce together
-    few = replace(c, gptq_calib_batches=count, train_batch_tokens=MOMENT_ROWS * c.train_seq_len, grad_accum_total=1)
-    return collect_moments(model, calibration_batches(run.train, few, run.device), c)
+    text = replace(run, config=replace(c, calib_source="train"))
+    return collect_moments(model, (ids for ids, _ in calibration_batches(text, model, count, MOMENT_ROWS)), c)
 
 
 def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
@@ -2822,7 +3421,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     if not glob(config.shards("val")):
         raise UserError(f"no shards match {config.shards('val')}")
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
-    import_zstandard()
+    for package in ("zstandard", *(["constriction"] if config.compressor == "ans" else [])):
+        import_package(package)
     folder = on_rank_0(lambda: make_run_folder(config, environ))
     log = RunLog(folder, config.iterations)
     for notice in [*notices, *attention_notices]:
@@ -2856,28 +3456,34 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
 def export(
     run: Run,
     model: GPT,
-    hessians: Mapping[str, Tensor] | None,
+    statistics: Statistics,
     moments: Mapping[str, list[Tensor]] = MappingProxyType({}),
     factors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp_heads.")}
+    c, state = run.config, {name: p for name, p in model.state_dict().items() if not name.startswith("mtp_heads.")}
     checkpoint = io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in state.items()}, checkpoint)
     write_atomically(run.folder / "final_model.pt", checkpoint.getvalue())
-    blob = encode_artifact(
-        run.config, quantize(state | learned_tensors(moments, factors), hessians, run.config), run.tokenizer_sha256
-    )
-    write_atomically(run.folder / "final_model.int6.ptz", blob)
     bytes_code = sum(file.stat().st_size for file in code_files())
+    state |= learned_tensors(moments, factors)
+    plans = plan_rounding(state, statistics, c, run.log.line)
+
+    def build(factor: float) -> bytes:
+        return encode_artifact(c, round_all(state, plans, c, factor), run.tokenizer_sha256)
+
+    blob, factor = fit(build, SIZE_CAP - bytes_code) if c.fit_size else (build(1.0), 1.0)
+    if c.fit_size:
+        run.log.line(f"fit_size: steps times {factor:.4f}")
+    write_atomically(run.folder / "final_model.int6.ptz", blob)
     total = bytes_code + len(blob)
     run.log.line(f"Code size: {bytes_code} bytes")
-    run.log.line(f"Serialized model int6+zstd: {len(blob)} bytes")
-    run.log.line(f"Total submission size int6+zstd: {total} bytes")
+    run.log.line(f"Serialized model int6+{c.compressor}: {len(blob)} bytes")
+    run.log.line(f"Total submission size int6+{c.compressor}: {total} bytes")
     if total > SIZE_CAP:
         run.log.line(f"WARNING: over the cap of {SIZE_CAP} bytes by {total - SIZE_CAP}")
     sizes = dict(bytes_code=bytes_code, bytes_model=len(blob), bytes_total=total, fits=total <= SIZE_CAP)
-    return sizes | dict(sha256_artifact=hashlib.sha256(blob).hexdigest())
+    return sizes | dict(step_factor=factor, sha256_artifact=hashlib.sha256(blob).hexdigest())
 
 
 def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
@@ -2895,12 +3501,16 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
     return values | dict(eval_seconds=time.perf_counter() - began)
 
 
-def read_statistics(run: Run, model: GPT) -> tuple[dict[str, Tensor] | None, dict[str, list[Tensor]]]:
-    """What the export and the evaluator want to know of the training text: Hessians, and TTT's moments if stored."""
-    c, hessians = run.config, None
+def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Tensor]]]:
+    """What the export and the evaluator want to know of text."""
+    c, hessians, gradients = run.config, {}, {}
+    rows = c.train_batch_tokens // c.train_seq_len // c.grad_accum_total
     if c.gptq_calib_batches:
-        hessians = collect_hessians(model, calibration_batches(run.train, c, run.device))
-    return hessians, training_moments(run, model) or {}
+        batches = calibration_batches(run, model, c.gptq_calib_batches, rows)
+        hessians = collect_hessians(model, (ids for ids, _ in batches))
+    if c.wants_gradients:
+        gradients = collect_gradients(model, calibration_batches(run, model, c.gptq_grad_batches, rows))
+    return Statistics(hessians, gradients), training_moments(run, model) or {}
 
 
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
@@ -2921,12 +3531,12 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     steps = train(run, model, loss_fn, nll_fn, reserve, clock, rates)
     loop_seconds = clock.seconds()
     late_steps = late_phases(run, model, nll_fn, reserve, clock, rates)
-    hessians, moments = read_statistics(run, model)
+    statistics, moments = read_statistics(run, model)
     clock.stop()
     if run.device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         run.log.line(f"peak memory allocated: {peak >> 20} MiB reserved: {reserved >> 20} MiB")
-    sizes = on_rank_0(lambda: export(run, model, hessians, moments, rates.factors()))
+    sizes = on_rank_0(lambda: export(run, model, statistics, moments, rates.factors()))
     result = dict(
         **score_artifact(run, nll_fn),
         **sizes,

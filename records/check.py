@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bz2
 import hashlib
 import json
 import lzma
@@ -850,6 +851,7 @@ UNPACKERS = (
     lambda blob: lzma.LZMADecompressor().decompress(blob, UNPACK_LIMIT),
     lambda blob: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(blob, UNPACK_LIMIT),
     lambda blob: zstandard.ZstdDecompressor().stream_reader(blob).read(UNPACK_LIMIT),
+    lambda blob: bz2.BZ2Decompressor().decompress(blob, UNPACK_LIMIT),
 )
 
 
@@ -858,8 +860,13 @@ def unpack(blob: bytes) -> Iterator[bytes]:
     for unpacker in UNPACKERS:
         try:
             yield unpacker(blob)
-        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError):
+        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError):
             continue
+
+
+def bytes_of(text: str | bytes) -> bytes:
+    """A literal in which each character is a byte; see pack.py."""
+    return text if isinstance(text, bytes) else text.encode("latin-1")
 
 
 def parse_python(path: Path) -> tuple[ast.Module | None, str]:
@@ -872,7 +879,7 @@ def parse_python(path: Path) -> tuple[ast.Module | None, str]:
         return tree, ""
     texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes)))
     longest = max(texts, key=len, default="")
-    for decode in (base64.b85decode, base64.a85decode, base64.b64decode):
+    for decode in (base64.b85decode, base64.a85decode, base64.b64decode, bytes_of):
         try:
             for source in unpack(decode(longest)):
                 return ast.parse(source), ""
@@ -1017,7 +1024,9 @@ def check_artifact(record: Record) -> Iterator[Finding]:
         blob = path.read_bytes()
         size, digest = len(blob), hashlib.sha256(blob).hexdigest()
         if blob.startswith(ARTIFACT_MAGIC):
-            if hashlib.sha256(blob[44:]).digest() != blob[12:44]:
+            first = blob[8:12] == b"\1\0\0\0"  # the version; from the second on its number and the coder count too
+            body, kept = (blob[44:], blob[12:44]) if first else (blob[8:16] + blob[48:], blob[16:48])
+            if hashlib.sha256(body).digest() != kept:
                 yield "fail", f"{path.name}: the checksum does not match, so the file is cut off or altered"
         elif is_pickle(blob):
             yield "fail" if scored else "warn", f"{path.name} is a pickle: to read it executes what it says"

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
+from test_model import SMALL, random_model
 
 import train_gpt
 from train_gpt import Config
@@ -329,7 +330,7 @@ def test_exactly_at_the_cap_it_fits(tmp_path, monkeypatch, cap, fits):
     monkeypatch.setattr(train_gpt, "SIZE_CAP", code + 500 + cap)
     log = SimpleNamespace(line=lambda _: None)
     run = SimpleNamespace(folder=tmp_path, config=Config(), tokenizer_sha256="", log=log)
-    assert train_gpt.export(run, torch.nn.Linear(2, 2), None)["fits"] is fits
+    assert train_gpt.export(run, random_model(SMALL, torch.float32), train_gpt.Statistics())["fits"] is fits
 
 
 def test_the_cap_is_decimal():
@@ -348,7 +349,7 @@ def test_a_model_half_written_never_has_its_final_name(tmp_path, monkeypatch):
     log = SimpleNamespace(line=lambda _: None)
     run = SimpleNamespace(folder=tmp_path, config=Config(), tokenizer_sha256="", log=log)
     with pytest.raises(OSError):
-        train_gpt.export(run, torch.nn.Linear(2, 2), None)
+        train_gpt.export(run, random_model(SMALL, torch.float32), train_gpt.Statistics())
     assert not (tmp_path / "final_model.pt").exists() and not (tmp_path / "final_model.int6.ptz").exists()
 
 

@@ -18,7 +18,17 @@ from test_model import SMALL, int32, norm, random_ids, random_model, reference_a
 from test_training import StepClock, flat, gradient_of, sgd, stream, train_here
 
 import train_gpt
-from train_gpt import GPT, Config, dequantize, fake_quantized_banks, prune_smallest, quantize, training_loss
+from train_gpt import (
+    GPT,
+    Config,
+    Statistics,
+    dequantize,
+    fake_quantized_banks,
+    from_log,
+    prune_smallest,
+    quantize,
+    training_loss,
+)
 
 CPU, L, V = torch.device("cpu"), SMALL.num_layers, SMALL.vocab_size
 WORD_START = np.arange(V) % 3 == 0
@@ -241,7 +251,7 @@ def test_gradients_reach_every_parameter():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_of_a_bank_row_are_summed_over_its_uses():
+def test_statistics_of_a_bank_row_are_means_over_its_uses():
     """Layer by layer the rows i and L + i of the order; X^T X of all uses of a row, in float64."""
     model, ids, seen, explicit = lever_model(ALL), random_ids(3, 12), [], {}
 
@@ -259,8 +269,9 @@ def test_statistics_of_a_bank_row_are_summed_over_its_uses():
     stacks = {"attn_in": ("qo_bank", 0), "attn_out": ("qo_bank", L), "mlp_in": pattern[4], "mlp_mid": pattern[5]}
     for stack, (bank, offset) in stacks.items():
         for row in range(L):
-            difference = hessians[stack][row].double().numpy() - explicit[bank, offset + row]
-            assert np.linalg.norm(difference) < 1e-5 * np.linalg.norm(explicit[bank, offset + row]), (stack, row)
+            expected = explicit[bank, offset + row] / (ids.numel() * used.count(row))
+            difference = hessians[stack][row].double().numpy() - expected
+            assert np.linalg.norm(difference) < 1e-5 * np.linalg.norm(expected), (stack, row)
 
 
 def test_the_loop_starts_with_the_scales_of_the_first_uses():
@@ -379,8 +390,9 @@ def test_heads_and_z_loss_leave_evaluation_alone():
 
 
 def rounded(bank: np.ndarray) -> np.ndarray:
-    """int6 codes within +-31, of a float16 step a row: six standard deviations on 31."""
-    step = (bank.std(-1, ddof=1, keepdims=True) * 6 / 31).astype(np.float16).astype(np.float64)
+    """int6 codes within +-31, of one float32 step a row, in eighths of an octave: six standard deviations on 31."""
+    eighths = np.round(8 * np.log2(bank.std(-1, ddof=1, keepdims=True) * 6 / 31))
+    step = torch.from_numpy(eighths / 8).float().exp2().double().numpy()
     return np.clip(np.round(bank / step), -31, 31) * step
 
 
@@ -404,9 +416,10 @@ def test_the_grid_of_late_rounding_is_that_of_the_export(sigmas):
     """Bit for bit what plain rounding stores, on the steps that GPTQ takes; afterwards the banks are what they were."""
     model = lever_model(replace(SMALL, matrix_clip_sigmas=sigmas), torch.float32)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = {r.name: dequantize(r) for r in quantize(state, None, model.config)}
-    fine = quantize(state, train_gpt.collect_hessians(model, [random_ids(4, 12)]), model.config)
-    steps = {r.name: r.scales.float() for r in fine if r.name in GPT.BANKS}
+    plain = {r.name: dequantize(r) for r in quantize(state, Statistics(), model.config)}
+    hessians = train_gpt.collect_hessians(model, [random_ids(4, 12)])
+    fine = quantize(state, Statistics(hessians), model.config)
+    steps = {r.name: from_log(r.row_steps) for r in fine if r.name in GPT.BANKS}
     with fake_quantized_banks(model):
         for name, p in model.state_dict().items():
             assert torch.equal(p, plain[name] if name in steps else state[name]), name
@@ -532,12 +545,12 @@ def test_pruning_zeroes_the_smallest_of_each_matrix(shape, share):
 
 def test_pruned_weights_are_stored_as_zero_on_unchanged_steps():
     state = random_model(SMALL, torch.float32).state_dict()
-    pruned = quantize(state, None, replace(SMALL, prune_frac=0.3))
-    for record, whole in zip(pruned, quantize(state, None, SMALL), strict=True):
-        if record.scales is None:
+    pruned = quantize(state, Statistics(), replace(SMALL, prune_frac=0.3))
+    for record, whole in zip(pruned, quantize(state, Statistics(), SMALL), strict=True):
+        if record.row_steps is None:
             assert torch.equal(record.codes, whole.codes)
             continue
-        assert torch.equal(record.scales, whole.scales)
+        assert torch.equal(record.row_steps, whole.row_steps) and record.column_steps is None
         matrices = state[record.name].view(-1, *record.codes.shape[-2:])
         for W, codes, others in zip(matrices, *(r.codes.view(matrices.shape) for r in (record, whole)), strict=True):
             small = W.abs() <= W.abs().flatten().sort().values[int(0.3 * W.numel()) - 1]
@@ -548,7 +561,7 @@ def test_pruned_weights_are_stored_as_zero_on_unchanged_steps():
 def test_the_artifact_carries_every_lever_of_the_model_and_no_heads(tmp_path):
     config = replace(ALL, **LOSSES)
     model, ids = lever_model(config, torch.float32), ids_with_borders()
-    train_gpt.export(make_run(tmp_path, config), model, None)
+    train_gpt.export(make_run(tmp_path, config), model, Statistics())
     names = {name for name in model.state_dict() if not name.startswith("mtp_heads.")}
     assert len(names) == len(model.state_dict()) - 2
     state = torch.load(tmp_path / "final_model.pt", weights_only=True)
@@ -556,7 +569,7 @@ def test_the_artifact_carries_every_lever_of_the_model_and_no_heads(tmp_path):
     assert set(state) == set(artifact.state) == names and artifact.tokenizer_sha256 == TOKENIZER
     loaded = train_gpt.load_model(artifact, CPU, word_start=WORD_START)
     assert loaded.config.block_order == ALL.block_order and loaded.looped
-    model.load_state_dict({r.name: dequantize(r) for r in quantize(state, None, config)}, strict=False)
+    model.load_state_dict({r.name: dequantize(r) for r in quantize(state, Statistics(), config)}, strict=False)
     assert torch.equal(loaded(ids), model(ids))
     fresh = GPT(ALL, word_start=WORD_START)
     fresh.load_state_dict(state, strict=True)

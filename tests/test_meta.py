@@ -562,7 +562,9 @@ def test_factors_are_no_part_of_the_model_and_are_reported():
 def test_factors_survive_the_artifact(tmp_path):
     model, generator = random_model(SMALL, torch.float32), torch.Generator().manual_seed(0)
     given = {b: (8 * torch.rand(len(getattr(model, b)), 1, 1, generator=generator) - 4).exp() for b in BANKS}
-    records = train_gpt.quantize(model.state_dict() | train_gpt.learned_tensors({}, given), None, SMALL)
+    records = train_gpt.quantize(
+        model.state_dict() | train_gpt.learned_tensors({}, given), train_gpt.Statistics(), SMALL
+    )
     (tmp_path / "a").write_bytes(train_gpt.encode_artifact(SMALL, records, "hash"))
     artifact = train_gpt.read_artifact(tmp_path / "a")
     assert list(artifact.state) == list(model.state_dict()) and not artifact.moments

@@ -28,6 +28,8 @@ CHECKS = (  # what the README says, what is run (None: that), exit code, and a w
     (r".*torchrun .* eval_ttt.py", "python eval_ttt.py --help", 0, "TTT_MODE"),
     (r"python records/check.py .*", "python records/check.py --help", 0, "--against"),
     (r"python tests/benchmarks/evaluator.py .*", "python tests/benchmarks/evaluator.py --help", 0, "--model"),
+    (r"python tests/benchmarks/quantisation.py .*", "python tests/benchmarks/quantisation.py --help", 0, "--timing"),
+    (r"python records/pack.py --out DIR", None, 0, "together"),
     (r"python tests/benchmarks/trainer.py .*", "python tests/benchmarks/trainer.py --help", 0, "--out"),
     (r"python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out .*", GPU_SMOKE, 0, "BENCH {"),
 )

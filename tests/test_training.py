@@ -371,13 +371,15 @@ def work_of_a_rank(rank: int, folder: str) -> None:
     plan = [train_gpt.Chunk(train_gpt.sliding_windows(len(TOKENS), 16, 5))]
     nll = train_gpt.score(model, TOKENS, plan, TABLE, 4).nll
     hessians = train_gpt.collect_hessians(model, [ids])
+    gradients = train_gpt.collect_gradients(model, [(ids, targets)])
     weights = {}
     for name, config in (("clipped", CLIPPED), ("unclipped", UNCLIPPED)):
         model = random_model(config, torch.float32)
         train_step(loss_fn, model, [(ids, targets)], [sgd(model)], 1.0, 0.9)
         weights[name] = flat(model)
     slowest = train_gpt.reduce_max(float(rank))
-    torch.save(dict(nll=nll, hessians=hessians, weights=weights, slowest=slowest), f"{folder}/{rank}.pt")
+    parts = dict(nll=nll, hessians=hessians, gradients=gradients, weights=weights, slowest=slowest)
+    torch.save(parts, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -411,13 +413,23 @@ def test_two_ranks_get_the_score_of_one(two_ranks):
         np.testing.assert_allclose(part["nll"], alone, rtol=0, atol=2e-5)
 
 
-def test_two_ranks_add_up_their_hessians_and_agree_on_the_slowest(two_ranks):
+def test_two_ranks_share_the_mean_of_their_hessians_and_agree_on_the_slowest(two_ranks):
     ids = [rank_data(rank)[1] for rank in (0, 1)]
     alone = train_gpt.collect_hessians(random_model(CLIPPED, torch.float32), ids)
     for part in two_ranks:
         assert part["slowest"] == 1.0
         for name, H in alone.items():
             assert (part["hessians"][name] - H).norm() < 1e-5 * H.norm()
+
+
+def test_two_ranks_share_the_mean_of_their_squared_gradients(two_ranks):
+    batches = [rank_data(rank)[1:] for rank in (0, 1)]
+    alone = train_gpt.collect_gradients(random_model(CLIPPED, torch.float32), batches)
+    for part in two_ranks:
+        assert list(part["gradients"]) == list(alone)
+        for name, expected in alone.items():
+            for one, other in zip(part["gradients"][name], expected, strict=True):
+                assert (one - other).norm() < 1e-4 * other.norm(), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------

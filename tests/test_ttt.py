@@ -543,7 +543,9 @@ def test_moments_survive_the_artifact(tmp_path, smallest, tolerance):
         shapes = [part.shape for part in Moments.parts(name, p.detach())]
         given[name] = [smallest ** torch.rand(shape, generator=generator) for shape in shapes]
     given["kv_bank"][0][0] = 0.0
-    records = train_gpt.quantize(model.state_dict() | train_gpt.learned_tensors(given, {}), None, LEVERS)
+    records = train_gpt.quantize(
+        model.state_dict() | train_gpt.learned_tensors(given, {}), train_gpt.Statistics(), LEVERS
+    )
     (tmp_path / "a").write_bytes(train_gpt.encode_artifact(LEVERS, records, "hash"))
     artifact = train_gpt.read_artifact(tmp_path / "a")
     assert set(artifact.state) == set(model.state_dict()) and set(artifact.moments) == set(given)

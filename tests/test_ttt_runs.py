@@ -490,7 +490,7 @@ def test_settings_of_the_training_do_not_matter(env, run):
     """A window of training that does not divide the default batch of training."""
     artifact = train_gpt.read_artifact(run / "final_model.int6.ptz")
     config = replace(artifact.config, train_seq_len=80)
-    records = train_gpt.quantize(artifact.state, None, config)
+    records = train_gpt.quantize(artifact.state, train_gpt.Statistics(), config)
     (run / "other.ptz").write_bytes(train_gpt.encode_artifact(config, records, artifact.tokenizer_sha256))
     finish(run, without_recipe(env) | dict(TTT_MODE="none", MODEL_PATH=str(run / "other.ptz")))
 

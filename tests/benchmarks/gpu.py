@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,11 @@ def bench_step(config: tg.Config, stream: tg.TokenStream, device: torch.device, 
 
 
 def bench_export(config: tg.Config, stream: tg.TokenStream, device: torch.device) -> dict:
-    """Seconds of the Hessians, of GPTQ and of coding, and the artifact's bytes, for weights as initialised."""
+    """Seconds of the statistics, of GPTQ and of coding, and the artifact's bytes, for weights as initialised."""
     _, model = make_model(config, device)
-    batches = tg.calibration_batches(stream, config, device)
-    hessian_seconds, hessians = timed(lambda: tg.collect_hessians(model, batches), device)
-    gptq_seconds, records = timed(lambda: tg.quantize(model.state_dict(), hessians, config), device)
+    run = SimpleNamespace(config=config, train=stream, device=device)
+    hessian_seconds, (statistics, _) = timed(lambda: tg.read_statistics(run, model), device)
+    gptq_seconds, records = timed(lambda: tg.quantize(model.state_dict(), statistics, config), device)
     result = dict(phase="export", batches=config.gptq_calib_batches, hessian_seconds=hessian_seconds,
                   gptq_seconds=gptq_seconds)  # fmt: skip
     try:
