@@ -9,8 +9,8 @@ On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-20) the demo r
     RECIPE=records/recipes/pr1019.env torchrun --standalone --nproc_per_node=8 train_gpt.py
 
 Read top to bottom: configuration, data, bits per byte, model, optimisers, adaptation, meta-learning, averaging,
-quantisation, artifact, scoring, training, main. Importing this file only defines things. Shapes: B rows, T tokens a
-row, d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
+statistics, quantisation, coding, artifact, scoring, training, main. Importing this file only defines things. Shapes: B
+rows, T tokens a row, d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -473,6 +473,8 @@ def inconsistencies(c: Config) -> list[str]:
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
          f"TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.quant_steps == "two_sided" or not c.quant_trellis, "QUANT_TRELLIS needs QUANT_STEPS=two_sided"),
+        (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: two-sided "
+         "steps give every weight its bits"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
         (c.main_frac > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.main_frac:.2f} of the run to train"),
         ("deployed" not in c.late_fracs or (TTT_MODES[c.ttt_mode][0] and as_trained),

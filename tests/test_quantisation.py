@@ -699,7 +699,7 @@ def test_codes_of_matrices_of_more_gradient_have_more_bits():
 
 
 def test_a_bit_more_than_eight_is_no_more_than_a_byte_holds():
-    config = replace(SMALL, grad_quant=True, matrix_bits=8)
+    config = replace(SMALL, quant_steps="sigmas", grad_quant=True, matrix_bits=8)
     model, statistics = calibrated(config)
     for record in quantize(model.state_dict(), statistics, config):
         if record.name in GPT.BANKS:
