@@ -3,11 +3,11 @@
     python records/submit.py runs/A runs/B runs/C --name Name --track track_10min_16mb [--against FOLDER] [...]
     python records/submit.py --table
 
-The runs are three or more of one code, one set of settings and distinct seeds; where eval_ttt.py scored them, its score
-is the one submitted, else the trainer's sliding one. records/TRACK/DATE_NAME/ receives README.md, submission.json, logs,
-the code that ran and requirements.txt; every number in them is of a RESULT line or a file, scores to the eight decimals
-that the log prints. Nothing is there unless all of it passed records/check.py and train_gpt.py started in it. --against
-is a record folder, or the mean bpb that one published; the comparison is reported whatever it shows.
+The runs are three or more of one code, one set of settings and distinct seeds. Where eval_ttt.py scored them, that is
+submitted, else the trainer's sliding score. records/TRACK/DATE_NAME/ gets README.md, submission.json, logs, the code
+that ran and requirements.txt; every number is of a RESULT line or a file, scores to the eight decimals that logs print.
+It appears only if all of it passed records/check.py and train_gpt.py started in it. --against is a record folder, or
+the mean bpb that one published; the comparison is reported whatever it shows.
 Exit code 0: written; 1: refused, every reason said; 2: the user's input.
 """
 
@@ -67,10 +67,6 @@ class Run:
     settings: dict[str, Any]  # config.json: config, given, versions
 
     @property
-    def logs(self) -> list[Path]:
-        return self.facts.paths
-
-    @property
     def seed(self) -> int:
         return self.trained["seed"]
 
@@ -89,9 +85,9 @@ def read_run(folder: Path) -> Run:
     except ValueError as error:
         raise Refused(f"{folder}: {error}") from error
     run = Run(folder, facts, read["result.json"], read.get("eval_ttt.json", {}), read["config.json"])
-    said = [(name, run) for name, run in (("result.json", run.trained), ("eval_ttt.json", run.evaluated)) if run]
-    if stray := [name for name, result in said if result not in facts.results]:
-        raise Refused(f"{folder}: no RESULT line of its logs is what {' and '.join(stray)} says")
+    for name in ("result.json", "eval_ttt.json"):
+        if name in read and read[name] not in facts.results:
+            raise Refused(f"{folder}: no RESULT line of its logs is what {name} says")
     return run
 
 
@@ -213,7 +209,7 @@ def comparison_keys(comparison: Comparison) -> dict[str, Any]:
 
 def seed_entry(run: Run) -> dict[str, Any]:
     facts, result = run.facts, run.facts.result
-    more = {k: round(run.evaluated[k], 8) for k in ("val_bpb_plan", "ttt_gain_bpb") if k in run.evaluated}
+    more = {k: round(run.evaluated[k], 8) for k in ("val_bpb_ttt", "ttt_gain_bpb") if k in run.evaluated}
     return dict(
         val_bpb=facts.val_bpb, val_loss=facts.val_loss, val_bpb_sliding=round(result["val_bpb_sliding"], 8), **more,
         artifact_bytes=facts.bytes_total, bytes_model=facts.bytes_model, bytes_code=facts.bytes_code,
@@ -224,25 +220,27 @@ def seed_entry(run: Run) -> dict[str, Any]:
 
 def hardware(run: Run) -> str:
     versions, processes = run.trained["versions"], run.trained["world_size"]
-    return f"{processes} x {versions['gpu']}" if versions["gpu"] != "none" else f"no GPU, {processes} process(es)"
+    return f"{processes} x {versions['gpu']}" if versions["gpu"] != "none" else f"CPU, processes: {processes}"
 
 
 def submission(runs: Sequence[Run], arguments: argparse.Namespace, what: str) -> dict[str, Any]:
     """The object of submission.json."""
-    entries = {str(run.seed): seed_entry(run) for run in runs}
-    of = {key: [entry[key] for entry in entries.values()] for key in seed_entry(runs[0])}
-    versions = runs[0].trained["versions"]
+    versions, facts = runs[0].trained["versions"], [run.facts for run in runs]
+
+    def over(combine: Callable, fact: str, digits: int) -> float:
+        return round(combine([getattr(each, fact) for each in facts]), digits)
+
     return dict(
         author=arguments.author, github_id=arguments.github, name=arguments.name,
         blurb=what.strip().partition("\n")[0] or arguments.name, date=f"{date.today()}",
         track=arguments.track.removeprefix("track_"),
-        val_bpb=round(mean(of["val_bpb"]), 8), val_loss=round(mean(of["val_loss"]), 8),
-        val_bpb_std=round(stdev(of["val_bpb"]), 8), val_loss_std=round(stdev(of["val_loss"]), 8),
-        seeds=[run.seed for run in runs], seed_results=entries,
-        bytes_total=max(of["artifact_bytes"]), bytes_code=max(of["bytes_code"]),
-        artifact_bytes_mean=round(mean(of["artifact_bytes"]), 1), artifact_bytes_max=max(of["artifact_bytes"]),
-        train_steps_mean=round(mean(of["steps"]), 2), step_avg_ms_mean=round(mean(of["step_avg_ms"]), 2),
-        train_time_s_mean=round(mean(of["train_time_s"]), 2), eval_time_s_mean=round(mean(of["eval_time_s"]), 2),
+        val_bpb=over(mean, "val_bpb", 8), val_loss=over(mean, "val_loss", 8),
+        val_bpb_std=over(stdev, "val_bpb", 8), val_loss_std=over(stdev, "val_loss", 8),
+        seeds=[run.seed for run in runs], seed_results={str(run.seed): seed_entry(run) for run in runs},
+        bytes_total=over(max, "bytes_total", 0), bytes_code=over(max, "bytes_code", 0),
+        artifact_bytes_mean=over(mean, "bytes_total", 1), artifact_bytes_max=over(max, "bytes_total", 0),
+        train_steps_mean=over(mean, "steps", 2), step_avg_ms_mean=over(mean, "step_avg_ms", 3),
+        train_time_s_mean=over(mean, "train_seconds", 3), eval_time_s_mean=over(mean, "eval_seconds", 3),
         hardware=hardware(runs[0]), python_version=versions["python"], pytorch_version=versions["torch"],
         cuda_version=versions["cuda"], sha256_code=runs[0].trained["sha256_code"],
     )  # fmt: skip
@@ -269,17 +267,13 @@ COLUMNS = (  # of the README's table: heading, key of a seed's entry, format
 
 
 def seed_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    adapted = {s: e | ({"val_bpb_ttt": e["val_bpb"]} if "ttt_gain_bpb" in e else {}) for s, e in entries.items()}
-    rows = [["seed", *(heading for heading, _, _ in COLUMNS)]]
-    for seed, entry in adapted.items():
-        rows.append([seed, *(format(entry[key], form) if key in entry else "-" for _, key, form in COLUMNS)])
+    columns = {key: [entry[key] for entry in entries.values() if key in entry] for _, key, _ in COLUMNS}
+    rows = {seed: {key: entry.get(key) for key in columns} for seed, entry in entries.items()}
     for name, combine in (("mean", mean), ("std", stdev)):
-        values = [[entry[key] for entry in adapted.values() if key in entry] for _, key, _ in COLUMNS]
-        rows.append([name])
-        for of, (_, key, form) in zip(values, COLUMNS, strict=True):
-            form = ".1f" if form == ",.0f" and key == "steps" else form
-            rows[-1].append(format(combine(of), form) if of else "-")
-    return markdown(rows)
+        rows[name] = {key: combine(values) if values else None for key, values in columns.items()}
+    cells = [[name, *("-" if row[key] is None else format(row[key], form) for _, key, form in COLUMNS)]
+             for name, row in rows.items()]  # fmt: skip
+    return markdown([["seed", *(heading for heading, _, _ in COLUMNS)], *cells])
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -302,7 +296,7 @@ def compliance(runs: Sequence[Run]) -> str:
     mixed = f", mixed with a byte model (PPM_ALPHA={c['ppm_alpha']})" if learns and c["ppm_alpha"] != 1 else ""
     return "\n".join([
         "1. Causal: a target's loss depends on the artifact, read back from disk, and on the tokens before it. "
-        + (f"Audits: {'; '.join(audits)}." if audits else "No audit was run on these artifacts."),
+        + (f"Audits: {'; '.join(audits)}." if audits else "No certificate of an audit lies with the runs."),
         f"2. Normalised: a softmax over all {config['vocab_size']} tokens{mixed}, fixed before the target is seen.",
         f"3. Score before update: {how}; every RESULT line says legal.",
         f"4. One pass: each of the {facts[0].val_tokens or 'validation'} targets is scored once; the scorer's ledger"
@@ -392,7 +386,7 @@ def build(folder: Path, runs: Sequence[Run], arguments: argparse.Namespace) -> N
     for path in sorted((runs[0].folder / "source").iterdir()):
         shutil.copyfile(path, folder / path.name)
     for run in runs:
-        joined = b"\n".join(path.read_bytes().rstrip(b"\n") for path in run.logs) + b"\n"
+        joined = b"\n".join(path.read_bytes().rstrip(b"\n") for path in run.facts.paths) + b"\n"
         (folder / f"train_seed{run.seed}.log").write_bytes(joined)
         if text := certificate(run):
             (folder / f"certificate_seed{run.seed}.txt").write_text(text)
