@@ -32,7 +32,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +87,8 @@ def read_run(folder: Path) -> Run:
     for name in ("result.json", "eval_ttt.json"):
         if name in read and read[name] not in facts.results:
             raise Refused(f"{folder}: no RESULT line of its logs is what {name} says")
+    if unsaid := [key for key in ("seed", "world_size", "sha256_code", "versions") if key not in run.trained]:
+        raise Refused(f"{folder}: result.json does not say {', '.join(unsaid)}")
     return run
 
 
@@ -108,20 +109,15 @@ def own_faults(run: Run, track: str) -> list[str]:
     return [f"{run.folder}: {fault}" for fault in dict.fromkeys(faults)]
 
 
-def differences(runs: Sequence[Run], what: Callable[[Run], Mapping[str, Any]], kind: str) -> list[str]:
-    """How WHAT differs between the first run and the others, run by run."""
+def differences(runs: Sequence[Run], kind: str, what: Callable[[Run], Mapping[str, Any]]) -> list[str]:
+    """How WHAT differs between the first run and the others, but for names that each run has its own values of."""
     found, first = [], what(runs[0])
     for run in runs[1:]:
         other = what(run)
         names = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
-        shown = ", ".join(f"{k} {str(first.get(k))[:16]} and {str(other.get(k))[:16]}" for k in names)
-        found += [f"{runs[0].folder} and {run.folder} differ in {kind}: {shown}"] if names else []
+        shown = [f"{k} {first.get(k)} and {other.get(k)}" for k in names if not check.OWN_SETTINGS.fullmatch(k)]
+        found += [f"{runs[0].folder} and {run.folder} differ in {kind}: {', '.join(shown)}"] if shown else []
     return found
-
-
-def shared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that all runs of a record must have in common."""
-    return {key: value for key, value in settings.items() if not check.OWN_SETTINGS.fullmatch(key)}
 
 
 def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
@@ -140,9 +136,9 @@ def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
     if (distinct := len({run.seed for run in runs})) < check.MIN_SEEDS:
         reasons.append(f"{distinct} finished runs of distinct seeds, {check.MIN_SEEDS} are needed")
     if runs:
-        reasons += differences(runs, lambda run: run.trained["sha256_code"], "code")
-        reasons += differences(runs, lambda run: shared(run.settings["config"]), "settings")
-        reasons += differences(runs, lambda run: shared(run.evaluated.get("settings", {})), "evaluation")
+        reasons += differences(runs, "code", lambda run: run.trained["sha256_code"])
+        reasons += differences(runs, "settings", lambda run: run.settings["config"])
+        reasons += differences(runs, "evaluation", lambda run: run.evaluated.get("settings", {}))
     if reasons:
         raise Refused(*reasons)
     return runs
@@ -178,6 +174,8 @@ def compare(runs: Sequence[Run], against: str) -> Comparison:
         name = published = against
     try:
         threshold = float(published)
+        if not 0 < threshold < math.inf:
+            raise ValueError
     except (TypeError, ValueError):
         raise SubmitError(f"--against {against}: neither a folder with scores nor a mean in bpb") from None
     margin = check.MARGIN_NATS / factor
@@ -293,7 +291,7 @@ def compliance(runs: Sequence[Run]) -> str:
     learns = bool(run.evaluated) and c["ttt_mode"] != "none"
     how = f"TTT_MODE={c['ttt_mode']}, TTT_PROTOCOL={c['ttt_protocol']}" if learns else "nothing learns at evaluation"
     audits = [f"seed {r.seed}: {text.splitlines()[0]}" for r in runs if (text := certificate(r))]
-    mixed = f", mixed with a byte model (PPM_ALPHA={c['ppm_alpha']})" if learns and c["ppm_alpha"] != 1 else ""
+    mixed = f", mixed with an order-1 PPM (PPM_ALPHA={c['ppm_alpha']})" if learns and c["ppm_alpha"] != 1 else ""
     return "\n".join([
         "1. Causal: a target's loss depends on the artifact, read back from disk, and on the tokens before it. "
         + (f"Audits: {'; '.join(audits)}." if audits else "No certificate of an audit lies with the runs."),

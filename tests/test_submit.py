@@ -259,6 +259,7 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
     "no log": (lambda run: (run / "train.log").unlink(), "it has no train.log"),
     "cut JSON": (lambda run: (run / "config.json").write_text("{"), "42: Expecting"),
     "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "is what result.json says"),
+    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "result.json does not say world_size"),
     "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "is what result.json says"),
     "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
     "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
@@ -312,6 +313,7 @@ def test_every_reason_is_said(runs, tmp_path, no_tree):
 INPUT = {
     "name with a slash": (["--name", "../x"], "--name '../x'"),
     "nothing to compare with": (["--against", "absent"], "--against absent: neither"),
+    "no score": (["--against", "nan"], "--against nan: neither"),
     "no name": (["--name", ""], "--name are needed"),
 }
 
@@ -437,6 +439,7 @@ def test_a_published_mean(tmp_path):
         submit.compare(ours, folder)
 
 
+@pytest.mark.filterwarnings("ignore:Precision loss")
 def test_equal_scores_are_no_number_in_json():
     found = submit.compare([facts(seed, 1.1) for seed in SEEDS], "1.1")
     told = json.dumps(submit.comparison_keys(found))
