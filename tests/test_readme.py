@@ -26,6 +26,7 @@ CHECKS = (  # what the README says, what is run (None: that), exit code, and a w
     (r"python data/demo.py", None, 0, "kept"),
     (r".*python eval_ttt.py.*", "python eval_ttt.py --help", 0, "TTT_MODE"),
     (r".*torchrun .* eval_ttt.py", "python eval_ttt.py --help", 0, "TTT_MODE"),
+    (r"python records/submit.py .*", "python records/submit.py --help", 0, "--against"),
     (r"python records/check.py .*", "python records/check.py --help", 0, "--against"),
     (r"python tests/benchmarks/evaluator.py .*", "python tests/benchmarks/evaluator.py --help", 0, "--model"),
     (r"python tests/benchmarks/quantisation.py .*", "python tests/benchmarks/quantisation.py --help", 0, "--timing"),

@@ -1,0 +1,488 @@
+"""From runs to a record folder: end to end on small runs, every refusal, the numbers, the statistics, the table."""
+
+import contextlib
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import check
+import numpy as np
+import pytest
+import submit
+from conftest import ROOT
+from scipy import stats
+from test_check import LOGS, PR549, PR1019, RATIO, real_logs
+from test_cli import snapshot, write_shard
+
+import eval_ttt
+import train_gpt
+
+SEEDS = (7, 42, 1337)
+TEST = ("--author", "A", "--github", "a", "--name", "A test")
+
+
+def quiet(main, argv, env=None) -> SimpleNamespace:
+    """A program run in this process: exit code, output, errors."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(argv) if env is None else main(argv, env)
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def env(demo_data, tmp_path_factory) -> dict[str, str]:
+    """The smoke recipe for a moment, on a short validation text."""
+    shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
+    write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 400])
+    return dict(
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard), DEVICE="cpu",
+        TOKENIZER_PATH=str(demo_data / "tokenizer.model"), EVAL_BUDGET_SECONDS="1000000",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(env, tmp_path_factory) -> Path:
+    """A folder of finished runs, trained and evaluated, named by their seeds.
+
+    Their seconds are put in by hand: the clock of an evaluation counts from the start of the process, here the tests'.
+    """
+    folder = tmp_path_factory.mktemp("made")
+    short = dict(ITERATIONS="4", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_MOMENTS="artifact")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for seed in map(str, SEEDS):
+            trained = quiet(train_gpt.main, [], env | short | dict(SEED=seed, RUN_ID=seed))
+            adapting = dict(MODEL_PATH=f"runs/{seed}/final_model.int6.ptz", TTT_CHUNK_SIZE="32", TTT_LR="0.002")
+            evaluated = quiet(eval_ttt.main, [], env | adapting)
+            assert (trained.code, evaluated.code) == (0, 0), trained.err + evaluated.err
+    for run in (folder / "runs").iterdir():
+        change(run, r'"(eval|strict)_seconds": [\d.]+', r'"\1_seconds": 12.5')
+    return folder / "runs"
+
+
+def change(run: Path, pattern: str, new: str, names: str = "*.json train.log eval_ttt.log") -> None:
+    """Replace what matches PATTERN in files of a run."""
+    for path in (path for name in names.split() for path in run.glob(name)):
+        path.write_text(re.sub(pattern, new, path.read_text()))
+
+
+@pytest.fixture
+def runs(made, tmp_path) -> list[Path]:
+    """Copies of the runs, to do things to."""
+    folder = Path(shutil.copytree(made, tmp_path / "runs", ignore=shutil.ignore_patterns("final_model.pt")))
+    return [folder / str(seed) for seed in SEEDS]
+
+
+def start(runs, out: Path, *more: str) -> SimpleNamespace:
+    return quiet(submit.main, [*map(str, runs), "--out", str(out), *TEST, *more])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# End to end
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def record(made, tmp_path_factory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("records")
+    what = out / "what.md"
+    what.write_text("Fewer steps.\n\nThan before.\n")
+    (made / "7/certificate.txt").write_text(certificate(made / "7"))
+    done = start([made / "42", made / "7", made / "1337"], out, "--against", "3.5", "--what", str(what))
+    (made / "7/certificate.txt").unlink()
+    assert done.code == 0, done.err
+    (folder,) = (out / "track_10min_16mb").iterdir()
+    results = {seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", "eval_ttt.log")] for seed in SEEDS}
+    claims = json.loads((folder / "submission.json").read_text())
+    return SimpleNamespace(
+        folder=folder, results=results, claims=claims, readme=(folder / "README.md").read_text(), done=done, out=out
+    )
+
+
+def last_result(log: Path) -> dict:
+    return json.loads(log.read_text().splitlines()[-1].removeprefix("RESULT "))
+
+
+def certificate(run: Path) -> str:
+    result = json.loads((run / "result.json").read_text())
+    hashes = {"artifact": result["sha256_artifact"], **result["sha256_code"]}
+    return "certificate of it: legal\n" + "".join(f"  sha256 {name} {digest}\n" for name, digest in hashes.items())
+
+
+def test_the_folder(record, made):
+    names = {path.name for path in record.folder.iterdir()}
+    assert names == {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "eval_ttt.py", "smoke.env",
+                     "certificate_seed7.txt", *(f"train_seed{seed}.log" for seed in SEEDS)}  # fmt: skip
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_A_test", record.folder.name)
+    assert {path.name for path in record.out.iterdir()} == {"what.md", "track_10min_16mb"}
+    for seed in SEEDS:
+        logs = [(made / f"{seed}/{name}").read_text() for name in ("train.log", "eval_ttt.log")]
+        assert (record.folder / f"train_seed{seed}.log").read_text() == "".join(logs)
+    for name in ("train_gpt.py", "eval_ttt.py", "smoke.env"):
+        assert (record.folder / name).read_bytes() == (made / "7/source" / name).read_bytes()
+
+
+def test_the_folder_passes_the_check(record):
+    verdicts = check.check(check.read_record(record.folder))
+    assert not [verdict for verdict in verdicts if verdict.status == "fail"]
+    assert "0 faults" in record.done.out and len(check.read_record(record.folder).runs) == 3
+
+
+def test_the_numbers_of_the_json_are_those_of_the_result_lines(record):
+    claims, results = record.claims, record.results
+    for unit in ("bpb", "loss"):
+        scores = [round(evaluated[f"val_{unit}_ttt"], 8) for _, evaluated in results.values()]
+        assert claims[f"val_{unit}"] == pytest.approx(mean(scores), abs=5.1e-9)
+        assert claims[f"val_{unit}_std"] == pytest.approx(stdev(scores), abs=5.1e-9)
+        assert [entry[f"val_{unit}"] for entry in claims["seed_results"].values()] == scores
+    assert claims["seeds"] == list(SEEDS) and list(claims["seed_results"]) == [str(seed) for seed in SEEDS]
+    for seed, (trained, evaluated) in results.items():
+        entry = claims["seed_results"][str(seed)]
+        assert entry["val_bpb_sliding"] == round(evaluated["val_bpb_sliding"], 8)
+        assert entry["ttt_gain_bpb"] == round(evaluated["ttt_gain_bpb"], 8) != 0
+        assert entry["artifact_bytes"] == evaluated["bytes_total"] == trained["bytes_total"]
+        assert (entry["steps"], entry["eval_time_s"]) == (trained["steps"], evaluated["eval_seconds"]) == (4, 12.5)
+        assert entry["step_avg_ms"] == round(trained["step_avg_ms"], 3)
+        assert entry["train_time_s"] == round(trained["train_seconds"], 3)
+    totals = [trained["bytes_total"] for trained, _ in results.values()]
+    assert (claims["bytes_total"], claims["artifact_bytes_mean"]) == (max(totals), round(mean(totals), 1))
+    assert claims["train_steps_mean"] == 4 and claims["pytorch_version"] == results[7][0]["versions"]["torch"]
+    fixed = {key: claims[key] for key in ("author", "github_id", "name", "blurb", "track")}
+    assert fixed == dict(author="A", github_id="a", name="A test", blurb="Fewer steps.", track="10min_16mb")
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_result_lines(record):
+    rows = {cells[0]: cells[1:] for cells in table_rows(record.readme) if len(cells) == 11}
+    columns = (
+        (0, "steps", ",d"), (1, "step_avg_ms", ".2f"), (2, "val_bpb_sliding", ".8f"), (3, "val_bpb_ttt", ".8f"),
+        (4, "ttt_gain_bpb", ".8f"), (5, "val_loss_ttt", ".8f"), (6, "bytes_model", ",d"), (7, "bytes_total", ",d"),
+        (8, "train_seconds", ".1f"), (9, "eval_seconds", ".1f"),
+    )  # fmt: skip
+    for seed, (trained, evaluated) in record.results.items():
+        both = trained | evaluated
+        assert rows[str(seed)] == [format(both[key], form) for _, key, form in columns]
+    adapted = [evaluated["val_bpb_ttt"] for _, evaluated in record.results.values()]
+    nats = [evaluated["val_loss_ttt"] for _, evaluated in record.results.values()]
+    assert float(rows["mean"][3]) == pytest.approx(mean(adapted), abs=1.1e-8)
+    assert float(rows["std"][3]) == pytest.approx(stdev(adapted), abs=2e-8)
+    head = re.search(r"\*\*([\d.]+) bpb / ([\d.]+) nats a token\*\*", record.readme)
+    assert [float(text) for text in head.groups()] == pytest.approx([mean(adapted), mean(nats)], abs=1.1e-8)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+
+
+def test_what_the_readme_says(record):
+    for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalised", "3. Score before",
+                 "4. One pass: each of the 399 targets", "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
+                 "## Comparison\n\nAgainst 3.5."):  # fmt: skip
+        assert said in record.readme
+
+
+def test_the_command_makes_the_same_settings_again(record, env, made):
+    """The README's loop with a program in python's place that tells its environment."""
+    block = "\n".join(line for line in record.readme.splitlines() if line.startswith("    "))
+    tell = f"{shlex.quote(sys.executable)} -c 'import json,os,sys; print(json.dumps([sys.argv[1], dict(os.environ)]))'"
+    shell = f'python() {{ {tell} "$@"; }}\n{block}'
+    told = subprocess.run(["bash", "-c", shell], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    starts = [json.loads(line) for line in told.stdout.splitlines()]
+    assert [name for name, _ in starts] == ["train_gpt.py", "eval_ttt.py"] * 3, told.stderr
+    for seed, (_, training), (_, evaluation) in zip(SEEDS, starts[::2], starts[1::2], strict=True):
+        settings = json.loads((made / f"{seed}/config.json").read_text())["config"]
+        again = {k: v for k, v in training.items() if k.lower() in settings}
+        config = vars(train_gpt.load_config(again)[0])
+        assert config == settings | {"run_id": f"seed{seed}"}
+        again = {k: v for k, v in evaluation.items() if k.lower() in settings}
+        config, wanted = vars(train_gpt.load_config(again)[0]), last_result(made / f"{seed}/eval_ttt.log")["settings"]
+        assert {k: config[k] for k in wanted} == wanted | {"model_path": f"runs/seed{seed}/final_model.int6.ptz"}
+        assert (config["val_files"], config["tokenizer_path"]) == (env["VAL_FILES"], env["TOKENIZER_PATH"])
+
+
+def test_the_requirements_are_the_versions_that_ran():
+    pinned = (ROOT / "requirements.txt").read_text()
+    assert submit.requirements(dict(torch="2.9.1+cu128", numpy="1.2.3")) == re.sub(
+        "(?m)^torch==.*", "torch==2.9.1", re.sub("(?m)^numpy==.*", "numpy==1.2.3", pinned)
+    )
+
+
+def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
+    """The trainer's sliding score; times over the limit are allowed there."""
+    for run in runs:
+        for path in run.glob("eval_ttt.*"):
+            path.unlink()
+        change(run, r'"train_seconds": [\d.]+', '"train_seconds": 700.5')
+    done = start(runs, tmp_path / "out", "--track", "track_non_record_16mb")
+    assert done.code == 0, done.err
+    (folder,) = (tmp_path / "out/track_non_record_16mb").iterdir()
+    claims, readme = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
+    scores = [round(last_result(run / "train.log")["val_bpb_sliding"], 8) for run in runs]
+    assert claims["val_bpb"] == pytest.approx(mean(scores), abs=5.1e-9) and claims["track"] == "non_record_16mb"
+    assert "nothing learns at evaluation" in readme and "eval_ttt.py \\" not in readme and "## What" not in readme
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def resize(run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    change(run, str(result["bytes_total"]), "16000001")
+    change(run, str(result["bytes_model"]), str(16_000_001 - result["bytes_code"]))
+
+
+def recode(run: Path) -> None:
+    """Other code, which the run's files know of."""
+    path = run / "source/train_gpt.py"
+    before = train_gpt.sha256_file(path)
+    path.write_bytes(path.read_bytes().replace(b"bits per byte", b"bytes per bit", 1))
+    change(run, before, train_gpt.sha256_file(path))
+
+
+def illegal(run: Path) -> None:
+    change(run, "legal_ttt_exact", "invalid_ttt_exact")
+    change(run, '"legal": true', '"legal": false', "eval_ttt.json eval_ttt.log")
+
+
+REFUSED = {  # what is done to the run of seed 42, words of the reason
+    "failed": (lambda run: (run / "result.json").unlink(), "42 did not finish: it has no result.json"),
+    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 did not finish: it has no eval_ttt.json"),
+    "no log": (lambda run: (run / "train.log").unlink(), "it has no train.log"),
+    "cut JSON": (lambda run: (run / "config.json").write_text("{"), "42: Expecting"),
+    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "is what result.json says"),
+    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "result.json does not say world_size"),
+    "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "is what result.json says"),
+    "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
+    "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
+                          "42: train time: over 600 s: 600.100 s"),
+    "evaluation too long": (lambda run: change(run, r'"eval_seconds": [\d.]+', '"eval_seconds": 600.1'),
+                            "42: eval time: over 600 s: 600.1 s"),
+    "illegal": (illegal, "42: legality: "),
+    "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"), "legality"),
+    "other code": (recode, "differ in code: train_gpt.py "),
+    "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"), "source/eval_ttt.py is not"),
+    "no code": (lambda run: shutil.rmtree(run / "source"), "source/train_gpt.py is not what ran"),
+    "other settings": (lambda run: change(run, '"matrix_lr": 0.025', '"matrix_lr": 0.5', "config.json"),
+                       "differ in settings: matrix_lr 0.025 and 0.5"),
+    "other evaluation": (lambda run: change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "eval_ttt.*"),
+                         "differ in evaluation: ttt_lr 0.002 and 0.5"),
+    "not evaluated": (lambda run: [path.unlink() for path in run.glob("eval_ttt.*")], "differ in evaluation"),
+    "other text": (lambda run: change(run, r'(?s)\A(.*?"val_bpb_roundtrip": )[\d.]+', r"\g<1>9.5", "eval_ttt.*"),
+                   "42: log: trainer and evaluator scored different texts, val_bpb_roundtrip is "),
+    "another seed's": (lambda run: shutil.rmtree(run) or shutil.copytree(run.with_name("7"), run), "seed 7 twice"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def no_tree(monkeypatch):
+    """Without the scan of the programs, which takes most of a check's time and none of these faults concerns."""
+    monkeypatch.setattr(check, "RULES", tuple(rule for rule in check.RULES if rule[0] != "syntax tree"))
+
+
+@pytest.mark.parametrize("fault, words", REFUSED.values(), ids=REFUSED)
+def test_refused(runs, tmp_path, no_tree, fault, words):
+    fault(runs[1])
+    done = start(runs, tmp_path / "out")
+    assert done.code == 1 and words in done.err and not (tmp_path / "out").exists()
+    assert all(line.startswith("refused: ") for line in done.err.splitlines())
+
+
+def test_too_few_and_the_same_run_twice(runs, tmp_path, no_tree):
+    done = start([*runs[:2], runs[0]], tmp_path / "out")
+    assert done.code == 1 and "seed 7 twice: " in done.err and "2 finished runs of distinct seeds, 3 are" in done.err
+
+
+def test_every_reason_is_said(runs, tmp_path, no_tree):
+    illegal(runs[0])
+    resize(runs[1])
+    (runs[2] / "result.json").unlink()
+    done = start(runs, tmp_path / "out")
+    for said in ("7: legality", "42: sizes", "1337 did not finish", "2 finished runs of distinct seeds"):
+        assert said in done.err
+
+
+INPUT = {
+    "name with a slash": (["--name", "../x"], "--name '../x'"),
+    "nothing to compare with": (["--against", "absent"], "--against absent: neither"),
+    "no score": (["--against", "nan"], "--against nan: neither"),
+    "no name": (["--name", ""], "--name are needed"),
+}
+
+
+@pytest.mark.parametrize("more, words", INPUT.values(), ids=INPUT)
+def test_what_the_user_can_put_right(runs, tmp_path, no_tree, more, words):
+    done = start(runs, tmp_path / "out", *more)
+    assert done.code == 2 and done.err.startswith("error: ") and words in done.err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_an_absent_run(runs, tmp_path, no_tree):
+    done = start([*runs, tmp_path / "absent"], tmp_path / "out")
+    assert done.code == 2 and "absent: no such folder" in done.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All or nothing
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_overwritten(record, made):
+    before = snapshot(record.out)
+    done = start([made / str(seed) for seed in SEEDS], record.out)
+    assert done.code == 2 and "is there already" in done.err and snapshot(record.out) == before
+
+
+@pytest.mark.parametrize("stage", ["readme", "smoke_start", "requirements"])
+def test_what_dies_half_way_leaves_nothing(runs, tmp_path, no_tree, monkeypatch, stage):
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, stage, die)
+    with pytest.raises(KeyboardInterrupt):
+        start(runs, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_fails_the_check_is_not_put_in_place(runs, tmp_path, no_tree, monkeypatch):
+    right = submit.submission
+    monkeypatch.setattr(submit, "submission", lambda *args: right(*args) | {"val_bpb": 1.0})
+    done = start(runs, tmp_path / "out")
+    assert done.code == 1 and "refused: claims: val_bpb is 1.0" in done.err and not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_whose_trainer_does_not_start(record, made, tmp_path):
+    run = submit.read_run(made / "7")
+    (tmp_path / "train_gpt.py").write_text("import os\nraise SystemExit(os.environ['ITERATIONS'])")
+    with pytest.raises(submit.Refused, match="--describe fails: 4"):
+        submit.smoke_start(tmp_path, run)
+    assert "__pycache__" not in {path.name for path in record.folder.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def facts(seed: int, bpb: float) -> SimpleNamespace:
+    score = check.Score("legal_ttt_exact", bpb * math.log(2) / RATIO, bpb, 1.0, 8, "line")
+    return SimpleNamespace(facts=check.LogFacts([Path("log")], seed=seed, headline=score))
+
+
+def write_logs(folder: Path, scores: dict[int, float]) -> str:
+    folder.mkdir()
+    for seed, bpb in scores.items():
+        head = f"model_params:1\nseed:{seed}\nstep:1/1 train_loss:1.0 train_time:9ms step_avg:9.00ms\n"
+        line = f"legal_ttt_exact val_loss:{bpb * math.log(2) / RATIO:.8f} val_bpb:{bpb:.8f}\n"
+        (folder / f"train_seed{seed}.log").write_text(head + line)
+    return str(folder)
+
+
+def test_statistics_against_scipy(tmp_path):
+    """#1019 against #549 with seeds that partly match; bpb and nats."""
+    old = dict(zip((314, 42, 2025), PR549, strict=True))
+    new = dict(zip((314, 42, 999), PR1019, strict=True))
+    found = submit.compare([facts(*pair) for pair in new.items()], write_logs(tmp_path / "old", old))
+    rows = {name: (margin, test) for name, margin, test in found.rows}
+    assert found.bpb == pytest.approx(mean(PR549) - mean(PR1019), abs=1e-12)
+    assert found.factor == pytest.approx(math.log(2) / RATIO) and found.other == "old"
+    margin = 0.005 / found.factor
+    for unit in (1.0, found.factor):
+        ours, theirs = unit * np.array(PR1019), unit * np.array(PR549)
+        expected = {
+            "Welch": stats.ttest_ind(ours, theirs, equal_var=False, alternative="less"),
+            "2 pairs of a seed": stats.ttest_rel(ours[:2], theirs[:2], alternative="less"),
+            "one sample against the mean": stats.ttest_1samp(ours, theirs.mean(), alternative="less"),
+            "the same less 0.005 nats": stats.ttest_1samp(ours, theirs.mean() - unit * margin, alternative="less"),
+        }
+        assert list(rows) == list(expected)
+        for name, known in expected.items():
+            assert rows[name][1][1:] == pytest.approx((known.statistic, known.df, known.pvalue))
+    welch = rows["Welch"][1]
+    assert (round(welch.t, 2), round(welch.df, 2)) == (-11.83, 3.31)
+    assert [margin for margin, _ in rows.values()] == pytest.approx([0, 0, 0, 0.005 * RATIO / math.log(2)])
+    entry, text = submit.comparison_keys(found), submit.comparison_table(found)
+    assert (entry["delta_bpb"], entry["tests"][0]["t"]) == (pytest.approx(-found.bpb, abs=1e-8), -11.83)
+    assert "| Welch | 0.007842 | 0.004645 | -11.83 | 3.31 | 0.0004 |" in text
+
+
+@real_logs
+def test_statistics_against_a_real_record():
+    new = [SimpleNamespace(facts=check.read_log(path)) for path in next(LOGS.glob("2026-03-25*")).glob("*.log")]
+    found = submit.compare(new, str(next(LOGS.glob("2026-03-23*"))))
+    assert [(name, round(test.t, 2), round(test.df, 2)) for name, _, test in found.rows[:1]] == [
+        ("Welch", -11.83, 3.31)
+    ]
+    assert "2 pairs" not in submit.comparison_table(found)  # one seed in common is no pair to test
+
+
+def test_a_published_mean(tmp_path):
+    """As a number, or of a folder whose logs have one score or none."""
+    ours = [facts(*pair) for pair in zip(SEEDS, PR1019, strict=True)]
+    known = stats.ttest_1samp(PR1019, 1.1194, alternative="less")
+    folder = write_logs(tmp_path / "one", {1: 1.2})
+    (tmp_path / "one/submission.json").write_text('{"val_bpb": 1.1194}')
+    for against in ("1.1194", folder):
+        found = submit.compare(ours, against)
+        assert found.rows[0][2][1:] == pytest.approx((known.statistic, known.df, known.pvalue))
+        assert len(found.rows) == 2 and found.bpb == pytest.approx(1.1194 - mean(PR1019))
+    (tmp_path / "one/submission.json").unlink()
+    with pytest.raises(submit.SubmitError, match="neither a folder with scores"):
+        submit.compare(ours, folder)
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+def test_equal_scores_are_no_number_in_json():
+    found = submit.compare([facts(seed, 1.1) for seed in SEEDS], "1.1")
+    told = json.dumps(submit.comparison_keys(found))
+    assert "NaN" not in told and "Infinity" not in told
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table(record, tmp_path):
+    out = tmp_path / "records"
+    shutil.copytree(record.folder, out / "track_10min_16mb" / record.folder.name)
+    better = out / "track_10min_16mb/2026-01-01_Better"
+    better.mkdir()
+    (better / "submission.json").write_text('{"name": "a|b", "val_bpb": 1.5, "date": "2026-01-01T10:00:00Z"}')
+    page = "# Records\n\nBefore.\n\n{}\nold\n{}\n\nAfter.\n"
+    (out / "README.md").write_text(page.format(*submit.MARKERS))
+    for _ in range(2):  # the second changes nothing
+        assert quiet(submit.main, ["--table", "--out", str(out)]).code == 0
+        text = (out / "README.md").read_text()
+        head, first, second = table_rows(text)
+        assert (
+            text.startswith("# Records\n\nBefore.\n\n<!--") and text.endswith("-->\n\nAfter.\n") and "old" not in text
+        )
+    assert first == ["track_10min_16mb", "2026-01-01", "[a/b](track_10min_16mb/2026-01-01_Better)", "1.500000",
+                     "-", "-", "-", "-", "-"]  # fmt: skip
+    named = dict(zip(head, second, strict=True))
+    claims = record.claims
+    assert float(named["val_bpb"]) == round(claims["val_bpb"], 6) and named["bytes"] == f"{claims['bytes_total']:,}"
+    assert (named["seeds"], named["author"]) == ("3", "A") and record.folder.name in named["record"]
+
+
+@pytest.mark.parametrize("text", [None, "no markers", "{1} {0}", "{0} {0} {1}"])
+def test_a_page_without_a_place_for_the_table(tmp_path, text):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text.format(*submit.MARKERS))
+    before = snapshot(tmp_path)
+    done = quiet(submit.main, ["--table", "--out", str(tmp_path)])
+    assert done.code == 2 and "has no place for the table" in done.err and snapshot(tmp_path) == before
+
+
+def test_the_page_of_this_repository_is_up_to_date():
+    text = (ROOT / "records/README.md").read_text()
+    assert f"{submit.MARKERS[0]}\n\n{submit.table(ROOT / 'records')}\n\n{submit.MARKERS[1]}" in text
