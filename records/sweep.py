@@ -49,8 +49,10 @@ from scipy import optimize, stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_gpt as tg  # noqa: E402
-
+try:
+    import train_gpt as tg
+except Exception as error:  # whoever iterates on it breaks it now and then
+    sys.exit(f"error: train_gpt.py cannot be imported: {error!r}")
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
@@ -532,8 +534,8 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
     folder = Path("runs") / f"compare_{files[0].stem}_{files[1].stem}_{digest(keys)}"
     plan = folder / "seeds.json"
     if plan.exists() and json.loads(plan.read_text()) != sorted(seeds):
-        raise tg.UserError(f"{plan} fixed the seeds at {plan.read_text()} before the first run; to stop earlier or to go "
-                           "on because of what was seen would make the p-value wrong")  # fmt: skip
+        raise tg.UserError(f"{plan} fixed the seeds at {plan.read_text()} before the first run; to stop earlier "
+                           "or to go on because of what was seen would make the p-value wrong")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     plan.write_text(json.dumps(sorted(seeds)))
     scores: list[list[float]] = [[], []]
@@ -547,7 +549,7 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
     for seed, a, b in zip(seeds, *scores, strict=True):
         print(f"{seed:>10} {a:>14.5f} {b:>14.5f} {b - a:>+12.5f}")
     print(f"{files[1].stem} less {files[0].stem}: {found.mean:+.5f} bpb, 95 % interval {found.low:+.5f} to "
-          f"{found.high:+.5f}, p = {found.p:.2g} (paired t-test, two-sided, n = {found.n} fixed in advance)")  # fmt: skip
+          f"{found.high:+.5f}, p = {found.p:.2g} (paired t-test, two-sided; n = {found.n}, fixed before)")  # fmt: skip
     print(f"smallest effect that {found.n} seeds see, p < {ALPHA} four times in five: {found.visible:.5f}")
     (folder / "result.json").write_text(
         json.dumps(dict(seeds=list(seeds), a=scores[0], b=scores[1], **found._asdict()))
@@ -607,8 +609,8 @@ def experiment(note: str, seconds: int, launcher: Sequence[str], environ: Mappin
                  text=digest([tg.sha256_file(path) for path in texts]))  # fmt: skip
     for key, value in fixed.items():
         if lines and lines[0][key] != value:
-            raise tg.UserError(f"{key} is {value}, and {lines[0][key]} in the first line of {ledger}: such scores cannot "
-                               "be compared; put it back, or start another --ledger")  # fmt: skip
+            raise tg.UserError(f"{key} is {value}, and {lines[0][key]} in the first line of {ledger}: such scores "
+                               "cannot be compared; put it back, or start another --ledger")  # fmt: skip
     line = dict(
         date=f"{datetime.now():%Y-%m-%dT%H:%M:%S}", commit=git("rev-parse", "--short", "HEAD") or "-", note=note
     )
