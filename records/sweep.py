@@ -23,6 +23,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -46,6 +47,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy import optimize, stats
+from sqlalchemy.exc import SQLAlchemyError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -299,12 +301,16 @@ class Sweep:
         self.beat, self.stop, self.lock = max(grace // 4, 1), threading.Event(), threading.Lock()
         url = storage or f"sqlite:///{self.folder / 'study.db'}"
         engine = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else None
-        try:
-            self.storage = optuna.storages.RDBStorage(
-                url, engine_kwargs=engine, heartbeat_interval=self.beat, grace_period=grace
-            )
-        except (ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
-            raise tg.UserError(f"--storage {url.partition('://')[0]}: {error}") from error
+        for attempt in range(4):
+            try:
+                self.storage = optuna.storages.RDBStorage(
+                    url, engine_kwargs=engine, heartbeat_interval=self.beat, grace_period=grace
+                )
+                break
+            except (ImportError, ValueError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+                if attempt == 3 or isinstance(error, ImportError | ValueError):
+                    raise tg.UserError(f"--storage {url.partition('://')[0]}: {error}") from error
+                time.sleep(1 + random.random())  # a new database, whose tables two processes make at once
         sampler = SAMPLERS.get(space.sampler, optuna.samplers.RandomSampler)()
         pruner = optuna.pruners.MedianPruner(space.prune) if space.prune else optuna.pruners.NopPruner()
         self.study = optuna.create_study(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -221,7 +222,9 @@ def test_two_processes_share_a_study_on_postgresql(place):
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     if not found:
         pytest.skip("no PostgreSQL under /usr/lib/postgresql")
-    binaries, port = found[-1].parent, "54329"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        binaries, port = found[-1].parent, free.getsockname()[1]
     as_other = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
     home = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())  # pytest's folders are closed to others
     try:
@@ -234,7 +237,7 @@ def test_two_processes_share_a_study_on_postgresql(place):
         subprocess.run([*control, "-o", options, "-l", home / "log", "start"], check=True, cwd=home)
         try:
             command = arguments("run", "--set", "MATRIX_LR=0.01..0.1", "--trials", "12", "--workers", "2",
-                                "--storage", f"postgresql://golf@127.0.0.1:{port}/postgres")  # fmt: skip
+                                "--storage", f"postgresql+psycopg2://golf@127.0.0.1:{port}/postgres")  # fmt: skip
             both = [launch(command, STAND_IN_SECONDS="0.1") for _ in range(2)]
             said = [each.communicate(timeout=120)[0] for each in both]
             assert [each.returncode for each in both] == [0, 0], said
@@ -279,7 +282,7 @@ def test_compare_runs_both_for_each_seed_and_holds_to_its_n(place, capsys):
     assert sweep.main([*command, "1"], environment()) == 2
     assert sweep.main(arguments("compare", "a.env", "a.env", "--seeds", "1,2"), environment()) == 2
     capsys.readouterr()
-    crashing = environment(NUM_LAYERS="9")
+    crashing = environment(NUM_LAYERS="9", VE_LAYERS="1")
     Path("c.env").write_text("MATRIX_LR=0.01\n")
     assert sweep.main(arguments("compare", "b.env", "c.env", "--seeds", "1,2"), crashing) == 1
     assert "p =" not in capsys.readouterr().out
@@ -332,7 +335,7 @@ class Later:
 def test_the_hash_of_the_scorer():
     source = (ROOT / "train_gpt.py").read_text()
     known = sweep.scorer_hash(source)
-    assert sweep.scorer_hash(source.replace("def score(", "# a comment\ndef score(")) == known
+    assert sweep.scorer_hash(source.replace("\ndef score(", "\n# a comment\ndef score(", 1)) == known
     assert (
         sweep.scorer_hash(source.replace('"""The windows of this rank, which are contiguous."""', '"""Other."""'))
         == known
