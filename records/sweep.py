@@ -203,9 +203,11 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
         table = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise tg.UserError(f"{path}: {error}") from error
-    keys = {"recipe", "seeds", "sampler", "trials", "prune", "space", "rows"}
-    if unknown := sorted(set(table) - keys):
-        raise tg.UserError(f"{path}: unknown {', '.join(unknown)}; there are {', '.join(sorted(keys))}")
+    kinds = dict(recipe=str, seeds=list, sampler=str, trials=int, prune=int, space=dict, rows=dict)
+    if unknown := sorted(set(table) - set(kinds)):
+        raise tg.UserError(f"{path}: unknown {', '.join(unknown)}; there are {', '.join(kinds)}")
+    if wrong := [f"{key} is no {kinds[key].__name__}" for key in table if not isinstance(table[key], kinds[key])]:
+        raise tg.UserError(f"{path}: {', '.join(wrong)}")
     table |= {key: given[key] for key in ("seeds", "sampler", "trials", "prune") if given.get(key) is not None}
     fixed, choices, ranges = {}, {}, {}
     for name, value in {**table.get("space", {}), **dict(map(parse_set, sets))}.items():
@@ -274,7 +276,7 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
     }
     for point in space.grid() if not problems and space.sampler == "grid" else [first]:
         try:
-            tg.load_config({**environ, **space.settings(point)} if not problems else environ)
+            tg.load_config({**environ, **(space.settings(point) if not problems else {}), "RUN_ID": space.name})
         except tg.UserError as error:
             problems.append(f"{point}: {error}")
     if problems:
@@ -364,7 +366,14 @@ class Sweep:
             print(f"trial {trial_id} was given up while it ran: --grace is too short for this machine")
 
     def work(self, gpus: str) -> None:
-        """Run trials until none is left, here or elsewhere."""
+        """Run trials until none is left, here or elsewhere; an error ends the other workers too."""
+        try:
+            self.work_on(gpus)
+        except BaseException:
+            self.stop.set()
+            raise
+
+    def work_on(self, gpus: str) -> None:
         while not self.stop.is_set():
             with self.lock:
                 self.add_tickets()
@@ -698,6 +707,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         space = read_space(given.space, given.set, vars(given))
         environ |= {"RECIPE": space.recipe} if space.recipe else {}
         check_space(space, environ)
+        if given.workers < 1 or space.prune < 0:
+            raise tg.UserError("--workers from 1, --prune from 0")
         gpus = given.gpus or environ.get("CUDA_VISIBLE_DEVICES") or ""
         sweep = Sweep(space, environ, given.launcher, given.storage, given.grace)
         return sweep.run(given.workers, gpus.split(",") if gpus else [])

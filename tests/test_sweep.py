@@ -123,6 +123,7 @@ def test_a_range_is_sampled_and_a_study_can_be_extended(place, sampler):
         (["NUM_LAYERS=3"], "nothing to sweep"),
         (["NUM_LAYERS=5..4"], "low below high"),
         (["NUM_LAYERS=4,4"], "one twice"),
+        (["NUM_LAYERS=3,4", "MATRIX_LR=0..a"], "could not convert"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given, said):
@@ -178,7 +179,7 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
     """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same setting."""
     command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--trials", "8", "--seeds", "1,2", "--workers", "2",
