@@ -27,6 +27,8 @@ CHECKS = (  # what the README says, what is run (None: that), exit code, and a w
     (r".*python eval_ttt.py.*", "python eval_ttt.py --help", 0, "TTT_MODE"),
     (r".*torchrun .* eval_ttt.py", "python eval_ttt.py --help", 0, "TTT_MODE"),
     (r"python records/submit.py .*", "python records/submit.py --help", 0, "--against"),
+    (r"python records/sweep.py run .*", "python records/sweep.py run --help", 0, "--storage"),
+    (r"python records/sweep.py .*", "python records/sweep.py --help", 0, "ledger"),
     (r"python records/check.py .*", "python records/check.py --help", 0, "--against"),
     (r"python tests/benchmarks/evaluator.py .*", "python tests/benchmarks/evaluator.py --help", 0, "--model"),
     (r"python tests/benchmarks/quantisation.py .*", "python tests/benchmarks/quantisation.py --help", 0, "--timing"),
@@ -38,7 +40,11 @@ CHECKS = (  # what the README says, what is run (None: that), exit code, and a w
 
 def commands() -> list[str]:
     """The indented lines of the READMEs that start programs, without their comments."""
-    lines = [line for name in ("README.md", "data/README.md") for line in (ROOT / name).read_text().splitlines()]
+    lines = [
+        line
+        for name in ("README.md", "data/README.md", "records/README.md")
+        for line in (ROOT / name).read_text().splitlines()
+    ]
     found = [
         line.split("  #")[0].strip() for line in lines if re.match(r"    (\w+=\S+ )*(python|torchrun|make) ", line)
     ]

@@ -1,0 +1,352 @@
+"""Sweeps, paired comparisons and the ledger: mostly with a stand-in for the trainer, once with the trainer itself."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import sweep
+from conftest import ROOT
+from scipy import stats
+
+SMOKE = ROOT / "records/recipes/smoke.env"
+STAND_IN = """
+    import json, os, pathlib, sys, time
+    folder = pathlib.Path("runs") / os.environ["RUN_ID"]
+    folder.mkdir(parents=True)
+    e = os.environ.get
+    with open("starts.txt", "a") as file:
+        file.write(f"{folder.name} {e('CUDA_VISIBLE_DEVICES', '-')}\\n")
+    if e("NUM_LAYERS") == "9":
+        sys.exit("out of memory")
+    score = 2 + 100 * (float(e("MATRIX_LR", "0.03")) - 0.03) ** 2 + 0.001 * (int(e("SEED", "0")) * 7 % 5)
+    score += 0.002 * int(e("SEED", "0")) * int(e("NUM_LAYERS", "0")) % 0.003
+    with open(folder / "train.log", "a") as log:
+        for step in range(4):
+            log.write(f"step:{step}/4 val_loss:3.0 val_bpb:{score + 1 - 0.1 * step:.4f} train_time:1ms\\n")
+            log.flush()
+            time.sleep(float(e("STAND_IN_SECONDS", "0.02")))
+    with open("ends.txt", "a") as file:
+        file.write(folder.name + "\\n")
+    fits = e("STAND_IN_FITS", "1") == "1"
+    result = dict(val_bpb_sliding=float(e("STAND_IN_BPB", score)), bytes_total=1000, fits=fits)
+    (folder / "part").write_text(json.dumps(result))
+    (folder / "part").rename(folder / "result.json")
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a stand-in trainer, `launcher` in the command line's words."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+    for name in ("RECIPE", "CUDA_VISIBLE_DEVICES", *(name for name in os.environ if name.startswith("STAND_IN"))):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def arguments(*given: str) -> list[str]:
+    return [*given, "--launcher", f"{sys.executable} stand_in.py"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {"PATH": os.environ["PATH"], "RECIPE": str(SMOKE), "OMP_NUM_THREADS": "1", **more}
+
+
+def lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def started() -> Counter:
+    return Counter(line.split()[0] for line in lines("starts.txt"))
+
+
+def rows(study: str) -> list[dict[str, str]]:
+    with open(f"runs/{study}/trials.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sweeps
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_covered_once_and_a_second_start_runs_nothing(place, capsys):
+    command = arguments("run", "--set", "NUM_LAYERS=3,4", "--set", "MATRIX_LR=0.01,0.02,0.03", "--set", "XSA_LAST_N=1",
+                        "--seeds", "1,2", "--workers", "2", "--gpus", "0,1,2,3")  # fmt: skip
+    assert sweep.main(command, environment()) == 0
+    assert len(started()) == 12 and set(started().values()) == {1}
+    assert {line.split()[1] for line in lines("starts.txt")} == {"0,1", "2,3"}
+    found = rows("sweep")
+    assert len({(row["NUM_LAYERS"], row["MATRIX_LR"]) for row in found}) == len(found) == 6
+    for row in found:
+        mean = (float(row["seed_1"]) + float(row["seed_2"])) / 2
+        assert row["state"] == "complete" and float(row["val_bpb"]) == pytest.approx(mean)
+    assert [row["val_bpb"] for row in found] == sorted(row["val_bpb"] for row in found)
+    assert {path.name for path in Path("runs/sweep").glob("*.png")} == {"parallel_coordinate.png", "importance.png"}
+    assert sweep.main(command, environment()) == 0 and len(lines("starts.txt")) == 12
+    assert sweep.main([*command, "--set", "MATRIX_LR=0.04,0.05"], environment()) == 2
+    assert "choose another --study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_range_is_sampled_and_a_study_can_be_extended(place, sampler):
+    command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--set", "NUM_LAYERS=3..5", "--sampler", sampler)
+    assert sweep.main([*command, "--trials", "2", "--prune", "0"], environment()) == 0
+    assert sweep.main([*command, "--trials", "4", "--prune", "0"], environment()) == 0
+    found = rows("sweep")
+    assert len(found) == len(lines("starts.txt")) == 4 == len({row["MATRIX_LR"] for row in found})
+    assert all(0.01 <= float(row["MATRIX_LR"]) <= 0.1 and row["NUM_LAYERS"] in "345" for row in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["NUM_LAYRS=3,4"], "did you mean NUM_LAYERS"),
+        (["NUM_LAYERS=3,x"], "NUM_LAYERS"),
+        (["NUM_LAYERS=-4..4"], "NUM_LAYERS"),
+        (["SEED=1,2"], "the sweep's own"),
+        (["NUM_HEADS=4,3"], "no multiple"),
+        (["NUM_LAYERS"], "NAME=value"),
+        (["NUM_LAYERS=3"], "nothing to sweep"),
+        (["NUM_LAYERS=5..4"], "low below high"),
+        (["NUM_LAYERS=4,4"], "one twice"),
+        (["NUM_LAYERS=3,4", "MATRIX_LR=0..a"], "could not convert"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given, said):
+    assert sweep.main(arguments("run", *(word for each in given for word in ("--set", each))), environment()) == 2
+    assert said in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_space_file(place, capsys):
+    Path("my.toml").write_text(
+        f'recipe = "{os.path.relpath(SMOKE)}"\nseeds = [5]\n[space]\nMATRIX_LR = [0.02, 0.03]\nTIE_EMBEDDINGS = true\n'
+        "[rows]\nplain = {}\ndeep = {NUM_LAYERS = 5}\n"
+    )
+    assert sweep.main(arguments("run", "my.toml"), environment(RECIPE="")) == 0
+    assert {(row["row"], row["MATRIX_LR"]) for row in rows("my")} == {
+        (row, rate) for row in ("plain", "deep") for rate in ("0.02", "0.03")
+    }
+    Path("my.toml").write_text('samplr = "tpe"\n')
+    assert sweep.main(arguments("run", "my.toml"), environment()) == 2
+    assert "unknown samplr" in capsys.readouterr().err
+
+
+def test_the_rows_of_398_are_settings_of_the_trainer(place):
+    space = sweep.read_space(ROOT / "records/spaces/pr398.toml", [], {})
+    sweep.check_space(space, {"RECIPE": space.recipe})
+    hashes = [sweep.config_hash({"RECIPE": space.recipe, **space.settings(point)}) for point in space.grid()]
+    assert len(set(hashes)) == space.trials == 10 and space.prune == 0
+
+
+def test_a_bad_trial_is_pruned_and_a_crash_is_told(place, capsys):
+    command = arguments("run", "--set", "MATRIX_LR=0.03,0.031,0.032,0.5", "--prune", "3")
+    assert sweep.main(command, environment(STAND_IN_SECONDS="0.2")) == 0
+    assert [row["state"] for row in rows("sweep")] == ["complete"] * 3 + ["pruned"]
+    assert len(started()) == 4 and len(lines("ends.txt")) == 3
+    command = arguments("run", "--set", "NUM_LAYERS=3,9", "--study", "crash")
+    assert sweep.main(command, environment()) == 1
+    assert "out of memory" in rows("crash")[-1]["why"] and rows("crash")[-1]["state"] == "fail"
+    assert sweep.main(command, environment()) == 1 and len(lines("starts.txt")) == 6  # it would only fail again
+    capsys.readouterr()
+
+
+def launch(command: list[str], **more: str) -> subprocess.Popen:
+    """The sweep in a process group of its own."""
+    words = [sys.executable, str(ROOT / "records/sweep.py"), *command]
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(words, env=environment(**more), start_new_session=True, **piped)
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
+    """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same setting."""
+    command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--trials", "8", "--seeds", "1,2", "--workers", "2",
+                        "--prune", "0", "--grace", "1")  # fmt: skip
+    first = launch(command, STAND_IN_SECONDS="0.08")
+    wait_until(lambda: len(lines("ends.txt")) >= 7)
+    os.killpg(first.pid, kill)
+    said = first.communicate(timeout=30)[0]
+    ended = lines("ends.txt")
+    assert 7 <= len(ended) < 16, said
+    second = launch(command)
+    said = second.communicate(timeout=60)[0]
+    assert second.returncode == 0, said
+    found = rows("sweep")
+    assert [row["state"] for row in found] == ["complete"] * 8
+    again = [name.removesuffix("_start2") for name in started()]
+    assert Counter(lines("ends.txt")).most_common(1)[0][1] == 1 and len(lines("ends.txt")) == 16
+    assert set(started().values()) == {1}
+    twice = {name for name, count in Counter(again).items() if count > 1}
+    assert twice.isdisjoint(ended) and len(twice) <= 2 and len(set(again)) == 16
+
+
+def test_with_the_trainer(place, demo_data):
+    more = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="2")
+    command = ["run", "--set", "MATRIX_LR=0.01,0.02", "--workers", "2"]
+    done = launch(command, **more, EVAL_STRIDE="64", VAL_LOSS_EVERY="1")
+    said = done.communicate(timeout=120)[0]
+    assert done.returncode == 0, said
+    for row in rows("sweep"):
+        (folder,) = Path("runs").glob(f"sweep_00{row['trial']}_*_seed1337")
+        result = json.loads((folder / "result.json").read_text())
+        assert float(row["val_bpb"]) == pytest.approx(result["val_bpb_sliding"]) and result["steps"] == 2
+        assert json.loads((folder / "config.json").read_text())["config"]["matrix_lr"] == float(row["MATRIX_LR"])
+    trial = optuna.load_study(study_name="sweep", storage="sqlite:///runs/sweep/study.db").trials[0]
+    assert list(trial.intermediate_values) == [1]
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study_on_postgresql(place):
+    pytest.importorskip("psycopg2", reason="pip install -r requirements-postgres.txt")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    if not found:
+        pytest.skip("no PostgreSQL under /usr/lib/postgresql")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        binaries, port = found[-1].parent, free.getsockname()[1]
+    as_other = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
+    home = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())  # pytest's folders are closed to others
+    try:
+        if as_other:
+            shutil.chown(home, "nobody", "nogroup")
+        data = str(home / "data")
+        subprocess.run([*as_other, binaries / "initdb", "-D", data, "-U", "golf", "-A", "trust"], check=True, cwd=home)
+        options = f"-h 127.0.0.1 -p {port} -k {home}"
+        control = [*as_other, binaries / "pg_ctl", "-D", data, "-w"]
+        subprocess.run([*control, "-o", options, "-l", home / "log", "start"], check=True, cwd=home)
+        try:
+            command = arguments("run", "--set", "MATRIX_LR=0.01..0.1", "--trials", "12", "--workers", "2",
+                                "--storage", f"postgresql+psycopg2://golf@127.0.0.1:{port}/postgres")  # fmt: skip
+            both = [launch(command, STAND_IN_SECONDS="0.1") for _ in range(2)]
+            said = [each.communicate(timeout=120)[0] for each in both]
+            assert [each.returncode for each in both] == [0, 0], said
+            assert all(each.count("trial sweep_") > 0 for each in said)
+        finally:
+            subprocess.run([*control, "-m", "fast", "stop"], check=True, cwd=home)
+    finally:
+        shutil.rmtree(home)
+    assert len(started()) == 12 and set(started().values()) == {1} and len(rows("sweep")) == 12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison and ledger
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_the_paired_t_test_of_scipy():
+    rng = np.random.default_rng(0)
+    a = rng.normal(1.2, 0.01, 6)
+    b = a + rng.normal(-0.003, 0.002, 6)
+    ours, theirs = sweep.paired(list(a), list(b)), stats.ttest_rel(b, a)
+    interval = theirs.confidence_interval(0.95)
+    assert (ours.low, ours.high, ours.p) == pytest.approx((interval.low, interval.high, theirs.pvalue))
+    draws = rng.normal(ours.visible, (b - a).std(ddof=1), (40_000, 6))
+    power = (stats.ttest_1samp(draws, 0.0, axis=1).pvalue < sweep.ALPHA).mean()
+    assert power == pytest.approx(sweep.POWER, abs=0.01)
+
+
+def test_compare_runs_both_for_each_seed_and_holds_to_its_n(place, capsys):
+    Path("a.env").write_text("NUM_LAYERS=3\nVE_LAYERS=1,2\n")
+    Path("b.env").write_text("NUM_LAYERS=4\nVE_LAYERS=1,2\n")
+    command = [*arguments("compare", "a.env", "b.env"), "--seeds"]
+    assert sweep.main([*command, "1,2,3,4"], environment()) == 0
+    said = capsys.readouterr().out
+    assert "n = 4" in said and "smallest effect" in said and "95 % interval" in said
+    order = [line.split()[0].split("_")[-2] for line in lines("starts.txt")]
+    assert order == list("abbaabba")
+    for seeds in ("1,2,3", "1,2,3,4,5"):
+        assert sweep.main([*command, seeds], environment()) == 2
+        assert "fixed the seeds" in capsys.readouterr().err
+    assert sweep.main([*command, "4,3,2,1"], environment()) == 0 and len(lines("starts.txt")) == 8
+    assert sweep.main([*command, "1"], environment()) == 2
+    assert sweep.main(arguments("compare", "a.env", "a.env", "--seeds", "1,2"), environment()) == 2
+    capsys.readouterr()
+    crashing = environment(NUM_LAYERS="9", VE_LAYERS="1")
+    Path("c.env").write_text("MATRIX_LR=0.01\n")
+    assert sweep.main(arguments("compare", "b.env", "c.env", "--seeds", "1,2"), crashing) == 1
+    assert "p =" not in capsys.readouterr().out
+
+
+def ledger() -> list[dict[str, str]]:
+    return sweep.read_ledger(Path("runs/ledger.tsv"))
+
+
+def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch, demo_data):
+    base = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+
+    monkeypatch.setattr(sweep, "datetime", Later)
+
+    def one(note: str, seconds: str = "5", **more: str) -> int:
+        return sweep.main(arguments("one", "--note", note, "--seconds", seconds), environment(**base, **more))
+
+    assert one("baseline", STAND_IN_BPB="2.0") == 0
+    assert one("worse", STAND_IN_BPB="2.1", MATRIX_LR="0.03") == 0
+    assert one("as good", STAND_IN_BPB="2.0") == 0
+    assert one("better, too large", STAND_IN_BPB="1.9", STAND_IN_FITS="0") == 0
+    assert one("broken", NUM_LAYERS="9") == 1
+    assert one("better", STAND_IN_BPB="1.95") == 0
+    found = ledger()
+    assert [line["verdict"] for line in found] == ["keep", "discard", "discard", "discard", "crash", "keep"]
+    assert [line["bpb"] for line in found][-2:] == ["-", "1.950000"] and found[0]["bytes"] == "1000"
+    assert (
+        len({line["scorer"] for line in found}) == 1 and found[0]["config"] == found[2]["config"] != found[1]["config"]
+    )
+    assert all((Path("runs") / line["run"]).exists() for line in found)
+    capsys.readouterr()
+    assert one("longer", seconds="6") == 2 and "budget is 6" in capsys.readouterr().err
+    assert one("two\nlines") == 2
+    monkeypatch.setattr(sweep, "scorer_hash", lambda source: "other")
+    assert one("changed scorer", STAND_IN_BPB="0.1") == 2 and "scorer is other" in capsys.readouterr().err
+    assert len(ledger()) == 6 and len(lines("starts.txt")) == 6
+
+
+class Later:
+    """A clock that is a second later at each look, so that no two experiments have one name."""
+
+    count = 0
+
+    @classmethod
+    def now(cls):
+        cls.count += 1
+        return datetime.fromtimestamp(1.8e9 + cls.count)
+
+
+def test_the_hash_of_the_scorer():
+    source = (ROOT / "train_gpt.py").read_text()
+    known = sweep.scorer_hash(source)
+    assert sweep.scorer_hash(source.replace("\ndef score(", "\n# a comment\ndef score(", 1)) == known
+    assert (
+        sweep.scorer_hash(source.replace('"""The windows of this rank, which are contiguous."""', '"""Other."""'))
+        == known
+    )
+    assert sweep.scorer_hash(source.replace("matrix_lr: float", "matrix_lr : float")) == known
+    for old, new in (
+        ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),
+        ("return F.cross_entropy(", "return 0.9 * F.cross_entropy("),
+        ("SIZE_CAP = 16_000_000", "SIZE_CAP = 17_000_000"),
+        ("def rank_share(", "def rank_shares("),
+        ('if __name__ == "__main__":', 'def nll(a, b):\n    return 0\n\n\nif __name__ == "__main__":'),
+    ):
+        assert source.count(old) >= 1 and sweep.scorer_hash(source.replace(old, new)) != known, new
