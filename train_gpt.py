@@ -15,9 +15,9 @@ rows, T tokens a row, d = model_dim, H query heads, K key/value heads, D = d / H
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
-import io
 import json
 import lzma
 import math
@@ -25,20 +25,22 @@ import os
 import platform
 import re
 import shutil
+import signal
 import struct
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
-from datetime import datetime
-from functools import cached_property, partial
+from datetime import datetime, timedelta
+from functools import cached_property, lru_cache, partial
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -84,11 +86,17 @@ class Config:
     use_compile: str = setting("run", "auto", "torch.compile; auto: on GPUs only", choices=("auto", "0", "1"))
     train_log_every: int = setting("run", 500, "steps between lines of training loss", low=1)
     val_loss_every: int = setting("run", 4000, "steps between validations; 0: none before the artifact", low=0)
+    checkpoint_every: int = setting("run", 0, "steps between checkpoints; 0: only when a signal asks to stop", low=0)
+    resume: str = setting("run", "never", "auto: go on from the checkpoint of RUN_ID, or start where there is none",
+                          choices=("never", "auto"))
+    dist_timeout: float = setting("run", 600.0, "seconds that a process waits for the others", low=1)
 
     data_path: str = setting("data", "./data/datasets/fineweb10B_sp1024", "folder of the token shards")
     train_files: str = setting("data", "", "glob of the training shards; empty: DATA_PATH/fineweb_train_*.bin")
     val_files: str = setting("data", "", "glob of the validation shards; empty: DATA_PATH/fineweb_val_*.bin")
     tokenizer_path: str = setting("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    data_order: str = setting("data", "sequential", "of training rows: as they stand, or all at random each epoch",
+                              choices=("sequential", "shuffled"))
 
     vocab_size: int = setting("model", 1024, "tokens", low=4, high=65536)
     num_layers: int = setting("model", 11, "transformer blocks (L)", low=1)
@@ -451,6 +459,7 @@ def inconsistencies(c: Config) -> list[str]:
     with_bigram = c.pos_conditional_bigram or c.trigram or c.word_start_boost
     rules = [
         (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: the name of one folder, under runs/"),
+        (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
         (c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim} is no multiple of NUM_HEADS={c.num_heads}"),
         (c.num_heads % c.num_kv_heads == 0, f"NUM_HEADS={c.num_heads} is no multiple of NUM_KV_HEADS={c.num_kv_heads}"),
         (c.head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {c.head_dim} is odd"),
@@ -548,13 +557,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def reduce_max(value: float) -> float:
-    """The largest VALUE over all ranks; a CPU tensor, so that no GPU waits for it."""
+def max_over_ranks(*values: float) -> list[float]:
+    """The largest of each value over all ranks; by way of the CPU, so that no GPU waits for it."""
     if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
+    return tensor.tolist()
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
@@ -568,18 +577,33 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
-    """What FUNCTION returns on rank 0, given to every rank; a UserError there is raised on all."""
+    """What FUNCTION returns on rank 0, given to every rank; an error there is raised on all."""
+    if world_size() == 1:
+        return function()
     box: list[Any] = [None]
     if rank() == 0:
         try:
             box = [function()]
-        except UserError as error:
+        except Exception as error:
             box = [error]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    if isinstance(box[0], UserError):
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
+
+
+def differing_parameters(model: nn.Module) -> list[str]:
+    """The parameters that are not the same on all ranks, by the sums of their bits; all ranks ask together."""
+    if world_size() == 1:
+        return []
+    names = [name for name, _ in model.named_parameters()]
+    sums = torch.stack(
+        [p.detach().flatten().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
+    ).cpu()
+    extremes = torch.cat((sums, -sums))
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    highest, lowest = extremes[: len(sums)], -extremes[len(sums) :]
+    return [name for name, low, high in zip(names, lowest, highest, strict=True) if low != high]
 
 
 def synchronize(device: torch.device) -> None:
@@ -638,9 +662,18 @@ def open_shard(path: str) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
-def shifted(tokens: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (rows, T) each, of rows * T + 1 tokens: the targets are one token later."""
-    return tokens[:-1].view(rows, -1), tokens[1:].view(rows, -1)
+def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (B, T) each, of ROWS (B, T + 1): the targets are one token later."""
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def file_state(path: str) -> tuple[int, int, int]:
+    """Size, inode and time of the last change: what another content would alter. UserError where the file is gone."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return status.st_size, status.st_ino, status.st_mtime_ns
 
 
 class TokenStream:
@@ -652,16 +685,30 @@ class TokenStream:
             raise UserError(f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)")
         self.pattern, self.vocab_size = pattern, vocab_size
         self.shards = [open_shard(path) for path in self.paths]
+        self.states = [file_state(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            self._check(path, shard[: 1 << 16])
+        for index in range(len(self.paths)):
+            self._part(index, 0, 1 << 16)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def _check(self, path: str, tokens: np.ndarray) -> None:
+    def _part(self, index: int, offset: int, count: int) -> np.ndarray:
+        """Up to COUNT tokens of a shard, which must be as it was when it was opened, within the vocabulary."""
+        path, state = self.paths[index], file_state(self.paths[index])
+        if state != self.states[index]:  # to read on in a file that was cut would end the process with SIGBUS
+            raise UserError(f"{path} has changed: (bytes, inode, ns) {self.states[index]} when opened, now {state}")
+        tokens = self.shards[index][offset : offset + count]
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(f"{path}: token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size}")
+        return tokens
+
+    def fingerprint(self) -> str:
+        """A hash of names, lengths and beginnings of the shards."""
+        digest = hashlib.sha256()
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            digest.update(f"{Path(path).name} {len(shard)} ".encode() + shard[: 1 << 16].tobytes())
+        return digest.hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """COUNT tokens from position START modulo the length, as an int64 array of its own."""
@@ -669,8 +716,7 @@ class TokenStream:
         while count > 0:
             index = int(np.searchsorted(self.ends, position, side="right"))
             offset = position - (int(self.ends[index - 1]) if index else 0)
-            part = self.shards[index][offset : offset + count]
-            self._check(self.paths[index], part)
+            part = self._part(index, offset, count)
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % len(self)
@@ -678,16 +724,32 @@ class TokenStream:
 
     def read_all(self) -> np.ndarray:
         """Every token once, uint16."""
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            self._check(path, shard)
-        return np.concatenate(self.shards)
+        return np.concatenate([self._part(index, 0, len(shard)) for index, shard in enumerate(self.shards)])
 
-    def rows(self, start: int, rows: int, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (rows, seq_len) each: contiguous windows from START; the targets one token later."""
-        tokens = torch.from_numpy(self.read(start, rows * seq_len + 1))
+    def rows(self, starts: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (rows, seq_len) each: a window from each of STARTS; the targets one token later."""
+        tokens = torch.from_numpy(np.stack([self.read(int(start), seq_len + 1) for start in starts]))
         if device.type == "cuda":
             tokens = tokens.pin_memory().to(device, non_blocking=True)
-        return shifted(tokens, rows)
+        return shifted(tokens)
+
+
+@lru_cache(maxsize=2)
+def shuffled_starts(num_tokens: int, seq_len: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the windows of an epoch begin, in random order; they lie side by side, round the end of the text."""
+    generator = np.random.default_rng([seed, epoch])
+    offset = generator.integers(num_tokens)
+    return (offset + seq_len * generator.permutation(num_tokens // seq_len)) % num_tokens
+
+
+def row_starts(config: Config, num_tokens: int, first: int, count: int) -> np.ndarray:
+    """Where the training rows from number FIRST on begin in the text, by DATA_ORDER; they depend on nothing else."""
+    numbers, T = np.arange(first, first + count), config.train_seq_len
+    if config.data_order == "sequential":
+        return numbers * T
+    epochs, places = np.divmod(numbers, num_tokens // T)
+    orders = {epoch: shuffled_starts(num_tokens, T, config.seed, epoch) for epoch in np.unique(epochs).tolist()}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
 
 
 def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
@@ -1368,12 +1430,71 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dt
     return X.mT if tall else X
 
 
+class Share:
+    """The rows of a bank (rows, out, in) whose update this rank computes (#399): as many on each, padded with zeros.
+
+    Its gradient is reduce-scattered, its updates are all-gathered. With one process it is the whole bank, and nothing
+    is copied; a single matrix is whole on every rank, its gradient reduced with the small ones.
+    """
+
+    def __init__(self, bank: Tensor):
+        self.bank, self.ranks = bank, world_size() if bank.dim() == 3 else 1
+        self.rows = math.ceil(len(bank) / self.ranks)
+        self.reduced: Tensor | None = None
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """TENSOR (rows, out, in) with the zeros that make its rows a multiple of the ranks."""
+        missing = self.ranks * self.rows - len(tensor)
+        return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor.contiguous()
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a TENSOR of the bank's shape."""
+        return tensor if self.ranks == 1 else self.padded(tensor)[rank() * self.rows :][: self.rows]
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The tensor of the bank's shape of which every rank has its PART."""
+        return self.start_gather(part)()
+
+    def start_reduce(self) -> Callable[[], None]:
+        """Begin to average the gradient over the ranks; the function that is returned waits for it."""
+        sent = self.padded(self.bank.grad)
+        self.reduced = torch.empty_like(sent[: self.rows])
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+        work = reduce_scatter(self.reduced, sent, async_op=True)
+        self.bank.grad = None
+
+        def finish(kept: Tensor = sent) -> None:
+            work.wait()
+            self.reduced.div_(self.ranks)
+
+        return finish
+
+    def start_gather(self, part: Tensor) -> Callable[[], Tensor]:
+        """Begin to collect every rank's PART; the function that is returned waits for the whole, (rows, out, in)."""
+        if self.ranks == 1:
+            return lambda: part
+        sent, whole = part.contiguous(), part.new_empty(self.ranks * self.rows, *part.shape[1:])
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        work = all_gather(whole, sent, async_op=True)
+
+        def finish(kept: Tensor = sent) -> Tensor:
+            work.wait()
+            return whole[: len(self.bank)]
+
+        return finish
+
+    @property
+    def gradient(self) -> Tensor:
+        """This rank's part of the reduced gradient."""
+        return self.bank.grad if self.ranks == 1 else self.reduced
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, Nesterov, then orthogonalisation of each matrix of each bank; decay apart from the gradient.
 
-    Parameters are (rows, out, in) banks, or single matrices. The update is scaled by sqrt(max(1, out / in)), and the
-    rate of a bank in ROW_RATES by its (rows, 1, 1). CAUTIOUS leaves out the entries of an update whose sign is not the
-    gradient's, and enlarges the others to the same mean (arXiv 2411.16085).
+    Parameters are (rows, out, in) banks, or single matrices; of a bank each rank computes its Share. The update is
+    scaled by sqrt(max(1, out / in)), and the rate of a bank in ROW_RATES by its (rows, 1, 1). CAUTIOUS leaves out the
+    entries of an update whose sign is not the gradient's, and enlarges the others to the same mean (arXiv 2411.16085).
     """
 
     def __init__(
@@ -1386,23 +1507,52 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
         self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates or {}
+        members = [(Share(p), group) for group in self.param_groups for p in group["params"]]
+        self.shares = sorted(members, key=lambda member: -member[0].bank.numel())
 
     @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-                update = p.grad.add(buffer, alpha=group["momentum"])
-                update = zeropower_via_newtonschulz5(update, self.ns_steps, dtype=self.dtype)
-                if self.cautious:
-                    along = update * p.grad > 0
-                    update = update * along / along.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
-                rates = self.row_rates.get(p, 1.0)
-                p.mul_(1 - group["lr"] * group["weight_decay"] * rates)
-                p.add_(rates * update, alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+    def step(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
+        """Largest bank first, each applied while the next one is on its way; MEANWHILE is called during the first."""
+        applied: Callable[[], Any] = meanwhile
+        for share, group in self.shares:
+            arrived = share.start_gather(self._update(share, group["momentum"]))
+            applied()
+            applied = partial(self._apply, share.bank, group, arrived)
+        applied()
+
+    def _update(self, share: Share, momentum: float) -> Tensor:
+        """The direction of this rank's rows, (rows, out, in)."""
+        state, gradient = self.state[share.bank], share.gradient
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
+        update = gradient.add(buffer, alpha=momentum)
+        update = zeropower_via_newtonschulz5(update, self.ns_steps, dtype=self.dtype)
+        if self.cautious:
+            along = update * gradient > 0
+            update = update * along / along.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
+        return update
+
+    def _apply(self, p: Tensor, group: dict, arrived: Callable[[], Tensor]) -> None:
+        rates = self.row_rates.get(p, 1.0)
+        p.mul_(1 - group["lr"] * group["weight_decay"] * rates)
+        p.add_(rates * arrived(), alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch has it, with the momentum of whole banks; all ranks call it together."""
+        saved, order = super().state_dict(), [p for group in self.param_groups for p in group["params"]]
+        shares = {share.bank: share for share, _ in self.shares}
+        whole = {
+            number: shares[order[number]].whole(state["momentum_buffer"]) for number, state in saved["state"].items()
+        }
+        return saved | dict(state={number: dict(momentum_buffer=buffer) for number, buffer in whole.items()})
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """The state of any number of ranks: each takes its share."""
+        super().load_state_dict(saved)
+        for share in (share for share, _ in self.shares if self.state[share.bank]):
+            state = self.state[share.bank]
+            state["momentum_buffer"] = share.own(state["momentum_buffer"]).clone()
 
 
 def depth_rates(config: Config) -> list[float]:
@@ -1588,6 +1738,15 @@ class FastWeights:
                 replaced[name] = value
         return replaced, adapters
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept from one reset to the next."""
+        return dict(moments=self.moments, steps=self.steps)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        device = next(iter(self.base.values())).device
+        self.moments = {name: [part.to(device) for part in parts] for name, parts in saved["moments"].items()}
+        self.steps = saved["steps"]
+
     def observe(self, gradients: Mapping[str, Tensor], sets: int) -> None:
         """Take squared gradients into the moments: their mean at first, then with TTT_BETA2; SETS have a gradient."""
         news = []
@@ -1727,6 +1886,15 @@ class MetaRates:
         self.adam.param_groups[0]["lr"] = scale * self.adam.defaults["lr"]
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(logs=self.logs, adam=self.adam.state_dict() if self.adam else {})
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for name, log in self.logs.items():
+            log.copy_(saved["logs"][name])
+        if self.adam:
+            self.adam.load_state_dict(saved["adam"])
 
     def report(self) -> dict[str, list[float]]:
         """The factors by bank and row."""
@@ -1943,6 +2111,15 @@ class WeightAverage:
             self.swa = self.swa or [torch.zeros_like(p) for p in source]
             torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
+    def state_dict(self) -> dict[str, Any]:
+        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        if self.ema is not None:
+            torch._foreach_copy_(self.ema, saved["ema"])
+        self.swa = [part.to(p.device) for part, p in zip(saved["swa"], self.live, strict=False)]
+        self.snapshots = saved["snapshots"]
+
     @torch.no_grad()
     def apply(self) -> str:
         """Put the average into the model; returns what it was, for the log."""
@@ -1988,7 +2165,7 @@ def calibration_batches(run: Run, model: GPT, count: int, rows: int) -> Iterator
             ids = generate(model, rows, length + 1, c.calib_temperature, c.seed * count + batch)
             yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         else:
-            yield run.train.rows(batch * len(run.train) // count, rows, length, run.device)
+            yield run.train.rows(batch * len(run.train) // count + length * np.arange(rows), length, run.device)
 
 
 @torch.no_grad()
@@ -2644,12 +2821,12 @@ def model_settings(config: Config) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["section"] == "model"}
 
 
-def write_atomically(path: Path, blob: bytes) -> None:
-    """Write BLOB under a temporary name, then rename: PATH is never half-written."""
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
+    """Write bytes, or what a function writes, under a temporary name, then rename: PATH is never half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(blob)
+            file.write(content) if isinstance(content, bytes) else content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -2972,9 +3149,25 @@ class RunLog:
 
     def line(self, text: str) -> None:
         if rank() == 0:
-            print(text, flush=True)
-            with open(self.folder / self.name, "a", encoding="utf-8") as file:
+            with suppress(OSError):  # a terminal that is gone is no reason to lose a run
+                print(text, flush=True)
+            self._append(self.name, text)
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
+        except OSError as error:  # nor is a full disk, until the artifact is to be written
+            with suppress(OSError):
+                print(f"WARNING: {self.folder / name}: {error.strerror}", file=sys.stderr, flush=True)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what metrics.jsonl has from after the training step STEP, where the run goes on."""
+        path = self.folder / "metrics.jsonl"
+        if rank() == 0 and path.exists():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def step(self, step: int, seconds: float, also: Mapping[str, float] | None = None, **values: float) -> None:
         """One line of the field's dialect, and the same as JSON with what is in ALSO."""
@@ -2982,8 +3175,8 @@ class RunLog:
         times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
         self.line(f"step:{step}/{self.iterations} {shown} {times}")
         if rank() == 0:
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(step=step, seconds=seconds, **values, **(also or {}))) + "\n")
+            row = dict(step=step, seconds=seconds, **values, **(also or {}))
+            self._append("metrics.jsonl", json.dumps(row))
 
 
 @dataclass
@@ -2995,6 +3188,7 @@ class Run:
     kernel: AttentionFn
     versions: dict[str, Any]
     folder: Path
+    lock: int  # rank 0's open file
     log: RunLog
     train: TokenStream
     byte_table: ByteTable
@@ -3011,13 +3205,24 @@ class Run:
         return score(model, self.val_tokens, plan, self.byte_table, self.config.eval_batch_seqs, nll_fn)
 
 
+class Measured(NamedTuple):
+    """What a step did, the same on all ranks: its loss and the norms of the gradients before clipping."""
+
+    values: Tensor  # (1 + gradients,), on the device
+    names: list[str]
+
+    @property
+    def loss(self) -> Tensor:
+        return self.values[0]
+
+
 class Clock:
-    """Seconds of training, with pauses. On a GPU the host runs a step ahead (`lag`) and reads losses a step later."""
+    """Seconds of training, with pauses. On a GPU the host runs a step ahead (`lag`) and checks steps one later."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.began = device, 0.0, None
         self.lag = 1 if device.type == "cuda" else 0
-        self.pending: tuple[int, Tensor, torch.cuda.Event] | None = None
+        self.pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
 
     def start(self) -> None:
         synchronize(self.device)
@@ -3030,17 +3235,31 @@ class Clock:
     def seconds(self) -> float:
         return self.total + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
-    def step_done(self, step: int, loss: Tensor) -> tuple[int, float]:
-        """The last step that is certainly done, and its loss; (0, 0.0) before the first. No wait for STEP itself."""
+    def step_done(self, step: int, measured: Measured) -> None:
+        """Check the last step that is certainly done, without a wait for STEP itself.
+
+        Raises FloatingPointError where its loss or a gradient was not finite.
+        """
+        values, event = measured.values, None
+        if self.lag:
+            values, event = torch.empty(values.shape, pin_memory=True), torch.cuda.Event()
+            values.copy_(measured.values, non_blocking=True)
+            event.record()
+            self.settle()
+        self.pending = step, measured.names, values, event
         if not self.lag:
-            return step, loss.item()
-        previous, self.pending = self.pending, (step, torch.empty((), pin_memory=True), torch.cuda.Event())
-        self.pending[1].copy_(loss, non_blocking=True)
-        self.pending[2].record()
-        if previous is None:
-            return 0, 0.0
-        previous[2].synchronize()
-        return previous[0], previous[1].item()
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the last step, and check it."""
+        if self.pending is None:
+            return
+        (step, names, values, event), self.pending = self.pending, None
+        if event is not None:
+            event.synchronize()
+        for name, value in zip(names, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"step {step}: {name} is {value}")
 
 
 def split_batch(config: Config) -> tuple[int, int]:
@@ -3053,20 +3272,192 @@ def split_batch(config: Config) -> tuple[int, int]:
 
 
 def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of step STEP: (rows, T) inputs and targets of its part of the stream."""
+    """This rank's micro-batches of step STEP: (rows, T) inputs and targets of its part of the step's rows."""
     c = run.config
     rows, parts = split_batch(c)
-    start = step * c.train_batch_tokens + rank() * rows * c.train_seq_len
-    inputs, targets = run.train.rows(start, rows, c.train_seq_len, run.device)
+    first = step * (c.train_batch_tokens // c.train_seq_len) + rank() * rows
+    inputs, targets = run.train.rows(row_starts(c, len(run.train), first, rows), c.train_seq_len, run.device)
     return list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
 
 
-def reduce_gradients(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
-    """Average the gradients over the ranks, and with them the loss, which is returned, in one all-reduce."""
-    *gradients, loss = sum_over_ranks([*(p.grad for p in parameters), loss])
-    for p, gradient in zip(parameters, gradients, strict=True):
-        p.grad = gradient.div_(world_size())
-    return loss / world_size()
+class Loader:
+    """The batches of one step after the other, read and sent to the device a step ahead by a thread."""
+
+    def __init__(self, run: Run):
+        self.run, self.pool, self.waited = run, ThreadPoolExecutor(1), 0.0
+        self.ahead: dict[int, Future] = {}
+        self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+
+    def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        with torch.cuda.stream(self.stream):  # of None: nothing
+            return step_batches(self.run, step)
+
+    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """What step_batches returns; `waited` adds up the seconds until it is there."""
+        began = time.perf_counter()
+        batches = (self.ahead.pop(step, None) or self.pool.submit(self._read, step)).result()
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            for tensor in (tensor for batch in batches for tensor in batch):
+                tensor.record_stream(torch.cuda.current_stream())
+        self.waited += time.perf_counter() - began
+        self.ahead = {step + 1: self.pool.submit(self._read, step + 1)}
+        return batches
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop, and it has: the number of the signal."""
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGHUP while training, and a torchrun that is gone: noted, to be obeyed after a step."""
+
+    def __init__(self, environ: Mapping[str, str]):
+        self.noted, self.parent = 0, os.getppid() if "TORCHELASTIC_RUN_ID" in environ else 0
+
+    def __enter__(self) -> StopSignals:
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        self.before = {number: signal.getsignal(number) for number in wanted}
+        for number, before in self.before.items():
+            if before != signal.SIG_IGN:  # nohup's wish
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, before in self.before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, _: Any) -> None:
+        self.noted = number
+
+    def number(self) -> int:
+        """The signal to obey, 0: none."""
+        return signal.SIGTERM if self.parent and os.getppid() != self.parent else self.noted
+
+
+CHECKPOINT = "checkpoint.pt"
+RESUMABLE = {"run_id", "resume", "checkpoint_every", "dist_timeout", "train_log_every", "val_loss_every"}  # may differ
+
+
+class Progress:
+    """How far a run is, and the checkpoint that says so.
+
+    `done` has the steps of each finished phase, and the clock's seconds at its end. A checkpoint is written by rank 0
+    for any number of ranks: the parts of the phase (whatever has a state_dict), the model, Meta-SGD's factors, the
+    clock. Nothing else changes from step to step: batches and draws depend on the seed and the step alone.
+    """
+
+    def __init__(self, run: Run, model: GPT, rates: MetaRates, clock: Any, signals: StopSignals, strict: Callable):
+        self.run, self.model, self.rates, self.clock, self.signals = run, model, rates, clock, signals
+        self.strict, self.done, self.resumed, self.saved = strict, {}, [], None
+        self.phase, self.parts, self.checked, self.asked = "", {}, 0.0, 0
+
+    def resume(self, saved: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint of read_checkpoint, or from the beginning."""
+        if saved is None or saved["phase"] == "train":
+            self.run.log.forget_after(saved["step"] if saved else 0)
+        if saved is None:
+            return
+        self.saved, self.done, self.clock.total = saved, saved["done"], saved["seconds"]
+        self.resumed = [*saved["resumed"], saved["step"]]
+        self.model.load_state_dict(saved["model"])
+        self.model.looped = saved["looped"]
+        self.rates.load_state_dict(saved["rates"])
+        phase = saved["phase"] or f"after {', '.join(self.done)}"
+        self.run.log.line(
+            f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
+        )
+        if saved["code"] != code_hashes():
+            self.run.log.line("WARNING: the code is not that which wrote the checkpoint")
+
+    def begin(self, phase: str, **parts: Any) -> int:
+        """Begin PHASE, or go on with it: its PARTS are put where the checkpoint has them. Returns the steps done."""
+        self.phase, self.parts, self.checked = phase, parts, self.clock.seconds()
+        if self.saved is None or self.saved["phase"] != phase:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(self.saved["parts"][name])
+        step, self.saved = self.saved["step"], None
+        return step
+
+    def finish(self, step: int) -> None:
+        """The phase is done, with its STEP steps."""
+        self.check_replicas(step)
+        self.done[self.phase] = [step, self.seconds()]
+        self.phase, self.parts = "", {}
+        if self.run.config.checkpoint_every:
+            self.save(step)
+
+    def seconds(self) -> float:
+        """The clock's seconds, the same on all ranks; it also hears whether any was asked to stop."""
+        elapsed, asked = max_over_ranks(self.clock.seconds(), self.signals.number())
+        self.asked = int(asked)
+        return elapsed
+
+    def checkpoint(self, step: int) -> None:
+        """After step STEP: write a checkpoint where it is due. Raises Stopped where any rank was asked to stop."""
+        every = self.run.config.checkpoint_every
+        if self.asked or (every and step % every == 0):
+            self.save(step)
+        if self.asked:
+            name = signal.Signals(self.asked).name
+            self.run.log.line(f"stopped: {name} after step:{step}; RESUME=auto goes on from there")
+            raise Stopped(self.asked)
+
+    def check_replicas(self, step: int) -> None:
+        """RuntimeError where the ranks do not hold the same weights."""
+        if names := differing_parameters(self.model):
+            raise RuntimeError(f"step {step}: the ranks differ in {', '.join(names)}")
+
+    def check_loader(self, step: int, waited: float) -> None:
+        """Say so where it was WAITED for, in seconds, for much of the time since the last call."""
+        now = self.clock.seconds()
+        seconds, self.checked = now - self.checked, now
+        if step > 10 and waited > 0.05 * seconds:
+            share = f"{waited / seconds:.0%} of the last {seconds:.1f} s"
+            self.run.log.line(f"WARNING: the loader kept training waiting for {share}")
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint; a disk that is full costs the checkpoint, not the run."""
+        self.clock.settle()
+        self.clock.stop()
+        began, c = time.perf_counter(), self.run.config
+        content = dict(
+            config=asdict(c), code=code_hashes(), data=self.run.train.fingerprint(), ranks=world_size(),
+            phase=self.phase, step=step, done=self.done, seconds=self.clock.seconds(), strict=self.strict(),
+            resumed=self.resumed, model=self.model.state_dict(), looped=self.model.looped,
+            rates=self.rates.state_dict(), parts={name: part.state_dict() for name, part in self.parts.items()},
+        )  # fmt: skip
+        path = self.run.folder / CHECKPOINT
+
+        def write() -> str:
+            try:
+                write_atomically(path, partial(torch.save, content))
+            except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
+                return f"WARNING: no checkpoint: {error}"
+            return f"checkpoint: step:{step} {path.stat().st_size} bytes {time.perf_counter() - began:.2f}s"
+
+        self.run.log.line(on_rank_0(write))
+        self.clock.start()
+
+
+def read_checkpoint(run: Run) -> dict[str, Any] | None:
+    """The run's checkpoint, None where there is none. UserError where it is broken, or of other settings or data."""
+    path, c = run.folder / CHECKPOINT, run.config
+    if c.resume == "never" or not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = saved["config"]
+    except Exception as error:  # whatever broken bytes lead to
+        raise UserError(f"{path} is no checkpoint: {error}") from error
+    other = [f"{name.upper()}={theirs.get(name)} there, {value} here" for name, value in asdict(c).items()
+             if name not in RESUMABLE and theirs.get(name) != value]  # fmt: skip
+    if other:
+        raise UserError(f"{path} is of other settings: {'; '.join(other)}")
+    if saved["data"] != run.train.fingerprint():
+        raise UserError(f"{path} is of other training shards than {run.train.pattern} has now")
+    return saved
 
 
 def train_step(
@@ -3077,8 +3468,8 @@ def train_step(
     scale: float,
     momentum: float,
     round_banks: bool = False,
-) -> Tensor:
-    """One optimiser step on micro-batches of equal size; returns the mean loss of all ranks, on the device.
+) -> Measured:
+    """One optimiser step on micro-batches of equal size; returns the mean loss of all ranks.
 
     Gradients are averaged over micro-batches and ranks, added to those that are there (of a meta-step), then clipped,
     so that the number of ranks changes nothing.
@@ -3092,22 +3483,58 @@ def train_step(
     return apply_gradients(model, optimizers, total, scale, momentum)
 
 
+def reduce_gradients(model: GPT, shares: list[Share], loss: Tensor) -> tuple[Measured, list[Tensor]]:
+    """Average the gradients and LOSS over the ranks: by rows for banks in SHARES, whole for the others.
+
+    Returns the measures, and the reduced gradients that this rank has. Nothing waits before all is on its way.
+    """
+    names = {p: name for name, p in model.named_parameters() if p.grad is not None}  # a later loop's scales have none
+    split = [share for share in shares if share.ranks > 1]
+    finish = [share.start_reduce() for share in split]
+    small = [p for p in names if p.grad is not None]
+    *reduced, loss = sum_over_ranks([*(p.grad for p in small), loss])
+    for p, gradient in zip(small, reduced, strict=True):
+        p.grad = gradient.div_(world_size())
+    for wait in finish:
+        wait()
+    gradients = [*(share.gradient for share in split), *(p.grad for p in small)]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if split:
+        squares = norms[: len(split)].square()
+        dist.all_reduce(squares)
+        norms = torch.cat((squares.sqrt(), norms[len(split) :]))
+    told = ["train_loss", *(f"the gradient of {names[p]}" for p in [*(share.bank for share in split), *small])]
+    return Measured(torch.cat(((loss / world_size()).view(1), norms)), told), gradients
+
+
 def apply_gradients(
     model: GPT, optimizers: list[torch.optim.Optimizer], loss: Tensor, scale: float, momentum: float
-) -> Tensor:
-    """Average the gradients and LOSS over the ranks, clip, take a step; returns the loss."""
-    parameters = [p for p in model.parameters() if p.grad is not None]  # the scales of a later loop have none
-    loss = reduce_gradients(parameters, loss)
-    if model.config.grad_clip_norm:
-        nn.utils.clip_grad_norm_(parameters, model.config.grad_clip_norm, foreach=True)
+) -> Measured:
+    """Average the gradients and LOSS over the ranks, clip, take a step.
+
+    The norm of what is clipped is known when all is reduced, so the small parameters' step is taken while the banks'
+    first updates are gathered, not while gradients are still on their way.
+    """
+    first, *others = optimizers
+    shares = [share for share, _ in getattr(first, "shares", ())]
+    measured, gradients = reduce_gradients(model, shares, loss)
+    if limit := model.config.grad_clip_norm:
+        norm = torch.linalg.vector_norm(measured.values[1:])
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
             if "momentum" in group:
                 group["momentum"] = momentum
-        optimizer.step()
+
+    def step_others() -> None:
+        for optimizer in others:
+            optimizer.step()
+
+    first.step(step_others)
+    for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return loss
+    return measured
 
 
 def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
@@ -3125,7 +3552,7 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
     saved = [p.detach().clone() for p in model.parameters()]
     optimizers = make_optimizers(model, c)
     for model.looped in [False] * (c.warmup_steps if c.loop_start_frac else 0) + [True] * c.warmup_steps:
-        inputs, targets = shifted(random_ids(rows * c.train_seq_len + 1), rows)
+        inputs, targets = shifted(random_ids(rows, c.train_seq_len + 1))
         batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
         train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
     if c.warmup_steps:
@@ -3163,7 +3590,8 @@ def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor
             synchronize(run.device)
             seconds.append(time.perf_counter() - began)
         total += max(seconds[1:], default=0.0) * math.ceil(count / world_size())  # the first loads kernels
-    return reduce_max(1.5 * total)
+    [slowest] = max_over_ranks(1.5 * total)
+    return slowest
 
 
 def warm_up_meta(
@@ -3185,11 +3613,6 @@ def warm_up_meta(
         rows = random_ids(world_size() * fast.rows, length + 1).cpu().numpy()
         deployed_step(model, c, fast, rates, rows, np.full(len(rows), length), nll_fn)
     model.zero_grad(set_to_none=True)
-
-
-def stop_unless_finite(step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"step {step}: train_loss is {loss}")
 
 
 def training_moments(run: Run, model: GPT) -> dict[str, list[Tensor]] | None:
@@ -3233,22 +3656,23 @@ def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Cal
     return add
 
 
-def train(
-    run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, clock: Clock, rates: MetaRates
-) -> int:
-    """Train until ITERATIONS, or until another step and RESERVE seconds would not fit the clock; returns the steps.
+def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress) -> None:
+    """Train until ITERATIONS, or until another step and RESERVE seconds would not fit the clock.
 
     Later phases have their share of either. The average of the weights is in the model afterwards. The clock runs on,
     for what else reads training data.
     """
-    step, elapsed, stop = 0, 0.0, False
     c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.main_frac)))
     budget = max(c.max_wallclock_seconds - reserve, 1e-9) * c.main_frac if c.max_wallclock_seconds else 0.0
-    add_meta_gradients = fomaml_part(run, model, nll_fn, rates)
-    optimizers, average = make_optimizers(model, c), WeightAverage(model, c)
-    clock.start()
+    add_meta_gradients = fomaml_part(run, model, nll_fn, progress.rates)
+    optimizers, average, loader = make_optimizers(model, c), WeightAverage(model, c), Loader(run)
+    step, clock = progress.begin("train", muon=optimizers[0], adamw=optimizers[1], average=average), progress.clock
+    elapsed = progress.seconds()
     while True:
-        stop = stop or step == c.iterations
+        capped = step > 0 and 0 < budget < elapsed + (1 + clock.lag) * elapsed / step
+        if capped and step < c.iterations:
+            run.log.line(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
+        stop = capped or step == c.iterations
         if c.val_loss_every and (stop or step % c.val_loss_every == 0):
             clock.stop()
             result = run.score(model, c.eval_seq_len, nll_fn)
@@ -3262,82 +3686,102 @@ def train(
             run.log.line(f"loop: from step {step}")
         scale = lr_scale(c, step, elapsed, budget)
         round_banks = c.late_qat and scale < c.late_qat_threshold
-        batches, momentum = step_batches(run, step), momentum_at(c, step)
+        batches, momentum = loader.batches(step), momentum_at(c, step)
         add_meta_gradients(step, scale, batches)
-        loss = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
+        measured = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
         step += 1
         average.update(step, scale)
-        stop_unless_finite(*clock.step_done(step, loss))
-        elapsed = reduce_max(clock.seconds()) if budget else clock.seconds()
+        clock.step_done(step, measured)
+        elapsed = progress.seconds()
         if step <= 10 or step % c.train_log_every == 0:
-            run.log.step(step, elapsed, {"lr_scale": scale}, train_loss=loss.item())
-        if budget and elapsed + (1 + clock.lag) * elapsed / step > budget:
-            stop = True
-            run.log.line(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
-    stop_unless_finite(step, loss.item())
+            waited, loader.waited = loader.waited, 0.0
+            run.log.step(step, elapsed, dict(lr_scale=scale, data_wait=waited), train_loss=measured.loss.item())
+            progress.check_replicas(step)
+            progress.check_loader(step, waited)
+        progress.checkpoint(step)
+    clock.settle()
     run.log.line(f"average: {average.apply()}")
     if not model.looped:
         model.start_loop()  # the artifact's model is the whole one
-    return step
+    progress.finish(step)
+
+
+def random_places(config: Config, phase: int, step: int) -> np.random.Generator:
+    """The generator of a step of a later phase: the same wherever the run was resumed."""
+    return np.random.default_rng([config.seed, 1 + phase, step])
 
 
 def reptile_phase(
-    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates, generator: np.random.Generator
-) -> Callable[[float], Tensor]:
+    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates
+) -> tuple[Callable[[int, float], Measured], dict[str, Any]]:
     """Reptile's step on windows from random places of the training text; it keeps its rate to the end, as #294."""
     c, fast = run.config, inner_weights(model, run.config, "reptile")
 
-    def step(left: float) -> Tensor:
-        starts = generator.integers(len(run.train), size=(c.reptile_inner_steps, world_size() * fast.rows))
+    def take_step(step: int, left: float) -> Measured:
+        starts = random_places(c, 0, step).integers(
+            len(run.train), size=(c.reptile_inner_steps, world_size() * fast.rows)
+        )
         mine = np.split(starts, world_size(), axis=1)[rank()]
         rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
-        return reptile_step(model, c, fast, torch.from_numpy(rows).to(run.device), nll_fn)
+        loss = reptile_step(model, c, fast, torch.from_numpy(rows).to(run.device), nll_fn)
+        return Measured(loss.view(1), ["the loss of Reptile"])
 
-    return step
+    return take_step, {}
 
 
 def deployed_phase(
-    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates, generator: np.random.Generator
-) -> Callable[[float], Tensor]:
+    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates
+) -> tuple[Callable[[int, float], Measured], dict[str, Any]]:
     """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
     c, optimizers = run.config, make_optimizers(model, run.config)
     fast = inner_weights(model, c, "deployed", training_moments(run, model))
 
-    def step(left: float) -> Tensor:
-        rows, sizes = sample_documents(run.train, world_size() * fast.rows, c, generator)
+    def take_step(step: int, left: float) -> Measured:
+        rows, sizes = sample_documents(run.train, world_size() * fast.rows, c, random_places(c, 1, step))
         loss = deployed_step(model, c, fast, rates, rows, sizes, nll_fn)
         rates.step(left)
         return apply_gradients(model, optimizers, loss, c.meta_ttt_outer_lr * left, c.muon_momentum)
 
-    return step
+    return take_step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast)
 
 
+# Each makes a function of a step's number and the share of the phase that is left, and the parts of its checkpoint.
 LATE_PHASES = {"reptile": reptile_phase, "deployed": deployed_phase}
 
 
-def late_phases(
-    run: Run, model: GPT, nll_fn: Callable, reserve: float, clock: Clock, rates: MetaRates
-) -> dict[str, int]:
-    """The phases after training, on averaged weights, inside the clock; returns the steps of each.
+def late_phases(run: Run, model: GPT, nll_fn: Callable, reserve: float, progress: Progress) -> None:
+    """The phases after training, on averaged weights, inside the clock.
 
     Each has its share of ITERATIONS, and of the clock less RESERVE seconds where that is set.
     """
-    c, generator, steps, share = run.config, np.random.default_rng([run.config.seed, 1]), {}, run.config.main_frac
+    c, share, began = run.config, run.config.main_frac, progress.done["train"][1]
     for name, frac in c.late_fracs.items():
-        take_step, count = LATE_PHASES[name](run, model, nll_fn, rates, generator), max(1, round(c.iterations * frac))
         share += frac
-        began, step, left = reduce_max(clock.seconds()), 0, 1.0
-        seconds = (c.max_wallclock_seconds - reserve) * share - began if c.max_wallclock_seconds else math.inf
-        while left > 0:
-            loss, step = take_step(left), step + 1
-            stop_unless_finite(step, loss.item())
-            elapsed = reduce_max(clock.seconds()) - began
-            left = 1 - max(step / count, elapsed * (1 + 1 / step) / max(seconds, 1e-9))  # with time for one more
-            if step <= 3 or step % c.train_log_every == 0 or left <= 0:
-                times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
-                run.log.line(f"{name}_step:{step}/{count} loss:{loss.item():.5f} {times}{rates_text(rates.factors())}")
-        steps[name] = step
-    return steps
+        if name not in progress.done:
+            seconds = (c.max_wallclock_seconds - reserve) * share - began if c.max_wallclock_seconds else math.inf
+            late_phase(run, name, LATE_PHASES[name](run, model, nll_fn, progress.rates), frac, began, seconds, progress)
+        began = progress.done[name][1]
+
+
+def late_phase(run: Run, name: str, made: tuple, frac: float, began: float, seconds: float, progress: Progress) -> None:
+    """One of LATE_PHASES for FRAC of ITERATIONS or for SECONDS from BEGAN on the clock."""
+    (take_step, parts), count = made, max(1, round(run.config.iterations * frac))
+    step, elapsed = progress.begin(name, **parts), progress.clock.seconds() - began
+
+    def left() -> float:  # with time for one more
+        return 1 - max(step / count, elapsed * (1 + 1 / step) / max(seconds, 1e-9)) if step else 1.0
+
+    while left() > 0:
+        measured, step = take_step(step, left()), step + 1
+        progress.clock.step_done(step, measured)
+        elapsed = progress.seconds() - began
+        if step <= 3 or step % run.config.train_log_every == 0 or left() <= 0:
+            times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
+            loss, factors = measured.loss.item(), rates_text(progress.rates.factors())
+            run.log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
+        progress.checkpoint(step)
+    progress.clock.settle()
+    progress.finish(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3373,6 +3817,10 @@ def code_files() -> list[Path]:
     return [path for path in (here, here.with_name("eval_ttt.py")) if path.exists()]
 
 
+def code_hashes() -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in code_files()}
+
+
 def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
     """Join the process group that torchrun announces, if it announces one; returns this rank's device."""
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -3386,23 +3834,45 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, exact for the Hessians' products of bfloat16 inputs
     if int(environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend, timeout = (
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timedelta(seconds=config.dist_timeout),
+        )
+        dist.init_process_group(backend, timeout=timeout)
     return device
 
 
-def make_run_folder(config: Config, environ: Mapping[str, str]) -> Path:
-    """runs/RUN_ID with the code that runs. UserError where it exists already or cannot be made."""
+def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, int]:
+    """runs/RUN_ID with the code that runs, and the open file that locks it.
+
+    UserError where it cannot be made, exists already (but RESUME=auto), or is locked by a run that is still going.
+    """
     folder = Path("runs") / (config.run_id or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}")
     try:
-        folder.mkdir(parents=True)
-        (folder / "source").mkdir()
+        folder.mkdir(parents=True, exist_ok=config.resume == "auto")
+        lock = lock_folder(folder)
+        (folder / "source").mkdir(exist_ok=True)
         for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
             shutil.copy(path, folder / "source")
     except FileExistsError:
-        raise UserError(f"{folder} is there already: choose another RUN_ID") from None
+        raise UserError(f"{folder} is there already: choose another RUN_ID, or RESUME=auto") from None
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}") from error
-    return folder
+    return folder, lock
+
+
+def lock_folder(folder: Path, seconds: float = 60.0) -> int:
+    """Lock FOLDER for this process, after waiting at most SECONDS for another one; the lock ends with the open file."""
+    lock, began = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), time.monotonic()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() - began > seconds:
+                os.close(lock)
+                raise UserError(f"{folder} belongs to a run that is still going") from None
+            time.sleep(0.2)
 
 
 def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
@@ -3425,12 +3895,12 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     for package in ("zstandard", *(["constriction"] if config.compressor == "ans" else [])):
         import_package(package)
-    folder = on_rank_0(lambda: make_run_folder(config, environ))
+    folder, lock = on_rank_0(lambda: make_run_folder(config, environ))
     log = RunLog(folder, config.iterations)
     for notice in [*notices, *attention_notices]:
         log.line(f"note: {notice}")
     used = library_versions(device, attention)
-    run = Run(config, device, kernel, used, folder, log, stream, byte_table, tokenizer_sha256)
+    run = Run(config, device, kernel, used, folder, lock, log, stream, byte_table, tokenizer_sha256)
     if early is not None:
         run.val_tokens = early[0]
         log.line(f"val_loader:shards pattern={config.shards('val')} tokens:{len(run.val_tokens) - 1}")
@@ -3464,9 +3934,8 @@ def export(
 ) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
     c, state = run.config, {name: p for name, p in model.state_dict().items() if not name.startswith("mtp_heads.")}
-    checkpoint = io.BytesIO()
-    torch.save({name: tensor.cpu() for name, tensor in state.items()}, checkpoint)
-    write_atomically(run.folder / "final_model.pt", checkpoint.getvalue())
+    plain = {name: tensor.cpu() for name, tensor in state.items()}
+    write_atomically(run.folder / "final_model.pt", partial(torch.save, plain))
     bytes_code = sum(file.stat().st_size for file in code_files())
     state |= learned_tensors(moments, factors)
     plans = plan_rounding(state, statistics, c, run.log.line)
@@ -3515,57 +3984,86 @@ def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Te
     return Statistics(hessians, gradients), training_moments(run, model) or {}
 
 
+def finished_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that needs no resuming."""
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Train, export, read back, score, report; returns the exit code."""
     began = process_start()
     run = prepare_run(config, notices, environ)
+    result = on_rank_0(lambda: finished_result(run.folder))
+    if result is not None:
+        run.log.line(f"note: {run.folder} has its result already")
+    else:
+        result = finish_run(run, given, StopSignals(environ), began)
+    if rank() == 0:
+        os.close(run.lock)
+    return 0 if result["fits"] else 1
+
+
+def finish_run(run: Run, given: Mapping[str, Any], signals: StopSignals, began: float) -> dict[str, Any]:
+    """All of a run, or what a checkpoint has left of it, from process start BEGAN; returns what result.json has."""
+    config = run.config
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
         for parameter in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
+    saved = on_rank_0(lambda: read_checkpoint(run))
     loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (training_loss, token_nll))
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
-    clock = Clock(run.device)
-    rates = MetaRates(model, config)
-    steps = train(run, model, loss_fn, nll_fn, reserve, clock, rates)
-    loop_seconds = clock.seconds()
-    late_steps = late_phases(run, model, nll_fn, reserve, clock, rates)
+    clock, rates, earlier = Clock(run.device), MetaRates(model, config), saved["strict"] if saved else 0.0
+    progress = Progress(run, model, rates, clock, signals, lambda: earlier + time.time() - began)
+    progress.resume(saved)
+    clock.start()
+    with signals:
+        if "train" not in progress.done:
+            train(run, model, loss_fn, nll_fn, reserve, progress)
+        late_phases(run, model, nll_fn, reserve, progress)
     statistics, moments = read_statistics(run, model)
     clock.stop()
     if run.device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         run.log.line(f"peak memory allocated: {peak >> 20} MiB reserved: {reserved >> 20} MiB")
     sizes = on_rank_0(lambda: export(run, model, statistics, moments, rates.factors()))
+    return report(run, progress, score_artifact(run, nll_fn) | sizes)
+
+
+def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, Any]:
+    """Log and write the result, which is returned: scores and sizes MEASURED, and the run's times, steps and hashes."""
+    config, (steps, loop_seconds) = run.config, progress.done["train"]
+    [train_seconds] = max_over_ranks(progress.clock.seconds())
     result = dict(
-        **score_artifact(run, nll_fn),
-        **sizes,
-        train_seconds=reduce_max(clock.seconds()),
-        strict_seconds=time.time() - began,
+        **measured,
+        train_seconds=train_seconds,
+        strict_seconds=progress.strict(),
         steps=steps,
         step_avg_ms=1000 * loop_seconds / steps,
         tokens_per_second=steps * config.train_batch_tokens / loop_seconds,
-        model_params=count_parameters(model),
-        late_steps=late_steps,
-        meta_rates=rates.report(),
+        model_params=count_parameters(progress.model),
+        late_steps={name: done for name, (done, _) in progress.done.items() if name != "train"},
+        meta_rates=progress.rates.report(),
         seed=config.seed,
         world_size=world_size(),
+        resumed=progress.resumed,
         legal=True,
-        sha256_code={path.name: sha256_file(path) for path in code_files()},
+        sha256_code=code_hashes(),
         sha256_tokenizer=run.tokenizer_sha256,
         versions=run.versions,
     )
-    if 0 < config.max_wallclock_seconds < result["train_seconds"]:
-        run.log.line(f"WARNING: {result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS")
-    run.log.line(f"clocks: contest {result['train_seconds']:.1f}s strict {result['strict_seconds']:.1f}s")
+    if 0 < config.max_wallclock_seconds < train_seconds:
+        run.log.line(f"WARNING: {train_seconds:.3f} s is over MAX_WALLCLOCK_SECONDS")
+    run.log.line(f"clocks: contest {train_seconds:.1f}s strict {result['strict_seconds']:.1f}s")
     run.log.line("RESULT " + json.dumps(result))
     if rank() == 0:
         write_atomically(run.folder / "result.json", json.dumps(result, indent=1).encode())
-    if dist.is_initialized():  # only here: after a failure, waiting for the other ranks would hang
-        dist.destroy_process_group()
-    return 0 if sizes["fits"] else 1
+        (run.folder / CHECKPOINT).unlink(missing_ok=True)
+    return result
 
 
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
@@ -3581,10 +4079,18 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
         if argv:
             print(describe(config))
             return 0
-        return run_all(config, given, notices, environ)
+        code = run_all(config, given, notices, environ)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except Stopped as stopped:
+        code = 128 + stopped.args[0]
+    if dist.is_initialized():  # only here: after a failure, waiting for the other ranks would hang
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":
