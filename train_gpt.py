@@ -1507,18 +1507,19 @@ class Muon(torch.optim.Optimizer):
     ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
         self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates or {}
-        members = [(Share(p), group) for group in self.param_groups for p in group["params"]]
-        self.shares = sorted(members, key=lambda member: -member[0].bank.numel())
+        shares = [Share(p) for group in self.param_groups for p in group["params"]]
+        self.shares = sorted(shares, key=lambda share: -share.bank.numel())
 
     @torch.no_grad()
     def step(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
         """Largest bank first, each applied while the next one is on its way; MEANWHILE is called during the first."""
-        applied: Callable[[], Any] = meanwhile
-        for share, group in self.shares:
-            arrived = share.start_gather(self._update(share, group["momentum"]))
-            applied()
-            applied = partial(self._apply, share.bank, group, arrived)
-        applied()
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        apply_last: Callable[[], Any] = meanwhile
+        for share in self.shares:
+            arrived = share.start_gather(self._update(share, groups[share.bank]["momentum"]))
+            apply_last()
+            apply_last = partial(self._apply, share.bank, groups[share.bank], arrived)
+        apply_last()
 
     def _update(self, share: Share, momentum: float) -> Tensor:
         """The direction of this rank's rows, (rows, out, in)."""
@@ -1541,7 +1542,7 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch has it, with the momentum of whole banks; all ranks call it together."""
         saved, order = super().state_dict(), [p for group in self.param_groups for p in group["params"]]
-        shares = {share.bank: share for share, _ in self.shares}
+        shares = {share.bank: share for share in self.shares}
         whole = {
             number: shares[order[number]].whole(state["momentum_buffer"]) for number, state in saved["state"].items()
         }
@@ -1550,9 +1551,9 @@ class Muon(torch.optim.Optimizer):
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The state of any number of ranks: each takes its share."""
         super().load_state_dict(saved)
-        for share in (share for share, _ in self.shares if self.state[share.bank]):
-            state = self.state[share.bank]
-            state["momentum_buffer"] = share.own(state["momentum_buffer"]).clone()
+        for share in self.shares:
+            if state := self.state[share.bank]:
+                state["momentum_buffer"] = share.own(state["momentum_buffer"]).clone()
 
 
 def depth_rates(config: Config) -> list[float]:
@@ -3516,8 +3517,7 @@ def apply_gradients(
     first updates are gathered, not while gradients are still on their way.
     """
     first, *others = optimizers
-    shares = [share for share, _ in getattr(first, "shares", ())]
-    measured, gradients = reduce_gradients(model, shares, loss)
+    measured, gradients = reduce_gradients(model, getattr(first, "shares", []), loss)
     if limit := model.config.grad_clip_norm:
         norm = torch.linalg.vector_norm(measured.values[1:])
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
