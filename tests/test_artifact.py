@@ -420,6 +420,13 @@ def make_run(folder, config: Config = SMALL, **parts) -> train_gpt.Run:
     return train_gpt.Run(**{**dict.fromkeys(f.name for f in fields(train_gpt.Run)), **given, **parts})
 
 
+def make_progress(run, model, clock, rates, trained: float | None = None) -> train_gpt.Progress:
+    """The progress of a run at its beginning, or after training to TRAINED seconds."""
+    progress = train_gpt.Progress(run, model, rates, clock, train_gpt.StopSignals({}), lambda: 0.0)
+    progress.done = {} if trained is None else {"train": [1, trained]}
+    return progress
+
+
 def test_export_writes_a_plain_state_dict_and_counts_every_byte(tmp_path, monkeypatch):
     model = random_model(SMALL, torch.float32)
     sizes = train_gpt.export(make_run(tmp_path), model, Statistics())

@@ -139,10 +139,10 @@ def test_read_gives_an_array_of_its_own(stream):
 
 def test_rows_are_inputs_and_the_tokens_after_them(stream):
     found, tokens = stream(11, 20)
-    inputs, targets = found.rows(5, 3, 6, torch.device("cpu"))
+    inputs, targets = found.rows(np.array([5, 11, 17]), 6, torch.device("cpu"))
     assert inputs.tolist() == tokens[5:23].reshape(3, 6).tolist()
     assert targets.tolist() == tokens[6:24].reshape(3, 6).tolist()
-    around = found.rows(29, 1, 4, torch.device("cpu"))
+    around = found.rows(np.array([29]), 4, torch.device("cpu"))
     assert around[0].tolist() == [[*tokens[29:], *tokens[:2]]]
     assert around[1].tolist() == [[*tokens[30:], *tokens[:3]]]
 

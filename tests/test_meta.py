@@ -16,11 +16,11 @@ import test_ttt_runs
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_artifact import make_run
+from test_artifact import make_progress, make_run
 from test_cli import write_shard
 from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
-from test_training import StepClock, sgd, stream, train_here
+from test_training import StepClock, running, sgd, stream, train_here
 from test_ttt import Hand, Moments, model_of
 from test_ttt_runs import documents_by_hand, setup_of
 from torch.func import functional_call
@@ -405,7 +405,8 @@ def test_meta_steps_are_due_every_few_steps_while_the_rate_is_high(tmp_path):
     )  # fmt: skip
     model, functions = random_model(c, torch.float32), (train_gpt.training_loss, train_gpt.token_nll)
     rates = MetaRates(model, c)
-    train_gpt.train(make_run(tmp_path, c, train=stream(tmp_path)), model, *functions, 0.0, StepClock(), rates)
+    run = make_run(tmp_path, c, train=stream(tmp_path))
+    train_gpt.train(run, model, *functions, 0.0, make_progress(run, model, running(StepClock()), rates))
     lines = [line for line in (tmp_path / "train.log").read_text().splitlines() if line.startswith("meta_step")]
     assert [int(re.match(r"meta_step:(\d+) ", line)[1]) for line in lines] == [0, 2, 4, 6]
     number, span = r"\d+\.\d{5}", r"\d\.\d{3}\.\.\d\.\d{3}"
@@ -654,14 +655,19 @@ def test_the_last_quarter_of_the_blocks():
 def test_reptile_reads_the_same_rows_whatever_the_ranks(tmp_path, monkeypatch):
     """Windows of a row and a target from random places."""
     c, text, seen = replace(REPTILE, reptile_tasks=4), stream(tmp_path), []
-    monkeypatch.setattr(train_gpt, "reptile_step", lambda model, config, fast, rows, nll_fn: seen.append(rows))
+
+    def look(model, config, fast, rows, nll_fn):
+        seen.append(rows)
+        return torch.zeros(())
+
+    monkeypatch.setattr(train_gpt, "reptile_step", look)
     for ranks in (1, 2):
         monkeypatch.setattr(train_gpt, "world_size", lambda ranks=ranks: ranks)
         for rank in range(ranks):
             monkeypatch.setattr(train_gpt, "rank", lambda rank=rank: rank)
             run, model = make_run(tmp_path, c, train=text), random_model(c, torch.float32)
-            step = train_gpt.reptile_phase(run, model, train_gpt.token_nll, None, np.random.default_rng(7))
-            step(1.0)
+            take_step, _ = train_gpt.reptile_phase(run, model, train_gpt.token_nll, None)
+            take_step(7, 1.0)
     assert seen[0].shape == (3, 4, 17) and torch.equal(torch.cat(seen[1:], dim=1), seen[0])
     tokens = np.tile(text.shards[0].astype(np.int64), 2)
     places = [next(p for p in range(1000) if (tokens[p : p + 17] == row).all()) for row in seen[0].view(12, 17).numpy()]
@@ -1003,21 +1009,28 @@ LATE = dict(reptile_enabled=True, reptile_time_frac=0.2, meta_ttt_enabled=True, 
 @pytest.fixture
 def phases(monkeypatch) -> SimpleNamespace:
     """Phases that do nothing: `asked` says which, and what was left. A step takes a second of `clock`."""
-    given = SimpleNamespace(clock=StepClock(), loss=1.5, asked=[])
+    given = SimpleNamespace(clock=running(StepClock()), loss=1.5, asked=[])
 
-    def phase(name: str, left: float) -> torch.Tensor:
+    def phase(name: str, step: int, left: float) -> train_gpt.Measured:
         given.asked.append((name, left))
-        given.clock.now += 1.0
-        return torch.tensor(given.loss)
+        return train_gpt.Measured(torch.tensor([given.loss]), ["loss"])
 
-    fakes = {name: lambda *_, name=name: partial(phase, name) for name in ("reptile", "deployed")}
+    fakes = {name: lambda *_, name=name: (partial(phase, name), {}) for name in ("reptile", "deployed")}
     monkeypatch.setattr(train_gpt, "LATE_PHASES", fakes)
     return given
 
 
 def late(tmp_path, phases, reserve: float = 0.0, **changes) -> dict[str, int]:
     c = replace(SMALL, **LATE | changes)
-    return train_gpt.late_phases(make_run(tmp_path, c), None, None, reserve, phases.clock, MetaRates(None, c))
+    run = make_run(tmp_path, c)
+    progress = make_progress(run, None, phases.clock, MetaRates(None, c), trained=phases.clock.seconds())
+    train_gpt.late_phases(run, None, None, reserve, progress)
+    return steps_of(progress)
+
+
+def steps_of(progress: train_gpt.Progress) -> dict[str, int]:
+    """The steps of the phases after training."""
+    return {name: steps for name, (steps, _) in progress.done.items() if name != "train"}
 
 
 def test_shares_of_the_iterations(tmp_path, phases):
@@ -1038,7 +1051,7 @@ def test_phases_that_are_asked_for(tmp_path, phases, changes, expected):
 
 def test_shares_of_the_clock(tmp_path, phases):
     """Training has had 45 of 90 seconds; a fifth are 18, and one more step would not have fitted after the 17th."""
-    phases.clock.now = 45.0
+    phases.clock.now = 45.0  # as training left it
     steps = late(tmp_path, phases, 10.0, iterations=10**6, max_wallclock_seconds=100.0)
     assert 17 <= steps["reptile"] <= 18 and 44 <= sum(steps.values()) <= 45
     left = [left for name, left in phases.asked if name == "deployed"]
@@ -1050,10 +1063,13 @@ def test_training_and_late_phases_fit_the_clock(tmp_path, phases):
                 grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     functions, rates = (train_gpt.training_loss, train_gpt.token_nll), MetaRates(model, c)
-    assert train_gpt.train(run, model, *functions, 4.0, phases.clock, rates) == 18
+    progress = make_progress(run, model, phases.clock, rates)
+    train_gpt.train(run, model, *functions, 4.0, progress)
+    assert progress.done["train"][0] == 18
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["lr_scale"] == pytest.approx(1 / 4)  # it has come down, as if the run ended here
-    steps = train_gpt.late_phases(run, model, None, 4.0, phases.clock, rates)
+    train_gpt.late_phases(run, model, None, 4.0, progress)
+    steps = steps_of(progress)
     assert 6 <= steps["reptile"] <= 7 and 34 <= phases.clock.now <= 36
 
 
@@ -1062,14 +1078,17 @@ def test_training_has_its_share_of_the_iterations(tmp_path):
                 grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     functions, rates = (train_gpt.training_loss, train_gpt.token_nll), MetaRates(model, c)
-    assert train_gpt.train(run, model, *functions, 0.0, StepClock(), rates) == 5
+    progress = make_progress(run, model, running(StepClock()), rates)
+    train_gpt.train(run, model, *functions, 0.0, progress)
+    assert progress.done["train"][0] == 5
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr_scale"] for row in rows] == pytest.approx([1, 1, 3 / 4, 2 / 4, 1 / 4])
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_phase(tmp_path, phases, loss):
-    phases.loss = loss
+    phases.loss, phases.clock = loss, train_gpt.Clock(torch.device("cpu"))
+    phases.clock.start()
     with pytest.raises(FloatingPointError, match="step 1"):
         late(tmp_path, phases, iterations=20, max_wallclock_seconds=0.0)
     assert len(phases.asked) == 1
@@ -1090,7 +1109,8 @@ def test_rates_of_the_deployed_phase_fall_to_zero(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(train_gpt, "apply_gradients", watch)
-    train_gpt.late_phases(run, model, train_gpt.token_nll, 0.0, StepClock(), rates)
+    progress = make_progress(run, model, running(StepClock()), rates, trained=0.0)
+    train_gpt.late_phases(run, model, train_gpt.token_nll, 0.0, progress)
     np.testing.assert_allclose(scales, [(0.2, 1.0), (0.4 / 3, 2 / 3), (0.2 / 3, 1 / 3)], atol=1e-8)
     assert all(not torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))
     assert all((factor != 1).all() for factor in rates.factors().values())

@@ -59,13 +59,11 @@ def bench_step(config: tg.Config, stream: tg.TokenStream, device: torch.device, 
     attention, model = make_model(config, device)
     optimizers = tg.make_optimizers(model, config)
     loss_fn = compiled_or_not(tg.training_loss, arm, config, device)
-    rows, parts = tg.split_batch(config)
+    loader = tg.Loader(SimpleNamespace(config=config, train=stream, device=device))
 
     def step(index: int) -> float:
-        start = index * config.train_batch_tokens
-        inputs, targets = stream.rows(start, rows, config.train_seq_len, device)
-        batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
-        return tg.train_step(loss_fn, model, batches, optimizers, 1.0, config.muon_momentum).item()
+        batches = loader.batches(index)
+        return tg.train_step(loss_fn, model, batches, optimizers, 1.0, config.muon_momentum).loss.item()
 
     first, _ = timed(lambda: step(0), device)
     losses = [step(index) for index in (1, 2)]

@@ -37,6 +37,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,13 +228,12 @@ class Stepper:
         """CPU seconds of a step of KIND, with what train_gpt.train does around it; TURN chooses which."""
         began, c = time.process_time(), self.config
         step = self.kinds[kind][turn % len(self.kinds[kind])]
-        rows, parts = train_gpt.split_batch(c)
-        inputs, targets = self.stream.rows(step * c.train_batch_tokens, rows, c.train_seq_len, torch.device("cpu"))
-        batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
+        run = SimpleNamespace(config=c, train=self.stream, device=torch.device("cpu"))
+        batches = train_gpt.step_batches(run, step)
         scale, momentum = train_gpt.lr_scale(c, step, 0.0, 0.0), train_gpt.momentum_at(c, step)
         self.model.looped = kind.looped
         loss_fn = train_gpt.training_loss
-        train_gpt.train_step(loss_fn, self.model, batches, self.optimizers, scale, momentum, kind.rounded).item()
+        train_gpt.train_step(loss_fn, self.model, batches, self.optimizers, scale, momentum, kind.rounded)
         self.average.update(step + 1, scale)
         return time.process_time() - began
 
@@ -480,8 +480,8 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
     def random_ids(*shape: int) -> torch.Tensor:
         return torch.randint(c.vocab_size, shape, generator=generator)
 
-    rows, parts = tg.split_batch(c)
-    inputs, targets = tg.shifted(random_ids(c.train_batch_tokens + 1).to(device), rows)
+    _, parts = tg.split_batch(c)
+    inputs, targets = tg.shifted(random_ids(c.train_batch_tokens // c.train_seq_len, c.train_seq_len + 1).to(device))
     batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
     phase = next(iter(c.late_fracs), "fomaml" if c.meta_ttt_enabled else None)
     fast = phase and tg.inner_weights(model, c, phase)
