@@ -1,0 +1,777 @@
+"""Real torchrun jobs that lose a process at a seeded random moment: nothing is lost, nothing is half-written.
+
+Each case starts train_gpt.py on two CPU processes, waits until the run is where the plan says (a line of its log, a
+file being written), kills what the plan names, waits until every process is gone, looks at the files, and goes on with
+RESUME=auto. In the end weights, artifact, losses and scores are those of a run that nobody touched, bit for bit.
+
+Nothing is patched in these jobs. Linux only: inotify says when a file is being written, /proc who belongs to a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from test_cli import write_shard
+
+import train_gpt
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify and /proc")
+ROOT = Path(__file__).resolve().parent.parent
+STARTS, ENDS = 120, 60  # seconds that a job may take to reach a moment of the plan, and to end after a kill
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Jobs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """What happens to the files of a folder, as the kernel tells it; nothing is missed between two looks."""
+
+    CREATE, MODIFY, MOVED_TO, CLOSED = 0x100, 0x2, 0x80, 0x8
+
+    def __init__(self, folder: Path):
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.descriptor = libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        mask = self.CREATE | self.MODIFY | self.MOVED_TO | self.CLOSED
+        if self.descriptor < 0 or libc.inotify_add_watch(self.descriptor, os.fsencode(folder), mask) < 0:
+            raise OSError(ctypes.get_errno(), f"inotify on {folder}")
+
+    def names(self, seconds: float) -> set[str]:
+        """The files that were made, written to or renamed since the last call; waits up to SECONDS for the first."""
+        if not select.select([self.descriptor], [], [], seconds)[0]:
+            return set()
+        data, names = os.read(self.descriptor, 1 << 16), set()
+        while data:
+            _, _, _, length = struct.unpack_from("iIII", data)
+            names.add(os.fsdecode(data[16 : 16 + length].rstrip(b"\0")))
+            data = data[16 + length :]
+        return names
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+def processes_in(folder: Path) -> list[int]:
+    """The living processes whose working directory is FOLDER."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder):
+                found.append(int(entry.name))
+        except OSError:
+            pass  # gone meanwhile, a zombie, or not ours
+    return found
+
+
+def rank_of(pid: int) -> int | None:
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(entry[5:]) for entry in environ if entry.startswith(b"RANK=")), None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+class Job:
+    """train_gpt.py in a folder of its own, as LAUNCH says:
+
+    alone      one process
+    torchrun   two, started by one agent
+    agents     two agents of one process each, as on two machines
+    bare       two processes without an agent, so that each one's exit code and errors can be seen
+    """
+
+    def __init__(self, work: Path, env: dict[str, str], launch: str = "torchrun", limit: int | None = None):
+        self.work, self.run, self.launch = work.resolve(), work.resolve() / "runs" / env["RUN_ID"], launch
+        log = self.run / "train.log"
+        self.seen = log.stat().st_size if log.exists() else 0
+        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
+        base, trainer = {"OMP_NUM_THREADS": "1", **kept, **env}, str(ROOT / "train_gpt.py")
+        torchrun, port = ["-m", "torch.distributed.run"], free_port()
+        meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=faults"]
+        own = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        starts = {
+            "alone": [([], {})],
+            "torchrun": [([*torchrun, "--standalone", "--nproc_per_node=2"], {})],
+            "agents": [([*torchrun, "--nnodes=2", "--nproc_per_node=1", f"--node_rank={n}", *meeting], {})
+                       for n in (0, 1)],
+            "bare": [([], dict(own, RANK=str(n), LOCAL_RANK=str(n))) for n in (0, 1)],
+        }[launch]  # fmt: skip
+        bound = None
+        if limit is not None:  # a write beyond it fails with EFBIG: Python ignores the signal that would kill
+            bound = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+        self.started, self.outputs = [], []
+        for arguments, more in starts:
+            self.outputs.append(self.work / f"output_{time.monotonic_ns()}.txt")
+            with open(self.outputs[-1], "wb") as output:
+                self.started.append(subprocess.Popen(
+                    [sys.executable, *arguments, trainer], env={**base, **more}, cwd=self.work, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=bound,
+                ))  # fmt: skip
+
+    def output(self) -> str:
+        return "\n".join(path.read_text(errors="replace") for path in self.outputs)
+
+    def log(self) -> str:
+        """What this job added to train.log."""
+        try:
+            data = (self.run / "train.log").read_bytes()
+        except FileNotFoundError:
+            return ""
+        return data[self.seen if len(data) >= self.seen else 0 :].decode(errors="replace")
+
+    def rank(self, rank: int) -> int | None:
+        """The process of a rank, once it is there; None where the job ended before."""
+        if self.launch == "alone":
+            return self.started[0].pid
+        while not self.over():
+            for pid in processes_in(self.work):
+                if rank_of(pid) == rank:
+                    return pid
+            time.sleep(0.001)
+        return None
+
+    def over(self) -> bool:
+        return all(process.poll() is not None for process in self.started)
+
+    def wait_for(self, moment: Callable[[set[str], str], bool]) -> bool:
+        """Wait until MOMENT(files touched since the last look, log of this job); False where the job ended before."""
+        deadline = time.monotonic() + STARTS
+        while not self.run.is_dir():
+            if self.over():
+                return False
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.001)
+        watch, touched = Watch(self.run), set()
+        try:
+            while not moment(touched, self.log() if not touched or "train.log" in touched else ""):
+                if self.over():
+                    return False
+                assert time.monotonic() < deadline, self.output()
+                touched = watch.names(0.2)
+        finally:
+            watch.close()
+        return True
+
+    def kill(self, whom: str, how: signal.Signals) -> None:
+        """WHOM: `rank N`, `agent` (the first), `second agent`, or `all`, as when a machine loses its power."""
+        pids = {"agent": [self.started[0].pid], "second agent": [self.started[-1].pid]}.get(whom)
+        if whom == "all":
+            pids = processes_in(self.work)
+        elif whom.startswith("rank"):
+            pids = [self.rank(int(whom.split()[1]))]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+                if pid is not None:
+                    os.kill(pid, how)
+
+    def wait(self, seconds: float = ENDS) -> list[int]:
+        """Exit codes, once all processes of the job are gone; they must be within SECONDS."""
+        deadline = time.monotonic() + seconds
+        while processes_in(self.work) or not self.over():
+            assert time.monotonic() < deadline, f"still there: {processes_in(self.work)}\n{self.output()}"
+            time.sleep(0.02)
+        return [process.returncode for process in self.started]
+
+    def clean(self) -> None:
+        self.kill("all", signal.SIGKILL)
+        for process in self.started:
+            process.wait()
+
+
+@pytest.fixture
+def start():
+    """A function that starts a Job; whatever is left of it is killed after the test."""
+    jobs = []
+
+    def begin(*args, **kwargs) -> Job:
+        jobs.append(Job(*args, **kwargs))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.clean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs that nobody touches
+# ----------------------------------------------------------------------------------------------------------------------
+
+STEPS = 24
+LATE = dict(  # everything that has a state of its own; ten steps of training, four of Reptile, six for deployment
+    ITERATIONS="20", DATA_ORDER="shuffled", BLOCK_ORDER="0,1,2,1", LOOP_START_FRAC="0.4", WARMDOWN_ITERS="6",
+    SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.9", LATE_QAT="1", LATE_QAT_THRESHOLD="0.5", CAUTIOUS_MUON="1",
+    ENCODER_LR_MULT="0.5", META_SGD_ENABLED="1", META_SGD_LR="0.1", META_TTT_ENABLED="1",
+    META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3", META_TTT_DOCS="4", META_TTT_PIECES="3",
+    REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
+)  # fmt: skip
+FOMAML = dict(META_TTT_ENABLED="1", META_TTT_EVERY="2", META_SGD_ENABLED="1", META_SGD_LR="0.1", MTP_NUM_HEADS="1",
+              DATA_ORDER="shuffled")  # fmt: skip
+KINDS = {"plain": {}, "late": LATE, "fomaml": FOMAML}
+
+
+@pytest.fixture(scope="module")
+def settings(demo_data, tmp_path_factory) -> dict[str, str]:
+    """The smoke recipe, lighter, on a validation text of 1,000 tokens."""
+    shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
+    write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 1000])
+    return dict(
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard), RUN_ID="run",
+        TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu", ITERATIONS=str(STEPS), VAL_LOSS_EVERY="8",
+        GPTQ_CALIB_BATCHES="2", GPTQ_GRAD_BATCHES="2", RESUME="auto", CHECKPOINT_EVERY="3",
+    )  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    """What must not depend on what happened on the way."""
+
+    rows: list[tuple]
+    weights: dict[str, torch.Tensor]
+    artifact: bytes
+    scores: list[float]
+    result: dict
+
+
+def outcome(run: Path) -> Outcome:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [(row["step"], row.get("train_loss"), row.get("val_loss"), row.get("lr_scale")) for row in rows]
+    result = json.loads((run / "result.json").read_text())
+    scores = [result[f"val_{what}_{which}"] for what in ("loss", "bpb") for which in ("roundtrip", "sliding")]
+    weights = torch.load(run / "final_model.pt", weights_only=True)
+    return Outcome(rows, weights, (run / "final_model.int6.ptz").read_bytes(), scores, result)
+
+
+def assert_same(got: Outcome, expected: Outcome) -> None:
+    assert got.rows == expected.rows
+    assert list(got.weights) == list(expected.weights)
+    for name, tensor in expected.weights.items():
+        assert torch.equal(got.weights[name], tensor), name
+    assert got.artifact == expected.artifact and got.scores == expected.scores
+    for key in ("steps", "late_steps", "meta_rates", "world_size", "sha256_artifact", "bytes_model"):
+        assert got.result[key] == expected.result[key], key
+
+
+@pytest.fixture(scope="module")
+def untouched(settings, tmp_path_factory):
+    """A function that returns the Outcome of a run without checkpoints and without faults; each is trained once."""
+    kept: dict[tuple[str, bool], Outcome] = {}
+
+    def train(kind: str = "plain", alone: bool = False) -> Outcome:
+        if (kind, alone) not in kept:
+            work = tmp_path_factory.mktemp("untouched")
+            env = {**settings, **KINDS[kind], "RESUME": "never", "CHECKPOINT_EVERY": "0"}
+            job = Job(work, env, "alone" if alone else "torchrun")
+            try:
+                assert job.wait(300) == [0], job.output()
+            finally:
+                job.clean()
+            kept[kind, alone] = outcome(job.run)
+        return kept[kind, alone]
+
+    return train
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kills
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def step_begun(step: int) -> Callable[[set[str], str], bool]:
+    return logged(rf"^step:{step}/\d+ train_loss")
+
+
+def logged(pattern: str) -> Callable[[set[str], str], bool]:
+    found = re.compile(pattern, re.M)
+    return lambda touched, log: bool(found.search(log))
+
+
+def writing(name: str) -> Callable[[set[str], str], bool]:
+    return lambda touched, log: f"{name}.tmp" in touched
+
+
+def started() -> Callable[[set[str], str], bool]:
+    return lambda touched, log: True
+
+
+MOMENTS = {
+    "start": started,  # the run folder has just been made
+    "warm-up": partial(logged, r"^model_params"),
+    "first step": partial(logged, r"^gptq:reserving"),
+    "checkpoint": partial(writing, "checkpoint.pt"),
+    "reptile": partial(logged, r"^reptile_step:2/"),
+    "deployed": partial(logged, r"^deployed_step:3/"),
+    "statistics": partial(logged, r"^average: "),
+    "weights": partial(writing, "final_model.pt"),
+    "artifact": partial(writing, "final_model.int6.ptz"),
+    "scoring": partial(logged, r"^Total submission size"),
+    "second score": partial(logged, r"^final_int6_roundtrip_exact"),
+    "result": partial(writing, "result.json"),
+}
+
+
+class Kill(NamedTuple):
+    """At a moment (`step`: a random one) and up to DELAY seconds later, a signal to somebody."""
+
+    at: str
+    whom: str
+    how: signal.Signals = signal.SIGKILL
+    delay: float = 0.0
+
+
+def check_files(run: Path, expected: Outcome) -> None:
+    """What stands under a final name is whole, and is what it would have been."""
+    for file in run.glob("*.json"):
+        json.loads(file.read_text())
+    if (run / "checkpoint.pt").exists():
+        checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+        assert checkpoint["step"] >= 0 and "phase" in checkpoint
+    if (run / "final_model.pt").exists():
+        weights = torch.load(run / "final_model.pt", weights_only=True)
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.weights.items())
+    if (run / "final_model.int6.ptz").exists():
+        assert (run / "final_model.int6.ptz").read_bytes() == expected.artifact
+        train_gpt.read_artifact(run / "final_model.int6.ptz")
+    for line in (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []:
+        json.loads(line)
+
+
+def resumed_steps(log: str) -> list[int]:
+    return [int(n) for n in re.findall(r"^resumed: phase:.+ step:(\d+) world_size:\d+ \(was \d+\)$", log, re.M)]
+
+
+def strike(job: Job, kill: Kill, dice: random.Random, done: int) -> bool:
+    """Wait for the moment, kill, wait for the end; True where the job was still running when it was hit."""
+    if kill.at == "step":
+        moment = step_begun(dice.randint(done + 1, max(done + 1, STEPS - 2)))
+    else:
+        moment = MOMENTS[kill.at]()
+    if job.wait_for(moment):
+        time.sleep(dice.uniform(0, kill.delay))
+        job.kill(kill.whom, kill.how)
+    job.wait()
+    return not (job.run / "result.json").exists()
+
+
+def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int, expected: Outcome, launch: str):
+    """Run under KILLS, then to the end; returns how often a kill hit a running job, and the log."""
+    dice, hits, done = random.Random(seed), 0, 0
+    for kill in kills:
+        job = start(work, env, launch)
+        hits += strike(job, kill, dice, done)
+        check_files(job.run, expected)
+        found = re.findall(r"^stopped: (\S+) after step:(\d+)\b", job.log(), re.M)
+        if found:  # an orderly stop loses nothing
+            assert len(found) == 1
+            done = int(found[0][1])
+            assert torch.load(job.run / "checkpoint.pt", weights_only=True)["step"] == done
+        elif (job.run / "checkpoint.pt").exists():
+            done = torch.load(job.run / "checkpoint.pt", weights_only=True)["step"]
+        last = [int(n) for n in re.findall(r"^step:(\d+)/\d+ train_loss", job.log(), re.M)]
+        if last and not found and env["CHECKPOINT_EVERY"] != "0":
+            assert done >= last[-1] - int(env["CHECKPOINT_EVERY"]), "more was lost than since the last checkpoint"
+    job = start(work, env, launch)
+    assert set(job.wait(300)) == {0}, job.output()
+    got, log = outcome(job.run), (job.run / "train.log").read_text()
+    assert_same(got, expected)
+    assert got.result.get("resumed", []) == resumed_steps(log)
+    left = {file.name for file in job.run.iterdir() if file.suffix == ".tmp" or file.name.startswith("checkpoint")}
+    assert not left, left
+    return hits, log
+
+
+TERM, INT = signal.SIGTERM, signal.SIGINT
+FIRST = {
+    "SIGKILL of a rank": (Kill("step", "rank 1", delay=0.1), "3"),
+    "SIGTERM to the agent": (Kill("step", "agent", TERM, 0.1), "0"),
+    "SIGKILL of the agent": (Kill("step", "agent", delay=0.1), "0"),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(start, settings, untouched, tmp_path, name):
+    """Without periodic checkpoints a stop in good order, also that of workers without an agent, loses no step."""
+    (kill, every), seed = FIRST[name], list(FIRST).index(name)
+    env = {**settings, "CHECKPOINT_EVERY": every}
+    hits, log = survive(start, tmp_path, env, [kill], seed, untouched(), "torchrun")
+    stops = re.findall(r"^stopped: (\S+) after step:(\d+)\b", log, re.M)
+    assert hits == 1 and len(resumed_steps(log)) == 1
+    if every == "0":
+        assert [int(step) for _, step in stops] == resumed_steps(log)
+    else:
+        assert not stops and resumed_steps(log)[0] % int(every) == 0
+    if kill.how == TERM:
+        assert stops[0][0] == "SIGTERM"
+
+
+SLOW = {
+    "rank 0 mid-step": [Kill("step", "rank 0", delay=0.1)],
+    "rank 1 mid-step": [Kill("step", "rank 1", delay=0.1)],
+    "both ranks and the agent": [Kill("step", "all", delay=0.1)],
+    "SIGTERM to rank 0": [Kill("step", "rank 0", TERM, 0.1)],
+    "SIGTERM to rank 1": [Kill("step", "rank 1", TERM, 0.1)],
+    "SIGINT to the agent": [Kill("step", "agent", INT, 0.1)],
+    "agent, three times": [Kill("step", "agent", delay=0.1)] * 3,
+    "one after the other": [Kill("step", "rank 1"), Kill("step", "agent", TERM), Kill("step", "all")],
+    "at the start": [Kill("start", "all"), Kill("start", "all", delay=3.0), Kill("start", "rank 0", delay=1.0)],
+    "in the warm-up": [Kill("warm-up", "all", delay=0.3), Kill("warm-up", "rank 1", delay=0.3)],
+    "in the warm-up, SIGTERM": [Kill("warm-up", "agent", TERM, 0.3), Kill("warm-up", "rank 0", TERM, 0.3)],
+    "before the first checkpoint": [Kill("first step", "rank 0", delay=0.1), Kill("first step", "all", delay=0.1)],
+    "in the statistics": [Kill("statistics", "all", delay=0.05), Kill("statistics", "rank 1", delay=0.05)],
+    "in the statistics, SIGTERM": [Kill("statistics", "agent", TERM, 0.05)],
+    "while the weights are written": [Kill("weights", "rank 0"), Kill("weights", "all")],
+    "while the artifact is written": [Kill("artifact", "rank 0"), Kill("artifact", "all")],
+    "while the artifact is made": [Kill("weights", "rank 0", delay=0.3), Kill("weights", "agent", TERM, 0.3)],
+    "while it is scored": [Kill("scoring", "rank 0", delay=0.1), Kill("scoring", "rank 1", delay=0.1)],
+    "while it is scored, SIGTERM": [Kill("scoring", "agent", TERM, 0.1), Kill("second score", "agent", TERM)],
+    "while the result is written": [Kill("result", "rank 0"), Kill("result", "all")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_kills_at_any_moment(start, settings, untouched, tmp_path, name):
+    kills, expected = SLOW[name], untouched()
+    hits, log = survive(start, tmp_path, settings, kills, 100 + list(SLOW).index(name), expected, "torchrun")
+    assert hits == len(kills) or (kills[0].at == "result" and hits)
+    trained = [int(n) for n in re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)]
+    if kills[0].at in ("statistics", "weights", "artifact", "scoring", "second score", "result"):
+        assert trained == list(range(1, STEPS + 1)), "an export that is repeated repeats no training"
+        assert set(resumed_steps(log)) == {STEPS}
+    if kills[0].at in ("start", "warm-up", "first step"):
+        assert not [n for n in resumed_steps(log) if n >= 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom, how", [("rank 0", signal.SIGKILL), ("agent", TERM), ("agent", signal.SIGKILL),
+                                       ("all", signal.SIGKILL)])  # fmt: skip
+def test_kills_while_a_checkpoint_is_written(start, settings, untouched, tmp_path, whom, how):
+    """The file under its temporary name shows that the moment was hit; the one before it is whole and is used."""
+    env, dice, halves = {**settings, "CHECKPOINT_EVERY": "1"}, random.Random(7), 0
+    for _ in range(4):
+        job, wanted = start(tmp_path, env), dice.randint(2, 4)
+        count = [0]
+
+        def nth(touched: set[str], log: str, wanted=wanted, count=count) -> bool:
+            count[0] += "checkpoint.pt" in touched  # renamed: whole
+            return count[0] >= wanted and "checkpoint.pt.tmp" in touched
+
+        assert job.wait_for(nth)
+        job.kill(whom, how)
+        job.wait()
+        check_files(job.run, untouched())
+        assert (job.run / "checkpoint.pt").exists()
+        halves += (job.run / "checkpoint.pt.tmp").exists()
+    if how == signal.SIGKILL and whom != "agent":
+        assert halves
+    assert start(tmp_path, env).wait(300) == [0]
+    assert_same(outcome(tmp_path / "runs/run"), untouched())
+    assert not list((tmp_path / "runs/run").glob("*.tmp"))
+    resumed = resumed_steps((tmp_path / "runs/run/train.log").read_text())
+    assert len(resumed) == 4 and resumed == sorted(resumed) and resumed[0] >= 1
+
+
+STATES = {
+    "late, in training": ("late", [Kill("step", "rank 0", delay=0.1)]),
+    "late, in Reptile": ("late", [Kill("reptile", "rank 1", delay=0.05), Kill("reptile", "agent", TERM)]),
+    "late, for deployment": ("late", [Kill("deployed", "rank 0", delay=0.05), Kill("deployed", "agent")]),
+    "late, checkpoint after checkpoint": ("late", [Kill("checkpoint", "all", delay=0.5)] * 5),
+    "late, export": ("late", [Kill("artifact", "all")]),
+    "fomaml": ("fomaml", [Kill("step", "rank 1", delay=0.1), Kill("step", "agent", TERM, 0.1)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATES)
+def test_every_kind_of_state_comes_back(start, settings, untouched, tmp_path, name):
+    """Averages, snapshots, factors, generators, a later loop and rounding, in every phase."""
+    kind, kills = STATES[name]
+    env = {**settings, **KINDS[kind], "CHECKPOINT_EVERY": "2"}
+    if kills[0].at == "step" and kind == "late":
+        env["CHECKPOINT_EVERY"] = "1"
+    expected, dice = untouched(kind), random.Random(300 + list(STATES).index(name))
+    for kill in kills:
+        job = start(tmp_path, env)
+        moment = step_begun(dice.randint(3, 8)) if kill.at == "step" and kind == "late" else None
+        if moment is not None:
+            assert job.wait_for(moment)
+            job.kill(kill.whom, kill.how)
+            job.wait()
+        else:
+            strike(job, kill, dice, 0 if not job.run.exists() else 8)
+        check_files(job.run, expected)
+    job = start(tmp_path, env)
+    assert job.wait(300) == [0], job.output()
+    assert_same(outcome(job.run), expected)
+    assert resumed_steps((job.run / "train.log").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom, how", [("second agent", signal.SIGKILL), ("agent", TERM), ("rank 1", signal.SIGKILL)])
+def test_two_agents_of_which_one_is_killed(start, settings, untouched, tmp_path, whom, how):
+    hits, _ = survive(start, tmp_path, settings, [Kill("step", whom, how, 0.1)], 11, untouched(), "agents")
+    assert hits == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_storms(start, settings, untouched, tmp_path, seed):
+    """Six kills of anything at any moment, then peace."""
+    dice, kills = random.Random(1000 + seed), []
+    for _ in range(6):
+        at = dice.choice(["step", "step", "step", "checkpoint", "warm-up", "first step"])
+        whom = dice.choice(["rank 0", "rank 1", "agent", "all"])
+        kills.append(Kill(at, whom, dice.choice([signal.SIGKILL, TERM]), dice.choice([0.0, 0.02, 0.2])))
+    survive(start, tmp_path, settings, kills, 2000 + seed, untouched(), "torchrun")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One process
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, code", [(TERM, 143), (INT, 130)])
+def test_a_process_that_is_asked_to_stop(start, settings, untouched, tmp_path, how, code):
+    job = start(tmp_path, {**settings, "CHECKPOINT_EVERY": "0"}, "alone")
+    assert job.wait_for(step_begun(5))
+    job.kill("rank 0", how)
+    assert job.wait() == [code], job.output()
+    (name, step), = re.findall(r"^stopped: (\S+) after step:(\d+)\b", job.log(), re.M)  # fmt: skip
+    assert name == how.name and "Traceback" not in job.output()
+    checkpoint = torch.load(job.run / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == int(step) >= 5
+    assert start(tmp_path, settings, "alone").wait(300) == [0]
+    assert_same(outcome(job.run), untouched(alone=True))
+    assert resumed_steps((job.run / "train.log").read_text()) == [int(step)]
+
+
+@pytest.mark.parametrize("launch, whom", [("bare", "rank 1")])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(start, settings, tmp_path, launch, whom):
+    """Without an agent that would pass it on."""
+    job = start(tmp_path, {**settings, "CHECKPOINT_EVERY": "0"}, launch)
+    assert job.wait_for(step_begun(3))
+    job.kill(whom, TERM)
+    assert job.wait() == [143, 143], job.output()
+    stops = re.findall(r"^stopped: SIGTERM after step:(\d+)\b", job.log(), re.M)
+    assert len(stops) == 1
+    assert torch.load(job.run / "checkpoint.pt", weights_only=True)["step"] == int(stops[0]) >= 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A disk that is full
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_disk_that_is_full(start, settings, untouched, tmp_path):
+    """RLIMIT_FSIZE makes the writes fail: first those of checkpoints, which are longer, alone, then the export's too.
+
+    The checkpoint that is there outlives both, and from it the run comes to its end.
+    """
+    job = start(tmp_path, settings, "alone")
+    assert job.wait_for(step_begun(7))
+    job.kill("rank 0", TERM)
+    assert job.wait() == [143]
+    checkpoint = job.run / "checkpoint.pt"
+    before, size = sha256(checkpoint), checkpoint.stat().st_size
+    model = sum(4 * p.numel() for p in untouched(alone=True).weights.values())
+    assert model + 50_000 < size / 2
+    job = start(tmp_path, settings, "alone", limit=model // 2)
+    assert job.wait(300) == [1], job.output()
+    assert re.search(r"^error: ", job.output(), re.M) and "Traceback" not in job.output()
+    assert re.search(r"^WARNING: no checkpoint: ", job.log(), re.M)
+    assert f"step:{STEPS}/{STEPS} train_loss" in job.log()
+    assert sha256(checkpoint) == before
+    assert not [name for name in ("final_model.pt", "final_model.int6.ptz", "result.json") if (job.run / name).exists()]
+    assert not list(job.run.glob("*.tmp"))
+    job = start(tmp_path, settings, "alone", limit=(model + 50_000 + size) // 2)
+    assert job.wait(300) == [0], job.output()
+    assert re.search(r"^WARNING: no checkpoint: ", job.log(), re.M)
+    assert_same(outcome(job.run), untouched(alone=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(settings, tmp_path_factory) -> Path:
+    """The working folder of a run of one process that was stopped after some steps."""
+    work = tmp_path_factory.mktemp("stopped")
+    job = Job(work, settings, "alone")
+    try:
+        assert job.wait_for(step_begun(5))
+        job.kill("rank 0", TERM)
+        assert job.wait() == [143], job.output()
+    finally:
+        job.clean()
+    return work
+
+
+def copy_of(stopped: Path, work: Path) -> Path:
+    """A copy that may be spoiled."""
+    subprocess.run(["cp", "-r", f"{stopped}/runs", str(work)], check=True)
+    return work / "runs/run"
+
+
+REFUSED = {
+    "another rate": (dict(MATRIX_LR="0.011"), ["MATRIX_LR", "0.011"]),
+    "two other settings": (dict(SEED="5", TRAIN_SEQ_LEN="32"), ["SEED", "TRAIN_SEQ_LEN"]),
+    "fewer steps": (dict(ITERATIONS="23"), ["ITERATIONS", "23", "24"]),
+    "another order": (dict(DATA_ORDER="shuffled"), ["DATA_ORDER"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_settings_are_refused(settings, stopped, tmp_path, monkeypatch, capsys, name):
+    changes, words = REFUSED[name]
+    run = copy_of(stopped, tmp_path)
+    before = {file.name: sha256(file) for file in run.iterdir() if file.is_file() and file.name != "lock"}
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([], {**settings, **changes}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and all(word in error for word in words), error
+    assert "GRAD_CLIP_NORM" not in error
+    after = {file.name: sha256(file) for file in run.iterdir() if file.is_file() and file.name != "lock"}
+    assert after == before
+
+
+def test_other_data_are_refused(settings, stopped, tmp_path, monkeypatch, capsys, demo_data):
+    """As many tokens in as many shards, but one token is another."""
+    run, data = copy_of(stopped, tmp_path), tmp_path / "data"
+    data.mkdir()
+    for shard in sorted(demo_data.glob("fineweb_train_*.bin")):
+        (data / shard.name).write_bytes(shard.read_bytes())
+    first = min(data.iterdir())
+    tokens = np.fromfile(first, "<u2")
+    tokens[600] = tokens[600] % 1000 + 3
+    tokens.tofile(first)
+    monkeypatch.chdir(tmp_path)
+    before = sha256(run / "checkpoint.pt")
+    assert train_gpt.main([], {**settings, "TRAIN_FILES": f"{data}/fineweb_train_*.bin"}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and ("TRAIN_FILES" in error or "data" in error)
+    assert sha256(run / "checkpoint.pt") == before
+
+
+def test_a_folder_without_leave_to_resume_and_a_resume_without_a_name_are_refused(
+    settings, stopped, tmp_path, monkeypatch, capsys
+):
+    copy_of(stopped, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([], {**settings, "RESUME": "never"}) == 2
+    assert "runs/run" in capsys.readouterr().err
+    assert train_gpt.main([], {k: v for k, v in settings.items() if k != "RUN_ID"}) == 2
+    assert "RUN_ID" in capsys.readouterr().err
+
+
+DAMAGE = {
+    "truncated": lambda blob: blob[: len(blob) // 2],
+    "empty": lambda blob: b"",
+    "other bytes": lambda blob: b"not a checkpoint" * 100,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named(settings, stopped, tmp_path, monkeypatch, capsys, name):
+    """By a fault of the disk, since we never leave one half-written: an error that says which file, not a new start."""
+    run = copy_of(stopped, tmp_path)
+    (run / "checkpoint.pt").write_bytes(DAMAGE[name]((run / "checkpoint.pt").read_bytes()))
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([], settings) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "checkpoint.pt" in error and not (run / "result.json").exists()
+
+
+def test_a_finished_run_is_reported_and_left_alone(settings, stopped, tmp_path, monkeypatch, capsys):
+    """Also what may differ: how often it is logged and written, and how long the processes wait."""
+    run = copy_of(stopped, tmp_path)
+    torn = (run / "metrics.jsonl").read_text() + '{"step": 7, "sec'  # as a kill within the write leaves it
+    (run / "metrics.jsonl").write_text(torn)
+    monkeypatch.chdir(tmp_path)
+    may_differ = dict(TRAIN_LOG_EVERY="2", CHECKPOINT_EVERY="5", DIST_TIMEOUT="100")
+    assert train_gpt.main([], {**settings, **may_differ}) == 0
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+    left = {"config.json", "metrics.jsonl", "final_model.pt", "final_model.int6.ptz", "result.json"}
+    files = {name: sha256(run / name) for name in left}
+    began = (run / "result.json").stat().st_mtime_ns
+    capsys.readouterr()
+    assert train_gpt.main([], settings) == 0
+    assert capsys.readouterr().out.strip()
+    assert {name: sha256(run / name) for name in left} == files and not (run / "checkpoint.pt").exists()
+    assert (run / "result.json").stat().st_mtime_ns == began
+    result = json.loads((run / "result.json").read_text())
+    result["fits"] = False
+    (run / "result.json").write_text(json.dumps(result))
+    assert train_gpt.main([], settings) == 1
+
+
+def test_two_jobs_do_not_share_a_folder(settings, stopped, tmp_path, start):
+    """The second waits for the first to let go of the lock."""
+    run = copy_of(stopped, tmp_path)
+    with open(run / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = sha256(run / "metrics.jsonl")
+        job = start(tmp_path, settings, "alone")
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.started[0].wait(5)  # a resumed run would have ended or at least taken steps
+        assert sha256(run / "metrics.jsonl") == before and not resumed_steps(job.log())
+    assert job.wait(120) == [0], job.output()
+    assert resumed_steps(job.log())
+
+
+@pytest.mark.slow
+def test_a_folder_that_stays_locked_is_refused(settings, stopped, tmp_path, start):
+    run = copy_of(stopped, tmp_path)
+    with open(run / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = sha256(run / "checkpoint.pt")
+        job = start(tmp_path, settings, "torchrun")
+        job.wait(150)
+        assert re.search(r"error: .*runs/run", job.output()) and sha256(run / "checkpoint.pt") == before
+        alone = start(tmp_path, settings, "alone")
+        assert alone.wait(150) == [2]
+
+
+@pytest.mark.slow
+def test_two_jobs_that_start_together(settings, tmp_path, start, untouched):
+    """One of them trains, the other one waits and reports."""
+    jobs = [start(tmp_path, settings, "alone") for _ in range(2)]
+    while not all(job.over() for job in jobs):
+        time.sleep(0.1)
+    assert [job.started[0].returncode for job in jobs] == [0, 0], [job.output() for job in jobs]
+    assert_same(outcome(jobs[0].run), untouched(alone=True))
+    trained = re.findall(r"^step:(\d+)/\d+ train_loss", (jobs[0].run / "train.log").read_text(), re.M)
+    assert [int(n) for n in trained] == list(range(1, STEPS + 1))
