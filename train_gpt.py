@@ -3189,7 +3189,7 @@ class Run:
     kernel: AttentionFn
     versions: dict[str, Any]
     folder: Path
-    lock: int  # rank 0's open file
+    lock: int  # the folder as rank 0's open file
     log: RunLog
     train: TokenStream
     byte_table: ByteTable
@@ -3843,7 +3843,7 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
 
 
 def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, int]:
-    """runs/RUN_ID with the code that runs, and the open file that locks it.
+    """runs/RUN_ID with the code that runs, and that folder as an open file, which locks it.
 
     UserError where it cannot be made, exists already (but RESUME=auto), or is locked by a run that is still going.
     """
@@ -3862,8 +3862,8 @@ def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, i
 
 
 def lock_folder(folder: Path, seconds: float = 60.0) -> int:
-    """Lock FOLDER for this process, after waiting at most SECONDS for another one; the lock ends with the open file."""
-    lock, began = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), time.monotonic()
+    """Lock FOLDER, waiting SECONDS at most for another process; returns it as an open file, which is the lock."""
+    lock, began = os.open(folder, os.O_RDONLY), time.monotonic()
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
