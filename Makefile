@@ -1,5 +1,6 @@
 # make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit that.
-# make test: the tests. Both make .venv first. TORCH_INDEX=URL takes torch from that index (a CPU one, say).
+# make test: the tests; make test-slow: the long ones, with real faults. All make .venv first. TORCH_INDEX=URL takes
+# torch from that index (a CPU one, say).
 PYTHON ?= python3
 SEED ?= 1337
 PY := .venv/bin/python
@@ -18,6 +19,9 @@ test: .venv/ready
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest --durations=15
 
+test-slow: .venv/ready
+	$(PY) -m pytest --durations=15 -m slow
+
 data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	rm -rf data/demo
 	$(PY) data/demo.py --out data/demo
@@ -28,4 +32,4 @@ data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-slow

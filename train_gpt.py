@@ -3189,7 +3189,7 @@ class Run:
     kernel: AttentionFn
     versions: dict[str, Any]
     folder: Path
-    lock: int  # rank 0's open file
+    lock: int  # the folder as rank 0's open file
     log: RunLog
     train: TokenStream
     byte_table: ByteTable
@@ -3324,9 +3324,11 @@ class StopSignals:
                 signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
         for number, before in self.before.items():
             signal.signal(number, before)
+        if self.noted and kind is None:  # after the last step that could obey
+            os.kill(os.getpid(), self.noted)
 
     def _note(self, number: int, _: Any) -> None:
         self.noted = number
@@ -3386,8 +3388,7 @@ class Progress:
         self.check_replicas(step)
         self.done[self.phase] = [step, self.seconds()]
         self.phase, self.parts = "", {}
-        if self.run.config.checkpoint_every:
-            self.save(step)
+        self.checkpoint(step, due=bool(self.run.config.checkpoint_every))
 
     def seconds(self) -> float:
         """The clock's seconds, the same on all ranks; it also hears whether any was asked to stop."""
@@ -3395,14 +3396,17 @@ class Progress:
         self.asked = int(asked)
         return elapsed
 
-    def checkpoint(self, step: int) -> None:
-        """After step STEP: write a checkpoint where it is due. Raises Stopped where any rank was asked to stop."""
+    def after_step(self, step: int) -> None:
+        """Write a checkpoint where it is due. Raises Stopped where any rank was asked to stop."""
         every = self.run.config.checkpoint_every
-        if self.asked or (every and step % every == 0):
+        self.checkpoint(step, due=every > 0 and step % every == 0)
+
+    def checkpoint(self, step: int, due: bool) -> None:
+        """Write a checkpoint where it is DUE, or where any rank was asked to stop; then it raises Stopped."""
+        if due or self.asked:
             self.save(step)
         if self.asked:
-            name = signal.Signals(self.asked).name
-            self.run.log.line(f"stopped: {name} after step:{step}; RESUME=auto goes on from there")
+            self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}")
             raise Stopped(self.asked)
 
     def check_replicas(self, step: int) -> None:
@@ -3698,7 +3702,7 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
             run.log.step(step, elapsed, dict(lr_scale=scale, data_wait=waited), train_loss=measured.loss.item())
             progress.check_replicas(step)
             progress.check_loader(step, waited)
-        progress.checkpoint(step)
+        progress.after_step(step)
     clock.settle()
     run.log.line(f"average: {average.apply()}")
     if not model.looped:
@@ -3779,7 +3783,7 @@ def late_phase(run: Run, name: str, made: tuple, frac: float, began: float, seco
             times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
             loss, factors = measured.loss.item(), rates_text(progress.rates.factors())
             run.log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
-        progress.checkpoint(step)
+        progress.after_step(step)
     progress.clock.settle()
     progress.finish(step)
 
@@ -3843,7 +3847,7 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
 
 
 def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, int]:
-    """runs/RUN_ID with the code that runs, and the open file that locks it.
+    """runs/RUN_ID with the code that runs, and that folder as an open file, which locks it.
 
     UserError where it cannot be made, exists already (but RESUME=auto), or is locked by a run that is still going.
     """
@@ -3862,8 +3866,8 @@ def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, i
 
 
 def lock_folder(folder: Path, seconds: float = 60.0) -> int:
-    """Lock FOLDER for this process, after waiting at most SECONDS for another one; the lock ends with the open file."""
-    lock, began = os.open(folder / "lock", os.O_CREAT | os.O_RDWR), time.monotonic()
+    """Lock FOLDER, waiting SECONDS at most for another process; returns it as an open file, which is the lock."""
+    lock, began = os.open(folder, os.O_RDONLY), time.monotonic()
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4006,14 +4010,13 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
 
 def finish_run(run: Run, given: Mapping[str, Any], signals: StopSignals, began: float) -> dict[str, Any]:
     """All of a run, or what a checkpoint has left of it, from process start BEGAN; returns what result.json has."""
-    config = run.config
+    config, saved = run.config, on_rank_0(lambda: read_checkpoint(run))
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
         for parameter in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
-    saved = on_rank_0(lambda: read_checkpoint(run))
     loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (training_loss, token_nll))
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
-from test_artifact import TOKENIZER, make_run
+from test_artifact import TOKENIZER, make_progress, make_run
 from test_model import SMALL, int32, norm, random_ids, random_model, reference_attention
-from test_training import StepClock, flat, gradient_of, sgd, stream, train_here
+from test_training import StepClock, flat, gradient_of, running, sgd, stream, train_here
 
 import train_gpt
 from train_gpt import (
@@ -406,8 +406,8 @@ def test_a_rounded_step_is_the_gradient_at_the_rounded_banks_applied_to_the_othe
     batches = list(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
     gradient = gradient_of(at_rounded, training_loss, ids, targets)
     assert np.linalg.norm(gradient - gradient_of(model, training_loss, ids, targets)) > 1e-2
-    loss = train_gpt.train_step(training_loss, model, batches, [sgd(model)], 0.5, 0.9, round_banks=True)
-    assert float(loss) == pytest.approx(float(training_loss(at_rounded, ids, targets).detach()), abs=1e-5)
+    step = train_gpt.train_step(training_loss, model, batches, [sgd(model)], 0.5, 0.9, round_banks=True)
+    assert float(step.loss) == pytest.approx(float(training_loss(at_rounded, ids, targets).detach()), abs=1e-5)
     np.testing.assert_allclose(flat(model), before - 0.5 * gradient, rtol=0, atol=1e-9)
 
 
@@ -475,15 +475,9 @@ def train_and_watch(folder, monkeypatch, **changes) -> tuple[GPT, list[tuple[boo
     c = replace(ALL, train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, warmdown_iters=5, ema_enabled=False)
     c = replace(c, **{"iterations": 10, "max_wallclock_seconds": 0.0, **changes})
     model, seen = lever_model(c, torch.float32, looped=not c.loop_start_frac), watch(monkeypatch, "train_step")
-    train_gpt.train(
-        make_run(folder, c, train=stream(folder)),
-        model,
-        training_loss,
-        None,
-        0.0,
-        StepClock(),
-        train_gpt.MetaRates(model, c),
-    )
+    run = make_run(folder, c, train=stream(folder))
+    progress = make_progress(run, model, running(StepClock()), train_gpt.MetaRates(model, c))
+    train_gpt.train(run, model, training_loss, None, 0.0, progress)
     return model, seen
 
 

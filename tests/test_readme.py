@@ -12,7 +12,8 @@ TRAIN_SMOKE = "RECIPE=records/recipes/smoke.env python train_gpt.py"
 GPU_SMOKE = "python tests/benchmarks/gpu.py --quick --arms plain --recipe records/recipes/smoke.env"
 CHECKS = (  # what the README says, what is run (None: that), exit code, and a word of the output
     (r"torchrun --standalone --nproc_per_node=\d train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
-    (r"make (demo|test)", "make -n demo test", 0, "train_gpt.py"),  # CI runs them for real
+    (r"(RUN_ID=.*|.*--nnodes=2 .*)train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
+    (r"make (demo|test)", "make -n demo test test-slow", 0, "train_gpt.py"),  # CI runs them for real
     (r"python data/download.py .*", None, 1, "error:"),  # the arguments are right, the network is closed
     (
         r"python data/prepare.py FILE_OR_FOLDER --out data/mine",
