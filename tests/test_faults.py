@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -327,7 +328,7 @@ MOMENTS = {
     "checkpoint": partial(writing, "checkpoint.pt"),
     "reptile": partial(logged, r"^reptile_step:2/"),
     "deployed": partial(logged, r"^deployed_step:3/"),
-    "statistics": partial(logged, r"^average: "),
+    "statistics": partial(logged, r"^average: |^resumed: phase:after train"),
     "weights": partial(writing, "final_model.pt"),
     "artifact": partial(writing, "final_model.int6.ptz"),
     "scoring": partial(logged, r"^Total submission size"),
@@ -366,10 +367,13 @@ def resumed_steps(log: str) -> list[int]:
     return [int(n) for n in re.findall(r"^resumed: phase:.+ step:(\d+) world_size:\d+ \(was \d+\)$", log, re.M)]
 
 
-def strike(job: Job, kill: Kill, dice: random.Random, done: int) -> bool:
-    """Wait for the moment, kill, wait for the end; True where the job was still running when it was hit."""
+def strike(job: Job, kill: Kill, dice: random.Random, done: int, more: int = 0) -> bool:
+    """Wait for the moment, kill, wait for the end; True where the job was still running when it was hit.
+
+    DONE steps lie behind it, and MORE kills come after this one: they need steps too.
+    """
     if kill.at == "step":
-        moment = step_begun(dice.randint(done + 1, max(done + 1, STEPS - 2)))
+        moment = step_begun(dice.randint(done + 1, max(done + 1, STEPS - 4 - 7 * more)))
     else:
         moment = MOMENTS[kill.at]()
     if job.wait_for(moment):
@@ -382,9 +386,9 @@ def strike(job: Job, kill: Kill, dice: random.Random, done: int) -> bool:
 def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int, expected: Outcome, launch: str):
     """Run under KILLS, then to the end; returns how often a kill hit a running job, and the log."""
     dice, hits, done = random.Random(seed), 0, 0
-    for kill in kills:
+    for number, kill in enumerate(kills, 1):
         job = start(work, env, launch)
-        hits += strike(job, kill, dice, done)
+        hits += strike(job, kill, dice, done, len(kills) - number)
         check_files(job.run, expected)
         found = re.findall(r"^stopped: (\S+) after step:(\d+)\b", job.log(), re.M)
         if found:  # an orderly stop loses nothing
@@ -400,7 +404,8 @@ def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int
     assert set(job.wait(300)) == {0}, job.output()
     got, log = outcome(job.run), (job.run / "train.log").read_text()
     assert_same(got, expected)
-    assert got.result.get("resumed", []) == resumed_steps(log)
+    resumed = resumed_steps(log)  # those that came to a checkpoint, and the last
+    assert sorted(set(got.result["resumed"])) == sorted(set(resumed)) and got.result["resumed"][-1:] == resumed[-1:]
     left = {file.name for file in job.run.iterdir() if file.suffix == ".tmp" or file.name.startswith("checkpoint")}
     assert not left, left
     return hits, log
@@ -572,12 +577,57 @@ def test_a_process_that_is_asked_to_stop(start, settings, untouched, tmp_path, h
     assert resumed_steps((job.run / "train.log").read_text()) == [int(step)]
 
 
-@pytest.mark.parametrize("launch, whom", [("bare", "rank 1")])
-def test_a_signal_to_one_rank_stops_both_after_the_same_step(start, settings, tmp_path, launch, whom):
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", ["alone", "torchrun"])
+def test_a_signal_in_the_last_validation_is_not_forgotten(start, settings, demo_data, tmp_path, launch):
+    """No step comes after it, and training is not over: the run stops, or the agent would kill it in its export."""
+    env = {**settings, "VAL_FILES": f"{demo_data}/fineweb_val_000000.bin", "CHECKPOINT_EVERY": "0"}
+    job = start(tmp_path, env, launch)
+    assert job.wait_for(step_begun(STEPS))
+    job.kill("agent", TERM)
+    codes = job.wait()
+    assert not (job.run / "result.json").exists() and codes == ([143] if launch == "alone" else codes) and codes != [0]
+    assert f"stopped: SIGTERM after step:{STEPS}" in job.log() and "final_int6" not in job.log()
+    job = start(tmp_path, env, launch)
+    assert job.wait(300) == [0] and resumed_steps(job.log()) == [STEPS]
+    assert "train_loss" not in job.log()
+
+
+@pytest.mark.slow
+def test_the_clock_goes_on_where_it_was(start, settings, tmp_path):
+    """Under MAX_WALLCLOCK_SECONDS the seconds before the stop count, those between do not."""
+    env = {**settings, "MAX_WALLCLOCK_SECONDS": "4", "ITERATIONS": "1000000", "VAL_LOSS_EVERY": "0"}
+    job = start(tmp_path, env, "alone")
+    assert job.wait_for(step_begun(30))
+    job.kill("rank 0", TERM)
+    assert job.wait() == [143]
+    before = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert 0.2 < before["seconds"] < 3.5
+    time.sleep(4)
+    job = start(tmp_path, env, "alone")
+    assert job.wait(300) == [0], job.output()
+    rows = [json.loads(line) for line in (job.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert all(a["seconds"] < b["seconds"] for a, b in itertools.pairwise(rows))
+    result = json.loads((job.run / "result.json").read_text())
+    assert result["train_seconds"] < 4.3 and rows[-1]["seconds"] > 3 and rows[before["step"]]["seconds"] < 3.9
+    assert result["strict_seconds"] > result["train_seconds"] and result["steps"] == len(rows)
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_keep_memory_and_open_files_flat(tmp_path):
+    command = [sys.executable, str(ROOT / "tests/benchmarks/scaling.py"), "--soak", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    soak = json.loads(done.stdout.splitlines()[-1].removeprefix("BENCH "))["soak"]
+    assert soak["flat"] is True and soak["steps"] == 2000 and soak["grown_mib"] < 4
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(start, settings, tmp_path):
     """Without an agent that would pass it on."""
-    job = start(tmp_path, {**settings, "CHECKPOINT_EVERY": "0"}, launch)
+    job = start(tmp_path, {**settings, "CHECKPOINT_EVERY": "0"}, "bare")
     assert job.wait_for(step_begun(3))
-    job.kill(whom, TERM)
+    job.kill("rank 1", TERM)
     assert job.wait() == [143, 143], job.output()
     stops = re.findall(r"^stopped: SIGTERM after step:(\d+)\b", job.log(), re.M)
     assert len(stops) == 1
@@ -657,13 +707,13 @@ REFUSED = {
 def test_other_settings_are_refused(settings, stopped, tmp_path, monkeypatch, capsys, name):
     changes, words = REFUSED[name]
     run = copy_of(stopped, tmp_path)
-    before = {file.name: sha256(file) for file in run.iterdir() if file.is_file() and file.name != "lock"}
+    before = {file.name: sha256(file) for file in run.iterdir() if file.is_file()}
     monkeypatch.chdir(tmp_path)
     assert train_gpt.main([], {**settings, **changes}) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and all(word in error for word in words), error
     assert "GRAD_CLIP_NORM" not in error
-    after = {file.name: sha256(file) for file in run.iterdir() if file.is_file() and file.name != "lock"}
+    after = {file.name: sha256(file) for file in run.iterdir() if file.is_file()}
     assert after == before
 
 
@@ -738,11 +788,21 @@ def test_a_finished_run_is_reported_and_left_alone(settings, stopped, tmp_path, 
     assert train_gpt.main([], settings) == 1
 
 
+@contextlib.contextmanager
+def locked(folder: Path):
+    """As a run that is still going has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def test_two_jobs_do_not_share_a_folder(settings, stopped, tmp_path, start):
     """The second waits for the first to let go of the lock."""
     run = copy_of(stopped, tmp_path)
-    with open(run / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(run):
         before = sha256(run / "metrics.jsonl")
         job = start(tmp_path, settings, "alone")
         with pytest.raises(subprocess.TimeoutExpired):
@@ -755,8 +815,7 @@ def test_two_jobs_do_not_share_a_folder(settings, stopped, tmp_path, start):
 @pytest.mark.slow
 def test_a_folder_that_stays_locked_is_refused(settings, stopped, tmp_path, start):
     run = copy_of(stopped, tmp_path)
-    with open(run / "lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(run):
         before = sha256(run / "checkpoint.pt")
         job = start(tmp_path, settings, "torchrun")
         job.wait(150)
