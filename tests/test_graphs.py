@@ -7,16 +7,20 @@ mask of unknown size) raises there, as it would make the host wait on a GPU.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_levers import ALL, LOSSES, lever_model
 from test_meta import FOMAML, REPTILE, TINY
-from test_model import SMALL, random_ids
+from test_model import SMALL, random_ids, random_model
 from test_training import SHORT, train_here
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 from train_gpt import GPT, Config, MetaRates, inner_weights
@@ -132,6 +136,56 @@ def test_rounded_banks_use_the_same_graph():
         for rounding in (False, True, False)
     ]
     assert losses[0] == losses[2] != losses[1] and counter.frame_count == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the GPU benchmark counts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """tests/benchmarks/gpu.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "tests/benchmarks/gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def products(work) -> int:
+    """Operations of the matrix products of WORK, counted by torch as they run."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.bmm", "aten.addmm"))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(bigram_vocab_size=0, ve_enabled=False), dict(block_order="0,1,2,3,4,2")])
+def test_the_floors_count_the_operations_that_run(gpu, changes):
+    c = replace(SMALL, train_batch_tokens=64, grad_accum_total=1, **changes)
+    model, ids = random_model(c, torch.float32), random_ids(4, 16)
+    counted = gpu.count_floors(c)
+    forward_and_backward = products(lambda: train_gpt.training_loss(model, ids, ids).backward())
+    regions = ("projections", "MLP", "head and side tables")
+    assert sum(counted[name][0] for name in regions) == forward_and_backward
+    muon = train_gpt.make_optimizers(model, c)[0]
+    assert counted["Newton-Schulz"][0] == products(muon.step)
+    total = sum(counted[name][0] for name in (*regions, "attention"))
+    assert train_gpt.flops_per_token(c) * c.train_batch_tokens == total
+
+
+@pytest.mark.parametrize("kernel, kind", [
+    ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "matrix products"),
+    ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+    ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", "optimiser"),
+    ("triton_red_fused__softmax_nll_loss_forward_3", "loss"), ("triton_poi_fused_add_mul_7", "pointwise"),
+    ("Memcpy HtoD (Pinned -> Device)", "copies"), ("something_else", "other"),
+])  # fmt: skip
+def test_kernels_are_told_apart_by_name(gpu, kernel, kind):
+    assert gpu.region(kernel) == kind
 
 
 # ----------------------------------------------------------------------------------------------------------------------
