@@ -3900,6 +3900,10 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
     stream = TokenStream(config.shards("train"), config.vocab_size)
     check_manifest(stream, tokenizer_sha256)
+    if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
+        raise UserError(
+            f"{stream.pattern}: {len(stream)} tokens, fewer than a row of TRAIN_SEQ_LEN={config.train_seq_len}"
+        )
     if not glob(config.shards("val")):
         raise UserError(f"no shards match {config.shards('val')}")
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
