@@ -3555,19 +3555,14 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
 
     saved = [p.detach().clone() for p in model.parameters()]
     optimizers = make_optimizers(model, c)
-    for model.looped in [False] * (c.warmup_steps if c.loop_start_frac else 0) + [True] * c.warmup_steps:
-        inputs, targets = shifted(random_ids(rows, c.train_seq_len + 1))
-        batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
-        train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
-    if c.warmup_steps:
-        warm_up_meta(model, c, nll_fn, batches, random_ids)
-    if c.warmup_steps:
-        with torch.no_grad():
-            tokens, rows_a_pass = random_ids(c.eval_seq_len + 1).cpu().numpy(), np.zeros(c.eval_batch_seqs, np.int64)
-            for scored in (c.eval_seq_len, c.eval_stride):
-                windows = Windows(rows_a_pass, rows_a_pass + c.eval_seq_len - scored, rows_a_pass + c.eval_seq_len)
-                batch = make_batch(tokens, windows, power_of_two(scored), run.device)
-                nll_fn(model, batch.ids, batch.targets, batch.columns)
+    for model.looped in (False, True) if c.loop_start_frac else (True,):
+        for _ in range(c.warmup_steps):
+            inputs, targets = shifted(random_ids(rows, c.train_seq_len + 1))
+            batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
+            train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
+        if c.warmup_steps:
+            warm_up_meta(model, c, nll_fn, batches, random_ids)
+            warm_up_scoring(model, c, nll_fn, random_ids)
     seconds = statistics_seconds(run, model, lambda rows: random_ids(rows, c.train_seq_len))
     torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
     model.looped = not c.loop_start_frac
@@ -3598,6 +3593,17 @@ def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor
     return slowest
 
 
+@torch.no_grad()
+def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable, random_ids: Callable[..., Tensor]) -> None:
+    """A pass of whole windows, and one of sliding ones."""
+    c, tokens = config, random_ids(config.eval_seq_len + 1).cpu().numpy()
+    start = np.zeros(c.eval_batch_seqs, np.int64)
+    for scored in (c.eval_seq_len, c.eval_stride):
+        windows = Windows(start, start + c.eval_seq_len - scored, start + c.eval_seq_len)
+        batch = make_batch(tokens, windows, power_of_two(scored), model.qo_bank.device)
+        nll_fn(model, batch.ids, batch.targets, batch.columns)
+
+
 def warm_up_meta(
     model: GPT,
     config: Config,
@@ -3605,14 +3611,14 @@ def warm_up_meta(
     batches: list[tuple[Tensor, Tensor]],
     random_ids: Callable[..., Tensor],
 ) -> None:
-    """One meta-step of each kind that the run will take, for what it compiles; gradients are dropped."""
+    """One meta-step of each kind that the run will take with the model as it is; gradients are dropped."""
     c, rates = config, MetaRates(model, config)
     if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
         fomaml_step(model, c, inner_weights(model, c, "fomaml"), rates, *meta_rows(batches, c), nll_fn)
-    if "reptile" in c.late_fracs:
+    if "reptile" in c.late_fracs and model.looped:
         fast = inner_weights(model, c, "reptile")
         reptile_step(model, c, fast, random_ids(1, fast.rows, c.train_seq_len + 1), nll_fn)
-    if "deployed" in c.late_fracs:
+    if "deployed" in c.late_fracs and model.looped:
         fast, length = inner_weights(model, c, "deployed"), c.meta_ttt_pieces * c.piece_size
         rows = random_ids(world_size() * fast.rows, length + 1).cpu().numpy()
         deployed_step(model, c, fast, rates, rows, np.full(len(rows), length), nll_fn)
@@ -3894,6 +3900,10 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
     stream = TokenStream(config.shards("train"), config.vocab_size)
     check_manifest(stream, tokenizer_sha256)
+    if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
+        raise UserError(
+            f"{stream.pattern}: {len(stream)} tokens, fewer than a row of TRAIN_SEQ_LEN={config.train_seq_len}"
+        )
     if not glob(config.shards("val")):
         raise UserError(f"no shards match {config.shards('val')}")
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None

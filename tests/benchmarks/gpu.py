@@ -1,12 +1,23 @@
-"""Training step, export and sliding score of one recipe on one GPU: plain torch against torch.compile, in one run.
+"""One recipe on one GPU, in one run: where the time of a step goes, and what export, scoring and adaptation take.
 
-    python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019 on any shards
+    python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019 on any shards, under ten minutes
+    python tests/benchmarks/gpu.py --phases step,profile --steps 20           some phases only
     python tests/benchmarks/gpu.py --quick                                    two steps an arm, on the embedded corpus
 
-It needs this repository's files alone. Phases: step (ms a step of TRAIN_BATCH_TOKENS, tokens/s, share of the chip's
-peak, peak memory, seconds of the first step), export (Hessians, GPTQ, coding), score (windows a second). The share is
-flops_per_token * tokens/s / peak, with peak 989e12 for bfloat16 on H100 and H200. Results are written as they come; the
-last line is `BENCH {json}`. It runs on a CPU too, to see that it works.
+It needs this repository's files alone; arms are plain torch and torch.compile, side by side. Phases:
+
+floors     ms a step that its operations and bytes, counted from the shapes, take at the rates of a large matrix product
+           and of memory: no version runs faster
+step       ms a step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
+pieces     ms a step of each piece, forward and backward, alone at the step's shapes; the rest is norms, gates, mixing
+profile    the kernels of a step by device time, and their shares by kind
+attention  every kernel that can run here, forward and backward, with its error against float32
+export     seconds of Hessians and gradients, rounding and coding
+score      sliding windows a second, and the seconds that 62 million targets take on 8 such GPUs
+ttt        the same for adaptation by chunks and by documents
+
+MFU is flops_per_token * tokens/s / 989e12, the datasheet's bfloat16 rate of H100 and H200, causal attention counted.
+Results are written as they come; the last line is `BENCH {json}`. It runs on a CPU too, to see that it works.
 """
 
 from __future__ import annotations
@@ -14,104 +25,351 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 PEAK_FLOPS = 989e12  # bfloat16, H100 and H200
+MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # a second: what such a chip was seen to reach
+ACTIVATION_PASSES = 40  # over d-wide activations, a layer, forward and backward: norms, gates, residuals, rotation
+FULL_TARGETS, FULL_GPUS = 62_021_845, 8  # of the challenge's validation text
+REGIONS = (  # of kernels, by their names; the first that matches
+    ("attention", r"flash|fmha|sdpa|sdp_|attention|mha_"),
+    ("communication", r"nccl"),
+    ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|::mm$|::bmm$|::addmm"),
+    ("optimiser", r"multi_tensor|adam|foreach|lerp"),
+    ("loss", r"nll|softmax|cross_entropy"),
+    ("copies", r"mem(cpy|set)|copy|cat"),
+    ("pointwise", r"triton|elementwise|reduce|vectorized|::"),
+)
+TTT_MODES = {  # name -> settings and the tokens, of a thousand, that are enough to time it
+    "chunks, banks": (dict(ttt_mode="banks"), 400),
+    "documents, adapters": (dict(ttt_mode="doc_lora"), 200),
+    "documents, all weights": (dict(ttt_mode="doc_banks", ttt_batch_seqs=16), 100),
+}
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds that FUNCTION took until the device was done with it, and what it returned."""
-    tg.synchronize(device)
-    began = time.perf_counter()
-    result = function()
-    tg.synchronize(device)
-    return time.perf_counter() - began, result
+@dataclass
+class Bench:
+    """What every phase needs."""
+
+    config: tg.Config
+    stream: tg.TokenStream
+    table: tg.ByteTable
+    device: torch.device
+    steps: int
+    windows: int
+    quick: bool
+
+    def model(self) -> tuple[str, tg.GPT]:
+        """The name of the attention kernel, and the model as initialised."""
+        attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
+        model = tg.GPT(self.config, tg.compute_dtype(self.device), kernel)
+        return attention, model.init_weights(self.config.seed).to(self.device)
+
+    def run(self, function: Callable, arm: str) -> Callable:
+        """FUNCTION as the trainer would run it, compiled in arm `compiled` and as it stands in arm `plain`."""
+        return tg.maybe_compile(
+            function, replace(self.config, use_compile="1" if arm == "compiled" else "0"), self.device
+        )
+
+    def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
+        """Seconds that FUNCTION took until the device was done with it, and what it returned."""
+        tg.synchronize(self.device)
+        began = time.perf_counter()
+        result = function()
+        tg.synchronize(self.device)
+        return time.perf_counter() - began, result
+
+    def median_ms(self, function: Callable[[], Any], repeats: int = 10) -> float:
+        """Median milliseconds of FUNCTION after three calls that warm up; of one call with --quick."""
+        for _ in range(0 if self.quick else 3):
+            function()
+        return 1000 * float(np.median([self.timed(function)[0] for _ in range(1 if self.quick else repeats)]))
 
 
-def make_model(config: tg.Config, device: torch.device) -> tuple[str, tg.GPT]:
-    """The name of the attention kernel, and the model as initialised."""
-    attention, kernel, _ = tg.choose_attention(config.attention, device)
-    return attention, tg.GPT(config, tg.compute_dtype(device), kernel).init_weights(config.seed).to(device)
+# ----------------------------------------------------------------------------------------------------------------------
+# A step
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-def compiled_or_not(function: Callable, arm: str, config: tg.Config, device: torch.device) -> Callable:
-    """FUNCTION as the trainer would run it, compiled in arm `compiled` and as it stands in arm `plain`."""
-    return tg.maybe_compile(function, replace(config, use_compile="1" if arm == "compiled" else "0"), device)
+def count_floors(config: tg.Config) -> dict[str, tuple[float, float, float]]:
+    """Region -> operations a step, bytes through memory, operations a second at best."""
+    c, N, L = config, config.train_batch_tokens, len(config.block_rows)
+    d, m, kv = c.model_dim, c.mlp_dim, c.kv_dim
+    side = c.bigram_dim * d * bool(c.bigram_vocab_size) + c.ve_dim * kv * bool(c.value_layers)
+    banks = {(d, d): 2 * c.num_layers, (kv, d): 2 * c.num_layers, (m, d): c.num_layers, (d, m): c.num_layers}
+    iteration = sum(n * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s, n in banks.items())
+    weights = sum(n * a * b for (a, b), n in banks.items())
+    return {
+        "projections": (6.0 * N * L * (2 * d * d + 2 * kv * d), 0.0, MATMUL_FLOPS),
+        "MLP": (6.0 * N * L * 2 * m * d, 0.0, MATMUL_FLOPS),
+        "attention": (6.0 * N * L * c.train_seq_len * d, 0.0, ATTENTION_FLOPS),
+        "head and side tables": (6.0 * N * (c.vocab_size * d * (1 + c.mtp_num_heads) + side), 0.0, MATMUL_FLOPS),
+        "norms, gates, mixing": (0.0, 2.0 * N * d * L * ACTIVATION_PASSES, 1.0),
+        "loss": (0.0, 3.0 * 4 * N * c.vocab_size, 1.0),
+        "Newton-Schulz": (float(c.muon_backend_steps * iteration), 0.0, MATMUL_FLOPS),
+        "optimiser's memory": (0.0, 4.0 * weights * 12, 1.0),
+    }
 
 
-def bench_step(config: tg.Config, stream: tg.TokenStream, device: torch.device, arm: str, steps: int) -> dict:
-    """Median milliseconds of STEPS training steps after three that warm up, with arm `plain` or `compiled`."""
-    torch.cuda.reset_peak_memory_stats() if device.type == "cuda" else None
-    attention, model = make_model(config, device)
-    optimizers = tg.make_optimizers(model, config)
-    loss_fn = compiled_or_not(tg.training_loss, arm, config, device)
-    loader = tg.Loader(SimpleNamespace(config=config, train=stream, device=device))
+def bench_floors(b: Bench) -> dict:
+    """The floors in milliseconds, all of them one after the other, and the MFU that they would leave."""
+    floors = {name: 1000 * max(flops / rate, moved / MEMORY_BYTES)
+              for name, (flops, moved, rate) in count_floors(b.config).items()}  # fmt: skip
+    total = sum(floors.values())
+    mfu = tg.flops_per_token(b.config) * b.config.train_batch_tokens / (total / 1000) / PEAK_FLOPS
+    return dict(ms=floors, total_ms=total, mfu=mfu)
 
-    def step(index: int) -> float:
-        batches = loader.batches(index)
-        return tg.train_step(loss_fn, model, batches, optimizers, 1.0, config.muon_momentum).loss.item()
 
-    first, _ = timed(lambda: step(0), device)
-    losses = [step(index) for index in (1, 2)]
+def bench_step(b: Bench, arm: str) -> dict:
+    """Median milliseconds of training steps after three that warm up."""
+    torch.cuda.reset_peak_memory_stats() if b.device.type == "cuda" else None
+    (attention, model), c = b.model(), b.config
+    optimizers, average = tg.make_optimizers(model, c), tg.WeightAverage(model, c)
+    loss_fn = b.run(tg.training_loss, arm)
+    loader, clock = tg.Loader(SimpleNamespace(config=c, train=b.stream, device=b.device)), tg.Clock(b.device)
+
+    def step(index: int) -> tg.Measured:
+        measured = tg.train_step(loss_fn, model, loader.batches(index), optimizers, 1.0, c.muon_momentum)
+        average.update(index + 1, 1.0)
+        clock.step_done(index, measured)
+        return measured
+
+    first, _ = b.timed(lambda: step(0))
+    losses = [step(index).loss for index in (1, 2)]
     times = []
-    for index in range(3, 3 + steps):
-        seconds, loss = timed(lambda index=index: step(index), device)
+    for index in range(3, 3 + b.steps):
+        seconds, measured = b.timed(lambda index=index: step(index))
         times.append(seconds)
-        losses.append(loss)
-    median = float(np.median(times))
-    rate = config.train_batch_tokens / median
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    return dict(phase="step", arm=arm, attention=attention, ms_per_step=1000 * median, ms_min=1000 * min(times),
-                ms_max=1000 * max(times), steps=steps, tokens_per_second=rate,
-                share_of_peak=tg.flops_per_token(config) * rate / PEAK_FLOPS, first_step_seconds=first,
-                peak_mib=peak, last_loss=losses[-1])  # fmt: skip
+        losses.append(measured.loss)
+    together, _ = b.timed(lambda: [step(index) for index in range(3 + b.steps, 3 + 2 * b.steps)])
+    rate = c.train_batch_tokens * b.steps / together
+    peak = torch.cuda.max_memory_allocated() / 2**20 if b.device.type == "cuda" else 0.0
+    return dict(attention=attention, ms_per_step=1000 * together / b.steps, ms_alone=1000 * float(np.median(times)),
+                ms_min=1000 * min(times), ms_max=1000 * max(times), steps=b.steps, tokens_per_second=rate,
+                mfu=tg.flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
+                data_wait_ms=1000 * loader.waited / (3 + 2 * b.steps), last_loss=losses[-1].item())  # fmt: skip
 
 
-def bench_export(config: tg.Config, stream: tg.TokenStream, device: torch.device) -> dict:
-    """Seconds of the statistics, of GPTQ and of coding, and the artifact's bytes, for weights as initialised."""
-    _, model = make_model(config, device)
-    run = SimpleNamespace(config=config, train=stream, device=device)
-    hessian_seconds, (statistics, _) = timed(lambda: tg.read_statistics(run, model), device)
-    gptq_seconds, records = timed(lambda: tg.quantize(model.state_dict(), statistics, config), device)
-    result = dict(phase="export", batches=config.gptq_calib_batches, hessian_seconds=hessian_seconds,
-                  gptq_seconds=gptq_seconds)  # fmt: skip
+def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tensor, ...]]]:
+    """Name -> how often a step runs the piece, the piece, and its inputs at the step's shapes."""
+    c, (rows, parts) = b.config, tg.split_batch(b.config)
+    B, T, d, L = rows // parts, c.train_seq_len, c.model_dim, len(c.block_rows)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=b.device, dtype=model.dtype).requires_grad_()
+
+    ids = torch.randint(c.vocab_size, (B, T), device=b.device)
+    q, k, v = random(B, T, c.num_heads, c.head_dim), *(random(B, T, c.num_kv_heads, c.head_dim) for _ in "kv")
+    row = {name: getattr(model, name)[0].to(model.dtype).detach().requires_grad_() for name in model.BANKS}
+
+    def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.nn.functional.leaky_relu(x @ up.mT, c.mlp_leaky_slope).square() @ down.mT
+
+    def projections(x: Tensor, square: Tensor, narrow: Tensor) -> Tensor:
+        return torch.cat((x @ square.mT, x @ narrow.mT, x @ narrow.mT, x @ square.mT), dim=-1)
+
+    def block(x: Tensor, x0: Tensor) -> Tensor:
+        view = tg.BankView({name: [weight] * 2 * L for name, weight in row.items()}, {}, None)
+        return model.blocks[0](x, x0, view, tg.rotary_tables(T, *model.rotary, x), None, None, None)
+
+    def head(x: Tensor) -> Tensor:
+        return tg.nll(model.head(x), ids).mean()
+
+    return {
+        "blocks": (L * parts, block, (random(B, T, d), random(B, T, d))),
+        "  attention kernel": (L * parts, model.blocks[0].attn.kernel, (q, k, v)),
+        "  projections": (L * parts, projections, (random(B, T, d), row["qo_bank"], row["kv_bank"])),
+        "  MLP": (L * parts, mlp, (random(B, T, d), row["mlp_up_bank"], row["mlp_down_bank"])),
+        "embedding": (parts, lambda: model.embed(ids), ()),
+        "head and loss": (parts, head, (random(B, T, d),)),
+    }
+
+
+def bench_pieces(b: Bench, arm: str) -> dict:
+    """Milliseconds a step of each piece; of the optimisers, the average and a wait for data too."""
+    (_, model), c = b.model(), b.config
+    optimizers, average = tg.make_optimizers(model, c), tg.WeightAverage(model, c)
+    found = {}
+    for name, (times, function, inputs) in pieces(b, model).items():
+        run = b.run(function, arm)
+
+        def both_ways(run: Callable = run, inputs: tuple[Tensor, ...] = inputs) -> None:
+            out = run(*inputs)
+            out.backward(torch.ones_like(out))
+
+        found[name] = times * b.median_ms(both_ways)
+    muon, adamw = optimizers
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    found |= {"Muon": b.median_ms(muon.step), "AdamW": b.median_ms(adamw.step)}
+    found["average"] = b.median_ms(lambda: average.update(c.ema_update_every, 1.0))
+    run = SimpleNamespace(config=c, train=b.stream, device=b.device)
+    found["reading a batch, in its thread"] = b.median_ms(lambda: tg.step_batches(run, 7))
+    return dict(ms=found)
+
+
+def region(kernel: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((name for name, pattern in REGIONS if re.search(pattern, kernel, re.IGNORECASE)), "other")
+
+
+def bench_profile(b: Bench, arm: str) -> dict:
+    """Shares of device time by kind of kernel, and the twelve kernels with most of it."""
+    (_, model), c = b.model(), b.config
+    optimizers, loss_fn = tg.make_optimizers(model, c), b.run(tg.training_loss, arm)
+    batches = tg.step_batches(SimpleNamespace(config=c, train=b.stream, device=b.device), 0)
+
+    def step() -> None:
+        tg.train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
+
+    for _ in range(1 if b.quick else 3):
+        step()
+    on_gpu = b.device.type == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profile:
+        b.timed(step)
+    events = profile.key_averages()
+    spent = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events}
+    total, shares = sum(spent.values()), {}
+    for name, microseconds in spent.items():
+        shares[region(name)] = shares.get(region(name), 0.0) + microseconds / total
+    first = sorted(spent, key=spent.get, reverse=True)[:12]
+    return dict(device_ms=total / 1000, shares=dict(sorted(shares.items(), key=lambda item: -item[1])),
+                kernels={name[:80]: spent[name] / 1000 for name in first})  # fmt: skip
+
+
+def attention_kernels(b: Bench) -> dict[str, Callable]:
+    """Every attention kernel that this machine may have, by name."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def by(backend: SDPBackend) -> Callable:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return tg.sdpa_attention(q, k, v)
+
+        return attention
+
+    kernels: dict[str, Callable] = {"sdpa": tg.sdpa_attention}
+    kernels |= {
+        f"sdpa, {kind.name.lower()}": by(kind) for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    }
+    for name in ("fa3", "fa2"):
+        try:
+            kernels[name] = tg.choose_attention(name, b.device)[1]
+        except tg.UserError:
+            continue
+    return kernels
+
+
+def bench_attention(b: Bench) -> dict:
+    """Milliseconds a step of each kernel, forward and backward, and its error on two rows against float32."""
+    (_, model), found = b.model(), {}
+    times, _, inputs = pieces(b, model)["  attention kernel"]
+    few = [x.detach()[:2] for x in inputs]
+    exact = tg.sdpa_attention(*(x.float() for x in few))
+    for name, kernel in attention_kernels(b).items():
+
+        def both_ways(kernel: Callable = kernel) -> None:
+            kernel(*inputs).sum().backward()
+
+        try:
+            error = float((kernel(*few).float() - exact).norm() / exact.norm())
+            found[name] = dict(ms=times * b.median_ms(both_ways), error=error)
+        except RuntimeError as failure:
+            found[name] = dict(ms=None, note=str(failure).splitlines()[0][:120])
+    return dict(kernels=found)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export and evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bench_export(b: Bench) -> dict:
+    """Seconds of the statistics, of rounding and of coding, and the artifact's bytes, for weights as initialised."""
+    (_, model), c = b.model(), b.config
+    run = SimpleNamespace(config=c, train=b.stream, device=b.device)
+    statistics_seconds, (statistics, _) = b.timed(lambda: tg.read_statistics(run, model))
+    rounding_seconds, records = b.timed(lambda: tg.quantize(model.state_dict(), statistics, c))
+    result = dict(batches=c.gptq_calib_batches, gradient_batches=c.gptq_grad_batches * c.wants_gradients,
+                  statistics_seconds=statistics_seconds, rounding_seconds=rounding_seconds)  # fmt: skip
     try:
-        coding_seconds, blob = timed(lambda: tg.encode_artifact(config, records, "0" * 64), device)
+        coding_seconds, blob = b.timed(lambda: tg.encode_artifact(c, records, "0" * 64))
         return result | dict(coding_seconds=coding_seconds, bytes_model=len(blob))
     except tg.UserError as error:
         return result | dict(coding_seconds=None, bytes_model=None, note=str(error))
 
 
-def bench_score(
-    config: tg.Config, stream: tg.TokenStream, table: tg.ByteTable, device: torch.device, arm: str, count: int
-):
-    """Sliding windows a second at EVAL_STRIDE, over about COUNT of them, the first batch apart."""
-    _, model = make_model(config, device)
-    nll_fn = compiled_or_not(tg.token_nll, arm, config, device)
-    tokens = stream.read(0, config.eval_seq_len + count * config.eval_stride + 1).astype(np.uint16)
-    windows = tg.sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
-    head = tokens[: config.eval_seq_len + 1]
-    first = tg.sliding_windows(len(head), config.eval_seq_len, config.eval_seq_len)
-    warm, _ = timed(lambda: tg.score(model, head, [tg.Chunk(first)], table, config.eval_batch_seqs, nll_fn), device)
-    seconds, _ = timed(
-        lambda: tg.score(model, tokens, [tg.Chunk(windows)], table, config.eval_batch_seqs, nll_fn), device
-    )
-    return dict(phase="score", arm=arm, windows=len(windows.start), windows_per_second=len(windows.start) / seconds,
-                first_batch_seconds=warm)  # fmt: skip
+def full_seconds(targets_per_second: float) -> float:
+    """What the challenge's validation text takes on its GPUs."""
+    return FULL_TARGETS / targets_per_second / FULL_GPUS
+
+
+def bench_score(b: Bench, arm: str) -> dict:
+    """Sliding windows a second at EVAL_STRIDE, the first batch apart."""
+    (_, model), c, nll_fn = b.model(), b.config, b.run(tg.token_nll, arm)
+    tokens = b.stream.read(0, c.eval_seq_len + b.windows * c.eval_stride + 1).astype(np.uint16)
+    windows = tg.sliding_windows(len(tokens), c.eval_seq_len, c.eval_stride)
+    head = tokens[: c.eval_seq_len + 1]
+    first = tg.sliding_windows(len(head), c.eval_seq_len, c.eval_seq_len)
+    warm, _ = b.timed(lambda: tg.score(model, head, [tg.Chunk(first)], b.table, c.eval_batch_seqs, nll_fn))
+    seconds, _ = b.timed(lambda: tg.score(model, tokens, [tg.Chunk(windows)], b.table, c.eval_batch_seqs, nll_fn))
+    rate = (len(tokens) - 1) / seconds
+    return dict(windows=len(windows.start), windows_per_second=len(windows.start) / seconds, targets_per_second=rate,
+                full_seconds=full_seconds(rate), first_batch_seconds=warm)  # fmt: skip
+
+
+def bench_ttt(b: Bench, arm: str) -> dict:
+    """Targets a second of each way of adapting, after a warm-up of its own, on the artifact of the initial weights."""
+    (_, model), found = b.model(), {}
+    rounded = tg.quantize(model.state_dict(), tg.Statistics(), replace(b.config, quant_steps="sigmas"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "final_model.int6.ptz"
+        path.write_bytes(tg.encode_artifact(b.config, rounded, tg.sha256_file(b.config.tokenizer_path)))
+        config = replace(b.config, model_path=str(path), use_compile="1" if arm == "compiled" else "0")
+        setup, tokens, *_ = ev.prepare(config, {}, {})
+    for name, (settings, thousands) in TTT_MODES.items():
+        mode = replace(setup, config=replace(setup.config, **settings))
+        part = tokens[: min(len(tokens), 3000 if b.quick else 1000 * thousands)]
+        warm, _ = b.timed(lambda mode=mode: None if b.quick else ev.warm_up(mode))
+        seconds, _ = b.timed(lambda mode=mode, part=part: ev.evaluate(mode, part))
+        rate = (len(part) - 1) / seconds
+        found[name] = dict(targets_per_second=rate, full_seconds=full_seconds(rate), warm_up_seconds=warm)
+    return dict(modes=found)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+PHASES = {  # name -> function, whether it has arms
+    "floors": (bench_floors, False),
+    "step": (bench_step, True),
+    "pieces": (bench_pieces, True),
+    "profile": (bench_profile, True),
+    "attention": (bench_attention, False),
+    "export": (bench_export, False),
+    "score": (bench_score, True),
+    "ttt": (bench_ttt, True),
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -121,7 +379,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", type=Path, help="SentencePiece model; default: tokenizer.model beside the shards"
     )
-    parser.add_argument("--phases", default="step,export,score")
+    parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--arms", default="plain,compiled")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--windows", type=int, default=20000)
@@ -130,34 +388,55 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def make_bench(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
+    """The bench, and the head of its report."""
     data = arguments.data or ROOT / "data/demo"
     if arguments.data is None:
         subprocess.run([sys.executable, "data/demo.py", "--out", str(data)], cwd=ROOT, check=True, stdout=sys.stderr)
     paths = dict(DATA_PATH=str(data), TOKENIZER_PATH=str(arguments.tokenizer or data / "tokenizer.model"))
     config, _, _ = tg.load_config({**os.environ, "RECIPE": arguments.recipe, **paths})
     device = tg.start_ranks(config, {})
+    steps, windows = (2, 256) if arguments.quick else (arguments.steps, arguments.windows)
     stream = tg.TokenStream(config.shards("train"), config.vocab_size)
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
-    steps, windows = (2, 256) if arguments.quick else (arguments.steps, arguments.windows)
-    jobs = {
-        "step": lambda arm: bench_step(config, stream, device, arm, steps),
-        "export": lambda arm: bench_export(config, stream, device) if arm == "plain" else None,
-        "score": lambda arm: bench_score(config, stream, table, device, arm, windows),
-    }
     versions = tg.library_versions(device, tg.choose_attention(config.attention, device)[0])
-    report = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[])
-    for phase in arguments.phases.split(","):
-        for arm in arguments.arms.split(","):
-            result = jobs[phase](arm)
-            if result is not None:
-                shown = (f"{key}:{v:.5g}" if isinstance(v, float) else f"{key}:{v}" for key, v in result.items())
-                print(*shown, flush=True)
-                report["results"].append(result)
-                if arguments.out:
-                    arguments.out.mkdir(parents=True, exist_ok=True)
-                    (arguments.out / "gpu.json").write_text(json.dumps(report, indent=1))
+    head = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[])
+    return Bench(config, stream, table, device, steps, windows, arguments.quick), head
+
+
+def shown(result: dict[str, Any], indent: str = "") -> str:
+    """A result as lines: numbers side by side, what is nested below."""
+
+    def number(value: Any) -> str:
+        return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+    flat = [f"{key}:{number(value)}" for key, value in result.items() if not isinstance(value, dict)]
+    lines = [indent + " ".join(flat)] if flat else []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", shown(value, indent + "  ")]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    phases, arms = arguments.phases.split(","), arguments.arms.split(",")
+    if unknown := {*phases} - {*PHASES} | {*arms} - {"plain", "compiled"}:
+        raise tg.UserError(
+            f"unknown: {', '.join(sorted(unknown))}; phases are {', '.join(PHASES)}, arms plain, compiled"
+        )
+    bench, report = make_bench(arguments)
+    for phase in phases:
+        function, has_arms = PHASES[phase]
+        for arm in arms if has_arms else [None]:
+            began = time.perf_counter()
+            result = function(bench, arm) if has_arms else function(bench)
+            result = dict(phase=phase, arm=arm, **result, phase_seconds=time.perf_counter() - began)
+            print(shown(result), flush=True)
+            report["results"].append(result)
+            if arguments.out:
+                arguments.out.mkdir(parents=True, exist_ok=True)
+                tg.write_atomically(arguments.out / "gpu.json", json.dumps(report, indent=1).encode())
     print("BENCH " + json.dumps(report))
     return 0
 

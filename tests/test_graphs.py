@@ -1,0 +1,227 @@
+"""The step as a GPU wants it, checked without one: it never waits for the device, it is one graph forward and backward,
+and nothing is compiled after warm-up.
+
+A tensor on torch's meta device has no values: whatever would bring one to the host (item, tolist, cpu, a condition, a
+mask of unknown size) raises there, as it would make the host wait on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_levers import ALL, LOSSES, lever_model
+from test_meta import FOMAML, REPTILE, TINY
+from test_model import SMALL, random_ids, random_model
+from test_training import SHORT, train_here
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt
+from train_gpt import GPT, Config, MetaRates, inner_weights
+
+pytest_plugins = ["test_training"]
+META = torch.device("meta")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# No wait for the device
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def meta_model(config: Config) -> GPT:
+    with META:
+        return GPT(config, torch.bfloat16, word_start=np.arange(config.vocab_size) % 3 == 0)
+
+
+def meta_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
+    """Those of the run; torch has the fused AdamW for real devices only, so it is the one of many tensors here."""
+    muon, adamw = train_gpt.make_optimizers(model, model.config)
+    groups = [{key: value for key, value in group.items() if key != "fused"} for group in adamw.param_groups]
+    return [muon, torch.optim.AdamW(groups, foreach=True)]
+
+
+def meta_ids(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.long, device=META)
+
+
+@pytest.mark.parametrize(
+    "look", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, bool, torch.nonzero], ids=lambda f: f.__name__
+)
+def test_a_look_at_a_value_is_noticed(look):
+    """The control of the tests below."""
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        look(torch.zeros(1, device=META))
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(grad_clip_norm=0.0),
+        dict(cautious_muon=True, encoder_lr_mult=0.5),
+        dict(ema_enabled=False, swa_enabled=True, swa_every=1, swa_threshold=1.0),
+        LOSSES,
+    ],
+    ids=str,
+)
+def test_a_step_does_not_wait(changes, rounding):
+    model = meta_model(replace(ALL, **changes))
+    optimizers, average = meta_optimizers(model), train_gpt.WeightAverage(model, model.config)
+    batches = [(meta_ids(2, 16), meta_ids(2, 16))] * 2
+    for step in (1, 2):
+        measured = train_gpt.train_step(train_gpt.training_loss, model, batches, optimizers, 0.9, 0.9, rounding)
+        average.update(step, 0.9)
+    assert measured.values.device == META
+    assert measured.values.shape == (len(measured.names),) == (1 + len(list(model.parameters())),)
+
+
+@pytest.mark.parametrize("objective", ["fomaml", "reptile", "deployed"])
+def test_a_meta_step_does_not_wait(objective):
+    c = replace({"fomaml": FOMAML, "reptile": REPTILE, "deployed": TINY}[objective], meta_sgd_enabled=True)
+    model = meta_model(c)
+    fast, rates = inner_weights(model, c, objective), MetaRates(model, c)
+    if objective == "fomaml":
+        _, loss = train_gpt.fomaml_step(model, c, fast, rates, meta_ids(4, 16), meta_ids(4, 16))
+    elif objective == "reptile":
+        loss = train_gpt.reptile_step(model, c, fast, meta_ids(2, fast.rows, 17))
+    else:
+        length = c.meta_ttt_pieces * c.piece_size
+        rows = random_ids(fast.rows, length + 1).numpy()
+        loss = train_gpt.deployed_step(model, c, fast, rates, rows, np.full(fast.rows, length))
+    if objective != "reptile":  # which has no rates to learn
+        rates.step(1.0)
+    assert loss.device == META
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One graph
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def one_graph(function):
+    """FUNCTION as one graph forward and one backward, run by torch; and the counter of graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(function, backend=counter, dynamic=False, fullgraph=True), counter
+
+
+@pytest.mark.parametrize("config", [SMALL, replace(ALL, **LOSSES)], ids=["small", "all levers"])
+def test_loss_and_gradients_of_the_graph_are_those_of_plain_torch(config):
+    model = lever_model(config)
+    compiled, counter = one_graph(train_gpt.training_loss)
+    for seed in (0, 1):
+        ids, targets, results = random_ids(2, 16, seed), random_ids(2, 16, seed + 5), []
+        for loss_fn in (train_gpt.training_loss, compiled):
+            loss = loss_fn(model, ids, targets)
+            results.append((loss.detach(), torch.autograd.grad(loss, list(model.parameters()))))
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=0)
+        for plain, graph in zip(results[0][1], results[1][1], strict=True):
+            torch.testing.assert_close(plain, graph, rtol=1e-8, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+def test_rounded_banks_use_the_same_graph():
+    model = lever_model(SMALL)
+    compiled, counter = one_graph(train_gpt.training_loss)
+    optimizers = train_gpt.make_optimizers(model, SMALL)
+    batch = [(random_ids(2, 16), random_ids(2, 16, 1))]
+    losses = [
+        float(train_gpt.train_step(compiled, model, batch, optimizers, 0.0, 0.9, rounding).loss)
+        for rounding in (False, True, False)
+    ]
+    assert losses[0] == losses[2] != losses[1] and counter.frame_count == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the GPU benchmark counts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """tests/benchmarks/gpu.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "tests/benchmarks/gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def products(work) -> int:
+    """Operations of the matrix products of WORK, counted by torch as they run."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.bmm", "aten.addmm"))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(bigram_vocab_size=0, ve_enabled=False), dict(block_order="0,1,2,3,4,2")])
+def test_the_floors_count_the_operations_that_run(gpu, changes):
+    c = replace(SMALL, train_batch_tokens=64, grad_accum_total=1, **changes)
+    model, ids = random_model(c, torch.float32), random_ids(4, 16)
+    counted = gpu.count_floors(c)
+    forward_and_backward = products(lambda: train_gpt.training_loss(model, ids, ids).backward())
+    regions = ("projections", "MLP", "head and side tables")
+    assert sum(counted[name][0] for name in regions) == forward_and_backward
+    muon = train_gpt.make_optimizers(model, c)[0]
+    assert counted["Newton-Schulz"][0] == products(muon.step)
+    total = sum(counted[name][0] for name in (*regions, "attention"))
+    assert train_gpt.flops_per_token(c) * c.train_batch_tokens == total
+
+
+@pytest.mark.parametrize("kernel, kind", [
+    ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNN", "matrix products"),
+    ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+    ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", "attention"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", "optimiser"),
+    ("triton_red_fused__softmax_nll_loss_forward_3", "loss"), ("triton_poi_fused_add_mul_7", "pointwise"),
+    ("Memcpy HtoD (Pinned -> Device)", "copies"), ("something_else", "other"),
+])  # fmt: skip
+def test_kernels_are_told_apart_by_name(gpu, kernel, kind):
+    assert gpu.region(kernel) == kind
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing is compiled on the clock
+# ----------------------------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "loop and late rounding": {"BLOCK_ORDER": "0,1,2,1", "LOOP_START_FRAC": "0.5", "LATE_QAT": "1",
+                               "LATE_QAT_THRESHOLD": "0.7", "WARMDOWN_ITERS": "6"},
+    "fomaml, half rows, loop": {"META_TTT_ENABLED": "1", "META_TTT_EVERY": "2", "META_TTT_MIN_SCALE": "0.1",
+                                "META_TTT_SPLIT": "cut", "META_TTT_DELTA_WEIGHT": "0.1",
+                                "BLOCK_ORDER": "0,1,2,1", "LOOP_START_FRAC": "0.5"},
+    "reptile": {"REPTILE_ENABLED": "1", "REPTILE_TASKS": "2", "REPTILE_TIME_FRAC": "0.4"},
+    "deployed": {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_banks",
+                 "META_TTT_DOCS": "2", "META_TTT_PIECES": "2", "TTT_CHUNK_SIZE": "32", "META_TTT_TIME_FRAC": "0.4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_nothing_is_compiled_after_warm_up(quick, tmp_path, monkeypatch, phase):
+    """Every graph of training, its later phases and its validations is made before the clock starts."""
+    made, start = [], train_gpt.Clock.start
+
+    def count(module, inputs):
+        made.append("graph")
+        return module.forward
+
+    def say(clock):
+        made.append("start")
+        start(clock)
+
+    monkeypatch.setattr(train_gpt, "maybe_compile", lambda f, *_: torch.compile(
+        f, backend=count, dynamic=False, fullgraph=True))  # fmt: skip
+    monkeypatch.setattr(train_gpt.Clock, "start", say)
+    torch._dynamo.reset()
+    settings = {**quick, **SHORT, "WARMUP_STEPS": "1", "VAL_LOSS_EVERY": "3", **PHASES[phase]}
+    train_here(settings, tmp_path)
+    first, last = made.index("start"), len(made) - made[::-1].index("start")
+    assert "graph" in made[:first] and "graph" not in made[first:last]
