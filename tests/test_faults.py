@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from test_cli import write_shard
+from test_cli import snapshot, write_shard
 
 import train_gpt
 
@@ -75,11 +75,11 @@ class Watch:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """The living processes whose working directory is FOLDER."""
+    """The living processes whose working directory is FOLDER or lies in it."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.readlink(entry / "cwd") == str(folder):
+            if entry.name.isdigit() and f"{os.readlink(entry / 'cwd')}/".startswith(f"{folder}/"):
                 found.append(int(entry.name))
         except OSError:
             pass  # gone meanwhile, a zombie, or not ours
@@ -105,7 +105,7 @@ class Job:
 
     alone      one process
     torchrun   two, started by one agent
-    agents     two agents of one process each, as on two machines
+    agents     two agents of one process each, as on two machines: the second has another folder, and no runs in it
     bare       two processes without an agent, so that each one's exit code and errors can be seen
     """
 
@@ -129,11 +129,13 @@ class Job:
         if limit is not None:  # a write beyond it fails with EFBIG: Python ignores the signal that would kill
             bound = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
         self.started, self.outputs = [], []
-        for arguments, more in starts:
+        for number, (arguments, more) in enumerate(starts):
+            place = self.work / "machine 2" if launch == "agents" and number else self.work
+            place.mkdir(exist_ok=True)
             self.outputs.append(self.work / f"output_{time.monotonic_ns()}.txt")
             with open(self.outputs[-1], "wb") as output:
                 self.started.append(subprocess.Popen(
-                    [sys.executable, *arguments, trainer], env={**base, **more}, cwd=self.work, stdout=output,
+                    [sys.executable, *arguments, trainer], env={**base, **more}, cwd=place, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=bound,
                 ))  # fmt: skip
 
@@ -181,17 +183,20 @@ class Job:
             watch.close()
         return True
 
-    def kill(self, whom: str, how: signal.Signals) -> None:
+    def pids(self, whom: str) -> list[int]:
         """WHOM: `rank N`, `agent` (the first), `second agent`, or `all`, as when a machine loses its power."""
-        pids = {"agent": [self.started[0].pid], "second agent": [self.started[-1].pid]}.get(whom)
         if whom == "all":
-            pids = processes_in(self.work)
-        elif whom.startswith("rank"):
-            pids = [self.rank(int(whom.split()[1]))]
-        for pid in pids:
+            return processes_in(self.work)
+        if whom.startswith("rank"):
+            pid = self.rank(int(whom.split()[1]))
+            return [] if pid is None else [pid]
+        return [self.started[-1 if whom == "second agent" else 0].pid]
+
+    def kill(self, whom: str | list[int], how: signal.Signals) -> None:
+        """WHOM as for `pids`, or what it returned: to look for processes takes longer than to write a file."""
+        for pid in self.pids(whom) if isinstance(whom, str) else whom:
             with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
-                if pid is not None:
-                    os.kill(pid, how)
+                os.kill(pid, how)
 
     def wait(self, seconds: float = ENDS) -> list[int]:
         """Exit codes, once all processes of the job are gone; they must be within SECONDS."""
@@ -376,9 +381,12 @@ def strike(job: Job, kill: Kill, dice: random.Random, done: int, more: int = 0) 
         moment = step_begun(dice.randint(done + 1, max(done + 1, STEPS - 4 - 7 * more)))
     else:
         moment = MOMENTS[kill.at]()
+    whom: str | list[int] = kill.whom
+    if kill.at in ("checkpoint", "weights", "artifact", "result") and job.wait_for(MOMENTS["first step"]()):
+        whom = job.pids(kill.whom)
     if job.wait_for(moment):
         time.sleep(dice.uniform(0, kill.delay))
-        job.kill(kill.whom, kill.how)
+        job.kill(whom, kill.how)
     job.wait()
     return not (job.run / "result.json").exists()
 
@@ -464,7 +472,7 @@ SLOW = {
 def test_kills_at_any_moment(start, settings, untouched, tmp_path, name):
     kills, expected = SLOW[name], untouched()
     hits, log = survive(start, tmp_path, settings, kills, 100 + list(SLOW).index(name), expected, "torchrun")
-    assert hits == len(kills) or (kills[0].at == "result" and hits)
+    assert hits == len(kills) or kills[0].at == "result"  # which is written in an instant
     trained = [int(n) for n in re.findall(r"^step:(\d+)/\d+ train_loss", log, re.M)]
     if kills[0].at in ("statistics", "weights", "artifact", "scoring", "second score", "result"):
         assert trained == list(range(1, STEPS + 1)), "an export that is repeated repeats no training"
@@ -487,8 +495,10 @@ def test_kills_while_a_checkpoint_is_written(start, settings, untouched, tmp_pat
             count[0] += "checkpoint.pt" in touched  # renamed: whole
             return count[0] >= wanted and "checkpoint.pt.tmp" in touched
 
+        assert job.wait_for(MOMENTS["first step"]())
+        pids = job.pids(whom)
         assert job.wait_for(nth)
-        job.kill(whom, how)
+        job.kill(pids, how)
         job.wait()
         check_files(job.run, untouched())
         assert (job.run / "checkpoint.pt").exists()
@@ -541,7 +551,7 @@ def test_every_kind_of_state_comes_back(start, settings, untouched, tmp_path, na
 @pytest.mark.parametrize("whom, how", [("second agent", signal.SIGKILL), ("agent", TERM), ("rank 1", signal.SIGKILL)])
 def test_two_agents_of_which_one_is_killed(start, settings, untouched, tmp_path, whom, how):
     hits, _ = survive(start, tmp_path, settings, [Kill("step", whom, how, 0.1)], 11, untouched(), "agents")
-    assert hits == 1
+    assert hits == 1 and not list((tmp_path / "machine 2").iterdir())
 
 
 @pytest.mark.slow
@@ -709,12 +719,15 @@ def test_other_settings_are_refused(settings, stopped, tmp_path, monkeypatch, ca
     run = copy_of(stopped, tmp_path)
     before = {file.name: sha256(file) for file in run.iterdir() if file.is_file()}
     monkeypatch.chdir(tmp_path)
-    assert train_gpt.main([], {**settings, **changes}) == 2
+    recipe = tmp_path / "other.env"  # with the same settings
+    recipe.write_text(Path(settings["RECIPE"]).read_text() + "# changed\n")
+    source = snapshot(run / "source")
+    assert train_gpt.main([], {**settings, **changes, "RECIPE": str(recipe)}) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and all(word in error for word in words), error
     assert "GRAD_CLIP_NORM" not in error
     after = {file.name: sha256(file) for file in run.iterdir() if file.is_file()}
-    assert after == before
+    assert after | {"train.log": before["train.log"]} == before and snapshot(run / "source") == source
 
 
 def test_other_data_are_refused(settings, stopped, tmp_path, monkeypatch, capsys, demo_data):
@@ -776,9 +789,12 @@ def test_a_finished_run_is_reported_and_left_alone(settings, stopped, tmp_path, 
         json.loads(line)
     left = {"config.json", "metrics.jsonl", "final_model.pt", "final_model.int6.ptz", "result.json"}
     files = {name: sha256(run / name) for name in left}
-    began = (run / "result.json").stat().st_mtime_ns
+    began, source = (run / "result.json").stat().st_mtime_ns, snapshot(run / "source")
     capsys.readouterr()
-    assert train_gpt.main([], settings) == 0
+    recipe = tmp_path / "other.env"  # what was run stays beside its result, whatever is run now
+    recipe.write_text(Path(settings["RECIPE"]).read_text() + "# changed\n")
+    assert train_gpt.main([], {**settings, "RECIPE": str(recipe)}) == 0
+    assert snapshot(run / "source") == source
     assert capsys.readouterr().out.strip()
     assert {name: sha256(run / name) for name in left} == files and not (run / "checkpoint.pt").exists()
     assert (run / "result.json").stat().st_mtime_ns == began

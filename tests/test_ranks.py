@@ -668,10 +668,14 @@ def test_a_loss_that_is_no_number_stops_every_rank(done):
 
 
 def test_two_agents_on_one_machine_train_what_one_agent_trains(start, env, tmp_path, done):  # noqa: F811
-    """`--nnodes=2 --rdzv_backend=c10d`, as on two machines: the same weights as two processes of one, bit for bit."""
+    """`--nnodes=2 --rdzv_backend=c10d`, as on two machines: the same weights as two processes of one, bit for bit.
+
+    The machine without rank 0 needs no run folder, and is left nothing.
+    """
     settings = {**env, **WHOLE["plain"]}
     job = start(tmp_path, settings, "agents")
     assert job.wait(120) == [0, 0], job.output()
+    assert not list((tmp_path / "machine 2").iterdir())
     got, expected = outcome(job.run), outcome(done["works"][2] / "plain/runs/run")
     assert got.rows == expected.rows and got.artifact == expected.artifact and got.scores == expected.scores
     assert all(torch.equal(got.weights[name], tensor) for name, tensor in expected.weights.items())
