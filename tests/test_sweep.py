@@ -11,9 +11,9 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 
+import ledger
 import numpy as np
 import optuna
 import pytest
@@ -289,14 +289,12 @@ def test_compare_runs_both_for_each_seed_and_holds_to_its_n(place, capsys):
     assert "p =" not in capsys.readouterr().out
 
 
-def ledger() -> list[dict[str, str]]:
-    return sweep.read_ledger(Path("runs/ledger.tsv"))
+def written() -> list[dict[str, str]]:
+    return ledger.read(Path("runs/ledger.tsv"))
 
 
 def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch, demo_data):
     base = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
-
-    monkeypatch.setattr(sweep, "datetime", Later)
 
     def one(note: str, seconds: str = "5", **more: str) -> int:
         return sweep.main(arguments("one", "--note", note, "--seconds", seconds), environment(**base, **more))
@@ -307,7 +305,7 @@ def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch,
     assert one("better, too large", STAND_IN_BPB="1.9", STAND_IN_FITS="0") == 0
     assert one("broken", NUM_LAYERS="9") == 1
     assert one("better", STAND_IN_BPB="1.95") == 0
-    found = ledger()
+    found = written()
     assert [line["verdict"] for line in found] == ["keep", "discard", "discard", "discard", "crash", "keep"]
     assert [line["bpb"] for line in found][-2:] == ["-", "1.950000"] and found[0]["bytes"] == "1000"
     assert (
@@ -317,31 +315,20 @@ def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch,
     capsys.readouterr()
     assert one("longer", seconds="6") == 2 and "budget is 6" in capsys.readouterr().err
     assert one("two\nlines") == 2
-    monkeypatch.setattr(sweep, "scorer_hash", lambda source: "other")
+    monkeypatch.setattr(ledger, "scorer_hash", lambda *sources: "other")
     assert one("changed scorer", STAND_IN_BPB="0.1") == 2 and "scorer is other" in capsys.readouterr().err
-    assert len(ledger()) == 6 and len(lines("starts.txt")) == 6
-
-
-class Later:
-    """A clock that is a second later at each look, so that no two experiments have one name."""
-
-    count = 0
-
-    @classmethod
-    def now(cls):
-        cls.count += 1
-        return datetime.fromtimestamp(1.8e9 + cls.count)
+    assert len(written()) == 6 and len(lines("starts.txt")) == 6
 
 
 def test_the_hash_of_the_scorer():
     source = (ROOT / "train_gpt.py").read_text()
-    known = sweep.scorer_hash(source)
-    assert sweep.scorer_hash(source.replace("\ndef score(", "\n# a comment\ndef score(", 1)) == known
+    known = ledger.scorer_hash(source)
+    assert ledger.scorer_hash(source.replace("\ndef score(", "\n# a comment\ndef score(", 1)) == known
     assert (
-        sweep.scorer_hash(source.replace('"""The windows of this rank, which are contiguous."""', '"""Other."""'))
+        ledger.scorer_hash(source.replace('"""The windows of this rank, which are contiguous."""', '"""Other."""'))
         == known
     )
-    assert sweep.scorer_hash(source.replace("matrix_lr: float", "matrix_lr : float")) == known
+    assert ledger.scorer_hash(source.replace("matrix_lr: float", "matrix_lr : float")) == known
     for old, new in (
         ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),
         ("return F.cross_entropy(", "return 0.9 * F.cross_entropy("),
@@ -349,4 +336,4 @@ def test_the_hash_of_the_scorer():
         ("def rank_share(", "def rank_shares("),
         ('if __name__ == "__main__":', 'def nll(a, b):\n    return 0\n\n\nif __name__ == "__main__":'),
     ):
-        assert source.count(old) >= 1 and sweep.scorer_hash(source.replace(old, new)) != known, new
+        assert source.count(old) >= 1 and ledger.scorer_hash(source.replace(old, new)) != known, new
