@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -34,22 +34,25 @@ def names_used(definition: ast.AST) -> set[str]:
     names = [node for node in nodes if isinstance(node, ast.Name)]
     bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
     bound |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    trainers = {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "tg"}
-    return {node.id for node in names} - bound | trainers
+    members = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    return {node.id for node in names} - bound | {node.attr for node in members if node.value.id == "tg"}
 
 
-def definitions(tree: ast.Module) -> list[tuple[str, ast.AST]]:
-    """The names that a module defines, methods as Class.name, without docstrings."""
-    for node in ast.walk(tree):
+def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """The names that a module defines, methods as Class.name."""
+    for node in tree.body:
+        for target in getattr(node, "targets", [getattr(node, "target", node)]):
+            yield getattr(target, "id", getattr(target, "name", "")), node
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            yield f"{node.name}.{getattr(part, 'name', '')}", part
+
+
+def without_docstrings(definition: ast.AST) -> str:
+    """Its syntax tree as text."""
+    for node in ast.walk(definition):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
-    found = []
-    for node in tree.body:
-        targets = getattr(node, "targets", [getattr(node, "target", node)])
-        found += [(getattr(each, "id", getattr(each, "name", "")), node) for each in targets]
-        if isinstance(node, ast.ClassDef):
-            found += [(f"{node.name}.{getattr(part, 'name', '')}", part) for part in node.body]
-    return found
+    return ast.dump(definition)
 
 
 def scorer_hash(*sources: str) -> str:
@@ -63,7 +66,7 @@ def scorer_hash(*sources: str) -> str:
     reached, waiting = {}, list(SCORER)
     while waiting:
         if (name := waiting.pop()) in found and name not in reached and name not in BORDER:
-            reached[name] = [ast.dump(node) for node in found[name]]
+            reached[name] = [without_docstrings(node) for node in found[name]]
             waiting += [used for node in found[name] for used in names_used(node)]
     return digest(reached)
 

@@ -11,8 +11,10 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import launch as launch_module
 import ledger
 import numpy as np
 import optuna
@@ -21,12 +23,15 @@ import sweep
 from conftest import ROOT
 from scipy import stats
 
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
 SMOKE = ROOT / "records/recipes/smoke.env"
 STAND_IN = """
     import json, os, pathlib, sys, time
     folder = pathlib.Path("runs") / os.environ["RUN_ID"]
     folder.mkdir(parents=True)
     e = os.environ.get
+    with open("pids.txt", "a") as file:
+        file.write(f"{os.getpid()}\\n")
     with open("starts.txt", "a") as file:
         file.write(f"{folder.name} {e('CUDA_VISIBLE_DEVICES', '-')}\\n")
     if e("NUM_LAYERS") == "9":
@@ -179,6 +184,83 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+def running(pid: str) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_runs_end_with_a_sweep_that_is_killed_alone(place):
+    """SIGKILL to the sweep and to nothing else: its two runs, which would take an hour, are gone at once."""
+    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02,0.03", "--workers", "2", "--grace", "1")
+    first = launch(command, STAND_IN_SECONDS="1000")
+    wait_until(lambda: len(lines("pids.txt")) == 2)
+    assert all(map(running, lines("pids.txt")))
+    first.kill()
+    wait_until(lambda: not any(map(running, lines("pids.txt"))), 10)
+    first.communicate(timeout=10)
+    assert not Path("ends.txt").exists()
+
+
+@pytest.mark.slow
+def test_workers_of_torchrun_end_with_a_sweep_that_is_killed_alone(place, demo_data):
+    more = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="1000000")
+    first = launch(["run", "--set", "MATRIX_LR=0.01,0.02", "--launcher", TORCHRUN], **more)
+
+    def ours() -> list[str]:
+        """Processes in this folder but the sweep: guard, launcher, two workers."""
+        found = (path for path in Path("/proc").glob("[0-9]*") if path.name != str(first.pid))
+        return [path.name for path in found if cwd(path) == str(place) and running(path.name)]
+
+    def cwd(process: Path) -> str:
+        try:
+            return os.readlink(process / "cwd")
+        except OSError:
+            return ""
+
+    wait_until(lambda: any("step:2/" in path.read_text() for path in Path("runs").glob("*/train.log")), 120)
+    assert len(ours()) >= 4 + (os.getpid() in map(int, ours()))
+    first.kill()
+    wait_until(lambda: set(ours()) <= {str(os.getpid())}, 40)
+    first.communicate(timeout=10)
+
+
+@pytest.mark.slow
+def test_torchrun_as_launcher(place, demo_data):
+    """Two trials of the smoke recipe, each on two processes."""
+    more = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    done = launch(["run", "--set", "MATRIX_LR=0.01,0.02", "--launcher", TORCHRUN], **more)
+    said = done.communicate(timeout=300)[0]
+    assert done.returncode == 0, said
+    assert [row["state"] for row in rows("sweep")] == ["complete"] * 2
+    for row in rows("sweep"):
+        (folder,) = Path("runs").glob(f"sweep_00{row['trial']}_*_seed1337")
+        result = json.loads((folder / "result.json").read_text())
+        assert result["world_size"] == 2 and float(row["val_bpb"]) == result["val_bpb_sliding"]
+
+
+def test_code_that_changes_under_a_study_or_a_comparison_stops_it(place, capsys, monkeypatch):
+    right = launch_module.config_hash
+    monkeypatch.setattr(sweep, "config_hash", lambda environ: right(environ) + "x" * bool(lines("ends.txt")))
+    assert sweep.main(arguments("run", "--set", "MATRIX_LR=0.01,0.02,0.03"), environment()) == 2
+    assert "another space, base or code" in capsys.readouterr().err and len(started()) == 1
+    Path("ends.txt").unlink()
+    Path("a.env").write_text("NUM_LAYERS=3\nVE_LAYERS=1,2\n")
+    Path("b.env").write_text("NUM_LAYERS=4\nVE_LAYERS=1,2\n")
+    assert sweep.main(arguments("compare", "a.env", "b.env", "--seeds", "1,2"), environment()) == 2
+    assert "recipes or code changed" in capsys.readouterr().err and len(started()) == 2
+
+
+def test_a_score_that_is_no_number_is_a_crash(place):
+    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02")
+    assert sweep.main(command, environment(STAND_IN_BPB="nan")) == 1
+    assert [(row["state"], row["why"].rpartition(":")[2]) for row in rows("sweep")] == [
+        ("fail", " val_bpb_sliding is nan")
+    ] * 2
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
     """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same setting."""
@@ -255,13 +337,14 @@ def test_two_processes_share_a_study_on_postgresql(place):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_the_paired_t_test_of_scipy():
+def test_a_comparison_is_the_paired_t_test():
     rng = np.random.default_rng(0)
     a = rng.normal(1.2, 0.01, 6)
     b = a + rng.normal(-0.003, 0.002, 6)
-    ours, theirs = sweep.paired(list(a), list(b)), stats.ttest_rel(b, a)
-    interval = theirs.confidence_interval(0.95)
-    assert (ours.low, ours.high, ours.p) == pytest.approx((interval.low, interval.high, theirs.pvalue))
+    ours, mean, error = sweep.paired(list(a), list(b)), (b - a).mean(), (b - a).std(ddof=1) / 6**0.5
+    half = 2.570581836 * error  # of the table, 5 degrees of freedom, 95 %
+    assert (ours.n, ours.mean, ours.low, ours.high) == pytest.approx((6, mean, mean - half, mean + half))
+    assert ours.p == pytest.approx(2 * stats.t.sf(abs(mean / error), 5))
     draws = rng.normal(ours.visible, (b - a).std(ddof=1), (40_000, 6))
     power = (stats.ttest_1samp(draws, 0.0, axis=1).pvalue < sweep.ALPHA).mean()
     assert power == pytest.approx(sweep.POWER, abs=0.01)
@@ -320,20 +403,114 @@ def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch,
     assert len(written()) == 6 and len(lines("starts.txt")) == 6
 
 
+def test_what_moves_scores_without_a_better_model_is_refused(place, capsys, demo_data):
+    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    one = arguments("one", "--note", "n", "--seconds", "5")
+    assert sweep.main(one, base) == 0
+    Path("other").mkdir()
+    for shard in demo_data.glob("fineweb_val_*.bin"):
+        Path("other", shard.name).write_bytes(shard.read_bytes()[:-2])
+    Path("other.model").write_bytes((demo_data / "tokenizer.model").read_bytes() + b" ")
+    for more in (dict(EVAL_STRIDE="64"), dict(SEED="2"), dict(VAL_FILES="other/fineweb_val_*.bin"),
+                 dict(TOKENIZER_PATH="other.model")):  # fmt: skip
+        assert sweep.main(one, base | more) == 2 and "task is " in capsys.readouterr().err
+    assert sweep.main([*one, "--seconds", "0"], base) == 2
+    Path("runs/other.tsv").write_text("commit\tval_bpb\n")
+    assert sweep.main([*one, "--ledger", "runs/other.tsv"], base) == 2 and "columns" in capsys.readouterr().err
+    assert len(written()) == len(started()) == 1
+
+
+BROKEN = {  # what is put behind the imports of train_gpt.py, words of the error
+    "no Python": ("def (:", "SyntaxError"),
+    "a package that is not there": ("import no_such_package", "ModuleNotFoundError"),
+    "an exit": ("raise SystemExit(3)", "SystemExit"),
+    "settings": ("def load_config(environ):\n    return None.config", "AttributeError"),
+}
+
+
+@pytest.mark.parametrize("code, word", BROKEN.values(), ids=BROKEN)
+def test_a_program_that_cannot_be_imported_is_a_crash_in_the_ledger(place, capsys, monkeypatch, code, word):
+    programs = (place / "train_gpt.py", place / "eval_ttt.py")
+    programs[0].write_text(f'"""It is broken."""\n{code}\n')
+    programs[1].write_text("import train_gpt as tg\n")
+    monkeypatch.setattr(ledger, "PROGRAMS", programs)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "train_gpt")
+    assert sweep.main(arguments("one", "--note", "broken"), environment()) == 1
+    (line,) = written()
+    assert (line["verdict"], line["note"], line["bpb"], line["task"]) == ("crash", "broken", "-", "-")
+    assert word in capsys.readouterr().err and not started()
+
+
+def test_lines_written_at_the_same_time_all_stand_below_one_head(place):
+    line = dict.fromkeys(ledger.COLUMNS, "x")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: ledger.append(Path("new/ledger.tsv"), line | {"note": number}), range(64)))
+    assert sorted(int(each["note"]) for each in ledger.read(Path("new/ledger.tsv"))) == list(range(64))
+
+
+TRACKER = """
+    import json
+    def told(kind):
+        def tell(*values, **named):
+            with open("told.jsonl", "a") as file:
+                file.write(json.dumps([kind, *values, named]) + "\\n")
+        return tell
+    init, log, finish = map(told, ("init", "log", "finish"))
+"""
+
+
+def test_a_tracker_is_told_when_asked_for(place, capsys, monkeypatch, demo_data):
+    Path("trackio.py").write_text(textwrap.dedent(TRACKER))
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    runs = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--workers", "2")
+    one = arguments("one", "--note", "n", "--seconds", "5")
+    for name, said in (("wandb", "pip install wandb"), ("tensorboard", "trackio or wandb")):
+        assert sweep.main(runs, base | {"TRACK": name}) == 2 and said in capsys.readouterr().err and not started()
+    assert sweep.main(one, base) == 0 and "trackio" not in sys.modules and not lines("told.jsonl")
+    for command in (runs, one, runs):  # the third runs nothing, so there is nothing to tell
+        assert sweep.main(command, base | {"TRACK": "trackio"}) == 0
+    told = [json.loads(line) for line in lines("told.jsonl")]
+    assert [kind for kind, *_ in told] == ["init", "log", "finish"] * 3  # never one run inside another
+    for (*_, began), (_, numbers, _) in zip(told[::3], told[1::3], strict=True):
+        result = json.loads(Path("runs", began["name"], "result.json").read_text())
+        assert numbers == result and began["config"]["matrix_lr"] in (0.01, 0.02, 0.025)
+    Path("trackio.py").write_text("def init(**named):\n    raise OSError('no network')\n")
+    monkeypatch.delitem(sys.modules, "trackio")
+    assert sweep.main(one, base | {"TRACK": "trackio"}) == 0 and "no network" in capsys.readouterr().err
+
+
 def test_the_hash_of_the_scorer():
-    source = (ROOT / "train_gpt.py").read_text()
-    known = ledger.scorer_hash(source)
-    assert ledger.scorer_hash(source.replace("\ndef score(", "\n# a comment\ndef score(", 1)) == known
-    assert (
-        ledger.scorer_hash(source.replace('"""The windows of this rank, which are contiguous."""', '"""Other."""'))
-        == known
-    )
-    assert ledger.scorer_hash(source.replace("matrix_lr: float", "matrix_lr : float")) == known
+    sources = [(ROOT / name).read_text() for name in ("train_gpt.py", "eval_ttt.py")]
+    known = ledger.scorer_hash(*sources)
+
+    def changed(old: str, new: str) -> bool:
+        assert any(old in source for source in sources), old
+        return ledger.scorer_hash(*(source.replace(old, new) for source in sources)) != known
+
+    for old, new in (
+        ("\ndef score(", "\n# a comment\ndef score("),
+        ('"""The windows of this rank, which are contiguous."""', '"""Other."""'),
+        ("matrix_lr: float", "matrix_lr : float"),
+        ("class Muon(", "class Muon2("),  # training is what experiments change
+        ("def rms_norm(", "def rms_norm2("),
+        ("class Learner:", "class Learner:\n    more = 1\n"),
+    ):
+        assert not changed(old, new), new
     for old, new in (
         ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),
         ("return F.cross_entropy(", "return 0.9 * F.cross_entropy("),
         ("SIZE_CAP = 16_000_000", "SIZE_CAP = 17_000_000"),
         ("def rank_share(", "def rank_shares("),
         ('if __name__ == "__main__":', 'def nll(a, b):\n    return 0\n\n\nif __name__ == "__main__":'),
+        # helpers, which no list names
+        ("return dist.get_world_size()", "return 1 + dist.get_world_size()"),
+        ("return 1 << max(int(number) - 1, 0)", "return 2 << max(int(number) - 1, 0)"),
+        ("class LedgerError(RuntimeError):", "class LedgerError(ValueError):"),
+        ('LOSSLESS_PROBE = "', 'LOSSLESS_PROBE = "a'),
+        ("def seen_before(key", "def seen_before(keys"),
+        ("def shards(self, split", "def shards(self, splits"),
     ):
-        assert source.count(old) >= 1 and ledger.scorer_hash(source.replace(old, new)) != known, new
+        assert changed(old, new), new
