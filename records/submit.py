@@ -116,8 +116,8 @@ def seed_entry(run: Run) -> dict[str, Any]:
     return dict(
         val_bpb=facts.val_bpb, val_loss=facts.val_loss, val_bpb_sliding=round(result["val_bpb_sliding"], 8), **more,
         artifact_bytes=facts.bytes_total, bytes_model=facts.bytes_model, bytes_code=facts.bytes_code,
-        steps=facts.steps, step_avg_ms=round(facts.step_avg_ms, 3), train_time_s=round(facts.train_seconds, 3),
-        eval_time_s=round(facts.eval_seconds, 3), sha256_artifact=result["sha256_artifact"],
+        steps=facts.steps, step_avg_ms=facts.step_avg_ms, train_time_s=facts.train_seconds,
+        eval_time_s=facts.eval_seconds, sha256_artifact=result["sha256_artifact"],
     )  # fmt: skip
 
 
