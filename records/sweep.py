@@ -46,7 +46,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy import optimize, stats
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 try:
     import tomllib
@@ -151,6 +151,7 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
     ranges = [name for name, kind in kinds.items() if not isinstance(kind, CategoricalDistribution)]
     points = 0 if ranges else prod(len(kind.choices) for kind in kinds.values())
     sampler, seeds = table.get("sampler", "tpe" if ranges else "grid"), table.get("seeds", [1337])
+    distinct = {seed for seed in seeds if isinstance(seed, int)}
     trials, prune = table.get("trials", points if sampler == "grid" else 20), table.get("prune", 5)
     for wrong, said in (
         (sampler not in SAMPLERS, f"sampler {sampler}: {', '.join(SAMPLERS)}"),
@@ -158,10 +159,8 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
         (sampler == "grid" and ranges, f"a grid needs values, and {', '.join(ranges)} has a range"),
         (sampler == "grid" and trials != points, f"the grid has {points} points: leave --trials out, or no grid"),
         (trials < 1 or prune < 0, f"trials from 1, prune from 0, not {trials} and {prune}"),
-        (
-            not seeds or len({str(seed) for seed in seeds if isinstance(seed, int)}) < len(seeds),
-            f"seeds {seeds}: whole numbers, one at least, each once",
-        ),
+        (not seeds or len(distinct) < len(seeds), f"seeds {seeds}: whole numbers, one at least, each once"),
+        ("row" in kinds and not set(ends(kinds["row"])) <= set(rows), f"row: there are {', '.join(rows) or 'none'}"),
     ):
         if wrong:
             raise ValueError(said)
@@ -182,7 +181,8 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
             if name in ("SEED", "RUN_ID"):
                 raise ValueError(f"{name}: the sweep's own")
             if name not in by_name:
-                raise ValueError(f"{name} is no setting, did you mean {tg.likely_name(name, set(by_name))}?")
+                near = tg.likely_name(name, set(by_name))
+                raise ValueError(f"{name} is no setting" + (f", did you mean {near}?" if near else ""))
             tg.parse_value(by_name[name], as_text(value))
         except ValueError as error:
             problems.append(str(error))
@@ -216,7 +216,7 @@ def open_storage(url: str, grace: int) -> optuna.storages.RDBStorage:
         try:
             return optuna.storages.RDBStorage(url, engine, heartbeat_interval=max(grace // 4, 1), grace_period=grace)
         except (ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
-            if left == 0 or isinstance(error, ImportError | ValueError):
+            if left == 0 or not isinstance(error, DBAPIError | StorageInternalError):
                 raise ValueError(f"--storage {url.partition('://')[0]}: {error}") from error
             time.sleep(1 + random.random())
 
@@ -259,6 +259,11 @@ class Sweep:
             found.setdefault(trial.user_attrs["ticket"], {}).setdefault(trial.user_attrs["attempt"], trial)
         return {ticket: [own[attempt] for attempt in sorted(own)] for ticket, own in found.items()}
 
+    def last_attempts(self) -> list[FrozenTrial]:
+        """Of each ticket that this process wants; of one with more trials than that, others may be lost."""
+        found = self.attempts()
+        return [found[ticket][-1] for ticket in range(len(self.points))]
+
     def claim(self) -> Trial | None:
         """A ticket's trial that is now ours, or None where no ticket is new, waiting or lost."""
         optuna.storages.fail_stale_trials(self.study)
@@ -285,7 +290,7 @@ class Sweep:
                     trial = self.claim()
                 if trial is not None:
                     self.run_trial(trial, {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {})
-                elif all(t[-1].state.is_finished() and not lost(t[-1]) for t in self.attempts().values()):
+                elif all(trial.state.is_finished() and not lost(trial) for trial in self.last_attempts()):
                     return
                 else:
                     self.stop.wait(1)  # another process has them; should it die, they are ours
@@ -316,10 +321,10 @@ class Sweep:
 
     def run_seeds(self, trial: Trial, name: str, environ: Mapping[str, str]) -> float:
         """The mean score of a setting over the seeds."""
-        results, key = [], config_hash(environ)
+        results, settings = [], config_hash(environ)
         for index, seed in enumerate(self.space.seeds):
             watch, own = self.watcher(trial, index * SEED_STEPS), {**environ, "SEED": str(seed)}
-            result = train(f"{name}_{key}_seed{seed}", own, self.launcher, self.folder, watch)
+            result = train(f"{name}_{settings}_seed{seed}", own, self.launcher, self.folder, watch)
             results.append({key: result.get(key) for key in (METRIC, "bytes_total", "fits")})
             trial.set_user_attr("results", results)
         return mean(result[METRIC] for result in results)

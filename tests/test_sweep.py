@@ -137,6 +137,37 @@ def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given,
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--workers", "2", "--gpus", "0,1,2"], "3 GPUs cannot be shared evenly by 2 workers"),
+        (["--workers", "0"], "0 workers"),
+        (["--launcher", "no-such-launcher --fast"], "no-such-launcher --fast: no such program"),
+        (["--seeds", "1,1"], "each once"),
+        (["--trials", "3"], "the grid has 2 points"),
+        (["--set", "row=a,b"], "row: there are none"),
+        (["--set", "NO_SUCH_SETTING_AT_ALL=1"], "NO_SUCH_SETTING_AT_ALL is no setting\n"),
+        (["--prune", "-1"], "prune from 0"),
+        (["--storage", "nosuchbase://x"], "--storage nosuchbase"),
+    ],
+)
+def test_options_that_do_not_go_together(place, capsys, given, said):
+    assert sweep.main([*arguments("run", "--set", "MATRIX_LR=0.01,0.02"), *given], environment()) == 2
+    assert said in capsys.readouterr().err and not started()
+
+
+def test_fewer_trials_than_the_study_has_do_not_wait_for_the_others(place):
+    """Of a study of four of which the last was stopped, one is asked for: it is there, so nothing is run."""
+    command = [*arguments("run", "--set", "MATRIX_LR=0.01..0.1"), "--trials"]
+    assert sweep.main([*command, "3"], environment(STAND_IN_BPB="2")) == 0
+    study = optuna.load_study(study_name="sweep", storage="sqlite:///runs/sweep/study.db")
+    study.enqueue_trial({}, dict(ticket=3, attempt=0))
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    sweep.main([*command, "1"], environment(STAND_IN_BPB="2"))
+    assert len(started()) == 3
+    assert sweep.main([*command, "4"], environment(STAND_IN_BPB="2")) == 0 and len(started()) == 4
+
+
 def test_a_space_file(place, capsys):
     Path("my.toml").write_text(
         f'recipe = "{os.path.relpath(SMOKE)}"\nseeds = [5]\n[space]\nMATRIX_LR = [0.02, 0.03]\nTIE_EMBEDDINGS = true\n'
@@ -254,11 +285,8 @@ def test_code_that_changes_under_a_study_or_a_comparison_stops_it(place, capsys,
 
 
 def test_a_score_that_is_no_number_is_a_crash(place):
-    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02")
-    assert sweep.main(command, environment(STAND_IN_BPB="nan")) == 1
-    assert [(row["state"], row["why"].rpartition(":")[2]) for row in rows("sweep")] == [
-        ("fail", " val_bpb_sliding is nan")
-    ] * 2
+    with pytest.raises(launch_module.Crash, match="val_bpb_sliding is nan"):
+        launch_module.train("run", environment(STAND_IN_BPB="nan"), [sys.executable, "stand_in.py"], Path("logs"))
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -464,7 +492,7 @@ def test_a_tracker_is_told_when_asked_for(place, capsys, monkeypatch, demo_data)
     Path("trackio.py").write_text(textwrap.dedent(TRACKER))
     monkeypatch.syspath_prepend(place)
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), STAND_IN_BPB="2")
     runs = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--workers", "2")
     one = arguments("one", "--note", "n", "--seconds", "5")
     for name, said in (("wandb", "pip install wandb"), ("tensorboard", "trackio or wandb")):
@@ -486,19 +514,21 @@ def test_the_hash_of_the_scorer():
     sources = [(ROOT / name).read_text() for name in ("train_gpt.py", "eval_ttt.py")]
     known = ledger.scorer_hash(*sources)
 
-    def changed(old: str, new: str) -> bool:
-        assert any(old in source for source in sources), old
-        return ledger.scorer_hash(*(source.replace(old, new) for source in sources)) != known
+    def changed(*pairs: tuple[str, str]) -> bool:
+        after = sources
+        for old, new in pairs:
+            assert any(old in source for source in sources), old
+            after = [source.replace(old, new) for source in after]
+        return ledger.scorer_hash(*after) != known
 
-    for old, new in (
+    assert not changed(
         ("\ndef score(", "\n# a comment\ndef score("),
         ('"""The windows of this rank, which are contiguous."""', '"""Other."""'),
         ("matrix_lr: float", "matrix_lr : float"),
         ("class Muon(", "class Muon2("),  # training is what experiments change
         ("def rms_norm(", "def rms_norm2("),
         ("class Learner:", "class Learner:\n    more = 1\n"),
-    ):
-        assert not changed(old, new), new
+    )
     for old, new in (
         ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),
         ("return F.cross_entropy(", "return 0.9 * F.cross_entropy("),
@@ -513,4 +543,4 @@ def test_the_hash_of_the_scorer():
         ("def seen_before(key", "def seen_before(keys"),
         ("def shards(self, split", "def shards(self, splits"),
     ):
-        assert changed(old, new), new
+        assert changed((old, new)), new
