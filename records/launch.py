@@ -12,8 +12,8 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -33,7 +33,7 @@ import os, select, signal, subprocess, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: None)
 run = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, start_new_session=True)
-while run.poll() is None and not select.select([0], [], [], 0.1)[0]:
+while run.poll() is None and not select.select([0], [], [], 0.05)[0]:
     pass
 for number in (signal.SIGTERM, signal.SIGKILL):
     try:
@@ -96,7 +96,8 @@ def train(
         ):  # fmt: skip
             while guard.poll() is None:
                 watch(folder)
-                time.sleep(POLL)
+                with suppress(subprocess.TimeoutExpired):
+                    guard.wait(POLL)
         if not (folder / "result.json").exists():
             last = output.read_text(errors="replace").strip().rpartition("\n")[2]
             raise Crash(f"{folder}: exit code {guard.returncode}, see {output}: {last[:200]}")
