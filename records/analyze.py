@@ -62,7 +62,8 @@ RESAMPLES = 2000  # of the bootstrap
 TOP = 8  # leading singular directions: one in so many of the smaller side
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the way from A to the other model
 STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the evaluator's own
-CURVATURE_ROWS, BATCH_ROWS = 8, 4  # rows for the Hessian, the first of the sample; rows at a time
+CURVATURE_ROWS = 8  # for the Hessian, the first of the sample
+BATCH_TOKENS = 2048  # at a time: second derivatives keep every attention matrix
 LANCZOS, PROBES = 24, 16  # Hessian-vector products for the eigenvalues and for the trace
 SHOWN = (2, 4, 8, 16, LANCZOS)  # steps of Lanczos that are reported
 
@@ -180,6 +181,7 @@ def table_text(title: str, note: str, tables: Mapping[str, Table], form: str) ->
         for number, (name, each) in enumerate(tables.items()):
             cells = [each[row][column].text(form) if column in each.get(row, {}) else "" for column in columns]
             body.append(["" if number else row, name, *cells])
+    body = body if rows else []
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     left = [f"  {row.ljust(widths[0])}  {name.ljust(widths[1])}" for row, name, *_ in body]
     right = [(cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True)) for _, _, *cells in body]
@@ -430,10 +432,15 @@ def sample_rows(tokens: np.ndarray, rows: int, length: int, seed: int, device: t
     return part[:, :-1], part[:, 1:]
 
 
+def batches(rows: Tensor) -> tuple[Tensor, ...]:
+    """ROWS (rows, T) in parts of some BATCH_TOKENS tokens, of whole rows."""
+    return rows.split(max(1, BATCH_TOKENS // rows.size(1)))
+
+
 @torch.no_grad()
 def row_losses(model: tg.GPT, text: Text) -> np.ndarray:
     """Nats of the sample's targets, (rows, T) but for the places of memory tokens."""
-    pairs = zip(text.ids.split(BATCH_ROWS), text.targets.split(BATCH_ROWS), strict=True)
+    pairs = zip(batches(text.ids), batches(text.targets), strict=True)
     losses = torch.cat([tg.token_nll(model, ids, targets) for ids, targets in pairs])
     return losses[:, model.config.num_memory_tokens :].double().cpu().numpy()
 
@@ -529,7 +536,7 @@ def activations(model: tg.GPT, ids: Tensor) -> dict[tuple[str, int], Tensor]:
 def cka(a: Side, b: Side, text: Text) -> Table:
     """Linear CKA of the activations of A and B on the same tokens: blind to rotations, so to permutations of units."""
     products: dict[tuple[str, int], Products] = {}
-    for ids in text.ids.split(BATCH_ROWS):
+    for ids in batches(text.ids):
         ours, theirs = (activations(side.model, ids) for side in (a, b))
         for site, x in ours.items():
             products.setdefault(site, Products()).add(x, theirs[site])
@@ -559,10 +566,10 @@ def path_loss(a: Side, b: Side, text: Text) -> Table:
 def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
     """v -> H v for the Hessian of the mean training loss in all parameters, laid end to end.
 
-    Of the first CURVATURE_ROWS rows, BATCH_ROWS at a time, twice through autograd (Pearlmutter 1994).
+    Of the first CURVATURE_ROWS rows, a batch at a time, twice through autograd (Pearlmutter 1994).
     """
     parameters = list(model.parameters())
-    ids, targets = (rows[:CURVATURE_ROWS].split(BATCH_ROWS) for rows in (text.ids, text.targets))
+    ids, targets = (batches(rows[:CURVATURE_ROWS]) for rows in (text.ids, text.targets))
 
     def product(v: Tensor) -> Tensor:
         total, count = torch.zeros_like(v), sum(map(len, ids))
@@ -695,7 +702,7 @@ def quantisation(a: Side, text: Text, outputs: bool) -> Table:
     state = {name: a.rounded.state[name].to(a.setup.device) for name in tg.GPT.BANKS}
     if not outputs:
         return over_slices(a, relative_error, state)
-    read = tg.collect_hessians(a.model, text.ids.split(BATCH_ROWS))
+    read = tg.collect_hessians(a.model, batches(text.ids))
     return over_slices(a, relative_error, state, {
         bank: torch.cat([read[stack] for stack in stacks]) for bank, stacks in tg.STACKS.items()})  # fmt: skip
 
@@ -766,12 +773,13 @@ STYLES = {"A": "-", "B": "--", "null": ":", "A to B": "--", "A to null": ":"}
 
 
 def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
-    """Pairs as they are; of single models A's numbers, and by how much the others' are greater."""
+    """Pairs as they are; of single models A's numbers and what the others' are greater by; residuals as they are."""
     shown = {name: table for name, table in found.items() if table}
     if not analysis.pair and "A" in shown:
         first = shown.pop("A")
-        more = {f"{name} - A": {row: {column: cell.less(first[row][column]) for column, cell in cells.items()}
-                                for row, cells in table.items()} for name, table in shown.items()}  # fmt: skip
+        more = {f"{name} - A": {row: {column: cell if column == "residual" else cell.less(first[row][column])
+                                      for column, cell in cells.items()} for row, cells in table.items()}
+                for name, table in shown.items()}  # fmt: skip
         shown = {"A": first} | more
     return table_text(analysis.title, analysis.note if shown else f"None: {analysis.empty}.", shown, analysis.form)
 
@@ -836,6 +844,9 @@ def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[s
         lines += [f"     {side.missing}"] if side.missing else []
     if not given.null:
         lines.append("no --null: how far a repeat of A would be from A is not known, so nothing here is an effect")
+    elif (sides["B"].setup.config.seed == config.seed) != (sides["null"].setup.config.seed == config.seed):
+        lines.append("only one of B and null has A's seed: what the same first weights have in common is no effect of "
+                     "settings, nor is its lack")  # fmt: skip
     return [*lines, f"sample: {given.rows} rows of {config.train_seq_len} tokens of the validation text, drawn by "
             f"--seed {given.seed}; ± is a standard error over rows, documents or probes; float32"]  # fmt: skip
 
