@@ -822,6 +822,12 @@ def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[st
     tokens, _, table = read_text(configs["A"])
     if given.null and (apart := settings_apart(configs["A"], configs["null"])):
         raise ValueError(f"--null {given.null} is no repeat of {given.a}: {', '.join(apart)}")
+    tokenizer = Path(configs["A"].tokenizer_path)
+    for folder in folders.values():
+        result = folder / "result.json"
+        trained = json.loads(result.read_text()).get("sha256_tokenizer") if result.exists() else None
+        if trained and trained != tg.sha256_file(tokenizer):
+            raise ValueError(f"{folder} was trained with another tokenizer than {tokenizer}")
     ways = [f.name for f in fields(tg.Config) if f.metadata["section"] in ("data", "scoring", "evaluator")]
     same = {name: getattr(configs["A"], name) for name in ways}
     sides = {name: read_side(folders[name], replace(c, **same), table, device) for name, c in configs.items()}

@@ -534,6 +534,8 @@ def test_runs_that_cannot_be_compared(make_run, tmp_path, capsys):
     empty.mkdir()
     unknown = make_run("unknown")
     (unknown / "config.json").write_text(json.dumps(dict(config=dict(no_such_setting=1))))
+    foreign = make_run("foreign")
+    (foreign / "result.json").write_text(json.dumps(dict(sha256_tokenizer="0" * 64)))
     no_model = make_run("no_model")
     (no_model / "final_model.pt").unlink()
     for argv, message in (
@@ -542,6 +544,7 @@ def test_runs_that_cannot_be_compared(make_run, tmp_path, capsys):
         ((a, empty), "empty is no folder of a run"),
         ((a, unknown), "unknown settings no_such_setting"),
         ((a, no_model), "final_model.pt"),
+        ((a, foreign), "foreign was trained with another tokenizer than .*tokenizer.model"),
         ((a, other, "--only", "cka,kca"), "--only kca: there are cosines"),
         ((a, other, "--rows", "1"), "--rows 1: from 2 to"),
         ((a, other, "--data", empty), "no shards match"),
