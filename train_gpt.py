@@ -1711,13 +1711,17 @@ class FastWeights:
         self.set_factors(factors or {})
         if moments is not None and not self.base.keys() <= moments.keys():
             raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
-        self.fixed, self.moments = moments is not None, dict(moments or {})
+        self.fixed, self.moments = moments is not None, self._here(moments or {})
         self.state: dict[str, list[Tensor]] = {}
 
+    def _here(self, moments: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+        device = next(iter(self.base.values())).device
+        return {name: [part.to(device) for part in parts] for name, parts in moments.items()}
+
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Take new factors of the rates by bank."""
-        banks = {name: name.split(".")[0] for name in self.base}
-        self.rates = {name: rate * factors.get(banks[name], 1.0) for name, rate in self.own_rates.items()}
+        """Take new factors of the rates by bank, from any device."""
+        near = {bank: factor.to(next(iter(self.base.values())).device) for bank, factor in factors.items()}
+        self.rates = {name: rate * near.get(name.split(".")[0], 1.0) for name, rate in self.own_rates.items()}
 
     def _rate(self, name: str, base: Tensor) -> float | Tensor:
         c, (bank, *_) = self.config, name.split(".")
@@ -1767,9 +1771,7 @@ class FastWeights:
         return dict(moments=self.moments, steps=self.steps)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        device = next(iter(self.base.values())).device
-        self.moments = {name: [part.to(device) for part in parts] for name, parts in saved["moments"].items()}
-        self.steps = saved["steps"]
+        self.moments, self.steps = self._here(saved["moments"]), saved["steps"]
 
     def observe(self, gradients: Mapping[str, Tensor], sets: int) -> None:
         """Take squared gradients into the moments: their mean at first, then with TTT_BETA2; SETS have a gradient."""
