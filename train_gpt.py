@@ -127,8 +127,8 @@ class Config:
     pos_conditional_bigram: bool = setting("model", False, "tokens that begin a word have one half of the bigram rows")
     trigram: bool = setting("model", False, "hashed trigrams in the bigram table too")
     word_start_boost: bool = setting("model", False, "learned factor of the bigram at tokens that begin a word")
-    doc_borders: str = setting("model", "respect", "smear and bigram across documents: never, or as published",
-                               choices=("respect", "published"))
+    doc_borders: str = setting("model", "respect", "what stays inside a document: smear and bigram, attention too, or "
+                               "nothing, as published", choices=("respect", "attention", "published"))
     ve_enabled: bool = setting("model", True, "shared value embeddings in VE_LAYERS")
     ve_dim: int = setting("model", 128, "width of the value embedding", low=1)
     ve_layers: str = setting("model", "9,10", "comma list of the layers that add the value embedding")
@@ -477,6 +477,8 @@ def inconsistencies(c: Config) -> list[str]:
         (c.unet_skips or not c.skip_gates, "SKIP_GATES needs UNET_SKIPS"),
         (c.num_memory_tokens + c.mtp_num_heads < min(c.train_seq_len, c.eval_seq_len),
          f"NUM_MEMORY_TOKENS={c.num_memory_tokens} and MTP_NUM_HEADS={c.mtp_num_heads} leave no target in a row"),
+        (c.doc_borders != "attention" or not c.num_memory_tokens, "DOC_BORDERS=attention would hide NUM_MEMORY_TOKENS "
+         "from all but the first document of a row"),
         (ve_ok, f"VE_LAYERS={c.ve_layers!r}: different numbers from 0 to {c.num_layers - 1}"),
         (c.train_batch_tokens % c.train_seq_len == 0 and rows % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
@@ -866,19 +868,21 @@ def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str
 # Model
 # ----------------------------------------------------------------------------------------------------------------------
 
-AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Tap = Callable[[str, int, Tensor, Tensor], None]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels.
 
-    k and v may begin earlier than q: they end with it.
+    k and v may begin earlier than q: they end with it. DOCUMENTS (B, T), as long as k: no place attends to another's.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
     mask, past = None, k.size(2) - q.size(2)
-    if past:  # the queries are those of the last places
+    if past or documents is not None:  # the queries are those of the last places
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
+    if documents is not None:
+        mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return y.transpose(1, 2)
 
@@ -905,9 +909,14 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
 
 
 def flash_attention(kernel: Callable) -> AttentionFn:
-    """The causal form of a flash-attn function; some versions return the log-sum-exp beside the output."""
+    """The causal form of a flash-attn function; some versions return the log-sum-exp beside the output.
 
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    They have no masks, so documents are left to torch.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+        if documents is not None:
+            return sdpa_attention(q, k, v, documents)
         out = kernel(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
 
@@ -934,6 +943,14 @@ def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Te
     frequencies = base ** (-torch.arange(0, dims, 2, **exact) / dims)
     angles = torch.outer(torch.arange(length, **exact), frequencies)
     return angles.cos().to(like.dtype).unsqueeze(1), angles.sin().to(like.dtype).unsqueeze(1)
+
+
+class Places(NamedTuple):
+    """What attention knows of a row's places: cos and sin (T, 1, r / 2) for its queries; documents of all its keys."""
+
+    cos: Tensor
+    sin: Tensor
+    documents: Tensor | None  # (B, past + T)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1070,7 +1087,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         banks: BankView,
-        rotary: tuple[Tensor, Tensor],
+        places: Places,
         extra_value: Tensor | None,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
@@ -1080,9 +1097,10 @@ class Attention(nn.Module):
         k = banks.linear("kv_bank", self.layer, x).view(B, T, self.kv_heads, -1)
         v = banks.linear("kv_bank", self.num_layers + self.layer, x)
         v = (v if extra_value is None else v + extra_value).view(B, T, self.kv_heads, -1)
-        q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
+        q, k = (rotate(rms_norm(x), places.cos, places.sin) for x in (q, k))
         keys, values = (k, v) if extend is None else extend(k, v)
-        y = self.kernel(q * self.q_gain.to(x.dtype).unsqueeze(-1), keys, values)  # (B, T, H, D)
+        q = q * self.q_gain.to(x.dtype).unsqueeze(-1)
+        y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
         return banks.linear("qo_bank", self.num_layers + self.layer, y.reshape(B, T, d))
 
@@ -1121,7 +1139,7 @@ class Block(nn.Module):
         x: Tensor,
         x0: Tensor,
         banks: BankView,
-        rotary: tuple[Tensor, Tensor],
+        places: Places,
         extra_value: Tensor | None,
         columns: Tensor | None,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
@@ -1133,7 +1151,7 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        attended = self.attn(rms_norm(x) * self.norm_scale, banks, rotary, extra_value, extend)
+        attended = self.attn(rms_norm(x) * self.norm_scale, banks, places, extra_value, extend)
         x = x + self.attn_scale.to(x.dtype) * attended
         if columns is not None:
             x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
@@ -1267,8 +1285,7 @@ class GPT(nn.Module):
         rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in {**own, **(banks or {})}.items()}
         view = BankView(rows, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
-        length = input_ids.size(1) if cache is None else cache.ids.size(1)
-        rotary = tuple(table[-input_ids.size(1) :] for table in rotary_tables(length, *self.rotary, x))
+        places = self.places(input_ids if cache is None else cache.ids, input_ids.size(1), x)
         extra = self.ve_shared([input_ids], self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
         blocks = self.blocks if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
@@ -1280,10 +1297,16 @@ class GPT(nn.Module):
             if block.layer in self.value_layers:
                 extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
             extend = None if cache is None else partial(cache.append, depth)
-            x = block(x, x0, view, rotary, extra_value, columns if depth == len(blocks) - 1 else None, extend)
+            x = block(x, x0, view, places, extra_value, columns if depth == len(blocks) - 1 else None, extend)
             if depth < half:
                 skips.append(x)
         return x
+
+    def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
+        """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
+        cos, sin = rotary_tables(ids.size(1), *self.rotary, like)
+        documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
+        return Places(cos[-count:], sin[-count:], documents)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""
@@ -1294,7 +1317,7 @@ class GPT(nn.Module):
         """input_ids (B, T) -> the first embedding (B, T, d): token, hashed bigram, norm, smear."""
         first = torch.zeros_like(input_ids, dtype=torch.bool)
         first[:, 0] = True
-        if self.config.doc_borders == "respect":
+        if self.config.doc_borders != "published":
             first = first | (input_ids == BOS_ID)
         x = lookup(self.tok_emb.weight, input_ids).to(self.dtype)
         if self.bigram is not None:
@@ -1688,13 +1711,17 @@ class FastWeights:
         self.set_factors(factors or {})
         if moments is not None and not self.base.keys() <= moments.keys():
             raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
-        self.fixed, self.moments = moments is not None, dict(moments or {})
+        self.fixed, self.moments = moments is not None, self._here(moments or {})
         self.state: dict[str, list[Tensor]] = {}
 
+    def _here(self, moments: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
+        device = next(iter(self.base.values())).device
+        return {name: [part.to(device) for part in parts] for name, parts in moments.items()}
+
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Take new factors of the rates by bank."""
-        banks = {name: name.split(".")[0] for name in self.base}
-        self.rates = {name: rate * factors.get(banks[name], 1.0) for name, rate in self.own_rates.items()}
+        """Take new factors of the rates by bank, from any device."""
+        near = {bank: factor.to(next(iter(self.base.values())).device) for bank, factor in factors.items()}
+        self.rates = {name: rate * near.get(name.split(".")[0], 1.0) for name, rate in self.own_rates.items()}
 
     def _rate(self, name: str, base: Tensor) -> float | Tensor:
         c, (bank, *_) = self.config, name.split(".")
@@ -1744,9 +1771,7 @@ class FastWeights:
         return dict(moments=self.moments, steps=self.steps)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        device = next(iter(self.base.values())).device
-        self.moments = {name: [part.to(device) for part in parts] for name, parts in saved["moments"].items()}
-        self.steps = saved["steps"]
+        self.moments, self.steps = self._here(saved["moments"]), saved["steps"]
 
     def observe(self, gradients: Mapping[str, Tensor], sets: int) -> None:
         """Take squared gradients into the moments: their mean at first, then with TTT_BETA2; SETS have a gradient."""

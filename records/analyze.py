@@ -1,18 +1,42 @@
-"""Print a table of finished runs and draw their curves, from what the runs wrote and nothing else.
+"""What runs did, how two scores of the same text differ, and how two trained models differ.
 
     python records/analyze.py runs/demo_seed1337 [runs/...] [--out curve.png]
+    python records/analyze.py nll runs/A runs/B [--out DIR]
+    python records/analyze.py weights runs/A runs/B [--null runs/C] [--out DIR]
 
-The picture goes to the first run's folder unless --out names another place.
+The first prints a table of finished runs and draws their curves. `nll` compares the losses of the same targets by two
+runs, or by one with and without adaptation: evaluate it twice, keep the first nll.npy under another name, and give both
+files; TTT_EPOCHS=0 scores the same plan without. `weights` compares two checkpoints; with --null, a repeat of A with
+its settings and another seed or the same, each number stands beside that of A and the repeat. All write text, JSON and
+a picture, to the first folder unless --out names another place. Exit code 0: done, 2: the user's input.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import fields, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import eval_ttt as ev  # noqa: E402
+import train_gpt as tg  # noqa: E402
 
 ROWS = (  # key of result.json, label, format
     ("steps", "steps", "{:,}"),
@@ -26,6 +50,79 @@ ROWS = (  # key of result.json, label, format
     ("train_seconds", "contest clock, s", "{:.1f}"),
     ("strict_seconds", "process start to result, s", "{:.1f}"),
 )
+BLOCK = 2048  # targets, of the blocks that stand for independent parts where documents do not
+MIN_DOCUMENTS = 20  # with fewer, errors are by blocks
+NLL_NOTES = {
+    "the gain, nats a target": "By what is taken as independent; parts below by the first. ± is a standard error, "
+    "from and to are 95 % intervals: of these weights, on text like this. Another seed of training moves the gain too: "
+    "compare trainings by seeds, with sweep.py compare.",
+    "loss, mean of both": "In nats. Sorted by one of the scores, the other would look better where that one is high.",
+}
+RESAMPLES = 2000  # of the bootstrap
+TOP = 8  # leading singular directions: one in so many of the smaller side
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the way from A to the other model
+STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the evaluator's own
+CURVATURE_ROWS = 8  # for the Hessian, the first of the sample
+BATCH_TOKENS = 2048  # at a time: second derivatives keep every attention matrix
+LANCZOS, PROBES = 24, 16  # Hessian-vector products for the eigenvalues and for the trace
+SHOWN = (2, 4, 8, 16, LANCZOS)  # steps of Lanczos that are reported
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers with their errors
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    """A number, and what each independent unit (document, row, probe) adds to its error; none: it is exact."""
+
+    value: float
+    influence: np.ndarray = np.zeros(0)
+
+    @property
+    def error(self) -> float | None:
+        """The standard error, robust to any dependence within a unit; None where there are not two units."""
+        n = len(self.influence)
+        return math.sqrt(n / (n - 1) * float((self.influence**2).sum())) if n > 1 else None
+
+    def less(self, other: Estimate) -> Estimate:
+        """The difference of two estimates by the same units: what both have in common cancels, also in the error."""
+        return Estimate(self.value - other.value, self.influence - other.influence)
+
+    def interval(self) -> tuple[float, float] | None:
+        """95 % by Student's t with one degree of freedom less than there are units."""
+        half = None if self.error is None else self.error * float(stats.t.ppf(0.975, len(self.influence) - 1))
+        return None if half is None else (self.value - half, self.value + half)
+
+    def text(self, form: str) -> str:
+        return f"{self.value:{form}}" + ("" if self.error is None else f"±{self.error:{form}}")
+
+
+Table = dict[str, dict[str, Estimate]]  # row -> column -> number
+
+
+def clustered(x: np.ndarray, units: np.ndarray) -> Estimate:
+    """The mean of X, with the error of a mean over units of unequal size: targets of one unit depend on each other.
+
+    UNITS are their numbers. With S_g and n_g the sum and count of unit g, its influence is (S_g - n_g mean) / N
+    (Liang and Zeger 1986; for evaluations arXiv 2411.00640).
+    """
+    _, units = np.unique(units, return_inverse=True)
+    mean = float(x.mean(dtype=np.float64))
+    sums, counts = np.bincount(units, x), np.bincount(units)
+    return Estimate(mean, (sums - counts * mean) / len(x))
+
+
+def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of X when whole units are drawn with replacement."""
+    sums, counts, rng = np.bincount(units, x), np.bincount(units), np.random.default_rng(seed)
+    drawn = (rng.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
+    low, high = np.quantile([sums[index].sum() / counts[index].sum() for index in drawn], (0.025, 0.975))
+    return float(low), float(high)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading and writing
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
@@ -45,6 +142,84 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     return result, metrics
 
 
+def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.Config:
+    """The settings of a run, the evaluator's own where it has run; DATA and TOKENIZER: where the text is now.
+
+    ValueError where there is no config.json, or one with settings that this version does not know.
+    """
+    try:
+        settings = json.loads((folder / "config.json").read_text())["config"]
+        if (folder / "eval_ttt.json").exists():
+            settings |= json.loads((folder / "eval_ttt.json").read_text())["settings"]
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{folder} is no folder of a run: {error}") from error
+    if unknown := sorted(set(settings) - {f.name for f in fields(tg.Config)}):
+        raise ValueError(f"{folder}/config.json: unknown settings {', '.join(unknown)}, written by another version")
+    settings |= dict(data_path=str(data), val_files="") if data else {}
+    settings |= dict(tokenizer_path=str(tokenizer)) if tokenizer else {}
+    return tg.Config(**settings | dict(mtp_num_heads=0))  # a part of training
+
+
+def read_text(config: tg.Config) -> tuple[np.ndarray, list[str], tg.ByteTable]:
+    """The validation tokens, the shards they are from, and the byte table; UserError where they do not fit."""
+    table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
+    return *tg.read_validation(config, table, tg.sha256_file(config.tokenizer_path)), table
+
+
+def documents_of(tokens: np.ndarray) -> np.ndarray:
+    """The number of each target's document, (targets,)."""
+    begin, end = ev.documents(tokens)
+    return np.repeat(np.arange(len(begin)), end - begin)
+
+
+def table_text(title: str, note: str, tables: Mapping[str, Table], form: str) -> str:
+    """TABLES as one, with a line for each row and each name of a table."""
+    rows = list(dict.fromkeys(row for each in tables.values() for row in each))
+    columns = list(dict.fromkeys(column for each in tables.values() for row in each.values() for column in row))
+    body = [["", "", *columns]]
+    for row in rows:
+        for number, (name, each) in enumerate(tables.items()):
+            cells = [each[row][column].text(form) if column in each.get(row, {}) else "" for column in columns]
+            body.append(["" if number else row, name, *cells])
+    body = body if rows else []
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    left = [f"  {row.ljust(widths[0])}  {name.ljust(widths[1])}" for row, name, *_ in body]
+    right = [(cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True)) for _, _, *cells in body]
+    lines = [(start + "  " + "  ".join(cells)).rstrip() for start, cells in zip(left, right, strict=True)]
+    return "\n".join(["", title, *textwrap.wrap(note, 116, initial_indent="  ", subsequent_indent="  "), *lines])
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    return {row: {column: dict(value=cell.value, error=cell.error) for column, cell in cells.items()}
+            for row, cells in table.items()}  # fmt: skip
+
+
+def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
+    """A figure of WIDTH x HEIGHT inches, which needs no screen, and its axes one after the other."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return figure, axes.flatten()
+
+
+def write_report(given: argparse.Namespace, text: str, report: Any, paint: Callable[[Path], None]) -> None:
+    """Print TEXT, and write it with the JSON and the picture to --out, or to A's folder."""
+    folder = given.out or (given.a if given.a.is_dir() else given.a.parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / given.command
+    print(text)
+    tg.write_atomically(stem.with_suffix(".txt"), (text + "\n").encode())
+    tg.write_atomically(stem.with_suffix(".json"), json.dumps(report, indent=1).encode())
+    paint(stem.with_suffix(".png"))
+    print(f"written: {stem}.txt, .json, .png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Curves of runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def table(results: dict[str, dict]) -> str:
     """One column a run, one row a figure."""
     names = list(results)
@@ -58,10 +233,7 @@ def table(results: dict[str, dict]) -> str:
 
 def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
     """Training loss and validation bpb against seconds of training; the artifact's sliding score as a dotted line."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = new_figure(1, 2, 10, 4)
     for number, (name, (result, metrics)) in enumerate(runs.items()):
         for axis, key in ((left, "train_loss"), (right, "val_bpb")):
             points = [(row["seconds"], row[key]) for row in metrics if key in row]
@@ -73,20 +245,676 @@ def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    parser.add_argument("--out", type=Path, help="the picture; default: curve.png in the first folder")
-    arguments = parser.parse_args()
-    try:
-        runs = {str(folder): read_run(folder) for folder in arguments.runs}
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    path = arguments.out or arguments.runs[0] / "curve.png"
+def curves(given: argparse.Namespace) -> None:
+    """The table of several runs, their curves as a picture, and both as JSON beside it."""
+    runs = {str(folder): read_run(folder) for folder in given.runs}
+    path = given.out or given.runs[0] / "curve.png"
     draw(runs, path)
+    report = {name: dict(result=result, metrics=metrics) for name, (result, metrics) in runs.items()}
+    tg.write_atomically(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
     print(table({name: result for name, (result, _) in runs.items()}))
     print(f"curve: {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two scores of the same targets
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
+    """The two nll arrays, (targets,), with the text they are losses of. ValueError where the three do not fit."""
+    paths = [path / "nll.npy" if path.is_dir() else path for path in (given.a, given.b)]
+    folders = [path.parent for path in paths if (path.parent / "config.json").exists()]
+    if not folders:
+        raise ValueError(f"neither {given.a} nor {given.b} is in a run's folder, whose config.json says what it scored")
+    tokens, shards, byte_table = read_text(read_config(folders[0], given.data, given.tokenizer))
+    losses = []
+    for path in paths:
+        try:
+            losses.append(np.load(path))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no nll.npy of eval_ttt.py: {error}") from error
+        if losses[-1].shape != (len(tokens) - 1,) or not np.isfinite(losses[-1]).all():
+            raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in {', '.join(shards)}, "
+                             "or not all finite")  # fmt: skip
+        if (path.parent / "eval_ttt.json").exists():
+            scored = json.loads((path.parent / "eval_ttt.json").read_text())["sha256_shards"]
+            if set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
+                raise ValueError(f"{path} scored {', '.join(scored)}, which are not {', '.join(shards)}")
+    return losses, tokens, byte_table
+
+
+def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> dict[str, dict[str, np.ndarray]]:
+    """Masks over the targets by place, kind, frequency and LOSS: kind of bucket -> its name -> (targets,).
+
+    Frequencies are those of this text, in fifths of its targets. LOSS is the mean of both scores: among targets that
+    one of them found hard the other would look better even if they differed by noise alone.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {"place in the document": {}, "kind of target": {}}
+    for name, mask in ev.classes(tokens, byte_table).items():
+        kind, name = ("place in the document", name[6:]) if name.startswith("place ") else ("kind of target", name)
+        found[kind][name] = mask
+    counts = np.bincount(tokens[1:])
+    order = np.argsort(-counts, kind="stable")
+    before = np.cumsum(counts[order]) - counts[order]  # targets of more frequent tokens
+    fifth = np.empty_like(counts)
+    fifth[order] = np.minimum(5 * before // (len(tokens) - 1), 4)
+    names = ("most frequent", "2nd fifth", "3rd fifth", "4th fifth", "rarest")
+    found["frequency of the token"] = {name: fifth[tokens[1:]] == i for i, name in enumerate(names)}
+    borders = (0, *ev.LOSS_BORDERS, math.inf)
+    found["loss, mean of both"] = {f"{low}-{high}" if high < math.inf else f"{low}+": (loss >= low) & (loss < high)
+                                   for low, high in pairwise(borders)}  # fmt: skip
+    return {kind: {name: mask for name, mask in masks.items() if mask.any()} for kind, masks in found.items()}
+
+
+def independent_units(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What could be taken as independent, the first being what is taken: name -> number of each target's unit."""
+    place, document = np.arange(len(tokens) - 1), documents_of(tokens)
+    found = {f"{document[-1] + 1} documents": document, f"{place[-1] // BLOCK + 1} blocks of {BLOCK}": place // BLOCK}
+    if document[-1] + 1 < MIN_DOCUMENTS:
+        found = dict(reversed(found.items()))
+    return found | {f"{len(place)} targets: too small, neighbours depend": place}
+
+
+def compare_nll(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, Table]:
+    """The gain of B over A in nats a target, A less B: as a mean, with its errors, and where it is."""
+    gain, units = a.astype(np.float64) - b, independent_units(tokens)
+    first, errors = next(iter(units.values())), {}
+    for name, labels in units.items():
+        mean = clustered(gain, labels)
+        errors[name] = {"gain": mean}
+        spans = {"t": mean.interval(), "bootstrap": bootstrap(gain, labels) if 1 < labels[-1] + 1 < len(gain) else None}
+        for kind, span in spans.items():
+            ends = zip(("from", "to"), map(Estimate, span or ()), strict=False)
+            errors[name] |= {f"{kind}: {end}": number for end, number in ends}
+    report: dict[str, Table] = {"the gain, nats a target": errors}
+    for kind, masks in buckets(tokens, (a.astype(np.float64) + b) / 2, byte_table).items():
+        report[kind] = {}
+        for name, mask in masks.items():
+            here = clustered(gain[mask], first[mask])
+            ours, theirs = (x[mask].mean(dtype=np.float64) for x in (a, b))
+            part = gain[mask].sum() / gain.sum() if gain.sum() else 0.0
+            plain = {"share of targets": mask.mean(), "A": ours, "B": theirs, "share of the gain": part}
+            report[kind][name] = {column: Estimate(float(x)) for column, x in plain.items()} | {"gain": here}
+    return report
+
+
+def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, title: str, path: Path) -> None:
+    """The gain in each bucket with two standard errors, by document, and adding up over the text."""
+    figure, axes = new_figure(2, 3, 15, 8)
+    _, *parts = report.items()
+    for axis, (kind, table) in zip(axes, parts, strict=False):
+        names = [f"{name}\n{cells['share of the gain'].value:.0%}" for name, cells in table.items()]
+        found = [cells["gain"] for cells in table.values()]
+        errors = [2 * (each.error or 0.0) for each in found]
+        axis.bar(names, [each.value for each in found], yerr=errors, capsize=3, color="C0", ecolor="0.3")
+        axis.set(xlabel=f"{kind}; share of the whole gain", ylabel="gain of B, nats a target ± 2 standard errors")
+        axis.tick_params(axis="x", labelsize=8)
+    document = documents_of(tokens)
+    axes[4].scatter(np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6)
+    axes[4].set(xscale="log", xlabel="targets of the document", ylabel="gain of B, nats a target")
+    places = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
+    axes[5].plot(places, np.cumsum(gain)[places])
+    axes[5].set(xlabel="targets, in the order of the text", ylabel="nats gained so far")
+    for axis in axes:
+        axis.axhline(0, color="black", linewidth=0.8)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def nll(given: argparse.Namespace) -> None:
+    """Compare the losses of two evaluations of the same text."""
+    (a, b), tokens, byte_table = read_losses(given)
+    gain, num_bytes = a.astype(np.float64) - b, int(byte_table.count(tokens[:-1], tokens[1:]).sum())
+    report, sums = compare_nll(a, b, tokens, byte_table), np.bincount(documents_of(tokens), gain)
+    bits = float(gain.sum()) / math.log(2) / num_bytes
+    head = [f"A {given.a}", f"B {given.b}", f"gain of B over A: {gain.mean():+.5f} nats a target, {bits:+.5f} bits per "
+            f"byte of {num_bytes:,}; B is better in {(sums > 0).sum()} of {len(sums)} documents"]  # fmt: skip
+    parts = [table_text(kind, NLL_NOTES.get(kind, ""), {"": table}, ".5f") for kind, table in report.items()]
+    about = dict(a=str(given.a), b=str(given.b), targets=len(gain), bytes=num_bytes, gain_bpb=bits)
+    title = f"A: {given.a}   B: {given.b}   gain of B: {bits:+.4f} bits per byte"
+    paint = partial(draw_nll, report, gain, tokens, title)
+    write_report(given, "\n".join(head + parts), about | {kind: as_json(t) for kind, t in report.items()}, paint)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two models: what is measured
+# ----------------------------------------------------------------------------------------------------------------------
+
+MATRICES = (  # name, bank, and whether its rows come after the L rows of another
+    ("Q", "qo_bank", 0), ("O", "qo_bank", 1), ("K", "kv_bank", 0), ("V", "kv_bank", 1), ("up", "mlp_up_bank", 0),
+    ("down", "mlp_down_bank", 0),
+)  # fmt: skip
+
+
+class Side(NamedTuple):
+    """A trained model: float32 weights, how it is evaluated, and its artifact (None: why stands in `missing`)."""
+
+    folder: Path
+    model: tg.GPT
+    setup: ev.Setup
+    rounded: tg.Artifact | None
+    missing: str
+
+
+class Text(NamedTuple):
+    """What is measured on: the validation tokens, and of them a sample of rows, ids and targets (rows, T) each."""
+
+    tokens: np.ndarray
+    ids: Tensor
+    targets: Tensor
+    seed: int
+
+
+def read_side(folder: Path, config: tg.Config, table: tg.ByteTable, device: torch.device) -> Side:
+    """The checkpoint of a run, computed in float32 on any device, and what its artifact adds. UserError without one."""
+    config, weights, _ = ev.read_model(replace(config, model_path=str(folder / "final_model.pt")), {})
+    rounded, missing = None, ""
+    try:
+        rounded = tg.read_artifact(folder / "final_model.int6.ptz")
+        moments = {name: [part.to(device) for part in parts] for name, parts in rounded.moments.items()}
+        factors = {bank: factor.to(device) for bank, factor in rounded.factors.items()}
+        weights = weights._replace(moments=moments, factors=factors)
+    except tg.UserError as error:
+        missing = str(error)
+    model = tg.load_model(weights, torch.device("cpu"), word_start=table.has_leading_space).to(device)
+    setup = ev.Setup(config, weights, device, tg.sdpa_attention, table, tg.token_nll)
+    return Side(folder, model, setup, rounded, missing)
+
+
+def sample_rows(tokens: np.ndarray, rows: int, length: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (ROWS, LENGTH) each, of different windows of the text, which are drawn by SEED."""
+    windows = (len(tokens) - 1) // length
+    if not 2 <= rows <= windows:
+        raise ValueError(f"--rows {rows}: from 2 to {windows}, the rows of {length} tokens in the validation text")
+    start = length * np.sort(np.random.default_rng(seed).choice(windows, rows, replace=False))
+    part = torch.from_numpy(tokens[start[:, None] + np.arange(length + 1)].astype(np.int64)).to(device)
+    return part[:, :-1], part[:, 1:]
+
+
+def batches(rows: Tensor) -> tuple[Tensor, ...]:
+    """ROWS (rows, T) in parts of some BATCH_TOKENS tokens, of whole rows."""
+    return rows.split(max(1, BATCH_TOKENS // rows.size(1)))
+
+
+@torch.no_grad()
+def row_losses(model: tg.GPT, text: Text) -> np.ndarray:
+    """Nats of the sample's targets, (rows, T) but for the places of memory tokens."""
+    pairs = zip(batches(text.ids), batches(text.targets), strict=True)
+    losses = torch.cat([tg.token_nll(model, ids, targets) for ids, targets in pairs])
+    return losses[:, model.config.num_memory_tokens :].double().cpu().numpy()
+
+
+def row_mean(losses: np.ndarray) -> Estimate:
+    """The mean of losses (rows, T), rows being independent."""
+    return clustered(losses.flatten(), np.repeat(np.arange(len(losses)), losses.shape[1]))
+
+
+def slices(state: Mapping[str, Tensor], config: tg.Config) -> Iterator[tuple[str, str, Tensor]]:
+    """Name, layer and float64 matrix (out, in) of every row of the banks."""
+    for name, bank, second in MATRICES:
+        for layer in range(config.num_layers):
+            yield name, str(layer), state[bank][second * config.num_layers + layer].detach().double()
+
+
+def over_slices(a: Side, number: Callable[..., float], *states: Mapping[str, Tensor]) -> Table:
+    """NUMBER of each bank row of A and the same rows of STATES: matrix -> layer -> number."""
+    found: Table = {name: {} for name, _, _ in MATRICES}
+    for rows in zip(*(slices(state, a.model.config) for state in (a.model.state_dict(), *states)), strict=True):
+        name, layer, _ = rows[0]
+        found[name][layer] = Estimate(number(*(matrix for _, _, matrix in rows)))
+    return found
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float((one * other).sum() / (one.norm() * other.norm()).clamp(min=1e-300))
+
+
+def cosines(a: Side, b: Side, text: Text) -> Table:
+    """Cosine of each matrix of A with B's; of unrelated ones 0 to within 1 / sqrt(numbers)."""
+    found = over_slices(a, cosine, b.model.state_dict())
+    ours, theirs = (torch.cat([p.detach().double().flatten() for name, p in side.model.named_parameters()
+                               if name not in tg.GPT.BANKS]) for side in (a, b))  # fmt: skip
+    return found | {"no bank": {"all": Estimate(cosine(ours, theirs))}}
+
+
+def overlap(one: Tensor, other: Tensor, right: bool) -> float:
+    """Mean squared cosine of the principal angles between the leading singular subspaces (Bjorck and Golub 1973).
+
+    Of the RIGHT (input) or left (output) singular vectors, one in TOP of them. Subspaces of dimension k drawn blindly
+    in n dimensions have k / n.
+    """
+    k = max(1, min(one.shape) // TOP)
+    (u, _, vh), (x, _, yh) = (torch.linalg.svd(matrix, full_matrices=False) for matrix in (one, other))
+    product = vh[:k] @ yh[:k].mT if right else u[:, :k].mT @ x[:, :k]
+    return float(product.square().sum()) / k
+
+
+def subspaces(a: Side, b: Side, text: Text, right: bool) -> Table:
+    """The overlap of every matrix, and by chance."""
+    found = over_slices(a, partial(overlap, right=right), b.model.state_dict())
+    for name, bank, _ in MATRICES:
+        _, out, width = getattr(a.model, bank).shape
+        found[name]["chance"] = Estimate(max(1, min(out, width) // TOP) / (width if right else out))
+    return found
+
+
+class Products:
+    """Sums over tokens of x, y, x x^T, y y^T and x y^T, from which linear CKA follows."""
+
+    def __init__(self) -> None:
+        self.count, self.sums = 0, None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x (tokens, p) and y (tokens, q) of the same tokens."""
+        x, y = x.double(), y.double()
+        new = [x.sum(0), y.sum(0), x.mT @ x, y.mT @ y, x.mT @ y]
+        self.sums = new if self.sums is None else [old + part for old, part in zip(self.sums, new, strict=True)]
+        self.count += len(x)
+
+    def cka(self) -> float:
+        """|Y^T X|^2 / (|X^T X| |Y^T Y|) of the centred activations, in Frobenius norms (arXiv 1905.00414)."""
+        x, y, xx, yy, xy = self.sums
+        xx, yy, xy = (s - torch.outer(p, q) / self.count for s, p, q in ((xx, x, x), (yy, y, y), (xy, x, y)))
+        return float(xy.square().sum() / (xx.norm() * yy.norm()).clamp(min=1e-300))
+
+
+@torch.no_grad()
+def activations(model: tg.GPT, ids: Tensor) -> dict[tuple[str, int], Tensor]:
+    """What the matrices of each layer read, by the names of `train_gpt.STACKS`: (tokens, in) for all uses of a row."""
+    found: dict[tuple[str, int], list[Tensor]] = {}
+
+    def tap(bank: str, row: int, x: Tensor, _: Tensor) -> None:
+        if bank != "kv_bank":  # reads what Q reads
+            half, layer = divmod(row, model.config.num_layers)
+            found.setdefault((tg.STACKS[bank][half], layer), []).append(x.flatten(0, 1))
+
+    model(ids, tap=tap)
+    return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+def cka(a: Side, b: Side, text: Text) -> Table:
+    """Linear CKA of the activations of A and B on the same tokens: blind to rotations, so to permutations of units."""
+    products: dict[tuple[str, int], Products] = {}
+    for ids in batches(text.ids):
+        ours, theirs = (activations(side.model, ids) for side in (a, b))
+        for site, x in ours.items():
+            products.setdefault(site, Products()).add(x, theirs[site])
+    found: Table = {}
+    for (stack, layer), each in sorted(products.items()):
+        found.setdefault(stack, {})[str(layer)] = Estimate(each.cka())
+    return found
+
+
+def path_loss(a: Side, b: Side, text: Text) -> Table:
+    """Loss at (1 - t) A + t B, all parameters, and what it is above the straight line between both ends' losses."""
+    ours, theirs = (dict(side.model.named_parameters()) for side in (a, b))
+    between, losses = deepcopy(a.model), []
+    for t in FRACTIONS:
+        with torch.no_grad():
+            for name, p in between.named_parameters():
+                p.copy_(theirs[name] if t == 1 else ours[name].lerp(theirs[name], t))
+        losses.append(row_losses(between, text))
+    above = [row_mean(x - (1 - t) * losses[0] - t * losses[-1]) for t, x in zip(FRACTIONS, losses, strict=True)]
+    columns = [f"{t:g}" for t in FRACTIONS]
+    return {
+        "loss": dict(zip(columns, map(row_mean, losses), strict=True)),
+        "above the line": dict(zip(columns, above, strict=True)) | {"barrier": max(above, key=lambda each: each.value)},
+    }
+
+
+def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
+    """v -> H v for the Hessian of the mean training loss in all parameters, laid end to end.
+
+    Of the first CURVATURE_ROWS rows, a batch at a time, twice through autograd (Pearlmutter 1994).
+    """
+    parameters = list(model.parameters())
+    ids, targets = (batches(rows[:CURVATURE_ROWS]) for rows in (text.ids, text.targets))
+
+    def product(v: Tensor) -> Tensor:
+        total, count = torch.zeros_like(v), sum(map(len, ids))
+        parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+        for some, theirs in zip(ids, targets, strict=True):
+            with sdpa_kernel(SDPBackend.MATH):  # the only one that has second derivatives
+                loss = tg.training_loss(model, some, theirs) * (len(some) / count)
+                first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+                along = sum((g * part).sum() for g, part in zip(first, parts, strict=True))
+                second = torch.autograd.grad(along, parameters, materialize_grads=True)
+            total += torch.cat([g.flatten() for g in second])
+        return total
+
+    return product
+
+
+def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """After each step the smallest and the largest Ritz value, and the residual of each: an eigenvalue is that near.
+
+    Each vector is orthogonalised against all before it (Golub and Van Loan, section 10.3). START (n,). Ends early where
+    the vectors span a space that the matrix maps into itself.
+    """
+    basis, diagonal, beside, found = [start / start.norm()], [], [], []
+    for _ in range(min(steps, len(start))):
+        w = product(basis[-1])
+        diagonal.append(float(torch.dot(w.double(), basis[-1].double())))
+        for q in 2 * basis:  # twice is enough
+            w = w - torch.dot(w, q) * q
+        values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+        beside.append(float(w.norm()))
+        found.append((values[[0, -1]], beside[-1] * np.abs(vectors[-1, [0, -1]])))
+        if beside[-1] < 1e-10 * np.abs(values).max():
+            break
+        basis.append(w / beside[-1])
+    return found
+
+
+def normal_numbers(model: tg.GPT, seed: int) -> Tensor:
+    """One for each parameter, the same for all models of the same shapes, on every device."""
+    count = sum(p.numel() for p in model.parameters())
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()))
+
+
+def eigenvalues(a: Side, text: Text) -> Table:
+    """The smallest and the largest eigenvalue of the Hessian, as Lanczos closes in on them."""
+    found = lanczos(hessian_product(a.model, text), normal_numbers(a.model, text.seed), LANCZOS)
+    table: Table = {}
+    for end, name in enumerate(("smallest", "largest")):
+        table[name] = {str(step): Estimate(float(found[min(step, len(found)) - 1][0][end])) for step in SHOWN}
+        table[name]["residual"] = Estimate(float(found[-1][1][end]))
+    return table
+
+
+def trace(a: Side, text: Text) -> Table:
+    """The Hessian's trace as the mean of z^T H z for random signs z (Hutchinson 1990), and its parts by parameters."""
+    product, parameters = hessian_product(a.model, text), dict(a.model.named_parameters())
+    groups = [name if name in tg.GPT.BANKS else "no bank" for name in parameters]
+    draws: dict[str, list[float]] = {name: [] for name in ("all", *tg.GPT.BANKS, "no bank")}
+    for probe in range(PROBES):
+        z = normal_numbers(a.model, PROBES * text.seed + probe).sign()
+        terms = (z * product(z)).double().split([p.numel() for p in parameters.values()])
+        for group, own in draws.items():
+            own.append(sum(float(t.sum()) for name, t in zip(groups, terms, strict=True) if group in ("all", name)))
+    return {"trace": {group: clustered(np.array(own), np.arange(PROBES)) for group, own in draws.items()}}
+
+
+@torch.no_grad()
+def chunk_losses(learner: ev.Learner, text: Text, windows: tg.Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Targets that WINDOWS score, and their nats under the learner's weights of the moment."""
+    losses, targets = [], []
+    size = len(windows.start) if learner.by_documents else learner.config.eval_batch_seqs
+    for first in range(0, len(windows.start), size):
+        part = windows.take(np.arange(first, min(first + size, len(windows.start))))
+        batch = tg.make_batch(text.tokens, part, tg.power_of_two((part.end - part.begin).max()), learner.device)
+        found = learner.token_nll(learner.model, batch.ids, batch.targets, batch.columns).double().cpu().numpy()
+        row, column = np.nonzero(batch.counts)
+        targets.append((part.start + part.begin)[row] + column)
+        losses.append(found[row, column])
+    return np.concatenate(targets), np.concatenate(losses)
+
+
+def along_step(a: Side, text: Text) -> Table:
+    """How the loss changes along the evaluator's first step: from the first chunk, of it and of the next.
+
+    By documents a chunk is a piece of each of the first TTT_BATCH_SEQS documents. Every row counts the same, one pass.
+    """
+    c = replace(a.setup.config, ttt_epochs=1, ttt_top_frac=1.0, ttt_loss_power=0.0)
+    plan = a.setup.plan(text.tokens) if c.ttt_mode != "none" else []
+    if len(plan) < 2 or plan[0].learned is None or plan[1].fresh:
+        return {}  # nothing is learned, or nothing comes next
+    model = deepcopy(a.model).requires_grad_(False)
+    learner = ev.Learner(model, c, plan, tg.token_nll, a.setup.artifact, lambda chunk: None)
+    learner.begin(0, plan[0])
+    learner.learn(text.tokens, plan[0], torch.zeros(0))
+    fast, table, document = learner.fast, {}, documents_of(text.tokens)
+    moved = {name: value - fast.base[name] for name, value in fast.values.items()}
+    for number, name in ((1, "what comes next"), (0, "what was learned")):
+        learner.begin(number, plan[number])
+        losses = []
+        for step in STEPS:
+            for key, value in fast.values.items():
+                value.copy_(fast.base[key] + step * moved[key])
+            targets, found = chunk_losses(learner, text, plan[number].scored)
+            losses.append(found)
+        changes = [clustered(found - losses[0], document[targets]) for found in losses]
+        table[name] = {f"{step:g}": change for step, change in zip(STEPS, changes, strict=True)}
+    return table
+
+
+def rounding(a: Side, text: Text) -> Table:
+    """What the artifact's rounding adds to the loss of the sample."""
+    if a.rounded is None:
+        return {}
+    model = deepcopy(a.model)
+    model.load_state_dict(a.rounded.state)
+    plain, rounded = row_losses(a.model, text), row_losses(model, text)
+    return {"nats": {"weights": row_mean(plain), "artifact": row_mean(rounded), "added": row_mean(rounded - plain)}}
+
+
+def relative_error(W: Tensor, Q: Tensor, H: Tensor | None = None) -> float:
+    """|W - Q| / |W| in Frobenius norm; with H (in, in) = E[x x^T] the same of the outputs, |(W - Q) x| / |W x|."""
+    error, whole = (float((M * (M if H is None else M @ H)).sum()) for M in (W - Q, W))
+    return math.sqrt(max(error, 0.0) / max(whole, 1e-300))
+
+
+def quantisation(a: Side, text: Text, outputs: bool) -> Table:
+    """Relative error of every matrix that the artifact rounded, or of its OUTPUTS for what A's layers read."""
+    if a.rounded is None:
+        return {}
+    state = {name: a.rounded.state[name].to(a.setup.device) for name in tg.GPT.BANKS}
+    if not outputs:
+        return over_slices(a, relative_error, state)
+    read = tg.collect_hessians(a.model, batches(text.ids))
+    return over_slices(a, relative_error, state, {
+        bank: torch.cat([read[stack] for stack in stacks]) for bank, stacks in tg.STACKS.items()})  # fmt: skip
+
+
+def meta_rates(a: Side, text: Text) -> Table:
+    """Meta-SGD's factors of the step size, which the artifact holds."""
+    factors = a.setup.artifact.factors
+    found: Table = {}
+    for name, bank, second in MATRICES if factors else ():
+        rows = factors[bank].flatten()[second * a.model.config.num_layers :][: a.model.config.num_layers].tolist()
+        found[name] = {str(layer): Estimate(value) for layer, value in enumerate(rows)}
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Two models: the report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Analysis(NamedTuple):
+    """What is measured of a pair of models, or (`pair` False) of each; how it is said, and why there may be nothing."""
+
+    measure: Callable[..., Table]
+    pair: bool
+    title: str
+    note: str = ""
+    form: str = ".3f"
+    empty: str = ""
+
+
+ANALYSES = {
+    "cosines": Analysis(cosines, True, "cosine of the weights, by layer", "0: unrelated"),
+    "outputs": Analysis(
+        partial(subspaces, right=False), True, "overlap of leading left singular subspaces (outputs), by layer",
+        f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: the same. Muon leaves flat spectra, "
+        "so where the cut falls is partly noise."),
+    "inputs": Analysis(
+        partial(subspaces, right=True), True, "overlap of leading right singular subspaces (inputs), by layer"),
+    "cka": Analysis(
+        cka, True, "linear CKA of what the matrices read, by layer",
+        "1: the same but for a rotation (so for a permutation of units) and a scale."),
+    "path": Analysis(
+        path_loss, True, "loss on the straight path, by the share of the way, nats a token",
+        "All parameters. Permutations of hidden units and heads are not removed: runs of different seeds meet a "
+        "barrier whatever their settings.", ".4f"),
+    "eigenvalues": Analysis(
+        eigenvalues, False, "the Hessian's extreme eigenvalues, by steps of Lanczos",
+        f"Of the mean training loss of the first {CURVATURE_ROWS} rows, in all parameters.", ".4g"),
+    "trace": Analysis(
+        trace, False, "the Hessian's trace, by group of parameters",
+        f"Of the same loss; {PROBES} probes, the same for all models; errors are over probes, not over text.", ".4g"),
+    "step": Analysis(
+        along_step, False, "change of the loss along the evaluator's first step, by multiples of it, nats a target",
+        "A's evaluator settings for all.", ".4f", "TTT_MODE=none, or too little text: nothing is learned"),
+    "rounding": Analysis(rounding, False, "loss of weights and artifact, nats a token", "", ".5f", "no artifact"),
+    "rounded_weights": Analysis(
+        partial(quantisation, outputs=False), False, "error of rounding, |W - Q| / |W|, by layer",
+        "Large where it costs little: steps follow the loss, and later columns make up for earlier ones.", ".4f",
+        "no artifact"),
+    "rounded_outputs": Analysis(
+        partial(quantisation, outputs=True), False, "the same of the outputs, |(W - Q) x| / |W x|, by layer", "", ".4f",
+        "no artifact"),
+    "meta_rates": Analysis(
+        meta_rates, False, "Meta-SGD's factors of the step size, by layer", empty="META_SGD_ENABLED was off"),
+}  # fmt: skip
+ASIDE = ("chance", "barrier", "residual", "loss")  # columns and rows that are not drawn
+STYLES = {"A": "-", "B": "--", "null": ":", "A to B": "--", "A to null": ":"}
+
+
+def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
+    """Pairs as they are; of single models A's numbers and what the others' are greater by; residuals as they are."""
+    shown = {name: table for name, table in found.items() if table}
+    if not analysis.pair and "A" in shown:
+        first = shown.pop("A")
+        more = {f"{name} - A": {row: {column: cell if column == "residual" else cell.less(first[row][column])
+                                      for column, cell in cells.items()} for row, cells in table.items()}
+                for name, table in shown.items()}  # fmt: skip
+        shown = {"A": first} | more
+    return table_text(analysis.title, analysis.note if shown else f"None: {analysis.empty}.", shown, analysis.form)
+
+
+def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Path) -> None:
+    """A panel for each analysis of a curve: colours are rows, dashes are models or pairs."""
+    curves = {key: found for key, found in report.items() if key != "rounding" and any(found.values())}
+    columns, rows = min(len(curves), 3) or 1, math.ceil(len(curves) / 3) or 1
+    figure, axes = new_figure(rows, columns, 6 * columns, 4.2 * rows + 0.5)
+    for axis, (key, found) in zip(axes, curves.items(), strict=False):
+        for name, table in found.items():
+            for colour, (row, cells) in enumerate((row, cells) for row, cells in table.items() if row not in ASIDE):
+                points = {column: cell for column, cell in cells.items() if column not in ASIDE}
+                errors = [2 * (cell.error or 0.0) for cell in points.values()]
+                label = row if table is next(each for each in found.values() if each) else None
+                axis.errorbar(list(points), [cell.value for cell in points.values()], errors, color=f"C{colour}",
+                              linestyle=STYLES[name], marker=".", capsize=2, label=label)  # fmt: skip
+        if ANALYSES[key].pair and key != "path":  # similarities
+            axis.set_ylim(min(axis.get_ylim()[0], -0.05), 1.05)
+        axis.set_title(ANALYSES[key].title, fontsize=9)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.legend(fontsize=7)
+    for axis in axes[len(curves) :]:
+        axis.set_visible(False)
+    figure.suptitle(f"{title}\nsolid: A; dashed: B, or A to B; dotted: null, or A to null; bars: 2 standard errors")
+    figure.savefig(path, dpi=110)
+
+
+def settings_apart(a: tg.Config, b: tg.Config) -> list[str]:
+    """The settings that shape a checkpoint or its artifact and differ."""
+    names = [f.name for f in fields(tg.Config) if f.metadata["section"] in ("model", "training", "meta", "export")]
+    return [f"{name.upper()} {getattr(a, name)} -> {getattr(b, name)}" for name in names
+            if getattr(a, name) != getattr(b, name)]  # fmt: skip
+
+
+def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[str, Side], np.ndarray]:
+    """A, B and the null, which are evaluated as A is, and the text. ValueError where they cannot be compared."""
+    folders = dict(A=given.a, B=given.b) | (dict(null=given.null) if given.null else {})
+    configs = {name: read_config(folder, given.data, given.tokenizer) for name, folder in folders.items()}
+    tokens, _, table = read_text(configs["A"])
+    if given.null and (apart := settings_apart(configs["A"], configs["null"])):
+        raise ValueError(f"--null {given.null} is no repeat of {given.a}: {', '.join(apart)}")
+    tokenizer = Path(configs["A"].tokenizer_path)
+    for folder in folders.values():
+        result = folder / "result.json"
+        trained = json.loads(result.read_text()).get("sha256_tokenizer") if result.exists() else None
+        if trained and trained != tg.sha256_file(tokenizer):
+            raise ValueError(f"{folder} was trained with another tokenizer than {tokenizer}")
+    ways = [f.name for f in fields(tg.Config) if f.metadata["section"] in ("data", "scoring", "evaluator")]
+    same = {name: getattr(configs["A"], name) for name in ways}
+    sides = {name: read_side(folders[name], replace(c, **same), table, device) for name, c in configs.items()}
+    shapes = {name: {key: tuple(p.shape) for key, p in side.model.named_parameters()} for name, side in sides.items()}
+    for name, theirs in shapes.items():
+        if apart := [f"{key} {shapes['A'].get(key)} -> {theirs.get(key)}" for key in {**shapes["A"], **theirs}
+                     if shapes["A"].get(key) != theirs.get(key)]:  # fmt: skip
+            raise ValueError(f"{folders['A']} and {folders[name]} have different tensors: {', '.join(apart)}")
+    return sides, tokens
+
+
+def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[str]:
+    """What is compared, and on what."""
+    config, lines = sides["A"].setup.config, []
+    for name, side in sides.items():
+        theirs = side.setup.config
+        apart = ", ".join(settings_apart(config, theirs)) or "same settings"
+        lines.append(f"{name:5}{side.folder}")
+        lines[-1] += "" if name == "A" else f": {apart}; SEED {config.seed} -> {theirs.seed}"
+        lines += [f"     {side.missing}"] if side.missing else []
+    if not given.null:
+        lines.append("no --null: how far a repeat of A would be from A is not known, so nothing here is an effect")
+    elif (sides["B"].setup.config.seed == config.seed) != (sides["null"].setup.config.seed == config.seed):
+        lines.append("only one of B and null has A's seed: what the same first weights have in common is no effect of "
+                     "settings, nor is its lack")  # fmt: skip
+    return [*lines, f"sample: {given.rows} rows of {config.train_seq_len} tokens of the validation text, drawn by "
+            f"--seed {given.seed}; ± is a standard error over rows, documents or probes; float32"]  # fmt: skip
+
+
+def weights(given: argparse.Namespace) -> None:
+    """Compare two checkpoints by every analysis, each number beside that of a repeat."""
+    wanted = given.only.split(",") if given.only else list(ANALYSES)
+    if unknown := [key for key in wanted if key not in ANALYSES]:
+        raise ValueError(f"--only {', '.join(unknown)}: there are {', '.join(ANALYSES)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sides, tokens = read_sides(given, device)
+    a, others = sides["A"], {f"A to {name}": side for name, side in sides.items() if name != "A"}
+    rows = sample_rows(tokens, given.rows, a.setup.config.train_seq_len, given.seed, device)
+    text, report, parts = Text(tokens, *rows, given.seed), {}, ["\n".join(weights_head(sides, given))]
+    for key in wanted:
+        analysis = ANALYSES[key]
+        report[key] = {name: analysis.measure(a, side, text) if analysis.pair else analysis.measure(side, text)
+                       for name, side in (others if analysis.pair else sides).items()}  # fmt: skip
+        parts.append(analysis_text(analysis, report[key]))
+    about = dict(runs={name: str(side.folder) for name, side in sides.items()}, rows=given.rows, seed=given.seed)
+    plain = {key: {name: as_json(table) for name, table in found.items()} for key, found in report.items()}
+    title = "   ".join(f"{name}: {side.folder}" for name, side in sides.items())
+    write_report(given, "\n".join(parts), about | plain, partial(draw_weights, report, title))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+COMMANDS = {"curves": curves, "nll": nll, "weights": weights}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("curves", help="table and curves of runs; what folders alone stand for")
+    runs.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    runs.add_argument("--out", type=Path, help="the picture; default: curve.png in the first folder")
+    losses = commands.add_parser("nll", help="the losses of the same targets")
+    models = commands.add_parser("weights", help="two checkpoints")
+    for each, what in ((losses, "a run's folder, or an nll.npy"), (models, "a run's folder")):
+        each.add_argument("a", type=Path, metavar="A", help=what)
+        each.add_argument("b", type=Path, metavar="B", help=what)
+        each.add_argument("--data", type=Path, help="folder of the validation shards; default: A's DATA_PATH")
+        each.add_argument("--tokenizer", type=Path, help="default: A's TOKENIZER_PATH")
+        each.add_argument("--out", type=Path, help="folder for text, JSON and picture; default: that of A")
+    models.add_argument("--null", type=Path, help="a repeat of A: the same settings, another seed or the same")
+    models.add_argument("--rows", type=int, default=32, help="rows of the sample; default: 32")
+    models.add_argument("--seed", type=int, default=0, help="of the sample, the probes and the start; default: 0")
+    models.add_argument("--only", help=f"a comma list of {', '.join(ANALYSES)}; default: all")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named = not argv or argv[0] in (*COMMANDS, "-h", "--help")
+    given = make_parser().parse_args(argv if named else ["curves", *argv])
+    try:
+        COMMANDS[given.command](given)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

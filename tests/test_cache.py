@@ -20,6 +20,7 @@ VARIANTS = {
     "bigram by word starts": dict(trigram=True, pos_conditional_bigram=True, word_start_boost=True),
     "linear bigram": dict(bigram_hash="linear"),
     "published borders": dict(doc_borders="published", trigram=True),
+    "attention by documents": dict(doc_borders="attention"),
     "memory tokens": dict(num_memory_tokens=2, trigram=True),
     "recurrence": dict(block_order="0,1,2,3,1,2,4,4,0"),
     "recurrence and gates": dict(block_order="4,3,2,1,0,4,4", skip_gates=True, star_relu=True, phase_resid_mix=True),

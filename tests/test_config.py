@@ -149,7 +149,7 @@ def test_values_taken(text, value):
         ("DEVICE=", "auto, cpu, cuda"),
         ("ATTENTION=flash", "auto, fa3, fa2, sdpa"),
         ("USE_COMPILE=yes", "auto, 0, 1"),
-        ("DOC_BORDERS=off", "respect, published"),
+        ("DOC_BORDERS=off", "respect, attention, published"),
         ("MATRIX_BITS=9", "at most 8"),
         ("MATRIX_BITS=2", "at least 3"),
         ("QUANT_STEPS=nearest", "two_sided, sigmas, clip, fixed"),

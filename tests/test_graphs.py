@@ -99,6 +99,17 @@ def test_a_meta_step_does_not_wait(objective):
     assert loss.device == META
 
 
+def test_what_an_artifact_brings_goes_to_the_device_of_the_model():
+    """Moments and factors are read on the host."""
+    c = replace(TINY, meta_sgd_enabled=True)
+    host = inner_weights(GPT(c), c, "deployed")
+    moments = {name: [torch.ones(base.shape)] for name, base in host.base.items()}
+    fast = train_gpt.FastWeights(meta_model(c), c, "bank embed head proj scalar", 2, moments)
+    fast.set_factors({name: torch.ones(len(getattr(GPT(c), name)), 1, 1) for name in GPT.BANKS})
+    assert {part.device for parts in fast.moments.values() for part in parts} == {META}
+    assert {rate.device for rate in fast.rates.values() if isinstance(rate, torch.Tensor)} == {META}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One graph
 # ----------------------------------------------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def test_lower_precision_is_close_and_its_logits_are_float32(dtype, tolerance):
 
 
 @pytest.mark.parametrize("length, cuts", [(14, range(1, 14)), (600, (1, 31, 32, 64, 511, 512, 599))])
-@pytest.mark.parametrize("borders", ["respect", "published"])
+@pytest.mark.parametrize("borders", ["respect", "published", "attention"])
 def test_no_logit_depends_on_a_later_token(length, cuts, borders):
     """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not move."""
     model = random_model(replace(SMALL, doc_borders=borders), torch.float32)
@@ -242,6 +242,23 @@ def test_no_logit_depends_on_a_later_token(length, cuts, borders):
             after = model(changed)
             assert torch.equal(before[:, :cut], after[:, :cut]), cut
             assert (before[:, cut] != after[:, cut]).any(-1).all(), cut
+
+
+def test_a_document_of_a_row_is_read_as_if_it_stood_alone():
+    """DOC_BORDERS=attention, in float64: rotary positions only count by their differences, which stay the same."""
+    model = random_model(replace(SMALL, doc_borders="attention"))
+    across = GPT(replace(model.config, doc_borders="respect"), torch.float64).double()
+    across.load_state_dict(model.state_dict())
+    ids, sizes = random_ids(2, 23), (4, 1, 7, 11)
+    for start in np.cumsum((0, *sizes))[:-1]:
+        ids[0, start] = train_gpt.BOS_ID
+    ids[1, 9] = train_gpt.BOS_ID  # and what stands before the first border is a document too
+    for row, parts in ((0, sizes), (1, (9, 14))):
+        whole, other = model(ids[row : row + 1])[0].split(parts), across(ids[row : row + 1])[0].split(parts)
+        for number, part in enumerate(ids[row].split(parts)):
+            alone = model(part[None])[0]
+            torch.testing.assert_close(whole[number], alone, rtol=0, atol=1e-9)
+            assert number == 0 or (other[number] - alone).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("smear, bigram", [(True, 13), (True, 0), (False, 13)])

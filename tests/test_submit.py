@@ -14,6 +14,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import check
+import finished
 import numpy as np
 import pytest
 import submit
@@ -150,8 +151,7 @@ def test_the_numbers_of_the_json_are_those_of_the_result_lines(record):
         assert entry["ttt_gain_bpb"] == round(evaluated["ttt_gain_bpb"], 8) != 0
         assert entry["artifact_bytes"] == evaluated["bytes_total"] == trained["bytes_total"]
         assert (entry["steps"], entry["eval_time_s"]) == (trained["steps"], evaluated["eval_seconds"]) == (4, 12.5)
-        assert entry["step_avg_ms"] == round(trained["step_avg_ms"], 3)
-        assert entry["train_time_s"] == round(trained["train_seconds"], 3)
+        assert (entry["step_avg_ms"], entry["train_time_s"]) == (trained["step_avg_ms"], trained["train_seconds"])
     totals = [trained["bytes_total"] for trained, _ in results.values()]
     assert (claims["bytes_total"], claims["artifact_bytes_mean"]) == (max(totals), round(mean(totals), 1))
     assert claims["train_steps_mean"] == 4 and claims["pytorch_version"] == results[7][0]["versions"]["torch"]
@@ -182,10 +182,12 @@ def table_rows(text: str) -> list[list[str]]:
 
 
 def test_what_the_readme_says(record):
+    # fmt: off
     for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalised", "3. Score before",
                  "4. One pass: each of the 399 targets", "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
-                 "## Comparison\n\nAgainst 3.5."):  # fmt: skip
+                 "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats a token at p < 0.01 is not shown (one "):
         assert said in record.readme
+    # fmt: on
 
 
 def test_the_command_makes_the_same_settings_again(record, env, made):
@@ -226,6 +228,7 @@ def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
     claims, readme = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
     scores = [round(last_result(run / "train.log")["val_bpb_sliding"], 8) for run in runs]
     assert claims["val_bpb"] == pytest.approx(mean(scores), abs=5.1e-9) and claims["track"] == "non_record_16mb"
+    assert "0.005 nats a token over any record is not shown" in readme and "comparison" not in claims
     assert "nothing learns at evaluation" in readme and "eval_ttt.py \\" not in readme and "## What" not in readme
 
 
@@ -257,9 +260,9 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
     "failed": (lambda run: (run / "result.json").unlink(), "42 did not finish: it has no result.json"),
     "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 did not finish: it has no eval_ttt.json"),
     "no log": (lambda run: (run / "train.log").unlink(), "it has no train.log"),
-    "cut JSON": (lambda run: (run / "config.json").write_text("{"), "42: Expecting"),
-    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "is what result.json says"),
-    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "result.json does not say world_size"),
+    "cut JSON": (lambda run: (run / "result.json").write_text("{"), "42: Expecting"),
+    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "no line of its log says seed, world"),
+    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "no line of its log says world_size"),
     "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "is what result.json says"),
     "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
     "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
@@ -269,9 +272,10 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
     "illegal": (illegal, "42: legality: "),
     "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"), "legality"),
     "other code": (recode, "differ in code: train_gpt.py "),
-    "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"), "source/eval_ttt.py is not"),
-    "no code": (lambda run: shutil.rmtree(run / "source"), "source/train_gpt.py is not what ran"),
-    "other settings": (lambda run: change(run, '"matrix_lr": 0.025', '"matrix_lr": 0.5', "config.json"),
+    "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
+                          "42: code: eval_ttt.py as shipped is not what ran"),
+    "no code": (lambda run: shutil.rmtree(run / "source"), "42 did not finish: it has no source"),
+    "other settings": (lambda run: change(run, "MATRIX_LR=0.025", "MATRIX_LR=0.5"),
                        "differ in settings: matrix_lr 0.025 and 0.5"),
     "other evaluation": (lambda run: change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "eval_ttt.*"),
                          "differ in evaluation: ttt_lr 0.002 and 0.5"),
@@ -315,6 +319,8 @@ INPUT = {
     "nothing to compare with": (["--against", "absent"], "--against absent: neither"),
     "no score": (["--against", "nan"], "--against nan: neither"),
     "no name": (["--name", ""], "--name are needed"),
+    "no such text": (["--what", "notes/what.md"], "--what notes/what.md: no such file"),
+    "significant against nothing": (["--require-significance"], "--against says over what"),
 }
 
 
@@ -360,11 +366,83 @@ def test_a_folder_that_fails_the_check_is_not_put_in_place(runs, tmp_path, no_tr
 
 
 def test_a_folder_whose_trainer_does_not_start(record, made, tmp_path):
-    run = submit.read_run(made / "7")
+    run = finished.read_run(made / "7")
     (tmp_path / "train_gpt.py").write_text("import os\nraise SystemExit(os.environ['ITERATIONS'])")
-    with pytest.raises(submit.Refused, match="--describe fails: 4"):
+    with pytest.raises(finished.Refused, match="--describe fails: 4"):
         submit.smoke_start(tmp_path, run)
     assert "__pycache__" not in {path.name for path in record.folder.iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages written again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_start(monkeypatch):
+    """Without the start of the folder's program, which other tests see."""
+    monkeypatch.setattr(submit, "smoke_start", lambda folder, run: None)
+
+
+@pytest.fixture
+def copy(record, tmp_path, no_tree) -> Path:
+    """The record, to do things to."""
+    track = tmp_path / "records/track_10min_16mb"
+    return Path(shutil.copytree(record.folder, track / record.folder.name))
+
+
+def regenerate(folder: Path, *more: str) -> SimpleNamespace:
+    return quiet(submit.main, ["--regenerate", str(folder), *more])
+
+
+def test_pages_are_written_again_from_the_logs(record, copy):
+    """Whatever a hand has done to them, and though the runs are gone; nothing else is touched."""
+    (copy / "README.md").unlink()
+    spoilt = json.loads((copy / "submission.json").read_text()) | {"val_bpb": 1.0, "seeds": [1], "bytes_total": None}
+    (copy / "submission.json").write_text(json.dumps(spoilt))
+    done = regenerate(copy)
+    assert done.code == 0 and snapshot(copy) == snapshot(record.folder), done.err
+    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+
+
+def test_what_a_person_says_can_be_changed(record, copy, no_start):
+    old = write_logs(copy.parent / "2026-01-02_Old", dict(zip(SEEDS, (9.1, 9.2, 9.3), strict=True)))
+    changed = ("--author", "B", "--what", "Other words.\n\nAnd more.", "--against", old)
+    assert regenerate(copy, *changed, "--require-significance").code == 0
+    claims, text = json.loads((copy / "submission.json").read_text()), (copy / "README.md").read_text()
+    same = {key: value for key, value in record.claims.items() if key not in ("author", "comparison", "blurb")}
+    assert claims == same | {key: claims[key] for key in ("author", "comparison", "blurb", "technique_summary")}
+    assert (claims["author"], claims["blurb"], claims["date"]) == ("B", "Other words.", record.claims["date"])
+    assert claims["comparison"]["against"] == "2026-01-02_Old" and claims["comparison"]["significant"] is True
+    assert "at p < 0.01 is shown (Welch: p = " in text and "And more." in text
+    before = snapshot(copy)
+    assert regenerate(copy).code == 0 and snapshot(copy) == before  # finds the other record by its name
+    shutil.rmtree(old)
+    done = regenerate(copy)
+    assert done.code == 2 and "2026-01-02_Old: neither a folder" in done.err and snapshot(copy) == before
+
+
+def altered(folder: Path) -> None:
+    change(folder, r'"val_bpb_ttt": [\d.]+', '"val_bpb_ttt": 1.5', "train_seed42.log")
+
+
+UNWRITTEN = {  # what is done to the record, exit code, words
+    "a score altered": (altered, 1, "refused: log: train_seed42.log: RESULT has val_bpb_ttt 1.5"),
+    "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1, "refused: seeds: 2 distinct seeds"),
+    "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1, "refused: code: train_gpt.py"),
+    "another program's log": (lambda folder: write_logs(folder / "logs", {42: 1.2}) and shutil.copy(
+        folder / "logs/train_seed42.log", folder), 1, "train_seed42.log: no line of its log says seed"),
+    "no logs": (lambda folder: [path.unlink() for path in folder.glob("*.log")], 2, "no folder with logs"),
+    "no name": (lambda folder: (folder / "submission.json").unlink(), 2, "--name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil, code, words", UNWRITTEN.values(), ids=UNWRITTEN)
+def test_pages_that_cannot_be_written_again_stay(copy, no_start, spoil, code, words):
+    spoil(copy)
+    before = snapshot(copy)
+    done = regenerate(copy)
+    assert done.code == code and words in done.err and snapshot(copy) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,7 +487,7 @@ def test_statistics_against_scipy(tmp_path):
     welch = rows["Welch"][1]
     assert (round(welch.t, 2), round(welch.df, 2)) == (-11.83, 3.31)
     assert [margin for margin, _ in rows.values()] == pytest.approx([0, 0, 0, 0.005 * RATIO / math.log(2)])
-    entry, text = submit.comparison_keys(found), submit.comparison_table(found)
+    entry, text = submit.comparison_keys(found), submit.comparison_text(found)
     assert (entry["delta_bpb"], entry["tests"][0]["t"]) == (pytest.approx(-found.bpb, abs=1e-8), -11.83)
     assert "| Welch | 0.007842 | 0.004645 | -11.83 | 3.31 | 0.0004 |" in text
 
@@ -421,7 +499,7 @@ def test_statistics_against_a_real_record():
     assert [(name, round(test.t, 2), round(test.df, 2)) for name, _, test in found.rows[:1]] == [
         ("Welch", -11.83, 3.31)
     ]
-    assert "2 pairs" not in submit.comparison_table(found)  # one seed in common is no pair to test
+    assert "2 pairs" not in submit.comparison_text(found)  # one seed in common is no pair to test
 
 
 def test_a_published_mean(tmp_path):
@@ -435,8 +513,34 @@ def test_a_published_mean(tmp_path):
         assert found.rows[0][2][1:] == pytest.approx((known.statistic, known.df, known.pvalue))
         assert len(found.rows) == 2 and found.bpb == pytest.approx(1.1194 - mean(PR1019))
     (tmp_path / "one/submission.json").unlink()
-    with pytest.raises(submit.SubmitError, match="neither a folder with scores"):
+    with pytest.raises(ValueError, match="neither a folder with scores"):
         submit.compare(ours, folder)
+
+
+def test_significance_is_the_margin_passed_in_nats(tmp_path):
+    ours = [facts(*pair) for pair in zip(SEEDS, PR1019, strict=True)]
+    factor, verdicts = math.log(2) / RATIO, set()
+    for against in np.linspace(mean(PR1019), mean(PR1019) + 0.008, 60):
+        test = stats.ttest_1samp(factor * np.array(PR1019), factor * against - 0.005, alternative="less")
+        found = submit.compare(ours, f"{against:.12f}")
+        assert found.shown == submit.comparison_keys(found)["significant"] == (test.pvalue < 0.01)
+        assert f"is {'' if found.shown else 'not '}shown" in submit.comparison_text(found)
+        verdicts.add(found.shown)
+    assert verdicts == {True, False}
+    noisy = write_logs(tmp_path / "noisy", {1: 1.12, 2: 1.18, 3: 1.24})  # its mean is beaten, by luck for all we know
+    test = stats.ttest_1samp(PR1019, 1.18 - 0.005 / factor, alternative="less")
+    assert test.pvalue < 0.01 < stats.ttest_ind(PR1019, (1.12, 1.18, 1.24), equal_var=False, alternative="less").pvalue
+    assert not submit.compare(ours, noisy).shown
+
+
+def test_a_gain_that_is_not_shown_is_refused_when_it_is_required(runs, tmp_path, no_tree, no_start):
+    for against, code, said in (
+        ("3.5", 1, "refused: A gain of 0.005 nats a token at p < 0.01 is not shown"),
+        ("9", 0, ""),
+    ):
+        done = start(runs, tmp_path / "out", "--against", against, "--require-significance")
+        assert done.code == code and said in done.err
+        assert (not list((tmp_path / "out").iterdir())) == bool(code)
 
 
 @pytest.mark.filterwarnings("ignore:Precision loss")
@@ -456,18 +560,25 @@ def test_the_table(record, tmp_path):
     shutil.copytree(record.folder, out / "track_10min_16mb" / record.folder.name)
     better = out / "track_10min_16mb/2026-01-01_Better"
     better.mkdir()
+    for name, text in (("Broken", "{"), ("Odd", '{"val_bpb": null, "seeds": {"1": {}, "2": {}}, "bytes_total": "?"}')):
+        other = out / f"track_10min_16mb/2026-01-01_{name}"
+        other.mkdir()
+        (other / "submission.json").write_text(text)
     (better / "submission.json").write_text('{"name": "a|b", "val_bpb": 1.5, "date": "2026-01-01T10:00:00Z"}')
     page = "# Records\n\nBefore.\n\n{}\nold\n{}\n\nAfter.\n"
     (out / "README.md").write_text(page.format(*submit.MARKERS))
     for _ in range(2):  # the second changes nothing
         assert quiet(submit.main, ["--table", "--out", str(out)]).code == 0
         text = (out / "README.md").read_text()
-        head, first, second = table_rows(text)
+        head, first, second, *rest = table_rows(text)
         assert (
             text.startswith("# Records\n\nBefore.\n\n<!--") and text.endswith("-->\n\nAfter.\n") and "old" not in text
         )
     assert first == ["track_10min_16mb", "2026-01-01", "[a/b](track_10min_16mb/2026-01-01_Better)", "1.500000",
                      "-", "-", "-", "-", "-"]  # fmt: skip
+    assert [(row[2].partition("]")[0], row[3:8]) for row in rest] == [
+        ("[2026-01-01_Broken", ["-"] * 5), ("[2026-01-01_Odd", ["-", "-", "-", "2", "-"])
+    ]  # fmt: skip
     named = dict(zip(head, second, strict=True))
     claims = record.claims
     assert float(named["val_bpb"]) == round(claims["val_bpb"], 6) and named["bytes"] == f"{claims['bytes_total']:,}"

@@ -11,9 +11,11 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from datetime import datetime
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import launch as launch_module
+import ledger
 import numpy as np
 import optuna
 import pytest
@@ -21,12 +23,15 @@ import sweep
 from conftest import ROOT
 from scipy import stats
 
+TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
 SMOKE = ROOT / "records/recipes/smoke.env"
 STAND_IN = """
     import json, os, pathlib, sys, time
     folder = pathlib.Path("runs") / os.environ["RUN_ID"]
     folder.mkdir(parents=True)
     e = os.environ.get
+    with open("pids.txt", "a") as file:
+        file.write(f"{os.getpid()}\\n")
     with open("starts.txt", "a") as file:
         file.write(f"{folder.name} {e('CUDA_VISIBLE_DEVICES', '-')}\\n")
     if e("NUM_LAYERS") == "9":
@@ -132,6 +137,37 @@ def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given,
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--workers", "2", "--gpus", "0,1,2"], "3 GPUs cannot be shared evenly by 2 workers"),
+        (["--workers", "0"], "0 workers"),
+        (["--launcher", "no-such-launcher --fast"], "no-such-launcher --fast: no such program"),
+        (["--seeds", "1,1"], "each once"),
+        (["--trials", "3"], "the grid has 2 points"),
+        (["--set", "row=a,b"], "row: there are none"),
+        (["--set", "NO_SUCH_SETTING_AT_ALL=1"], "NO_SUCH_SETTING_AT_ALL is no setting\n"),
+        (["--prune", "-1"], "prune from 0"),
+        (["--storage", "nosuchbase://x"], "--storage nosuchbase"),
+    ],
+)
+def test_options_that_do_not_go_together(place, capsys, given, said):
+    assert sweep.main([*arguments("run", "--set", "MATRIX_LR=0.01,0.02"), *given], environment()) == 2
+    assert said in capsys.readouterr().err and not started()
+
+
+def test_fewer_trials_than_the_study_has_do_not_wait_for_the_others(place):
+    """Of a study of four of which the last was stopped, one is asked for: it is there, so nothing is run."""
+    command = [*arguments("run", "--set", "MATRIX_LR=0.01..0.1"), "--trials"]
+    assert sweep.main([*command, "3"], environment(STAND_IN_BPB="2")) == 0
+    study = optuna.load_study(study_name="sweep", storage="sqlite:///runs/sweep/study.db")
+    study.enqueue_trial({}, dict(ticket=3, attempt=0))
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)
+    sweep.main([*command, "1"], environment(STAND_IN_BPB="2"))
+    assert len(started()) == 3
+    assert sweep.main([*command, "4"], environment(STAND_IN_BPB="2")) == 0 and len(started()) == 4
+
+
 def test_a_space_file(place, capsys):
     Path("my.toml").write_text(
         f'recipe = "{os.path.relpath(SMOKE)}"\nseeds = [5]\n[space]\nMATRIX_LR = [0.02, 0.03]\nTIE_EMBEDDINGS = true\n'
@@ -177,6 +213,80 @@ def wait_until(condition, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def running(pid: str) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_runs_end_with_a_sweep_that_is_killed_alone(place):
+    """SIGKILL to the sweep and to nothing else: its two runs, which would take an hour, are gone at once."""
+    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02,0.03", "--workers", "2", "--grace", "1")
+    first = launch(command, STAND_IN_SECONDS="1000")
+    wait_until(lambda: len(lines("pids.txt")) == 2)
+    assert all(map(running, lines("pids.txt")))
+    first.kill()
+    wait_until(lambda: not any(map(running, lines("pids.txt"))), 10)
+    first.communicate(timeout=10)
+    assert not Path("ends.txt").exists()
+
+
+@pytest.mark.slow
+def test_workers_of_torchrun_end_with_a_sweep_that_is_killed_alone(place, demo_data):
+    more = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="1000000")
+    first = launch(["run", "--set", "MATRIX_LR=0.01,0.02", "--launcher", TORCHRUN], **more)
+
+    def ours() -> list[str]:
+        """Processes in this folder but the sweep: guard, launcher, two workers."""
+        found = (path for path in Path("/proc").glob("[0-9]*") if path.name != str(first.pid))
+        return [path.name for path in found if cwd(path) == str(place) and running(path.name)]
+
+    def cwd(process: Path) -> str:
+        try:
+            return os.readlink(process / "cwd")
+        except OSError:
+            return ""
+
+    wait_until(lambda: any("step:2/" in path.read_text() for path in Path("runs").glob("*/train.log")), 120)
+    assert len(ours()) >= 4 + (os.getpid() in map(int, ours()))
+    first.kill()
+    wait_until(lambda: set(ours()) <= {str(os.getpid())}, 40)
+    first.communicate(timeout=10)
+
+
+@pytest.mark.slow
+def test_torchrun_as_launcher(place, demo_data):
+    """Two trials of the smoke recipe, each on two processes."""
+    more = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    done = launch(["run", "--set", "MATRIX_LR=0.01,0.02", "--launcher", TORCHRUN], **more)
+    said = done.communicate(timeout=300)[0]
+    assert done.returncode == 0, said
+    assert [row["state"] for row in rows("sweep")] == ["complete"] * 2
+    for row in rows("sweep"):
+        (folder,) = Path("runs").glob(f"sweep_00{row['trial']}_*_seed1337")
+        result = json.loads((folder / "result.json").read_text())
+        assert result["world_size"] == 2 and float(row["val_bpb"]) == result["val_bpb_sliding"]
+
+
+def test_code_that_changes_under_a_study_or_a_comparison_stops_it(place, capsys, monkeypatch):
+    right = launch_module.config_hash
+    monkeypatch.setattr(sweep, "config_hash", lambda environ: right(environ) + "x" * bool(lines("ends.txt")))
+    assert sweep.main(arguments("run", "--set", "MATRIX_LR=0.01,0.02,0.03"), environment()) == 2
+    assert "another space, base or code" in capsys.readouterr().err and len(started()) == 1
+    Path("ends.txt").unlink()
+    Path("a.env").write_text("NUM_LAYERS=3\nVE_LAYERS=1,2\n")
+    Path("b.env").write_text("NUM_LAYERS=4\nVE_LAYERS=1,2\n")
+    assert sweep.main(arguments("compare", "a.env", "b.env", "--seeds", "1,2"), environment()) == 2
+    assert "recipes or code changed" in capsys.readouterr().err and len(started()) == 2
+
+
+def test_a_score_that_is_no_number_is_a_crash(place):
+    with pytest.raises(launch_module.Crash, match="val_bpb_sliding is nan"):
+        launch_module.train("run", environment(STAND_IN_BPB="nan"), [sys.executable, "stand_in.py"], Path("logs"))
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -255,13 +365,14 @@ def test_two_processes_share_a_study_on_postgresql(place):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_the_paired_t_test_of_scipy():
+def test_a_comparison_is_the_paired_t_test():
     rng = np.random.default_rng(0)
     a = rng.normal(1.2, 0.01, 6)
     b = a + rng.normal(-0.003, 0.002, 6)
-    ours, theirs = sweep.paired(list(a), list(b)), stats.ttest_rel(b, a)
-    interval = theirs.confidence_interval(0.95)
-    assert (ours.low, ours.high, ours.p) == pytest.approx((interval.low, interval.high, theirs.pvalue))
+    ours, mean, error = sweep.paired(list(a), list(b)), (b - a).mean(), (b - a).std(ddof=1) / 6**0.5
+    half = 2.570581836 * error  # of the table, 5 degrees of freedom, 95 %
+    assert (ours.n, ours.mean, ours.low, ours.high) == pytest.approx((6, mean, mean - half, mean + half))
+    assert ours.p == pytest.approx(2 * stats.t.sf(abs(mean / error), 5))
     draws = rng.normal(ours.visible, (b - a).std(ddof=1), (40_000, 6))
     power = (stats.ttest_1samp(draws, 0.0, axis=1).pvalue < sweep.ALPHA).mean()
     assert power == pytest.approx(sweep.POWER, abs=0.01)
@@ -289,14 +400,12 @@ def test_compare_runs_both_for_each_seed_and_holds_to_its_n(place, capsys):
     assert "p =" not in capsys.readouterr().out
 
 
-def ledger() -> list[dict[str, str]]:
-    return sweep.read_ledger(Path("runs/ledger.tsv"))
+def written() -> list[dict[str, str]]:
+    return ledger.read(Path("runs/ledger.tsv"))
 
 
 def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch, demo_data):
     base = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
-
-    monkeypatch.setattr(sweep, "datetime", Later)
 
     def one(note: str, seconds: str = "5", **more: str) -> int:
         return sweep.main(arguments("one", "--note", note, "--seconds", seconds), environment(**base, **more))
@@ -307,7 +416,7 @@ def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch,
     assert one("better, too large", STAND_IN_BPB="1.9", STAND_IN_FITS="0") == 0
     assert one("broken", NUM_LAYERS="9") == 1
     assert one("better", STAND_IN_BPB="1.95") == 0
-    found = ledger()
+    found = written()
     assert [line["verdict"] for line in found] == ["keep", "discard", "discard", "discard", "crash", "keep"]
     assert [line["bpb"] for line in found][-2:] == ["-", "1.950000"] and found[0]["bytes"] == "1000"
     assert (
@@ -317,36 +426,121 @@ def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch,
     capsys.readouterr()
     assert one("longer", seconds="6") == 2 and "budget is 6" in capsys.readouterr().err
     assert one("two\nlines") == 2
-    monkeypatch.setattr(sweep, "scorer_hash", lambda source: "other")
+    monkeypatch.setattr(ledger, "scorer_hash", lambda *sources: "other")
     assert one("changed scorer", STAND_IN_BPB="0.1") == 2 and "scorer is other" in capsys.readouterr().err
-    assert len(ledger()) == 6 and len(lines("starts.txt")) == 6
+    assert len(written()) == 6 and len(lines("starts.txt")) == 6
 
 
-class Later:
-    """A clock that is a second later at each look, so that no two experiments have one name."""
+def test_what_moves_scores_without_a_better_model_is_refused(place, capsys, demo_data):
+    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    one = arguments("one", "--note", "n", "--seconds", "5")
+    assert sweep.main(one, base) == 0
+    Path("other").mkdir()
+    for shard in demo_data.glob("fineweb_val_*.bin"):
+        Path("other", shard.name).write_bytes(shard.read_bytes()[:-2])
+    Path("other.model").write_bytes((demo_data / "tokenizer.model").read_bytes() + b" ")
+    for more in (dict(EVAL_STRIDE="64"), dict(SEED="2"), dict(VAL_FILES="other/fineweb_val_*.bin"),
+                 dict(TOKENIZER_PATH="other.model")):  # fmt: skip
+        assert sweep.main(one, base | more) == 2 and "task is " in capsys.readouterr().err
+    assert sweep.main([*one, "--seconds", "0"], base) == 2
+    Path("runs/other.tsv").write_text("commit\tval_bpb\n")
+    assert sweep.main([*one, "--ledger", "runs/other.tsv"], base) == 2 and "columns" in capsys.readouterr().err
+    assert len(written()) == len(started()) == 1
 
-    count = 0
 
-    @classmethod
-    def now(cls):
-        cls.count += 1
-        return datetime.fromtimestamp(1.8e9 + cls.count)
+BROKEN = {  # what is put behind the imports of train_gpt.py, words of the error
+    "no Python": ("def (:", "SyntaxError"),
+    "a package that is not there": ("import no_such_package", "ModuleNotFoundError"),
+    "an exit": ("raise SystemExit(3)", "SystemExit"),
+    "settings": ("def load_config(environ):\n    return None.config", "AttributeError"),
+}
+
+
+@pytest.mark.parametrize("code, word", BROKEN.values(), ids=BROKEN)
+def test_a_program_that_cannot_be_imported_is_a_crash_in_the_ledger(place, capsys, monkeypatch, code, word):
+    programs = (place / "train_gpt.py", place / "eval_ttt.py")
+    programs[0].write_text(f'"""It is broken."""\n{code}\n')
+    programs[1].write_text("import train_gpt as tg\n")
+    monkeypatch.setattr(ledger, "PROGRAMS", programs)
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "train_gpt")
+    assert sweep.main(arguments("one", "--note", "broken"), environment()) == 1
+    (line,) = written()
+    assert (line["verdict"], line["note"], line["bpb"], line["task"]) == ("crash", "broken", "-", "-")
+    assert word in capsys.readouterr().err and not started()
+
+
+def test_lines_written_at_the_same_time_all_stand_below_one_head(place):
+    line = dict.fromkeys(ledger.COLUMNS, "x")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: ledger.append(Path("new/ledger.tsv"), line | {"note": number}), range(64)))
+    assert sorted(int(each["note"]) for each in ledger.read(Path("new/ledger.tsv"))) == list(range(64))
+
+
+TRACKER = """
+    import json
+    def told(kind):
+        def tell(*values, **named):
+            with open("told.jsonl", "a") as file:
+                file.write(json.dumps([kind, *values, named]) + "\\n")
+        return tell
+    init, log, finish = map(told, ("init", "log", "finish"))
+"""
+
+
+def test_a_tracker_is_told_when_asked_for(place, capsys, monkeypatch, demo_data):
+    Path("trackio.py").write_text(textwrap.dedent(TRACKER))
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), STAND_IN_BPB="2")
+    runs = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--workers", "2")
+    one = arguments("one", "--note", "n", "--seconds", "5")
+    for name, said in (("wandb", "pip install wandb"), ("tensorboard", "trackio or wandb")):
+        assert sweep.main(runs, base | {"TRACK": name}) == 2 and said in capsys.readouterr().err and not started()
+    assert sweep.main(one, base) == 0 and "trackio" not in sys.modules and not lines("told.jsonl")
+    for command in (runs, one, runs):  # the third runs nothing, so there is nothing to tell
+        assert sweep.main(command, base | {"TRACK": "trackio"}) == 0
+    told = [json.loads(line) for line in lines("told.jsonl")]
+    assert [kind for kind, *_ in told] == ["init", "log", "finish"] * 3  # never one run inside another
+    for (*_, began), (_, numbers, _) in zip(told[::3], told[1::3], strict=True):
+        result = json.loads(Path("runs", began["name"], "result.json").read_text())
+        assert numbers == result and began["config"]["matrix_lr"] in (0.01, 0.02, 0.025)
+    Path("trackio.py").write_text("def init(**named):\n    raise OSError('no network')\n")
+    monkeypatch.delitem(sys.modules, "trackio")
+    assert sweep.main(one, base | {"TRACK": "trackio"}) == 0 and "no network" in capsys.readouterr().err
 
 
 def test_the_hash_of_the_scorer():
-    source = (ROOT / "train_gpt.py").read_text()
-    known = sweep.scorer_hash(source)
-    assert sweep.scorer_hash(source.replace("\ndef score(", "\n# a comment\ndef score(", 1)) == known
-    assert (
-        sweep.scorer_hash(source.replace('"""The windows of this rank, which are contiguous."""', '"""Other."""'))
-        == known
+    sources = [(ROOT / name).read_text() for name in ("train_gpt.py", "eval_ttt.py")]
+    known = ledger.scorer_hash(*sources)
+
+    def changed(*pairs: tuple[str, str]) -> bool:
+        after = sources
+        for old, new in pairs:
+            assert any(old in source for source in sources), old
+            after = [source.replace(old, new) for source in after]
+        return ledger.scorer_hash(*after) != known
+
+    assert not changed(
+        ("\ndef score(", "\n# a comment\ndef score("),
+        ('"""The windows of this rank, which are contiguous."""', '"""Other."""'),
+        ("matrix_lr: float", "matrix_lr : float"),
+        ("class Muon(", "class Muon2("),  # training is what experiments change
+        ("def rms_norm(", "def rms_norm2("),
+        ("class Learner:", "class Learner:\n    more = 1\n"),
     )
-    assert sweep.scorer_hash(source.replace("matrix_lr: float", "matrix_lr : float")) == known
     for old, new in (
         ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),
         ("return F.cross_entropy(", "return 0.9 * F.cross_entropy("),
         ("SIZE_CAP = 16_000_000", "SIZE_CAP = 17_000_000"),
         ("def rank_share(", "def rank_shares("),
         ('if __name__ == "__main__":', 'def nll(a, b):\n    return 0\n\n\nif __name__ == "__main__":'),
+        # helpers, which no list names
+        ("return dist.get_world_size()", "return 1 + dist.get_world_size()"),
+        ("return 1 << max(int(number) - 1, 0)", "return 2 << max(int(number) - 1, 0)"),
+        ("class LedgerError(RuntimeError):", "class LedgerError(ValueError):"),
+        ('LOSSLESS_PROBE = "', 'LOSSLESS_PROBE = "a'),
+        ("def seen_before(key", "def seen_before(keys"),
+        ("def shards(self, split", "def shards(self, splits"),
     ):
-        assert source.count(old) >= 1 and sweep.scorer_hash(source.replace(old, new)) != known, new
+        assert changed((old, new)), new

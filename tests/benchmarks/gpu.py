@@ -188,7 +188,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
     def block(x: Tensor, x0: Tensor) -> Tensor:
         view = tg.BankView({name: [weight] * 2 * L for name, weight in row.items()}, {}, None)
-        return model.blocks[0](x, x0, view, tg.rotary_tables(T, *model.rotary, x), None, None, None)
+        return model.blocks[0](x, x0, view, model.places(ids, T, x), None, None, None)
 
     def head(x: Tensor) -> Tensor:
         return tg.nll(model.head(x), ids).mean()
@@ -261,9 +261,9 @@ def attention_kernels(b: Bench) -> dict[str, Callable]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def by(backend: SDPBackend) -> Callable:
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
             with sdpa_kernel(backend):
-                return tg.sdpa_attention(q, k, v)
+                return tg.sdpa_attention(q, k, v, documents)
 
         return attention
 

@@ -80,6 +80,7 @@ LEVERS = {  # name -> what it changes in the recipe; first what the recipe lacks
     "word_start_boost": {"WORD_START_BOOST": "1"},
     "trigram": {"TRIGRAM": "1"},
     "published_borders": {"DOC_BORDERS": "published"},
+    "documents_apart": {"DOC_BORDERS": "attention"},
     "memory_tokens": {"NUM_MEMORY_TOKENS": "4"},
     "overtone": {"OVERTONE_INIT": "1"},
     "recurrence": {"NUM_LAYERS": "2", "BLOCK_ORDER": "0,1,0,1", "VE_LAYERS": "1"},  # VE in two of four layers, as ever

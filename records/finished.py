@@ -1,0 +1,123 @@
+"""Finished runs: read from their logs, and judged whether together they can be a record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import check
+
+SETTING = re.compile(r"(?m)^  ([A-Z]\w*)=(.*?)( \(given\))?$")
+TEXT_TOLERANCE = 1e-3  # bpb; trainer and evaluator differ by far less on the same artifact, text and windows
+
+
+class Refused(Exception):
+    """The runs or the folder made of them break rules; the arguments are the reasons."""
+
+
+@dataclass
+class Run:
+    """A finished run, by its logs: their text joined, RESULT lines, and settings as text, the evaluator's last.
+
+    `evaluated` is empty where eval_ttt.py did not run.
+    """
+
+    path: Path
+    facts: check.LogFacts
+    log: str
+    certificate: str
+    trained: dict[str, Any]
+    evaluated: dict[str, Any]
+    settings: list[dict[str, str]]
+    given: list[dict[str, str]]
+
+    @property
+    def seed(self) -> int:
+        return self.trained["seed"]
+
+
+def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
+    """The run at PATH. Refused where its LOGS are not those of a finished run of this repository."""
+    facts = check.read_log(*logs)
+    log = "\n".join(each.read_bytes().decode().rstrip("\n") for each in logs) + "\n"
+    trained, evaluated = (
+        next((result for result in facts.results if key in result), {}) for key in ("train_seconds", "val_bpb_ttt")
+    )
+    parts = [SETTING.findall(part) for part in re.split(r"(?m)^RESULT .*\n", log)]
+    settings = [{name.lower(): value for name, value, _ in part} for part in parts]
+    given = [{name.lower(): value for name, value, mark in part if mark} for part in parts]
+    unsaid = [key for key in ("seed", "world_size", "sha256_code", "versions") if key not in trained]
+    if unsaid := unsaid + [key for key in ("vocab_size", "eval_seq_len") if key not in settings[0]]:
+        raise Refused(f"{path}: no line of its log says {', '.join(unsaid)}")
+    text = certificate.read_text() if certificate.exists() else ""
+    return Run(path, facts, log, text, trained, evaluated, settings, given)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run's files. Refused where they are not those of a finished run."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    evaluated = [name for name in ("eval_ttt.log", "eval_ttt.json") if any(folder.glob("eval_ttt.*"))]
+    if missing := [n for n in ("train.log", "result.json", "source", *evaluated) if not (folder / n).exists()]:
+        raise Refused(f"{folder} did not finish: it has no {', '.join(missing)}")
+    try:
+        read = {n: json.loads((folder / n).read_text()) for n in ("result.json", *evaluated) if n.endswith(".json")}
+        run = read_logs(folder, [folder / name for name in ("train.log", *evaluated[:1])], folder / "certificate.txt")
+    except ValueError as error:
+        raise Refused(f"{folder}: {error}") from error
+    if other := [name for name, said in read.items() if said not in run.facts.results]:
+        raise Refused(f"{folder}: no RESULT line of its logs is what {', '.join(other)} says")
+    return run
+
+
+def own_faults(run: Run, track: str) -> list[str]:
+    """What breaks a rule in one run: every fault that check.py finds, and scores of another text."""
+    record = check.read_record(run.path)
+    record.claims = {"track": track}
+    faults = [f"{v.rule}: {v.evidence}" for v in check.check(record) if v.status == "fail"]
+    windows = str(run.evaluated.get("settings", {}).get("eval_seq_len"))
+    key = "val_bpb_roundtrip"
+    if windows == run.settings[0]["eval_seq_len"] and abs(run.evaluated[key] - run.trained[key]) > TEXT_TOLERANCE:
+        shown = f"{run.trained[key]:.6f} and {run.evaluated[key]:.6f}"
+        faults.append(f"log: trainer and evaluator scored different texts, {key} is {shown}")
+    return [f"{run.path}: {fault}" for fault in dict.fromkeys(faults)]
+
+
+def differences(runs: Sequence[Run], kind: str, what: Callable[[Run], Mapping[str, Any]]) -> list[str]:
+    """How WHAT differs between the first run and the others, but for names that each run has its own values of."""
+    found, first = [], what(runs[0])
+    for run in runs[1:]:
+        other = what(run)
+        names = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
+        shown = [f"{k} {first.get(k)} and {other.get(k)}" for k in names if not check.OWN_SETTINGS.fullmatch(k)]
+        found += [f"{runs[0].path} and {run.path} differ in {kind}: {', '.join(shown)}"] if shown else []
+    return found
+
+
+def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
+    """The runs, by seed. Refused with every reason that they are no record."""
+    reasons, runs = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+            reasons += own_faults(runs[-1], track)
+        except Refused as refused:
+            reasons += refused.args
+    runs.sort(key=lambda run: run.seed)
+    for before, run in pairwise(runs):
+        if before.seed == run.seed:
+            reasons.append(f"seed {run.seed} twice: {before.path} and {run.path}")
+    if (distinct := len({run.seed for run in runs})) < check.MIN_SEEDS:
+        reasons.append(f"{distinct} finished runs of distinct seeds, {check.MIN_SEEDS} are needed")
+    if runs:
+        reasons += differences(runs, "code", lambda run: run.trained["sha256_code"])
+        reasons += differences(runs, "settings", lambda run: run.settings[0])
+        reasons += differences(runs, "evaluation", lambda run: run.evaluated.get("settings", {}))
+    if reasons:
+        raise Refused(*reasons)
+    return runs

@@ -1,0 +1,163 @@
+"""The ledger of single experiments that `records/sweep.py one` writes: its lines, and what makes them comparable."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import fcntl
+import glob
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from launch import ANY_RUN, METRIC, PROGRAMS, ROOT, Crash, digest, train, trainer
+
+COLUMNS = ("date", "commit", "config", "bpb", "bytes", "seconds", "verdict", "note", "scorer", "task", "budget", "run")
+FIXED = ("scorer", "task", "budget")  # alike in all lines, else their scores could not be compared
+SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch", "score",
+          "Run.val_tokens", "Run.score", "score_artifact", "ByteTable", "load_byte_table", "read_validation",
+          "Config.shards", "SIZE_CAP", "BOS_ID", "score_plan", "evaluate", "Setup.plan")  # fmt: skip
+BORDER = ("Config", "GPT", "load_model", "read_artifact", "Learner", "TTT_MODES")  # what experiments are about
+
+
+def names_used(definition: ast.AST) -> set[str]:
+    """The names that a definition reads and does not bind, X of tg.X among them, annotations left out."""
+    noted = [getattr(node, name, None) for node in ast.walk(definition) for name in ("annotation", "returns")]
+    left_out = {id(part) for note in noted if note is not None for part in ast.walk(note)}
+    nodes = [node for node in ast.walk(definition) if id(node) not in left_out]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    bound |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
+    members = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    return {node.id for node in names} - bound | {node.attr for node in members if node.value.id == "tg"}
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """The names that a module defines, methods as Class.name."""
+    for node in tree.body:
+        for target in getattr(node, "targets", [getattr(node, "target", node)]):
+            yield getattr(target, "id", getattr(target, "name", "")), node
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            yield f"{node.name}.{getattr(part, 'name', '')}", part
+
+
+def without_docstrings(definition: ast.AST) -> str:
+    """Its syntax tree as text."""
+    for node in ast.walk(definition):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(definition)
+
+
+def scorer_hash(*sources: str) -> str:
+    """Hash of the syntax trees of SCORER and of whatever of the SOURCES those use, short of BORDER.
+
+    Docstrings, comments and layout do not count. SyntaxError or ValueError for what is no Python.
+    """
+    found: dict[str, list[ast.AST]] = {}  # a second definition of a name replaces the first: both count
+    for name, node in (pair for source in sources for pair in definitions(ast.parse(source))):
+        found.setdefault(name, []).append(node)
+    reached, waiting = {}, list(SCORER)
+    while waiting:
+        if (name := waiting.pop()) in found and name not in reached and name not in BORDER:
+            reached[name] = [without_docstrings(node) for node in found[name]]
+            waiting += [used for node in found[name] for used in names_used(node)]
+    return digest(reached)
+
+
+def commit(root: Path) -> str:
+    """The tree's commit, a + behind it where tracked files differ from it; - without git or repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of a ledger. ValueError where it has other columns than ours."""
+    if not path.exists() or not path.stat().st_size:
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path}: its columns are {reader.fieldnames}, not {COLUMNS}: start another --ledger")
+        return list(reader)
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add a line, after a head where there is none; other processes wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        head = "" if path.stat().st_size else "\t".join(COLUMNS) + "\n"
+        file.write(head + "\t".join(str(line[name]) for name in COLUMNS) + "\n")
+
+
+def refuse_changes(path: Path, line: Mapping[str, Any]) -> None:
+    """ValueError where LINE is not of the kind of the ledger's first line with a score."""
+    first = next((old for old in read(path) if old["verdict"] != "crash"), line)
+    for key in FIXED:
+        if line[key] != first[key]:
+            raise ValueError(f"{key} is {line[key]}, and {first[key]} in the first line with a score of {path}: such "
+                             "scores cannot be compared; put it back, or start another --ledger")  # fmt: skip
+
+
+def is_best(bpb: float, lines: Sequence[Mapping[str, str]]) -> bool:
+    """Whether BPB is below that of every line kept."""
+    return all(bpb < float(old["bpb"]) for old in lines if old["verdict"] == "keep")
+
+
+def what_is_tried(environ: Mapping[str, str]) -> dict[str, str]:
+    """Hashes for a line: scoring code; task (validation text, tokenizer, windows, seed); settings.
+
+    ValueError for a wrong setting, OSError for a missing file, Crash where the programs are broken.
+    """
+    try:
+        scorer = scorer_hash(*(path.read_text(encoding="utf-8") for path in PROGRAMS))
+        tg = trainer()
+        config = tg.load_config(environ)[0]
+        files = [tg.sha256_file(path) for path in (config.tokenizer_path, *sorted(glob.glob(config.shards("val"))))]
+        task = digest(files, config.eval_seq_len, config.eval_stride, config.seed)
+    except (SyntaxError, AttributeError, TypeError, NameError) as error:
+        raise Crash(f"the programs are broken: {error!r}") from error
+    return dict(scorer=scorer, task=task, config=digest(asdict(config) | ANY_RUN))
+
+
+def experiment(note: str, seconds: int, launcher: Sequence[str], environ: Mapping[str, str], path: Path) -> int:
+    """Run the working tree for SECONDS of training and append a line to the ledger at PATH; returns the exit code.
+
+    ValueError, and no line, where scorer, task or budget are not those of the ledger's first line with a score.
+    """
+    if not note.strip() or re.search(r"[\t\r\n]", note) or seconds < 1:
+        raise ValueError(f"--note {note!r}: one line, without tabs, on what was changed and why; --seconds from 1")
+    line = dict.fromkeys(COLUMNS, "-") | dict(note=note, budget=str(seconds), commit=commit(ROOT))
+    line |= dict(date=f"{datetime.now():%Y-%m-%dT%H:%M:%S}", verdict="crash")
+    line["run"] = f"one_{len(read(path)):03d}_{line['date'].replace(':', '-')}"
+    environ, began = {**environ, "MAX_WALLCLOCK_SECONDS": str(seconds)}, time.monotonic()
+
+    def watch(folder: Path) -> None:
+        if time.monotonic() - began > 4 * seconds + 600:  # export and scoring have taken leave of their senses
+            raise Crash(f"{folder}: not done after {4 * seconds + 600} s")
+
+    try:
+        line |= what_is_tried(environ)
+        refuse_changes(path, line)
+        result = train(line["run"], environ, launcher, path.parent, watch)
+        better = result["fits"] and result.get("legal", True) and is_best(result[METRIC], read(path))
+        line |= dict(bpb=f"{result[METRIC]:.6f}", bytes=result["bytes_total"], verdict="keep" if better else "discard")
+    except Crash as error:
+        print(f"error: {error}", file=sys.stderr)
+    line["seconds"] = f"{time.monotonic() - began:.0f}"
+    append(path, line)
+    print(" ".join(f"{name}={value}" for name, value in line.items()))
+    return 1 if line["verdict"] == "crash" else 0
