@@ -146,18 +146,21 @@ def test_sequential_rows_are_those_of_the_text(tmp_path, text):
     np.testing.assert_array_equal(rows.flatten(), np.arange(rows.size) % TOKENS)
 
 
-@pytest.mark.parametrize("count", [LENGTH - 3, LENGTH, LENGTH + 1])
-def test_a_text_of_hardly_a_window(tmp_path, count):
-    """Is refused by name, or repeated as often as it takes."""
+@pytest.mark.parametrize("count", [LENGTH, LENGTH + 1])
+def test_a_text_of_hardly_a_window_is_repeated(tmp_path, count):
     write_shard(tmp_path / "short.bin", np.arange(count))
-    run = make(tmp_path, TokenStream(f"{tmp_path}/short.bin", 65536))
-    try:
-        inputs, targets = step_batches(run, 3)[0]
-    except UserError as error:
-        assert "short.bin" in str(error) or "TRAIN_SEQ_LEN" in str(error)
-    else:
-        assert inputs.shape == (ROWS, LENGTH)
-        np.testing.assert_array_equal(targets.numpy(), (inputs.numpy() + 1) % count)
+    inputs, targets = step_batches(make(tmp_path, TokenStream(f"{tmp_path}/short.bin", 65536)), 3)[0]
+    assert inputs.shape == (ROWS, LENGTH)
+    np.testing.assert_array_equal(targets.numpy(), (inputs.numpy() + 1) % count)
+
+
+def test_a_text_shorter_than_a_window_is_refused_in_any_order_but_its_own(env, tmp_path, capsys):
+    write_shard(tmp_path / "short.bin", np.arange(63))
+    given = {**env, "TRAIN_FILES": f"{tmp_path}/short.bin", "ITERATIONS": "2"}
+    train_here({**given, "DATA_ORDER": "shuffled"}, tmp_path, code=2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "short.bin" in error and "63" in error and "TRAIN_SEQ_LEN=64" in error
+    train_here(given, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
