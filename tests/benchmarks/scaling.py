@@ -94,7 +94,7 @@ def speed(work: Path, batch: int) -> float:
 
 def scaling(quick: bool, work: Path) -> dict[str, Any]:
     """Medians over rounds; in each round every arm once, forth and back."""
-    batch, rounds, steps = 8192, 1 if quick else 5, 12 if quick else 40
+    batch, rounds, steps = 8192, 1 if quick else 3, 12 if quick else 24
     shard = work / "val.bin"
     write_shard(shard, np.random.default_rng(0).integers(2, 1000, 600))
     settings = {"VAL_FILES": str(shard), "ITERATIONS": str(steps), "GRAD_ACCUM_TOTAL": "2"}
