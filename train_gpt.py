@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import lzma
 import math
@@ -40,7 +41,7 @@ from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -595,13 +596,15 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
 
 
 def differing_parameters(model: nn.Module) -> list[str]:
-    """The parameters that are not the same on all ranks, by the sums of their bits; all ranks ask together."""
+    """The parameters that are not the same on all ranks, by hashes of their bits; all ranks ask together."""
     if world_size() == 1:
         return []
-    names = [name for name, _ in model.named_parameters()]
-    sums = torch.stack(
-        [p.detach().flatten().view(torch.int32).sum(dtype=torch.int64) for p in model.parameters()]
-    ).cpu()
+    names, sums = [name for name, _ in model.named_parameters()], []
+    for p in model.parameters():
+        bits = p.detach().flatten().view(torch.int32).long()
+        factors = torch.arange(len(bits), device=p.device) * 0x1E3779B97F4A7C15 | 1  # each place has its own
+        sums.append((bits * factors).sum())  # modulo 2^64
+    sums = torch.stack(sums).cpu()
     extremes = torch.cat((sums, -sums))
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     highest, lowest = extremes[: len(sums)], -extremes[len(sums) :]
@@ -1486,7 +1489,7 @@ class Share:
         work = reduce_scatter(self.reduced, sent, async_op=True)
         self.bank.grad = None
 
-        def finish(kept: Tensor = sent) -> None:
+        def finish(kept: Tensor = sent) -> None:  # what is on its way must stay
             work.wait()
             self.reduced.div_(self.ranks)
 
@@ -1554,7 +1557,7 @@ class Muon(torch.optim.Optimizer):
         update = zeropower_via_newtonschulz5(update, self.ns_steps, dtype=self.dtype)
         if self.cautious:
             along = update * gradient > 0
-            update = update * along / along.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
+            update *= along / along.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
         return update
 
     def _apply(self, p: Tensor, group: dict, arrived: Callable[[], Tensor]) -> None:
@@ -2847,17 +2850,24 @@ def model_settings(config: Config) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["section"] == "model"}
 
 
-def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], Any]) -> None:
-    """Write bytes, or what a function writes, under a temporary name, then rename: PATH is never half-written."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write CONTENT under a temporary name, then rename: PATH is never half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def saved_bytes(content: Any) -> bytes:
+    """What torch.save writes; to a file it would make a RuntimeError of a full disk's OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def checksum(coder: bytes, body: bytes) -> bytes:
@@ -3378,7 +3388,7 @@ class Progress:
     def __init__(self, run: Run, model: GPT, rates: MetaRates, clock: Any, signals: StopSignals, strict: Callable):
         self.run, self.model, self.rates, self.clock, self.signals = run, model, rates, clock, signals
         self.strict, self.done, self.resumed, self.saved = strict, {}, [], None
-        self.phase, self.parts, self.checked, self.asked = "", {}, 0.0, 0
+        self.phase, self.parts, self.first, self.checked, self.asked = "", {}, 0, 0.0, 0
 
     def resume(self, saved: dict[str, Any] | None) -> None:
         """Go on from a checkpoint of read_checkpoint, or from the beginning."""
@@ -3405,8 +3415,8 @@ class Progress:
             return 0
         for name, part in parts.items():
             part.load_state_dict(self.saved["parts"][name])
-        step, self.saved = self.saved["step"], None
-        return step
+        self.first, self.saved = self.saved["step"], None
+        return self.first
 
     def finish(self, step: int) -> None:
         """The phase is done, with its STEP steps."""
@@ -3443,7 +3453,7 @@ class Progress:
         """Say so where it was WAITED for, in seconds, for much of the time since the last call."""
         now = self.clock.seconds()
         seconds, self.checked = now - self.checked, now
-        if step > 10 and waited > 0.05 * seconds:
+        if step > self.first + 10 and waited > 0.05 * seconds:
             share = f"{waited / seconds:.0%} of the last {seconds:.1f} s"
             self.run.log.line(f"WARNING: the loader kept training waiting for {share}")
 
@@ -3462,8 +3472,8 @@ class Progress:
 
         def write() -> str:
             try:
-                write_atomically(path, partial(torch.save, content))
-            except (OSError, RuntimeError) as error:  # torch.save turns some of the former into the latter
+                write_atomically(path, saved_bytes(content))
+            except OSError as error:
                 return f"WARNING: no checkpoint: {error}"
             return f"checkpoint: step:{step} {path.stat().st_size} bytes {time.perf_counter() - began:.2f}s"
 
@@ -3685,8 +3695,10 @@ def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Cal
         before, after = fomaml_step(model, c, fast, rates, *meta_rows(batches, c), nll_fn)
         rates.step(scale)
         if step < 3 * c.meta_ttt_every or step % c.train_log_every < c.meta_ttt_every:
-            shown = "" if before is None else f" before:{before.item():.5f}"
-            run.log.line(f"meta_step:{step}{shown} after:{after.item():.5f}{rates_text(rates.factors())}")
+            losses = sum_over_ranks([loss.view(1) for loss in (before, after) if loss is not None])
+            *first, last = [loss.item() / world_size() for loss in losses]
+            shown = "".join(f" before:{loss:.5f}" for loss in first) + f" after:{last:.5f}"
+            run.log.line(f"meta_step:{step}{shown}{rates_text(rates.factors())}")
 
     return add
 
@@ -3711,7 +3723,7 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         if c.val_loss_every and (stop or step % c.val_loss_every == 0):
             clock.stop()
             result = run.score(model, c.eval_seq_len, nll_fn)
-            run.log.step(step, clock.seconds(), val_loss=result.val_loss, val_bpb=result.val_bpb)
+            run.log.step(step, progress.seconds(), val_loss=result.val_loss, val_bpb=result.val_bpb)
             clock.start()
         if stop:
             break
@@ -3877,8 +3889,8 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
     return device
 
 
-def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, int]:
-    """runs/RUN_ID with the code that runs, and that folder as an open file, which locks it.
+def make_run_folder(config: Config) -> tuple[Path, int]:
+    """runs/RUN_ID, and that folder as an open file, which locks it.
 
     UserError where it cannot be made, exists already (but RESUME=auto), or is locked by a run that is still going.
     """
@@ -3886,9 +3898,6 @@ def make_run_folder(config: Config, environ: Mapping[str, str]) -> tuple[Path, i
     try:
         folder.mkdir(parents=True, exist_ok=config.resume == "auto")
         lock = lock_folder(folder)
-        (folder / "source").mkdir(exist_ok=True)
-        for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
-            shutil.copy(path, folder / "source")
     except FileExistsError:
         raise UserError(f"{folder} is there already: choose another RUN_ID, or RESUME=auto") from None
     except OSError as error:
@@ -3934,7 +3943,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     for package in ("zstandard", *(["constriction"] if config.compressor == "ans" else [])):
         import_package(package)
-    folder, lock = on_rank_0(lambda: make_run_folder(config, environ))
+    folder, lock = on_rank_0(lambda: make_run_folder(config))
     log = RunLog(folder, config.iterations)
     for notice in [*notices, *attention_notices]:
         log.line(f"note: {notice}")
@@ -3944,6 +3953,13 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
         run.val_tokens = early[0]
         log.line(f"val_loader:shards pattern={config.shards('val')} tokens:{len(run.val_tokens) - 1}")
     return run
+
+
+def keep_source(folder: Path, environ: Mapping[str, str]) -> None:
+    """Copy the code that runs, and the recipe, to source/."""
+    (folder / "source").mkdir(exist_ok=True)
+    for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
+        shutil.copy(path, folder / "source")
 
 
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
@@ -3973,8 +3989,7 @@ def export(
 ) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
     c, state = run.config, {name: p for name, p in model.state_dict().items() if not name.startswith("mtp_heads.")}
-    plain = {name: tensor.cpu() for name, tensor in state.items()}
-    write_atomically(run.folder / "final_model.pt", partial(torch.save, plain))
+    write_atomically(run.folder / "final_model.pt", saved_bytes({name: p.cpu() for name, p in state.items()}))
     bytes_code = sum(file.stat().st_size for file in code_files())
     state |= learned_tensors(moments, factors)
     plans = plan_rounding(state, statistics, c, run.log.line)
@@ -4031,21 +4046,27 @@ def finished_result(folder: Path) -> dict[str, Any] | None:
 
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Train, export, read back, score, report; returns the exit code."""
-    began = process_start()
+    began, signals = process_start(), StopSignals(environ)
     run = prepare_run(config, notices, environ)
-    result = on_rank_0(lambda: finished_result(run.folder))
-    if result is not None:
-        run.log.line(f"note: {run.folder} has its result already")
-    else:
-        result = finish_run(run, given, StopSignals(environ), began)
-    if rank() == 0:
-        os.close(run.lock)
+    try:
+        result = on_rank_0(lambda: finished_result(run.folder))
+        if result is not None:
+            run.log.line(f"note: {run.folder} has its result already")
+        else:
+            saved = on_rank_0(lambda: read_checkpoint(run))
+            on_rank_0(lambda: keep_source(run.folder, environ))
+            result = finish_run(run, given, saved, signals, began)
+    finally:
+        if rank() == 0:
+            os.close(run.lock)
     return 0 if result["fits"] else 1
 
 
-def finish_run(run: Run, given: Mapping[str, Any], signals: StopSignals, began: float) -> dict[str, Any]:
-    """All of a run, or what a checkpoint has left of it, from process start BEGAN; returns what result.json has."""
-    config, saved = run.config, on_rank_0(lambda: read_checkpoint(run))
+def finish_run(
+    run: Run, given: Mapping[str, Any], saved: dict[str, Any] | None, signals: StopSignals, began: float
+) -> dict[str, Any]:
+    """All of a run, or what a SAVED checkpoint has left of it, from process start BEGAN; returns its result."""
+    config = run.config
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
