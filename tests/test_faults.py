@@ -827,6 +827,7 @@ def locked(folder: Path):
         os.close(descriptor)
 
 
+@pytest.mark.slow
 def test_two_jobs_do_not_share_a_folder(settings, stopped, tmp_path, start):
     """The second waits for the first to let go of the lock."""
     run = copy_of(stopped, tmp_path)

@@ -467,7 +467,8 @@ def test_on_real_inputs_gptq_beats_rounding_in_every_matrix(demo_data):
     config = replace(SMALL, vocab_size=1024, model_dim=48, num_layers=3, ve_layers="1", train_seq_len=64)
     model = random_model(config, torch.float32)
     stream = train_gpt.TokenStream(f"{demo_data}/fineweb_train_*.bin", 1024)
-    batches = [stream.rows(start, 8, 64, torch.device("cpu"))[0] for start in (0, 200_000, 400_000)]
+    starts = 64 * np.arange(8)
+    batches = [stream.rows(first + starts, 64, torch.device("cpu"))[0] for first in (0, 200_000, 400_000)]
     hessians = collect_hessians(model, batches)
     state = model.state_dict()
     fine, plain = (quantize(state, given, config) for given in (Statistics(hessians), Statistics()))
