@@ -35,6 +35,7 @@ CHECKS = (  # what the README says, what is run (None: that), exit code, and a w
     (r"python tests/benchmarks/quantisation.py .*", "python tests/benchmarks/quantisation.py --help", 0, "--timing"),
     (r"python records/pack.py --out DIR", None, 0, "together"),
     (r"python tests/benchmarks/trainer.py .*", "python tests/benchmarks/trainer.py --help", 0, "--out"),
+    (r"python tests/benchmarks/scaling.py .*", "python tests/benchmarks/scaling.py --help", 0, "--soak"),
     (r"python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out .*", GPU_SMOKE, 0, "BENCH {"),
 )
 
