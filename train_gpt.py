@@ -25,7 +25,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import struct
 import sys
@@ -90,7 +89,7 @@ class Config:
     checkpoint_every: int = setting("run", 0, "steps between checkpoints; 0: only when a signal asks to stop", low=0)
     resume: str = setting("run", "never", "auto: go on from the checkpoint of RUN_ID, or start where there is none",
                           choices=("never", "auto"))
-    dist_timeout: float = setting("run", 600.0, "seconds that a process waits for the others", low=1)
+    dist_timeout: float = setting("run", 600.0, "seconds that a process waits for the others' part of a step", low=1)
 
     data_path: str = setting("data", "./data/datasets/fineweb10B_sp1024", "folder of the token shards")
     train_files: str = setting("data", "", "glob of the training shards; empty: DATA_PATH/fineweb_train_*.bin")
@@ -579,17 +578,23 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
     return [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)]
 
 
+@lru_cache(maxsize=1)
+def patient_group(world: Any) -> Any:
+    """The ranks of WORLD, which wait for one another for an hour: an export takes longer than a step."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+
+
 def on_rank_0(function: Callable[[], Any]) -> Any:
     """What FUNCTION returns on rank 0, given to every rank; an error there is raised on all."""
     if world_size() == 1:
         return function()
-    box: list[Any] = [None]
+    box, group = [None], patient_group(dist.group.WORLD)
     if rank() == 0:
         try:
             box = [function()]
         except Exception as error:
             box = [error]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group)
     if isinstance(box[0], Exception):
         raise box[0]
     return box[0]
@@ -875,18 +880,22 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Tap = Callable[[str, int, Tensor, Tensor], None]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+def causal_mask(length: int, past: int, device: torch.device) -> Tensor:
+    """(T, past + T), True where one of the last T = LENGTH places sees another."""
+    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels.
 
-    k and v may begin earlier than q: they end with it. DOCUMENTS (B, T), as long as k: no place attends to another's.
+    k and v may begin earlier than q: they end with it. MASK (B, 1, T, past + T) in the place of the causal one.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-    mask, past = None, k.size(2) - q.size(2)
-    if past or documents is not None:  # the queries are those of the last places
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
-    if documents is not None:
-        mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if mask is None and k.size(2) > q.size(2):
+        mask = causal_mask(q.size(2), k.size(2) - q.size(2), q.device)
+    if mask is not None:  # no fast kernel of torch has both masks and fewer keys than queries
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
     return y.transpose(1, 2)
 
 
@@ -914,12 +923,12 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
 def flash_attention(kernel: Callable) -> AttentionFn:
     """The causal form of a flash-attn function; some versions return the log-sum-exp beside the output.
 
-    They have no masks, so documents are left to torch.
+    They take no masks: those are left to torch.
     """
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-        if documents is not None:
-            return sdpa_attention(q, k, v, documents)
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            return sdpa_attention(q, k, v, mask)
         out = kernel(q, k, v, causal=True)
         return out[0] if isinstance(out, tuple) else out
 
@@ -949,11 +958,11 @@ def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Te
 
 
 class Places(NamedTuple):
-    """What attention knows of a row's places: cos and sin (T, 1, r / 2) for its queries; documents of all its keys."""
+    """What attention knows of a row's places: cos and sin (T, 1, r / 2), and what sees what; None: all before it."""
 
     cos: Tensor
     sin: Tensor
-    documents: Tensor | None  # (B, past + T)
+    mask: Tensor | None  # (B, 1, T, past + T)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1103,7 +1112,7 @@ class Attention(nn.Module):
         q, k = (rotate(rms_norm(x), places.cos, places.sin) for x in (q, k))
         keys, values = (k, v) if extend is None else extend(k, v)
         q = q * self.q_gain.to(x.dtype).unsqueeze(-1)
-        y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
+        y = self.kernel(q, keys, values, places.mask)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
         return banks.linear("qo_bank", self.num_layers + self.layer, y.reshape(B, T, d))
 
@@ -1308,8 +1317,12 @@ class GPT(nn.Module):
     def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
         """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
         cos, sin = rotary_tables(ids.size(1), *self.rotary, like)
-        documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        return Places(cos[-count:], sin[-count:], documents)
+        mask = None
+        if self.config.doc_borders == "attention":
+            documents = (ids == BOS_ID).cumsum(1)
+            mask = documents[:, None, -count:, None] == documents[:, None, None, :]
+            mask = mask & causal_mask(count, ids.size(1) - count, ids.device)
+        return Places(cos[-count:], sin[-count:], mask)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""
@@ -1489,7 +1502,7 @@ class Share:
         work = reduce_scatter(self.reduced, sent, async_op=True)
         self.bank.grad = None
 
-        def finish(kept: Tensor = sent) -> None:  # what is on its way must stay
+        def finish() -> None:
             work.wait()
             self.reduced.div_(self.ranks)
 
@@ -1503,7 +1516,7 @@ class Share:
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
         work = all_gather(whole, sent, async_op=True)
 
-        def finish(kept: Tensor = sent) -> Tensor:
+        def finish() -> Tensor:
             work.wait()
             return whole[: len(self.bank)]
 
@@ -1541,7 +1554,7 @@ class Muon(torch.optim.Optimizer):
         """Largest bank first, each applied while the next one is on its way; MEANWHILE is called during the first."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         apply_last: Callable[[], Any] = meanwhile
-        for share in self.shares:
+        for share in (share for share in self.shares if share.gradient is not None):
             arrived = share.start_gather(self._update(share, groups[share.bank]["momentum"]))
             apply_last()
             apply_last = partial(self._apply, share.bank, groups[share.bank], arrived)
@@ -1567,18 +1580,16 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch has it, with the momentum of whole banks; all ranks call it together."""
-        saved, order = super().state_dict(), [p for group in self.param_groups for p in group["params"]]
-        shares = {share.bank: share for share in self.shares}
-        whole = {
-            number: shares[order[number]].whole(state["momentum_buffer"]) for number, state in saved["state"].items()
-        }
-        return saved | dict(state={number: dict(momentum_buffer=buffer) for number, buffer in whole.items()})
+        shares, order = {s.bank: s for s in self.shares}, [p for group in self.param_groups for p in group["params"]]
+        whole = {number: dict(momentum_buffer=shares[p].whole(self.state[p]["momentum_buffer"]))
+                 for number, p in enumerate(order) if self.state.get(p)}  # fmt: skip
+        return super().state_dict() | dict(state=whole)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """The state of any number of ranks: each takes its share."""
         super().load_state_dict(saved)
         for share in self.shares:
-            if state := self.state[share.bank]:
+            if state := self.state.get(share.bank):
                 state["momentum_buffer"] = share.own(state["momentum_buffer"]).clone()
 
 
@@ -1770,7 +1781,7 @@ class FastWeights:
         return replaced, adapters
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept from one reset to the next."""
+        """What is kept from one reset to the next, but for TTT_WARM_START_A's adapters: each rank has its own."""
         return dict(moments=self.moments, steps=self.steps)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -3200,8 +3211,11 @@ class RunLog:
     def forget_after(self, step: int) -> None:
         """Drop what metrics.jsonl has from after the training step STEP, where the run goes on."""
         path = self.folder / "metrics.jsonl"
-        if rank() == 0 and path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        if path.exists():
+            rows = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line that a full disk cut short
+                    rows.append(json.loads(line))
             kept = [row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
@@ -3224,7 +3238,7 @@ class Run:
     kernel: AttentionFn
     versions: dict[str, Any]
     folder: Path
-    lock: int  # the folder as rank 0's open file
+    lock: int  # the folder as an open file of rank 0's process, and of no other
     log: RunLog
     train: TokenStream
     byte_table: ByteTable
@@ -3242,7 +3256,7 @@ class Run:
 
 
 class Measured(NamedTuple):
-    """What a step did, the same on all ranks: its loss and the norms of the gradients before clipping."""
+    """What a step did, the same on all ranks: its loss, and norms of gradients before clipping where there are some."""
 
     values: Tensor  # (1 + gradients,), on the device
     names: list[str]
@@ -3320,9 +3334,11 @@ class Loader:
     """The batches of one step after the other, read and sent to the device a step ahead by a thread."""
 
     def __init__(self, run: Run):
-        self.run, self.pool, self.waited = run, ThreadPoolExecutor(1), 0.0
+        on_gpu = run.device.type == "cuda"
+        start = partial(torch.cuda.set_device, run.device) if on_gpu else None  # a thread would begin on GPU 0
+        self.run, self.pool, self.waited = run, ThreadPoolExecutor(1, initializer=start), 0.0
         self.ahead: dict[int, Future] = {}
-        self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(run.device) if on_gpu else None
 
     def _read(self, step: int) -> list[tuple[Tensor, Tensor]]:
         with torch.cuda.stream(self.stream):  # of None: nothing
@@ -3392,8 +3408,12 @@ class Progress:
 
     def resume(self, saved: dict[str, Any] | None) -> None:
         """Go on from a checkpoint of read_checkpoint, or from the beginning."""
+        run = self.run
+        self.origin = dict(
+            config=asdict(run.config), code=code_hashes(), data=run.train.fingerprint(), ranks=world_size()
+        )
         if saved is None or saved["phase"] == "train":
-            self.run.log.forget_after(saved["step"] if saved else 0)
+            on_rank_0(lambda: run.log.forget_after(saved["step"] if saved else 0))
         if saved is None:
             return
         self.saved, self.done, self.clock.total = saved, saved["done"], saved["seconds"]
@@ -3405,7 +3425,7 @@ class Progress:
         self.run.log.line(
             f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
         )
-        if saved["code"] != code_hashes():
+        if saved["code"] != self.origin["code"]:
             self.run.log.line("WARNING: the code is not that which wrote the checkpoint")
 
     def begin(self, phase: str, **parts: Any) -> int:
@@ -3426,7 +3446,7 @@ class Progress:
         self.checkpoint(step, due=bool(self.run.config.checkpoint_every))
 
     def seconds(self) -> float:
-        """The clock's seconds, the same on all ranks; it also hears whether any was asked to stop."""
+        """The clock's seconds, the same on all ranks; they call it together, and hear whether any was asked to stop."""
         elapsed, asked = max_over_ranks(self.clock.seconds(), self.signals.number())
         self.asked = int(asked)
         return elapsed
@@ -3458,14 +3478,14 @@ class Progress:
             self.run.log.line(f"WARNING: the loader kept training waiting for {share}")
 
     def save(self, step: int) -> None:
-        """Write the checkpoint; a disk that is full costs the checkpoint, not the run."""
+        """Write the checkpoint, all ranks together; a disk that is full costs the checkpoint, not the run."""
         self.clock.settle()
+        self.check_replicas(step)
         self.clock.stop()
-        began, c = time.perf_counter(), self.run.config
+        began = time.perf_counter()
         content = dict(
-            config=asdict(c), code=code_hashes(), data=self.run.train.fingerprint(), ranks=world_size(),
-            phase=self.phase, step=step, done=self.done, seconds=self.clock.seconds(), strict=self.strict(),
-            resumed=self.resumed, model=self.model.state_dict(), looped=self.model.looped,
+            **self.origin, phase=self.phase, step=step, done=self.done, seconds=self.clock.seconds(),
+            strict=self.strict(), resumed=self.resumed, model=self.model.state_dict(), looped=self.model.looped,
             rates=self.rates.state_dict(), parts={name: part.state_dict() for name, part in self.parts.items()},
         )  # fmt: skip
         path = self.run.folder / CHECKPOINT
@@ -3482,7 +3502,10 @@ class Progress:
 
 
 def read_checkpoint(run: Run) -> dict[str, Any] | None:
-    """The run's checkpoint, None where there is none. UserError where it is broken, or of other settings or data."""
+    """The run's checkpoint, None without one or under RESUME=never.
+
+    UserError where it is broken, or of other settings or data.
+    """
     path, c = run.folder / CHECKPOINT, run.config
     if c.resume == "never" or not path.exists():
         return None
@@ -3682,11 +3705,13 @@ def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Ten
     return ids[:: config.grad_accum_total], targets[:: config.grad_accum_total]
 
 
-def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Callable[[int, float, list], None]:
-    """What adds FOMAML's gradients to those of a step where it is due."""
+def fomaml_part(
+    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates
+) -> tuple[Callable[[int, float, list], None], dict[str, Any]]:
+    """What adds FOMAML's gradients to those of a step where it is due, and the parts of its checkpoint."""
     c = run.config
     if not c.meta_ttt_enabled or c.meta_ttt_objective != "fomaml":
-        return lambda step, scale, batches: None
+        return lambda step, scale, batches: None, {}
     fast = inner_weights(model, c, "fomaml")
 
     def add(step: int, scale: float, batches: list[tuple[Tensor, Tensor]]) -> None:
@@ -3700,7 +3725,7 @@ def fomaml_part(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Cal
             shown = "".join(f" before:{loss:.5f}" for loss in first) + f" after:{last:.5f}"
             run.log.line(f"meta_step:{step}{shown}{rates_text(rates.factors())}")
 
-    return add
+    return add, dict(fomaml=fast)
 
 
 def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress) -> None:
@@ -3711,10 +3736,10 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
     """
     c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.main_frac)))
     budget = max(c.max_wallclock_seconds - reserve, 1e-9) * c.main_frac if c.max_wallclock_seconds else 0.0
-    add_meta_gradients = fomaml_part(run, model, nll_fn, progress.rates)
+    add_meta_gradients, parts = fomaml_part(run, model, nll_fn, progress.rates)
     optimizers, average, loader = make_optimizers(model, c), WeightAverage(model, c), Loader(run)
-    step, clock = progress.begin("train", muon=optimizers[0], adamw=optimizers[1], average=average), progress.clock
-    elapsed = progress.seconds()
+    step = progress.begin("train", muon=optimizers[0], adamw=optimizers[1], average=average, **parts)
+    clock, elapsed = progress.clock, progress.seconds()
     while True:
         capped = step > 0 and 0 < budget < elapsed + (1 + clock.lag) * elapsed / step
         if capped and step < c.iterations:
@@ -3725,6 +3750,7 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
             result = run.score(model, c.eval_seq_len, nll_fn)
             run.log.step(step, progress.seconds(), val_loss=result.val_loss, val_bpb=result.val_bpb)
             clock.start()
+            progress.checkpoint(step, due=False)
         if stop:
             break
         remaining, total = run_length(c, step, elapsed, budget)
@@ -3741,7 +3767,7 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         clock.step_done(step, measured)
         elapsed = progress.seconds()
         if step <= 10 or step % c.train_log_every == 0:
-            waited, loader.waited = loader.waited, 0.0
+            [waited], loader.waited = max_over_ranks(loader.waited), 0.0
             run.log.step(step, elapsed, dict(lr_scale=scale, data_wait=waited), train_loss=measured.loss.item())
             progress.check_replicas(step)
             progress.check_loader(step, waited)
@@ -3813,10 +3839,11 @@ def late_phases(run: Run, model: GPT, nll_fn: Callable, reserve: float, progress
 def late_phase(run: Run, name: str, made: tuple, frac: float, began: float, seconds: float, progress: Progress) -> None:
     """One of LATE_PHASES for FRAC of ITERATIONS or for SECONDS from BEGAN on the clock."""
     (take_step, parts), count = made, max(1, round(run.config.iterations * frac))
-    step, elapsed = progress.begin(name, **parts), progress.clock.seconds() - began
+    step = progress.begin(name, **parts)
+    elapsed, ahead = progress.seconds() - began, 1 + progress.clock.lag
 
-    def left() -> float:  # with time for one more
-        return 1 - max(step / count, elapsed * (1 + 1 / step) / max(seconds, 1e-9)) if step else 1.0
+    def left() -> float:  # with time for one more, and for what runs ahead
+        return 1 - max(step / count, elapsed * (1 + ahead / step) / max(seconds, 1e-9)) if step else 1.0
 
     while left() > 0:
         measured, step = take_step(step, left()), step + 1
@@ -3881,11 +3908,8 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, exact for the Hessians' products of bfloat16 inputs
     if int(environ.get("WORLD_SIZE", 1)) > 1:
-        backend, timeout = (
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timedelta(seconds=config.dist_timeout),
-        )
-        dist.init_process_group(backend, timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout))
     return device
 
 
@@ -3917,6 +3941,8 @@ def lock_folder(folder: Path, seconds: float = 60.0) -> int:
                 os.close(lock)
                 raise UserError(f"{folder} belongs to a run that is still going") from None
             time.sleep(0.2)
+        except OSError:  # a file system, such as NFS, that locks no folders
+            return lock
 
 
 def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
@@ -3959,7 +3985,7 @@ def keep_source(folder: Path, environ: Mapping[str, str]) -> None:
     """Copy the code that runs, and the recipe, to source/."""
     (folder / "source").mkdir(exist_ok=True)
     for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
-        shutil.copy(path, folder / "source")
+        write_atomically(folder / "source" / path.name, path.read_bytes())
 
 
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
@@ -3970,6 +3996,8 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
     if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
         log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
+    if run.versions["attention"] != "sdpa" and c.doc_borders == "attention":
+        log.line("WARNING: DOC_BORDERS=attention masks attention, which torch's own does, not flash attention")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")
@@ -4053,9 +4081,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
         if result is not None:
             run.log.line(f"note: {run.folder} has its result already")
         else:
-            saved = on_rank_0(lambda: read_checkpoint(run))
-            on_rank_0(lambda: keep_source(run.folder, environ))
-            result = finish_run(run, given, saved, signals, began)
+            result = finish_run(run, given, environ, signals, began)
     finally:
         if rank() == 0:
             os.close(run.lock)
@@ -4063,10 +4089,11 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
 
 
 def finish_run(
-    run: Run, given: Mapping[str, Any], saved: dict[str, Any] | None, signals: StopSignals, began: float
+    run: Run, given: Mapping[str, Any], environ: Mapping[str, str], signals: StopSignals, began: float
 ) -> dict[str, Any]:
-    """All of a run, or what a SAVED checkpoint has left of it, from process start BEGAN; returns its result."""
-    config = run.config
+    """All of a run, or what a checkpoint has left of it, from process start BEGAN; returns its result."""
+    config, saved = run.config, on_rank_0(lambda: read_checkpoint(run))
+    on_rank_0(lambda: keep_source(run.folder, environ))
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
@@ -4079,6 +4106,7 @@ def finish_run(
     clock, rates, earlier = Clock(run.device), MetaRates(model, config), saved["strict"] if saved else 0.0
     progress = Progress(run, model, rates, clock, signals, lambda: earlier + time.time() - began)
     progress.resume(saved)
+    del saved
     clock.start()
     with signals:
         if "train" not in progress.done:
@@ -4111,7 +4139,7 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
         world_size=world_size(),
         resumed=progress.resumed,
         legal=True,
-        sha256_code=code_hashes(),
+        sha256_code=progress.origin["code"],
         sha256_tokenizer=run.tokenizer_sha256,
         versions=run.versions,
     )
@@ -4126,7 +4154,7 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
 
 
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Exit code 0: done, 1: failed or over the size cap, 2: the user's input."""
+    """Exit code 0: done, 1: failed or over the size cap, 2: the user's input, 128 + n: stopped by signal n."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
         if argv == ["--help"]:

@@ -18,14 +18,13 @@ from conftest import ROOT
 from test_levers import ALL, LOSSES, lever_model
 from test_meta import FOMAML, REPTILE, TINY
 from test_model import SMALL, random_ids, random_model
-from test_training import SHORT, train_here
+from test_training import SHORT, quick, train_here  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 from train_gpt import GPT, Config, MetaRates, inner_weights
 
-pytest_plugins = ["test_training"]
 META = torch.device("meta")
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ PHASES = {
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_nothing_is_compiled_after_warm_up(quick, tmp_path, monkeypatch, phase):
+def test_nothing_is_compiled_after_warm_up(quick, tmp_path, monkeypatch, phase):  # noqa: F811
     """Every graph of training, its later phases and its validations is made before the clock starts."""
     made, start = [], train_gpt.Clock.start
 

@@ -387,7 +387,7 @@ def test_one_row_cannot_be_split():
 def test_the_weight_is_that_of_the_settings_whatever_the_micro_batches(double, tmp_path, accumulate):
     c = replace(FOMAML, grad_accum_total=accumulate, meta_ttt_split="seq")
     model, (ids, targets) = random_model(c, torch.float32), text_rows(8, 12, 1)
-    add = train_gpt.fomaml_part(make_run(tmp_path, c), model, train_gpt.token_nll, MetaRates(model, c))
+    add, _ = train_gpt.fomaml_part(make_run(tmp_path, c), model, train_gpt.token_nll, MetaRates(model, c))
     batches = list(zip(ids.chunk(accumulate), targets.chunk(accumulate), strict=True))
     expected, _, _ = meta_by_hand(live_model(c), c, ids[::accumulate], targets[::accumulate])
     add(1, 1.0, batches)  # META_TTT_EVERY=8

@@ -261,9 +261,9 @@ def attention_kernels(b: Bench) -> dict[str, Callable]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def by(backend: SDPBackend) -> Callable:
-        def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             with sdpa_kernel(backend):
-                return tg.sdpa_attention(q, k, v, documents)
+                return tg.sdpa_attention(q, k, v, mask)
 
         return attention
 
