@@ -125,9 +125,12 @@ class Job:
                        for n in (0, 1)],
             "bare": [([], dict(own, RANK=str(n), LOCAL_RANK=str(n))) for n in (0, 1)],
         }[launch]  # fmt: skip
-        bound = None
-        if limit is not None:  # a write beyond it fails with EFBIG: Python ignores the signal that would kill
-            bound = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+
+        def begin() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and so would the run
+            if limit is not None:  # a write beyond it fails with EFBIG: Python ignores the signal that would kill
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
         self.started, self.outputs = [], []
         for number, (arguments, more) in enumerate(starts):
             place = self.work / "machine 2" if launch == "agents" and number else self.work
@@ -136,7 +139,7 @@ class Job:
             with open(self.outputs[-1], "wb") as output:
                 self.started.append(subprocess.Popen(
                     [sys.executable, *arguments, trainer], env={**base, **more}, cwd=place, stdout=output,
-                    stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=bound,
+                    stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=begin,
                 ))  # fmt: skip
 
     def output(self) -> str:
