@@ -32,7 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache, partial
@@ -878,6 +878,7 @@ def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Tap = Callable[[str, int, Tensor, Tensor], None]
+Adapters = Mapping[str, tuple[Tensor, Tensor]]  # bank -> (rows, r, in) and (rows, out, r), B of each, or one for all
 
 
 def causal_mask(length: int, past: int, device: torch.device) -> Tensor:
@@ -935,9 +936,14 @@ def flash_attention(kernel: Callable) -> AttentionFn:
     return attention
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis; eps is explicit, since torch versions differ for bfloat16."""
-    return F.rms_norm(x, (x.size(-1),), eps=torch.finfo(torch.float32).eps)
+def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    """GAIN x / sqrt(mean(x^2) + eps) over the last axis; eps is that of float32 for every dtype.
+
+    A GAIN (..., 1) is a part of each vector's factor, so that its gradient takes no further pass over x.
+    """
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    factor = (exact.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt() * gain
+    return (exact * factor).to(x.dtype)
 
 
 def rotary_base(config: Config) -> float:
@@ -965,11 +971,20 @@ class Places(NamedTuple):
     mask: Tensor | None  # (B, 1, T, past + T)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.size(-1) dimensions of x (B, T, heads, D), the pairs being (i, i + half)."""
-    half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+def rotate(x: Tensor, places: Places) -> Tensor:
+    """Rotate the first r dimensions of x (B, T, heads, D), the pairs being (i, i + r / 2): x cos + partner sin.
+
+    Where r divides D, all of x is swapped in pairs of r / 2 and the rest has cos 1 and sin 0: one kernel, both ways,
+    where parts put together would be a kernel each.
+    """
+    (cos, sin, _), half = places, places.cos.size(-1)
+    rest = x.size(-1) - 2 * half
+    cos, sin = F.pad(torch.cat((cos, cos), -1), (0, rest), value=1.0), F.pad(torch.cat((sin, -sin), -1), (0, rest))
+    if rest % (2 * half):
+        partner = torch.cat((x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]), dim=-1)
+    else:
+        partner = x.unflatten(-1, (-1, 2, half)).flip(-2).flatten(-3)
+    return x * cos + partner * sin
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -977,32 +992,95 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
     y (B, T, H, D), v (B, T, K, D); query head h belongs to value head h // (H / K).
     """
-    B, T, H, D = y.shape
-    unit = F.normalize(v, dim=-1).unsqueeze(-2)  # (B, T, K, 1, D)
-    y = y.view(B, T, v.size(2), -1, D)  # (B, T, K, H / K, D)
-    return (y - (y * unit).sum(-1, keepdim=True) * unit).reshape(B, T, H, D)
+    y = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H / K, D)
+    v = v.unsqueeze(3).expand_as(y)
+    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-24)
+    return (y - share * v).flatten(2, 3)
 
 
-class BankView(NamedTuple):
-    """The weights of a forward pass.
+def adapted(y: Tensor, x: Tensor, adapters: Adapters, place: tuple[str, int], scale: Tensor | None = None) -> Tensor:
+    """y (B, T, out) and what the adapters of a row of a bank make of x (B, T, in), times SCALE by output."""
+    bank, row = place
+    if bank not in adapters:
+        return y
+    a, b = (factor.select(-3, row).to(x.dtype) for factor in adapters[bank])
+    more = (x @ a.mT) @ b.mT
+    return y + (more if scale is None else scale.to(x.dtype) * more)
 
-    weights: bank name -> its rows, (out, in) each, or (B, out, in), one matrix for each row of the batch.
-    adapters: bank name -> (A, B) of shapes (rows, r, in) and (rows, out, r), or with a leading axis of size B.
+
+class FusedBanks(NamedTuple):
+    """The banks as a forward pass reads them where nothing looks into its products; see GPT.fuse.
+
+    qkv (L, d + 2 K D, d): W_Q, W_K and W_V, which read the same. out (layers, d, d) and down (layers, d, m): of each
+    layer in use, its attn_scale and mlp_scale taken in: the gradient of these is a pass over weights, not two over
+    tokens. up (L, m, d).
+    """
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class FusedLayer(NamedTuple):
+    """The products of a layer, by its matrices of FusedBanks."""
+
+    qkv: Tensor
+    out: Tensor
+    up: Tensor
+    down: Tensor
+    adapters: Adapters
+    block: Block
+
+    def attention_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (B, T, d) -> queries (B, T, d), keys and values (B, T, K * D)."""
+        narrow = (len(self.qkv) - len(self.out)) // 2
+        parts, rows = (x @ self.qkv.mT).split([len(self.out), narrow, narrow], dim=-1), self.block.rows
+        return tuple(adapted(y, x, self.adapters, rows[name]) for name, y in zip("qkv", parts, strict=True))
+
+    def attention_output(self, y: Tensor) -> Tensor:
+        """y (B, T, d) -> what is added to the stream (B, T, d)."""
+        return adapted(y @ self.out.mT, y, self.adapters, self.block.rows["o"], self.block.attn_scale)
+
+    def mlp_input(self, x: Tensor) -> Tensor:
+        """x (B, T, d) -> hidden (B, T, m)."""
+        return adapted(x @ self.up.mT, x, self.adapters, self.block.rows["up"])
+
+    def mlp_output(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, m) -> what is added to the stream (B, T, d)."""
+        return adapted(hidden @ self.down.mT, hidden, self.adapters, self.block.rows["down"], self.block.mlp_scale)
+
+
+class BankLayer(NamedTuple):
+    """The products of FusedLayer one by one, for a tap to see, or by weights of its own for each row of the batch.
+
+    weights: bank name -> its rows, (out, in) each, or (B, out, in).
     """
 
     weights: Mapping[str, Sequence[Tensor]]
-    adapters: Mapping[str, tuple[Tensor, Tensor]]
+    adapters: Adapters
     tap: Tap | None
+    block: Block
 
-    def linear(self, bank: str, row: int, x: Tensor) -> Tensor:
-        """x (B, T, in) through row ROW of bank BANK -> (B, T, out)."""
-        y = x @ self.weights[bank][row].mT
-        if bank in self.adapters:
-            a, b = (factor.select(-3, row).to(x.dtype) for factor in self.adapters[bank])
-            y = y + (x @ a.mT) @ b.mT
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x (B, T, in) through one of the layer's matrices -> (B, T, out)."""
+        bank, row = place = self.block.rows[name]
+        y = adapted(x @ self.weights[bank][row].mT, x, self.adapters, place)
         if self.tap is not None:
             self.tap(bank, row, x, y)
         return y
+
+    def attention_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.linear(name, x) for name in "qkv")
+
+    def attention_output(self, y: Tensor) -> Tensor:
+        return self.block.attn_scale.to(y.dtype) * self.linear("o", y)
+
+    def mlp_input(self, x: Tensor) -> Tensor:
+        return self.linear("up", x)
+
+    def mlp_output(self, hidden: Tensor) -> Tensor:
+        return self.block.mlp_scale.to(hidden.dtype) * self.linear("down", hidden)
 
 
 def lookup(weight: Tensor, ids: Tensor) -> Tensor:
@@ -1090,31 +1168,27 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
         super().__init__()
-        self.layer, self.kernel, self.num_layers = layer, kernel, config.num_layers
-        self.heads, self.kv_heads = config.num_heads, config.num_kv_heads
+        self.kernel, self.head_dim = kernel, config.head_dim
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
 
     def forward(
         self,
         x: Tensor,
-        banks: BankView,
+        weights: FusedLayer | BankLayer,
         places: Places,
         extra_value: Tensor | None,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """x (B, T, d), extra_value (B, T, K * D) or None -> (B, T, d); EXTEND puts earlier keys and values first."""
-        B, T, d = x.shape
-        q = banks.linear("qo_bank", self.layer, x).view(B, T, self.heads, -1)
-        k = banks.linear("kv_bank", self.layer, x).view(B, T, self.kv_heads, -1)
-        v = banks.linear("kv_bank", self.num_layers + self.layer, x)
-        v = (v if extra_value is None else v + extra_value).view(B, T, self.kv_heads, -1)
-        q, k = (rotate(rms_norm(x), places.cos, places.sin) for x in (q, k))
+        q, k, v = weights.attention_inputs(x)
+        v = v if extra_value is None else v + extra_value
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, heads, D)
+        q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), places), rotate(rms_norm(k), places)
         keys, values = (k, v) if extend is None else extend(k, v)
-        q = q * self.q_gain.to(x.dtype).unsqueeze(-1)
         y = self.kernel(q, keys, values, places.mask)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
-        return banks.linear("qo_bank", self.num_layers + self.layer, y.reshape(B, T, d))
+        return weights.attention_output(y.flatten(2))
 
 
 class StarReLU(nn.Module):
@@ -1137,7 +1211,15 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
         super().__init__()
-        self.layer, self.slope = layer, config.mlp_leaky_slope
+        self.layer, self.slope, L = layer, config.mlp_leaky_slope, config.num_layers
+        self.rows = {
+            "q": ("qo_bank", layer),
+            "k": ("kv_bank", layer),
+            "v": ("kv_bank", L + layer),
+            "o": ("qo_bank", L + layer),
+            "up": ("mlp_up_bank", layer),
+            "down": ("mlp_down_bank", layer),
+        }
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
         self.attn = Attention(config, layer, kernel)
         self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
@@ -1150,7 +1232,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         x0: Tensor,
-        banks: BankView,
+        weights: FusedLayer | BankLayer,
         places: Places,
         extra_value: Tensor | None,
         columns: Tensor | None,
@@ -1163,14 +1245,13 @@ class Block(nn.Module):
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        attended = self.attn(rms_norm(x) * self.norm_scale, banks, places, extra_value, extend)
-        x = x + self.attn_scale.to(x.dtype) * attended
+        x = x + self.attn(rms_norm(x, self.norm_scale), weights, places, extra_value, extend)
         if columns is not None:
             x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
-        hidden = banks.linear("mlp_up_bank", self.layer, rms_norm(x) * self.norm_scale)  # (B, T, m)
+        hidden = weights.mlp_input(rms_norm(x, self.norm_scale))  # (B, T, m)
         hidden = F.leaky_relu(hidden, self.slope).square()
         hidden = hidden if self.mlp is None else self.mlp(hidden)
-        return x + self.mlp_scale.to(x.dtype) * banks.linear("mlp_down_bank", self.layer, hidden)
+        return x + weights.mlp_output(hidden)
 
 
 class GPT(nn.Module):
@@ -1268,7 +1349,7 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         banks: Mapping[str, Tensor] | None = None,
-        adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        adapters: Adapters | None = None,
         tap: Tap | None = None,
         columns: Tensor | None = None,
         cache: Cache | None = None,
@@ -1276,7 +1357,7 @@ class GPT(nn.Module):
         """input_ids (B, T) -> logits (B, T, V) in float32 (float64 for a float64 model).
 
         banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
-        by bank name, see BankView. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
+        by bank name, see Adapters. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
         the places whose logits are wanted, (B, C, V) then. cache: of the tokens before these, which are added to it.
         """
         return self.head(self.stream(input_ids, banks, adapters, tap, columns, cache))
@@ -1285,34 +1366,68 @@ class GPT(nn.Module):
         self,
         input_ids: Tensor,
         banks: Mapping[str, Tensor] | None = None,
-        adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        adapters: Adapters | None = None,
         tap: Tap | None = None,
         columns: Tensor | None = None,
         cache: Cache | None = None,
+        fused: FusedBanks | None = None,
     ) -> Tensor:
-        """input_ids (B, T) -> what the head reads, (B, T, d) or (B, C, d); the other arguments as in `forward`."""
-        assert {*(banks or {}), *(adapters or {})} <= {*self.BANKS}, "a replacement that nothing would use"
-        own = {name: getattr(self, name) for name in self.BANKS}
-        # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
-        rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in {**own, **(banks or {})}.items()}
-        view = BankView(rows, adapters or {}, tap)
+        """input_ids (B, T) -> what the head reads, (B, T, d) or (B, C, d); the other arguments as in `forward`.
+
+        FUSED is what `fuse` has made of the banks, where that is done before.
+        """
+        layers = self.layers(banks or {}, adapters or {}, tap, fused)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
         places = self.places(input_ids if cache is None else cache.ids, input_ids.size(1), x)
         extra = self.ve_shared([input_ids], self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
-        blocks = self.blocks if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
-        half = len(blocks) // 2
-        for depth, block in enumerate(blocks):
+        half = len(layers) // 2
+        for depth, (block, weights) in enumerate(zip(self.used_blocks(), layers, strict=True)):
             if self.skip_weights is not None and depth >= half and skips:
                 x = self.add_skip(x, skips.pop(), depth - half)
             extra_value = None
             if block.layer in self.value_layers:
                 extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
             extend = None if cache is None else partial(cache.append, depth)
-            x = block(x, x0, view, places, extra_value, columns if depth == len(blocks) - 1 else None, extend)
+            x = block(x, x0, weights, places, extra_value, columns if depth == len(layers) - 1 else None, extend)
             if depth < half:
                 skips.append(x)
         return x
+
+    def banks(self) -> dict[str, Tensor]:
+        """The four banks by name."""
+        return {name: getattr(self, name) for name in self.BANKS}
+
+    def used_blocks(self) -> list[Block]:
+        """The blocks of a forward pass, in their order."""
+        return list(self.blocks) if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
+
+    def fuse(self, banks: Mapping[str, Tensor]) -> FusedBanks:
+        """What a forward pass reads of the four BANKS, of the parameters' shape, and of the blocks' scales."""
+        (qo, kv, up, down), blocks, L = banks.values(), self.used_blocks(), self.config.num_layers
+        rows = [block.layer for block in blocks]
+        out, down = (bank if rows == list(range(L)) else bank[rows] for bank in (qo[L:], down))
+        attn_scale = torch.stack([block.attn_scale for block in blocks]).unsqueeze(-1)  # (layers, d, 1)
+        mlp_scale = torch.stack([block.mlp_scale for block in blocks]).unsqueeze(-1)
+        return FusedBanks(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), attn_scale * out, up, mlp_scale * down)
+
+    def layers(
+        self,
+        banks: Mapping[str, Tensor],
+        adapters: Adapters,
+        tap: Tap | None,
+        fused: FusedBanks | None,
+    ) -> list[FusedLayer] | list[BankLayer]:
+        """The weights of each layer of the forward pass, in `dtype`: fused where nothing needs the products apart."""
+        assert {*banks, *adapters} <= {*self.BANKS}, "a replacement that nothing would use"
+        banks, blocks = self.banks() | dict(banks), self.used_blocks()
+        # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
+        if tap is None and all(bank.dim() == 3 for bank in banks.values()):
+            qkv, out, up, down = (part.to(self.dtype).unbind() for part in fused or self.fuse(banks))
+            return [FusedLayer(qkv[block.layer], out[depth], up[block.layer], down[depth], adapters, block)
+                    for depth, block in enumerate(blocks)]  # fmt: skip
+        rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in banks.items()}
+        return [BankLayer(rows, adapters, tap, block) for block in blocks]
 
     def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
         """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
@@ -1387,7 +1502,7 @@ def token_nll(
     targets: Tensor,
     columns: Tensor | None = None,
     weights: Mapping[str, Tensor] | None = None,
-    adapters: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    adapters: Adapters | None = None,
 ) -> Tensor:
     """The nll of TARGETS at COLUMNS of INPUT_IDS, all three (B, C), or at every place.
 
@@ -1397,13 +1512,13 @@ def token_nll(
     return nll(torch.func.functional_call(model, dict(weights or {}), (input_ids,), extra), targets)
 
 
-def training_loss(model: GPT, input_ids: Tensor, targets: Tensor) -> Tensor:
+def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, fused: FusedBanks | None = None) -> Tensor:
     """The mean nll of the targets, memory tokens' places left out; plus z-loss and the heads that look further ahead.
 
-    Head k, from 1, predicts at each place the target k places later.
+    Head k, from 1, predicts at each place the target k places later. FUSED as in GPT.stream.
     """
     c = model.config
-    x, targets = model.stream(input_ids)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
+    x, targets = model.stream(input_ids, fused=fused)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
     logits = model.head(x)
     loss = nll(logits, targets).mean()
     if c.zloss_weight:
@@ -1617,8 +1732,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     row_rates = {}
     if set(by_layer) != {1.0}:
         by_row = torch.tensor([by_layer[layer] for layer in model.first_uses], device=model.qo_bank.device)
-        for name in GPT.BANKS:
-            bank = getattr(model, name)
+        for bank in model.banks().values():
             row_rates[bank] = by_row.repeat(len(bank) // len(by_row)).view(-1, 1, 1)
     muon = Muon(tables["muon"], config.muon_backend_steps, model.dtype, config.cautious_muon, row_rates)
     betas = (config.beta1, config.beta2)
@@ -1680,8 +1794,8 @@ MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of
 def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
     """Low-rank pairs for every bank row: BANK.a (rows, r, in), uniform within 1 / sqrt(in), and BANK.b, zero."""
     generator, pairs = torch.Generator().manual_seed(config.seed), {}
-    for name in GPT.BANKS:
-        rows, out, width = getattr(model, name).shape
+    for name, bank in model.banks().items():
+        rows, out, width = bank.shape
         a = torch.rand(rows, config.ttt_lora_rank, width, generator=generator) * 2 - 1
         pairs[f"{name}.a"] = (a / math.sqrt(width)).to(model.qo_bank.device)
         pairs[f"{name}.b"] = torch.zeros(rows, out, config.ttt_lora_rank, device=model.qo_bank.device)
@@ -1900,7 +2014,7 @@ class MetaRates:
     """
 
     def __init__(self, model: GPT, config: Config):
-        banks = {name: getattr(model, name) for name in GPT.BANKS} if config.meta_sgd_enabled else {}
+        banks = model.banks() if config.meta_sgd_enabled else {}
         self.logs = {name: torch.zeros(len(bank), 1, 1, device=bank.device) for name, bank in banks.items()}
         lr = config.meta_sgd_lr or config.scalar_lr
         self.adam = torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
@@ -2654,24 +2768,28 @@ def dequantize(record: Record) -> Tensor:
     return values * (step if record.column_steps is None else step * from_log(record.column_steps))
 
 
+@torch.no_grad()
+def fake_quantize(bank: Tensor, config: Config) -> Tensor:
+    """What plain rounding by MATRIX_BITS and MATRIX_CLIP_SIGMAS makes of a bank."""
+    levels = 2 ** (config.matrix_bits - 1) - 1
+    step = from_log(log_steps(sigma_steps(bank, levels, config.matrix_clip_sigmas)))
+    return (bank / step).round().clamp(-levels, levels) * step
+
+
 @contextmanager
 def fake_quantized_banks(model: GPT) -> Iterator[None]:
-    """Inside, the banks hold what plain rounding by MATRIX_BITS and MATRIX_CLIP_SIGMAS makes of them.
+    """Inside, the banks hold what `fake_quantize` makes of them.
 
-    Gradients that are taken inside and applied afterwards are straight-through ones (arXiv 1308.3432). No second graph
-    is compiled for it, and a step of several micro-batches rounds once.
+    Gradients that are taken inside and applied afterwards are straight-through ones (arXiv 1308.3432).
     """
-    banks = {name: getattr(model, name).detach() for name in GPT.BANKS}
-    saved = {name: bank.clone() for name, bank in banks.items()}
-    levels = 2 ** (model.config.matrix_bits - 1) - 1
-    for bank in banks.values():
-        step = from_log(log_steps(sigma_steps(bank, levels, model.config.matrix_clip_sigmas)))
-        bank.copy_((bank / step).round().clamp(-levels, levels) * step)
+    banks = [bank.detach() for bank in model.banks().values()]
+    saved = [bank.clone() for bank in banks]
+    for bank in banks:
+        bank.copy_(fake_quantize(bank, model.config))
     try:
         yield
     finally:
-        for name, bank in banks.items():
-            bank.copy_(saved[name])
+        torch._foreach_copy_(banks, saved)
 
 
 def prune_smallest(tensor: Tensor, share: float) -> Tensor:
@@ -3534,15 +3652,24 @@ def train_step(
 ) -> Measured:
     """One optimiser step on micro-batches of equal size; returns the mean loss of all ranks.
 
-    Gradients are averaged over micro-batches and ranks, added to those that are there (of a meta-step), then clipped,
-    so that the number of ranks changes nothing.
+    The banks are cast, fused and, with ROUND_BANKS, rounded once for all micro-batches, whose gradients are added up
+    in float32. Gradients are averaged over micro-batches and ranks, added to those that are there (of a meta-step),
+    then clipped, so that the number of ranks changes nothing.
     """
-    total = torch.zeros((), device=model.tok_emb.weight.device)
-    with fake_quantized_banks(model) if round_banks else nullcontext():
-        for input_ids, targets in batches:
-            loss = loss_fn(model, input_ids, targets) / len(batches)
-            loss.backward()
-            total += loss.detach()
+    total, banks = torch.zeros((), device=model.tok_emb.weight.device), model.banks()
+    if round_banks:  # straight through: the gradients are those of the banks (arXiv 1308.3432)
+        banks = {name: bank + (fake_quantize(bank, model.config) - bank.detach()) for name, bank in banks.items()}
+    fused = model.fuse(banks)
+    leaves = FusedBanks(*(part.detach().to(model.dtype).requires_grad_() for part in fused))
+    sums = [torch.zeros_like(part) for part in fused]
+    for input_ids, targets in batches:
+        loss = loss_fn(model, input_ids, targets, leaves) / len(batches)
+        loss.backward()
+        total += loss.detach()
+        for gradient, leaf in zip(sums, leaves, strict=True):
+            gradient += leaf.grad
+            leaf.grad = None
+    torch.autograd.backward(fused, sums)
     return apply_gradients(model, optimizers, total, scale, momentum)
 
 

@@ -149,18 +149,129 @@ def test_rounded_banks_use_the_same_graph():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the GPU benchmark counts
+# Fewer products, and weights cast once a step
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def gpu():
-    """tests/benchmarks/gpu.py as a module."""
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "tests/benchmarks/gpu.py")
+@pytest.mark.parametrize("looped", [True, False])
+@pytest.mark.parametrize(
+    "config", [SMALL, ALL, replace(SMALL, block_order="0,1,2,3,4,2,0")], ids=["small", "all", "loop"]
+)
+def test_fused_products_are_those_of_the_banks_one_by_one(config, looped):
+    """Logits and every gradient; under a tap a layer's products are made one by one."""
+    model, ids, results = lever_model(config, looped=looped), random_ids(2, 12), []
+    parameters = [p for p in model.parameters() if p is not model.mtp_heads]
+    for tap in (None, lambda bank, row, x, y: None):
+        logits = model(ids, tap=tap)
+        loss = train_gpt.nll(logits, random_ids(2, 12, 1)).mean()
+        results.append((logits.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-11)
+    for fused, alone in zip(results[0][1], results[1][1], strict=True):
+        assert (fused is None) == (alone is None)
+        if fused is not None:
+            torch.testing.assert_close(fused, alone, rtol=1e-8, atol=1e-12)
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    """In bfloat16, 64 equal ones would lose the last ones: 1 + 1/64 / 2 is 1."""
+    found = []
+    for parts in (1, 64):
+        model = random_model(SMALL, torch.float32)
+        model.dtype = torch.bfloat16
+        gradients = {}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.param_groups[0]["peak_lr"] = 0.0
+        optimizer.register_step_pre_hook(
+            lambda *_, model=model, gradients=gradients: gradients.update(
+                {name: bank.grad.clone() for name, bank in model.banks().items()}
+            )
+        )
+        batches = [(random_ids(2, 16), random_ids(2, 16, 1))] * parts
+        train_gpt.train_step(train_gpt.training_loss, model, batches, [optimizer], 1.0, 0.9)
+        found.append(gradients)
+    for name in GPT.BANKS:
+        assert found[0][name].dtype == torch.float32 and found[0][name].abs().max() > 1e-3
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_casts_and_fuses_the_banks_once(monkeypatch):
+    model, fuse, calls, seen = lever_model(SMALL), GPT.fuse, [], set()
+    monkeypatch.setattr(GPT, "fuse", lambda self, banks: calls.append(1) or fuse(self, banks))
+
+    def loss_fn(model, ids, targets, fused):
+        seen.add(tuple(id(part) for part in fused))
+        return train_gpt.training_loss(model, ids, targets, fused)
+
+    batches = [(random_ids(2, 16), random_ids(2, 16, 1))] * 4
+    train_gpt.train_step(loss_fn, model, batches, train_gpt.make_optimizers(model, SMALL), 1.0, 0.9)
+    assert len(calls) == len(seen) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the GPU benchmarks count
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def benchmark(name: str):
+    """tests/benchmarks/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / f"tests/benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    return benchmark("gpu")
+
+
+@pytest.fixture(scope="module")
+def traffic():
+    if not torch.__version__.startswith("2.13."):
+        pytest.skip("tests/benchmarks/traffic.py knows the compiler of torch 2.13")
+    return benchmark("traffic")
+
+
+def planned(traffic, function, *arguments) -> list[list]:
+    """(kind, bytes read, bytes written) of the kernels of each graph of FUNCTION on the imagined GPU."""
+    graphs: list[list] = []
+    with traffic.imagined_gpu(graphs), torch._subclasses.FakeTensorMode() as mode:
+        found = torch.compile(function, dynamic=False, fullgraph=True)(*(mode.from_tensor(x) for x in arguments))
+        if found.requires_grad:
+            found.backward(torch.ones_like(found))
+    return [[(kernel.kind, kernel.read, kernel.written) for kernel in graph] for graph in graphs]
+
+
+def test_traffic_counts_what_a_kernel_must_move(traffic):
+    """By hand: each element that is read or written, once, in the kernels that the compiler makes of these."""
+    x, w, table = torch.randn(4096, 512), torch.randn(256, 512), torch.randn(512)
+    n = 4 * x.numel()
+    assert planned(traffic, lambda x: x.relu() * 2, x) == [[("fused", n, n)]]
+    assert planned(traffic, lambda x: x.sum(-1), x) == [[("fused", n, n // 512)]]
+    assert planned(traffic, lambda x: x[:, ::2] + x[:, 1::2], x) == [[("fused", n, n // 2)]]
+    assert planned(traffic, lambda x: x[:, :256].relu(), x) == [[("fused", n // 2, n // 2)]]
+    assert planned(traffic, lambda x: x + x.flip(-1), x) == [[("fused", n, n)]]
+    assert planned(traffic, lambda x, table: x * table, x, table) == [[("fused", n + 4 * 512, n)]]
+    assert planned(traffic, lambda x: (x * (x.square().mean(-1, keepdim=True) + 1).rsqrt()), x) == [[("fused", n, n)]]
+    ((product, (kind, read, written)),) = planned(traffic, lambda x, w: (x @ w.mT).relu(), x, w)
+    assert product == ("product", n + 4 * w.numel(), n // 2) and (kind, read, written) == ("fused", n // 2, n // 2)
+    forward, backward = planned(traffic, lambda x: x.square(), x.requires_grad_())
+    assert forward == [("fused", n, n)] and backward == [("fused", 2 * n, n)]
+
+
+def test_the_step_moves_no_more_than_it_did(traffic):
+    """A layer of pr1019 in passes over (B, T, d), by the compiler's plan; 72 before products and scales were fused.
+
+    Queries and keys: 2 and 1 forward, 3.1 and 1.5 backward; the token's own value 2.5 and 6; each norm with what is
+    added before it 4 to 9; the MLP's activation 6 and 9.
+    """
+    config, _, _ = train_gpt.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "NUM_LAYERS": "3",
+                                          "VE_LAYERS": "1,2", "XSA_LAST_N": "3"})  # fmt: skip
+    report = traffic.summary(config, 48, traffic.count(config, 48))
+    assert 40 < report["fused_passes_a_layer"] < 66
+    assert report["kinds"]["forward, product"]["kernels"] == 3 * 4 + 3
+    assert report["kinds"]["backward, product"]["kernels"] == 2 * (3 * 4 + 3)
 
 
 def products(work) -> int:

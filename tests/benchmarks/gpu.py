@@ -178,17 +178,17 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
     ids = torch.randint(c.vocab_size, (B, T), device=b.device)
     q, k, v = random(B, T, c.num_heads, c.head_dim), *(random(B, T, c.num_kv_heads, c.head_dim) for _ in "kv")
-    row = {name: getattr(model, name)[0].to(model.dtype).detach().requires_grad_() for name in model.BANKS}
+    fused = [part[0].detach().to(model.dtype).requires_grad_() for part in model.fuse(model.banks())]
+    weights = tg.FusedLayer(*fused, {}, model.blocks[0])
 
     def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(x @ up.mT, c.mlp_leaky_slope).square() @ down.mT
 
-    def projections(x: Tensor, square: Tensor, narrow: Tensor) -> Tensor:
-        return torch.cat((x @ square.mT, x @ narrow.mT, x @ narrow.mT, x @ square.mT), dim=-1)
+    def projections(x: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
+        return torch.cat((x @ qkv.mT, x @ out.mT), dim=-1)
 
     def block(x: Tensor, x0: Tensor) -> Tensor:
-        view = tg.BankView({name: [weight] * 2 * L for name, weight in row.items()}, {}, None)
-        return model.blocks[0](x, x0, view, model.places(ids, T, x), None, None, None)
+        return model.blocks[0](x, x0, weights, model.places(ids, T, x), None, None, None)
 
     def head(x: Tensor) -> Tensor:
         return tg.nll(model.head(x), ids).mean()
@@ -196,8 +196,8 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
     return {
         "blocks": (L * parts, block, (random(B, T, d), random(B, T, d))),
         "  attention kernel": (L * parts, model.blocks[0].attn.kernel, (q, k, v)),
-        "  projections": (L * parts, projections, (random(B, T, d), row["qo_bank"], row["kv_bank"])),
-        "  MLP": (L * parts, mlp, (random(B, T, d), row["mlp_up_bank"], row["mlp_down_bank"])),
+        "  projections": (L * parts, projections, (random(B, T, d), weights.qkv, weights.out)),
+        "  MLP": (L * parts, mlp, (random(B, T, d), weights.up, weights.down)),
         "embedding": (parts, lambda: model.embed(ids), ()),
         "head and loss": (parts, head, (random(B, T, d),)),
     }
