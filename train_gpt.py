@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import lzma
@@ -881,23 +882,72 @@ Tap = Callable[[str, int, Tensor, Tensor], None]
 Adapters = Mapping[str, tuple[Tensor, Tensor]]  # bank -> (rows, r, in) and (rows, out, r), B of each, or one for all
 
 
-def causal_mask(length: int, past: int, device: torch.device) -> Tensor:
-    """(T, past + T), True where one of the last T = LENGTH places sees another."""
-    return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels.
 
-    k and v may begin earlier than q: they end with it. MASK (B, 1, T, past + T) in the place of the causal one.
+    k and v may begin earlier than q: they end with it. DOCUMENTS (B, past + T): a number for each place; only places
+    with the same one see each other.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-    if mask is None and k.size(2) > q.size(2):
-        mask = causal_mask(q.size(2), k.size(2) - q.size(2), q.device)
-    if mask is not None:  # no fast kernel of torch has both masks and fewer keys than queries
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    past, mask = k.size(2) - q.size(2), None
+    if past or documents is not None:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # no fast kernel takes both
+    if documents is not None:
+        mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
     return y.transpose(1, 2)
+
+
+def document_begins(documents: Tensor) -> Tensor:
+    """Where the documents of rows (B, T) begin in the flat text, then its length over and over: (B + spare + 1,) int32.
+
+    So that shapes do not depend on the text there is room for a document every 128 tokens on the average. Where a batch
+    has more, its last ones are taken together with what is before them in their row, never with another row.
+    """
+    B, T = documents.shape
+    spare, tokens = B * T // 128, torch.arange(B * T, dtype=torch.int32, device=documents.device)
+    inner = F.pad(documents.diff(dim=1) != 0, (1, 0)).flatten()  # begins, but not with its row
+    begins = (tokens % T == 0) | (inner & (inner.cumsum(0) <= spare))
+    ends = torch.full((B + spare + 1,), B * T, dtype=torch.int32, device=documents.device)
+    return ends.scatter_reduce(0, begins.cumsum(0) - 1, tokens, "amin")
+
+
+def flash_attention(rows: Callable, documents_apart: Callable) -> AttentionFn:
+    """Attention by the functions of flash-attn for ROWS and for documents of any length, flash_attn_varlen_func.
+
+    Some versions return the log-sum-exp beside the output. Documents with a past are left to torch.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+        if documents is None:
+            out = rows(q, k, v, causal=True)
+        elif k.size(1) > q.size(1):
+            return sdpa_attention(q, k, v, documents)
+        else:
+            begins, longest, flat = document_begins(documents), q.size(1), (x.flatten(0, 1) for x in (q, k, v))
+            out = documents_apart(*flat, begins, begins, longest, longest, causal=True)
+        return (out[0] if isinstance(out, tuple) else out).view(q.shape)
+
+    return attention
+
+
+def torch_attention() -> AttentionFn:
+    """torch's own attention on GPUs: by masks only where this version has no kernel for documents of any length."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return sdpa_attention
+    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
+        return sdpa_attention
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return sdpa_attention(q, k, v)
+
+    def documents_apart(*arguments: Any, causal: bool) -> Tensor:
+        return varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
+
+    return flash_attention(rows, documents_apart)
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:
@@ -913,27 +963,13 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
             notices.append(f"{name} does not run on this device")
             continue
         try:
-            return name, flash_attention(__import__(module).flash_attn_func), notices
+            package = importlib.import_module(module)
+            return name, flash_attention(package.flash_attn_func, package.flash_attn_varlen_func), notices
         except (ImportError, OSError) as error:
             notices.append(f"{name} cannot be imported: {error}")
     if requested not in ("auto", "sdpa"):
         raise UserError(f"ATTENTION={requested}: {notices[0]}")
-    return "sdpa", sdpa_attention, notices
-
-
-def flash_attention(kernel: Callable) -> AttentionFn:
-    """The causal form of a flash-attn function; some versions return the log-sum-exp beside the output.
-
-    They take no masks: those are left to torch.
-    """
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is not None:
-            return sdpa_attention(q, k, v, mask)
-        out = kernel(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-
-    return attention
+    return "sdpa", torch_attention() if device.type == "cuda" else sdpa_attention, notices
 
 
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -964,11 +1000,11 @@ def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Te
 
 
 class Places(NamedTuple):
-    """What attention knows of a row's places: cos and sin (T, 1, r / 2), and what sees what; None: all before it."""
+    """What attention knows of a row's places: cos and sin (T, 1, r / 2), and the documents that it stays within."""
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None  # (B, 1, T, past + T)
+    documents: Tensor | None  # (B, past + T)
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
@@ -1186,7 +1222,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, heads, D)
         q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), places), rotate(rms_norm(k), places)
         keys, values = (k, v) if extend is None else extend(k, v)
-        y = self.kernel(q, keys, values, places.mask)  # (B, T, H, D)
+        y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
         return weights.attention_output(y.flatten(2))
 
@@ -1432,12 +1468,8 @@ class GPT(nn.Module):
     def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
         """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
         cos, sin = rotary_tables(ids.size(1), *self.rotary, like)
-        mask = None
-        if self.config.doc_borders == "attention":
-            documents = (ids == BOS_ID).cumsum(1)
-            mask = documents[:, None, -count:, None] == documents[:, None, None, :]
-            mask = mask & causal_mask(count, ids.size(1) - count, ids.device)
-        return Places(cos[-count:], sin[-count:], mask)
+        documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
+        return Places(cos[-count:], sin[-count:], documents)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""
@@ -4123,8 +4155,6 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
     if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
         log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
-    if run.versions["attention"] != "sdpa" and c.doc_borders == "attention":
-        log.line("WARNING: DOC_BORDERS=attention masks attention, which torch's own does, not flash attention")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")

@@ -2,11 +2,13 @@
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt
 from train_gpt import GPT, Config, UserError
@@ -136,6 +138,7 @@ VARIANTS = {
     "untied head": dict(tie_embeddings=False),
     "relu squared": dict(mlp_leaky_slope=0.0),
     "all dimensions rotated": dict(rope_dims=0),
+    "a third of the dimensions rotated": dict(rope_dims=2, rope_ntk_len=0),
     "no stretch of the base": dict(rope_ntk_len=0),
     "even depth": dict(num_layers=4),
     "one layer": dict(num_layers=1, ve_layers="0"),
@@ -515,13 +518,113 @@ def test_attention_kernels_on_a_gpu(monkeypatch, generation, modules, expected, 
     """With stand-ins for the GPU and the packages; the log learns why each better kernel was passed over."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generation)
     for module, there in modules.items():
-        pair = lambda q, k, v, causal: (q + k, "log-sum-exp")  # noqa: E731
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(flash_attn_func=pair) if there else None)
+        stand_in = SimpleNamespace(flash_attn_func=lambda q, k, v, causal: (q + k, "log-sum-exp"),
+                                   flash_attn_varlen_func=by_documents)  # fmt: skip
+        monkeypatch.setitem(sys.modules, module, stand_in if there else None)
     name, kernel, notices = train_gpt.choose_attention("auto", torch.device("cuda"))
     assert name == expected and len(notices) == len(words)
     assert all(word in notice for word, notice in zip(words, notices, strict=True))
+    q, k, v, documents = attention_inputs(2, 300, 0.005)
     if name != "sdpa":
-        assert kernel(1, 2, 3) == 3
+        assert torch.equal(kernel(q, q, v), 2 * q)
+        expected = train_gpt.sdpa_attention(q, k, v, documents)
+        torch.testing.assert_close(kernel(q, k, v, documents), expected, rtol=0, atol=1e-12)
+
+
+def by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal):
+    """What flash_attn_varlen_func does, one document at a time: (tokens, heads, D), and the log-sum-exp beside it."""
+    assert causal and torch.equal(begins_q, begins_k) and begins_q.dtype == torch.int32
+    assert begins_q[0] == 0 and begins_q[-1] == len(q) and longest_q == longest_k
+    parts = []
+    for begin, end in pairwise(begins_q.tolist()):
+        assert end - begin <= longest_q
+        if end > begin:
+            parts.append(train_gpt.sdpa_attention(*(x[None, begin:end] for x in (q, k, v)))[0])
+    return torch.cat(parts), "log-sum-exp"
+
+
+def attention_inputs(rows: int, length: int, often: float = 0.2, seed: int = 0):
+    """q (rows, length, 4, 8), k and v with two heads, and the documents of texts: OFTEN of the places begin one."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(rows, length, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    return q, k, v, (torch.rand(rows, length, generator=generator) < often).cumsum(1)
+
+
+@pytest.mark.parametrize(
+    "rows, length, often", [(1, 9, 0.0), (3, 300, 0.004), (2, 300, 0.01), (4, 64, 0.3), (2, 40, 1.0)]
+)
+def test_documents_are_cut_as_a_kernel_of_any_length_wants_them(rows, length, often):
+    """The borders by brute force. Where there are too many, rows still begin anew, and the first borders are kept."""
+    q, k, v, documents = attention_inputs(rows, length, often, seed=rows)
+    begins, spare = train_gpt.document_begins(documents), rows * length // 128
+    assert begins.shape == (rows + spare + 1,)  # whatever the text
+    kept, left = [], spare
+    for row, text in enumerate(documents.tolist()):
+        for place, number in enumerate(text):
+            if place == 0:
+                kept.append(row * length)
+            elif number != text[place - 1] and left:
+                kept, left = [*kept, row * length + place], left - 1
+    assert begins.tolist() == kept + [rows * length] * (len(begins) - len(kept))
+    attention = train_gpt.flash_attention(None, by_documents)
+    merged = torch.bucketize(torch.arange(rows * length), torch.tensor(kept), right=True).view(rows, length)
+    expected = train_gpt.sdpa_attention(q, k, v, merged)
+    torch.testing.assert_close(attention(q, k, v, documents), expected, rtol=0, atol=1e-12)
+    few = all(len(set(text)) - 1 <= spare // rows for text in documents.tolist())
+    exact = torch.allclose(expected, train_gpt.sdpa_attention(q, k, v, documents), rtol=0, atol=1e-12)
+    assert exact or not few
+    assert torch.equal(attention(q[:, -3:], k, v, documents), train_gpt.sdpa_attention(q[:, -3:], k, v, documents))
+
+
+def test_a_model_by_a_kernel_of_any_length_is_the_model_by_masks():
+    """Logits and gradients; and what torch itself has for it takes the arguments, in one graph."""
+    config, ids = replace(SMALL, doc_borders="attention", train_seq_len=300), random_ids(2, 300)
+    ids[0, 50] = ids[1, 170] = ids[1, 200] = train_gpt.BOS_ID
+    results = []
+    for kernel in (train_gpt.sdpa_attention, train_gpt.flash_attention(None, by_documents)):
+        model = random_model(config)
+        for block in model.blocks:
+            block.attn.kernel = kernel
+        logits = model(ids)
+        logits.square().mean().backward()
+        results.append((logits.detach(), [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-9)
+
+
+def test_torch_has_a_kernel_of_any_length():
+    """Under fake tensors, since it needs a GPU: it takes what we give it, and is part of one graph."""
+    torch._dynamo.reset()
+    attention, counter = train_gpt.torch_attention(), CompileCounterWithBackend("aot_eager")
+    assert attention is not train_gpt.sdpa_attention
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = (torch.empty(2, 300, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4))
+        documents = torch.zeros(2, 300, dtype=torch.long)
+        y = torch.compile(attention, backend=counter, dynamic=False, fullgraph=True)(q, k, v, documents)
+        y.sum().backward()
+    assert y.shape == q.shape and k.grad.shape == k.shape and counter.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("requested", ["fa3", "fa2", "sdpa"])
+def test_attention_on_a_gpu(requested):
+    """Each kernel that is there, with and without documents: results and gradients in bfloat16 near float32's."""
+    device = torch.device("cuda")
+    try:
+        kernel = train_gpt.choose_attention(requested, device)[1]
+    except UserError as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(2, 512, heads, 64, generator=generator).to(device) for heads in (8, 4, 4)]
+    documents = (torch.rand(2, 512, generator=generator) < 0.005).cumsum(1).to(device)
+    for given in (None, documents):
+        results = []
+        for attention, dtype in ((train_gpt.sdpa_attention, torch.float32), (kernel, torch.bfloat16)):
+            inputs = [x.to(dtype).requires_grad_() for x in exact]
+            y = attention(*inputs, given)
+            y.float().square().sum().backward()
+            results.append([y, *(x.grad for x in inputs)])
+        for found, expected in zip(results[1], results[0], strict=True):
+            assert (found.float() - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("given", [{"banks": {"qo": torch.zeros(1)}}, {"adapters": {"lm_head": (torch.zeros(1),) * 2}}])
