@@ -4,14 +4,17 @@
     python tests/benchmarks/gpu.py --phases step,profile --steps 20           some phases only
     python tests/benchmarks/gpu.py --quick                                    two steps an arm, on the embedded corpus
 
-It needs this repository's files alone; arms are plain torch and torch.compile, side by side. Phases:
+It needs this repository's files alone; arms are plain torch and torch.compile, side by side, and on request autotuned,
+where the compiler also tries its own matrix products, with what follows them in the same kernel. Phases:
 
 floors     ms a step that its operations and bytes, counted from the shapes, take at the rates of a large matrix product
            and of memory: no version runs faster
 step       ms a step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
 pieces     ms a step of each piece, forward and backward, alone at the step's shapes; the rest is norms, gates, mixing
 profile    the kernels of a step by device time, and their shares by kind
-attention  every kernel that can run here, forward and backward, with its error against float32
+losses     50 steps from one seed: how far an arm is from plain torch, and that in bfloat16 from itself in float32
+attention  every kernel that can run here, forward and backward, with its error against float32, on whole rows and
+           within the documents of the text
 export     seconds of Hessians and gradients, rounding and coding
 score      sliding windows a second, and the seconds that 62 million targets take on 8 such GPUs
 ttt        the same for adaptation by chunks and by documents
@@ -23,6 +26,7 @@ Results are written as they come; the last line is `BENCH {json}`. It runs on a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -77,17 +81,20 @@ class Bench:
     windows: int
     quick: bool
 
-    def model(self) -> tuple[str, tg.GPT]:
+    def model(self, dtype: torch.dtype | None = None) -> tuple[str, tg.GPT]:
         """The name of the attention kernel, and the model as initialised."""
         attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
-        model = tg.GPT(self.config, tg.compute_dtype(self.device), kernel)
+        model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel)
         return attention, model.init_weights(self.config.seed).to(self.device)
 
     def run(self, function: Callable, arm: str) -> Callable:
-        """FUNCTION as the trainer would run it, compiled in arm `compiled` and as it stands in arm `plain`."""
-        return tg.maybe_compile(
-            function, replace(self.config, use_compile="1" if arm == "compiled" else "0"), self.device
-        )
+        """FUNCTION as it stands in arm `plain`, else compiled as the trainer does it, or with more tried."""
+        if arm == "autotuned":
+            return torch.compile(function, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs")
+        return tg.maybe_compile(function, replace(self.config, use_compile=str(int(arm == "compiled"))), self.device)
+
+    def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        return tg.step_batches(SimpleNamespace(config=self.config, train=self.stream, device=self.device), step)
 
     def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
         """Seconds that FUNCTION took until the device was done with it, and what it returned."""
@@ -221,8 +228,7 @@ def bench_pieces(b: Bench, arm: str) -> dict:
         p.grad = torch.randn_like(p)
     found |= {"Muon": b.median_ms(muon.step), "AdamW": b.median_ms(adamw.step)}
     found["average"] = b.median_ms(lambda: average.update(c.ema_update_every, 1.0))
-    run = SimpleNamespace(config=c, train=b.stream, device=b.device)
-    found["reading a batch, in its thread"] = b.median_ms(lambda: tg.step_batches(run, 7))
+    found["reading a batch, in its thread"] = b.median_ms(lambda: b.batches(7))
     return dict(ms=found)
 
 
@@ -235,7 +241,7 @@ def bench_profile(b: Bench, arm: str) -> dict:
     """Shares of device time by kind of kernel, and the twelve kernels with most of it."""
     (_, model), c = b.model(), b.config
     optimizers, loss_fn = tg.make_optimizers(model, c), b.run(tg.training_loss, arm)
-    batches = tg.step_batches(SimpleNamespace(config=c, train=b.stream, device=b.device), 0)
+    batches = b.batches(0)
 
     def step() -> None:
         tg.train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
@@ -256,26 +262,39 @@ def bench_profile(b: Bench, arm: str) -> dict:
                 kernels={name[:80]: spent[name] / 1000 for name in first})  # fmt: skip
 
 
+def bench_losses(b: Bench, arm: str) -> dict:
+    """How far the losses of 50 steps are from plain torch's in bfloat16; those of arm `plain` are in float32."""
+    c, steps, found = b.config, 2 if b.quick else 50, []
+    for way, dtype in (("plain", torch.bfloat16), (arm, torch.float32 if arm == "plain" else torch.bfloat16)):
+        _, model = b.model(dtype)
+        optimizers, loss_fn, losses = tg.make_optimizers(model, c), b.run(tg.training_loss, way), []
+        for step in range(steps):
+            momentum = tg.momentum_at(c, step)
+            losses.append(tg.train_step(loss_fn, model, b.batches(step), optimizers, 1.0, momentum).loss.item())
+        found.append(np.array(losses))
+    apart = np.abs(found[0] - found[1])
+    return dict(steps=steps, nats_apart_max=float(apart.max()), nats_apart_mean=float(apart.mean()),
+                last_loss_plain=found[0][-1], last_loss=found[1][-1])  # fmt: skip
+
+
 def attention_kernels(b: Bench) -> dict[str, Callable]:
     """Every attention kernel that this machine may have, by name."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def by(backend: SDPBackend) -> Callable:
-        def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        def attention(*arguments: Tensor | None) -> Tensor:
             with sdpa_kernel(backend):
-                return tg.sdpa_attention(q, k, v, mask)
+                return tg.sdpa_attention(*arguments)
 
         return attention
 
-    kernels: dict[str, Callable] = {"sdpa": tg.sdpa_attention}
+    kernels: dict[str, Callable] = {"masks": tg.sdpa_attention}
     kernels |= {
-        f"sdpa, {kind.name.lower()}": by(kind) for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+        f"masks, {kind.name.lower()}": by(kind) for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     }
-    for name in ("fa3", "fa2"):
-        try:
+    for name in ("fa3", "fa2", "sdpa"):
+        with contextlib.suppress(tg.UserError):
             kernels[name] = tg.choose_attention(name, b.device)[1]
-        except tg.UserError:
-            continue
     return kernels
 
 
@@ -283,19 +302,23 @@ def bench_attention(b: Bench) -> dict:
     """Milliseconds a step of each kernel, forward and backward, and its error on two rows against float32."""
     (_, model), found = b.model(), {}
     times, _, inputs = pieces(b, model)["  attention kernel"]
-    few = [x.detach()[:2] for x in inputs]
-    exact = tg.sdpa_attention(*(x.float() for x in few))
-    for name, kernel in attention_kernels(b).items():
+    documents = (b.batches(0)[0][0] == tg.BOS_ID).cumsum(1)
+    pairs = torch.nn.functional.one_hot(documents).sum(1).double().square().sum() / documents.numel()
+    for part, given in (("rows", None), ("documents", documents)):
+        few = [x.detach()[:2] for x in inputs]
+        exact = tg.sdpa_attention(*(x.float() for x in few), None if given is None else given[:2])
+        for name, kernel in attention_kernels(b).items():
 
-        def both_ways(kernel: Callable = kernel) -> None:
-            kernel(*inputs).sum().backward()
+            def both_ways(kernel: Callable = kernel, given: Tensor | None = given) -> None:
+                kernel(*inputs, given).sum().backward()
 
-        try:
-            error = float((kernel(*few).float() - exact).norm() / exact.norm())
-            found[name] = dict(ms=times * b.median_ms(both_ways), error=error)
-        except RuntimeError as failure:
-            found[name] = dict(ms=None, note=str(failure).splitlines()[0][:120])
-    return dict(kernels=found)
+            try:
+                got = kernel(*few, None if given is None else given[:2])
+                error = float((got.float() - exact).norm() / exact.norm())
+                found[f"{part}, {name}"] = dict(ms=times * b.median_ms(both_ways), error=error)
+            except RuntimeError as failure:
+                found[f"{part}, {name}"] = dict(ms=None, note=str(failure).splitlines()[0][:120])
+    return dict(pairs_within_documents=float(pairs / documents.size(1)), kernels=found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,11 +383,13 @@ def bench_ttt(b: Bench, arm: str) -> dict:
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
+ARMS = ("plain", "compiled", "autotuned")
 PHASES = {  # name -> function, whether it has arms
     "floors": (bench_floors, False),
     "step": (bench_step, True),
     "pieces": (bench_pieces, True),
     "profile": (bench_profile, True),
+    "losses": (bench_losses, True),
     "attention": (bench_attention, False),
     "export": (bench_export, False),
     "score": (bench_score, True),
@@ -421,10 +446,9 @@ def shown(result: dict[str, Any], indent: str = "") -> str:
 def main() -> int:
     arguments = parse_arguments()
     phases, arms = arguments.phases.split(","), arguments.arms.split(",")
-    if unknown := {*phases} - {*PHASES} | {*arms} - {"plain", "compiled"}:
-        raise tg.UserError(
-            f"unknown: {', '.join(sorted(unknown))}; phases are {', '.join(PHASES)}, arms plain, compiled"
-        )
+    if unknown := {*phases} - {*PHASES} | {*arms} - {*ARMS}:
+        known = f"phases are {', '.join(PHASES)}, arms {', '.join(ARMS)}"
+        raise tg.UserError(f"unknown: {', '.join(sorted(unknown))}; {known}")
     bench, report = make_bench(arguments)
     for phase in phases:
         function, has_arms = PHASES[phase]
