@@ -37,6 +37,8 @@ CHECKS = (  # what the README says, what is run (None: that), exit code, and a w
     (r"python tests/benchmarks/trainer.py .*", "python tests/benchmarks/trainer.py --help", 0, "--out"),
     (r"python tests/benchmarks/scaling.py .*", "python tests/benchmarks/scaling.py --help", 0, "--soak"),
     (r"python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out .*", GPU_SMOKE, 0, "BENCH {"),
+    (r"python tests/benchmarks/traffic.py", "python tests/benchmarks/traffic.py --help", 0, "--kernels"),
+    (r"python tests/benchmarks/quality.py .*", "python tests/benchmarks/quality.py --help", 0, "--seconds"),
 )
 
 

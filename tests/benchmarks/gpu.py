@@ -84,7 +84,7 @@ class Bench:
     def model(self, dtype: torch.dtype | None = None) -> tuple[str, tg.GPT]:
         """The name of the attention kernel, and the model as initialised."""
         attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
-        model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel)
+        model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
         return attention, model.init_weights(self.config.seed).to(self.device)
 
     def run(self, function: Callable, arm: str) -> Callable:

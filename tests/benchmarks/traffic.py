@@ -250,7 +250,7 @@ def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
     """The kernels of a micro-batch of ROWS rows, forward and backward."""
     graphs: list[list[Kernel]] = []
     with imagined_gpu(graphs), FakeTensorMode():
-        model = tg.GPT(config, torch.bfloat16, opaque)
+        model = tg.GPT(config, torch.bfloat16, opaque, np.zeros(config.vocab_size, bool))
         leaves = [part.detach().to(torch.bfloat16).requires_grad_() for part in model.fuse(model.banks())]
         ids, targets = (torch.zeros(rows, config.train_seq_len, dtype=torch.long) for _ in range(2))
         loss = torch.compile(tg.training_loss, dynamic=False, fullgraph=True)
