@@ -18,7 +18,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import lzma
@@ -900,23 +899,23 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = N
 
 
 def document_begins(documents: Tensor) -> Tensor:
-    """Where the documents of rows (B, T) begin in the flat text, then its length over and over: (B + spare + 1,) int32.
+    """Where the documents of rows (B, T) begin in the flat text, int32, then its length over and over.
 
-    So that shapes do not depend on the text there is room for a document every 128 tokens on the average. Where a batch
-    has more, its last ones are taken together with what is before them in their row, never with another row.
+    So that shapes do not depend on the text there is room for one in 128 tokens of a row and two more. Where a row has
+    more, its last ones are taken together; nothing is ever taken together with another row.
     """
-    B, T = documents.shape
-    spare, tokens = B * T // 128, torch.arange(B * T, dtype=torch.int32, device=documents.device)
-    inner = F.pad(documents.diff(dim=1) != 0, (1, 0)).flatten()  # begins, but not with its row
-    begins = (tokens % T == 0) | (inner & (inner.cumsum(0) <= spare))
-    ends = torch.full((B + spare + 1,), B * T, dtype=torch.int32, device=documents.device)
+    (B, T), device = documents.shape, documents.device
+    room, tokens = T // 128 + 1, torch.arange(B * T, dtype=torch.int32, device=device)
+    inner = F.pad(documents.diff(dim=1) != 0, (1, 0))  # begins, but not with its row
+    begins = (tokens % T == 0) | (inner & (inner.cumsum(1) <= room)).flatten()
+    ends = torch.full((B * (1 + room) + 1,), B * T, dtype=torch.int32, device=device)
     return ends.scatter_reduce(0, begins.cumsum(0) - 1, tokens, "amin")
 
 
 def flash_attention(rows: Callable, documents_apart: Callable) -> AttentionFn:
     """Attention by the functions of flash-attn for ROWS and for documents of any length, flash_attn_varlen_func.
 
-    Some versions return the log-sum-exp beside the output. Documents with a past are left to torch.
+    Some versions return the log-sum-exp beside the output. Documents with a past are left to masks.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -933,13 +932,8 @@ def flash_attention(rows: Callable, documents_apart: Callable) -> AttentionFn:
 
 
 def torch_attention() -> AttentionFn:
-    """torch's own attention on GPUs: by masks only where this version has no kernel for documents of any length."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return sdpa_attention
-    if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
-        return sdpa_attention
+    """torch's own attention on GPUs, with its kernel for documents of any length."""
+    from torch.nn.attention.varlen import varlen_attn
 
     def rows(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         return sdpa_attention(q, k, v)
@@ -1000,27 +994,27 @@ def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Te
 
 
 class Places(NamedTuple):
-    """What attention knows of a row's places: cos and sin (T, 1, r / 2), and the documents that it stays within."""
+    """What attention knows of a row's places: cos and sin (T, 1, D) for `rotate`, half of the dimensions that it
+    rotates, and the documents that attention stays within."""
 
     cos: Tensor
     sin: Tensor
+    half: int
     documents: Tensor | None  # (B, past + T)
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
-    """Rotate the first r dimensions of x (B, T, heads, D), the pairs being (i, i + r / 2): x cos + partner sin.
+    """Rotate the first 2 * half dimensions of x (B, T, heads, D), the pairs being (i, i + half): x cos + partner sin.
 
-    Where r divides D, all of x is swapped in pairs of r / 2 and the rest has cos 1 and sin 0: one kernel, both ways,
-    where parts put together would be a kernel each.
+    The other dimensions have cos 1 and sin 0. Where they are a multiple, all of x is swapped in pairs of parts: one
+    kernel, both ways, where parts put together are a kernel each.
     """
-    (cos, sin, _), half = places, places.cos.size(-1)
-    rest = x.size(-1) - 2 * half
-    cos, sin = F.pad(torch.cat((cos, cos), -1), (0, rest), value=1.0), F.pad(torch.cat((sin, -sin), -1), (0, rest))
-    if rest % (2 * half):
+    half = places.half
+    if x.size(-1) % (2 * half):
         partner = torch.cat((x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]), dim=-1)
     else:
         partner = x.unflatten(-1, (-1, 2, half)).flip(-2).flatten(-3)
-    return x * cos + partner * sin
+    return x * places.cos + partner * places.sin
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -1034,89 +1028,55 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - share * v).flatten(2, 3)
 
 
-def adapted(y: Tensor, x: Tensor, adapters: Adapters, place: tuple[str, int], scale: Tensor | None = None) -> Tensor:
-    """y (B, T, out) and what the adapters of a row of a bank make of x (B, T, in), times SCALE by output."""
-    bank, row = place
-    if bank not in adapters:
-        return y
-    a, b = (factor.select(-3, row).to(x.dtype) for factor in adapters[bank])
-    more = (x @ a.mT) @ b.mT
-    return y + (more if scale is None else scale.to(x.dtype) * more)
-
-
 class FusedBanks(NamedTuple):
-    """The banks as a forward pass reads them where nothing looks into its products; see GPT.fuse.
+    """The banks as a forward pass reads them fastest; see GPT.fuse.
 
-    qkv (L, d + 2 K D, d): W_Q, W_K and W_V, which read the same. out (layers, d, d) and down (layers, d, m): of each
-    layer in use, its attn_scale and mlp_scale taken in: the gradient of these is a pass over weights, not two over
-    tokens. up (L, m, d).
+    qkv (L, d + 2 K D, d): W_Q, W_K and W_V, which read the same. up (L, m, d). Of each layer in use o (layers, d, d)
+    and down (layers, d, m), with its attn_scale and mlp_scale taken in: the gradient of these is then a pass over
+    weights, not two over tokens.
     """
 
     qkv: Tensor
-    out: Tensor
+    o: Tensor
     up: Tensor
     down: Tensor
 
 
-class FusedLayer(NamedTuple):
-    """The products of a layer, by its matrices of FusedBanks."""
+class LayerWeights(NamedTuple):
+    """The matrices of a layer, (out, in) each, and what joins in their products.
 
-    qkv: Tensor
-    out: Tensor
-    up: Tensor
-    down: Tensor
-    adapters: Adapters
-    block: Block
-
-    def attention_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (B, T, d) -> queries (B, T, d), keys and values (B, T, K * D)."""
-        narrow = (len(self.qkv) - len(self.out)) // 2
-        parts, rows = (x @ self.qkv.mT).split([len(self.out), narrow, narrow], dim=-1), self.block.rows
-        return tuple(adapted(y, x, self.adapters, rows[name]) for name, y in zip("qkv", parts, strict=True))
-
-    def attention_output(self, y: Tensor) -> Tensor:
-        """y (B, T, d) -> what is added to the stream (B, T, d)."""
-        return adapted(y @ self.out.mT, y, self.adapters, self.block.rows["o"], self.block.attn_scale)
-
-    def mlp_input(self, x: Tensor) -> Tensor:
-        """x (B, T, d) -> hidden (B, T, m)."""
-        return adapted(x @ self.up.mT, x, self.adapters, self.block.rows["up"])
-
-    def mlp_output(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, m) -> what is added to the stream (B, T, d)."""
-        return adapted(hidden @ self.down.mT, hidden, self.adapters, self.block.rows["down"], self.block.mlp_scale)
-
-
-class BankLayer(NamedTuple):
-    """The products of FusedLayer one by one, for a tap to see, or by weights of its own for each row of the batch.
-
-    weights: bank name -> its rows, (out, in) each, or (B, out, in).
+    Fused they are qkv, o, up and down of FusedBanks; else q, k, v, o, up and down, (out, in), or (B, out, in), one for
+    each row of the batch, and the products are made one by one, for the tap to see.
     """
 
-    weights: Mapping[str, Sequence[Tensor]]
+    matrices: Mapping[str, Tensor]
     adapters: Adapters
     tap: Tap | None
     block: Block
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """x (B, T, in) through one of the layer's matrices -> (B, T, out)."""
-        bank, row = place = self.block.rows[name]
-        y = adapted(x @ self.weights[bank][row].mT, x, self.adapters, place)
+    def linear(self, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """x (B, T, in) through matrix NAME -> (B, T, out), by its scale of the block if it has one.
+
+        Y is the product with the matrix, where that is made already.
+        """
+        (bank, row), fused = self.block.rows[name], "qkv" in self.matrices
+        scale = {"o": self.block.attn_scale, "down": self.block.mlp_scale}.get(name)
+        y = x @ self.matrices[name].mT if y is None else y
+        if bank in self.adapters:
+            a, b = (factor.select(-3, row).to(x.dtype) for factor in self.adapters[bank])
+            more = (x @ a.mT) @ b.mT
+            y = y + (more if scale is None or not fused else scale.to(x.dtype) * more)
         if self.tap is not None:
             self.tap(bank, row, x, y)
-        return y
+        return y if scale is None or fused else scale.to(x.dtype) * y
 
     def attention_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.linear(name, x) for name in "qkv")
-
-    def attention_output(self, y: Tensor) -> Tensor:
-        return self.block.attn_scale.to(y.dtype) * self.linear("o", y)
-
-    def mlp_input(self, x: Tensor) -> Tensor:
-        return self.linear("up", x)
-
-    def mlp_output(self, hidden: Tensor) -> Tensor:
-        return self.block.mlp_scale.to(hidden.dtype) * self.linear("down", hidden)
+        """x (B, T, d) -> queries (B, T, d), keys and values (B, T, K * D)."""
+        if "qkv" not in self.matrices:
+            return tuple(self.linear(name, x) for name in "qkv")
+        qkv, d = self.matrices["qkv"], x.size(-1)
+        parts = (x @ qkv.mT).split([d, (len(qkv) - d) // 2, (len(qkv) - d) // 2], dim=-1)
+        return tuple(self.linear(name, x, y) for name, y in zip("qkv", parts, strict=True))
 
 
 def lookup(weight: Tensor, ids: Tensor) -> Tensor:
@@ -1211,7 +1171,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        weights: FusedLayer | BankLayer,
+        weights: LayerWeights,
         places: Places,
         extra_value: Tensor | None,
         extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -1224,7 +1184,7 @@ class Attention(nn.Module):
         keys, values = (k, v) if extend is None else extend(k, v)
         y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
-        return weights.attention_output(y.flatten(2))
+        return weights.linear("o", y.flatten(2))
 
 
 class StarReLU(nn.Module):
@@ -1268,7 +1228,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         x0: Tensor,
-        weights: FusedLayer | BankLayer,
+        weights: LayerWeights,
         places: Places,
         extra_value: Tensor | None,
         columns: Tensor | None,
@@ -1284,10 +1244,10 @@ class Block(nn.Module):
         x = x + self.attn(rms_norm(x, self.norm_scale), weights, places, extra_value, extend)
         if columns is not None:
             x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
-        hidden = weights.mlp_input(rms_norm(x, self.norm_scale))  # (B, T, m)
+        hidden = weights.linear("up", rms_norm(x, self.norm_scale))  # (B, T, m)
         hidden = F.leaky_relu(hidden, self.slope).square()
         hidden = hidden if self.mlp is None else self.mlp(hidden)
-        return x + weights.mlp_output(hidden)
+        return x + weights.linear("down", hidden)
 
 
 class GPT(nn.Module):
@@ -1440,12 +1400,13 @@ class GPT(nn.Module):
 
     def fuse(self, banks: Mapping[str, Tensor]) -> FusedBanks:
         """What a forward pass reads of the four BANKS, of the parameters' shape, and of the blocks' scales."""
-        (qo, kv, up, down), blocks, L = banks.values(), self.used_blocks(), self.config.num_layers
-        rows = [block.layer for block in blocks]
-        out, down = (bank if rows == list(range(L)) else bank[rows] for bank in (qo[L:], down))
+        (qo, kv, up, down), blocks, L = (banks[name] for name in self.BANKS), self.used_blocks(), self.config.num_layers
+        o, down = qo[L:], down
+        if (rows := [block.layer for block in blocks]) != list(range(L)):  # no index: the host would wait
+            o, down = (torch.stack([bank.unbind()[row] for row in rows]) for bank in (o, down))
         attn_scale = torch.stack([block.attn_scale for block in blocks]).unsqueeze(-1)  # (layers, d, 1)
         mlp_scale = torch.stack([block.mlp_scale for block in blocks]).unsqueeze(-1)
-        return FusedBanks(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), attn_scale * out, up, mlp_scale * down)
+        return FusedBanks(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), attn_scale * o, up, mlp_scale * down)
 
     def layers(
         self,
@@ -1453,23 +1414,28 @@ class GPT(nn.Module):
         adapters: Adapters,
         tap: Tap | None,
         fused: FusedBanks | None,
-    ) -> list[FusedLayer] | list[BankLayer]:
+    ) -> list[LayerWeights]:
         """The weights of each layer of the forward pass, in `dtype`: fused where nothing needs the products apart."""
         assert {*banks, *adapters} <= {*self.BANKS}, "a replacement that nothing would use"
+        assert fused is None or not (banks or tap), "fused banks beside what they would hide"
         banks, blocks = self.banks() | dict(banks), self.used_blocks()
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
         if tap is None and all(bank.dim() == 3 for bank in banks.values()):
-            qkv, out, up, down = (part.to(self.dtype).unbind() for part in fused or self.fuse(banks))
-            return [FusedLayer(qkv[block.layer], out[depth], up[block.layer], down[depth], adapters, block)
-                    for depth, block in enumerate(blocks)]  # fmt: skip
-        rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in banks.items()}
-        return [BankLayer(rows, adapters, tap, block) for block in blocks]
+            qkv, o, up, down = (part.to(self.dtype).unbind() for part in fused or self.fuse(banks))
+            matrices = [dict(qkv=qkv[block.layer], o=o[depth], up=up[block.layer], down=down[depth])
+                        for depth, block in enumerate(blocks)]  # fmt: skip
+        else:
+            rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in banks.items()}
+            matrices = [{name: rows[bank][row] for name, (bank, row) in block.rows.items()} for block in blocks]
+        return [LayerWeights(each, adapters, tap, block) for each, block in zip(matrices, blocks, strict=True)]
 
     def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
         """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
-        cos, sin = rotary_tables(ids.size(1), *self.rotary, like)
+        cos, sin = (table[-count:] for table in rotary_tables(ids.size(1), *self.rotary, like))  # (T, 1, r / 2)
+        half, rest = cos.size(-1), (0, self.config.head_dim - 2 * cos.size(-1))
+        cos, sin = F.pad(torch.cat((cos, cos), -1), rest, value=1.0), F.pad(torch.cat((sin, -sin), -1), rest)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        return Places(cos[-count:], sin[-count:], documents)
+        return Places(cos, sin, half, documents)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""
@@ -2359,9 +2325,10 @@ def generate(model: GPT, rows: int, length: int, temperature: float = 0.8, seed:
     """ROWS texts (rows, length) by the model itself, each from a document's beginning on, sampled at TEMPERATURE."""
     device = model.tok_emb.weight.device
     generator, cache = torch.Generator().manual_seed(seed), Cache()
+    fused = FusedBanks(*(part.to(model.dtype) for part in model.fuse(model.banks())))
     ids = torch.full((rows, 1), BOS_ID, device=device)
     for _ in range(length - 1):
-        logits = model(ids[:, -1:], cache=cache)[:, -1]  # (rows, V)
+        logits = model.head(model.stream(ids[:, -1:], cache=cache, fused=fused))[:, -1]  # (rows, V)
         noise = torch.empty(logits.shape).exponential_(generator=generator).to(device)
         chosen = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # Gumbel's way to draw from a softmax
         ids = torch.cat((ids, chosen), dim=1)

@@ -550,29 +550,26 @@ def attention_inputs(rows: int, length: int, often: float = 0.2, seed: int = 0):
     return q, k, v, (torch.rand(rows, length, generator=generator) < often).cumsum(1)
 
 
-@pytest.mark.parametrize(
-    "rows, length, often", [(1, 9, 0.0), (3, 300, 0.004), (2, 300, 0.01), (4, 64, 0.3), (2, 40, 1.0)]
-)
+CUTS = [(1, 9, 0.0), (3, 300, 0.004), (2, 300, 0.01), (4, 64, 0.3), (2, 40, 1.0)]
+
+
+@pytest.mark.parametrize("rows, length, often", CUTS)
 def test_documents_are_cut_as_a_kernel_of_any_length_wants_them(rows, length, often):
-    """The borders by brute force. Where there are too many, rows still begin anew, and the first borders are kept."""
+    """The borders by brute force. Where a row has too many its first ones are kept, whatever the other rows have."""
     q, k, v, documents = attention_inputs(rows, length, often, seed=rows)
-    begins, spare = train_gpt.document_begins(documents), rows * length // 128
-    assert begins.shape == (rows + spare + 1,)  # whatever the text
-    kept, left = [], spare
+    begins, room, kept = train_gpt.document_begins(documents), length // 128 + 1, []
+    assert begins.shape == (rows * (1 + room) + 1,)  # whatever the text
     for row, text in enumerate(documents.tolist()):
-        for place, number in enumerate(text):
-            if place == 0:
-                kept.append(row * length)
-            elif number != text[place - 1] and left:
-                kept, left = [*kept, row * length + place], left - 1
+        borders = [place for place in range(1, length) if text[place] != text[place - 1]]
+        kept += [row * length + place for place in [0, *borders[:room]]]
     assert begins.tolist() == kept + [rows * length] * (len(begins) - len(kept))
     attention = train_gpt.flash_attention(None, by_documents)
     merged = torch.bucketize(torch.arange(rows * length), torch.tensor(kept), right=True).view(rows, length)
     expected = train_gpt.sdpa_attention(q, k, v, merged)
     torch.testing.assert_close(attention(q, k, v, documents), expected, rtol=0, atol=1e-12)
-    few = all(len(set(text)) - 1 <= spare // rows for text in documents.tolist())
+    few = all(len(set(text)) - 1 <= room for text in documents.tolist())
     exact = torch.allclose(expected, train_gpt.sdpa_attention(q, k, v, documents), rtol=0, atol=1e-12)
-    assert exact or not few
+    assert exact == few
     assert torch.equal(attention(q[:, -3:], k, v, documents), train_gpt.sdpa_attention(q[:, -3:], k, v, documents))
 
 
@@ -595,13 +592,36 @@ def test_torch_has_a_kernel_of_any_length():
     """Under fake tensors, since it needs a GPU: it takes what we give it, and is part of one graph."""
     torch._dynamo.reset()
     attention, counter = train_gpt.torch_attention(), CompileCounterWithBackend("aot_eager")
-    assert attention is not train_gpt.sdpa_attention
     with torch._subclasses.FakeTensorMode():
         q, k, v = (torch.empty(2, 300, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4))
         documents = torch.zeros(2, 300, dtype=torch.long)
         y = torch.compile(attention, backend=counter, dynamic=False, fullgraph=True)(q, k, v, documents)
         y.sum().backward()
     assert y.shape == q.shape and k.grad.shape == k.shape and counter.frame_count == 1
+
+
+def test_the_kernel_of_torch_is_asked_for_what_masks_do(monkeypatch):
+    """Its window (-1, 0) is all that is before a place; with a stand-in that works document by document."""
+    import torch.nn.attention.varlen as varlen
+
+    def stand_in(q, k, v, begins_q, begins_k, longest_q, longest_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa
+        return by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal=True)[0]
+
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    q, k, v, documents = attention_inputs(2, 300, 0.005)
+    attention = train_gpt.torch_attention()
+    for given in (None, documents):
+        expected = train_gpt.sdpa_attention(q, k, v, given)
+        torch.testing.assert_close(attention(q, k, v, given), expected, rtol=0, atol=1e-12)
+
+
+def test_a_value_of_zero_has_no_direction_to_leave_out():
+    y = torch.randn(1, 3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    v = torch.zeros(1, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    left = train_gpt.exclude_self(y, v)
+    left.square().sum().backward()
+    assert torch.equal(left, y) and torch.isfinite(v.grad).all()
 
 
 @pytest.mark.gpu

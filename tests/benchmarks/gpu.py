@@ -84,6 +84,7 @@ class Bench:
     def model(self, dtype: torch.dtype | None = None) -> tuple[str, tg.GPT]:
         """The name of the attention kernel, and the model as initialised."""
         attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
+        kernel = tg.sdpa_attention if dtype == torch.float32 else kernel  # flash kernels are for 16 bits
         model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
         return attention, model.init_weights(self.config.seed).to(self.device)
 
@@ -185,8 +186,8 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
     ids = torch.randint(c.vocab_size, (B, T), device=b.device)
     q, k, v = random(B, T, c.num_heads, c.head_dim), *(random(B, T, c.num_kv_heads, c.head_dim) for _ in "kv")
-    fused = [part[0].detach().to(model.dtype).requires_grad_() for part in model.fuse(model.banks())]
-    weights = tg.FusedLayer(*fused, {}, model.blocks[0])
+    fused = model.fuse(model.banks())._asdict()
+    matrices = {name: part[0].detach().to(model.dtype).requires_grad_() for name, part in fused.items()}
 
     def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return torch.nn.functional.leaky_relu(x @ up.mT, c.mlp_leaky_slope).square() @ down.mT
@@ -195,6 +196,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
         return torch.cat((x @ qkv.mT, x @ out.mT), dim=-1)
 
     def block(x: Tensor, x0: Tensor) -> Tensor:
+        weights = tg.LayerWeights(matrices, {}, None, model.blocks[0])
         return model.blocks[0](x, x0, weights, model.places(ids, T, x), None, None, None)
 
     def head(x: Tensor) -> Tensor:
@@ -203,8 +205,8 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
     return {
         "blocks": (L * parts, block, (random(B, T, d), random(B, T, d))),
         "  attention kernel": (L * parts, model.blocks[0].attn.kernel, (q, k, v)),
-        "  projections": (L * parts, projections, (random(B, T, d), weights.qkv, weights.out)),
-        "  MLP": (L * parts, mlp, (random(B, T, d), weights.up, weights.down)),
+        "  projections": (L * parts, projections, (random(B, T, d), matrices["qkv"], matrices["o"])),
+        "  MLP": (L * parts, mlp, (random(B, T, d), matrices["up"], matrices["down"])),
         "embedding": (parts, lambda: model.embed(ids), ()),
         "head and loss": (parts, head, (random(B, T, d),)),
     }
@@ -316,7 +318,7 @@ def bench_attention(b: Bench) -> dict:
                 got = kernel(*few, None if given is None else given[:2])
                 error = float((got.float() - exact).norm() / exact.norm())
                 found[f"{part}, {name}"] = dict(ms=times * b.median_ms(both_ways), error=error)
-            except RuntimeError as failure:
+            except (RuntimeError, TypeError) as failure:  # an older torch has other arguments
                 found[f"{part}, {name}"] = dict(ms=None, note=str(failure).splitlines()[0][:120])
     return dict(pairs_within_documents=float(pairs / documents.size(1)), kernels=found)
 
@@ -384,16 +386,16 @@ def bench_ttt(b: Bench, arm: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 ARMS = ("plain", "compiled", "autotuned")
-PHASES = {  # name -> function, whether it has arms
-    "floors": (bench_floors, False),
-    "step": (bench_step, True),
-    "pieces": (bench_pieces, True),
-    "profile": (bench_profile, True),
-    "losses": (bench_losses, True),
-    "attention": (bench_attention, False),
-    "export": (bench_export, False),
-    "score": (bench_score, True),
-    "ttt": (bench_ttt, True),
+PHASES = {  # name -> function, the arms that it can have; none: it has no arms
+    "floors": (bench_floors, ()),
+    "step": (bench_step, ARMS),
+    "pieces": (bench_pieces, ARMS),
+    "profile": (bench_profile, ARMS),
+    "losses": (bench_losses, ARMS),
+    "attention": (bench_attention, ()),
+    "export": (bench_export, ()),
+    "score": (bench_score, ARMS),
+    "ttt": (bench_ttt, ARMS[:2]),
 }
 
 
@@ -451,10 +453,10 @@ def main() -> int:
         raise tg.UserError(f"unknown: {', '.join(sorted(unknown))}; {known}")
     bench, report = make_bench(arguments)
     for phase in phases:
-        function, has_arms = PHASES[phase]
-        for arm in arms if has_arms else [None]:
+        function, possible = PHASES[phase]
+        for arm in [arm for arm in arms if arm in possible] if possible else [None]:
             began = time.perf_counter()
-            result = function(bench, arm) if has_arms else function(bench)
+            result = function(bench, arm) if possible else function(bench)
             result = dict(phase=phase, arm=arm, **result, phase_seconds=time.perf_counter() - began)
             print(shown(result), flush=True)
             report["results"].append(result)

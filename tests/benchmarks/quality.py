@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +30,32 @@ COLUMNS = (
 )
 
 
-def start(program: str, environ: dict[str, str], out: Path, nproc: int) -> None:
-    """Run a program of this tree in OUT; CalledProcessError where it fails (a run over the size cap has not)."""
+def start(program: str, environ: dict[str, str], out: Path, nproc: int, result: Path) -> None:
+    """Run a program of this tree in OUT, whose RESULT decides: exit code 1 may only say that a run is over the cap."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, str(ROOT / program)]
     done = subprocess.run(command, cwd=out, env={**os.environ, **environ}, stdout=subprocess.DEVNULL)
-    if done.returncode not in (0, 1) or (done.returncode == 1 and program == "eval_ttt.py"):
+    if not result.exists():
         raise subprocess.CalledProcessError(done.returncode, command)
 
 
 def run(arm: str, seed: int, settings: dict[str, str], out: Path, nproc: int) -> dict[str, Any]:
-    """One row of the table; what has been run before is read."""
+    """One row of the table; what has been run before, by the same settings, is read."""
     recipe = {} if arm == "default" else {"RECIPE": str(ROOT / f"records/recipes/{arm}.env")}
     folder = out / "runs" / f"{arm}_{seed}"
     environ = {**recipe, **settings, "SEED": str(seed), "RUN_ID": folder.name, "RESUME": "auto"}
-    if not (folder / "result.json").exists():
-        start("train_gpt.py", environ, out, nproc)
-    if not (folder / "eval_ttt.json").exists():
-        start("eval_ttt.py", {**environ, "MODEL_PATH": str(folder / "final_model.int6.ptz")}, out, nproc)
-    trained, scored = (json.loads((folder / name).read_text()) for name in ("result.json", "eval_ttt.json"))
-    config = tg.Config(**json.loads((folder / "config.json").read_text())["config"])
-    tokens = sum(len(tg.open_shard(path)) for path in tg.TokenStream(config.shards("train"), config.vocab_size).paths)
-    epochs = trained["steps"] * config.train_batch_tokens / tokens
-    row = {**trained, **scored, "arm": arm, "seed": seed, "epochs": round(epochs, 2)}
-    return {name: row[name] for name in COLUMNS} | dict(
-        gpu=trained["versions"]["gpu"], eval_seconds=row["eval_seconds"]
-    )
+    config, _, _ = tg.load_config({**os.environ, **environ})
+    trained, scored = folder / "result.json", folder / "eval_ttt.json"
+    if not trained.exists():
+        start("train_gpt.py", environ, out, nproc, trained)
+    if json.loads((folder / "config.json").read_text())["config"] != asdict(config):
+        raise tg.UserError(f"{folder} is of other settings: choose another --out")
+    if not scored.exists():
+        start("eval_ttt.py", {**environ, "MODEL_PATH": str(folder / "final_model.int6.ptz")}, out, nproc, scored)
+    row = {**json.loads(trained.read_text()), **json.loads(scored.read_text()), "arm": arm, "seed": seed}
+    tokens = len(tg.TokenStream(config.shards("train"), config.vocab_size))
+    row["epochs"] = round(row["steps"] * config.train_batch_tokens / tokens, 2)
+    return {name: row[name] for name in (*COLUMNS, "train_seconds", "eval_seconds", "versions")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -90,9 +91,13 @@ def main() -> int:
             rows.append(run(arm, seed, settings, out, arguments.nproc))
             tg.write_atomically(out / "quality.json", json.dumps(rows, indent=1).encode())
             print(table(rows), flush=True)
-    print("BENCH " + json.dumps(dict(benchmark="quality", data=data.name, set=arguments.set, rows=rows)))
+    print("BENCH " + json.dumps(dict(benchmark="quality", data=data.name, settings=settings, rows=rows)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except tg.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
