@@ -1300,7 +1300,8 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in self.value_layers)
         heads = range(config.mtp_num_heads)
         self.mtp_heads = nn.ModuleList(nn.Linear(d, config.vocab_size, bias=False) for _ in heads)
-        self.rotary = (config.rotary_dims, rotary_base(config))
+        for name, table in zip(("cos", "sin"), self.rotary(max(config.train_seq_len, 8192)), strict=True):
+            self.register_buffer(name, table, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -1431,11 +1432,18 @@ class GPT(nn.Module):
 
     def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
         """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
-        cos, sin = (table[-count:] for table in rotary_tables(ids.size(1), *self.rotary, like))  # (T, 1, r / 2)
-        half, rest = cos.size(-1), (0, self.config.head_dim - 2 * cos.size(-1))
-        cos, sin = F.pad(torch.cat((cos, cos), -1), rest, value=1.0), F.pad(torch.cat((sin, -sin), -1), rest)
+        length = ids.size(1)
+        tables = (self.cos, self.sin) if length <= len(self.cos) else self.rotary(length, like.device)
+        cos, sin = (table[length - count : length].to(like.dtype) for table in tables)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        return Places(cos, sin, half, documents)
+        return Places(cos, sin, self.config.rotary_dims // 2, documents)
+
+    def rotary(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin (LENGTH, 1, D) for `rotate`. Kept: compiled, each kernel would work out its angles anew."""
+        r, like = self.config.rotary_dims, torch.empty((), dtype=self.dtype, device=device)
+        cos, sin = rotary_tables(length, r, rotary_base(self.config), like)
+        rest = (0, self.config.head_dim - r)
+        return F.pad(torch.cat((cos, cos), -1), rest, value=1.0), F.pad(torch.cat((sin, -sin), -1), rest)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""

@@ -225,6 +225,13 @@ def test_lower_precision_is_close_and_its_logits_are_float32(dtype, tolerance):
     assert 0 < error < tolerance
 
 
+def test_rows_longer_than_the_kept_angles():
+    model, ids = random_model(SMALL), random_ids(1, 24)
+    whole = model(ids)
+    model.cos, model.sin = model.cos[:20], model.sin[:20]
+    torch.testing.assert_close(model(ids), whole, rtol=0, atol=1e-12)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Causality and document borders
 # ----------------------------------------------------------------------------------------------------------------------
