@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
@@ -102,23 +102,16 @@ def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Ch
 class Learner:
     """What `score` asks of an adaptation: losses under the weights of the moment, and to learn from a scored chunk."""
 
-    def __init__(
-        self,
-        model: tg.GPT,
-        config: Config,
-        plan: Sequence[Chunk],
-        nll_fn: Callable,
-        artifact: tg.Artifact,
-        on_learn: Callable[[Chunk], None],
-    ):
+    def __init__(self, model: tg.GPT, setup: Setup, plan: Sequence[Chunk], on_learn: Callable[[Chunk], None]):
+        config, artifact = setup.config, setup.artifact
         by_documents, learns = TTT_MODES[config.ttt_mode]
-        self.model, self.config, self.nll_fn, self.chunks = model, config, nll_fn, len(plan)
+        self.model, self.config, self.nll_fn, self.chunks = model, config, setup.nll_fn, len(plan)
         self.by_documents, self.number, self.base = by_documents, 0, None
         self.on_learn = on_learn
         sets = len(plan[0].scored.start) // tg.world_size() if by_documents else None
         stored = artifact.moments if config.ttt_moments == "artifact" else None
-        factors = artifact.factors if config.ttt_meta_rates else {}
-        self.fast = tg.FastWeights(model, config, learns, sets, stored, factors)
+        self.fast = tg.FastWeights(model, config, learns, sets, stored)
+        self.fast.set_factors(artifact.factors if config.ttt_meta_rates else {})
         if config.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
             self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
@@ -164,11 +157,11 @@ class Learner:
         mine = np.array_split(np.arange(len(learned)), tg.world_size())[tg.rank()]
         padded = np.resize(mine, math.ceil(len(learned) / tg.world_size())) if len(mine) else np.zeros(1, np.int64)
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
-        batch = tg.make_batch(tokens, windows.take(padded), tg.power_of_two(learned.max()), self.device)
-        target_weight = torch.from_numpy((per_target[:, None] * batch.counts).astype(np.float32)).to(self.device)
+        *batch, counts = tg.make_batch(tokens, windows.take(padded), tg.power_of_two(learned.max()), self.device)
+        lesson = (*batch, torch.from_numpy((per_target[:, None] * counts).astype(np.float32)).to(self.device))
         lr = fast.config.ttt_lr if fast is self.base else self.lr()
-        tg.adaptation_step(self.model, fast, batch.ids, batch.targets, batch.columns, target_weight, lr,
-                           1 if fast.shared else int((learned > 0).sum()), self.nll_fn)  # fmt: skip
+        sets = 1 if fast.shared else int((learned > 0).sum())
+        tg.adaptation_step(self.model, fast, lesson, lr, sets, self.nll_fn)
 
     @property
     def device(self) -> torch.device:
@@ -248,7 +241,7 @@ def evaluate(
     c, model, plan = setup.config, setup.load(), setup.plan(tokens)
     learner = None
     if c.ttt_mode != "none":
-        learner = Learner(model, c, plan, setup.nll_fn, setup.artifact, on_learn)
+        learner = Learner(model, setup, plan, on_learn)
     if c.ttt_protocol != "legal":
         plan = learn_first(setup, model, learner, tokens, plan)
     seen = None if observe is None else (lambda *args: observe(model, learner, *args))
@@ -743,7 +736,7 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
             raise UserError(f"MODEL_PATH={path}: {error}") from error
         return config, tg.Artifact(config, state, tg.sha256_file(config.tokenizer_path)), path
     artifact = tg.read_artifact(path)
-    model = tg.model_settings(artifact.config)
+    model = tg.settings_of(artifact.config, "model")
     wrong = [f"{name.upper()}={given[name]}, but {value} in the artifact" for name, value in model.items()
              if name in given and given[name] != value]  # fmt: skip
     if wrong:
@@ -807,7 +800,7 @@ def run_audit(setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str
     legal = setup.config.ttt_protocol == "legal" and all(check.ok is not False for check in checks)
     hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(setup.config.tokenizer_path),
               **{Path(name).name: tg.sha256_file(name) for name in [*tg.code_files(), *shards]}}  # fmt: skip
-    settings = {f.name: getattr(setup.config, f.name) for f in fields(Config)}
+    settings = asdict(setup.config)
     lines = [f"certificate of {path.name} on the first {len(part) - 1} targets, TTT_MODE={setup.config.ttt_mode} "
              f"TTT_PROTOCOL={setup.config.ttt_protocol}: {'legal' if legal else 'NOT LEGAL'}"]  # fmt: skip
     for check in checks:
@@ -876,9 +869,8 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
             (path.parent / name).unlink(missing_ok=True)
     for notice in [*notices, *more]:
         log.line(f"note: {notice}")
-    for f in fields(Config):
-        if f.metadata["section"] in ("model", "scoring", "evaluator"):
-            log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
+    for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
+        log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
     by_documents = TTT_MODES[c.ttt_mode][0]
     order = f"documents, {c.ttt_doc_order} first" if by_documents and c.ttt_doc_order == "longest" else "the file's"
     log.line(f"evaluation order: {order}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
@@ -899,12 +891,10 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
         legal=c.ttt_protocol == "legal",
         seed=c.seed,
         world_size=tg.world_size(),
-        settings={
-            f.name: getattr(c, f.name) for f in fields(Config) if f.metadata["section"] in ("scoring", "evaluator")
-        },
+        settings=tg.settings_of(c, "scoring", "evaluator"),
         sha256_artifact=tg.sha256_file(path),
         sha256_tokenizer=setup.artifact.tokenizer_sha256,
-        sha256_code={file.name: tg.sha256_file(file) for file in tg.code_files()},
+        sha256_code=tg.code_hashes(),
         sha256_shards={Path(shard).name: tg.sha256_file(shard) for shard in shards},
         trainer=json.loads(trained.read_text()) if trained.exists() else None,
         versions=tg.library_versions(setup.device, "given by the log"),

@@ -37,7 +37,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cached_property, lru_cache, partial
 from glob import glob
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -935,13 +935,10 @@ def torch_attention() -> AttentionFn:
     """torch's own attention on GPUs, with its kernel for documents of any length."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def rows(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return sdpa_attention(q, k, v)
-
-    def documents_apart(*arguments: Any, causal: bool) -> Tensor:
-        return varlen_attn(*arguments, window_size=(-1, 0), enable_gqa=True)  # (-1, 0): causal
-
-    return flash_attention(rows, documents_apart)
+    return flash_attention(
+        lambda q, k, v, causal: sdpa_attention(q, k, v),
+        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), enable_gqa=True),  # (-1, 0): causal
+    )
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:
@@ -994,13 +991,14 @@ def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Te
 
 
 class Places(NamedTuple):
-    """What attention knows of a row's places: cos and sin (T, 1, D) for `rotate`, half of the dimensions that it
-    rotates, and the documents that attention stays within."""
+    """Where a row is: cos and sin (T, 1, D) for `rotate`, half of the dimensions that it rotates, the documents that
+    attention stays within, and what came before."""
 
     cos: Tensor
     sin: Tensor
     half: int
     documents: Tensor | None  # (B, past + T)
+    cache: Cache | None
 
 
 def rotate(x: Tensor, places: Places) -> Tensor:
@@ -1139,24 +1137,14 @@ class SmearGate(nn.Module):
         return (1 - gate) * x + gate * previous
 
 
-class Cache:
-    """What a forward pass of further tokens needs of those before: their ids, and keys and values block by block."""
+class Cache(dict):
+    """What a forward pass of further tokens needs of those before: "ids" (B, T), and keys and values by Attention."""
 
-    def __init__(self) -> None:
-        self.ids: Tensor | None = None
-        self.blocks: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def append_ids(self, ids: Tensor) -> Tensor:
-        """All ids so far (B, past + T), with these (B, T)."""
-        self.ids = ids if self.ids is None else torch.cat((self.ids, ids), dim=1)
-        return self.ids
-
-    def append(self, depth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a block so far, with these (B, T, K, D)."""
-        if depth in self.blocks:
-            k, v = (torch.cat(pair, dim=1) for pair in zip(self.blocks[depth], (k, v), strict=True))
-        self.blocks[depth] = (k, v)
-        return k, v
+    def append(self, of: str | nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
+        """All that is kept OF it, with these (B, T, ...)."""
+        old = self.get(of, [part[:, :0] for part in new])
+        self[of] = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+        return self[of]
 
 
 class Attention(nn.Module):
@@ -1168,20 +1156,13 @@ class Attention(nn.Module):
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
 
-    def forward(
-        self,
-        x: Tensor,
-        weights: LayerWeights,
-        places: Places,
-        extra_value: Tensor | None,
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-    ) -> Tensor:
-        """x (B, T, d), extra_value (B, T, K * D) or None -> (B, T, d); EXTEND puts earlier keys and values first."""
+    def forward(self, x: Tensor, weights: LayerWeights, places: Places, extra: Tensor | None) -> Tensor:
+        """x (B, T, d), extra (B, T, K * D) or None -> (B, T, d)."""
         q, k, v = weights.attention_inputs(x)
-        v = v if extra_value is None else v + extra_value
+        v = v if extra is None else v + extra
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, heads, D)
         q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), places), rotate(rms_norm(k), places)
-        keys, values = (k, v) if extend is None else extend(k, v)
+        keys, values = (k, v) if places.cache is None else places.cache.append(self, k, v)
         y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
         return weights.linear("o", y.flatten(2))
@@ -1225,23 +1206,16 @@ class Block(nn.Module):
         self.mlp = StarReLU(config.mlp_dim) if config.star_relu else None
 
     def forward(
-        self,
-        x: Tensor,
-        x0: Tensor,
-        weights: LayerWeights,
-        places: Places,
-        extra_value: Tensor | None,
-        columns: Tensor | None,
-        extend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        self, x: Tensor, x0: Tensor, weights: LayerWeights, places: Places, extra: Tensor | None, columns: Tensor | None
     ) -> Tensor:
-        """x, x0 (B, T, d): the stream and the first embedding; extra_value (B, T, K * D) or None -> (B, T, d).
+        """x, x0 (B, T, d): the stream and the first embedding; extra (B, T, K * D) or None -> (B, T, d).
 
         columns (B, C) or None: the places that go on after attention, (B, C, d) then.
         """
         if self.resid_mix is not None:
             mix = self.resid_mix.to(x.dtype)
             x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(rms_norm(x, self.norm_scale), weights, places, extra_value, extend)
+        x = x + self.attn(rms_norm(x, self.norm_scale), weights, places, extra)
         if columns is not None:
             x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         hidden = weights.linear("up", rms_norm(x, self.norm_scale))  # (B, T, m)
@@ -1315,8 +1289,9 @@ class GPT(nn.Module):
         self.qo_bank[L:].zero_()
         self.mlp_down_bank.zero_()
         self.tok_emb.weight.normal_(0, self.config.tied_embed_init_std, generator=generator)
-        if self.config.overtone_init:
-            self.tok_emb.weight.copy_(overtone(self.tok_emb.weight))
+        if self.config.overtone_init:  # the k-th singular value, from 1, becomes the first one / sqrt(k) (#60)
+            U, S, Vh = torch.linalg.svd(self.tok_emb.weight, full_matrices=False)
+            self.tok_emb.weight.copy_(U * (S[0] / torch.arange(1, len(S) + 1).sqrt()) @ Vh)
         for head in (self.lm_head, *self.mtp_heads):
             if head is not None:
                 head.weight.zero_()
@@ -1342,22 +1317,9 @@ class GPT(nn.Module):
             block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
         self.looped = True
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        banks: Mapping[str, Tensor] | None = None,
-        adapters: Adapters | None = None,
-        tap: Tap | None = None,
-        columns: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V) in float32 (float64 for a float64 model).
-
-        banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
-        by bank name, see Adapters. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
-        the places whose logits are wanted, (B, C, V) then. cache: of the tokens before these, which are added to it.
-        """
-        return self.head(self.stream(input_ids, banks, adapters, tap, columns, cache))
+    def forward(self, input_ids: Tensor, **how: Any) -> Tensor:
+        """input_ids (B, T) -> logits (B, T, V) or (B, C, V) in float32 (a float64 model: float64); HOW: of `stream`."""
+        return self.head(self.stream(input_ids, **how))
 
     def stream(
         self,
@@ -1369,13 +1331,16 @@ class GPT(nn.Module):
         cache: Cache | None = None,
         fused: FusedBanks | None = None,
     ) -> Tensor:
-        """input_ids (B, T) -> what the head reads, (B, T, d) or (B, C, d); the other arguments as in `forward`.
+        """input_ids (B, T) -> what the head reads, (B, T, d).
 
-        FUSED is what `fuse` has made of the banks, where that is done before.
+        banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
+        by bank name, see Adapters. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
+        the places whose logits are wanted, (B, C, d) then. cache: of the tokens before these, which are added to it.
+        fused: what `fuse` has made of the banks, where that is done before.
         """
         layers = self.layers(banks or {}, adapters or {}, tap, fused)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
-        places = self.places(input_ids if cache is None else cache.ids, input_ids.size(1), x)
+        places = self.places(input_ids, x, cache)
         extra = self.ve_shared([input_ids], self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
         half = len(layers) // 2
@@ -1385,8 +1350,7 @@ class GPT(nn.Module):
             extra_value = None
             if block.layer in self.value_layers:
                 extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
-            extend = None if cache is None else partial(cache.append, depth)
-            x = block(x, x0, weights, places, extra_value, columns if depth == len(layers) - 1 else None, extend)
+            x = block(x, x0, weights, places, extra_value, columns if depth == len(layers) - 1 else None)
             if depth < half:
                 skips.append(x)
         return x
@@ -1430,13 +1394,14 @@ class GPT(nn.Module):
             matrices = [{name: rows[bank][row] for name, (bank, row) in block.rows.items()} for block in blocks]
         return [LayerWeights(each, adapters, tap, block) for each, block in zip(matrices, blocks, strict=True)]
 
-    def places(self, ids: Tensor, count: int, like: Tensor) -> Places:
-        """The last COUNT places of IDS (B, past + T), in dtype and on device of LIKE."""
+    def places(self, input_ids: Tensor, like: Tensor, cache: Cache | None = None) -> Places:
+        """Those of INPUT_IDS (B, T), which CACHE has already, in dtype and on device of LIKE."""
+        ids, count = input_ids if cache is None else cache["ids"][0], input_ids.size(1)
         length = ids.size(1)
         tables = (self.cos, self.sin) if length <= len(self.cos) else self.rotary(length, like.device)
         cos, sin = (table[length - count : length].to(like.dtype) for table in tables)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        return Places(cos, sin, self.config.rotary_dims // 2, documents)
+        return Places(cos, sin, self.config.rotary_dims // 2, documents, cache)
 
     def rotary(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin (LENGTH, 1, D) for `rotate`. Kept: compiled, each kernel would work out its angles anew."""
@@ -1472,7 +1437,7 @@ class GPT(nn.Module):
 
     def embed_more(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """The first embedding (B, T, d) of ids that come after those of CACHE, which gets them."""
-        whole, new = cache.append_ids(input_ids), input_ids.size(1)
+        (whole,), new = cache.append("ids", input_ids), input_ids.size(1)
         back = new + 4  # smear, bigram and trigram together look back three places, and the first is a border to them
         near = whole if self.memory_tokens is not None else whole[:, -back:]
         return self.embed(near)[:, -new:]
@@ -1489,12 +1454,6 @@ class GPT(nn.Module):
 def count_parameters(model: GPT) -> int:
     """Those that the artifact holds: not the heads of multi-token prediction."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp_heads."))
-
-
-def overtone(weight: Tensor) -> Tensor:
-    """WEIGHT with its k-th singular value, k from 1, replaced by the first one / sqrt(k) (#60)."""
-    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    return U * (S[0] / torch.arange(1, len(S) + 1, device=S.device).sqrt()) @ Vh
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -1611,10 +1570,6 @@ class Share:
         """This rank's part of a TENSOR of the bank's shape."""
         return tensor if self.ranks == 1 else self.padded(tensor)[rank() * self.rows :][: self.rows]
 
-    def whole(self, part: Tensor) -> Tensor:
-        """The tensor of the bank's shape of which every rank has its PART."""
-        return self.start_gather(part)()
-
     def start_reduce(self) -> Callable[[], None]:
         """Begin to average the gradient over the ranks; the function that is returned waits for it."""
         sent = self.padded(self.bank.grad)
@@ -1658,15 +1613,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        groups: list[dict],
-        ns_steps: int,
-        dtype: torch.dtype,
-        cautious: bool = False,
-        row_rates: Mapping[Tensor, Tensor] | None = None,
+        self, groups: list[dict], ns_steps: int, dtype: torch.dtype, cautious: bool, row_rates: Mapping[Tensor, Tensor]
     ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
-        self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates or {}
+        self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates
         shares = [Share(p) for group in self.param_groups for p in group["params"]]
         self.shares = sorted(shares, key=lambda share: -share.bank.numel())
 
@@ -1702,7 +1652,7 @@ class Muon(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch has it, with the momentum of whole banks; all ranks call it together."""
         shares, order = {s.bank: s for s in self.shares}, [p for group in self.param_groups for p in group["params"]]
-        whole = {number: dict(momentum_buffer=shares[p].whole(self.state[p]["momentum_buffer"]))
+        whole = {number: dict(momentum_buffer=shares[p].start_gather(self.state[p]["momentum_buffer"])())
                  for number, p in enumerate(order) if self.state.get(p)}  # fmt: skip
         return super().state_dict() | dict(state=whole)
 
@@ -1714,18 +1664,13 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = share.own(state["momentum_buffer"]).clone()
 
 
-def depth_rates(config: Config) -> list[float]:
-    """ENCODER_LR_MULT or DECODER_LR_MULT for each layer of the forward pass."""
-    layers = len(config.block_rows)
-    return [config.encoder_lr_mult] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
-
-
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the banks, one AdamW for the rest, as PARAM_GROUPS says; each group keeps its peak rate as `peak_lr`.
 
     Where the rates depend on depth, a bank row has that of its first use.
     """
-    groups, by_layer = group_parameters(model), depth_rates(config)
+    groups, layers = group_parameters(model), len(config.block_rows)
+    by_layer = [config.encoder_lr_mult] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
     tables: dict[str, list[dict]] = {"muon": [], "adamw": []}
     for group, optimizer, rate, decay, _ in PARAM_GROUPS:
         members: dict[float, list[Tensor]] = {}
@@ -1793,6 +1738,7 @@ TTT_MODES = {
     "doc_lora":  (True,  "adapters"),
     "phased":    (True,  "adapters"),
 }  # fmt: skip
+Moments = Mapping[str, list[Tensor]]  # by name: means of squared gradients, or of a matrix their row and column factors
 TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
 MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of TRAIN_SEQ_LEN
 
@@ -1823,38 +1769,30 @@ class FastWeights:
     """
 
     def __init__(
-        self,
-        model: GPT,
-        config: Config,
-        learns: str,
-        sets: int | None = None,
-        moments: Mapping[str, list[Tensor]] | None = None,
-        factors: Mapping[str, Tensor] | None = None,
+        self, model: GPT, config: Config, learns: str, sets: int | None = None, moments: Moments | None = None
     ):
-        self.config, self.shared, self.steps = config, sets is None, 0
+        self.config, self.device, self.shared, self.steps = config, model.qo_bank.device, sets is None, 0
         if learns == "adapters":
             self.base = make_adapters(model, config)
         else:
-            words = learns.split()
-            members = [(group, *pair) for group, pairs in group_parameters(model).items() for pair in pairs]
-            used = [(group, name, p) for group, name, p in members if not name.startswith("mtp_heads.")]
-            self.base = {name: p.detach().float() for group, name, p in used if group in words or name in words}
+            words, groups = learns.split(), group_parameters(model)
+            learning = [pair for group, pairs in groups.items() for pair in pairs if {group, pair[0]} & {*words}]
+            self.base = {name: p.detach().float() for name, p in learning if not name.startswith("mtp_heads.")}
         self.rows = sets or 1  # how many of the sets are in use, the first ones
         self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
         self.own_rates = {name: self._rate(name, base) for name, base in self.base.items()}
-        self.set_factors(factors or {})
+        self.set_factors({})
         if moments is not None and not self.base.keys() <= moments.keys():
             raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
         self.fixed, self.moments = moments is not None, self._here(moments or {})
         self.state: dict[str, list[Tensor]] = {}
 
     def _here(self, moments: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-        device = next(iter(self.base.values())).device
-        return {name: [part.to(device) for part in parts] for name, parts in moments.items()}
+        return {name: [part.to(self.device) for part in parts] for name, parts in moments.items()}
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Take new factors of the rates by bank, from any device."""
-        near = {bank: factor.to(next(iter(self.base.values())).device) for bank, factor in factors.items()}
+        near = {bank: factor.to(self.device) for bank, factor in factors.items()}
         self.rates = {name: rate * near.get(name.split(".")[0], 1.0) for name, rate in self.own_rates.items()}
 
     def _rate(self, name: str, base: Tensor) -> float | Tensor:
@@ -1918,17 +1856,16 @@ class FastWeights:
             news = [[next(sums) for _ in parts] for parts in news]
         share = max(1 - self.config.ttt_beta2, 1 / self.steps)
         for name, parts in zip(gradients, news, strict=True):
-            for old, new in zip(
-                self.moments.setdefault(name, [torch.zeros_like(p) for p in parts]), parts, strict=True
-            ):
-                old.lerp_(new, share)
+            moments = self.moments.setdefault(name, [torch.zeros_like(part) for part in parts])
+            torch._foreach_lerp_(moments, parts, share)
 
     def direction(self, name: str, g: Tensor) -> Tensor:
         """What TTT_OPTIMIZER makes of a gradient, (sets, ...), which may be overwritten."""
         c = self.config
         if c.ttt_optimizer == "precond":
-            parts = self.moments[name]
-            square = parts[0] if len(parts) == 1 else factored(*parts)
+            square, *columns = self.moments[name]
+            for column in columns:  # exact where the mean square has rank one
+                square = square.unsqueeze(-1) * column.unsqueeze(-2) / square.mean(-1)[..., None, None].clamp(min=1e-30)
             inverse = (square + TTT_MOMENT_FLOOR * square.mean()).rsqrt()
             return g.mul_(inverse.nan_to_num(posinf=0.0))  # adapters' A has no gradient in training, where B is zero
         state = self.state.setdefault(name, [torch.zeros_like(g), torch.zeros_like(g), torch.zeros(())])
@@ -1956,37 +1893,33 @@ def collect_moments(model: GPT, batches: Iterable[Tensor], config: Config) -> di
             columns = columns.expand(len(ids), -1)
             targets = piece.gather(1, columns + 1)
             weight = torch.full(targets.shape, 1 / targets.size(1), device=ids.device)
-            adaptation_step(model, fast, piece[:, :-1], targets, columns, weight, 0.0, len(ids) * world_size())
+            adaptation_step(model, fast, (piece[:, :-1], targets, columns, weight), 0.0, len(ids) * world_size())
     return fast.moments if fast else {}
 
 
-def factored(row: Tensor, column: Tensor) -> Tensor:
-    """Factors (..., out) and (..., in) of a mean square -> (..., out, in), exact where it has rank one."""
-    return row.unsqueeze(-1) * column.unsqueeze(-2) / row.mean(-1)[..., None, None].clamp(min=1e-30)
+Lesson = tuple[Tensor, Tensor, Tensor, Tensor]  # ids (B, T), targets, columns, and the weights of their nll (B, C)
+
+
+def weighted_nll(model: GPT, fast: FastWeights, lesson: Lesson, nll_fn: Callable) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of the weights * nll of a LESSON of this rank under FAST, and the values that it may be derived by."""
+    values = {name: value.detach().requires_grad_() for name, value in fast.used().items()}
+    *batch, weight = lesson
+    with torch.enable_grad():
+        return (nll_fn(model, *batch, *fast.weights(values)) * weight).sum(), values
 
 
 def adaptation_step(
-    model: GPT,
-    fast: FastWeights,
-    ids: Tensor,
-    targets: Tensor,
-    columns: Tensor,
-    weight: Tensor,
-    lr: float,
-    sets: int = 1,
-    nll_fn: Callable = token_nll,
+    model: GPT, fast: FastWeights, lesson: Lesson, lr: float, sets: int = 1, nll_fn: Callable = token_nll
 ) -> Tensor:
-    """One step of FAST down the sum of WEIGHT * nll, (B, C), of this rank, which is returned as it was before.
+    """One step of FAST down its weighted_nll, which is returned as it was before.
 
     SETS is how many sets learn, on all ranks.
 
     Gradients are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by
     itself.
     """
-    c, values = fast.config, {name: value.detach().requires_grad_() for name, value in fast.used().items()}
-    with torch.enable_grad():
-        loss = (nll_fn(model, ids, targets, columns, *fast.weights(values)) * weight).sum()
-        found = torch.autograd.grad(loss, list(values.values()))
+    c, (loss, values) = fast.config, weighted_nll(model, fast, lesson, nll_fn)
+    found = torch.autograd.grad(loss, list(values.values()))
     with torch.no_grad():
         if fast.shared:
             found = sum_over_ranks(list(found))
@@ -1998,7 +1931,7 @@ def adaptation_step(
         fast.steps += 1
         if c.ttt_optimizer == "precond" and not fast.fixed:
             fast.observe(gradients, sets)
-        moves = torch.ones(1, device=ids.device) if fast.shared else (weight != 0).any(1).float()  # (sets,)
+        moves = torch.ones(1, device=loss.device) if fast.shared else (lesson[3] != 0).any(1).float()  # (sets,)
         for name, g in gradients.items():  # a document that has ended must not drift on by its momentum
             value, rate = fast.values[name][: fast.rows], fast.rates[name] * moves.view(-1, *[1] * (g.dim() - 1))
             value.addcmul_(fast.direction(name, g), rate.to(g.dtype), value=-lr)
@@ -2031,10 +1964,9 @@ class MetaRates:
 
     def add_gradients(self, fast: FastWeights, gradients: Mapping[str, Tensor]) -> None:
         """From the outer loss's GRADIENTS at the fast values: a row's displacement is proportional to its factor."""
-        for bank, log in self.logs.items():
-            for name in (name for name in gradients if name.split(".")[0] == bank):
-                moved = fast.used()[name] - fast.base[name]
-                each = (gradients[name] * moved).sum((-2, -1)).sum(0).view_as(log)
+        for name, g in gradients.items():
+            if (log := self.logs.get(name.split(".")[0])) is not None:
+                each = (g * (fast.used()[name] - fast.base[name])).sum((-2, -1)).sum(0).view_as(log)
                 log.grad = each if log.grad is None else log.grad + each
 
     def step(self, scale: float) -> None:
@@ -2066,9 +1998,7 @@ def rates_text(factors: Mapping[str, Tensor]) -> str:
     return "".join(f" rates_{name}:{f.min().item():.3f}..{f.max().item():.3f}" for name, f in factors.items())
 
 
-def inner_weights(
-    model: GPT, config: Config, objective: str, moments: Mapping[str, list[Tensor]] | None = None
-) -> FastWeights:
+def inner_weights(model: GPT, config: Config, objective: str, moments: Moments | None = None) -> FastWeights:
     """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task.
 
     MOMENTS are deployed's, where the evaluator will have them from the artifact.
@@ -2087,24 +2017,13 @@ def inner_weights(
     return FastWeights(model, replace(c, **plain), "bank" if c.meta_ttt_params == "banks" else "adapters")
 
 
-def outer_gradients(
-    model: GPT,
-    fast: FastWeights,
-    rates: MetaRates,
-    ids: Tensor,
-    targets: Tensor,
-    columns: Tensor,
-    weight: Tensor,
-    nll_fn: Callable,
-) -> Tensor:
-    """Add the gradients of the sum of WEIGHT * nll under the fast weights to the parameters' and the rates'; that sum.
+def outer_gradients(model: GPT, fast: FastWeights, rates: MetaRates, lesson: Lesson, nll_fn: Callable) -> Tensor:
+    """Add the gradients of weighted_nll to the parameters' and the rates'; returns it.
 
     Those at the fast values go to the parameters that they started from: the inner steps' own derivative is left out.
     """
-    values = {name: value.detach().requires_grad_() for name, value in fast.used().items()}
-    with torch.enable_grad():
-        loss = (nll_fn(model, ids, targets, columns, *fast.weights(values)) * weight).sum()
-        loss.backward()
+    loss, values = weighted_nll(model, fast, lesson, nll_fn)
+    loss.backward()
     gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
     rates.add_gradients(fast, gradients)
     for name, g in gradients.items():
@@ -2127,13 +2046,7 @@ def split_task(ids: Tensor, targets: Tensor, split: str) -> tuple[tuple[Tensor, 
 
 
 def fomaml_step(
-    model: GPT,
-    config: Config,
-    fast: FastWeights,
-    rates: MetaRates,
-    ids: Tensor,
-    targets: Tensor,
-    nll_fn: Callable = token_nll,
+    model: GPT, fast: FastWeights, rates: MetaRates, ids: Tensor, targets: Tensor, nll_fn: Callable = token_nll
 ) -> tuple[Tensor | None, Tensor]:
     """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a step.
 
@@ -2141,19 +2054,20 @@ def fomaml_step(
     ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT more (#1502). Returns
     this rank's outer loss before (None where it is not needed) and after.
     """
-    c, delta, before = config, config.meta_ttt_delta_weight, None
+    c, delta, before = model.config, model.config.meta_ttt_delta_weight, None
     inner, outer = split_task(ids, targets, c.meta_ttt_split)
     fast.reset()
     fast.set_factors(rates.factors())
     share = torch.full(inner[1].shape, 1 / inner[1].numel() / world_size(), device=ids.device)
     for _ in range(c.meta_ttt_inner_steps):
-        adaptation_step(model, fast, *inner, share, 0.0 if c.meta_control else c.meta_ttt_inner_lr, nll_fn=nll_fn)
+        lr = 0.0 if c.meta_control else c.meta_ttt_inner_lr
+        adaptation_step(model, fast, (*inner, share), lr, nll_fn=nll_fn)
     if delta:
         before = nll_fn(model, *outer).mean()
         (-delta * before).backward()
     total = c.meta_ttt_loss_weight + delta
     weight = torch.full(outer[1].shape, total / outer[1].numel(), device=ids.device)
-    loss = outer_gradients(model, fast, rates, *outer, weight, nll_fn)
+    loss = outer_gradients(model, fast, rates, (*outer, weight), nll_fn)
     return before, loss / max(total, 1e-12)
 
 
@@ -2182,55 +2096,48 @@ def sample_documents(
 
 
 def deployed_step(
-    model: GPT,
-    config: Config,
-    fast: FastWeights,
-    rates: MetaRates,
-    rows: np.ndarray,
-    sizes: np.ndarray,
-    nll_fn: Callable = token_nll,
+    model: GPT, fast: FastWeights, rates: MetaRates, rows: np.ndarray, sizes: np.ndarray, nll_fn: Callable = token_nll
 ) -> Tensor:
     """Gradients of the loss of documents that are scored and learned from as the evaluator does it, piece by piece.
 
     ROWS (documents, length + 1) and SIZES (documents,) are those of all ranks; each takes its part. The banks are
     rounded as the artifact's will be. Returns this rank's part of the loss, of which the mean is the whole.
     """
-    c, device, total = config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
+    c, device, total = model.config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
     text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
     low, text = np.arange(len(text)) * rows.shape[1], text.flatten()
     lr, width, share = 0.0 if c.meta_control else c.ttt_lr, power_of_two(c.piece_size), world_size() / int(sizes.sum())
     fast.set_factors(rates.factors())
+
+    def lesson(windows: Windows, weight: float) -> Lesson:
+        *batch, counts = make_batch(text, windows, width, device)
+        return (*batch, torch.from_numpy(counts.astype(np.float32) * weight).to(device))
+
     with fake_quantized_banks(model):
         fast.reset()
         for piece in range(0, int(sizes.max()), c.piece_size):
             scored, learned = piece_windows(low, low + ends, piece, c)
-            batch = make_batch(text, scored, width, device)
-            weight = torch.from_numpy(batch.counts.astype(np.float32) * share).to(device)
-            part = (batch.ids, batch.targets, batch.columns, weight)
-            total += outer_gradients(model, fast, rates, *part, nll_fn)
-            learners = int((sizes > piece + c.piece_size).sum())
-            batch = make_batch(text, learned, width, device)
-            weight = torch.from_numpy(batch.counts.astype(np.float32) / c.piece_size).to(device)
-            part = (batch.ids, batch.targets, batch.columns, weight, lr)
+            total += outer_gradients(model, fast, rates, lesson(scored, share), nll_fn)
+            learners, to_learn = int((sizes > piece + c.piece_size).sum()), lesson(learned, 1 / c.piece_size)
             for _ in range(c.ttt_epochs if learners else 0):
-                adaptation_step(model, fast, *part, learners, nll_fn)
+                adaptation_step(model, fast, to_learn, lr, learners, nll_fn)
     return total
 
 
-def reptile_step(model: GPT, config: Config, fast: FastWeights, rows: Tensor, nll_fn: Callable = token_nll) -> Tensor:
+def reptile_step(model: GPT, fast: FastWeights, rows: Tensor, nll_fn: Callable = token_nll) -> Tensor:
     """Inner SGD from the same weights for each task, then a part of the way to their mean (arXiv 1803.02999).
 
     ROWS (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same weights: it
     is plain SGD on the same rows. Returns the mean loss of the first inner step.
     """
-    places = torch.arange(rows.size(2) - 1, device=rows.device).expand(rows.size(1), -1)
+    config, places = model.config, torch.arange(rows.size(2) - 1, device=rows.device).expand(rows.size(1), -1)
     weight, first = torch.full(places.shape, 1 / places.size(1), device=rows.device), None
     moved = [torch.zeros_like(base) for base in fast.base.values()]
     for number, part in enumerate(rows):
         if number == 0 or config.meta_control:
             fast.reset()
         task = (part[:, :-1], part[:, 1:], places, weight)
-        loss = adaptation_step(model, fast, *task, config.reptile_inner_lr, nll_fn=nll_fn)
+        loss = adaptation_step(model, fast, task, config.reptile_inner_lr, nll_fn=nll_fn)
         first = loss / len(weight) if first is None else first
         if number == len(rows) - 1 or config.meta_control:
             for move, (name, base) in zip(moved, fast.base.items(), strict=True):
@@ -2374,7 +2281,7 @@ def collect_gradients(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> d
     E[(dL/dW)^2] comes from the gradients of whole batches: that of the sum over its tokens, squared, by their number.
     """
     device, outputs = model.tok_emb.weight.device, []
-    weights = {name: p for name, p in model.named_parameters() if find_scheme(name) != "fp16"}
+    weights = {name: p for name, p in model.named_parameters() if re.fullmatch(CODED, name)}
     rows = {name: torch.zeros(p.shape[:-1], device=device) for name, p in weights.items()}
     columns = {name: torch.zeros(len(p) if name in GPT.BANKS else p.size(-1), device=device)
                for name, p in weights.items()}  # fmt: skip
@@ -2405,22 +2312,12 @@ def collect_gradients(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> d
 # Quantisation
 # ----------------------------------------------------------------------------------------------------------------------
 
-# How each tensor is stored: scheme, pattern of the name (the first that fits). int6 and int8 say how fine the codes
-# are where the settings do not; both are int8 codes times a step by row, and by column where the steps are two-sided.
-SCHEMES = (
-    ("int6", r"(qo|kv|mlp_up|mlp_down)_bank"),
-    ("int8", r"(tok_emb|lm_head|(bigram|ve_shared)\.(embed|proj))\.weight"),
-    ("fp16", r".*"),
-)
+# What is stored as int8 codes times a step by row, and by column where the steps are two-sided; the rest is float16.
+CODED = r"(qo|kv|mlp_up|mlp_down)_bank|(tok_emb|lm_head|(bigram|ve_shared)\.(embed|proj))\.weight"
 WIDEST = 127  # the largest code there is
 
 # Of the mean square of a gradient's rows or columns: smaller ones count as this much. Rows of a table are few tokens.
 BANK_FLOOR, TABLE_FLOOR = 1e-3, 0.1
-
-
-def find_scheme(name: str) -> str:
-    """The scheme of the tensor NAME."""
-    return next(scheme for scheme, pattern in SCHEMES if re.fullmatch(pattern, name))
 
 
 class Record(NamedTuple):
@@ -2713,7 +2610,7 @@ def plan_rounding(
     N lambda^2 / 24 = QUANT_LOSS. For tables, which have no Hessian, the factors of E[(dL/dW)^2] stand in; a tensor
     without gradients has one step a row.
     """
-    tensors = {name: tensor.float() for name, tensor in state.items() if find_scheme(name) != "fp16"}
+    tensors = {name: tensor.float() for name, tensor in state.items() if re.fullmatch(CODED, name)}
     feedbacks = bank_feedbacks(statistics.hessians, config, say)
     guided = guided_levels(statistics.gradients, config) if config.grad_quant else {}
     step = math.sqrt(24 * config.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
@@ -2888,16 +2785,13 @@ def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], l
     tables: list[Table] = []
     uses: list[int] = []
     parts = iter(np.split(codes, counts.flatten().cumsum()[:-1]))
-    for row in counts.tolist():
-        segments = [next(parts) for _ in row]
-        whole = np.concatenate(segments)
-        if not len(whole):
+    for row in counts:
+        segments = [part for part in islice(parts, len(row)) if len(part)]
+        if not segments:
             continue
-        shared, common = Table.of(whole), len(tables)
+        shared, common = Table.of(np.concatenate(segments)), len(tables)
         tables.append(shared)
         for segment in segments:
-            if not len(segment):
-                continue
             own = Table.of(segment)
             pays = shared.bits(segment) - own.bits(segment) > 8 * len(own.dump())
             uses.append(len(tables) if pays else common)
@@ -2981,9 +2875,9 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 2
 ARTIFACT_PREFIX = struct.Struct("<8sI4s32s")
 
 
-def model_settings(config: Config) -> dict[str, Any]:
-    """The settings that build the model, which travel in the artifact."""
-    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["section"] == "model"}
+def settings_of(config: Config, *sections: str) -> dict[str, Any]:
+    """Those of some sections; those of "model" build the model, and travel in the artifact."""
+    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["section"] in sections}
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -3018,7 +2912,7 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
     codes = np.concatenate([record.codes.flatten().numpy() for record in coded])[order]
     table = [dict(name=r.name, shape=list(r.codes.shape), coded=r.row_steps is not None,
                   columns=r.column_steps is not None, trellis=r.trellis) for r in records]  # fmt: skip
-    header = dict(config=model_settings(config), tokenizer_sha256=tokenizer_sha256, tensors=table)
+    header = dict(config=settings_of(config, "model"), tokenizer_sha256=tokenizer_sha256, tensors=table)
     header["sha256_codes"] = hashlib.sha256(codes).hexdigest()
     text = json.dumps(header, separators=(",", ":")).encode()
     side = [record.codes for record in records if record.row_steps is None]
@@ -3753,7 +3647,7 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
             batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
             train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
         if c.warmup_steps:
-            warm_up_meta(model, c, nll_fn, batches, random_ids)
+            warm_up_meta(model, nll_fn, batches, random_ids)
             warm_up_scoring(model, c, nll_fn, random_ids)
     seconds = statistics_seconds(run, model, lambda rows: random_ids(rows, c.train_seq_len))
     torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
@@ -3797,23 +3691,19 @@ def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable, random_ids: Ca
 
 
 def warm_up_meta(
-    model: GPT,
-    config: Config,
-    nll_fn: Callable,
-    batches: list[tuple[Tensor, Tensor]],
-    random_ids: Callable[..., Tensor],
+    model: GPT, nll_fn: Callable, batches: list[tuple[Tensor, Tensor]], random_ids: Callable[..., Tensor]
 ) -> None:
     """One meta-step of each kind that the run will take with the model as it is; gradients are dropped."""
-    c, rates = config, MetaRates(model, config)
+    c, rates = model.config, MetaRates(model, model.config)
     if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
-        fomaml_step(model, c, inner_weights(model, c, "fomaml"), rates, *meta_rows(batches, c), nll_fn)
+        fomaml_step(model, inner_weights(model, c, "fomaml"), rates, *meta_rows(batches, c), nll_fn)
     if "reptile" in c.late_fracs and model.looped:
         fast = inner_weights(model, c, "reptile")
-        reptile_step(model, c, fast, random_ids(1, fast.rows, c.train_seq_len + 1), nll_fn)
+        reptile_step(model, fast, random_ids(1, fast.rows, c.train_seq_len + 1), nll_fn)
     if "deployed" in c.late_fracs and model.looped:
         fast, length = inner_weights(model, c, "deployed"), c.meta_ttt_pieces * c.piece_size
         rows = random_ids(world_size() * fast.rows, length + 1).cpu().numpy()
-        deployed_step(model, c, fast, rates, rows, np.full(len(rows), length), nll_fn)
+        deployed_step(model, fast, rates, rows, np.full(len(rows), length), nll_fn)
     model.zero_grad(set_to_none=True)
 
 
@@ -3851,7 +3741,7 @@ def fomaml_part(
     def add(step: int, scale: float, batches: list[tuple[Tensor, Tensor]]) -> None:
         if step % c.meta_ttt_every or scale <= c.meta_ttt_min_scale:
             return
-        before, after = fomaml_step(model, c, fast, rates, *meta_rows(batches, c), nll_fn)
+        before, after = fomaml_step(model, fast, rates, *meta_rows(batches, c), nll_fn)
         rates.step(scale)
         if step < 3 * c.meta_ttt_every or step % c.train_log_every < c.meta_ttt_every:
             losses = sum_over_ranks([loss.view(1) for loss in (before, after) if loss is not None])
@@ -3913,14 +3803,16 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
     progress.finish(step)
 
 
+# A function of a step's number and the share of the phase that is left, and the parts of its checkpoint.
+Phase = tuple[Callable[[int, float], Measured], dict[str, Any]]
+
+
 def random_places(config: Config, phase: int, step: int) -> np.random.Generator:
     """The generator of a step of a later phase: the same wherever the run was resumed."""
     return np.random.default_rng([config.seed, 1 + phase, step])
 
 
-def reptile_phase(
-    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates
-) -> tuple[Callable[[int, float], Measured], dict[str, Any]]:
+def reptile_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Phase:
     """Reptile's step on windows from random places of the training text; it keeps its rate to the end, as #294."""
     c, fast = run.config, inner_weights(model, run.config, "reptile")
 
@@ -3930,29 +3822,26 @@ def reptile_phase(
         )
         mine = np.split(starts, world_size(), axis=1)[rank()]
         rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
-        loss = reptile_step(model, c, fast, torch.from_numpy(rows).to(run.device), nll_fn)
+        loss = reptile_step(model, fast, torch.from_numpy(rows).to(run.device), nll_fn)
         return Measured(loss.view(1), ["the loss of Reptile"])
 
     return take_step, {}
 
 
-def deployed_phase(
-    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates
-) -> tuple[Callable[[int, float], Measured], dict[str, Any]]:
+def deployed_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Phase:
     """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
     c, optimizers = run.config, make_optimizers(model, run.config)
     fast = inner_weights(model, c, "deployed", training_moments(run, model))
 
     def take_step(step: int, left: float) -> Measured:
         rows, sizes = sample_documents(run.train, world_size() * fast.rows, c, random_places(c, 1, step))
-        loss = deployed_step(model, c, fast, rates, rows, sizes, nll_fn)
+        loss = deployed_step(model, fast, rates, rows, sizes, nll_fn)
         rates.step(left)
         return apply_gradients(model, optimizers, loss, c.meta_ttt_outer_lr * left, c.muon_momentum)
 
     return take_step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast)
 
 
-# Each makes a function of a step's number and the share of the phase that is left, and the parts of its checkpoint.
 LATE_PHASES = {"reptile": reptile_phase, "deployed": deployed_phase}
 
 
@@ -4126,8 +4015,8 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     """The head of the log: versions, the settings with those given marked, data and model in the field's dialect."""
     c, log = run.config, run.log
     log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
-    for f in fields(Config):
-        log.line(f"  {f.name.upper()}={getattr(c, f.name)}" + (" (given)" if f.name in given else ""))
+    for name, value in asdict(c).items():
+        log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
     if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
         log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
@@ -4198,20 +4087,15 @@ def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Te
     return Statistics(hessians, gradients), training_moments(run, model) or {}
 
 
-def finished_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that needs no resuming."""
-    path = folder / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Train, export, read back, score, report; returns the exit code."""
     began, signals = process_start(), StopSignals(environ)
     run = prepare_run(config, notices, environ)
     try:
-        result = on_rank_0(lambda: finished_result(run.folder))
-        if result is not None:
+        path = run.folder / "result.json"
+        if on_rank_0(path.exists):
             run.log.line(f"note: {run.folder} has its result already")
+            result = on_rank_0(lambda: json.loads(path.read_text(encoding="utf-8")))
         else:
             result = finish_run(run, given, environ, signals, began)
     finally:
@@ -4299,12 +4183,9 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
             print(describe(config))
             return 0
         code = run_all(config, given, notices, environ)
-    except UserError as error:
+    except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         code = 128 + stopped.args[0]
     if dist.is_initialized():  # only here: after a failure, waiting for the other ranks would hang

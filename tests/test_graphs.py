@@ -86,13 +86,13 @@ def test_a_meta_step_does_not_wait(objective):
     model = meta_model(c)
     fast, rates = inner_weights(model, c, objective), MetaRates(model, c)
     if objective == "fomaml":
-        _, loss = train_gpt.fomaml_step(model, c, fast, rates, meta_ids(4, 16), meta_ids(4, 16))
+        _, loss = train_gpt.fomaml_step(model, fast, rates, meta_ids(4, 16), meta_ids(4, 16))
     elif objective == "reptile":
-        loss = train_gpt.reptile_step(model, c, fast, meta_ids(2, fast.rows, 17))
+        loss = train_gpt.reptile_step(model, fast, meta_ids(2, fast.rows, 17))
     else:
         length = c.meta_ttt_pieces * c.piece_size
         rows = random_ids(fast.rows, length + 1).numpy()
-        loss = train_gpt.deployed_step(model, c, fast, rates, rows, np.full(fast.rows, length))
+        loss = train_gpt.deployed_step(model, fast, rates, rows, np.full(fast.rows, length))
     if objective != "reptile":  # which has no rates to learn
         rates.step(1.0)
     assert loss.device == META

@@ -235,7 +235,7 @@ def test_fomaml_equals_explicit_steps(double, changes):
     model, (ids, targets) = live_model(c), text_rows(4, 12, 1)
     fast = exact(inner_weights(model, c, "fomaml"), model)
     expected, before, after = meta_by_hand(model, c, ids, targets, adapters_of(fast))
-    found = fomaml_step(model, c, fast, MetaRates(model, c), ids, targets)
+    found = fomaml_step(model, fast, MetaRates(model, c), ids, targets)
     assert_close(gradients(model), expected)
     assert float(found[1]) == pytest.approx(after, abs=1e-9) and abs(before - after) > 1e-3
     assert found[0] is None if not c.meta_ttt_delta_weight else float(found[0]) == pytest.approx(before, abs=1e-9)
@@ -251,7 +251,7 @@ def test_the_inner_step_leaves_frozen_rows(double):
     c = replace(FOMAML, meta_ttt_freeze_blocks=2)
     model = live_model(c)
     fast = exact(inner_weights(model, c, "fomaml"), model)
-    fomaml_step(model, c, fast, MetaRates(model, c), *text_rows(4, 12, 1))
+    fomaml_step(model, fast, MetaRates(model, c), *text_rows(4, 12, 1))
     for bank in BANKS:
         still = {row for row, (a, b) in enumerate(zip(fast.values[bank][0], fast.base[bank], strict=True)) if
                  torch.equal(a, b)}  # fmt: skip
@@ -265,7 +265,7 @@ def test_fomaml_before_the_loop(double):
     model.looped = False
     fast = exact(inner_weights(model, c, "fomaml"), model)
     expected, _, _ = meta_by_hand(model, c, ids, targets)
-    fomaml_step(model, c, fast, MetaRates(model, c), ids, targets)
+    fomaml_step(model, fast, MetaRates(model, c), ids, targets)
     assert_close(gradients(model), expected)
     assert model.blocks[3].attn_scale.grad is None and not expected["blocks.3.attn_scale"].any()
 
@@ -279,7 +279,7 @@ def test_heads_of_training_take_no_part(double, params):
         model = live_model(replace(c, mtp_num_heads=heads))
         model.load_state_dict(random_model(c).state_dict(), strict=False)
         fast = exact(inner_weights(model, model.config, "fomaml"), model)
-        fomaml_step(model, model.config, fast, MetaRates(model, model.config), ids, targets)
+        fomaml_step(model, fast, MetaRates(model, model.config), ids, targets)
         found.append({name: g for name, g in gradients(model).items() if not name.startswith("mtp_heads")})
     assert_close(found[1], found[0])
 
@@ -298,7 +298,7 @@ def test_a_step_that_leads_nowhere_is_a_plain_gradient(double, changes, split):
     rates, fast = MetaRates(model, c), exact(inner_weights(model, c, "fomaml"), model)
     outer = tasks(model, split, ids, targets)[1]
     expected = plain_gradient(model, lambda w: c.meta_ttt_loss_weight * outer(w))
-    _, after = fomaml_step(model, c, fast, rates, ids, targets)
+    _, after = fomaml_step(model, fast, rates, ids, targets)
     assert_close(gradients(model), expected)
     assert float(after) == pytest.approx(outer(parameters(model)).item(), abs=1e-9)
     rates.step(1.0)
@@ -311,13 +311,13 @@ def test_steps_begin_with_the_weights_of_the_moment(double):
     c = replace(FOMAML, **SEVERAL)
     model, found = random_model(c, torch.float32), []
     kept = inner_weights(model, c, "fomaml")
-    fomaml_step(model, c, kept, MetaRates(model, c), *text_rows(4, 12, 1))
+    fomaml_step(model, kept, MetaRates(model, c), *text_rows(4, 12, 1))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
     for fast in (kept, inner_weights(model, c, "fomaml")):
         model.zero_grad()
-        fomaml_step(model, c, fast, MetaRates(model, c), *text_rows(4, 12, 2))
+        fomaml_step(model, fast, MetaRates(model, c), *text_rows(4, 12, 2))
         found.append(gradients(model))
     assert_close(found[0], found[1], 0.0)
 
@@ -332,7 +332,7 @@ def test_second_moments_last_over_meta_steps(double, params):
         ids, targets = text_rows(4, 12, seed)
         model.zero_grad()
         expected, before, after = meta_by_hand(model, c, ids, targets, adapters_of(fast), None, moments)
-        fomaml_step(model, c, fast, rates, ids, targets)
+        fomaml_step(model, fast, rates, ids, targets)
         assert_close(gradients(model), expected, 1e-7)
         assert abs(before - after) > 1e-4
     fast.reset()
@@ -350,7 +350,7 @@ def test_the_gradient_joins_that_of_the_step_and_is_clipped_with_it(double, limi
     norm = math.sqrt(sum(float((g**2).sum()) for g in expected.values()))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     fast = exact(inner_weights(model, c, "fomaml"), model)
-    fomaml_step(model, c, fast, MetaRates(model, c), *rows[1])
+    fomaml_step(model, fast, MetaRates(model, c), *rows[1])
     train_gpt.train_step(train_gpt.training_loss, model, rows, [sgd(model)], 1.0, 0.9)
     share = limit / norm if limit else 1.0
     after = {name: p.detach() for name, p in model.named_parameters()}
@@ -475,7 +475,7 @@ def test_gradients_of_the_factors_are_finite_differences(double, changes):
             return (c.meta_ttt_loss_weight + delta) * outer(weights) - delta * outer(start)
 
     expected = central_differences(loss, rates.logs)
-    fomaml_step(model, c, fast, rates, ids, targets)
+    fomaml_step(model, fast, rates, ids, targets)
     assert_close({name: log.grad for name, log in rates.logs.items()}, expected, 1e-7)
     for bank, g in expected.items():
         for row, each in enumerate(g.flatten().tolist()):
@@ -488,7 +488,7 @@ def test_the_delta_loss_by_finite_differences(double):
     c, h = replace(FOMAML, meta_ttt_delta_weight=0.3), 1e-5
     model, (ids, targets) = live_model(c), text_rows(4, 12, 1)
     fast = exact(inner_weights(model, c, "fomaml"), model)
-    fomaml_step(model, c, fast, MetaRates(model, c), ids, targets)
+    fomaml_step(model, fast, MetaRates(model, c), ids, targets)
     start = {name: p.detach() for name, p in model.named_parameters()}
     moved = {bank: fast.values[bank][0] - start[bank] for bank in BANKS}
     outer, found = tasks(model, c.meta_ttt_split, ids, targets)[1], gradients(model)
@@ -508,7 +508,7 @@ def test_factors_multiply_the_inner_rate(double, params):
     model, (ids, targets) = live_model(c), text_rows(4, 12, 1)
     rates, fast = random_rates(model, c), exact(inner_weights(model, c, "fomaml"), model)
     expected, _, after = meta_by_hand(model, c, ids, targets, adapters_of(fast), rates.factors())
-    assert float(fomaml_step(model, c, fast, rates, ids, targets)[1]) == pytest.approx(after, abs=1e-9)
+    assert float(fomaml_step(model, fast, rates, ids, targets)[1]) == pytest.approx(after, abs=1e-9)
     assert_close(gradients(model), expected)
 
 
@@ -518,7 +518,7 @@ def test_the_first_step_of_the_factors_is_their_rate(double, lr, expected):
     c = replace(FOMAML, meta_sgd_enabled=True, meta_sgd_lr=lr, meta_ttt_freeze_blocks=2)
     model = live_model(c)
     rates, fast = MetaRates(model, c), exact(inner_weights(model, c, "fomaml"), model)
-    fomaml_step(model, c, fast, rates, *text_rows(4, 12, 1))
+    fomaml_step(model, fast, rates, *text_rows(4, 12, 1))
     g = {name: log.grad.clone() for name, log in rates.logs.items()}
     rates.step(0.5)
     for name, log in rates.logs.items():
@@ -533,7 +533,7 @@ def test_factors_stay_positive_and_have_no_decay(double):
     model = live_model(c)
     rates, fast = MetaRates(model, c), exact(inner_weights(model, c, "fomaml"), model)
     for seed in range(8):
-        fomaml_step(model, c, fast, rates, *text_rows(4, 12, seed))
+        fomaml_step(model, fast, rates, *text_rows(4, 12, seed))
         rates.step(1.0)
     for bank, factor in rates.factors().items():
         assert factor.isfinite().all() and (factor > 0).all() and (factor[1:5] != 1).all() and factor[0] == 1, bank
@@ -636,7 +636,7 @@ def test_reptile_equals_an_explicit_loop(double, layers, moving, control):
     fast = exact(inner_weights(model, c, "reptile"), model)
     for _ in range(2):  # the second one starts where the first one ended
         expected, loss = reptile_by_hand(model, c, rows, moving)
-        assert float(reptile_step(model, c, fast, rows)) == pytest.approx(loss, abs=1e-9)
+        assert float(reptile_step(model, fast, rows)) == pytest.approx(loss, abs=1e-9)
         assert_close({name: model.get_parameter(name).detach() for name in expected}, expected)
     for name, p in model.named_parameters():
         moved = {row for row in range(len(p)) if not torch.equal(p[row], before[name][row])} if p.ndim else set()
@@ -656,7 +656,7 @@ def test_reptile_reads_the_same_rows_whatever_the_ranks(tmp_path, monkeypatch):
     """Windows of a row and a target from random places."""
     c, text, seen = replace(REPTILE, reptile_tasks=4), stream(tmp_path), []
 
-    def look(model, config, fast, rows, nll_fn):
+    def look(model, fast, rows, nll_fn):
         seen.append(rows)
         return torch.zeros(())
 
@@ -725,7 +725,7 @@ def deployed_and_evaluated(c: Config, *sizes: list[int], factors: bool = True) -
     artifact = artifact._replace(state=rounded, factors=rates.factors())
     setup = eval_ttt.Setup(c, artifact, CPU, train_gpt.sdpa_attention, TABLE, train_gpt.token_nll)
     fast = inner_weights(model, c, "deployed")
-    found = [float(deployed_step(model, c, fast, rates, *batch)) for batch in batches]
+    found = [float(deployed_step(model, fast, rates, *batch)) for batch in batches]
     assert all(bool(log.grad.any()) != (c.meta_control or c.ttt_epochs == 0) for log in rates.logs.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
@@ -834,7 +834,7 @@ def test_its_gradient_is_the_sum_over_pieces(double, changes):
     """Those at the fast values, which begin with rounded banks, go straight through to the parameters."""
     c, model, fast, rates, (rows, sizes) = deployed_case(changes)
     loss, expected, of_logs = deployed_by_hand(model, c, rows, sizes, rates.logs, adapters_of(fast))
-    found = deployed_step(model, c, fast, rates, rows, sizes)
+    found = deployed_step(model, fast, rates, rows, sizes)
     assert float(found) == pytest.approx(loss, abs=1e-6)
     assert_close(gradients(model), expected, 1e-6)
     assert_close({name: log.grad for name, log in rates.logs.items()}, of_logs, 1e-6)
@@ -847,7 +847,7 @@ def test_its_factors_have_exact_gradients_after_one_step(double, mode, lr):
     c, model, fast, rates, (rows, sizes) = deployed_case(dict(meta_ttt_pieces=2, ttt_mode=mode, ttt_lr=lr))
     pairs = adapters_of(fast)
     expected = central_differences(lambda logs: deployed_by_hand(model, c, rows, sizes, logs, pairs)[0], rates.logs)
-    deployed_step(model, c, fast, rates, rows, sizes)
+    deployed_step(model, fast, rates, rows, sizes)
     assert_close({name: log.grad for name, log in rates.logs.items()}, expected, 1e-6)
     assert all(g.abs().max() > 1e-5 for g in expected.values())
 
@@ -855,7 +855,7 @@ def test_its_factors_have_exact_gradients_after_one_step(double, mode, lr):
 def test_heads_of_training_do_not_adapt():
     c = replace(EXACT, mtp_num_heads=1, meta_ttt_pieces=2)
     model = random_model(c, torch.float32)
-    deployed_step(model, c, inner_weights(model, c, "deployed"), MetaRates(model, c), *documents_of([10, 8, 9], 10, 3))
+    deployed_step(model, inner_weights(model, c, "deployed"), MetaRates(model, c), *documents_of([10, 8, 9], 10, 3))
     assert model.mtp_heads[0].weight.grad is None or not model.mtp_heads[0].weight.grad.any()
 
 
@@ -873,7 +873,7 @@ def test_many_pieces_can_be_compiled(monkeypatch):
                 columns = torch.arange(64 - width, 64).expand(2, -1)
                 nll_fn(model, random_ids(2, 64), random_ids(2, width), columns)
         fast = inner_weights(model, c, "deployed")
-        losses.append(float(deployed_step(model, c, fast, MetaRates(model, c), rows, sizes, nll_fn)))
+        losses.append(float(deployed_step(model, fast, MetaRates(model, c), rows, sizes, nll_fn)))
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
@@ -955,12 +955,12 @@ def take_steps(c: Config) -> dict[str, torch.Tensor]:
     for seed in (1, 2):
         if objective == "reptile":
             rows = random_ids(12, 13, seed).view(3, 4, 13).chunk(ranks, dim=1)[rank]
-            loss = reptile_step(model, c, fast, rows) / ranks
+            loss = reptile_step(model, fast, rows) / ranks
         elif objective == "deployed":
-            loss = deployed_step(model, c, fast, rates, *documents_of([15, 7, 10, 13], 15, 9 * seed)) / ranks
+            loss = deployed_step(model, fast, rates, *documents_of([15, 7, 10, 13], 15, 9 * seed)) / ranks
         else:
             mine = [part.chunk(ranks)[rank] for part in text_rows(8, 12, seed)]
-            loss = fomaml_step(model, c, fast, rates, *mine)[1] / ranks
+            loss = fomaml_step(model, fast, rates, *mine)[1] / ranks
         losses = train_gpt.sum_over_ranks([loss])
         sums = train_gpt.sum_over_ranks(list(gradients(model).values()))
         names = [f"gradient {seed} {name}" for name in gradients(model)]

@@ -88,7 +88,7 @@ def test_muon_equals_its_formula(shape, cautious, rates):
     lr, decay, W, buffer = 0.03, 0.2, randn(shape, 3).numpy(), np.zeros(shape)
     factor = np.array(rates or (1.0,) * 4)[: shape[0], None, None]
     p = nn.Parameter(torch.from_numpy(W.copy()))
-    row_rates = {p: torch.from_numpy(factor)} if rates else None
+    row_rates = {p: torch.from_numpy(factor)} if rates else {}
     muon = Muon([dict(params=[p], lr=lr, weight_decay=decay)], 5, torch.float64, cautious, row_rates)
     for step, momentum in enumerate((0.85, 0.9, 0.95, 0.99)):
         gradient = randn(shape, 10 + step)
@@ -106,7 +106,7 @@ def test_muon_equals_its_formula(shape, cautious, rates):
 def test_cautious_muon_without_any_entry_to_take():
     """A gradient of zero against a momentum that is none: nothing divides by zero."""
     p = nn.Parameter(randn((2, 8, 4)))
-    muon = Muon([dict(params=[p], lr=0.1)], 5, torch.float64, cautious=True)
+    muon = Muon([dict(params=[p], lr=0.1)], 5, torch.float64, True, {})
     for seed in (1, 2):
         p.grad, before = randn((2, 8, 4), seed), p.detach().clone()
         p.grad[1] *= seed % 2
@@ -120,7 +120,7 @@ def test_muon_on_a_bank_equals_torch_muon_on_each_row(shape):
     settings, start = dict(lr=0.05, weight_decay=0.1, momentum=0.9375), randn(shape, 4, torch.float32)
     bank = nn.Parameter(start.clone())
     rows = [nn.Parameter(matrix.clone()) for matrix in start]
-    ours = Muon([dict(params=[bank], **settings)], 5, torch.bfloat16)
+    ours = Muon([dict(params=[bank], **settings)], 5, torch.bfloat16, False, {})
     theirs = torch.optim.Muon(rows, nesterov=True, ns_steps=5, **settings)
     for step in range(4):
         bank.grad = randn(shape, 20 + step, torch.float32)

@@ -512,7 +512,7 @@ def test_scheme_of_every_tensor(state):
     int8 |= {f"{name}.proj.weight" for name in ("bigram", "ve_shared")}
     for name, r in found.items():
         scheme = "int6" if name in int6 else "int8" if name in int8 else "fp16"
-        assert train_gpt.find_scheme(name) == scheme
+        assert bool(train_gpt.re.fullmatch(train_gpt.CODED, name)) == (scheme != "fp16")
         assert r.codes.shape == state[name].shape and r.column_steps is None and not r.trellis
         if scheme == "fp16":
             assert r.codes.dtype == torch.float16 and r.row_steps is None
@@ -563,7 +563,7 @@ def test_an_outlier_is_clipped_to_31_steps(state):
 def test_int8_error_is_at_most_half_a_step(state):
     """Of the smallest stored step by which the largest entry of the row is no more than 127."""
     for name, r in records(state).items():
-        if train_gpt.find_scheme(name) == "int8":
+        if train_gpt.re.fullmatch(train_gpt.CODED, name) and name not in GPT.BANKS:
             exact = state[name].double().abs().amax(-1, keepdim=True) / 127
             above = r.row_steps.numpy() - octaves(exact)
             assert above.min() > -1e-3 and above.max() < 1.001
@@ -720,7 +720,7 @@ def explicit_gradients(model, batches):
     The outputs are those of the forward pass plus zeros, by which the loss is differentiated.
     """
     outputs, tables, tokens = {}, {}, sum(ids.numel() for ids, _ in batches)
-    names = [name for name, _ in model.named_parameters() if train_gpt.find_scheme(name) != "fp16"]
+    names = [name for name, _ in model.named_parameters() if train_gpt.re.fullmatch(train_gpt.CODED, name)]
     for ids, targets in batches:
         added = []
 
@@ -790,7 +790,7 @@ def ideal_steps(name, W, statistics, scale, in_order=False) -> np.ndarray:
 
 
 def coded_size(state) -> int:
-    return sum(tensor.numel() for name, tensor in state.items() if train_gpt.find_scheme(name) != "fp16")
+    return sum(tensor.numel() for name, tensor in state.items() if train_gpt.re.fullmatch(train_gpt.CODED, name))
 
 
 @pytest.mark.parametrize("trellis", [False, True])
@@ -802,7 +802,7 @@ def test_two_sided_steps_are_those_of_equal_costs(trellis):
     scale = np.sqrt(24 * 0.1 / coded_size(state)) * (train_gpt.TRELLIS_STEP if trellis else 1.0)
     for r in quantize(state, statistics, config):
         if r.row_steps is None:
-            assert train_gpt.find_scheme(r.name) == "fp16" and r.column_steps is None and not r.trellis
+            assert not train_gpt.re.fullmatch(train_gpt.CODED, r.name) and r.column_steps is None and not r.trellis
             continue
         assert r.row_steps.dtype == r.column_steps.dtype == torch.int8 and r.trellis is trellis
         W = state[r.name].double().numpy()
@@ -918,7 +918,7 @@ def correlated_statistics(model) -> Statistics:
         hessians[stack] = (x.mT @ x / (4 * width)).float()
     gradients = {}
     for name, p in model.named_parameters():
-        if train_gpt.find_scheme(name) != "fp16":
+        if train_gpt.re.fullmatch(train_gpt.CODED, name):
             columns = len(p) if name in GPT.BANKS else p.size(-1)
             gradients[name] = (torch.full(p.shape[:-1], 1e-3), torch.full((columns,), 1e-3))
     return Statistics(hessians, gradients)

@@ -441,7 +441,7 @@ def test_steps_of_documents_equal_steps_by_hand(changes, learns):
         losses = [w * hand.losses(ids, 0, 0, 12).mean() for hand, ids, w in zip(hands, text, weights, strict=True)]
         found = [hand.gradients(loss) for hand, loss in zip(hands, losses, strict=True)]
         moments.observe([g for g, weight in zip(found, weights, strict=True) if weight])
-        adaptation_step(model, fast, *batch, lr, sum(weight > 0 for weight in weights))
+        adaptation_step(model, fast, batch, lr, sum(weight > 0 for weight in weights))
         for row, hand in enumerate(hands[: 2 if weights[2] == 0 else 3]):
             hand.apply(lr)
             for name, value in hand.values.items():
@@ -459,7 +459,7 @@ def test_one_set_for_all_rows_takes_one_gradient(changes):
     weights = (0.5, 0.25, 0.25)
     for number in range(3):
         text, *batch = batch_of(number, weights)
-        adaptation_step(model, fast, *batch, 0.01)
+        adaptation_step(model, fast, batch, 0.01)
         hand.step(sum(w * hand.losses(text[row], 0, 0, 12).mean() for row, w in enumerate(weights)), 0.01)
     for name, value in hand.values.items():
         torch.testing.assert_close(fast.values[name][0], value.detach(), rtol=0, atol=1e-7, msg=name)
@@ -471,7 +471,7 @@ def test_what_a_step_leaves_alone():
     model, batch = model_of(config), batch_of(0, (1.0, 1.0))[1:]
     fast = fast_of(model, config, ALL, 3)
     fast.rows = 2
-    adaptation_step(model, fast, *batch, 0.01, 2)
+    adaptation_step(model, fast, batch, 0.01, 2)
     for name, value in fast.values.items():
         moves = torch.as_tensor(Hand(model, config, ALL).rate(name)).bool()
         moved = (value[:2] - fast.base[name]).abs()
@@ -489,7 +489,7 @@ def test_reset_forgets_all_but_the_moments(optimizer):
         fast.reset()
         for number in range(2):
             text, *batch = batch_of(2 * document + number, (1.0,))
-            adaptation_step(model, fast, *batch, 0.01)
+            adaptation_step(model, fast, batch, 0.01)
             hand.step(hand.losses(text[0], 0, 0, 12).mean(), 0.01)
         for name, value in hand.values.items():
             torch.testing.assert_close(fast.values[name][0], value.detach(), rtol=0, atol=1e-5, msg=name)
@@ -502,7 +502,7 @@ def test_a_warm_start_keeps_the_input_sides(warm):
     model, config = model_of(SMALL), replace(SMALL, ttt_warm_start_a=warm)
     fast = fast_of(model, config, "adapters", 2)
     for number in range(2):  # at the first one the input sides have no gradient
-        adaptation_step(model, fast, *batch_of(number, (1.0, 1.0))[1:], 0.01, 2)
+        adaptation_step(model, fast, batch_of(number, (1.0, 1.0))[1:], 0.01, 2)
     before = copy.deepcopy(fast.values)
     fast.reset()
     for name, value in fast.values.items():

@@ -197,7 +197,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
     def block(x: Tensor, x0: Tensor) -> Tensor:
         weights = tg.LayerWeights(matrices, {}, None, model.blocks[0])
-        return model.blocks[0](x, x0, weights, model.places(ids, T, x), None, None, None)
+        return model.blocks[0](x, x0, weights, model.places(ids, x), None, None)
 
     def head(x: Tensor) -> Tensor:
         return tg.nll(model.head(x), ids).mean()
