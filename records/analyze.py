@@ -661,7 +661,7 @@ def along_step(a: Side, text: Text) -> Table:
     if len(plan) < 2 or plan[0].learned is None or plan[1].fresh:
         return {}  # nothing is learned, or nothing comes next
     model = deepcopy(a.model).requires_grad_(False)
-    learner = ev.Learner(model, c, plan, tg.token_nll, a.setup.artifact, lambda chunk: None)
+    learner = ev.Learner(model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None)
     learner.begin(0, plan[0])
     learner.learn(text.tokens, plan[0], torch.zeros(0))
     fast, table, document = learner.fast, {}, documents_of(text.tokens)

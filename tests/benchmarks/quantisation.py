@@ -17,6 +17,7 @@ import argparse
 import json
 import lzma
 import math
+import re
 import sys
 import tempfile
 import time
@@ -278,7 +279,7 @@ def random_problem(config: tg.Config) -> tuple[dict[str, Tensor], tg.Statistics]
         hessians[stack] = inputs.mT @ inputs / inputs.size(1)
     gradients = {}
     for name, p in state.items():
-        if tg.find_scheme(name) != "fp16":
+        if re.fullmatch(tg.CODED, name):
             columns = p.shape[0] if name in tg.GPT.BANKS else p.shape[1]
             gradients[name] = (torch.rand(p.shape[:-1], generator=generator).exp(), torch.ones(columns))
     return state, tg.Statistics(hessians, gradients)

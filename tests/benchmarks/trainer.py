@@ -492,13 +492,13 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
 
     def step() -> None:
         if phase == "reptile":
-            tg.reptile_step(model, c, fast, tasks, nll_fn)
+            tg.reptile_step(model, fast, tasks, nll_fn)
         elif phase == "deployed":
-            loss = tg.deployed_step(model, c, fast, rates, documents, sizes, nll_fn)
+            loss = tg.deployed_step(model, fast, rates, documents, sizes, nll_fn)
             tg.apply_gradients(model, optimizers, loss, 0.1, c.muon_momentum)
         else:
             if phase == "fomaml":
-                tg.fomaml_step(model, c, fast, rates, *tg.meta_rows(batches, c), nll_fn)
+                tg.fomaml_step(model, fast, rates, *tg.meta_rows(batches, c), nll_fn)
             tg.train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
         rates.step(1.0)
 
