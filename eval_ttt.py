@@ -902,8 +902,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
     log.line("RESULT " + json.dumps(result))
     if tg.rank() == 0:
         tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(result, indent=1).encode())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    tg.leave_ranks()
     return 0
 
 

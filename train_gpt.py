@@ -584,6 +584,17 @@ def patient_group(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
 
+def leave_ranks() -> None:
+    """End the process group, all ranks together: after a failure this would wait for the others.
+
+    No group may outlive it: gloo's threads let go of tensors, for which they want the interpreter, and one that meets
+    its end aborts the process.
+    """
+    patient_group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def on_rank_0(function: Callable[[], Any]) -> Any:
     """What FUNCTION returns on rank 0, given to every rank; an error there is raised on all."""
     if world_size() == 1:
@@ -4188,8 +4199,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         code = 128 + stopped.args[0]
-    if dist.is_initialized():  # only here: after a failure, waiting for the other ranks would hang
-        dist.destroy_process_group()
+    leave_ranks()
     return code
 
 

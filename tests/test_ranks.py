@@ -679,3 +679,28 @@ def test_two_agents_on_one_machine_train_what_one_agent_trains(start, env, tmp_p
     got, expected = outcome(job.run), outcome(done["works"][2] / "plain/runs/run")
     assert got.rows == expected.rows and got.artifact == expected.artifact and got.scores == expected.scores
     assert all(torch.equal(got.weights[name], tensor) for name, tensor in expected.weights.items())
+
+
+def leave_after_work(rank: int, folder: str) -> None:
+    """Native threads before, with, and after a process group, to FOLDER."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    counts = [threads()]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    train_gpt.on_rank_0(lambda: "a word")
+    train_gpt.max_over_ranks(1.0)
+    counts.append(threads())
+    train_gpt.leave_ranks()
+    counts.append(threads())
+    Path(folder, f"{rank}.json").write_text(json.dumps(counts))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that does may meet the end of the interpreter, and abort a run that is done."""
+    mp.spawn(leave_after_work, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        before, within, after = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert within > before == after
