@@ -474,7 +474,7 @@ SLOW = {
     "in the statistics, SIGTERM": [Kill("statistics", "agent", TERM, 0.05)],
     "while the weights are written": [Kill("weights", "rank 0"), Kill("weights", "all")],
     "while the artifact is written": [Kill("artifact", "rank 0"), Kill("artifact", "all")],
-    "while the artifact is made": [Kill("weights", "rank 0", delay=0.3), Kill("weights", "agent", TERM, 0.3)],
+    "while the artifact is made": [Kill("weights", "rank 0", delay=0.05), Kill("weights", "agent", TERM, 0.05)],
     "while it is scored": [Kill("scoring", "rank 0", delay=0.1), Kill("scoring", "rank 1", delay=0.1)],
     "while it is scored, SIGTERM": [Kill("scoring", "agent", TERM, 0.1), Kill("second score", "agent", TERM)],
     "while the result is written": [Kill("result", "rank 0"), Kill("result", "all")],
