@@ -11,6 +11,7 @@ evaluation, the mixture with an order-1 PPM, audit, reports, main. Shapes as in 
 
 from __future__ import annotations
 
+import heapq
 import io
 import json
 import math
@@ -63,40 +64,76 @@ def flat_plan(num_tokens: int, config: Config) -> list[Chunk]:
     return plan
 
 
-def documents(tokens: np.ndarray, order: str = "file") -> tuple[np.ndarray, np.ndarray]:
-    """First and last but one target of each document; its last target is the BOS of the next one."""
+def documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Half-open range of the targets of each document; its last target is the BOS of the next one."""
     begin = np.unique(np.append(0, np.flatnonzero(tokens[:-1] == BOS_ID)))
-    end = np.append(begin[1:], len(tokens) - 1)
-    index = np.argsort(begin - end, kind="stable") if order == "longest" else np.arange(len(begin))
-    return begin[index], end[index]
+    return begin, np.append(begin[1:], len(tokens) - 1)
 
 
-def document_plan(tokens: np.ndarray, config: Config, ranks: int = 1) -> list[Chunk]:
-    """TTT_BATCH_SEQS documents at a time, each a row, all of them a piece of TTT_CHUNK_SIZE targets further each time.
+def assign_slots(chunks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first step and the slot of documents of so many chunks, (documents,) each.
 
-    Rows are sorted by length, so that those of documents that have ended are the last ones, and left out. The ranks
-    take rows in turn; their rows stand together.
+    They enter in their order; a slot takes the next one in the step after its last one has ended. So where a document
+    stands depends on the lengths of earlier ones only.
     """
-    c, (begin, end) = config, documents(tokens, config.ttt_doc_order)
-    count = min(c.ttt_batch_seqs, len(begin))
-    per_rank, plan = math.ceil(count / ranks), []
-    for first in range(0, len(begin), count):
-        batch = slice(first, first + count)
-        order = np.argsort(begin[batch] - end[batch], kind="stable")
-        low, high = np.zeros((2, per_rank * ranks), np.int64)
-        low[: len(order)], high[: len(order)] = begin[batch][order], end[batch][order]
-        low, high = low.reshape(per_rank, ranks).T, high.reshape(per_rank, ranks).T  # (ranks, rows)
-        for number, piece in enumerate(range(0, int((high - low).max()), c.piece_size)):
-            rows = min(tg.power_of_two((high - low > piece).sum(1).max()), per_rank)
-            scored, learned = tg.piece_windows(low[:, :rows].flatten(), high[:, :rows].flatten(), piece, c)
-            learns = (learned.end > learned.begin).any()
-            plan.append(Chunk(scored, learned if learns else None, fresh=number == 0))
+    free, found = [(0, slot) for slot in range(slots)], []
+    for count in chunks.tolist():
+        step, slot = heapq.heappop(free)
+        found.append((step, slot))
+        heapq.heappush(free, (step + count, slot))
+    first, slot = np.array(found, np.int64).reshape(-1, 2).T
+    return first, slot
+
+
+def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) -> list[Chunk]:
+    """The steps of a group of documents with targets from low to high: the next chunk of the document in each slot."""
+    size = config.piece_size
+    count = -(-(high - low) // size)
+    first, slot = assign_slots(count, config.ttt_slots)
+    document = np.repeat(np.arange(len(low)), count)
+    piece = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    step = first[document] + piece
+    order = np.lexsort((document, step))  # an earlier document is never younger: the oldest come first
+    document, piece, step = document[order], piece[order], step[order]
+    scored, learned, lengths = tg.piece_windows(low[document], high[document], piece * size, config)
+    plan = []
+    for a, b in pairwise(np.flatnonzero(np.diff(step, prepend=-1, append=-1)).tolist()):
+        part = np.arange(a, b)
+        slots = tg.Slots(group, slot[document[part]], piece[part] == 0, lengths[part], size)
+        adapts = learned.take(part) if (learned.end > learned.begin)[part].any() else None
+        plan.append(Chunk(scored.take(part), adapts, slots))
+    return plan
+
+
+def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
+    """Documents in slots: TTT_GROUPS groups, one after another, each of every TTT_GROUPS-th document of the text.
+
+    TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders, at each of which all slots run empty and the base learns from all
+    documents before it; borders beyond the last document are left out.
+    """
+    c, (begin, end), plan, borders = config, documents(tokens), [], []
+    if c.ttt_mode == "phased":
+        phases = c.phased_ttt_num_phases
+        borders = sorted({c.phased_ttt_prefix_docs * (k + 1) // phases for k in range(phases)})
+        borders = [border for border in borders if 0 < border < len(begin)]
+    for first, after in pairwise((0, *borders, len(begin))):
+        for group in range(c.ttt_groups):
+            members = np.arange(first, after)[np.arange(first, after) % c.ttt_groups == group]
+            plan += group_plan(begin[members], end[members], group, c) if len(members) else []
+        if after < len(begin):
+            parts = [rows_over(low, high, c.eval_seq_len, 0) for low, high in zip(begin[:after], end, strict=False)]
+            empty = Windows(*(np.zeros(0, np.int64) for _ in range(3)))
+            rows = Windows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+            plan.append(Chunk(empty, rows, base=True))
     return plan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Learning from what is scored
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+SLOT_ROWS = 16  # documents in a batch: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
 
 
 class Learner:
@@ -106,62 +143,91 @@ class Learner:
         config, artifact = setup.config, setup.artifact
         by_documents, learns = TTT_MODES[config.ttt_mode]
         self.model, self.config, self.nll_fn, self.chunks = model, config, setup.nll_fn, len(plan)
-        self.by_documents, self.number, self.base = by_documents, 0, None
+        self.rows, self.number, self.base, self.group = setup.batch_seqs(), 0, None, None
         self.on_learn = on_learn
-        sets = len(plan[0].scored.start) // tg.world_size() if by_documents else None
         stored = artifact.moments if config.ttt_moments == "artifact" else None
-        self.fast = tg.FastWeights(model, config, learns, sets, stored)
+        self.fast = tg.FastWeights(model, config, learns, config.ttt_slots if by_documents else None, stored)
         self.fast.set_factors(artifact.factors if config.ttt_meta_rates else {})
+        if by_documents and self.fast.wants_prior and any(chunk.learned is not None for chunk in plan):
+            self.fast.moments.start = tg.generated_moments(model, config, self.rows, self.nll_fn)
         if config.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
             self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
         self.loss_sum, self.loss_count = 0.0, 0
 
     def begin(self, number: int, chunk: Chunk) -> None:
+        """Reset the slots in which a document begins; all of them where another group does."""
         self.number = number
-        if chunk.fresh:
-            self.fast.reset()
-        if self.by_documents and not chunk.base:
-            self.fast.rows = len(chunk.scored.start) // tg.world_size()
+        if chunk.slots is None:
+            self.group = None
+            return
+        if chunk.slots.group != self.group:
+            self.group = chunk.slots.group
+            self.fast.begin(self.group)
+        if chunk.slots.fresh.any():
+            self.fast.reset(self.on_device(chunk.slots.slot[chunk.slots.fresh]), self.config.ttt_warm_start_a)
+
+    def select(self, chunk: Chunk, index: np.ndarray) -> None:
+        """Use the weights of the windows `index` of a chunk, and any others to fill a batch."""
+        if chunk.slots is not None:
+            used = chunk.slots.slot[index]
+            others = np.setdiff1d(np.arange(self.config.ttt_slots), used)
+            self.fast.rows = self.on_device(np.append(used, others)[: self.rows])
 
     def token_nll(self, model: tg.GPT, ids: Tensor, targets: Tensor, columns: Tensor) -> Tensor:
         return self.nll_fn(model, ids, targets, columns, *self.fast.weights(self.fast.used()))
+
+    def on_device(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self.device, non_blocking=True)
 
     def lr(self) -> float:
         share = self.number / max(self.chunks - 1, 1) if self.config.ttt_lr_schedule == "cosine" else 0.0
         return self.config.ttt_lr * (1 + math.cos(math.pi * share)) / 2
 
     def learn(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
-        """TTT_EPOCHS over the rows of a chunk, all of them at once by documents, else TTT_BATCH_SEQS a step."""
+        """TTT_EPOCHS over a chunk: by documents SLOT_ROWS of them at a time, else TTT_BATCH_SEQS rows a step."""
         self.on_learn(chunk)
-        weight = self.row_weights(chunk.learned, nll)
+        weight = None if chunk.slots else self.row_weights(chunk.learned, nll)
         for _ in range(self.config.ttt_epochs):
-            self.pass_over(tokens, chunk.learned, weight, self.base if chunk.base else self.fast)
+            if chunk.slots:
+                self.step_documents(tokens, chunk)
+            else:
+                self.pass_over(tokens, chunk.learned, weight, self.base if chunk.base else self.fast)
         if chunk.base:
             with torch.no_grad():
                 for name, value in self.base.values.items():
                     self.model.get_parameter(name).copy_(value[0])
 
+    def step_documents(self, tokens: np.ndarray, chunk: Chunk) -> None:
+        """A step of every document that goes on, each on its own chunk."""
+        c, windows = self.config, chunk.learned
+        learns = np.flatnonzero(windows.end > windows.begin)
+        for first in range(0, len(learns), self.rows):
+            index = learns[first : first + self.rows]
+            self.select(chunk, index)
+            weight = np.where(np.arange(self.rows) < len(index), 1 / c.piece_size, 0.0)
+            part = (windows.take(np.resize(index, self.rows)), weight, c.piece_size, c.ttt_context, self.device)
+            tg.adaptation_step(self.model, self.fast, tg.make_lesson(tokens, *part), self.lr(), len(index), self.nll_fn)
+        self.fast.moments.end_step()
+
     def pass_over(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, fast: tg.FastWeights) -> None:
-        """Steps of FAST on the rows that count: TTT_BATCH_SEQS each, or all, where each row has its own weights."""
-        rows = np.flatnonzero(weight) if fast.shared else np.arange(len(weight))
-        size = self.config.ttt_batch_seqs if fast.shared else len(rows)
+        """Steps of shared weights on the rows that count, TTT_BATCH_SEQS each."""
+        rows, size = np.flatnonzero(weight), self.config.ttt_batch_seqs
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             self.step(tokens, windows.take(part), weight[part], fast)
 
     def step(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, fast: tg.FastWeights) -> None:
-        """One step on rows that the ranks share; WEIGHT (rows,). By documents a mean for each row, else one for all."""
+        """One step of shared weights on rows that the ranks share; weight (rows,)."""
         learned = np.maximum(windows.end - windows.begin, 0)
-        per_target = weight / (learned.sum() if fast.shared else np.maximum(learned, 1))
+        per_target = weight / learned.sum()
         mine = np.array_split(np.arange(len(learned)), tg.world_size())[tg.rank()]
         padded = np.resize(mine, math.ceil(len(learned) / tg.world_size())) if len(mine) else np.zeros(1, np.int64)
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
-        *batch, counts = tg.make_batch(tokens, windows.take(padded), tg.power_of_two(learned.max()), self.device)
-        lesson = (*batch, torch.from_numpy((per_target[:, None] * counts).astype(np.float32)).to(self.device))
-        lr = fast.config.ttt_lr if fast is self.base else self.lr()
-        sets = 1 if fast.shared else int((learned > 0).sum())
-        tg.adaptation_step(self.model, fast, lesson, lr, sets, self.nll_fn)
+        c = self.config
+        context, lr = (0, fast.config.ttt_lr) if fast is self.base else (c.ttt_context, self.lr())
+        lesson = tg.make_lesson(tokens, windows.take(padded), per_target, c.eval_seq_len, context, self.device)
+        tg.adaptation_step(self.model, fast, lesson, lr, None, self.nll_fn)
 
     @property
     def device(self) -> torch.device:
@@ -211,13 +277,13 @@ class Setup:
 
     def plan(self, tokens: np.ndarray) -> list[Chunk]:
         if TTT_MODES[self.config.ttt_mode][0]:
-            plan = document_plan(tokens, self.config, tg.world_size())
-            return with_phases(plan, tokens, self.config) if self.config.ttt_mode == "phased" else plan
+            return document_plan(tokens, self.config)
         return flat_plan(len(tokens), self.config)
 
-    def batch_seqs(self) -> int | None:
-        """Windows a forward pass; by documents all rows of this rank, since each has its own weights."""
-        return None if TTT_MODES[self.config.ttt_mode][0] else self.config.eval_batch_seqs
+    def batch_seqs(self) -> int:
+        """Windows in a batch."""
+        c = self.config
+        return min(SLOT_ROWS, c.ttt_slots) if TTT_MODES[c.ttt_mode][0] else c.eval_batch_seqs
 
 
 def score_plan(setup: Setup, tokens: np.ndarray) -> tg.Score:
@@ -232,13 +298,15 @@ def evaluate(
     observe: Callable | None = None,
     on_learn: Callable[[Chunk], None] = lambda chunk: None,
     progress: Callable[[int], None] = lambda number: None,
+    learns: bool = True,
 ) -> tg.Score:
-    """The score of TOKENS as the settings say.
+    """The score of TOKENS as the settings say; without LEARNS, that of the same plan before any step.
 
     OBSERVE is called as by `score`, with the model and the learner before; ON_LEARN with a chunk before it is learned
-    from; PROGRESS with the number of each chunk before it is scored.
+    from; PROGRESS with the number of each of this rank's chunks before it is scored.
     """
     c, model, plan = setup.config, setup.load(), setup.plan(tokens)
+    plan = plan if learns else [chunk._replace(learned=None) for chunk in plan]
     learner = None
     if c.ttt_mode != "none":
         learner = Learner(model, setup, plan, on_learn)
@@ -272,34 +340,29 @@ def learn_first(setup: Setup, model: tg.GPT, learner: Learner, tokens: np.ndarra
     return [chunk._replace(learned=None) for chunk in plan]
 
 
-def with_phases(plan: list[Chunk], tokens: np.ndarray, config: Config) -> list[Chunk]:
-    """PLAN by documents with PHASED_TTT_NUM_PHASES borders, where the base learns from all documents scored so far."""
-    c, phased, seen, done = config, [], 0, 0
-    empty = Windows(*(np.zeros(0, np.int64) for _ in range(3)))
-    fresh = [i for i, chunk in enumerate(plan) if chunk.fresh]
-    begin, end = documents(tokens, c.ttt_doc_order)
-    borders = [c.phased_ttt_prefix_docs * (k + 1) // c.phased_ttt_num_phases for k in range(c.phased_ttt_num_phases)]
-    for first, after in zip(fresh, [*fresh[1:], len(plan)], strict=True):
-        phased += plan[first:after]
-        seen = min(seen + c.ttt_batch_seqs, len(begin))
-        if done < len(borders) and seen >= borders[done] and after < len(plan):
-            done = sum(border <= seen for border in borders)
-            parts = [rows_over(int(begin[d]), int(end[d]), c.eval_seq_len, 0) for d in range(seen)]
-            rows = Windows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-            phased.append(Chunk(empty, rows, base=True))
-    return phased
-
-
 def warm_up(setup: Setup) -> None:
-    """Compile and load all that the evaluation needs, on random documents from a generator of its own."""
+    """Compile and load all that the adapted score needs, on random documents from a generator of its own.
+
+    A document of a window and a target has every shape; each rank that owns a group gets one.
+    """
     c = setup.config
-    by_documents = TTT_MODES[c.ttt_mode][0]
-    count, size = (
-        (c.ttt_batch_seqs, c.eval_seq_len + 1) if by_documents else (2, max(c.ttt_chunk_tokens, c.eval_seq_len))
-    )
+    if TTT_MODES[c.ttt_mode][0]:
+        count, size = 2 * min(c.ttt_groups, tg.world_size()), c.eval_seq_len + 1
+        setup = replace(setup, config=replace(c, phased_ttt_prefix_docs=count // 2, phased_ttt_num_phases=1))
+    else:
+        count, size = 2, max(c.ttt_chunk_tokens, c.eval_seq_len)
     tokens = np.random.default_rng(0).integers(BOS_ID + 1, c.vocab_size, (count, size))
     tokens[:, 0] = BOS_ID
     evaluate(setup, tokens.astype(np.uint16).flatten())
+
+
+def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
+    """The artifact's scores without adaptation: windows side by side, and sliding."""
+    c, scores = setup.config, {}
+    for name, stride in (("roundtrip", c.eval_seq_len), ("sliding", c.eval_stride)):
+        windows = [Chunk(tg.sliding_windows(len(tokens), c.eval_seq_len, stride))]
+        scores[name] = tg.score(setup.load(), tokens, windows, setup.byte_table, c.eval_batch_seqs, setup.nll_fn)
+    return scores
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -818,20 +881,20 @@ def run_audit(setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str
 def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, began: float) -> dict[str, Any]:
     """Warm up, score with adaptation, then the scores to compare it with; writes the reports, returns the result."""
     c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
-    if setup.nll_fn is not tg.token_nll:
+    compiled = setup.nll_fn is not tg.token_nll
+    if compiled:
         warm_up(setup)
     plan = setup.plan(tokens)
     label = "legal_ttt" if c.ttt_protocol == "legal" else "invalid_ttt"
-    adapted = evaluate(setup, tokens, progress=Budget(c, began, log, len(plan)))
+    adapted = evaluate(setup, tokens, progress=Budget(c, began, log, sum(chunk.is_mine for chunk in plan)))
     seconds = time.time() - began
     for line in running_bpb(plan, adapted.nll, num_bytes):
         log.line(line)
-    scores = {"ttt": adapted}
-    for name, stride in (("roundtrip", c.eval_seq_len), ("sliding", c.eval_stride)):
-        windows = [Chunk(tg.sliding_windows(len(tokens), c.eval_seq_len, stride))]
-        scores[name] = tg.score(setup.load(), tokens, windows, setup.byte_table, c.eval_batch_seqs, setup.nll_fn)
-    by_documents = TTT_MODES[c.ttt_mode][0]
-    scores["plan"] = score_plan(setup, tokens) if by_documents else scores["sliding"]
+    if compiled:
+        window_scores(setup, np.full(c.eval_seq_len + c.eval_stride + 1, BOS_ID, np.uint16))
+    scores = {"ttt": adapted, **window_scores(setup, tokens)}
+    by_documents = TTT_MODES[c.ttt_mode][0]  # then by the learner, whose graphs are there
+    scores["plan"] = evaluate(setup, tokens, learns=False) if by_documents else scores["sliding"]
     for name, dialect in (("roundtrip", "final_int6_roundtrip"), ("sliding", "final_int6_sliding_window"),
                           ("plan", "same_plan_without_ttt"), ("ttt", label)):  # fmt: skip
         log.line(f"{dialect}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
@@ -872,8 +935,8 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
     for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
         log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
     by_documents = TTT_MODES[c.ttt_mode][0]
-    order = f"documents, {c.ttt_doc_order} first" if by_documents and c.ttt_doc_order == "longest" else "the file's"
-    log.line(f"evaluation order: {order}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
+    slots = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots" if by_documents else "the file's"
+    log.line(f"evaluation order: {slots}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
     if setup.artifact.factors and c.ttt_meta_rates:
         log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
     if c.ttt_protocol != "legal":

@@ -242,8 +242,12 @@ class Config:
                                 choices=("legal", "adapt_first", "two_pass"))
     ttt_optimizer: str = setting("evaluator", "precond", "precond: gradient over the root of its second moment",
                                  choices=("precond", "sgd", "adamw"))
-    ttt_moments: str = setting("evaluator", "running", "second moments: of scored tokens, or of training, stored",
-                               choices=("running", "artifact"))
+    ttt_moments: str = setting("evaluator", "prefix", "second moments of precond; by documents: of the documents that "
+                               "stand earlier in the file and the own (prefix), of all in slots so far (shared), or "
+                               "of training text, stored (artifact)", choices=("prefix", "shared", "artifact"))
+    ttt_prior_seqs: int = setting("evaluator", 16, "sequences that the artifact generates to start the second moments; "
+                                  "by documents, not for adapters; 0: none", low=0)
+    ttt_prior_chunks: int = setting("evaluator", 3, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
     ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
     ttt_meta_rates: bool = setting("evaluator", True, "times the factors that META_SGD_ENABLED left in the artifact")
     ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
@@ -252,17 +256,19 @@ class Config:
     ttt_freeze_blocks: int = setting("evaluator", 0, "first blocks, whose bank rows and scales do not adapt", low=0)
     ttt_layers: str = setting("evaluator", "", "comma list of the blocks that adapt, of those not frozen; empty: all")
     ttt_momentum: float = setting("evaluator", 0.0, "of sgd; beta1 of adamw", low=0, high=0.9999)
-    ttt_beta2: float = setting("evaluator", 0.99, "of precond and adamw", low=0, high=0.999999)
+    ttt_beta2: float = setting("evaluator", 0.99, "second-moment decay per step of adamw, and of precond by flat "
+                               "chunks", low=0, high=0.999999)
     ttt_weight_decay: float = setting("evaluator", 0.0, "decoupled decay of adamw", low=0)
     ttt_pull: float = setting("evaluator", 0.0, "share of the way back to the artifact at each step", low=0, high=1)
     ttt_grad_clip: float = setting("evaluator", 2.0, "norm of a step's gradient at most; 0: no limit", low=0)
     ttt_epochs: int = setting("evaluator", 1, "passes over each scored chunk", low=0)
     ttt_chunk_tokens: int = setting("evaluator", 32768, "targets a chunk, by flat chunks", low=1)
-    ttt_chunk_size: int = setting("evaluator", 128, "targets a piece, by documents; EVAL_SEQ_LEN at most", low=1)
+    ttt_chunk_size: int = setting("evaluator", 128, "targets per chunk, by documents; EVAL_SEQ_LEN at most", low=1)
+    ttt_slots: int = setting("evaluator", 16, "documents of a group that adapt at once, by documents", low=1)
+    ttt_groups: int = setting("evaluator", 8, "groups that the documents are dealt to, each with its own slots and "
+                              "second moments; a rank owns whole groups", low=1)
     ttt_context: int = setting("evaluator", 0, "left context of what is learned from, tokens", low=0)
-    ttt_batch_seqs: int = setting("evaluator", 32, "rows a step, by flat chunks; documents at once, by documents",
-                                  low=1)
-    ttt_doc_order: str = setting("evaluator", "longest", "of the documents", choices=("longest", "file"))
+    ttt_batch_seqs: int = setting("evaluator", 32, "sequences per step, by flat chunks", low=1)
     ttt_top_frac: float = setting("evaluator", 1.0, "rows of a scored chunk to learn from, those of highest loss",
                                   low=0.001, high=1)
     ttt_loss_power: float = setting("evaluator", 0.0, "steps times (row's scored loss / mean so far) to this", low=0)
@@ -453,7 +459,8 @@ def inconsistencies(c: Config) -> list[str]:
         name: not text or (re.fullmatch(a_list, text) and max(int_list(text)) < c.num_layers)
         for name, text in (("TTT_LAYERS", c.ttt_layers), ("REPTILE_LAYERS", c.reptile_layers))
     }
-    as_trained = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1 and c.ttt_loss_power == 0
+    by_documents = TTT_MODES[c.ttt_mode][0]
+    causal = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1 and c.ttt_loss_power == 0
     order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
     order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
     with_bigram = c.pos_conditional_bigram or c.trigram or c.word_start_boost
@@ -488,14 +495,15 @@ def inconsistencies(c: Config) -> list[str]:
          "steps give every weight its bits"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
         (c.main_frac > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.main_frac:.2f} of the run to train"),
-        ("deployed" not in c.late_fracs or (TTT_MODES[c.ttt_mode][0] and as_trained),
-         "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents, TTT_LR_SCHEDULE=flat, TTT_TOP_FRAC=1 and "
-         "TTT_LOSS_POWER=0"),
+        (causal or not by_documents, f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones "
+         f"or on the length of the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}, "
+         f"TTT_LOSS_POWER={c.ttt_loss_power:g}. Set flat, 1 and 0"),
+        ("deployed" not in c.late_fracs or by_documents, "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
         *((ok, f"{name}={getattr(c, name.lower())!r}: numbers from 0 to {c.num_layers - 1}")
           for name, ok in layers_ok.items()),
         (c.ttt_protocol == "legal" or c.ttt_mode in ("banks", "all", "lora"),
          f"TTT_PROTOCOL={c.ttt_protocol} is by flat chunks: TTT_MODE=banks, all or lora"),
-        (c.ppm_alpha == 1 or not TTT_MODES[c.ttt_mode][0], "PPM_ALPHA needs the order of the text: no TTT_MODE by "
+        (c.ppm_alpha == 1 or not by_documents, "PPM_ALPHA needs the order of the text: no TTT_MODE by "
          "documents"),
         (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
@@ -1749,7 +1757,7 @@ TTT_MODES = {
     "doc_lora":  (True,  "adapters"),
     "phased":    (True,  "adapters"),
 }  # fmt: skip
-Moments = Mapping[str, list[Tensor]]  # by name: means of squared gradients, or of a matrix their row and column factors
+Moments = Mapping[str, list[Tensor]]  # by name: mean squared gradients; of a matrix, their row and column means
 TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
 MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of TRAIN_SEQ_LEN
 
@@ -1770,36 +1778,111 @@ def is_matrix(name: str) -> bool:
     return bool(re.fullmatch(r"\w+_bank(\.[ab])?|.*\.weight|memory_tokens", name))
 
 
-class FastWeights:
-    """The tensors that learn at test time, in float32, with a leading axis: one set, or one for each row of a batch.
+class SecondMoments:
+    """Sums and counts of squared gradients, of which the preconditioner uses the means.
 
-    LEARNS names groups of PARAM_GROUPS or parameters, or is adapters. `base` is what they start from, the live
-    parameters; `rates` multiplies the learning rate: the MLP's multipliers, zero for frozen blocks, and FACTORS by bank
-    row, (rows, 1, 1). `moments` are the means of squared gradients over all sets, for matrices as a row and a column
-    factor (arXiv 1804.04235); documents share them.
+    A row holds `size` sums and, last, how many gradients they are of. `total` (size + 1,) is of everything adapted on
+    so far. form: "prefix", where each set of weights has a row of its own, of the documents that stand earlier in the
+    file and of its own document, so that no step depends on what stands later; "shared", where every set uses `total`;
+    "artifact", where `total` came with the artifact and stays. A prefix is a running sum over sets in document order:
+    nothing is masked, since 0 times a later document's NaN would be NaN. Shared sums decay as little as holds their
+    count at `memory`.
     """
 
-    def __init__(
-        self, model: GPT, config: Config, learns: str, sets: int | None = None, moments: Moments | None = None
-    ):
-        self.config, self.device, self.shared, self.steps = config, model.qo_bank.device, sets is None, 0
+    def __init__(self, form: str, size: int, sets: int, memory: float, device: torch.device):
+        self.form, self.memory, self.across_ranks = form, memory, False
+        self.start, self.total, self.earlier = torch.zeros(3, size + 1, device=device)
+        self.own = torch.zeros(sets if form == "prefix" else 0, size + 1, device=device)
+        self.totals: dict[int, Tensor] = {}
+
+    def begin(self, group: int | None) -> None:
+        """Go on with a group of documents where it stopped; a new one, or None, starts from `start`, the prior."""
+        self.total = self.start.clone() if group is None else self.totals.setdefault(group, self.start.clone())
+
+    def enter(self, sets: Any) -> None:
+        """The sets begin documents: what has been adapted on by now stands earlier in the file."""
+        if self.form == "prefix":
+            self.own[sets] = self.total
+
+    def observe(self, squares: Tensor, sets: Any) -> None:
+        """Add squared gradients (n, size + 1) of the sets, in document order, as are the batches of a step."""
+        earlier, everyone = self.earlier, squares.sum(0)
+        if self.across_ranks and world_size() > 1:  # the documents of lower ranks stand earlier
+            each = torch.zeros(world_size(), len(everyone), device=everyone.device)
+            each[rank()] = everyone
+            [each] = sum_over_ranks([each])
+            earlier, everyone = each[: rank()].sum(0), each.sum(0)
+        if self.form == "prefix":
+            self.own[sets] += earlier + squares.cumsum(0)
+            self.earlier = self.earlier + everyone
+        elif self.form == "shared":
+            self.total *= ((self.memory - everyone[-1]) / self.total[-1].clamp(min=1e-9)).clamp(max=1.0)
+            self.total += everyone
+
+    def end_step(self) -> None:
+        """All sets have taken the step: now it counts for documents that enter."""
+        self.total += self.earlier
+        self.earlier = torch.zeros_like(self.earlier)
+
+    def means(self, sets: Any) -> Tensor:
+        """(n, size) for the sets, or (1, size) where they share them."""
+        rows = self.own[sets] if self.form == "prefix" else self.total[None]
+        return rows[:, :-1] / rows[:, -1:]
+
+
+class FastWeights:
+    """The tensors that learn at test time, in float32, with a leading axis: one set, or one for each document.
+
+    learns: groups of PARAM_GROUPS or parameters, or adapters. `base` is what they start from, the live parameters;
+    `rates` multiplies the learning rate: the MLP's multipliers, zero for frozen blocks, and factors by bank row,
+    (rows, 1, 1). `rows`: indices of the sets in use, or all. The means of squared gradients are `moments`: every entry
+    of a vector, row and column means of a matrix (arXiv 1804.04235); `stored` ones are of training text.
+    """
+
+    def __init__(self, model: GPT, config: Config, learns: str, sets: int | None = None, stored: Moments | None = None):
+        self.config, self.device, self.shared = config, model.qo_bank.device, sets is None
         if learns == "adapters":
             self.base = make_adapters(model, config)
         else:
             words, groups = learns.split(), group_parameters(model)
             learning = [pair for group, pairs in groups.items() for pair in pairs if {group, pair[0]} & {*words}]
             self.base = {name: p.detach().float() for name, p in learning if not name.startswith("mtp_heads.")}
-        self.rows = sets or 1  # how many of the sets are in use, the first ones
-        self.values = {name: torch.stack([base] * self.rows) for name, base in self.base.items()}
+        self.sets, self.rows = sets or 1, slice(None)
+        self.values = {name: torch.stack([base] * self.sets) for name, base in self.base.items()}
         self.own_rates = {name: self._rate(name, base) for name, base in self.base.items()}
         self.set_factors({})
-        if moments is not None and not self.base.keys() <= moments.keys():
-            raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
-        self.fixed, self.moments = moments is not None, self._here(moments or {})
         self.state: dict[str, list[Tensor]] = {}
+        form = "shared" if self.shared else "prefix" if config.ttt_moments == "artifact" else config.ttt_moments
+        memory = 1 / (1 - config.ttt_beta2) if self.shared else math.inf
+        self.sizes = [math.prod(shape) for shapes in self._moment_shapes().values() for shape in shapes]
+        form = form if stored is None else "artifact"
+        self.moments = SecondMoments(form, sum(self.sizes), self.sets, memory, self.device)
+        if stored is not None:
+            if not self.base.keys() <= stored.keys():
+                raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
+            means = [part.flatten() for name in self.base for part in stored[name]]
+            self.moments.start = torch.cat([*means, torch.ones(1)]).to(self.device)
+            self.moments.begin(None)
 
-    def _here(self, moments: Mapping[str, Sequence[Tensor]]) -> dict[str, list[Tensor]]:
-        return {name: [part.to(self.device) for part in parts] for name, parts in moments.items()}
+    def _moment_shapes(self) -> dict[str, list[torch.Size]]:
+        return {name: [base.shape[:-1], base.shape[:-2] + base.shape[-1:]] if is_matrix(name) else [base.shape]
+                for name, base in self.base.items()}  # fmt: skip
+
+    def named(self, means: Tensor) -> dict[str, list[Tensor]]:
+        """Parts of `moments.means` by parameter, each with its leading axis."""
+        parts = iter(means.split(self.sizes, dim=1))
+        return {name: [next(parts).reshape(len(means), *shape) for shape in shapes]
+                for name, shapes in self._moment_shapes().items()}  # fmt: skip
+
+    def stored(self) -> dict[str, list[Tensor]]:
+        """The shared means, as the artifact keeps them."""
+        return {name: [part[0] for part in parts] for name, parts in self.named(self.moments.means(None)).items()}
+
+    @property
+    def wants_prior(self) -> bool:
+        """Adapters have none: on text not adapted on their B is zero, and A has no gradient."""
+        wanted = self.config.ttt_optimizer == "precond" and self.config.ttt_prior_seqs > 0
+        return wanted and self.moments.form != "artifact" and "qo_bank.a" not in self.base
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Take new factors of the rates by bank, from any device."""
@@ -1819,16 +1902,27 @@ class FastWeights:
         return rate if not block or adapts[c.block_rows[int(block[1])]] else 0.0
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the base, and the optimiser to its start; the moments stay, and with TTT_WARM_START_A adapters' A."""
+    def reset(self, sets: Any = slice(None), warm: bool = False) -> None:
+        """Sets begin documents: back to the base, and the optimizer to its start; `warm` leaves the adapters' A.
+
+        The moments that are shared stay; a set's own become those of the documents before.
+        """
         for name, value in self.values.items():
-            if not (self.config.ttt_warm_start_a and name.endswith("_bank.a")):
-                value.copy_(self.base[name])
-        self.state.clear()
+            if not (warm and name.endswith("_bank.a")):
+                value[sets] = self.base[name]
+        for parts in self.state.values():
+            for part in parts:
+                part[sets] = 0.0
+        self.moments.enter(sets)
+
+    def begin(self, group: int | None = None) -> None:
+        """Begin or continue a group of documents: all sets start over, with the group's moments."""
+        self.moments.begin(group)
+        self.reset()
 
     def used(self) -> dict[str, Tensor]:
-        """The sets in use, as views."""
-        return {name: value[: self.rows] for name, value in self.values.items()}
+        """The sets in use: copies of chosen ones, or views of all."""
+        return {name: value[self.rows] for name, value in self.values.items()}
 
     def weights(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """Replacements and adapters for token_nll. The axis of the sets goes where it meets that of a batch's rows."""
@@ -1850,69 +1944,106 @@ class FastWeights:
         return replaced, adapters
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept from one reset to the next, but for TTT_WARM_START_A's adapters: each rank has its own."""
-        return dict(moments=self.moments, steps=self.steps)
+        """What outlives a reset of all sets."""
+        return dict(start=self.moments.start, total=self.moments.total)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self.moments, self.steps = self._here(saved["moments"]), saved["steps"]
+        self.moments.start, self.moments.total = (saved[name].to(self.device) for name in ("start", "total"))
 
-    def observe(self, gradients: Mapping[str, Tensor], sets: int) -> None:
-        """Take squared gradients into the moments: their mean at first, then with TTT_BETA2; SETS have a gradient."""
-        news = []
+    def observe(self, gradients: Mapping[str, Tensor], sets: Any) -> None:
+        """Take the squared gradients of sets into the moments, in document order."""
+        if self.moments.form == "artifact":
+            return
+        parts, count = [], len(next(iter(gradients.values())))
         for name, g in gradients.items():
-            squares = g.square().sum(0) / max(sets, 1)
-            news.append([squares.mean(-1), squares.mean(-2)] if is_matrix(name) else [squares])
-        if not self.shared:
-            sums = iter(sum_over_ranks([part for parts in news for part in parts]))
-            news = [[next(sums) for _ in parts] for parts in news]
-        share = max(1 - self.config.ttt_beta2, 1 / self.steps)
-        for name, parts in zip(gradients, news, strict=True):
-            moments = self.moments.setdefault(name, [torch.zeros_like(part) for part in parts])
-            torch._foreach_lerp_(moments, parts, share)
+            squares = g.square()
+            parts += [squares.mean(-1), squares.mean(-2)] if is_matrix(name) else [squares]
+        rows = [part.reshape(count, size) for part, size in zip(parts, self.sizes, strict=True)]
+        self.moments.observe(torch.cat([*rows, torch.ones(count, 1, device=self.device)], 1).float(), sets)
 
-    def direction(self, name: str, g: Tensor) -> Tensor:
-        """What TTT_OPTIMIZER makes of a gradient, (sets, ...), which may be overwritten."""
+    def directions(self, gradients: Mapping[str, Tensor], sets: Any) -> Iterator[tuple[str, Tensor]]:
+        """What TTT_OPTIMIZER makes of the gradients of sets, (n, ...) by name; they may be overwritten."""
         c = self.config
-        if c.ttt_optimizer == "precond":
-            square, *columns = self.moments[name]
-            for column in columns:  # exact where the mean square has rank one
-                square = square.unsqueeze(-1) * column.unsqueeze(-2) / square.mean(-1)[..., None, None].clamp(min=1e-30)
-            inverse = (square + TTT_MOMENT_FLOOR * square.mean()).rsqrt()
-            return g.mul_(inverse.nan_to_num(posinf=0.0))  # adapters' A has no gradient in training, where B is zero
-        state = self.state.setdefault(name, [torch.zeros_like(g), torch.zeros_like(g), torch.zeros(())])
-        momentum, square, steps = state[0][: len(g)], state[1][: len(g)], state[2]
+        means = self.named(self.moments.means(sets)) if c.ttt_optimizer == "precond" else {}
+        for name, g in gradients.items():
+            if c.ttt_optimizer == "precond":
+                square, *columns = means[name]
+                for column in columns:  # exact where the mean square has rank one
+                    whole = square.mean(-1)[..., None, None].clamp(min=1e-30)
+                    square = square.unsqueeze(-1) * column.unsqueeze(-2) / whole
+                floor = square.reshape(len(square), -1).mean(1).view(-1, *[1] * (square.dim() - 1))
+                inverse = (square + TTT_MOMENT_FLOOR * floor).rsqrt()
+                yield name, g.mul_(inverse.nan_to_num(posinf=0.0))  # adapters' A has no gradient where B is zero
+            elif c.ttt_optimizer == "sgd" and not c.ttt_momentum:
+                yield name, g
+            else:
+                yield name, self._momentum_direction(name, g, sets)
+
+    def _momentum_direction(self, name: str, g: Tensor, sets: Any) -> Tensor:
+        """SGD with momentum, or AdamW; state by set: momentum, and for AdamW squares and steps."""
+        c, value = self.config, self.values[name]
+        kept = 1 if c.ttt_optimizer == "sgd" else 2
+        state = self.state.setdefault(name, [torch.zeros_like(value) for _ in range(kept)] + [g.new_zeros(len(value))])
         if c.ttt_optimizer == "sgd":
-            return momentum.mul_(c.ttt_momentum).add_(g)
-        steps += 1
-        momentum.lerp_(g, 1 - c.ttt_momentum)
-        square.lerp_(g.square(), 1 - c.ttt_beta2)
+            state[0][sets] = momentum = state[0][sets].mul_(c.ttt_momentum).add_(g)
+            return momentum
+        momentum, square, steps = state[0][sets], state[1][sets], state[2][sets] + 1
+        momentum, square = momentum.lerp(g, 1 - c.ttt_momentum), square.lerp(g.square(), 1 - c.ttt_beta2)
+        state[0][sets], state[1][sets], state[2][sets] = momentum, square, steps
+        steps = steps.view(-1, *[1] * (g.dim() - 1))
         mean, root = momentum / (1 - c.ttt_momentum**steps), (square / (1 - c.ttt_beta2**steps)).sqrt()
-        return mean / (root + 1e-10) + c.ttt_weight_decay * self.values[name][: len(g)]
+        return mean / (root + 1e-10) + c.ttt_weight_decay * value[sets]
 
 
 @torch.no_grad()
-def collect_moments(model: GPT, batches: Iterable[Tensor], config: Config) -> dict[str, list[Tensor]]:
-    """Mean squared gradients, as FastWeights keeps them, of pieces of TTT_CHUNK_SIZE tokens of BATCHES (input ids)."""
+def collect_moments(
+    model: GPT, batches: Iterable[Tensor], config: Config, nll_fn: Callable = token_nll, across_ranks: bool = True
+) -> FastWeights | None:
+    """Fast weights whose moments are of chunks of TTT_CHUNK_SIZE tokens of texts (rows, tokens), None without any.
+
+    across_ranks: of the batches of all ranks, which must be as many on each.
+    """
+    settings, fast = replace(config, ttt_optimizer="precond", ttt_moments="shared"), None
     _, learns = TTT_MODES[config.ttt_mode]
-    settings = replace(config, ttt_optimizer="precond", ttt_beta2=0.999999)  # a plain mean
-    fast = None
     for ids in batches if learns else ():
         fast = fast or FastWeights(model, settings, learns, len(ids))
+        fast.moments.across_ranks = across_ranks
+        text, low = ids.cpu().numpy(), np.arange(len(ids)) * ids.size(1)
         for first in range(0, ids.size(1) - 1, config.piece_size):
-            piece = ids[:, max(0, first - config.ttt_context) : first + config.piece_size + 1]
-            columns = torch.arange(min(first, config.ttt_context), piece.size(1) - 1, device=ids.device)
-            columns = columns.expand(len(ids), -1)
-            targets = piece.gather(1, columns + 1)
-            weight = torch.full(targets.shape, 1 / targets.size(1), device=ids.device)
-            adaptation_step(model, fast, (piece[:, :-1], targets, columns, weight), 0.0, len(ids) * world_size())
-    return fast.moments if fast else {}
+            left, end = low + max(0, first - config.ttt_context), min(first + config.piece_size, ids.size(1) - 1)
+            windows = Windows(left, low + first - left, low + end - left)
+            share = np.full(len(ids), 1 / (end - first))
+            lesson = make_lesson(text.flatten(), windows, share, config.piece_size, config.ttt_context, ids.device)
+            adaptation_step(model, fast, lesson, 0.0, nll_fn=nll_fn)
+    return fast
+
+
+def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
+    """The prior of the second moments, (size + 1,), the same on all ranks: of text that the model generates itself.
+
+    It is made in batches of `rows` sequences with a fixed seed, and reads no other text.
+    """
+    c = config
+    texts = generate(model, c.ttt_prior_seqs, c.ttt_prior_chunks * c.piece_size + 1)
+    fast = collect_moments(model, texts.split(rows), c, nll_fn, across_ranks=False)
+    if world_size() > 1:
+        dist.broadcast(fast.moments.total, 0)
+    return fast.moments.total
 
 
 Lesson = tuple[Tensor, Tensor, Tensor, Tensor]  # ids (B, T), targets, columns, and the weights of their nll (B, C)
 
 
+def make_lesson(
+    tokens: np.ndarray, windows: Windows, weight: np.ndarray, width: int, context: int, device: torch.device
+) -> Lesson:
+    """Windows of up to `context` + `width` tokens as a batch of that shape; their targets have their row's weight."""
+    *batch, counts = make_batch(tokens, windows, width, device, context + width)
+    return (*batch, torch.from_numpy((weight[:, None] * counts).astype(np.float32)).to(device))
+
+
 def weighted_nll(model: GPT, fast: FastWeights, lesson: Lesson, nll_fn: Callable) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the weights * nll of a LESSON of this rank under FAST, and the values that it may be derived by."""
+    """The sum of the weights * nll of a lesson of this rank under `fast`, and the values that it may be derived by."""
     values = {name: value.detach().requires_grad_() for name, value in fast.used().items()}
     *batch, weight = lesson
     with torch.enable_grad():
@@ -1920,34 +2051,35 @@ def weighted_nll(model: GPT, fast: FastWeights, lesson: Lesson, nll_fn: Callable
 
 
 def adaptation_step(
-    model: GPT, fast: FastWeights, lesson: Lesson, lr: float, sets: int = 1, nll_fn: Callable = token_nll
+    model: GPT, fast: FastWeights, lesson: Lesson, lr: float, count: int | None = None, nll_fn: Callable = token_nll
 ) -> Tensor:
-    """One step of FAST down its weighted_nll, which is returned as it was before.
+    """One step of `fast` down its weighted_nll, which is returned as it was before.
 
-    SETS is how many sets learn, on all ranks.
-
-    Gradients are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by
-    itself.
+    count: how many sets in use learn, the first ones, in document order; the rest fill the batch. None: all. Gradients
+    are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by itself.
     """
     c, (loss, values) = fast.config, weighted_nll(model, fast, lesson, nll_fn)
     found = torch.autograd.grad(loss, list(values.values()))
     with torch.no_grad():
         if fast.shared:
             found = sum_over_ranks(list(found))
+        sets = slice(count) if isinstance(fast.rows, slice) else fast.rows[:count]
+        found = [g[:count] for g in found]
         if c.ttt_grad_clip:
-            norms = torch.stack([torch.linalg.vector_norm(g.reshape(len(g), -1), dim=1) for g in found])
+            flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in found]
+            norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat])
             factor = (c.ttt_grad_clip / (norms.norm(dim=0) + 1e-6)).clamp(max=1.0)  # (sets,)
             found = [g * factor.view(-1, *[1] * (g.dim() - 1)) for g in found]
         gradients = dict(zip(values, found, strict=True))
-        fast.steps += 1
-        if c.ttt_optimizer == "precond" and not fast.fixed:
+        if c.ttt_optimizer == "precond":
             fast.observe(gradients, sets)
-        moves = torch.ones(1, device=loss.device) if fast.shared else (lesson[3] != 0).any(1).float()  # (sets,)
-        for name, g in gradients.items():  # a document that has ended must not drift on by its momentum
-            value, rate = fast.values[name][: fast.rows], fast.rates[name] * moves.view(-1, *[1] * (g.dim() - 1))
-            value.addcmul_(fast.direction(name, g), rate.to(g.dtype), value=-lr)
+        for name, direction in fast.directions(gradients, sets):
+            value = values[name].detach()[:count]  # a copy of the sets, or all of them in place
+            value.add_(direction * fast.rates[name], alpha=-lr)
             if c.ttt_pull:
                 value.lerp_(fast.base[name], c.ttt_pull)
+            if not isinstance(sets, slice):
+                fast.values[name][sets] = value
     return loss.detach()
 
 
@@ -2009,15 +2141,17 @@ def rates_text(factors: Mapping[str, Tensor]) -> str:
     return "".join(f" rates_{name}:{f.min().item():.3f}..{f.max().item():.3f}" for name, f in factors.items())
 
 
-def inner_weights(model: GPT, config: Config, objective: str, moments: Moments | None = None) -> FastWeights:
+def inner_weights(model: GPT, config: Config, objective: str, stored: Moments | None = None) -> FastWeights:
     """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task.
 
-    MOMENTS are deployed's, where the evaluator will have them from the artifact.
+    stored: deployed's moments, where the evaluator will have them from the artifact.
     """
     c, plain = config, dict(ttt_grad_clip=0.0, ttt_pull=0.0, ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0)
-    plain |= dict(ttt_weight_decay=0.0, ttt_warm_start_a=False)
+    plain |= dict(ttt_weight_decay=0.0)
     if objective == "deployed":  # the evaluator's own
-        return FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()), moments)
+        fast = FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()), stored)
+        fast.moments.across_ranks = True
+        return fast
     if objective == "reptile":
         layers = c.reptile_layers or ",".join(map(str, range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)))
         plain |= dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_freeze_blocks=0, ttt_layers=layers)
@@ -2109,29 +2243,31 @@ def sample_documents(
 def deployed_step(
     model: GPT, fast: FastWeights, rates: MetaRates, rows: np.ndarray, sizes: np.ndarray, nll_fn: Callable = token_nll
 ) -> Tensor:
-    """Gradients of the loss of documents that are scored and learned from as the evaluator does it, piece by piece.
+    """Gradients of the loss of documents that are scored and adapted on as the evaluator does it, chunk by chunk.
 
-    ROWS (documents, length + 1) and SIZES (documents,) are those of all ranks; each takes its part. The banks are
-    rounded as the artifact's will be. Returns this rank's part of the loss, of which the mean is the whole.
+    rows (documents, length + 1) and sizes (documents,) are those of all ranks; each takes its part. Together they are
+    one group, in this order, whose moments begin from the prior. The banks are rounded as the artifact's will be.
+    Returns this rank's part of the loss, of which the mean is the whole.
     """
     c, device, total = model.config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
     text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
     low, text = np.arange(len(text)) * rows.shape[1], text.flatten()
-    lr, width, share = 0.0 if c.meta_control else c.ttt_lr, power_of_two(c.piece_size), world_size() / int(sizes.sum())
+    lr, size, share = 0.0 if c.meta_control else c.ttt_lr, c.piece_size, world_size() / int(sizes.sum())
     fast.set_factors(rates.factors())
-
-    def lesson(windows: Windows, weight: float) -> Lesson:
-        *batch, counts = make_batch(text, windows, width, device)
-        return (*batch, torch.from_numpy(counts.astype(np.float32) * weight).to(device))
-
     with fake_quantized_banks(model):
-        fast.reset()
-        for piece in range(0, int(sizes.max()), c.piece_size):
-            scored, learned = piece_windows(low, low + ends, piece, c)
-            total += outer_gradients(model, fast, rates, lesson(scored, share), nll_fn)
-            learners, to_learn = int((sizes > piece + c.piece_size).sum()), lesson(learned, 1 / c.piece_size)
-            for _ in range(c.ttt_epochs if learners else 0):
-                adaptation_step(model, fast, to_learn, lr, learners, nll_fn)
+        fast.begin()
+        for piece in range(0, int(sizes.max()), size):
+            scored, learned, lengths = piece_windows(low, low + ends, piece, c)
+            lesson = make_lesson(text, scored, np.full(len(low), share), size, int(lengths.min()) - size, device)
+            fast.rows = slice(None)
+            total += outer_gradients(model, fast, rates, lesson, nll_fn)
+            order = np.argsort(ends <= piece + size, kind="stable")  # those that go on first, in document order
+            count = int((ends > piece + size).sum())
+            lesson = make_lesson(text, learned.take(order), np.full(len(low), 1 / size), size, c.ttt_context, device)
+            fast.rows = torch.from_numpy(order).to(device)
+            for _ in range(c.ttt_epochs if (sizes > piece + size).any() else 0):
+                adaptation_step(model, fast, lesson, lr, count, nll_fn)
+                fast.moments.end_step()
     return total
 
 
@@ -3055,16 +3191,36 @@ class Windows(NamedTuple):
                 yield (start if whole else start + begin), start + end
 
 
-class Chunk(NamedTuple):
-    """A part of a plan: windows that are scored with the same weights, then windows that may be learned from.
+class Slots(NamedTuple):
+    """Which document's weights the windows of a chunk use; they stand in document order, (W,) each.
 
-    fresh: the weights go back to the artifact's before. base: the base learns, not the fast weights.
+    group: of documents, whose chunks one rank takes. slot: where a window's document has its weights. fresh: whether
+    the document begins here. lengths: tokens of the batch whose first window this is. width: columns of every batch.
+    """
+
+    group: int
+    slot: np.ndarray
+    fresh: np.ndarray
+    lengths: np.ndarray
+    width: int
+
+
+class Chunk(NamedTuple):
+    """A part of a plan: windows that are scored with the same weights, then windows that may be adapted on.
+
+    slots: where each window's document has weights of its own; windows that are adapted on are then as many, some of
+    them empty. base: the base learns, not the fast weights.
     """
 
     scored: Windows
     learned: Windows | None = None
-    fresh: bool = False
+    slots: Slots | None = None
     base: bool = False
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank has a part in it."""
+        return self.slots is None or self.slots.group % world_size() == rank()
 
 
 class Score(NamedTuple):
@@ -3107,17 +3263,31 @@ def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
     return Windows(ends - seq_len, seq_len - np.diff(ends, prepend=0), np.full(len(ends), seq_len))
 
 
-def piece_windows(low: np.ndarray, high: np.ndarray, piece: int, config: Config) -> tuple[Windows, Windows]:
-    """Of documents with targets LOW to HIGH: how the piece PIECE targets in is scored, and how it is learned from.
+def window_lengths(config: Config) -> list[int]:
+    """The four lengths, or fewer, that windows by documents are padded to: EVAL_SEQ_LEN and halves of it."""
+    halves = [math.ceil(config.eval_seq_len / 2**k) for k in (3, 2, 1, 0)]
+    return [length for length in halves if length >= config.piece_size]
+
+
+def piece_windows(
+    low: np.ndarray, high: np.ndarray, piece: np.ndarray | int, config: Config
+) -> tuple[Windows, Windows, np.ndarray]:
+    """Of documents with targets from low to high: how the chunk `piece` targets in is scored and how it is adapted on,
+    and one of window_lengths for each.
 
     It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by
-    side. Nothing is learned from a document's last piece; one that has ended has empty windows.
+    side. Windows start, and have the length, that they would have if the document went on: where it ends is known only
+    when that is scored. Nothing is adapted on of a document's last chunk; one that has ended has empty windows.
     """
-    c, a, b = config, np.minimum(low + piece, high), np.minimum(low + piece + config.piece_size, high)
-    start, left = np.maximum(low, b - c.eval_seq_len), np.maximum(low, a - c.ttt_context)
+    c, a, nominal = config, np.minimum(low + piece, high), low + piece + config.piece_size
+    b, left = np.minimum(nominal, high), np.maximum(low, a - c.ttt_context)
+    start = np.maximum(low, np.minimum(nominal - c.eval_seq_len, a))
     if c.eval_stride == c.eval_seq_len:
         start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
-    return Windows(start, a - start, b - start), Windows(left, a - left, np.where(b < high, b - left, a - left))
+    lengths = np.array(window_lengths(c))
+    lengths = lengths[np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))]  # never shorter with age
+    learned = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
+    return Windows(start, a - start, b - start), learned, lengths
 
 
 def power_of_two(number: int) -> int:
@@ -3134,11 +3304,14 @@ class Batch(NamedTuple):
     counts: np.ndarray
 
 
-def make_batch(tokens: np.ndarray, windows: Windows, width: int, device: torch.device) -> Batch:
-    """The windows as one batch of a few possible shapes; places after a window's end read as BOS."""
+def make_batch(
+    tokens: np.ndarray, windows: Windows, width: int, device: torch.device, length: int | None = None
+) -> Batch:
+    """The windows as one batch of `length` tokens, or of a few possible shapes; after a window's end it reads BOS."""
     start, begin, end = windows
     most = int((end - begin).max(initial=1))
-    length = int(end[0]) if end.min() == end.max() > 0 else power_of_two(end.max(initial=1))
+    if length is None:
+        length = int(end[0]) if end.min() == end.max() > 0 else power_of_two(end.max(initial=1))
     width = min(width if most <= width else length, length)
     places = np.arange(length + 1)
     rows = tokens[np.minimum(start[:, None] + places, len(tokens) - 1)].astype(np.int64)  # (B, length + 1)
@@ -3152,6 +3325,16 @@ def make_batch(tokens: np.ndarray, windows: Windows, width: int, device: torch.d
 def rank_share(windows: Windows) -> Windows:
     """The windows of this rank, which are contiguous."""
     return windows.take(np.array_split(np.arange(len(windows.start)), world_size())[rank()])
+
+
+def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
+    """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan says it."""
+    all_of_them, slots = np.arange(len(chunk.scored.start)), chunk.slots
+    mine = np.array_split(all_of_them, world_size())[rank()] if slots is None else all_of_them
+    usual = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(mine) else 1
+    for first in range(0, len(mine), size or max(len(mine), 1)):
+        index = mine[first : first + (size or len(mine))]
+        yield (index, usual, None) if slots is None else (index, slots.width, int(slots.lengths[first]))
 
 
 @torch.no_grad()
@@ -3168,28 +3351,29 @@ def score(
 ) -> Score:
     """Score TOKENS (uint16, on the host) chunk by chunk of a PLAN; every rank gets the whole result.
 
-    The ranks share the windows of a chunk, and take BATCH_SEQS of them at a time (None: all). A LEARNER's weights are
-    used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py). OBSERVE sees the windows, the
-    batch and the losses, before anything is learned; PROGRESS the number of each chunk, before it is scored.
+    The ranks share the windows of a chunk, or take whole groups of documents, and BATCH_SEQS windows at a time (None:
+    all). A LEARNER's weights are used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py).
+    OBSERVE sees the windows, the batch and the losses, before anything is learned; PROGRESS the number of each of this
+    rank's chunks, before it is scored.
     Sums are float64. Raises LedgerError where a target would be scored twice, never, or after it was learned from.
     """
-    device, began = model.tok_emb.weight.device, time.perf_counter()
+    device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
     forward = nll_fn if learner is None else learner.token_nll
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
     ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
     bar = tqdm(total=len(nll), desc="score", unit="target", disable=None if rank() == 0 else True)
-    for number, chunk in enumerate(plan):
-        progress(number)
-        if learner is not None:
-            learner.begin(number, chunk)
+    for chunk in plan:
         ledger.score(chunk.scored)
-        width = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(chunk.scored.start) else 1
-        mine = rank_share(chunk.scored)
-        size = batch_seqs or len(mine.start)
-        for first in range(0, len(mine.start), max(size, 1)):
-            index = np.arange(first, min(first + size, len(mine.start)))
-            windows = mine.take(index)
-            batch = make_batch(tokens, mine.take(np.resize(index, size)), width, device)  # of a fixed shape
+        if chunk.is_mine:
+            progress(number)
+            if learner is not None:
+                learner.begin(number, chunk)
+            number += 1
+        for index, width, length in batches_of(chunk, batch_seqs) if chunk.is_mine else ():
+            windows, padded = chunk.scored.take(index), np.resize(index, batch_seqs or len(index))
+            batch = make_batch(tokens, chunk.scored.take(padded), width, device, length)  # of a fixed shape
+            if learner is not None:
+                learner.select(chunk, index)
             losses = forward(model, batch.ids, batch.targets, batch.columns)
             row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a mask on the GPU would make it wait
             targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
@@ -3200,7 +3384,8 @@ def score(
             bar.update(len(row) * world_size())
         if learner is not None and chunk.learned is not None:
             ledger.learn(chunk.learned)
-            learner.learn(tokens, chunk, nll)
+            if chunk.is_mine:
+                learner.learn(tokens, chunk, nll)
     bar.close()
     if world_size() > 1:
         dist.all_reduce(nll)
@@ -3710,10 +3895,10 @@ def warm_up_meta(
         fomaml_step(model, inner_weights(model, c, "fomaml"), rates, *meta_rows(batches, c), nll_fn)
     if "reptile" in c.late_fracs and model.looped:
         fast = inner_weights(model, c, "reptile")
-        reptile_step(model, fast, random_ids(1, fast.rows, c.train_seq_len + 1), nll_fn)
+        reptile_step(model, fast, random_ids(1, fast.sets, c.train_seq_len + 1), nll_fn)
     if "deployed" in c.late_fracs and model.looped:
         fast, length = inner_weights(model, c, "deployed"), c.meta_ttt_pieces * c.piece_size
-        rows = random_ids(world_size() * fast.rows, length + 1).cpu().numpy()
+        rows = random_ids(world_size() * fast.sets, length + 1).cpu().numpy()
         deployed_step(model, fast, rates, rows, np.full(len(rows), length), nll_fn)
     model.zero_grad(set_to_none=True)
 
@@ -3725,7 +3910,8 @@ def training_moments(run: Run, model: GPT) -> dict[str, list[Tensor]] | None:
         return None
     count = math.ceil(MOMENT_BATCHES / world_size()) * world_size()  # as many for each rank: all reduce together
     text = replace(run, config=replace(c, calib_source="train"))
-    return collect_moments(model, (ids for ids, _ in calibration_batches(text, model, count, MOMENT_ROWS)), c)
+    fast = collect_moments(model, (ids for ids, _ in calibration_batches(text, model, count, MOMENT_ROWS)), c)
+    return fast.stored() if fast else {}
 
 
 def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
@@ -3829,7 +4015,7 @@ def reptile_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> P
 
     def take_step(step: int, left: float) -> Measured:
         starts = random_places(c, 0, step).integers(
-            len(run.train), size=(c.reptile_inner_steps, world_size() * fast.rows)
+            len(run.train), size=(c.reptile_inner_steps, world_size() * fast.sets)
         )
         mine = np.split(starts, world_size(), axis=1)[rank()]
         rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
@@ -3843,9 +4029,11 @@ def deployed_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> 
     """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
     c, optimizers = run.config, make_optimizers(model, run.config)
     fast = inner_weights(model, c, "deployed", training_moments(run, model))
+    if fast.wants_prior:
+        fast.moments.start = generated_moments(model, c, fast.sets, nll_fn)
 
     def take_step(step: int, left: float) -> Measured:
-        rows, sizes = sample_documents(run.train, world_size() * fast.rows, c, random_places(c, 1, step))
+        rows, sizes = sample_documents(run.train, world_size() * fast.sets, c, random_places(c, 1, step))
         loss = deployed_step(model, fast, rates, rows, sizes, nll_fn)
         rates.step(left)
         return apply_gradients(model, optimizers, loss, c.meta_ttt_outer_lr * left, c.muon_momentum)

@@ -637,15 +637,15 @@ def trace(a: Side, text: Text) -> Table:
 
 
 @torch.no_grad()
-def chunk_losses(learner: ev.Learner, text: Text, windows: tg.Windows) -> tuple[np.ndarray, np.ndarray]:
-    """Targets that WINDOWS score, and their nats under the learner's weights of the moment."""
+def chunk_losses(learner: ev.Learner, text: Text, chunk: tg.Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Targets that a chunk scores, and their nats under the learner's weights of the moment."""
     losses, targets = [], []
-    size = len(windows.start) if learner.by_documents else learner.config.eval_batch_seqs
-    for first in range(0, len(windows.start), size):
-        part = windows.take(np.arange(first, min(first + size, len(windows.start))))
-        batch = tg.make_batch(text.tokens, part, tg.power_of_two((part.end - part.begin).max()), learner.device)
+    for index, width, length in tg.batches_of(chunk, learner.rows):
+        part, padded = chunk.scored.take(index), chunk.scored.take(np.resize(index, learner.rows))
+        batch = tg.make_batch(text.tokens, padded, width, learner.device, length)
+        learner.select(chunk, index)
         found = learner.token_nll(learner.model, batch.ids, batch.targets, batch.columns).double().cpu().numpy()
-        row, column = np.nonzero(batch.counts)
+        row, column = np.nonzero(batch.counts[: len(index)])
         targets.append((part.start + part.begin)[row] + column)
         losses.append(found[row, column])
     return np.concatenate(targets), np.concatenate(losses)
@@ -654,11 +654,12 @@ def chunk_losses(learner: ev.Learner, text: Text, windows: tg.Windows) -> tuple[
 def along_step(a: Side, text: Text) -> Table:
     """How the loss changes along the evaluator's first step: from the first chunk, of it and of the next.
 
-    By documents a chunk is a piece of each of the first TTT_BATCH_SEQS documents. Every row counts the same, one pass.
+    By documents a chunk is the first of each of the first TTT_SLOTS documents of a group. Every row counts the same,
+    one pass.
     """
     c = replace(a.setup.config, ttt_epochs=1, ttt_top_frac=1.0, ttt_loss_power=0.0)
     plan = a.setup.plan(text.tokens) if c.ttt_mode != "none" else []
-    if len(plan) < 2 or plan[0].learned is None or plan[1].fresh:
+    if len(plan) < 2 or plan[0].learned is None or (plan[0].slots and plan[1].slots.group != plan[0].slots.group):
         return {}  # nothing is learned, or nothing comes next
     model = deepcopy(a.model).requires_grad_(False)
     learner = ev.Learner(model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None)
@@ -672,7 +673,7 @@ def along_step(a: Side, text: Text) -> Table:
         for step in STEPS:
             for key, value in fast.values.items():
                 value.copy_(fast.base[key] + step * moved[key])
-            targets, found = chunk_losses(learner, text, plan[number].scored)
+            targets, found = chunk_losses(learner, text, plan[number])
             losses.append(found)
         changes = [clustered(found - losses[0], document[targets]) for found in losses]
         table[name] = {f"{step:g}": change for step, change in zip(STEPS, changes, strict=True)}

@@ -12,7 +12,7 @@ from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
 
 import train_gpt
-from eval_ttt import document_plan, documents, flat_plan, mixed_nll, ppm_nll, with_phases
+from eval_ttt import SLOT_ROWS, document_plan, documents, flat_plan, mixed_nll, ppm_nll
 from train_gpt import GPT, TTT_MODES, Chunk, Config, FastWeights, Ledger, LedgerError, Windows, adaptation_step
 
 ALL = TTT_MODES["all"][1]
@@ -79,7 +79,7 @@ def test_flat_plan(num_tokens, seq_len, stride, chunk_tokens, context):
     assert scored == rows(train_gpt.sliding_windows(num_tokens, seq_len, stride))
     numbers = [{(start + begin) // chunk_tokens for start, begin, _ in rows(chunk.scored)} for chunk in plan]
     assert all(len(one) == 1 and min(one) < min(two) for one, two in pairwise([*numbers, {math.inf}]))
-    assert plan[-1].learned is None and not any(chunk.fresh or chunk.base for chunk in plan)
+    assert plan[-1].learned is None and not any(chunk.slots or chunk.base for chunk in plan)
     for chunk in plan[:-1]:
         assert counted(chunk.learned) == counted(chunk.scored)
         lengths = [end - begin for _, begin, end in rows(chunk.learned)]
@@ -107,81 +107,101 @@ def test_documents_begin_at_their_first_token(tokens, expected):
     assert list(zip(begin.tolist(), end.tolist(), strict=True)) == expected == spans(np.array(tokens))
 
 
-def test_the_longest_documents_first():
-    begin, end = documents(text_of([3, 7, 1, 7, 9, 3]), "longest")
-    assert (end - begin).tolist() == [9, 7, 7, 3, 3, 1] and begin.tolist() == [18, 3, 11, 0, 27, 10]
-
-
 LENGTHS = [13, 1, 29, 5, 4, 17, 1, 10, 30]
-BY_DOCUMENTS = [  # TTT_CHUNK_SIZE, EVAL_SEQ_LEN, EVAL_STRIDE, TTT_BATCH_SEQS, TTT_CONTEXT, TTT_DOC_ORDER
-    (5, 12, 4, 4, 0, "longest"), (5, 12, 4, 3, 7, "file"), (4, 12, 12, 2, 2, "longest"), (12, 12, 3, 100, 0, "file"),
-    (1, 8, 8, 1, 0, "file"), (5, 12, 12, 4, 0, "file"),
+BY_DOCUMENTS = [  # TTT_CHUNK_SIZE, EVAL_SEQ_LEN, EVAL_STRIDE, TTT_SLOTS, TTT_GROUPS, TTT_CONTEXT
+    (5, 12, 4, 4, 1, 0), (5, 12, 4, 3, 2, 7), (4, 12, 12, 2, 1, 2), (12, 12, 3, 100, 1, 0), (1, 8, 8, 1, 20, 0),
+    (5, 12, 12, 4, 3, 0),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("size, seq_len, stride, batch, context, order", BY_DOCUMENTS)
-def test_document_plan(size, seq_len, stride, batch, context, order, ranks):
-    """Every rank has as many rows; a row of a rank is one document for a whole batch and reads no other."""
+def in_slots(members: list[tuple[int, int]], slots: int, size: int) -> list[dict[int, tuple]]:
+    """By hand, for each step of a group: slot -> (document's targets, chunk), one slot after the other."""
+    waiting, held, steps = list(members), [None] * slots, []
+    while waiting or any(held):
+        for slot in range(slots):
+            if held[slot] is None and waiting:
+                held[slot] = (waiting.pop(0), 0)
+        steps.append({slot: each for slot, each in enumerate(held) if each})
+        for slot, each in enumerate(held):
+            if each:
+                (low, high), chunk = each
+                held[slot] = (each[0], chunk + 1) if low + (chunk + 1) * size < high else None
+    return steps
+
+
+@pytest.mark.parametrize("size, seq_len, stride, slots, groups, context", BY_DOCUMENTS)
+def test_document_plan(size, seq_len, stride, slots, groups, context):
+    """Each step has the next chunk of the document in each slot, in document order; it reads no other document."""
     tokens = text_of(LENGTHS)
     config = Config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_size=size, ttt_context=context)
-    config = replace(config, ttt_batch_seqs=batch, ttt_doc_order=order)
-    plan, batches, piece = document_plan(tokens, config, ranks), [], 0
+    plan = document_plan(tokens, replace(config, ttt_slots=slots, ttt_groups=groups))
     follow(plan, len(tokens) - 1)
-    for chunk in plan:
-        piece, batches = (0, [*batches, {}]) if chunk.fresh else (piece + 1, batches)
-        per_rank, rest = divmod(len(chunk.scored.start), ranks)
-        assert rest == 0 and not chunk.base
-        learned = rows(chunk.learned or windows(*[(0, 0, 0)] * per_rank * ranks))
-        for row, ((start, begin, end), learn) in enumerate(zip(rows(chunk.scored), learned, strict=True)):
-            if end <= begin:
-                assert learn[2] <= learn[1]
-                continue
-            low, high = next(span for span in spans(tokens) if span[0] <= start + begin < span[1])
-            assert batches[-1].setdefault(divmod(row, per_rank), (low, high)) == (low, high)
-            a, b = low + piece * size, min(low + (piece + 1) * size, high)
-            assert (start + begin, start + end) == (a, b) and end <= seq_len
+    steps = [(group, step) for group in range(groups) for step in in_slots(spans(tokens)[group::groups], slots, size)]
+    for chunk, (group, step) in zip(plan, steps, strict=True):
+        held = {span: (slot, number) for slot, (span, number) in step.items()}
+        expected = [(*held[span], *span) for span in sorted(held)]
+        assert chunk.slots.group == group and not chunk.base and chunk.slots.width == size
+        assert chunk.slots.fresh.tolist() == [number == 0 for _, number, _, _ in expected]
+        learned = rows(chunk.learned or windows(*[(0, 0, 0)] * len(expected)))
+        by_document = zip(expected, chunk.slots.slot.tolist(), rows(chunk.scored), learned, strict=True)
+        for (slot, number, low, high), given, (start, begin, end), learn in by_document:
+            a, b = low + number * size, min(low + (number + 1) * size, high)
+            assert given == slot and (start + begin, start + end) == (a, b) and end <= seq_len
             block = low + (a - low) // seq_len * seq_len if stride == seq_len else low
-            assert start == max(block, b - seq_len)
+            assert start == max(block, a + size - seq_len)  # as if the document went on
             left = max(low, a - context)
             assert learn == (left, a - left, b - left) if b < high else learn[2] <= learn[1]
-    expected = spans(tokens) if order == "file" else sorted(spans(tokens), key=lambda span: span[0] - span[1])
-    for each in batches:  # the longest to rank 0, the next to rank 1, and so on
-        in_turn = [span for _, span in sorted(each.items(), key=lambda item: item[0][::-1])]
-        assert in_turn == sorted(expected[:batch], key=lambda span: span[0] - span[1])
-        expected = expected[batch:]
-    assert not expected
+        for length, (_, begin, end) in zip(chunk.slots.lengths.tolist(), rows(chunk.scored), strict=True):
+            assert end <= begin + size <= length <= seq_len
 
 
-def test_documents_of_a_batch_do_not_depend_on_the_ranks():
-    config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_batch_seqs=6)
-    plans = [document_plan(text_of(LENGTHS), config, ranks) for ranks in (1, 2, 3)]
-    for chunks in zip(*plans, strict=True):
-        assert len({tuple(sorted(counted(chunk.scored))) for chunk in chunks}) == 1
+def test_windows_and_shapes_know_no_end():
+    """The same document, ended a target earlier or later: all that is common to both is planned the same."""
+    config = Config(eval_seq_len=12, eval_stride=4, ttt_chunk_size=5, ttt_groups=1)
+    for length in range(1, 40):
+        short, long = (document_plan(text_of([length + more]), config) for more in (0, 1))
+        for one, other in zip(short, long, strict=False):
+            assert one.scored.start.tolist() == other.scored.start.tolist()
+            assert one.slots.lengths.tolist() == other.slots.lengths.tolist()
 
 
-PHASES = [(2, 6, 3, [2, 4, 6]), (2, 5, 1, [6]), (3, 6, 2, [3, 6]), (2, 9, 1, []), (2, 2000, 3, []), (100, 4, 2, [])]
+@pytest.mark.parametrize(
+    "seq_len, size, context", [(2048, 128, 0), (2048, 64, 32), (256, 64, 0), (100, 33, 5), (7, 7, 0)]
+)
+def test_a_plan_has_few_shapes(seq_len, size, context):
+    """Documents of 1 to 100,000 tokens: four lengths at most, and each holds all windows of its batch."""
+    lengths = np.unique(np.geomspace(1, 100_000, 60).astype(int))
+    tokens = text_of(np.random.default_rng(0).permutation(lengths).tolist())
+    config = Config(eval_seq_len=seq_len, ttt_chunk_size=size, ttt_context=context, ttt_slots=24, ttt_groups=2)
+    shapes, plan = set(), document_plan(tokens, config)
+    for chunk in plan:
+        for index, width, length in train_gpt.batches_of(chunk, SLOT_ROWS):
+            shapes.add((width, length))
+            assert len(index) <= SLOT_ROWS and (chunk.scored.end[index] <= length).all()
+    assert {width for width, _ in shapes} == {size} and {length for _, length in shapes} <= {
+        math.ceil(seq_len / 2**k) for k in range(4)
+    }
 
 
-@pytest.mark.parametrize("batch, prefix, phases, expected", PHASES)
-def test_phases(batch, prefix, phases, expected):
-    """EXPECTED: how many documents are scored at each border; after the last batch nothing is learned."""
+PHASES = [(1, 6, 3, [2, 4, 6]), (2, 5, 1, [5]), (3, 6, 2, [3, 6]), (1, 9, 1, []), (2, 2000, 3, []), (1, 4, 2, [2, 4])]
+
+
+@pytest.mark.parametrize("groups, prefix, phases, expected", PHASES)
+def test_phases(groups, prefix, phases, expected):
+    """EXPECTED: how many documents are scored at each border, where all slots run empty; none after the last one."""
     tokens = text_of(LENGTHS)
-    config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_batch_seqs=batch)
-    config = replace(config, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases)
-    plain = document_plan(tokens, config)
-    plan = with_phases(plain, tokens, config)
+    config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_slots=2, ttt_groups=groups, ttt_mode="phased")
+    plan = document_plan(tokens, replace(config, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases))
     follow(plan, len(tokens) - 1)
-    assert [rows(chunk.scored) for chunk in plan if not chunk.base] == [rows(chunk.scored) for chunk in plain]
-    in_order, borders = sorted(spans(tokens), key=lambda span: span[0] - span[1]), []
-    for number, chunk in enumerate(plan):
+    borders, done = [], set()
+    for chunk in plan:
         if chunk.base:
-            done = sum(before.fresh for before in plan[:number]) * batch
-            assert counted(chunk.learned) == [t for low, high in in_order[:done] for t in range(low, high)]
+            borders.append([low for low, _ in spans(tokens)].index(len(done)))
+            assert done == set(range(len(done))) and counted(chunk.learned) == sorted(done)
             assert all(begin == 0 < end <= 12 for _, begin, end in rows(chunk.learned))
-            assert all(any(low <= s and s + e <= high for low, high in in_order) for s, _, e in rows(chunk.learned))
-            assert len(chunk.scored.start) == 0 and plan[number + 1].fresh
-            borders.append(done)
+            assert all(any(a <= s and s + e <= b for a, b in spans(tokens)) for s, _, e in rows(chunk.learned))
+            assert len(chunk.scored.start) == 0
+        done |= {*counted(chunk.scored)}
     assert borders == expected
 
 
@@ -207,7 +227,8 @@ def test_the_ledger_refuses_a_second_score_and_early_learning():
 @pytest.mark.parametrize("change, message", [("learn", "before they are scored"), ("score", "scored twice")])
 def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, message):
     class Never:
-        begin, token_nll = staticmethod(lambda *_: None), staticmethod(train_gpt.token_nll)
+        begin, select = staticmethod(lambda *_: None), staticmethod(lambda *_: None)
+        token_nll = staticmethod(train_gpt.token_nll)
         learn = staticmethod(lambda *_: pytest.fail("learned"))
 
     plan = flat_plan(len(TOKENS), Config(eval_seq_len=16, eval_stride=8, ttt_chunk_tokens=16))
@@ -223,11 +244,16 @@ def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, messag
 
 
 class Moments:
-    """Mean squared gradients as the settings describe them: row and column means of matrices, else every entry."""
+    """Mean squared gradients as the settings describe them: row and column means of matrices, else every entry.
 
-    def __init__(self, config: Config, stored: dict[str, list[torch.Tensor]] | None = None):
+    By flat chunks a running mean that forgets with TTT_BETA2; by documents (prefix) a plain mean over the prior, over
+    the documents that stand earlier, and over the own. Stored moments stay as they are.
+    """
+
+    def __init__(self, config: Config, stored: dict[str, list[torch.Tensor]] | None = None, prior=()):
         self.config, self.fixed, self.steps = config, stored is not None, 0
         self.means = {name: [part.double() for part in parts] for name, parts in (stored or {}).items()}
+        self.seen = [(-1, each) for each in prior]  # document, parts by name
 
     @staticmethod
     def parts(name: str, g: torch.Tensor) -> list[torch.Tensor]:
@@ -235,14 +261,29 @@ class Moments:
             return [(g**2).mean(-1), (g**2).mean(-2)]
         return [g**2]
 
-    def observe(self, gradients: list[dict[str, torch.Tensor]]) -> None:
-        self.steps += 0 if self.fixed else 1
-        for name in gradients[0] if not self.fixed else ():
-            each = [self.parts(name, g[name]) for g in gradients]
-            new = [sum(column) / len(each) for column in zip(*each, strict=True)]
-            keep = min(self.config.ttt_beta2, 1 - 1 / self.steps)
-            old = self.means.get(name, new)
-            self.means[name] = [keep * o + (1 - keep) * n for o, n in zip(old, new, strict=True)]
+    @classmethod
+    def all_parts(cls, gradients: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+        return {name: cls.parts(name, g) for name, g in gradients.items()}
+
+    @staticmethod
+    def mean(many: list[dict[str, list[torch.Tensor]]]) -> dict[str, list[torch.Tensor]]:
+        """By name and part."""
+        columns = {name: zip(*(each[name] for each in many), strict=True) for name in many[0]}
+        return {name: [sum(column) / len(many) for column in parts] for name, parts in columns.items()}
+
+    def observe(self, gradients: dict[str, torch.Tensor], document: int | None = None) -> None:
+        """Of one set of weights for everything, or of a document with its number."""
+        if self.fixed:
+            return
+        self.steps, new = self.steps + 1, self.all_parts(gradients)
+        if document is not None:
+            self.seen.append((document, new))
+            self.means = self.mean([each for other, each in self.seen if other <= document])
+            return
+        keep = min(self.config.ttt_beta2, 1 - 1 / self.steps)
+        for name, parts in new.items():
+            old = self.means.get(name, parts)
+            self.means[name] = [keep * o + (1 - keep) * n for o, n in zip(old, parts, strict=True)]
 
     def root(self, name: str) -> torch.Tensor:
         parts = self.means[name]
@@ -320,10 +361,10 @@ class Hand:
                 rate *= 0.0 if row == frozen and name.startswith(f"blocks.{block}.") else 1.0
         return rate
 
-    def step(self, loss: torch.Tensor, lr: float) -> None:
+    def step(self, loss: torch.Tensor, lr: float, document: int | None = None) -> None:
         gradients = self.gradients(loss)
         if self.config.ttt_optimizer == "precond":
-            self.moments.observe([gradients])
+            self.moments.observe(gradients, document)
         self.apply(lr)
 
 
@@ -364,7 +405,7 @@ def test_each_row_of_a_batch_reads_its_own_set(config):
     fast = fast_of(model, config, ALL, 3)
     assert set(fast.values) == set(names)
     for changed in [*([name] for name in names), names]:
-        fast.reset()
+        fast.begin()
         for name in changed:
             fast.values[name].copy_(torch.stack([other.get_parameter(name) for other in others]))
         together = train_gpt.token_nll(model, ids, targets, columns, *fast.weights(fast.used()))
@@ -414,7 +455,7 @@ STEPS = {
     "sgd, clipped": dict(ttt_optimizer="sgd", ttt_momentum=0.5, ttt_grad_clip=0.7),
     "adamw": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.3),
     "adamw without momentum": dict(ttt_optimizer="adamw", ttt_beta2=0.9),
-    "precond": dict(ttt_beta2=0.6),
+    "precond": dict(),
     "precond, moments of training": dict(ttt_moments="artifact"),
     "pull": dict(ttt_pull=0.2),
     "frozen blocks": dict(ttt_freeze_blocks=2),
@@ -426,7 +467,7 @@ LEARN = [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]  # 
 @pytest.mark.parametrize("learns", [ALL, "adapters"], ids=["all", "adapters"])
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS)
 def test_steps_of_documents_equal_steps_by_hand(changes, learns):
-    """Documents side by side against each by itself; what they share is the moments."""
+    """Documents side by side against each by itself; of the moments each has those of the documents before it."""
     config, lr = replace(LEVERS, **changes), 0.01
     model, stored, fixed = model_of(config), None, config.ttt_moments == "artifact"
     tolerance = 1e-5 if config.ttt_optimizer == "adamw" else 1e-7  # its corrections of the bias are float32
@@ -435,15 +476,15 @@ def test_steps_of_documents_equal_steps_by_hand(changes, learns):
         stored = {name: [p + 0.01 for p in Moments.parts(name, base)] for name, base in shapes.items()}
     moments = Moments(config, stored)
     fast = fast_of(model, config, learns, 3, copy.deepcopy(stored))
+    fast.begin()
     hands = [Hand(model, config, learns, moments) for _ in range(3)]
     for number, weights in enumerate(LEARN):
         text, *batch = batch_of(number, weights)
-        losses = [w * hand.losses(ids, 0, 0, 12).mean() for hand, ids, w in zip(hands, text, weights, strict=True)]
-        found = [hand.gradients(loss) for hand, loss in zip(hands, losses, strict=True)]
-        moments.observe([g for g, weight in zip(found, weights, strict=True) if weight])
-        adaptation_step(model, fast, batch, lr, sum(weight > 0 for weight in weights))
-        for row, hand in enumerate(hands[: 2 if weights[2] == 0 else 3]):
-            hand.apply(lr)
+        count = sum(weight > 0 for weight in weights)
+        adaptation_step(model, fast, batch, lr, count)
+        fast.moments.end_step()
+        for row, hand in enumerate(hands[:count]):
+            hand.step(weights[row] * hand.losses(text[row], 0, 0, 12).mean(), lr, row)
             for name, value in hand.values.items():
                 torch.testing.assert_close(fast.values[name][row], value.detach(), rtol=0, atol=tolerance, msg=name)
     moved = [name for name, base in fast.base.items() if not torch.equal(fast.values[name][0], base)]
@@ -451,7 +492,7 @@ def test_steps_of_documents_equal_steps_by_hand(changes, learns):
     assert moved == [name for name in fast.base if not name.startswith(tuple(frozen))]
 
 
-@pytest.mark.parametrize("changes", [STEPS["sgd, clipped"], STEPS["precond"]], ids=["sgd", "precond"])
+@pytest.mark.parametrize("changes", [STEPS["sgd, clipped"], dict(ttt_beta2=0.6)], ids=["sgd", "precond"])
 def test_one_set_for_all_rows_takes_one_gradient(changes):
     config = replace(LEVERS, **changes)
     model, moments = model_of(config), Moments(config)
@@ -469,42 +510,52 @@ def test_what_a_step_leaves_alone():
     """A rate of zero, and a set that is not in use, stand still; all else moves."""
     config = replace(LEVERS, ttt_freeze_blocks=1, ttt_out_lr_mult=2.0)
     model, batch = model_of(config), batch_of(0, (1.0, 1.0))[1:]
-    fast = fast_of(model, config, ALL, 3)
-    fast.rows = 2
+    fast = fast_of(model, config, ALL, 4)
+    fast.begin()
+    fast.rows = torch.tensor([3, 1])
     adaptation_step(model, fast, batch, 0.01, 2)
     for name, value in fast.values.items():
         moves = torch.as_tensor(Hand(model, config, ALL).rate(name)).bool()
-        moved = (value[:2] - fast.base[name]).abs()
-        assert torch.equal(value[2], fast.base[name]) and not (moved * ~moves).any()
+        moved = (value[[1, 3]] - fast.base[name]).abs()
+        assert torch.equal(value[[0, 2]], torch.stack([fast.base[name]] * 2)) and not (moved * ~moves).any()
         assert (moved * moves).max() > 1e-7 or not moves.any()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "precond"])
 def test_reset_forgets_all_but_the_moments(optimizer):
+    """Two documents one after the other in one slot, while a third one is in another."""
     config = replace(LEVERS, ttt_optimizer=optimizer, ttt_momentum=0.9)
     model, moments = model_of(config), Moments(config)
-    fast = fast_of(model, config, ALL, 1)
-    for document in range(2):
+    fast = fast_of(model, config, ALL, 2)
+    fast.begin()
+    other = Hand(model, config, ALL, moments)
+    for document in (0, 2):
         hand = Hand(model, config, ALL, moments)
-        fast.reset()
+        fast.reset(torch.tensor([1]))
+        fast.rows = torch.tensor([1, 0] if document == 0 else [0, 1])  # in document order
         for number in range(2):
-            text, *batch = batch_of(2 * document + number, (1.0,))
-            adaptation_step(model, fast, batch, 0.01)
-            hand.step(hand.losses(text[0], 0, 0, 12).mean(), 0.01)
-        for name, value in hand.values.items():
-            torch.testing.assert_close(fast.values[name][0], value.detach(), rtol=0, atol=1e-5, msg=name)
-    fast.reset()
+            text, *batch = batch_of(2 * document + number, (1.0, 1.0))
+            adaptation_step(model, fast, batch, 0.01, 2)
+            fast.moments.end_step()
+            for row, (each, name) in enumerate(sorted([(hand, document), (other, 1)], key=lambda pair: pair[1])):
+                each.step(each.losses(text[row], 0, 0, 12).mean(), 0.01, name)
+        for each, slot in ((hand, 1), (other, 0)):
+            for name, value in each.values.items():
+                torch.testing.assert_close(fast.values[name][slot], value.detach(), rtol=0, atol=1e-5, msg=name)
+    fast.reset(torch.tensor([0]))
     assert all(torch.equal(value[0], fast.base[name]) for name, value in fast.values.items())
+    assert not any(torch.equal(value[1], fast.base[name]) for name, value in fast.values.items() if value.numel() > 2)
 
 
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_warm_start_keeps_the_input_sides(warm):
-    model, config = model_of(SMALL), replace(SMALL, ttt_warm_start_a=warm)
-    fast = fast_of(model, config, "adapters", 2)
+    model = model_of(SMALL)
+    fast = fast_of(model, SMALL, "adapters", 2)
+    fast.begin()
     for number in range(2):  # at the first one the input sides have no gradient
         adaptation_step(model, fast, batch_of(number, (1.0, 1.0))[1:], 0.01, 2)
     before = copy.deepcopy(fast.values)
-    fast.reset()
+    fast.reset(warm=warm)
     for name, value in fast.values.items():
         assert not torch.equal(before[name][0], fast.base[name])
         assert torch.equal(value, before[name] if warm and name.endswith(".a") else torch.stack([fast.base[name]] * 2))
@@ -524,7 +575,7 @@ def test_moments_are_means_over_pieces(mode, size, context, clip):
         for a in range(0, 16, size):
             hand, b = Hand(model, config, TTT_MODES[mode][1]), min(a + size, 16)
             gradients.append(hand.gradients(hand.losses(text, max(0, a - context), a, b).mean()))
-    found = train_gpt.collect_moments(model, batches, config)
+    found = train_gpt.collect_moments(model, batches, config).stored()
     assert set(found) == set(gradients[0])
     for name, parts in found.items():
         each = [Moments.parts(name, g[name]) for g in gradients]
@@ -533,7 +584,7 @@ def test_moments_are_means_over_pieces(mode, size, context, clip):
 
 
 def test_no_mode_no_moments():
-    assert train_gpt.collect_moments(model_of(SMALL), [random_ids(2, 17)], replace(SMALL, ttt_mode="none")) == {}
+    assert train_gpt.collect_moments(model_of(SMALL), [random_ids(2, 17)], replace(SMALL, ttt_mode="none")) is None
 
 
 @pytest.mark.parametrize("smallest, tolerance", [(2.0**-32, 0.01), (2.0**-99, 0.025)])

@@ -20,7 +20,7 @@ import torch.multiprocessing as mp
 from test_cli import snapshot, write_shard
 from test_model import random_ids, random_model
 from test_scoring import TABLE, TOKENS
-from test_ttt import ALL, LEVERS, Hand, Moments, counted, rows, spans
+from test_ttt import ALL, LEVERS, Hand, Moments, counted, in_slots, rows, spans
 
 import eval_ttt
 import train_gpt
@@ -29,7 +29,8 @@ from train_gpt import TTT_MODES, Artifact, Chunk
 
 ROOT, CPU = Path(__file__).resolve().parent.parent, torch.device("cpu")
 TINY = replace(LEVERS, num_layers=3, block_order="0,1,2,1", ve_layers="1", xsa_last_n=2, eval_seq_len=12, eval_stride=4,
-               eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16, ttt_batch_seqs=4, ttt_lr=0.01)  # fmt: skip
+               eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16, ttt_batch_seqs=4, ttt_lr=0.01, ttt_slots=3,
+               ttt_groups=1, ttt_prior_seqs=0)  # fmt: skip
 SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9)
 
 
@@ -40,7 +41,7 @@ def setup_of(moments=None, **changes) -> Setup:
 
 
 def moments_of(mode: str) -> dict[str, list[torch.Tensor]]:
-    return train_gpt.collect_moments(setup_of().load(), [random_ids(4, 17)], replace(TINY, ttt_mode=mode))
+    return train_gpt.collect_moments(setup_of().load(), [random_ids(4, 17)], replace(TINY, ttt_mode=mode)).stored()
 
 
 @pytest.fixture
@@ -84,24 +85,26 @@ def flat_by_hand(setup: Setup, tokens: np.ndarray, learns: str) -> np.ndarray:
     return nll
 
 
-def documents_by_hand(setup: Setup, tokens: np.ndarray, learns: str, moments: Moments | None = None) -> np.ndarray:
-    """One document after the other, one piece after the other; each document begins with the artifact's weights."""
-    c, nll, seen, number = setup.config, np.full(len(tokens) - 1, np.nan), [], 0
-    moments, size = moments or Moments(c), c.ttt_chunk_size
-    count = sum(math.ceil((high - low) / size) for low, high in spans(tokens))
-    for low, high in sorted(spans(tokens), key=lambda span: span[0] - span[1] if c.ttt_doc_order == "longest" else 0):
-        hand = Hand(setup.load(), c, learns, moments)
-        for a in range(low, high, size):
-            b = min(a + size, high)
-            start = max(low, b - c.eval_seq_len)
-            if c.eval_stride == c.eval_seq_len:
-                start = low + (a - low) // c.eval_seq_len * c.eval_seq_len
-            nll[a:b] = hand.score(tokens, start, a, b)
-            seen += nll[a:b].tolist() if b < high else []
-            for _ in range(c.ttt_epochs if b < high else 0):
-                loss = hand.losses(tokens, max(low, a - c.ttt_context), a, b).mean()
-                hand.step(hardness(c, nll[a:b], np.array(seen)) * loss, c.ttt_lr * cosine(c, number, count))
-            number += 1
+def documents_by_hand(
+    setup: Setup, tokens: np.ndarray, learns: str, stored: dict | None = None, prior: tuple = ()
+) -> np.ndarray:
+    """Step by step of each group, document by document; each begins with the artifact's weights."""
+    c, nll, size = setup.config, np.full(len(tokens) - 1, np.nan), setup.config.ttt_chunk_size
+    for group in range(c.ttt_groups):
+        moments, hands = Moments(c, stored, prior), {}
+        for step in in_slots(spans(tokens)[group :: c.ttt_groups], c.ttt_slots, size):
+            goes_on = []
+            for (low, high), number in sorted(step.values()):
+                hand = hands.setdefault(low, Hand(setup.load(), c, learns, moments))
+                a, b = low + number * size, min(low + (number + 1) * size, high)
+                start = max(low, low + (number + 1) * size - c.eval_seq_len)
+                if c.eval_stride == c.eval_seq_len:
+                    start = low + (a - low) // c.eval_seq_len * c.eval_seq_len
+                nll[a:b] = hand.score(tokens, start, a, b)
+                goes_on += [(hand, low, a, b)] if b < high else []
+            for _ in range(c.ttt_epochs):
+                for hand, low, a, b in goes_on:
+                    hand.step(hand.losses(tokens, max(low, a - c.ttt_context), a, b).mean(), c.ttt_lr, document=low)
     return nll
 
 
@@ -132,13 +135,15 @@ def test_flat_chunks_equal_a_loop_by_hand(changes, exact):
 DOCUMENTS = {
     "sgd": SGD,
     "adamw": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3),
-    "context, two epochs, file order": dict(ttt_context=3, ttt_epochs=2, ttt_doc_order="file", **SGD),
+    "context, two epochs": dict(ttt_context=3, ttt_epochs=2, **SGD),
     "windows side by side": dict(ttt_chunk_size=4, eval_stride=12, **SGD),
-    "by loss, unclipped": dict(ttt_batch_seqs=1, ttt_loss_power=1.5, ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
-    "cosine": dict(ttt_batch_seqs=1, ttt_lr_schedule="cosine", **SGD),
-    "precond": dict(ttt_batch_seqs=1, ttt_beta2=0.9),
+    "unclipped": dict(ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
+    "precond": dict(),
+    "precond, two epochs, one slot": dict(ttt_epochs=2, ttt_slots=1, ttt_lr=0.005),
+    "precond, more slots than rows": dict(ttt_slots=20, ttt_chunk_size=2),
+    "precond, groups": dict(ttt_groups=2, ttt_slots=2),
     "low rank": dict(ttt_mode="doc_lora", ttt_lr=0.3, **SGD),
-    "low rank, precond": dict(ttt_mode="doc_lora", ttt_batch_seqs=1, ttt_lr=0.003),
+    "low rank, precond": dict(ttt_mode="doc_lora", ttt_lr=0.003),
 }
 
 
@@ -153,10 +158,27 @@ def test_documents_equal_a_loop_by_hand(changes, exact):
         np.testing.assert_allclose(got[low : low + 1], plain[low : low + 1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_documents_with_a_prior_equal_a_loop_by_hand(groups, exact):
+    """Every chunk of the generated sequences counts, each as much as a chunk of a document."""
+    setup = setup_of(ttt_prior_seqs=5, ttt_prior_chunks=2, ttt_groups=groups, ttt_context=2, ttt_lr=0.02)
+    c, prior = setup.config, []
+    for text in train_gpt.generate(setup.load(), 5, 2 * c.ttt_chunk_size + 1).numpy():
+        for a in (0, c.ttt_chunk_size):
+            hand = Hand(setup.load(), c, ALL)
+            b = a + c.ttt_chunk_size
+            prior.append(Moments.all_parts(hand.gradients(hand.losses(text, max(0, a - 2), a, b).mean())))
+    expected = documents_by_hand(setup, TOKENS, ALL, prior=tuple(prior))
+    got = evaluate(setup, TOKENS).nll
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    without = evaluate(replace(setup, config=replace(c, ttt_prior_seqs=0)), TOKENS).nll
+    assert abs(got - without).max() > 0.02
+
+
 def test_documents_with_moments_of_training_equal_a_loop_by_hand(exact):
     stored = moments_of("doc_banks")
     setup = setup_of(stored, ttt_moments="artifact", ttt_lr=1e-3)
-    expected = documents_by_hand(setup, TOKENS, ALL, Moments(setup.config, stored))
+    expected = documents_by_hand(setup, TOKENS, ALL, stored)
     np.testing.assert_allclose(evaluate(setup, TOKENS).nll, expected, rtol=0, atol=2e-5)
 
 
@@ -178,38 +200,36 @@ TOGETHER = [SGD, dict(ttt_moments="artifact", ttt_lr=1e-3), dict(ttt_mode="doc_l
 @pytest.mark.parametrize("changes", TOGETHER, ids=str)
 def test_documents_at_once_equal_one_at_a_time(changes, exact):
     stored = moments_of("doc_banks") if changes.get("ttt_moments") else None
-    scores = [evaluate(setup_of(stored, **changes, ttt_batch_seqs=count), TOKENS).nll for count in (1, 2, 3, 4, 50)]
+    scores = [evaluate(setup_of(stored, **changes, ttt_slots=count), TOKENS).nll for count in (1, 2, 3, 4, 50)]
     for score in scores[1:]:
         np.testing.assert_allclose(score, scores[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-def test_phases_equal_a_loop_by_hand(batch, exact):
-    """Adapters of each document on a base that learns, at two borders, from the documents scored so far."""
-    phases = dict(phased_ttt_prefix_docs=2, phased_ttt_num_phases=2 // batch, global_ttt_lr=0.01)
-    setup = setup_of(ttt_mode="phased", ttt_batch_seqs=batch, ttt_lr=0.1, ttt_optimizer="sgd", **phases)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_phases_equal_a_loop_by_hand(groups, exact):
+    """Adapters of each document on a base that learns, at two borders, from the documents before them."""
+    phases = dict(phased_ttt_prefix_docs=2, phased_ttt_num_phases=2, global_ttt_lr=0.01, ttt_groups=groups)
+    setup = setup_of(ttt_mode="phased", ttt_batch_seqs=2, ttt_lr=0.1, ttt_optimizer="sgd", **phases)
     c, nll, seen = setup.config, np.full(len(TOKENS) - 1, np.nan), []
     base = Hand(setup.load(), replace(c, ttt_momentum=c.global_ttt_momentum), ALL)
-    in_order = sorted(spans(TOKENS), key=lambda span: span[0] - span[1])
-    for number, (low, high) in enumerate(in_order, 1):
+    for number, (low, high) in enumerate(spans(TOKENS), 1):
         hand = Hand(base.model, c, "adapters")
         for a in range(low, high, 5):
             b = min(a + 5, high)
-            nll[a:b] = hand.score(TOKENS, max(low, b - 12), a, b)
+            nll[a:b] = hand.score(TOKENS, max(low, a + 5 - 12), a, b)
             if b < high:
                 hand.step(hand.losses(TOKENS, a, a, b).mean(), c.ttt_lr)
         seen += [(a, min(a + 12, high)) for a in range(low, high, 12)]
-        if number in ((1, 2) if batch == 1 else (2,)):
-            for first in range(0, len(seen), batch):
-                some = seen[first : first + batch]
-                loss = sum(base.losses(TOKENS, a, a, b).sum() for a, b in some)
-                base.step(loss / sum(b - a for a, b in some), c.global_ttt_lr)
+        for first in range(0, len(seen) if number in (1, 2) else 0, 2):
+            some = seen[first : first + 2]
+            loss = sum(base.losses(TOKENS, a, a, b).sum() for a, b in some)
+            base.step(loss / sum(b - a for a, b in some), c.global_ttt_lr)
     got = evaluate(setup, TOKENS).nll
     np.testing.assert_allclose(got, nll, rtol=0, atol=2e-5)
     alone = evaluate(replace(setup, config=replace(c, ttt_mode="doc_lora")), TOKENS).nll
-    first = [t for low, high in in_order[:batch] for t in range(low, high)]
-    np.testing.assert_array_equal(got[first], alone[first])
-    assert abs(np.delete(got - alone, first)).max() > 0.02
+    first = spans(TOKENS)[0][1]
+    np.testing.assert_array_equal(got[:first], alone[:first])
+    assert abs(got - alone)[first:].max() > 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +267,7 @@ def test_who_watches_sees_everything(mode):
 
 RANKS = {
     "doc_banks": dict(ttt_batch_seqs=2),
-    "documents by loss": dict(ttt_top_frac=0.5, ttt_loss_power=1.0),
+    "doc_banks in groups": dict(ttt_groups=3, ttt_slots=2),
     "doc_lora": dict(ttt_mode="doc_lora", ttt_lr=0.1, ttt_batch_seqs=2, **SGD),
     "warm start": dict(ttt_mode="doc_lora", ttt_lr=0.1, ttt_batch_seqs=2, ttt_warm_start_a=True, **SGD),
     "all": dict(ttt_mode="all", ttt_batch_seqs=3, **SGD),
@@ -300,10 +320,9 @@ def learned(monkeypatch) -> list[list[int]]:
     return steps
 
 
-@pytest.mark.parametrize("mode", ["all", "doc_banks"])
 @pytest.mark.parametrize("share", [0.01, 0.4, 0.6])
-def test_rows_of_the_highest_scored_loss_are_learned_from(mode, share, learned):
-    setup = setup_of(ttt_mode=mode, ttt_top_frac=share, ttt_chunk_tokens=36, ttt_batch_seqs=50)
+def test_rows_of_the_highest_scored_loss_are_learned_from(share, learned):
+    setup = setup_of(ttt_mode="all", ttt_top_frac=share, ttt_chunk_tokens=36, ttt_batch_seqs=50)
     nll, expected = evaluate(setup, TOKENS).nll, []
     for chunk in setup.plan(TOKENS):
         if chunk.learned is not None:
@@ -342,7 +361,7 @@ def test_other_documents_do_not_help_as_the_own_does(monkeypatch):
         words = [rng.permutation(np.arange(2, 40))[:4] for _ in range(count)]
         return np.concatenate([np.append(1, rng.choice(own, 40)) for own in words]).astype(np.uint16)
 
-    setup = setup_of(ttt_batch_seqs=8, ttt_chunk_size=8, eval_seq_len=16, ttt_moments="running", ttt_lr=0.02)
+    setup = setup_of(ttt_slots=8, ttt_chunk_size=8, eval_seq_len=16, ttt_lr=0.02)
     model = setup.load().init_weights(0).requires_grad_()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(40):
@@ -376,7 +395,7 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
     data, budget = str(demo_data), "1000000"  # seconds since the tests began
     return dict(
         RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=data, TOKENIZER_PATH=f"{data}/tokenizer.model",
-        VAL_FILES=str(shard), TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4", DEVICE="cpu", EVAL_BUDGET_SECONDS=budget,
+        VAL_FILES=str(shard), TTT_CHUNK_SIZE="32", TTT_SLOTS="4", DEVICE="cpu", EVAL_BUDGET_SECONDS=budget,
     )  # fmt: skip
 
 
@@ -418,7 +437,8 @@ def test_what_is_printed_is_logged_and_kept(evaluated):
     assert (evaluated.folder / "eval_ttt.log").read_text() == evaluated.out
     assert lines[-1].startswith("RESULT ") and json.loads(lines[-1][7:]) == evaluated.result
     assert "  TTT_CHUNK_SIZE=32 (given)" in lines and "  TTT_LR=0.001" in lines and "  MODEL_DIM=64 (given)" in lines
-    assert any("evaluation order: documents, longest first; targets:899 world_size:1" in line for line in lines)
+    order = "evaluation order: documents of the file in 8 groups of 4 slots; targets:899 world_size:1"
+    assert any(order in line for line in lines)
     for label, name in (("final_int6_roundtrip", "roundtrip"), ("final_int6_sliding_window", "sliding"),
                         ("same_plan_without_ttt", "plan"), ("legal_ttt", "ttt")):  # fmt: skip
         loss, bpb = (evaluated.result[f"val_{unit}_{name}"] for unit in ("loss", "bpb"))
@@ -542,7 +562,7 @@ def test_the_pace_is_extrapolated(monkeypatch, budget, pace, expected):
 
 
 STAGES = {
-    "adapted score": (train_gpt, "token_nll", 5), "comparison": (eval_ttt, "score_plan", 0),
+    "adapted score": (train_gpt, "token_nll", 5), "comparison": (eval_ttt, "window_scores", 0),
     "report": (eval_ttt, "distribution", 0), "picture": (eval_ttt, "plot_distribution", 0),
 }  # fmt: skip
 
