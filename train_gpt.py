@@ -2001,7 +2001,7 @@ def collect_moments(
 ) -> FastWeights | None:
     """Fast weights whose moments are of chunks of TTT_CHUNK_SIZE tokens of texts (rows, tokens), None without any.
 
-    across_ranks: of the batches of all ranks, which must be as many on each.
+    across_ranks: of the batches of all ranks, which must be as many on each. The last batch may have fewer rows.
     """
     settings, fast = replace(config, ttt_optimizer="precond", ttt_moments="shared"), None
     _, learns = TTT_MODES[config.ttt_mode]
@@ -2011,10 +2011,12 @@ def collect_moments(
         text, low = ids.cpu().numpy(), np.arange(len(ids)) * ids.size(1)
         for first in range(0, ids.size(1) - 1, config.piece_size):
             left, end = low + max(0, first - config.ttt_context), min(first + config.piece_size, ids.size(1) - 1)
-            windows = Windows(left, low + first - left, low + end - left)
-            share = np.full(len(ids), 1 / (end - first))
+            windows = Windows(left, low + first - left, low + end - left).take(
+                np.resize(np.arange(len(ids)), fast.sets)
+            )
+            share = np.where(np.arange(fast.sets) < len(ids), 1 / (end - first), 0.0)
             lesson = make_lesson(text.flatten(), windows, share, config.piece_size, config.ttt_context, ids.device)
-            adaptation_step(model, fast, lesson, 0.0, nll_fn=nll_fn)
+            adaptation_step(model, fast, lesson, 0.0, len(ids), nll_fn)
     return fast
 
 
