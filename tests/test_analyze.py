@@ -23,7 +23,7 @@ from train_gpt import GPT, Artifact, Config
 
 CPU = torch.device("cpu")
 LEARNS = replace(SMALL, eval_seq_len=12, eval_stride=4, eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16,
-                 ttt_batch_seqs=4, ttt_lr=0.01)  # fmt: skip
+                 ttt_batch_seqs=4, ttt_slots=4, ttt_groups=1, ttt_prior_seqs=2, ttt_lr=0.01)  # fmt: skip
 TINY = Config(vocab_size=6, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=4, bigram_vocab_size=0,
               ve_enabled=False, rope_dims=4, train_seq_len=6, logit_softcap=4.0)  # fmt: skip
 
@@ -453,7 +453,7 @@ def test_differences_are_what_the_others_have_more():
 
 RUN = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=24, bigram_vocab_size=32, bigram_dim=8,
              ve_dim=8, ve_layers="1", rope_dims=4, xsa_last_n=1, train_seq_len=16, eval_seq_len=16, eval_stride=8,
-             ttt_chunk_size=8, ttt_batch_seqs=4)  # fmt: skip
+             ttt_chunk_size=8, ttt_slots=4, ttt_groups=1)  # fmt: skip
 
 
 @pytest.fixture

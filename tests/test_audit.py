@@ -26,6 +26,7 @@ TINY = Config(
     vocab_size=1024, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4, xsa_last_n=1,
     bigram_vocab_size=64, bigram_dim=8, ve_dim=4, ve_layers="1", train_seq_len=16, eval_seq_len=16, eval_stride=8,
     eval_batch_seqs=5, ttt_chunk_tokens=40, ttt_chunk_size=8, ttt_batch_seqs=3, ttt_lr=0.01, ttt_mode="banks",
+    ttt_slots=2, ttt_groups=1, ttt_prior_seqs=2,
     phased_ttt_prefix_docs=2, phased_ttt_num_phases=2,
 )  # fmt: skip
 TEXTS = (
@@ -61,7 +62,8 @@ def changed(setup: Setup, **settings) -> Setup:
 HONEST = {
     **{mode: dict(ttt_mode=mode) for mode in ("none", "banks", "lora", "doc_lora", "phased")},
     "all, adamw": dict(ttt_mode="all", ttt_optimizer="adamw", ttt_lr=0.003, ttt_lr_schedule="cosine", ttt_epochs=2),
-    "doc_banks, hardest rows, file order": dict(ttt_mode="doc_banks", ttt_top_frac=0.5, ttt_doc_order="file"),
+    "doc_banks": dict(ttt_mode="doc_banks"),
+    "doc_banks in groups, shared": dict(ttt_mode="doc_banks", ttt_groups=2, ttt_moments="shared"),
     "context and side by side": dict(ttt_mode="all", ttt_context=4, eval_stride=16),
     "none, ppm": dict(ttt_mode="none", ppm_alpha=0.9),
 }
@@ -190,8 +192,8 @@ def without_borders(honest, one, other, first, *args):
 def earlier_windows(honest, *args):
     plan = []
     for chunk, (start, begin, end) in ((chunk, chunk.scored) for chunk in honest(*args)):
-        more = np.minimum(start, 1)
-        plan.append(chunk._replace(scored=Windows(start - more, begin + more, end + more)))
+        more, slots = np.minimum(start, 1), chunk.slots._replace(lengths=chunk.slots.lengths + 1)
+        plan.append(chunk._replace(scored=Windows(start - more, begin + more, end + more), slots=slots))
     return plan
 
 
@@ -472,7 +474,7 @@ def test_t6_training_opens_no_validation_shard_before_the_artifact_is_there(trai
 def test_audit_as_a_user(mode, protocol, code, trained):
     folder, env = trained
     command = [sys.executable, str(ROOT / "eval_ttt.py"), "--audit"]
-    env = env | dict(TTT_MODE=mode, TTT_PROTOCOL=protocol, TTT_BATCH_SEQS="2", AUDIT_TOKENS="300")
+    env = env | dict(TTT_MODE=mode, TTT_PROTOCOL=protocol, TTT_SLOTS="2", AUDIT_TOKENS="300")
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     report = json.loads((folder / "runs/run/certificate.json").read_text())

@@ -88,11 +88,11 @@ def test_a_meta_step_does_not_wait(objective):
     if objective == "fomaml":
         _, loss = train_gpt.fomaml_step(model, fast, rates, meta_ids(4, 16), meta_ids(4, 16))
     elif objective == "reptile":
-        loss = train_gpt.reptile_step(model, fast, meta_ids(2, fast.rows, 17))
+        loss = train_gpt.reptile_step(model, fast, meta_ids(2, fast.sets, 17))
     else:
         length = c.meta_ttt_pieces * c.piece_size
-        rows = random_ids(fast.rows, length + 1).numpy()
-        loss = train_gpt.deployed_step(model, fast, rates, rows, np.full(fast.rows, length))
+        rows = random_ids(fast.sets, length + 1).numpy()
+        loss = train_gpt.deployed_step(model, fast, rates, rows, np.full(fast.sets, length))
     if objective != "reptile":  # which has no rates to learn
         rates.step(1.0)
     assert loss.device == META
@@ -102,10 +102,10 @@ def test_what_an_artifact_brings_goes_to_the_device_of_the_model():
     """Moments and factors are read on the host."""
     c = replace(TINY, meta_sgd_enabled=True)
     host = inner_weights(GPT(c), c, "deployed")
-    moments = {name: [torch.ones(base.shape)] for name, base in host.base.items()}
+    moments = {name: [part[0] for part in parts] for name, parts in host.named(torch.ones(1, sum(host.sizes))).items()}
     fast = train_gpt.FastWeights(meta_model(c), c, "bank embed head proj scalar", 2, moments)
     fast.set_factors({name: torch.ones(len(getattr(GPT(c), name)), 1, 1) for name in GPT.BANKS})
-    assert {part.device for parts in fast.moments.values() for part in parts} == {META}
+    assert fast.moments.total.device == fast.moments.means(None).device == META
     assert {rate.device for rate in fast.rates.values() if isinstance(rate, torch.Tensor)} == {META}
 
 

@@ -154,7 +154,7 @@ class Inner:
         g = dict(zip(leaves, found, strict=True))
         self.steps += 1
         if self.moments:
-            self.moments.observe([g])
+            self.moments.observe(g)
         for name, value in self.fast.items():
             c, bank = self.c, name.split(".")[0]
             rate = frozen_mask(c, name, c.meta_ttt_freeze_blocks, value) * self.factors.get(bank, 1.0)
@@ -647,7 +647,7 @@ def test_the_last_quarter_of_the_blocks():
     for count, expected in ((1, [0]), (3, [2]), (8, [6, 7]), (11, [9, 10])):
         c = replace(REPTILE, num_layers=count, ve_layers="0")
         fast = inner_weights(GPT(c), c, "reptile")
-        assert set(fast.values) == {"mlp_up_bank", "mlp_down_bank"} and fast.rows == 4
+        assert set(fast.values) == {"mlp_up_bank", "mlp_down_bank"} and fast.sets == 4
         for rate in fast.rates.values():
             assert [row for row in range(count) if rate[row] != 0] == expected
 
@@ -698,7 +698,8 @@ SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9)
 LORA = dict(ttt_mode="doc_lora", ttt_lr=0.3)
 DEPLOYED = {
     "precond": dict(ttt_lr=3e-3),
-    "precond, context, two epochs": dict(ttt_lr=1e-3, ttt_context=3, ttt_epochs=2, ttt_beta2=0.9),
+    "precond, shared": dict(ttt_lr=3e-3, ttt_moments="shared"),
+    "precond, context, two epochs": dict(ttt_lr=1e-3, ttt_context=3, ttt_epochs=2, ttt_prior_seqs=0),
     "sgd": SGD,
     "sgd, context, two epochs": dict(**SGD, ttt_context=7, ttt_epochs=2, ttt_lr=5e-3),
     "unclipped, pull, frozen": dict(ttt_optimizer="sgd", ttt_grad_clip=0.0, ttt_pull=0.2, ttt_freeze_blocks=1,
@@ -713,8 +714,8 @@ DEPLOYED = {
 
 
 def deployed_and_evaluated(c: Config, *sizes: list[int], factors: bool = True) -> tuple[list[float], list[float]]:
-    """The loss of each batch of documents by training's steps, and by the evaluator on all of them as one text."""
-    c = replace(c, ttt_batch_seqs=len(sizes[0]), ttt_doc_order="file", meta_ttt_docs=len(sizes[0]))
+    """The loss of each batch of documents by training's steps, and by the evaluator on it as a text of its own."""
+    c = replace(c, ttt_slots=len(sizes[0]), ttt_groups=1, meta_ttt_docs=len(sizes[0]))
     batches = [documents_of(each, c.meta_ttt_pieces * c.piece_size, 100 * n) for n, each in enumerate(sizes, 1)]
     state = random_model(c, torch.float32).state_dict()
     artifact = train_gpt.Artifact(c, state, "hash")
@@ -725,21 +726,22 @@ def deployed_and_evaluated(c: Config, *sizes: list[int], factors: bool = True) -
     artifact = artifact._replace(state=rounded, factors=rates.factors())
     setup = eval_ttt.Setup(c, artifact, CPU, train_gpt.sdpa_attention, TABLE, train_gpt.token_nll)
     fast = inner_weights(model, c, "deployed")
+    if fast.wants_prior:
+        fast.moments.start = train_gpt.generated_moments(setup.load(), c, fast.sets)
     found = [float(deployed_step(model, fast, rates, *batch)) for batch in batches]
     assert all(bool(log.grad.any()) != (c.meta_control or c.ttt_epochs == 0) for log in rates.logs.values())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name]), name
         assert name not in BANKS or not torch.equal(tensor, rounded[name])
-    text = text_of(*batches)
-    nll = score_plan(setup, text).nll if c.meta_control else evaluate(setup, text).nll
-    parts = np.split(nll.astype(np.float64), np.cumsum([sum(each) for each in sizes])[:-1])
-    return found, [part.mean() for part in parts]
+    texts = [text_of(batch) for batch in batches]
+    scores = [score_plan(setup, text) if c.meta_control else evaluate(setup, text) for text in texts]
+    return found, [score.nll.mean(dtype=np.float64) for score in scores]
 
 
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("changes", DEPLOYED.values(), ids=DEPLOYED)
 def test_its_loss_is_the_evaluators(precise, changes, control):
-    """Two batches: what lasts over documents, as second moments do, has to last here; the control adapts nothing."""
+    """Two batches: nothing lasts from one to the next but the prior; the control adapts nothing."""
     found, expected = deployed_and_evaluated(replace(TINY, meta_control=control, **changes), FIRST, SECOND)
     assert found == pytest.approx(expected, abs=2e-6)
 
@@ -1124,9 +1126,9 @@ ON = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed")
 REFUSED = {
     "banks": (dict(ON, TTT_MODE="banks"), ["META_TTT_OBJECTIVE=deployed", "TTT_MODE"]),
     "none": (dict(ON, TTT_MODE="none"), ["META_TTT_OBJECTIVE=deployed", "TTT_MODE"]),
-    "cosine": (dict(ON, TTT_LR_SCHEDULE="cosine"), ["META_TTT_OBJECTIVE=deployed", "TTT_LR_SCHEDULE"]),
-    "by loss": (dict(ON, TTT_TOP_FRAC="0.5"), ["META_TTT_OBJECTIVE=deployed", "TTT_TOP_FRAC"]),
-    "by power": (dict(ON, TTT_LOSS_POWER="1"), ["META_TTT_OBJECTIVE=deployed", "TTT_LOSS_POWER"]),
+    "cosine": (dict(ON, TTT_LR_SCHEDULE="cosine"), ["by documents", "TTT_LR_SCHEDULE=cosine"]),
+    "by loss": (dict(ON, TTT_TOP_FRAC="0.5"), ["by documents", "TTT_TOP_FRAC=0.5"]),
+    "by power": (dict(ON, TTT_LOSS_POWER="1"), ["by documents", "TTT_LOSS_POWER=1"]),
     "layers": (dict(REPTILE_ENABLED="1", REPTILE_LAYERS="9,11"), ["REPTILE_LAYERS='9,11'", "0 to 10"]),
     "no layers": (dict(REPTILE_LAYERS="last"), ["REPTILE_LAYERS='last'"]),
     "nothing left": (dict(ON, REPTILE_ENABLED="1", META_TTT_TIME_FRAC="0.6", REPTILE_TIME_FRAC="0.4"),
