@@ -49,7 +49,8 @@ MODES = {  # name: settings, step sizes to choose from
     "  pieces of 64": (dict(ttt_mode="doc_banks", ttt_chunk_size=64), (5e-4, 1e-3, 2e-3, 3e-3)),
     "  pieces of 32": (dict(ttt_mode="doc_banks", ttt_chunk_size=32), (5e-4, 1e-3, 2e-3)),
     "  left context 128": (dict(ttt_mode="doc_banks", ttt_context=128), (1e-3, 2e-3, 3e-3)),
-    "  steps by loss": (dict(ttt_mode="doc_banks", ttt_loss_power=1.0), (1e-3, 2e-3, 3e-3)),
+    "  no prior": (dict(ttt_mode="doc_banks", ttt_prior_seqs=0), (1e-3, 2e-3, 3e-3)),
+    "  shared moments": (dict(ttt_mode="doc_banks", ttt_moments="shared"), (1e-3, 2e-3, 3e-3)),
     "  output side 3x": (dict(ttt_mode="doc_banks", ttt_out_lr_mult=3.0, ttt_in_lr_mult=0.5), (1e-3, 2e-3, 3e-3)),
     "  half of the blocks": (dict(ttt_mode="doc_banks", ttt_freeze_blocks=2), (1e-3, 2e-3, 3e-3)),
 }  # fmt: skip
@@ -177,7 +178,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tuning", type=int, default=30, help="documents to choose step sizes on")
     parser.add_argument("--documents", type=int, default=0, help="documents in all; 0: all")
     parser.add_argument("--windows", type=int, default=1000, help="windows of the speed comparison")
-    parser.add_argument("--rows", type=int, default=16, help="TTT_BATCH_SEQS and EVAL_BATCH_SEQS")
+    parser.add_argument("--rows", type=int, default=16, help="TTT_SLOTS, TTT_BATCH_SEQS and EVAL_BATCH_SEQS")
     parser.add_argument("--modes", default="", help="regex-free part of the names to run; empty: all")
     parser.add_argument("--quick", action="store_true", help="few documents, few windows, one step size a mode")
     parser.add_argument("--out", type=Path, help="folder for the results; default: a temporary one")
@@ -188,7 +189,7 @@ def make_setup(arguments: argparse.Namespace) -> tuple[ev.Setup, np.ndarray]:
     tokenizer = arguments.tokenizer or f"{arguments.data}/tokenizer.model"
     environ = dict(DATA_PATH=arguments.data, TOKENIZER_PATH=tokenizer, MODEL_PATH=arguments.model, EVAL_STRIDE="64",
                    EVAL_SEQ_LEN=str(arguments.seq_len), EVAL_BATCH_SEQS=str(arguments.rows),
-                   TTT_BATCH_SEQS=str(arguments.rows))  # fmt: skip
+                   TTT_BATCH_SEQS=str(arguments.rows), TTT_SLOTS=str(arguments.rows), TTT_GROUPS="1")  # fmt: skip
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
     return setup, tokens
