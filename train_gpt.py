@@ -1950,21 +1950,25 @@ class FastWeights:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.moments.start, self.moments.total = (saved[name].to(self.device) for name in ("start", "total"))
 
-    def observe(self, gradients: Mapping[str, Tensor], sets: Any) -> None:
-        """Take the squared gradients of sets into the moments, in document order."""
+    def observe(self, gradients: Mapping[str, Tensor], sets: Any, count: int) -> None:
+        """Take the squared gradients of the first `count` of the sets in use, `sets`, into the moments."""
         if self.moments.form == "artifact":
             return
-        parts, count = [], len(next(iter(gradients.values())))
+        parts, n = [], len(next(iter(gradients.values())))
         for name, g in gradients.items():
             squares = g.square()
             parts += [squares.mean(-1), squares.mean(-2)] if is_matrix(name) else [squares]
-        rows = [part.reshape(count, size) for part, size in zip(parts, self.sizes, strict=True)]
-        self.moments.observe(torch.cat([*rows, torch.ones(count, 1, device=self.device)], 1).float(), sets)
+        rows = [part.reshape(n, size) for part, size in zip(parts, self.sizes, strict=True)]
+        squares = torch.cat([*rows, torch.ones(n, 1, device=self.device)], 1).float()
+        self.moments.observe(squares[:count], sets)
 
-    def directions(self, gradients: Mapping[str, Tensor], sets: Any) -> Iterator[tuple[str, Tensor]]:
-        """What TTT_OPTIMIZER makes of the gradients of sets, (n, ...) by name; they may be overwritten."""
+    def directions(self, gradients: Mapping[str, Tensor], sets: Any, count: int) -> Iterator[tuple[str, Tensor]]:
+        """What TTT_OPTIMIZER makes of the first `count` gradients of the sets in use, (count, ...) by name.
+
+        gradients: of all sets in use, whatever `count` is; they may be overwritten.
+        """
         c = self.config
-        means = self.named(self.moments.means(sets)) if c.ttt_optimizer == "precond" else {}
+        means = self.named(self.moments.means(self.rows)) if c.ttt_optimizer == "precond" else {}
         for name, g in gradients.items():
             if c.ttt_optimizer == "precond":
                 square, *columns = means[name]
@@ -1973,11 +1977,11 @@ class FastWeights:
                     square = square.unsqueeze(-1) * column.unsqueeze(-2) / whole
                 floor = square.reshape(len(square), -1).mean(1).view(-1, *[1] * (square.dim() - 1))
                 inverse = (square + TTT_MOMENT_FLOOR * floor).rsqrt()
-                yield name, g.mul_(inverse.nan_to_num(posinf=0.0))  # adapters' A has no gradient where B is zero
+                yield name, g.mul_(inverse.nan_to_num(posinf=0.0))[:count]  # A has no gradient where B is zero
             elif c.ttt_optimizer == "sgd" and not c.ttt_momentum:
-                yield name, g
+                yield name, g[:count]
             else:
-                yield name, self._momentum_direction(name, g, sets)
+                yield name, self._momentum_direction(name, g[:count], sets)
 
     def _momentum_direction(self, name: str, g: Tensor, sets: Any) -> Tensor:
         """SGD with momentum, or AdamW; state by set: momentum, and for AdamW squares and steps."""
@@ -2065,8 +2069,10 @@ def adaptation_step(
     with torch.no_grad():
         if fast.shared:
             found = sum_over_ranks(list(found))
+        count = len(found[0]) if count is None else count
         sets = slice(count) if isinstance(fast.rows, slice) else fast.rows[:count]
-        found = [g[:count] for g in found]
+        # Every sum is over gradients of all sets in use: how many of them learn depends on later documents, and a
+        # reduction of fewer rows may add in another order, which moves earlier losses by a rounding.
         if c.ttt_grad_clip:
             flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in found]
             norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat])
@@ -2074,8 +2080,8 @@ def adaptation_step(
             found = [g * factor.view(-1, *[1] * (g.dim() - 1)) for g in found]
         gradients = dict(zip(values, found, strict=True))
         if c.ttt_optimizer == "precond":
-            fast.observe(gradients, sets)
-        for name, direction in fast.directions(gradients, sets):
+            fast.observe(gradients, sets, count)
+        for name, direction in fast.directions(gradients, sets, count):
             value = values[name].detach()[:count]  # a copy of the sets, or all of them in place
             value.add_(direction * fast.rates[name], alpha=-lr)
             if c.ttt_pull:
