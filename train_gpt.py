@@ -248,6 +248,7 @@ class Config:
     ttt_prior_seqs: int = setting("evaluator", 16, "sequences that the artifact generates to start the second moments; "
                                   "by documents, not for adapters; 0: none", low=0)
     ttt_prior_chunks: int = setting("evaluator", 3, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
+    ttt_prior_weight: float = setting("evaluator", 1.0, "weight of each of these chunks, in scored chunks", low=1e-6)
     ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
     ttt_meta_rates: bool = setting("evaluator", True, "times the factors that META_SGD_ENABLED left in the artifact")
     ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
@@ -2027,14 +2028,15 @@ def collect_moments(
 def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
     """The prior of the second moments, (size + 1,), the same on all ranks: of text that the model generates itself.
 
-    It is made in batches of `rows` sequences with a fixed seed, and reads no other text.
+    It is made in batches of `rows` sequences with a fixed seed, and reads no other text. Each chunk counts
+    TTT_PRIOR_WEIGHT scored ones.
     """
     c = config
     texts = generate(model, c.ttt_prior_seqs, c.ttt_prior_chunks * c.piece_size + 1)
     fast = collect_moments(model, texts.split(rows), c, nll_fn, across_ranks=False)
     if world_size() > 1:
         dist.broadcast(fast.moments.total, 0)
-    return fast.moments.total
+    return c.ttt_prior_weight * fast.moments.total
 
 
 Lesson = tuple[Tensor, Tensor, Tensor, Tensor]  # ids (B, T), targets, columns, and the weights of their nll (B, C)

@@ -160,15 +160,16 @@ def test_documents_equal_a_loop_by_hand(changes, exact):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_documents_with_a_prior_equal_a_loop_by_hand(groups, exact):
-    """Every chunk of the generated sequences counts, each as much as a chunk of a document."""
-    setup = setup_of(ttt_prior_seqs=5, ttt_prior_chunks=2, ttt_groups=groups, ttt_context=2, ttt_lr=0.02)
+    """Every chunk of the generated sequences counts, each as much as two chunks of a document."""
+    setup = setup_of(ttt_prior_seqs=5, ttt_prior_chunks=2, ttt_prior_weight=2.0, ttt_groups=groups, ttt_context=2,
+                     ttt_lr=0.02)  # fmt: skip
     c, prior = setup.config, []
     for text in train_gpt.generate(setup.load(), 5, 2 * c.ttt_chunk_size + 1).numpy():
         for a in (0, c.ttt_chunk_size):
             hand = Hand(setup.load(), c, ALL)
             b = a + c.ttt_chunk_size
             prior.append(Moments.all_parts(hand.gradients(hand.losses(text, max(0, a - 2), a, b).mean())))
-    expected = documents_by_hand(setup, TOKENS, ALL, prior=tuple(prior))
+    expected = documents_by_hand(setup, TOKENS, ALL, prior=(*prior, *prior))
     got = evaluate(setup, TOKENS).nll
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
     without = evaluate(replace(setup, config=replace(c, ttt_prior_seqs=0)), TOKENS).nll
