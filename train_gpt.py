@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import lzma
@@ -951,13 +952,27 @@ def flash_attention(rows: Callable, documents_apart: Callable) -> AttentionFn:
 
 
 def torch_attention() -> AttentionFn:
-    """torch's own attention on GPUs, with its kernel for documents of any length."""
+    """torch's own attention on GPUs, with its kernel for documents of any length.
+
+    float32, which cards without bfloat16 compute in, has no kernel for documents, and with fewer K/V heads none but the
+    one that stores (B, H, T, T) scores, 6.4 GB a layer of pr1019: K/V heads are repeated for it, documents are masked.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    return flash_attention(
+    # torch 2.11's kernel takes fewer K/V heads as they are; 2.13 wants to be told
+    told = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    flash = flash_attention(
         lambda q, k, v, causal: sdpa_attention(q, k, v),
-        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), enable_gqa=True),  # (-1, 0): causal
+        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), **told),  # (-1, 0): causal
     )
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+        if q.dtype != torch.float32:
+            return flash(q, k, v, documents)
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+        return sdpa_attention(q, k, v, documents)
+
+    return attention
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train_gpt
@@ -607,13 +608,20 @@ def test_torch_has_a_kernel_of_any_length():
     assert y.shape == q.shape and k.grad.shape == k.shape and counter.frame_count == 1
 
 
-def test_the_kernel_of_torch_is_asked_for_what_masks_do(monkeypatch):
+def varlen_of_torch_2_11(*args, window_size):
+    assert window_size == (-1, 0)
+    return by_documents(*args, causal=True)[0]
+
+
+def varlen_of_torch_2_13(*args, window_size, enable_gqa=False):
+    assert enable_gqa
+    return varlen_of_torch_2_11(*args, window_size=window_size)
+
+
+@pytest.mark.parametrize("stand_in", [varlen_of_torch_2_11, varlen_of_torch_2_13])
+def test_the_kernel_of_torch_is_asked_for_what_masks_do(stand_in, monkeypatch):
     """Its window (-1, 0) is all that is before a place; with a stand-in that works document by document."""
     import torch.nn.attention.varlen as varlen
-
-    def stand_in(q, k, v, begins_q, begins_k, longest_q, longest_k, *, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa
-        return by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal=True)[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     q, k, v, documents = attention_inputs(2, 300, 0.005)
@@ -621,6 +629,22 @@ def test_the_kernel_of_torch_is_asked_for_what_masks_do(monkeypatch):
     for given in (None, documents):
         expected = train_gpt.sdpa_attention(q, k, v, given)
         torch.testing.assert_close(attention(q, k, v, given), expected, rtol=0, atol=1e-12)
+
+
+def test_in_float32_torch_is_asked_for_kernels_that_take_it(monkeypatch):
+    """varlen_attn takes 16 bits only, and the fast kernels no fewer K/V heads then: none must be asked for these."""
+    attention, asked, honest = train_gpt.torch_attention(), [], F.scaled_dot_product_attention
+
+    def record(q, k, v, **how):
+        asked.append((q.size(1), k.size(1), v.size(1)))
+        return honest(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    q, k, v, documents = (x if x.dtype == torch.long else x.float() for x in attention_inputs(2, 300, 0.005))
+    for given in (None, documents):
+        found = attention(q, k, v, given)
+        assert asked.pop() == (q.size(2),) * 3
+        torch.testing.assert_close(found, train_gpt.sdpa_attention(q, k, v, given))
 
 
 def test_a_value_of_zero_has_no_direction_to_leave_out():
