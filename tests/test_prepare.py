@@ -18,6 +18,7 @@ import prepare
 import pytest
 import sentencepiece as spm
 import zstandard
+from conftest import search_path
 
 SP_SPACE = "\u2581"
 HOSTILE = [
@@ -443,7 +444,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 
 def test_a_killed_run_leaves_no_manifest_and_no_broken_shard(source: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ["--vocab-size", "400", "--workers", "1", "--shard-tokens", "1000", "--name", "n"]
-    folder = str(Path(prepare.__file__).parent)
+    folder = search_path(Path(prepare.__file__).parent)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(source), "--out", str(out), *options], env={"PYTHONPATH": folder}
     )
