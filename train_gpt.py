@@ -40,7 +40,7 @@ from functools import cached_property, lru_cache, partial
 from glob import glob
 from itertools import islice, pairwise
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +48,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 SIZE_CAP = 16_000_000  # bytes of code and model together, decimal
 BOS_ID = 1  # every document of every published export begins with this token
@@ -227,7 +226,7 @@ class Config:
     gptq_block_size: int = setting("export", 64, "columns between two updates of the rest", low=1)
     gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-9, high=1)
     prune_frac: float = setting("export", 0.0, "smallest share of a matrix, zeroed before rounding", low=0, high=0.99)
-    compressor: str = setting("export", "zstd", "coder of the codes", choices=("zstd", "lzma", "ans"))
+    compressor: str = setting("export", "zstd", "of the codes; lzma needs no package", choices=("zstd", "lzma", "ans"))
     fit_size: bool = setting("export", False, "the finest steps that the size cap admits, by one factor for all")
 
     eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
@@ -634,6 +633,15 @@ def differing_parameters(model: nn.Module) -> list[str]:
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     highest, lowest = extremes[: len(sums)], -extremes[len(sums) :]
     return [name for name, low, high in zip(names, lowest, highest, strict=True) if low != high]
+
+
+def tqdm(**settings: Any) -> Any:
+    """A bar of the package tqdm, or one that shows nothing where that is not installed."""
+    try:
+        from tqdm import tqdm as bar
+    except ImportError:
+        return SimpleNamespace(update=lambda number: None, close=lambda: None)
+    return bar(**settings)
 
 
 def synchronize(device: torch.device) -> None:
@@ -2878,25 +2886,34 @@ def prune_smallest(tensor: Tensor, share: float) -> Tensor:
 # then meets one width at a time. Quarter octaves, by row and by column; 64 sums of the two are told apart.
 NUM_WIDTHS, NARROWEST = 64, -24
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
-PACKAGES = {"zstandard": "0.25.0", "constriction": "0.5.0"}
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
+PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}  # lzma is Python's own
 
 
-def import_package(name: str) -> Any:
-    """A package that only the artifact needs. UserError where it is not installed."""
+def coder_package(coder: str) -> Any:
+    """The package that a value of COMPRESSOR needs, or None. UserError where it cannot be imported."""
+    if coder not in PACKAGES:
+        return None
+    name, version = PACKAGES[coder]
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise UserError(f"the artifact needs the package {name}: pip install {name}=={PACKAGES[name]}") from None
+    except ImportError as error:
+        raise UserError(
+            f"COMPRESSOR={coder} needs the package {name}: {error}. Install it (pip install {name}=={version}), "
+            "or write the artifact with COMPRESSOR=lzma, which needs no package."
+        ) from None
 
 
 def pack(data: bytes, coder: str) -> bytes:
-    """DATA compressed by zstd, level 22, or lzma."""
-    return lzma.compress(data, **LZMA) if coder == "lzma" else import_package("zstandard").compress(data, 22)
+    """Compress `data` with zstd, level 22, or else with lzma: COMPRESSOR=ans does not need zstandard either."""
+    return coder_package(coder).compress(data, 22) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
-def unpack(data: bytes, coder: str) -> bytes:
-    """What `pack` was given."""
-    return lzma.decompress(data, **LZMA) if coder == "lzma" else import_package("zstandard").decompress(data)
+def unpack(data: bytes) -> bytes:
+    """Undo `pack`. The first bytes tell which of the two it was: older artifacts have zstd heads with any coder."""
+    if data.startswith(ZSTD_MAGIC):
+        return coder_package("zstd").decompress(data)
+    return lzma.decompress(data, **LZMA)
 
 
 def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -2938,7 +2955,7 @@ class Table(NamedTuple):
     def model(self) -> Any:
         """For the coder: quotients of whole numbers, so the same on every machine."""
         weights = self.frequencies / self.frequencies.sum(dtype=np.int64)
-        return import_package("constriction").stream.model.Categorical(weights, perfect=False)
+        return coder_package("ans").stream.model.Categorical(weights, perfect=False)
 
 
 def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], list[int]]:
@@ -2971,24 +2988,24 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
         frames = [pack(part.tobytes(), coder) for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
         return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
     tables, uses = choose_tables(codes, counts)
-    sizes, stack = counts[counts > 0], import_package("constriction").stream.stack.AnsCoder()
+    sizes, stack = counts[counts > 0], coder_package("ans").stream.stack.AnsCoder()
     for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):  # last in, first out
         stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
     side = [struct.pack("<H", len(tables)), *(table.dump() for table in tables), np.array(uses, "<u2").tobytes()]
-    packed = pack(b"".join(side), "zstd")
+    packed = pack(b"".join(side), coder)
     return struct.pack("<I", len(packed)) + packed + stack.get_compressed().astype("<u4").tobytes()
 
 
 def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
     """What `encode_codes` was given."""
     if coder == "lzma":
-        return np.frombuffer(unpack(data, coder), np.int8)
+        return np.frombuffer(unpack(data), np.int8)
     if coder == "zstd":
         ends = np.frombuffer(data, "<u4", NUM_WIDTHS).cumsum(dtype=np.int64) + 4 * NUM_WIDTHS
         frames = [data[low:high] for low, high in pairwise([4 * NUM_WIDTHS, *ends.tolist()])]
-        return np.frombuffer(b"".join(unpack(frame, coder) for frame in frames), np.int8)
+        return np.frombuffer(b"".join(unpack(frame) for frame in frames), np.int8)
     (length,) = struct.unpack_from("<I", data)
-    side, tables = unpack(data[4 : 4 + length], "zstd"), []
+    side, tables = unpack(data[4 : 4 + length]), []
     (number,), position = struct.unpack_from("<H", side), 2
     for _ in range(number):
         low, last = struct.unpack_from("<bB", side, position)
@@ -2996,7 +3013,7 @@ def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
         position += 2 + tables[-1].frequencies.nbytes
     sizes = counts[counts > 0]
     uses = np.frombuffer(side, "<u2", len(sizes), position)
-    stack = import_package("constriction").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
+    stack = coder_package("ans").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
     parts = [stack.decode(tables[use].model(), size) + tables[use].low for size, use in zip(sizes, uses, strict=True)]
     return np.concatenate(parts).astype(np.int8)
 
@@ -3083,7 +3100,7 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
     side += [steps for record in coded for steps in (record.row_steps, record.column_steps) if steps is not None]
     side += [part for pair in widths for part in pair]
     plain = [struct.pack("<I", len(text)), text, *(part.contiguous().numpy().tobytes() for part in side)]
-    head = pack(b"".join(plain), "zstd")
+    head = pack(b"".join(plain), config.compressor)
     body = struct.pack("<I", len(head)) + head + encode_codes(codes, counts, config.compressor)
     coder = config.compressor.encode().ljust(4, b"\0")
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, coder, checksum(coder, body)) + body
@@ -3092,7 +3109,7 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
 def decode_records(body: bytes, coder: str) -> tuple[dict[str, Any], list[Record]]:
     """Header and tensors of the body of an artifact. UserError where other codes come out than went in."""
     (length,) = struct.unpack_from("<I", body)
-    head = unpack(body[4 : 4 + length], "zstd")
+    head = unpack(body[4 : 4 + length])
     (text,) = struct.unpack_from("<I", head)
     header, position = json.loads(head[4 : 4 + text]), 4 + text
 
@@ -4206,8 +4223,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     if not glob(config.shards("val")):
         raise UserError(f"no shards match {config.shards('val')}")
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
-    for package in ("zstandard", *(["constriction"] if config.compressor == "ans" else [])):
-        import_package(package)
+    coder_package(config.compressor)  # or a UserError, before anything is trained
     folder, lock = on_rank_0(lambda: make_run_folder(config))
     log = RunLog(folder, config.iterations)
     for notice in [*notices, *attention_notices]:
