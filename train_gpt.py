@@ -48,6 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZE_CAP = 16_000_000  # bytes of code and model together, decimal
 BOS_ID = 1  # every document of every published export begins with this token
@@ -650,8 +651,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs, float32 on CPUs, where bfloat16 is emulated."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """bfloat16 on GPUs of compute capability 8.0 and more; float32 on older ones and on CPUs, which only emulate it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
 
 
 def maybe_compile(function: Callable, config: Config, device: torch.device) -> Callable:
@@ -989,6 +992,9 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
     The flash kernels need a GPU, fa3 a Hopper one. UserError where the one asked for cannot run.
     """
     notices = []
+    if device.type == "cuda" and compute_dtype(device) == torch.float32:
+        generation = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        notices.append(f"this GPU has no bfloat16 (compute capability {generation}, not 8.0): it computes in float32")
     for name, module, generation in (("fa3", "flash_attn_interface", 9), ("fa2", "flash_attn", 8)):
         if requested not in ("auto", name) or (requested == "auto" and device.type != "cuda"):
             continue
@@ -1001,8 +1007,30 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
         except (ImportError, OSError) as error:
             notices.append(f"{name} cannot be imported: {error}")
     if requested not in ("auto", "sdpa"):
-        raise UserError(f"ATTENTION={requested}: {notices[0]}")
+        raise UserError(f"ATTENTION={requested}: {notices[-1]}")
     return "sdpa", torch_attention() if device.type == "cuda" else sdpa_attention, notices
+
+
+def attention_backend(config: Config, kernel: AttentionFn, device: torch.device) -> str:
+    """Name the operator with which torch computes a training sequence's attention by `kernel`, one of its own.
+
+    flash, cudnn, efficient, varlen, or math, which stores (B, H, T, T) scores. It runs one sequence and watches: which
+    comes first depends on version, card and shapes (torch 2.11 on Hopper: cuDNN's, before FlashAttention 2's).
+    """
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    heads, of = (config.num_heads, config.num_kv_heads, config.num_kv_heads), dict(dtype=compute_dtype(device))
+    q, k, v = (torch.zeros(1, config.train_seq_len, n, config.head_dim, device=device, **of) for n in heads)
+    documents = torch.zeros(1, config.train_seq_len, dtype=torch.long, device=device)
+    with Watch():  # the choice depends on whether there will be a backward pass
+        kernel(q.requires_grad_(), k, v, documents if config.doc_borders == "attention" else None)
+    found = re.search(r"_scaled_dot_product_([a-z]+)_attention|(varlen)", " ".join(seen))
+    return next(filter(None, found.groups())) if found else "math"
 
 
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -4204,7 +4232,8 @@ def lock_folder(folder: Path, seconds: float = 60.0) -> int:
 def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, gpu=gpu,
-                attention=attention, numpy=np.__version__, threads=torch.get_num_threads())  # fmt: skip
+                attention=attention, dtype=str(compute_dtype(device)).removeprefix("torch."), numpy=np.__version__,
+                threads=torch.get_num_threads())  # fmt: skip
 
 
 def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) -> Run:
@@ -4229,6 +4258,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     for notice in [*notices, *attention_notices]:
         log.line(f"note: {notice}")
     used = library_versions(device, attention)
+    if attention == "sdpa":
+        used["attention_backend"] = attention_backend(config, kernel, device)
     run = Run(config, device, kernel, used, folder, lock, log, stream, byte_table, tokenizer_sha256)
     if early is not None:
         run.val_tokens = early[0]
@@ -4249,8 +4280,10 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
     for name, value in asdict(c).items():
         log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
-    if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
-        log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
+    if run.versions.get("attention_backend") == "math" and run.device.type == "cuda":
+        rows = split_batch(c)[0] // split_batch(c)[1]
+        stored = rows * c.num_heads * c.train_seq_len**2 * compute_dtype(run.device).itemsize / 1e9
+        log.line(f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores a layer")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")
