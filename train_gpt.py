@@ -36,7 +36,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from glob import glob
 from itertools import islice, pairwise
 from pathlib import Path
@@ -657,15 +657,39 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def maybe_compile(function: Callable, config: Config, device: torch.device) -> Callable:
-    """FUNCTION, compiled for static shapes as one graph where USE_COMPILE says so.
+RECOMPILE_LIMIT = 64  # graphs of one function; torch allows eight, and an evaluation may need more
 
-    There is a graph for each shape, of which learning by documents has more than the eight that torch allows.
+
+def maybe_compile(
+    function: Callable, config: Config, device: torch.device, warn: Callable[[str], None] = warnings.warn
+) -> Callable:
+    """Compile `function` for static shapes, a graph for each, where USE_COMPILE says so; else return it as it is.
+
+    With fullgraph torch raises once RECOMPILE_LIMIT is reached. A call that would need another graph then runs plainly,
+    with one warning; calls that have a graph keep it.
     """
     wanted = device.type == "cuda" if config.use_compile == "auto" else config.use_compile == "1"
-    if wanted:
-        torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
+    if not wanted:
+        return function
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    compiled, warned = torch.compile(function, dynamic=False, fullgraph=True), False
+
+    @wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        nonlocal warned
+        try:
+            return compiled(*args, **named)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            if not warned:
+                shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, Tensor))
+                warn(
+                    f"{function.__name__}: torch.compile has made {RECOMPILE_LIMIT} graphs, its limit here. "
+                    f"New shapes run without it, which is slower: first {shapes}. Use fewer shapes, or USE_COMPILE=0."
+                )
+            warned = True
+            return function(*args, **named)
+
+    return call
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4381,7 +4405,8 @@ def finish_run(
         for parameter in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
-    loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (training_loss, token_nll))
+    warn = lambda text: run.log.line(f"WARNING: {text}")  # noqa: E731
+    loss_fn, nll_fn = (maybe_compile(function, config, run.device, warn) for function in (training_loss, token_nll))
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
     clock, rates, earlier = Clock(run.device), MetaRates(model, config), saved["strict"] if saved else 0.0
