@@ -908,7 +908,10 @@ def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, beg
         tg.write_atomically(folder / "distribution.json", json.dumps(report, indent=1).encode())
         table = document_table(tokens, scores["plan"].nll, adapted.nll, setup.byte_table)
         tg.write_atomically(folder / "documents.csv", table.encode())
-        plot_distribution(folder / "distribution.png", scores["plan"].nll, adapted.nll, report)
+        try:
+            plot_distribution(folder / "distribution.png", scores["plan"].nll, adapted.nll, report)
+        except Exception as error:  # no matplotlib, or no folder for its fonts: no reason to lose a score
+            log.line(f"WARNING: distribution.png is not drawn: {error}. distribution.json has its numbers.")
         tg.write_atomically(folder / "nll.npy", array.getvalue())
     result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
     return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, eval_seconds=seconds,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import lzma
@@ -35,11 +36,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial, wraps
 from glob import glob
 from itertools import islice, pairwise
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZE_CAP = 16_000_000  # bytes of code and model together, decimal
 BOS_ID = 1  # every document of every published export begins with this token
@@ -226,7 +227,7 @@ class Config:
     gptq_block_size: int = setting("export", 64, "columns between two updates of the rest", low=1)
     gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-9, high=1)
     prune_frac: float = setting("export", 0.0, "smallest share of a matrix, zeroed before rounding", low=0, high=0.99)
-    compressor: str = setting("export", "zstd", "coder of the codes", choices=("zstd", "lzma", "ans"))
+    compressor: str = setting("export", "zstd", "of the codes; lzma needs no package", choices=("zstd", "lzma", "ans"))
     fit_size: bool = setting("export", False, "the finest steps that the size cap admits, by one factor for all")
 
     eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
@@ -636,25 +637,60 @@ def differing_parameters(model: nn.Module) -> list[str]:
     return [name for name, low, high in zip(names, lowest, highest, strict=True) if low != high]
 
 
+def tqdm(**settings: Any) -> Any:
+    """A bar of the package tqdm, or one that shows nothing where that is not installed."""
+    try:
+        from tqdm import tqdm as bar
+    except ImportError:
+        return SimpleNamespace(update=lambda number: None, close=lambda: None)
+    return bar(**settings)
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs, float32 on CPUs, where bfloat16 is emulated."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """bfloat16 on GPUs of compute capability 8.0 and more; float32 on older ones and on CPUs, which only emulate it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
 
 
-def maybe_compile(function: Callable, config: Config, device: torch.device) -> Callable:
-    """FUNCTION, compiled for static shapes as one graph where USE_COMPILE says so.
+RECOMPILE_LIMIT = 64  # graphs of one function; torch allows eight, and an evaluation may need more
 
-    There is a graph for each shape, of which learning by documents has more than the eight that torch allows.
+
+def maybe_compile(
+    function: Callable, config: Config, device: torch.device, warn: Callable[[str], None] = warnings.warn
+) -> Callable:
+    """Compile `function` for static shapes, a graph for each, where USE_COMPILE says so; else return it as it is.
+
+    With fullgraph torch raises once RECOMPILE_LIMIT is reached. A call that would need another graph then runs plainly,
+    with one warning; calls that have a graph keep it.
     """
     wanted = device.type == "cuda" if config.use_compile == "auto" else config.use_compile == "1"
-    if wanted:
-        torch._dynamo.config.recompile_limit = 64
-    return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
+    if not wanted:
+        return function
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    compiled, warned = torch.compile(function, dynamic=False, fullgraph=True), False
+
+    @wraps(function)
+    def call(*args: Any, **named: Any) -> Any:
+        nonlocal warned
+        try:
+            return compiled(*args, **named)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            if not warned:
+                shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, Tensor))
+                warn(
+                    f"{function.__name__}: torch.compile has made {RECOMPILE_LIMIT} graphs, its limit here. "
+                    f"New shapes run without it, which is slower: first {shapes}. Use fewer shapes, or USE_COMPILE=0."
+                )
+            warned = True
+            return function(*args, **named)
+
+    return call
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -952,13 +988,27 @@ def flash_attention(rows: Callable, documents_apart: Callable) -> AttentionFn:
 
 
 def torch_attention() -> AttentionFn:
-    """torch's own attention on GPUs, with its kernel for documents of any length."""
+    """torch's own attention on GPUs, with its kernel for documents of any length.
+
+    float32, which cards without bfloat16 compute in, has no kernel for documents, and with fewer K/V heads none but the
+    one that stores (B, H, T, T) scores, 6.4 GB a layer of pr1019: K/V heads are repeated for it, documents are masked.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    return flash_attention(
+    # torch 2.11's kernel takes fewer K/V heads as they are; 2.13 wants to be told
+    told = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    flash = flash_attention(
         lambda q, k, v, causal: sdpa_attention(q, k, v),
-        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), enable_gqa=True),  # (-1, 0): causal
+        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), **told),  # (-1, 0): causal
     )
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+        if q.dtype != torch.float32:
+            return flash(q, k, v, documents)
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+        return sdpa_attention(q, k, v, documents)
+
+    return attention
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:
@@ -967,6 +1017,9 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
     The flash kernels need a GPU, fa3 a Hopper one. UserError where the one asked for cannot run.
     """
     notices = []
+    if device.type == "cuda" and compute_dtype(device) == torch.float32:
+        generation = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        notices.append(f"this GPU has no bfloat16 (compute capability {generation}, not 8.0): it computes in float32")
     for name, module, generation in (("fa3", "flash_attn_interface", 9), ("fa2", "flash_attn", 8)):
         if requested not in ("auto", name) or (requested == "auto" and device.type != "cuda"):
             continue
@@ -979,8 +1032,30 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
         except (ImportError, OSError) as error:
             notices.append(f"{name} cannot be imported: {error}")
     if requested not in ("auto", "sdpa"):
-        raise UserError(f"ATTENTION={requested}: {notices[0]}")
+        raise UserError(f"ATTENTION={requested}: {notices[-1]}")
     return "sdpa", torch_attention() if device.type == "cuda" else sdpa_attention, notices
+
+
+def attention_backend(config: Config, kernel: AttentionFn, device: torch.device) -> str:
+    """Name the operator with which torch computes a training sequence's attention by `kernel`, one of its own.
+
+    flash, cudnn, efficient, varlen, or math, which stores (B, H, T, T) scores. It runs one sequence and watches: which
+    comes first depends on version, card and shapes (torch 2.11 on Hopper: cuDNN's, before FlashAttention 2's).
+    """
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    heads, of = (config.num_heads, config.num_kv_heads, config.num_kv_heads), dict(dtype=compute_dtype(device))
+    q, k, v = (torch.zeros(1, config.train_seq_len, n, config.head_dim, device=device, **of) for n in heads)
+    documents = torch.zeros(1, config.train_seq_len, dtype=torch.long, device=device)
+    with Watch():  # the choice depends on whether there will be a backward pass
+        kernel(q.requires_grad_(), k, v, documents if config.doc_borders == "attention" else None)
+    found = re.search(r"_scaled_dot_product_([a-z]+)_attention|(varlen)", " ".join(seen))
+    return next(filter(None, found.groups())) if found else "math"
 
 
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
@@ -2871,25 +2946,34 @@ def prune_smallest(tensor: Tensor, share: float) -> Tensor:
 # then meets one width at a time. Quarter octaves, by row and by column; 64 sums of the two are told apart.
 NUM_WIDTHS, NARROWEST = 64, -24
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
-PACKAGES = {"zstandard": "0.25.0", "constriction": "0.5.0"}
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
+PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}  # lzma is Python's own
 
 
-def import_package(name: str) -> Any:
-    """A package that only the artifact needs. UserError where it is not installed."""
+def coder_package(coder: str) -> Any:
+    """The package that a value of COMPRESSOR needs, or None. UserError where it cannot be imported."""
+    if coder not in PACKAGES:
+        return None
+    name, version = PACKAGES[coder]
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError:
-        raise UserError(f"the artifact needs the package {name}: pip install {name}=={PACKAGES[name]}") from None
+    except ImportError as error:
+        raise UserError(
+            f"COMPRESSOR={coder} needs the package {name}: {error}. Install it (pip install {name}=={version}), "
+            "or write the artifact with COMPRESSOR=lzma, which needs no package."
+        ) from None
 
 
 def pack(data: bytes, coder: str) -> bytes:
-    """DATA compressed by zstd, level 22, or lzma."""
-    return lzma.compress(data, **LZMA) if coder == "lzma" else import_package("zstandard").compress(data, 22)
+    """Compress `data` with zstd, level 22, or else with lzma: COMPRESSOR=ans does not need zstandard either."""
+    return coder_package(coder).compress(data, 22) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
-def unpack(data: bytes, coder: str) -> bytes:
-    """What `pack` was given."""
-    return lzma.decompress(data, **LZMA) if coder == "lzma" else import_package("zstandard").decompress(data)
+def unpack(data: bytes) -> bytes:
+    """Undo `pack`. The first bytes tell which of the two it was: older artifacts have zstd heads with any coder."""
+    if data.startswith(ZSTD_MAGIC):
+        return coder_package("zstd").decompress(data)
+    return lzma.decompress(data, **LZMA)
 
 
 def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -2931,7 +3015,7 @@ class Table(NamedTuple):
     def model(self) -> Any:
         """For the coder: quotients of whole numbers, so the same on every machine."""
         weights = self.frequencies / self.frequencies.sum(dtype=np.int64)
-        return import_package("constriction").stream.model.Categorical(weights, perfect=False)
+        return coder_package("ans").stream.model.Categorical(weights, perfect=False)
 
 
 def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], list[int]]:
@@ -2964,24 +3048,24 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
         frames = [pack(part.tobytes(), coder) for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
         return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
     tables, uses = choose_tables(codes, counts)
-    sizes, stack = counts[counts > 0], import_package("constriction").stream.stack.AnsCoder()
+    sizes, stack = counts[counts > 0], coder_package("ans").stream.stack.AnsCoder()
     for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):  # last in, first out
         stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
     side = [struct.pack("<H", len(tables)), *(table.dump() for table in tables), np.array(uses, "<u2").tobytes()]
-    packed = pack(b"".join(side), "zstd")
+    packed = pack(b"".join(side), coder)
     return struct.pack("<I", len(packed)) + packed + stack.get_compressed().astype("<u4").tobytes()
 
 
 def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
     """What `encode_codes` was given."""
     if coder == "lzma":
-        return np.frombuffer(unpack(data, coder), np.int8)
+        return np.frombuffer(unpack(data), np.int8)
     if coder == "zstd":
         ends = np.frombuffer(data, "<u4", NUM_WIDTHS).cumsum(dtype=np.int64) + 4 * NUM_WIDTHS
         frames = [data[low:high] for low, high in pairwise([4 * NUM_WIDTHS, *ends.tolist()])]
-        return np.frombuffer(b"".join(unpack(frame, coder) for frame in frames), np.int8)
+        return np.frombuffer(b"".join(unpack(frame) for frame in frames), np.int8)
     (length,) = struct.unpack_from("<I", data)
-    side, tables = unpack(data[4 : 4 + length], "zstd"), []
+    side, tables = unpack(data[4 : 4 + length]), []
     (number,), position = struct.unpack_from("<H", side), 2
     for _ in range(number):
         low, last = struct.unpack_from("<bB", side, position)
@@ -2989,7 +3073,7 @@ def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
         position += 2 + tables[-1].frequencies.nbytes
     sizes = counts[counts > 0]
     uses = np.frombuffer(side, "<u2", len(sizes), position)
-    stack = import_package("constriction").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
+    stack = coder_package("ans").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
     parts = [stack.decode(tables[use].model(), size) + tables[use].low for size, use in zip(sizes, uses, strict=True)]
     return np.concatenate(parts).astype(np.int8)
 
@@ -3076,7 +3160,7 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
     side += [steps for record in coded for steps in (record.row_steps, record.column_steps) if steps is not None]
     side += [part for pair in widths for part in pair]
     plain = [struct.pack("<I", len(text)), text, *(part.contiguous().numpy().tobytes() for part in side)]
-    head = pack(b"".join(plain), "zstd")
+    head = pack(b"".join(plain), config.compressor)
     body = struct.pack("<I", len(head)) + head + encode_codes(codes, counts, config.compressor)
     coder = config.compressor.encode().ljust(4, b"\0")
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, coder, checksum(coder, body)) + body
@@ -3085,7 +3169,7 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
 def decode_records(body: bytes, coder: str) -> tuple[dict[str, Any], list[Record]]:
     """Header and tensors of the body of an artifact. UserError where other codes come out than went in."""
     (length,) = struct.unpack_from("<I", body)
-    head = unpack(body[4 : 4 + length], "zstd")
+    head = unpack(body[4 : 4 + length])
     (text,) = struct.unpack_from("<I", head)
     header, position = json.loads(head[4 : 4 + text]), 4 + text
 
@@ -4180,7 +4264,8 @@ def lock_folder(folder: Path, seconds: float = 60.0) -> int:
 def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, gpu=gpu,
-                attention=attention, numpy=np.__version__, threads=torch.get_num_threads())  # fmt: skip
+                attention=attention, dtype=str(compute_dtype(device)).removeprefix("torch."), numpy=np.__version__,
+                threads=torch.get_num_threads())  # fmt: skip
 
 
 def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) -> Run:
@@ -4199,13 +4284,14 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     if not glob(config.shards("val")):
         raise UserError(f"no shards match {config.shards('val')}")
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
-    for package in ("zstandard", *(["constriction"] if config.compressor == "ans" else [])):
-        import_package(package)
+    coder_package(config.compressor)  # or a UserError, before anything is trained
     folder, lock = on_rank_0(lambda: make_run_folder(config))
     log = RunLog(folder, config.iterations)
     for notice in [*notices, *attention_notices]:
         log.line(f"note: {notice}")
     used = library_versions(device, attention)
+    if attention == "sdpa":
+        used["attention_backend"] = attention_backend(config, kernel, device)
     run = Run(config, device, kernel, used, folder, lock, log, stream, byte_table, tokenizer_sha256)
     if early is not None:
         run.val_tokens = early[0]
@@ -4226,8 +4312,10 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
     for name, value in asdict(c).items():
         log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
-    if run.versions["attention"] == "sdpa" and run.device.type == "cuda":
-        log.line("WARNING: no flash attention can be used, torch's own attention runs instead and is slower")
+    if run.versions.get("attention_backend") == "math" and run.device.type == "cuda":
+        rows = split_batch(c)[0] // split_batch(c)[1]
+        stored = rows * c.num_heads * c.train_seq_len**2 * compute_dtype(run.device).itemsize / 1e9
+        log.line(f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores a layer")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")
@@ -4325,7 +4413,8 @@ def finish_run(
         for parameter in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
-    loss_fn, nll_fn = (maybe_compile(function, config, run.device) for function in (training_loss, token_nll))
+    warn = lambda text: run.log.line(f"WARNING: {text}")  # noqa: E731
+    loss_fn, nll_fn = (maybe_compile(function, config, run.device, warn) for function in (training_loss, token_nll))
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
     clock, rates, earlier = Clock(run.device), MetaRates(model, config), saved["strict"] if saved else 0.0

@@ -38,11 +38,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
-import zstandard
 from tqdm import tqdm
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
@@ -120,6 +119,17 @@ class Document(NamedTuple):
     utf8: bytes
 
 
+def import_zstandard() -> Any:
+    """The package that .zst files need, and nothing else. InputError where it cannot be imported."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(
+            f".zst files need the package zstandard: {error}. Install it (pip install zstandard), or decompress them."
+        ) from None
+    return zstandard
+
+
 class ZstdReader(io.RawIOBase):
     """A .zst file of one or more frames. Raises EOFError where the last one is cut short.
 
@@ -127,8 +137,9 @@ class ZstdReader(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
+        self._zstd = import_zstandard()
         self._file = path.open("rb")
-        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._frame: Any = None  # zstandard's decompressor of the frame that is being read
         self._compressed = self._plain = b""
 
     def readable(self) -> bool:
@@ -141,8 +152,11 @@ class ZstdReader(io.RawIOBase):
                 if self._frame is not None:
                     raise EOFError("the compressed file ends before its end-of-stream marker")
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            self._plain = self._frame.decompress(self._compressed)
+            self._frame = self._frame or self._zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                self._plain = self._frame.decompress(self._compressed)
+            except self._zstd.ZstdError as error:
+                raise OSError(str(error)) from error
             self._compressed = self._frame.unused_data if self._frame.eof else b""
             self._frame = None if self._frame.eof else self._frame
         count = min(len(buffer), len(self._plain))
@@ -182,6 +196,8 @@ def list_inputs(paths: Iterable[Path]) -> list[Path]:
     repeated = [path for path, count in Counter(file.resolve() for file in files).items() if count > 1]
     if repeated:
         raise InputError(f"{repeated[0]}: given more than once")
+    if any(file.suffix == ".zst" for file in files):
+        import_zstandard()
     return files
 
 
@@ -202,7 +218,7 @@ def read_texts(path: Path, text_key: str = "text") -> Iterator[tuple[str, bytes]
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield _parse_line(line, path, number, text_key)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 

@@ -13,6 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # a second thread only waits on matrices as small as the tests'
 
 
+def inherited() -> dict[str, str]:
+    """Return the environment variables that a program started by a test inherits: PYTHONPATH may hold packages."""
+    names = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def search_path(folder: Path) -> str:
+    """PYTHONPATH with `folder` before what stands there."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 @pytest.fixture(autouse=True)
 def clean_process():
     """Nothing that a test sets globally outlives it."""
@@ -48,8 +59,7 @@ def run_trainer(tmp_path):
     def run(env: dict[str, str], *args: str, processes: int = 1) -> subprocess.CompletedProcess:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train_gpt.py"), *args]
-        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
-        env = {"OMP_NUM_THREADS": "1", **kept, **env}
+        env = {"OMP_NUM_THREADS": "1", **inherited(), **env}
         return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     return run

@@ -1,6 +1,7 @@
 """The artifact: against a reader of its documented layout, damaged in every way, and never half-written."""
 
 import json
+import lzma
 import pickle
 import struct
 import sys
@@ -48,17 +49,25 @@ def signed(body: bytes, coder: bytes = b"zstd") -> bytes:
     return b"PGOLFQ6\0" + version + coder + sha256(version + coder + body).digest() + body
 
 
+def unpacked(data: bytes, coder: bytes) -> bytes:
+    """Unpack the head or another side part: zstd where the codes are zstd, else the lzma of Python."""
+    if coder == b"zstd":
+        return zstandard.decompress(data)
+    return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26, "lc": 0}])
+
+
 def split_body(blob: bytes) -> tuple[dict, bytes, bytes]:
     """Header, the rest of the head, and the coded codes, by the layout in words."""
     body = blob[48:]
     assert blob == signed(body, blob[12:16])
     length = int.from_bytes(body[:4], "little")
-    head = zstandard.decompress(body[4 : 4 + length])
+    head = unpacked(body[4 : 4 + length], blob[12:16])
     text = int.from_bytes(head[:4], "little")
     return json.loads(head[4 : 4 + text]), head[4 + text :], body[4 + length :]
 
 
 def join_body(header: dict, rest: bytes, coded: bytes) -> bytes:
+    """A body with a zstd head, which older versions wrote with any coder."""
     text = json.dumps(header).encode()
     head = zstandard.compress(struct.pack("<I", len(text)) + text + rest)
     return struct.pack("<I", len(head)) + head + coded
@@ -311,6 +320,31 @@ def test_a_coder_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(UserError, match=r"constriction==\d"):
         read_artifact(tmp_path / "a")
+
+
+@pytest.mark.parametrize("coder, package", [("zstd", "zstandard"), ("ans", "constriction"), ("lzma", None)])
+def test_each_coder_needs_its_own_package_and_no_other(coder, package, tmp_path, monkeypatch):
+    for name in {"zstandard", "constriction"} - {package}:
+        monkeypatch.setitem(sys.modules, name, None)
+    blob, _ = two_sided_blob(coder, True)
+    (tmp_path / "a").write_bytes(blob)
+    read_artifact(tmp_path / "a")
+
+
+@pytest.mark.parametrize("coder", ["lzma", "ans"])
+def test_a_zstd_head_of_an_older_version_is_read(coder, tmp_path):
+    """Both the head and the tables of the ans coder were packed by zstd."""
+    blob, _ = two_sided_blob(coder, True)
+    header, rest, data = split_body(blob)
+    if coder == "ans":
+        (side,) = struct.unpack_from("<I", data)
+        tables = zstandard.compress(unpacked(data[4 : 4 + side], b"ans\0"))
+        data = struct.pack("<I", len(tables)) + tables + data[4 + side :]
+    (tmp_path / "new").write_bytes(blob)
+    (tmp_path / "old").write_bytes(signed(join_body(header, rest, data), blob[12:16]))
+    new, old = read_artifact(tmp_path / "new"), read_artifact(tmp_path / "old")
+    assert new.config == old.config and new.state.keys() == old.state.keys()
+    assert all(torch.equal(new.state[name], tensor) for name, tensor in old.state.items())
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import inherited, search_path
 from sentencepiece import SentencePieceProcessor
 from test_cli import ROOT, write_shard
 from test_model import random_model
@@ -454,8 +455,8 @@ def trained(demo_data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     for split, count in (("train", 20_000), ("val", 900)):
         tokens = tg.open_shard(str(demo_data / f"fineweb_{split}_000000.bin"))[:count]
         write_shard(folder / f"fineweb_{split}_0.bin", tokens)
-    env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
-    env |= dict(PYTHONPATH=str(ROOT), RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(folder),
+    env = inherited()
+    env |= dict(PYTHONPATH=search_path(ROOT), RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(folder),
                 TOKENIZER_PATH=str(demo_data / "tokenizer.model"), OMP_NUM_THREADS="1", TTT_CHUNK_SIZE="32",
                 TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4")  # fmt: skip
     training = env | dict(RUN_ID="run", VAL_LOSS_EVERY="0", ITERATIONS="8")

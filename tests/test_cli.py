@@ -12,6 +12,8 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
+from conftest import inherited, search_path
 from test_model import SMALL, random_model
 
 import train_gpt
@@ -449,3 +452,33 @@ def test_a_loss_that_is_no_number_ends_the_process_with_1(run_trainer, tmp_path,
     assert done.returncode == 1
     assert re.search(r"step:? ?[23]\b.*nan", done.stderr)
     assert {path.name for path in (tmp_path / "runs/run").iterdir()} & {"result.json", "final_model.int6.ptz"} == set()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An image that lacks packages
+# ----------------------------------------------------------------------------------------------------------------------
+
+BARE = """
+import sys
+sys.modules.update(dict.fromkeys(("zstandard", "constriction", "matplotlib", "tqdm", "scipy", "brotli")))
+import eval_ttt, train_gpt
+sys.exit(train_gpt.main([]) or eval_ttt.main([]))
+"""
+
+
+def test_torch_numpy_and_sentencepiece_are_enough(settings, tmp_path):
+    """COMPRESSOR=lzma trains, exports, scores and adapts; a plot that cannot be drawn costs one warning."""
+    env = {**inherited(), **settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT), "COMPRESSOR": "lzma"}
+    env |= dict(ITERATIONS="1", VAL_LOSS_EVERY="0", TTT_MODE="banks", MODEL_PATH="runs/run/final_model.int6.ptz")
+    done = subprocess.run([sys.executable, "-c", BARE], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Serialized model int6+lzma" in done.stdout and done.stdout.count("WARNING: distribution.png") == 1
+    assert json.loads((tmp_path / "runs/run/eval_ttt.json").read_text())["val_bpb_ttt"] > 0
+    assert np.isfinite(np.load(tmp_path / "runs/run/nll.npy")).all()
+
+
+@pytest.mark.parametrize("coder, package", [("zstd", "zstandard"), ("ans", "constriction")])
+def test_a_coder_whose_package_is_missing_is_refused_before_training(coder, package, settings, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refused([], {**settings, "COMPRESSOR": coder})
+    assert f"COMPRESSOR={coder}" in said and f"pip install {package}==" in said and "COMPRESSOR=lzma" in said

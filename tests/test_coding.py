@@ -170,7 +170,7 @@ def test_what_the_symbols_of_a_table_cost_adds_up_to_one(sigma):
     model, total, expected = table.model(), 0.0, 0.0
     some = np.arange(1000, dtype=np.int32) % len(table.frequencies)  # on an empty stack the first symbol is for free
     for symbol in range(len(table.frequencies)):
-        stack = train_gpt.import_package("constriction").stream.stack.AnsCoder()
+        stack = train_gpt.coder_package("ans").stream.stack.AnsCoder()
         stack.encode_reverse(some, model)
         before = stack.num_valid_bits()
         stack.encode_reverse(np.full(10_000, symbol, np.int32), model)

@@ -13,6 +13,7 @@ from pathlib import Path
 import demo
 import pytest
 import sentencepiece as spm
+from conftest import search_path
 
 SCRIPT = Path(demo.__file__)
 IMPORT_CHECK = """
@@ -32,7 +33,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "corpus"
     code = IMPORT_CHECK.format(script=str(SCRIPT))
     command = [sys.executable, "-c", code, "unused", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(SCRIPT.parent)}, timeout=60)
+    env = {"PYTHONPATH": search_path(SCRIPT.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 

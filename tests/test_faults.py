@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import inherited
 from test_cli import snapshot, write_shard
 
 import train_gpt
@@ -113,8 +114,7 @@ class Job:
         self.work, self.run, self.launch = work.resolve(), work.resolve() / "runs" / env["RUN_ID"], launch
         log = self.run / "train.log"
         self.seen = log.stat().st_size if log.exists() else 0
-        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
-        base, trainer = {"OMP_NUM_THREADS": "1", **kept, **env}, str(ROOT / "train_gpt.py")
+        base, trainer = {"OMP_NUM_THREADS": "1", **inherited(), **env}, str(ROOT / "train_gpt.py")
         torchrun, port = ["-m", "torch.distributed.run"], free_port()
         meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=faults"]
         own = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(port))

@@ -148,6 +148,44 @@ def test_rounded_banks_use_the_same_graph():
     assert losses[0] == losses[2] != losses[1] and counter.frame_count == 1
 
 
+@pytest.fixture
+def stand_in_compiler(monkeypatch):
+    """Make maybe_compile use a stand-in backend and two graphs at most; returns the graphs in the order they ran."""
+    ran, honest = [], torch.compile
+
+    def backend(module, inputs):
+        def run(*args):
+            ran.append(id(module))
+            return module(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    monkeypatch.setattr(train_gpt, "RECOMPILE_LIMIT", 2)
+    monkeypatch.setattr(torch, "compile", lambda f, **how: honest(f, backend=backend, **how))
+    return ran
+
+
+@pytest.mark.parametrize("function", [train_gpt.training_loss, train_gpt.token_nll])
+def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_in_compiler):
+    """Losses, and gradients in training, stay those of plain torch; one warning; shapes that have a graph keep it."""
+    config, warnings = replace(SMALL, num_layers=1, ve_enabled=False, use_compile="1"), []
+    model, trains = random_model(config), function is train_gpt.training_loss
+    compiled = train_gpt.maybe_compile(function, config, torch.device("cpu"), warnings.append)
+    for rows in (1, 2, 3, 4, 2, 3, 1):
+        ids, targets, results = random_ids(rows, 12, rows), random_ids(rows, 12, rows + 9), []
+        before = len(stand_in_compiler)
+        for each in (function, compiled):
+            with torch.set_grad_enabled(trains):
+                loss = each(model, ids, targets)
+            results.append([loss.detach(), *(torch.autograd.grad(loss, list(model.parameters())) if trains else ())])
+        torch.testing.assert_close(*results)
+        assert len(stand_in_compiler) - before == (rows <= 2)
+    assert len(set(stand_in_compiler)) == 2
+    assert len(warnings) == 1 and function.__name__ in warnings[0] and "(3, 12)" in warnings[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Fewer products, and weights cast once a step
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The model against an independent one of loops in float64; causality, document borders, banks, adapters, names."""
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -8,7 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train_gpt
 from train_gpt import GPT, Config, UserError
@@ -538,6 +541,37 @@ def test_attention_kernels_on_a_gpu(monkeypatch, generation, modules, expected, 
         torch.testing.assert_close(kernel(q, k, v, documents), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "generation, dtype", [((7, 5), torch.float32), ((8, 0), torch.bfloat16), ((12, 0), torch.bfloat16)]
+)
+def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, generation, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generation)
+    for module in ("flash_attn_interface", "flash_attn"):
+        monkeypatch.setitem(sys.modules, module, None)
+    device = torch.device("cuda")
+    assert train_gpt.compute_dtype(device) == dtype and train_gpt.compute_dtype(torch.device("cpu")) == torch.float32
+    notices = [notice for notice in train_gpt.choose_attention("auto", device)[2] if "bfloat16" in notice]
+    assert len(notices) == (dtype == torch.float32) and all("7.5" in notice for notice in notices)
+    with pytest.raises(UserError, match="ATTENTION=fa3: fa3 "):
+        train_gpt.choose_attention("fa3", device)
+
+
+@pytest.mark.parametrize("allowed", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, None])
+@pytest.mark.parametrize("borders", ["respect", "attention"])
+def test_the_backend_that_is_named_is_the_one_that_runs(allowed, borders):
+    """Against the operators that torch's profiler sees in a whole forward and backward pass of the model."""
+    config = replace(SMALL, doc_borders=borders)
+    model, ids = random_model(config, torch.float32), random_ids(2, config.train_seq_len)
+    with nullcontext() if allowed is None else sdpa_kernel([allowed]):
+        named = train_gpt.attention_backend(config, train_gpt.sdpa_attention, torch.device("cpu"))
+        with torch.profiler.profile() as profile:
+            train_gpt.training_loss(model, ids, ids).backward()
+    ran = {event.key for event in profile.key_averages()}
+    assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (named == "flash")
+    assert ("aten::_scaled_dot_product_attention_math" in ran) == (named == "math")
+    assert named == ("math" if allowed == SDPBackend.MATH else "flash")
+
+
 def by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal):
     """What flash_attn_varlen_func does, one document at a time: (tokens, heads, D), and the log-sum-exp beside it."""
     assert causal and torch.equal(begins_q, begins_k) and begins_q.dtype == torch.int32
@@ -607,13 +641,20 @@ def test_torch_has_a_kernel_of_any_length():
     assert y.shape == q.shape and k.grad.shape == k.shape and counter.frame_count == 1
 
 
-def test_the_kernel_of_torch_is_asked_for_what_masks_do(monkeypatch):
+def varlen_of_torch_2_11(*args, window_size):
+    assert window_size == (-1, 0)
+    return by_documents(*args, causal=True)[0]
+
+
+def varlen_of_torch_2_13(*args, window_size, enable_gqa=False):
+    assert enable_gqa
+    return varlen_of_torch_2_11(*args, window_size=window_size)
+
+
+@pytest.mark.parametrize("stand_in", [varlen_of_torch_2_11, varlen_of_torch_2_13])
+def test_the_kernel_of_torch_is_asked_for_what_masks_do(stand_in, monkeypatch):
     """Its window (-1, 0) is all that is before a place; with a stand-in that works document by document."""
     import torch.nn.attention.varlen as varlen
-
-    def stand_in(q, k, v, begins_q, begins_k, longest_q, longest_k, *, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa
-        return by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal=True)[0]
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     q, k, v, documents = attention_inputs(2, 300, 0.005)
@@ -621,6 +662,22 @@ def test_the_kernel_of_torch_is_asked_for_what_masks_do(monkeypatch):
     for given in (None, documents):
         expected = train_gpt.sdpa_attention(q, k, v, given)
         torch.testing.assert_close(attention(q, k, v, given), expected, rtol=0, atol=1e-12)
+
+
+def test_in_float32_torch_is_asked_for_kernels_that_take_it(monkeypatch):
+    """varlen_attn takes 16 bits only, and the fast kernels no fewer K/V heads then: none must be asked for these."""
+    attention, asked, honest = train_gpt.torch_attention(), [], F.scaled_dot_product_attention
+
+    def record(q, k, v, **how):
+        asked.append((q.size(1), k.size(1), v.size(1)))
+        return honest(q, k, v, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    q, k, v, documents = (x if x.dtype == torch.long else x.float() for x in attention_inputs(2, 300, 0.005))
+    for given in (None, documents):
+        found = attention(q, k, v, given)
+        assert asked.pop() == (q.size(2),) * 3
+        torch.testing.assert_close(found, train_gpt.sdpa_attention(q, k, v, given))
 
 
 def test_a_value_of_zero_has_no_direction_to_leave_out():
@@ -652,6 +709,15 @@ def test_attention_on_a_gpu(requested):
             results.append([y, *(x.grad for x in inputs)])
         for found, expected in zip(results[1], results[0], strict=True):
             assert (found.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("allowed", [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+def test_the_backend_of_a_gpu_is_named(allowed):
+    config, device = replace(Config(), train_seq_len=256), torch.device("cuda")
+    with sdpa_kernel([allowed]):
+        named = train_gpt.attention_backend(config, train_gpt.torch_attention(), device)
+    assert named == allowed.name.split("_")[0].lower()
 
 
 @pytest.mark.parametrize("given", [{"banks": {"qo": torch.zeros(1)}}, {"adapters": {"lm_head": (torch.zeros(1),) * 2}}])

@@ -13,7 +13,6 @@ import inspect
 import io
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from types import ModuleType
 import check
 import pack
 import pytest
+from conftest import inherited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,9 +36,8 @@ AWKWARD = b"\\\r\n\0\"'07x{}%#\t\x0c\x1a\x85\xa0\xc3\xff"  # escapes, ends, what
 
 
 def python(*args: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env={"OMP_NUM_THREADS": "1", **kept, **environ}, capture_output=True)
+    return subprocess.run(command, cwd=cwd, env={"OMP_NUM_THREADS": "1", **inherited(), **environ}, capture_output=True)
 
 
 @pytest.fixture(scope="module")

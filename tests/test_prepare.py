@@ -18,6 +18,7 @@ import prepare
 import pytest
 import sentencepiece as spm
 import zstandard
+from conftest import search_path
 
 SP_SPACE = "\u2581"
 HOSTILE = [
@@ -368,6 +369,16 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
     assert not (tmp_path / "out").exists()
 
 
+def test_only_zst_files_need_zstandard(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Its absence is said before any other file is read, and stops nothing where no input is a .zst file."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.txt").write_bytes(b"not UTF-8: \xff")
+    (tmp_path / "b.jsonl.zst").write_bytes(zstd_frames(b'{"text": "b"}\n'))
+    for names, message in (("a.txt b.jsonl.zst", "pip install zstandard"), ("a.txt", "a.txt, line 1: not valid")):
+        assert run([tmp_path / name for name in names.split()], tmp_path / "out") == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -443,7 +454,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 
 def test_a_killed_run_leaves_no_manifest_and_no_broken_shard(source: Path, tmp_path: Path) -> None:
     out, options = tmp_path / "out", ["--vocab-size", "400", "--workers", "1", "--shard-tokens", "1000", "--name", "n"]
-    folder = str(Path(prepare.__file__).parent)
+    folder = search_path(Path(prepare.__file__).parent)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(source), "--out", str(out), *options], env={"PYTHONPATH": folder}
     )

@@ -20,7 +20,7 @@ import numpy as np
 import optuna
 import pytest
 import sweep
-from conftest import ROOT
+from conftest import ROOT, inherited
 from scipy import stats
 
 TORCHRUN = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
@@ -67,7 +67,7 @@ def arguments(*given: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "RECIPE": str(SMOKE), "OMP_NUM_THREADS": "1", **more}
+    return {**inherited(), "RECIPE": str(SMOKE), "OMP_NUM_THREADS": "1", **more}
 
 
 def lines(path: str) -> list[str]:

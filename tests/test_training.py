@@ -24,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import inherited
 from test_artifact import make_progress, make_run
 from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
@@ -488,7 +489,7 @@ def keep_losses() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "train_gpt.py")]
-        subprocess.run(command, cwd=folder, env={"PATH": os.environ["PATH"], **settings}, check=True)
+        subprocess.run(command, cwd=folder, env={**inherited(), **settings}, check=True)
         losses = read_losses(Path(folder) / "runs/run")
     kept = json.loads(LOSSES.read_text()) if LOSSES.exists() else {}
     kept[machine(corpus_hash(data))] = losses
