@@ -1906,6 +1906,20 @@ class SecondMoments:
         return rows[:, :-1] / rows[:, -1:]
 
 
+def inverse_root(square: Tensor, column: Tensor | None = None) -> Tensor:
+    """1 / sqrt of mean squared gradients (n, ...) by set, or of row means (n, ..., out) and column means (n, ..., in).
+
+    The outer product of the two is exact where the mean square has rank one. TTT_MOMENT_FLOOR of the set's mean is
+    added. 0 where a set has none: adapters' A has no gradient in training text, where B is zero.
+    """
+    floor = TTT_MOMENT_FLOOR * square.reshape(len(square), math.prod(square.shape[1:])).mean(1)
+    floor = torch.where(floor > 0, floor, math.inf).view(-1, *[1] * (square.dim() - 1))
+    if column is None:
+        return (square + floor).rsqrt()
+    square = (square / square.mean(-1, keepdim=True).clamp(min=1e-30)).unsqueeze(-1)
+    return (square * column.unsqueeze(-2)).add_(floor.unsqueeze(-1)).rsqrt_()  # in place: it is as large as 16 banks
+
+
 class FastWeights:
     """The tensors that learn at test time, in float32, with a leading axis: one set, or one for each document.
 
@@ -2047,13 +2061,7 @@ class FastWeights:
         means = self.named(self.moments.means(self.rows)) if c.ttt_optimizer == "precond" else {}
         for name, g in gradients.items():
             if c.ttt_optimizer == "precond":
-                square, *columns = means[name]
-                for column in columns:  # exact where the mean square has rank one
-                    whole = square.mean(-1)[..., None, None].clamp(min=1e-30)
-                    square = square.unsqueeze(-1) * column.unsqueeze(-2) / whole
-                floor = square.reshape(len(square), -1).mean(1).view(-1, *[1] * (square.dim() - 1))
-                inverse = (square + TTT_MOMENT_FLOOR * floor).rsqrt()
-                yield name, g.mul_(inverse.nan_to_num(posinf=0.0))[:count]  # A has no gradient where B is zero
+                yield name, g.mul_(inverse_root(*means[name]))[:count]
             elif c.ttt_optimizer == "sgd" and not c.ttt_momentum:
                 yield name, g[:count]
             else:
