@@ -356,6 +356,17 @@ def warm_up(setup: Setup) -> None:
     evaluate(setup, tokens.astype(np.uint16).flatten())
 
 
+def warm_up_windows(setup: Setup) -> None:
+    """Compile what `window_scores` needs: on random tokens, a batch with the first window and, on each rank, another.
+
+    The first window of a sliding score has EVAL_SEQ_LEN targets, so that its batch has a shape of its own.
+    """
+    c = setup.config
+    size = c.eval_seq_len + c.eval_stride * tg.world_size() * (c.eval_batch_seqs + 1) + 1
+    tokens = np.random.default_rng(0).integers(BOS_ID + 1, c.vocab_size, size)
+    window_scores(setup, tokens.astype(np.uint16))
+
+
 def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
     """The artifact's scores without adaptation: windows side by side, and sliding."""
     c, scores = setup.config, {}
@@ -891,7 +902,7 @@ def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, beg
     for line in running_bpb(plan, adapted.nll, num_bytes):
         log.line(line)
     if compiled:
-        window_scores(setup, np.full(c.eval_seq_len + c.eval_stride + 1, BOS_ID, np.uint16))
+        warm_up_windows(setup)
     scores = {"ttt": adapted, **window_scores(setup, tokens)}
     by_documents = TTT_MODES[c.ttt_mode][0]  # then by the learner, whose graphs are there
     scores["plan"] = evaluate(setup, tokens, learns=False) if by_documents else scores["sliding"]
