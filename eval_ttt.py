@@ -222,7 +222,8 @@ class Learner:
         learned = np.maximum(windows.end - windows.begin, 0)
         per_target = weight / learned.sum()
         mine = np.array_split(np.arange(len(learned)), tg.world_size())[tg.rank()]
-        padded = np.resize(mine, math.ceil(len(learned) / tg.world_size())) if len(mine) else np.zeros(1, np.int64)
+        rows = self.config.ttt_batch_seqs if fast is self.base else len(learned)  # documents end anywhere: one shape
+        padded = np.resize(mine if len(mine) else 0, math.ceil(rows / tg.world_size()))
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
         c = self.config
         context, lr = (0, fast.config.ttt_lr) if fast is self.base else (c.ttt_context, self.lr())
