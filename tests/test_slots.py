@@ -1,18 +1,23 @@
-"""Evaluation by documents in slots: what stands later in the file changes no earlier loss, whatever the ranks and shapes."""
+"""Evaluation by documents in slots: later text changes no earlier loss, nor do ranks; few graphs; the prior."""
 
+import functools
+import json
 import multiprocessing
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_cli import write_shard
 from test_meta import documents_of, exact, live_model
-from test_model import SMALL
+from test_model import SMALL, random_model
 from test_ttt_runs import SGD, TINY, setup_of
 
+import eval_ttt
 import train_gpt
 from eval_ttt import SLOT_ROWS, Setup, evaluate, score_plan
 from train_gpt import BOS_ID, MetaRates, deployed_step, inner_weights
@@ -305,7 +310,7 @@ def test_a_later_document_of_an_episode_changes_no_earlier_one(double, ranks, la
     alone, other = episode(EPISODE, "same"), episode(EPISODE, last)
     for name in (*live_model(EPISODE).state_dict(), "own"):
         assert torch.equal(alone[name][:3], other[name][:3]), name
-        first, second = (found["deployed"] for found in ranks[2])
+        first = ranks[2][0]["deployed"]
         assert torch.equal(first[last][name], first["same"][name]), name
     assert not torch.equal(alone["qo_bank"][3], other["qo_bank"][3])
 
@@ -321,3 +326,140 @@ def test_an_episode_on_two_ranks_is_that_of_one(double, ranks, last):
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], alone[name], rtol=1e-6, atol=1e-12)
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, alone["loss"], rtol=1e-8, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ----------------------------------------------------------------------------------------------------------------------
+
+COMPILED = {
+    "doc_banks": {},
+    "doc_lora": {"TTT_MODE": "doc_lora"},
+    "phased": {"TTT_MODE": "phased", "PHASED_TTT_PREFIX_DOCS": "9", "PHASED_TTT_NUM_PHASES": "3"},
+}
+
+
+def many_lengths() -> np.ndarray:
+    """Documents from one target to several windows of 32."""
+    lengths = [40, 1, 7, 70, 3, 2, 33, 64, 9, 5, 31, 4, 12, 1, 17, 24, 6, 32, 11, 2]
+    return np.append(text_of(lengths), 5).astype(np.uint16)
+
+
+@pytest.fixture
+def artifact(demo_data, tmp_path) -> dict[str, str]:
+    """Settings of an evaluation of a random model with the demo's tokenizer on documents of many lengths."""
+    tokenizer, shard = demo_data / "tokenizer.model", tmp_path / "fineweb_val_000000.bin"
+    config = replace(SMALL, vocab_size=1024, model_dim=16, num_layers=1, mlp_mult=2.0, ve_enabled=False,
+                     bigram_vocab_size=0, xsa_last_n=0)  # fmt: skip
+    records = train_gpt.quantize(random_model(config, torch.float32).state_dict(), train_gpt.Statistics(), config)
+    content = train_gpt.encode_artifact(config, records, train_gpt.sha256_file(tokenizer))
+    (tmp_path / "final_model.int6.ptz").write_bytes(content)
+    write_shard(shard, many_lengths())
+    return dict(MODEL_PATH=str(tmp_path / "final_model.int6.ptz"), TOKENIZER_PATH=str(tokenizer), VAL_FILES=str(shard),
+                DATA_PATH=str(tmp_path), DEVICE="cpu", USE_COMPILE="1", EVAL_SEQ_LEN="32", EVAL_STRIDE="8",
+                EVAL_BATCH_SEQS="4", TTT_CHUNK_SIZE="4", TTT_BATCH_SEQS="4", TTT_GROUPS="2", TTT_SLOTS="3",
+                TTT_PRIOR_SEQS="2", TTT_PRIOR_CHUNKS="1")  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", COMPILED.values(), ids=COMPILED)
+def test_few_graphs_and_none_after_warm_up(artifact, monkeypatch, changes):
+    """A whole evaluation by a stand-in for the compiler; `made`: graphs, and where the parts of it begin and end."""
+    made, parts = [], {name: getattr(eval_ttt, name) for name in ("warm_up", "evaluate", "window_scores")}
+
+    def backend(module, inputs):
+        made.append("graph")
+        return module.forward
+
+    def said(name):
+        def part(*args, **kwargs):
+            made.append(name)
+            found = parts[name](*args, **kwargs)
+            made.append(f"{name} done")
+            return found
+
+        return part
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for name in parts:
+        monkeypatch.setattr(eval_ttt, name, said(name))
+    assert eval_ttt.main([], artifact | changes) == 0
+    result = json.loads(Path(artifact["MODEL_PATH"]).with_name("eval_ttt.json").read_text())
+    assert abs(result["ttt_gain_bpb"]) > 1e-3
+    scored = [n for n, what in enumerate(made) if what == "evaluate"][1:]  # the first one is the warm-up's
+    ends = [n for n, what in enumerate(made) if what == "evaluate done"][1:]
+    windows = [n for n, what in enumerate(made) if what in ("window_scores", "window_scores done")]
+    assert made[0] == "warm_up" and len(scored) == 2 and len(windows) == 4
+    for begin, end in [*zip(scored, ends, strict=True), windows[2:]]:
+        assert "graph" not in made[begin:end], made
+    assert made.count("graph") == {"doc_banks": 8, "doc_lora": 7, "phased": 8}[result["settings"]["ttt_mode"]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The prior
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def priors(setup: Setup, tokens: np.ndarray, monkeypatch) -> list[torch.Tensor]:
+    """The moments with which each group begins."""
+    found, begin = {}, train_gpt.SecondMoments.begin
+
+    def spy(self, group):
+        begin(self, group)
+        found.setdefault(group, self.total.clone())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt.SecondMoments, "begin", spy)
+        evaluate(setup, tokens)
+    return [found[group] for group in range(setup.config.ttt_groups)]
+
+
+def test_the_prior_is_the_artifacts_alone(monkeypatch):
+    """The same for every group, text, seed and state of the process; another artifact has another."""
+    setup = plain_setup(ttt_groups=3, ttt_slots=2, **PRIOR)
+    first, *others = priors(setup, text_of(FEW), monkeypatch)
+    assert first[-1] == 3 and first[:-1].any() and (first >= 0).all()
+    torch.manual_seed(1)
+    others += priors(setup, text_of(MANY, 1), monkeypatch)
+    others += priors(plain_setup(ttt_groups=3, ttt_slots=2, seed=7, **PRIOR), text_of(FEW), monkeypatch)
+    assert all(torch.equal(other, first) for other in others) and len(others) == 8
+    setup.artifact.state["qo_bank"][0] += 0.5
+    assert not torch.equal(priors(setup, text_of(FEW), monkeypatch)[0], first)
+
+
+NO_PRIOR = {
+    "no sequences": dict(ttt_prior_seqs=0),
+    "low rank": dict(PRIOR, **LORA),
+    "phased": dict(PRIOR, **PHASED),
+    "momentum": dict(PRIOR, **SGD),
+    "moments of training": dict(PRIOR, ttt_moments="artifact"),
+}
+
+
+@pytest.mark.parametrize("changes", NO_PRIOR.values(), ids=NO_PRIOR)
+def test_who_has_no_prior(changes, monkeypatch):
+    """Nothing is generated, and the sums begin with nothing but what the artifact brought."""
+    monkeypatch.setattr(train_gpt, "generate", lambda *_: pytest.fail("generated"))
+    setup = causal_setup(changes)
+    for start in priors(setup, text_of(FEW), monkeypatch):
+        assert bool(start.any()) == (setup.config.ttt_moments == "artifact")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ----------------------------------------------------------------------------------------------------------------------
+
+REFUSED = {"TTT_LR_SCHEDULE": "cosine", "TTT_TOP_FRAC": "0.5", "TTT_LOSS_POWER": "1"}
+
+
+@pytest.mark.parametrize("mode", [mode for mode in train_gpt.TTT_MODES if mode != "none"])
+@pytest.mark.parametrize("name, value", REFUSED.items())
+def test_what_depends_on_other_documents_is_refused(artifact, capsys, mode, name, value):
+    """By documents: the length of the text, the losses of other documents. By flat chunks all three are settings."""
+    given = {"TTT_MODE": mode, name: value}
+    if not train_gpt.TTT_MODES[mode][0]:
+        train_gpt.load_config(given)
+        return
+    assert eval_ttt.main([], artifact | given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and f"{name}={value}" in error and f"TTT_MODE={mode}" in error
