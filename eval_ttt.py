@@ -222,7 +222,8 @@ class Learner:
         learned = np.maximum(windows.end - windows.begin, 0)
         per_target = weight / learned.sum()
         mine = np.array_split(np.arange(len(learned)), tg.world_size())[tg.rank()]
-        padded = np.resize(mine, math.ceil(len(learned) / tg.world_size())) if len(mine) else np.zeros(1, np.int64)
+        rows = self.config.ttt_batch_seqs if fast is self.base else len(learned)  # documents end anywhere: one shape
+        padded = np.resize(mine if len(mine) else 0, math.ceil(rows / tg.world_size()))
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
         c = self.config
         context, lr = (0, fast.config.ttt_lr) if fast is self.base else (c.ttt_context, self.lr())
@@ -354,6 +355,17 @@ def warm_up(setup: Setup) -> None:
     tokens = np.random.default_rng(0).integers(BOS_ID + 1, c.vocab_size, (count, size))
     tokens[:, 0] = BOS_ID
     evaluate(setup, tokens.astype(np.uint16).flatten())
+
+
+def warm_up_windows(setup: Setup) -> None:
+    """Compile what `window_scores` needs: on random tokens, a batch with the first window and, on each rank, another.
+
+    The first window of a sliding score has EVAL_SEQ_LEN targets, so that its batch has a shape of its own.
+    """
+    c = setup.config
+    size = c.eval_seq_len + c.eval_stride * tg.world_size() * (c.eval_batch_seqs + 1) + 1
+    tokens = np.random.default_rng(0).integers(BOS_ID + 1, c.vocab_size, size)
+    window_scores(setup, tokens.astype(np.uint16))
 
 
 def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
@@ -891,7 +903,7 @@ def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, beg
     for line in running_bpb(plan, adapted.nll, num_bytes):
         log.line(line)
     if compiled:
-        window_scores(setup, np.full(c.eval_seq_len + c.eval_stride + 1, BOS_ID, np.uint16))
+        warm_up_windows(setup)
     scores = {"ttt": adapted, **window_scores(setup, tokens)}
     by_documents = TTT_MODES[c.ttt_mode][0]  # then by the learner, whose graphs are there
     scores["plan"] = evaluate(setup, tokens, learns=False) if by_documents else scores["sliding"]
