@@ -549,6 +549,21 @@ def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
     )
 
 
+def check_file_order(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T1c: another text in the second half of the file, where documents end included, changes no loss of the first.
+
+    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this property by
+    documents, and the certificate says so.
+    """
+    c, half, other = setup.config, len(base.nll) // 2, tokens.copy()
+    other[half + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - half - 1)
+    other[half + 1 :][rng.random(len(tokens) - half - 1) < 1 / c.piece_size] = BOS_ID
+    wrong = int((trace(other, (), math.inf).nll[:half] != base.nll[:half]).sum())
+    shared = TTT_MODES[c.ttt_mode][0] and c.ttt_optimizer == "precond" and c.ttt_moments == "shared"
+    detail = f"{wrong} of {half} losses changed" + ", TTT_MOMENTS=shared" * shared
+    return Check("T1c no loss depends on later text", None if shared else wrong == 0, half, detail)
+
+
 def check_borders(setup: Setup) -> Check:
     """T1b: what follows the beginning of a document has the same first embedding, whatever stands before it."""
     c, rng, read = setup.config, np.random.default_rng(setup.config.seed), setup.config.num_memory_tokens + 2
@@ -686,7 +701,7 @@ def audit(setup: Setup, tokens: np.ndarray, opened: Sequence[str], trace: Tracer
     base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
     by_trace = (check_future, check_target, check_normalised, check_once, check_ledger)
     checks = [check(trace, base, tokens, rng) for check in by_trace]
-    checks.insert(1, check_borders(setup))
+    checks[1:1] = [check_borders(setup), check_file_order(setup, trace, base, tokens, rng)]
     checks += [check_files(opened, setup.config.shards("train")), check_warm_up(setup, trace, base, tokens)]
     checks.append(check_bytes(tokens, setup.byte_table, tokenizer))
     aligned = replace(setup, config=replace(setup.config, eval_stride=setup.config.eval_seq_len))
