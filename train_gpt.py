@@ -2491,10 +2491,11 @@ def generate(model: GPT, rows: int, length: int, temperature: float = 0.8, seed:
 
 
 @torch.no_grad()
-def collect_hessians(model: GPT, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def collect_hessians(model: GPT, batches: Iterable[Tensor], most: int = 1 << 30) -> dict[str, Tensor]:
     """E[x x^T] of the inputs of every bank over the tokens of BATCHES (input ids) of all ranks.
 
-    Returns stack name -> (L, in, in), float32. Where BLOCK_ORDER uses a bank row twice, the mean of its uses.
+    Returns stack name -> (L, in, in), float32. Where BLOCK_ORDER uses a bank row twice, the mean of its uses. most:
+    sequences that memory admits in a forward pass.
     """
     device, config = model.tok_emb.weight.device, model.config
     d, L = config.model_dim, config.num_layers
@@ -2509,16 +2510,20 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor]) -> dict[str, Tensor]
             hessians[STACKS[bank][row // L]][row % L].addmm_(flat.mT, flat)
 
     for input_ids in batches:
-        model(input_ids, tap=tap)
+        for part in input_ids.split(most):
+            model(part, tap=tap)
         tokens += input_ids.numel()
     *sums, tokens = sum_over_ranks([*hessians.values(), tokens])
     return {stack: total / (tokens * uses)[:, None, None] for stack, total in zip(hessians, sums, strict=True)}
 
 
-def collect_gradients(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+def collect_gradients(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], most: int = 1 << 30
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The gradients of Statistics over BATCHES (input ids, targets) of all ranks, float32.
 
     E[(dL/dW)^2] comes from the gradients of whole batches: that of the sum over its tokens, squared, by their number.
+    most: sequences that memory admits in a backward pass; gradients of a batch add up over passes.
     """
     device, outputs = model.tok_emb.weight.device, []
     weights = {name: p for name, p in model.named_parameters() if re.fullmatch(CODED, name)}
@@ -2532,10 +2537,11 @@ def collect_gradients(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> d
         outputs.append((bank, row, y))
 
     for input_ids, targets in batches:
-        nll(model(input_ids, tap=tap), targets).sum().backward()
-        while outputs:
-            bank, row, y = outputs.pop()
-            rows[bank][row] += y.grad.float().square().sum((0, 1))
+        for ids, wanted in zip(input_ids.split(most), targets.split(most), strict=True):
+            nll(model(ids, tap=tap), wanted).sum().backward()
+            while outputs:
+                bank, row, y = outputs.pop()
+                rows[bank][row] += y.grad.float().square().sum((0, 1))
         for name, p in weights.items():
             squares = p.grad.square()
             columns[name] += squares.mean((1, 2) if name in GPT.BANKS else 0)
@@ -3501,6 +3507,201 @@ def score(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# GPU memory
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Peak memory by formula, so that --describe needs no GPU and a run splits its work before it starts. The coefficients
+# list what autograd keeps of a token (plain torch) and what torch.compile's partitioner keeps; tests compare them with
+# counted bytes. They decide how many sequences are computed at once, never what is computed.
+GIB = 1 << 30
+TRAINING_PARTS = ("train", "statistics", "score")
+CARD_SIZES = (12, 16, 24, 80)  # GB, as sold
+MEMORY_FRAC = 0.92  # of a card for tensors: the caching allocator loses some to fragmentation
+CUDA_BYTES = GIB // 2  # the CUDA context and library workspaces, outside the allocator
+SLOT_ROWS = 16  # slots that evaluation by slots computes at once
+MEMORY_ADVICE = {
+    "train": "Lower TRAIN_SEQ_LEN, MODEL_DIM or NUM_LAYERS, or take a larger card.",
+    "statistics": "Lower TRAIN_SEQ_LEN, choose QUANT_STEPS=sigmas without GRAD_QUANT, or take a larger card.",
+    "score": "Lower EVAL_SEQ_LEN, or take a larger card.",
+    "slots": "Lower TTT_SLOTS, which changes the score, or take a larger card.",
+}
+
+
+@lru_cache(maxsize=8)
+def parameter_shapes(config: Config) -> dict[str, dict[str, torch.Size]]:
+    """Shapes of the model's parameters, by optimizer group and name."""
+    with torch.device("meta"):
+        groups = group_parameters(GPT(config))
+    return {group: {name: p.shape for name, p in members} for group, members in groups.items()}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes of one rank's tensors in each part of a run. itemsize: bytes of the compute dtype."""
+
+    config: Config
+    ranks: int = 1
+    itemsize: int = 2
+    compiled: bool = True
+
+    def kept(self, separate: bool = False) -> int:
+        """Bytes that a token keeps for the backward pass, logits apart. separate: the banks are not fused."""
+        c, s, rows = self.config, self.itemsize, self.config.block_rows
+        # stream, keys and values, MLP: in bfloat16 plain torch keeps the float32 input of each norm too
+        of_d, of_kv, of_m = (9, 3, 2) if self.compiled else (13, 5, 3) if s == 2 else (9, 3, 3)
+        layer = (of_d + 2 * separate) * c.model_dim + of_kv * c.kv_dim + (of_m + c.star_relu) * c.mlp_dim
+        no_xsa = sum(row < c.num_layers - c.xsa_last_n for row in rows)
+        gates = 0 if self.compiled else 2 * c.skip_gates * (len(rows) // 2)
+        ends = 4 - no_xsa + gates + 2 * c.smear_gate + bool(c.bigram_vocab_size)
+        return s * (len(rows) * (layer + 14 * c.num_heads) + ends * c.model_dim)
+
+    def training(self, tokens: int, targets: int, separate: bool = False) -> int:
+        """Activations as the backward pass begins: what is kept, logits, their float32 copies and gradients."""
+        c, heads = self.config, 1 + self.config.mtp_num_heads
+        logits = heads * self.itemsize + 6 if self.compiled else 8 * (heads + 1 + bool(c.zloss_weight))
+        return tokens * self.kept(separate) + targets * (logits * c.vocab_size + heads * 6 * c.model_dim)
+
+    def inference(self, tokens: int, targets: int) -> int:
+        """Activations of a forward pass: one MLP and the streams that wait for their skip, or the logits."""
+        c, skips = self.config, len(self.config.block_rows) // 2 * self.config.unet_skips
+        streams, hidden = (3 * skips + 3, 2) if self.compiled else (skips + 2, 3)  # compiled, residuals are added late
+        layer = self.itemsize * (streams * c.model_dim + hidden * c.mlp_dim + c.kv_dim)
+        return max(tokens * layer, targets * c.vocab_size * (self.itemsize if self.compiled else 12))
+
+    def state(self) -> int:
+        """float32 weights, gradients, averages and optimizer state; of Muon's momentum this rank's rows of a bank."""
+        c, groups = self.config, parameter_shapes(self.config)
+        banks, total = groups["bank"].values(), sum(n.numel() for group in groups.values() for n in group.values())
+        momentum = sum(math.ceil(n[0] / (self.ranks if len(n) == 3 else 1)) * n[1:].numel() for n in banks)
+        adamw = 2 * (total - sum(n.numel() for n in banks))
+        return 4 * ((2 + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw)  # 1: warm-up's copy
+
+    def fused(self) -> int:
+        """The fused banks, in float32 and cast."""
+        c, d = self.config, self.config.model_dim
+        numel = c.num_layers * (d + 2 * c.kv_dim + c.mlp_dim) * d + len(c.block_rows) * (d + c.mlp_dim) * d
+        return (4 + self.itemsize) * numel
+
+    def step(self, rows: int) -> int:
+        """A micro-batch of rows sequences; the fused banks have gradients too."""
+        tokens = rows * self.config.train_seq_len
+        return self.state() + 2 * self.fused() + self.training(tokens, tokens)
+
+    def statistics(self, rows: int) -> int:
+        """Gradients for the export of rows sequences, or a forward pass for Hessians; always in plain torch."""
+        plain, tokens = replace(self, compiled=False), rows * self.config.train_seq_len
+        gradients = self.config.wants_gradients
+        activations = plain.training(tokens, tokens, separate=True) if gradients else plain.inference(tokens, tokens)
+        return self.state() + self.fused() + activations
+
+    def scoring(self, rows: int) -> int:
+        """A batch of rows windows of EVAL_SEQ_LEN with all their targets."""
+        tokens = rows * self.config.eval_seq_len
+        return self.state() + self.fused() + self.inference(tokens, tokens)
+
+    def adapting(self) -> dict[str, torch.Size]:
+        """Shapes of what adapts in TTT_MODE."""
+        c, groups, learns = self.config, parameter_shapes(self.config), TTT_MODES[self.config.ttt_mode][1]
+        if learns != "adapters":
+            found = [pair for group in learns.split() for pair in groups[group].items()]
+            return {name: n for name, n in found if not name.startswith("mtp_heads.")}
+        banks, r = {name: groups["bank"][name] for name in GPT.BANKS}, c.ttt_lora_rank
+        down = {f"{name}.a": torch.Size((rows, r, width)) for name, (rows, _, width) in banks.items()}
+        return down | {f"{name}.b": torch.Size((rows, out, r)) for name, (rows, out, _) in banks.items()}
+
+    def slots(self, slots: int, rows: int) -> int:
+        """Evaluation by slots: each has float32 weights and moments; rows of them are gathered, scored and adapted."""
+        c, s, groups, shapes = self.config, self.itemsize, parameter_shapes(self.config), self.adapting()
+        adapted, weights = (sum(n.numel() for n in some) for some in
+                            (shapes.values(), [n for group in groups.values() for n in group.values()]))  # fmt: skip
+        factors = sum(n[:-1].numel() + n[:-2].numel() * n[-1] if is_matrix(name) else n.numel()
+                      for name, n in shapes.items())  # fmt: skip
+        moments = {"precond": factors, "sgd": adapted * bool(c.ttt_momentum), "adamw": 2 * adapted}[c.ttt_optimizer]
+        scored = s * rows * adapted + self.inference(rows * c.eval_seq_len, rows * c.piece_size)
+        activations = self.training(rows * (c.ttt_context + c.piece_size), rows * c.piece_size, separate=True)
+        update = 8 * rows * adapted  # gradients, and once more clipped
+        held = 4 * (weights + slots * (adapted + moments) + rows * adapted) + self.fused()
+        return held + max(scored, s * rows * adapted + activations, update)
+
+    def parts(self) -> dict[str, tuple[Callable[[int], int], int]]:
+        """By part of a run: its bytes by the sequences computed at once, and how many the settings ask for."""
+        c, rows = self.config, self.config.train_batch_tokens // self.config.train_seq_len
+        found = {
+            "train": (self.step, max(rows // max(c.grad_accum_total, self.ranks), 1)),
+            "statistics": (self.statistics, rows // c.grad_accum_total),
+            "score": (self.scoring, c.eval_batch_seqs),
+        }
+        if TTT_MODES[c.ttt_mode][0]:
+            found["slots"] = partial(self.slots, c.ttt_batch_seqs), min(SLOT_ROWS, c.ttt_batch_seqs)
+        return found
+
+
+@lru_cache(maxsize=32)
+def sequences_at_once(memory: Memory, limit: float) -> dict[str, int]:
+    """By part of a run: the sequences to compute at once, those wanted or as many as limit bytes hold. 0: none fits.
+
+    A micro-batch is also a divisor of a rank's sequences of a step.
+    """
+    c, parts = memory.config, memory.parts()
+    chosen = {part: wanted if limit == math.inf else sum(bytes_of(n) <= limit for n in range(1, wanted + 1))
+              for part, (bytes_of, wanted) in parts.items()}  # fmt: skip
+    rows = c.train_batch_tokens // c.train_seq_len // memory.ranks
+    chosen["train"] = max((n for n in range(1, chosen["train"] + 1) if rows % n == 0), default=0)
+    return chosen
+
+
+def usable_bytes(card: int) -> float:
+    """Of a card of so many bytes, what tensors may take."""
+    return MEMORY_FRAC * card - CUDA_BYTES
+
+
+def memory_limit(config: Config) -> float:
+    """Bytes that tensors may take on this rank's GPU; infinite on a CPU."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return usable_bytes(torch.cuda.get_device_properties().total_memory) if on_gpu else math.inf
+
+
+def memory_here(config: Config) -> Memory:
+    """The memory of this run on this machine."""
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    return Memory(config, world_size(), compute_dtype(device).itemsize, config.use_compile != "0")
+
+
+def at_once(config: Config) -> dict[str, int]:
+    """sequences_at_once on this machine."""
+    return sequences_at_once(memory_here(config), memory_limit(config))
+
+
+def check_memory(config: Config, parts: Sequence[str]) -> str:
+    """The choice for these parts, as a line for the log. UserError where not even one sequence of a part fits."""
+    memory, limit, chosen = memory_here(config), memory_limit(config), at_once(config)
+    shown, problems = [f"memory: usable_gib:{limit / GIB:.2f}"], []
+    for part, (bytes_of, wanted) in memory.parts().items():
+        if part in parts and not chosen[part]:
+            problems.append(f"{part} needs {bytes_of(1) / GIB:.2f} GiB for one sequence. {MEMORY_ADVICE[part]}")
+        elif part in parts:
+            needed = bytes_of(chosen[part]) / GIB
+            shown.append(f"{part}_sequences:{chosen[part]} {part}_wanted:{wanted} {part}_gib:{needed:.2f}")
+    if problems:
+        raise UserError(f"GPU memory is too small, {limit / GIB:.2f} GiB are usable: " + "; ".join(problems))
+    return " ".join(shown)
+
+
+def memory_table(config: Config) -> list[str]:
+    """For --describe: GiB of each part in bfloat16, and what each of CARD_SIZES computes at once."""
+    lines, plain = [], Memory(config, compiled=False)
+    for part, (bytes_of, wanted) in Memory(config).parts().items():
+        compiled, eager = (one / GIB for one in (bytes_of(wanted), plain.parts()[part][0](wanted)))
+        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.1f} plain_gib:{eager:.1f}")
+    for size in CARD_SIZES:
+        limit = usable_bytes(size * 10**9)
+        for memory in (Memory(config), plain):
+            chosen = " ".join(f"{part}:{n or 'none'}" for part, n in sequences_at_once(memory, limit).items())
+            lines.append(f"card_gb:{size} compiled:{int(memory.compiled)} usable_gib:{limit / GIB:.1f} {chosen}")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -3569,7 +3770,7 @@ class Run:
     def score(self, model: GPT, stride: int, nll_fn: Callable = token_nll) -> Score:
         """Score the validation tokens by windows of EVAL_SEQ_LEN, STRIDE apart."""
         plan = [Chunk(sliding_windows(len(self.val_tokens), self.config.eval_seq_len, stride))]
-        return score(model, self.val_tokens, plan, self.byte_table, self.config.eval_batch_seqs, nll_fn)
+        return score(model, self.val_tokens, plan, self.byte_table, at_once(self.config)["score"], nll_fn)
 
 
 class Measured(NamedTuple):
@@ -3630,12 +3831,15 @@ class Clock:
 
 
 def split_batch(config: Config) -> tuple[int, int]:
-    """Rows of a step for each rank, and the micro-batches it takes them in. UserError where that is not whole."""
+    """Rows of a step for each rank, and the micro-batches it takes them in. UserError where that is not whole.
+
+    There are more of them than GRAD_ACCUM_TOTAL asks for where the GPU holds fewer rows at once: the same step.
+    """
     rows, ranks = config.train_batch_tokens // config.train_seq_len, world_size()
     if rows % ranks:
         raise UserError(f"{ranks} processes do not divide the {rows} rows of a step of TRAIN_BATCH_TOKENS")
-    mine, wanted = rows // ranks, math.ceil(config.grad_accum_total / ranks)
-    return mine, next(n for n in range(min(wanted, mine), mine + 1) if mine % n == 0)
+    mine = rows // ranks
+    return mine, mine // max(at_once(config)["train"], 1)
 
 
 def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -3957,12 +4161,13 @@ def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor
     """The seconds to keep for the statistics: what a batch of each takes, as often, and half as much for reading it."""
     c, rows, total = run.config, run.config.train_batch_tokens // run.config.train_seq_len, 0.0
     rows, written = rows // c.grad_accum_total, min(c.train_seq_len, 32)
+    most = max(at_once(c)["statistics"], 1)
     gradients = c.gptq_grad_batches if c.wants_gradients else 0
     texts = (c.gptq_calib_batches + gradients) * c.train_seq_len / written if c.calib_source == "self" else 0
     moments = MOMENT_BATCHES if c.ttt_moments == "artifact" else 0
     for count, work in (
-        (c.gptq_calib_batches, lambda: collect_hessians(model, [random_rows(rows)])),
-        (gradients, lambda: collect_gradients(model, [(random_rows(rows), random_rows(rows))])),
+        (c.gptq_calib_batches, lambda: collect_hessians(model, [random_rows(rows)], most)),
+        (gradients, lambda: collect_gradients(model, [(random_rows(rows), random_rows(rows))], most)),
         (texts, lambda: generate(model, rows, written)),
         (moments, lambda: collect_moments(model, [random_rows(MOMENT_ROWS)], c)),
     ):
@@ -3981,7 +4186,7 @@ def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor
 def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable, random_ids: Callable[..., Tensor]) -> None:
     """A pass of whole windows, and one of sliding ones."""
     c, tokens = config, random_ids(config.eval_seq_len + 1).cpu().numpy()
-    start = np.zeros(c.eval_batch_seqs, np.int64)
+    start = np.zeros(at_once(c)["score"], np.int64)
     for scored in (c.eval_seq_len, c.eval_stride):
         windows = Windows(start, start + c.eval_seq_len - scored, start + c.eval_seq_len)
         batch = make_batch(tokens, windows, power_of_two(scored), model.qo_bank.device)
@@ -4198,7 +4403,7 @@ def process_start() -> float:
 
 
 def describe(config: Config) -> str:
-    """The model's parameter count, its parameters with their optimiser groups, and the operations a token."""
+    """The model's parameter count, its parameters with their optimiser groups, operations a token, and GPU memory."""
     with torch.device("meta"):
         model = GPT(config)
     lines = [f"model_params:{count_parameters(model)}"]
@@ -4206,7 +4411,7 @@ def describe(config: Config) -> str:
         for name, parameter in members:
             shape = "x".join(str(n) for n in parameter.shape) or "scalar"
             lines.append(f"  {name:28} {shape:>16} {parameter.numel():>12,}  {group}")
-    return "\n".join([*lines, f"flops_per_token:{flops_per_token(config)}"])
+    return "\n".join([*lines, f"flops_per_token:{flops_per_token(config)}", *memory_table(config)])
 
 
 def code_files() -> list[Path]:
@@ -4281,6 +4486,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     device = start_ranks(config, environ)
     attention, kernel, attention_notices = choose_attention(config.attention, device)
     split_batch(config)
+    check_memory(config, TRAINING_PARTS)
     byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
     stream = TokenStream(config.shards("train"), config.vocab_size)
@@ -4328,6 +4534,10 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
+    if memory_limit(c) < math.inf:
+        log.line(check_memory(c, TRAINING_PARTS))
+    if run.device.type == "cuda" and model.dtype == torch.float32:
+        log.line("WARNING: this GPU has no bfloat16: everything is computed in float32")
     log.line(f"seed:{c.seed}")
     if rank() == 0:
         settings = dict(config=asdict(c), given=dict(given), versions=run.versions)
@@ -4383,12 +4593,12 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
 def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Tensor]]]:
     """What the export and the evaluator want to know of text."""
     c, hessians, gradients = run.config, {}, {}
-    rows = c.train_batch_tokens // c.train_seq_len // c.grad_accum_total
+    rows, most = c.train_batch_tokens // c.train_seq_len // c.grad_accum_total, max(at_once(c)["statistics"], 1)
     if c.gptq_calib_batches:
         batches = calibration_batches(run, model, c.gptq_calib_batches, rows)
-        hessians = collect_hessians(model, (ids for ids, _ in batches))
+        hessians = collect_hessians(model, (ids for ids, _ in batches), most)
     if c.wants_gradients:
-        gradients = collect_gradients(model, calibration_batches(run, model, c.gptq_grad_batches, rows))
+        gradients = collect_gradients(model, calibration_batches(run, model, c.gptq_grad_batches, rows), most)
     return Statistics(hessians, gradients), training_moments(run, model) or {}
 
 

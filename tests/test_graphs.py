@@ -308,6 +308,8 @@ def test_the_step_moves_no_more_than_it_did(traffic):
                                           "VE_LAYERS": "1,2", "XSA_LAST_N": "3"})  # fmt: skip
     counted = traffic.count(config, 48)
     report = traffic.summary(config, 48, counted)
+    estimate = train_gpt.Memory(config).training(48 * 2048, 48 * 2048) / train_gpt.GIB  # what a card is fitted by
+    assert 0.95 < estimate / report["peak_gib"] < 1.15
     operators = {name for kernels in counted.values() for kernel in kernels for name in kernel.origins}
     assert "tanh" in operators and not {"cos", "sin", "iota"} & operators  # of the logits; no kernel works out angles
     assert 40 < report["fused_passes_a_layer"] < 66

@@ -35,9 +35,11 @@ import torch._inductor.compile_fx as compile_fx
 import torch._inductor.scheduler as scheduler
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import memory
 from torch._inductor.dependencies import Dep, MemoryDep
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._ordered_set import OrderedSet
 from torch.utils._pytree import tree_map
 from torch.utils._sympy.functions import Identity
 
@@ -68,6 +70,12 @@ class Kernel:
     @property
     def moved(self) -> int:
         return self.read + self.written
+
+
+class Graph(list):
+    """The kernels of a graph in their order. peak: the most bytes that its buffers and saved tensors take at once."""
+
+    peak = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,7 +122,8 @@ def imagined_gpu(graphs: list[list[Kernel]]) -> Iterator[None]:
     def plan(lowering: GraphLowering) -> SimpleNamespace:
         lowering.init_wrapper_code()
         lowering._update_scheduler()
-        graphs.append(count_kernels(lowering))
+        graphs.append(Graph(count_kernels(lowering)))
+        graphs[-1].peak = peak_bytes(lowering)
 
         def call(arguments: list) -> Any:
             taken = list(arguments)
@@ -213,6 +222,18 @@ def count_kernels(lowering: GraphLowering) -> list[Kernel]:
     return kernels
 
 
+def peak_bytes(lowering: GraphLowering) -> int:
+    """Peak bytes of a planned graph by the compiler's own account: its buffers, and what a backward pass was given."""
+    plan, inputs = lowering.scheduler, OrderedSet(lowering.graph_inputs)
+    freeable = memory.get_freeable_input_buf(plan.nodes, inputs)
+    memory.assign_memory_planning_info_for_scheduler_buffers(plan.nodes, plan.name_to_buf)
+    memory.assign_memory_planning_info_for_scheduler_nodes(
+        plan.nodes, plan.name_to_fused_node, plan.name_to_buf, freeable
+    )
+    peak, *_ = memory.estimate_peak_memory_allocfree(plan.nodes, freeable, OrderedSet(lowering.get_output_names()))
+    return peak
+
+
 @torch.library.custom_op("traffic::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     raise NotImplementedError
@@ -277,7 +298,9 @@ def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> d
             table[f"{direction}, {kind}"] = dict(kernels=len(some), small=small, passes=round(passes, 1))
     fused = sum(kernel.moved for kernels in counted.values() for kernel in kernels if kernel.kind == "fused")
     times = {name: round(1000 * steps * fused / rate, 1) for name, rate in MEMORY_BYTES.items()}
-    return dict(kinds=table, fused_passes_a_layer=round(fused / one_pass / len(config.block_rows), 1),
+    peak = max(graph.peak for graph in counted.values()) / tg.GIB
+    return dict(kinds=table, peak_gib=round(peak, 2),
+                fused_passes_a_layer=round(fused / one_pass / len(config.block_rows), 1),
                 fused_gb_a_step=round(steps * fused / 1e9, 1), fused_ms_a_step=times)  # fmt: skip
 
 
@@ -299,6 +322,7 @@ def main() -> int:
     one_pass = 2 * arguments.rows * config.train_seq_len * config.model_dim
     for name, row in report["kinds"].items():
         print(f"{name:22} {row['kernels']:4} kernels, {row['small']:3} of them small {row['passes']:7.1f} passes")
+    print(f"peak memory beside weights: {report['peak_gib']} GiB")
     print(f"fused: {report['fused_passes_a_layer']} passes a layer, {report['fused_gb_a_step']} GB a step, ms at "
           f"memory's rate: {report['fused_ms_a_step']}")  # fmt: skip
     for direction, kernels in counted.items():
