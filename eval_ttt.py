@@ -133,9 +133,6 @@ def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-SLOT_ROWS = 16  # documents in a batch: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
-
-
 class Learner:
     """What `score` asks of an adaptation: losses under the weights of the moment, and to learn from a scored chunk."""
 
@@ -282,9 +279,9 @@ class Setup:
         return flat_plan(len(tokens), self.config)
 
     def batch_seqs(self) -> int:
-        """Windows in a batch."""
-        c = self.config
-        return min(SLOT_ROWS, c.ttt_slots) if TTT_MODES[c.ttt_mode][0] else c.eval_batch_seqs
+        """Windows in a batch, as many as the GPU holds."""
+        by_documents = TTT_MODES[self.config.ttt_mode][0]
+        return max(tg.at_once(self.config)["slots" if by_documents else "score"], 1)
 
 
 def score_plan(setup: Setup, tokens: np.ndarray) -> tg.Score:
@@ -331,7 +328,7 @@ def learn_first(setup: Setup, model: tg.GPT, learner: Learner, tokens: np.ndarra
     c = setup.config
     rows = rows_over(0, len(tokens) - 1, c.eval_seq_len, 0)
     if c.ttt_protocol == "two_pass":
-        first = tg.score(model, tokens, plan, setup.byte_table, c.eval_batch_seqs, setup.nll_fn).nll
+        first = tg.score(model, tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn).nll
         loss = np.array([first[begin:end].mean() for begin, end in rows.ranges()])
         rows = rows.take(np.sort(np.argsort(-loss)[: math.ceil(c.ttt_top_frac * len(loss))]))
     learner.on_learn(Chunk(rows, rows))
@@ -370,10 +367,10 @@ def warm_up_windows(setup: Setup) -> None:
 
 def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
     """The artifact's scores without adaptation: windows side by side, and sliding."""
-    c, scores = setup.config, {}
+    c, scores, size = setup.config, {}, max(tg.at_once(setup.config)["score"], 1)
     for name, stride in (("roundtrip", c.eval_seq_len), ("sliding", c.eval_stride)):
         windows = [Chunk(tg.sliding_windows(len(tokens), c.eval_seq_len, stride))]
-        scores[name] = tg.score(setup.load(), tokens, windows, setup.byte_table, c.eval_batch_seqs, setup.nll_fn)
+        scores[name] = tg.score(setup.load(), tokens, windows, setup.byte_table, size, setup.nll_fn)
     return scores
 
 
@@ -843,6 +840,7 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     problems = tg.inconsistencies(replace(config, **step))
     if problems:
         raise UserError("\n".join(problems))
+    memory = tg.check_memory(config, ("score", "slots"))
     byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
         raise UserError(
@@ -855,7 +853,7 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     setup = Setup(config, artifact, device, kernel, byte_table, nll_fn)
     if config.ttt_moments == "artifact" and artifact.moments:
         tg.FastWeights(setup.load(), config, TTT_MODES[config.ttt_mode][1], None, artifact.moments)  # or a UserError
-    return setup, tokens, path, [*notices, f"attention: {attention}"], shards
+    return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
 
 
 class Budget:

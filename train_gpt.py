@@ -3518,7 +3518,7 @@ TRAINING_PARTS = ("train", "statistics", "score")
 CARD_SIZES = (12, 16, 24, 80)  # GB, as sold
 MEMORY_FRAC = 0.92  # of a card for tensors: the caching allocator loses some to fragmentation
 CUDA_BYTES = GIB // 2  # the CUDA context and library workspaces, outside the allocator
-SLOT_ROWS = 16  # slots that evaluation by slots computes at once
+SLOT_ROWS = 16  # slots computed at once: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
 MEMORY_ADVICE = {
     "train": "Lower TRAIN_SEQ_LEN, MODEL_DIM or NUM_LAYERS, or take a larger card.",
     "statistics": "Lower TRAIN_SEQ_LEN, choose QUANT_STEPS=sigmas without GRAD_QUANT, or take a larger card.",
@@ -3619,7 +3619,8 @@ class Memory:
         moments = {"precond": factors, "sgd": adapted * bool(c.ttt_momentum), "adamw": 2 * adapted}[c.ttt_optimizer]
         scored = s * rows * adapted + self.inference(rows * c.eval_seq_len, rows * c.piece_size)
         activations = self.training(rows * (c.ttt_context + c.piece_size), rows * c.piece_size, separate=True)
-        update = 8 * rows * adapted  # gradients, and once more clipped
+        temporaries = {"precond": 4, "sgd": 2, "adamw": 8}[c.ttt_optimizer]  # of the largest tensor
+        update = 4 * rows * (2 * adapted + temporaries * max(n.numel() for n in shapes.values()))  # 2: and clipped
         held = 4 * (weights + slots * (adapted + moments) + rows * adapted) + self.fused()
         return held + max(scored, s * rows * adapted + activations, update)
 
@@ -3632,7 +3633,7 @@ class Memory:
             "score": (self.scoring, c.eval_batch_seqs),
         }
         if TTT_MODES[c.ttt_mode][0]:
-            found["slots"] = partial(self.slots, c.ttt_batch_seqs), min(SLOT_ROWS, c.ttt_batch_seqs)
+            found["slots"] = partial(self.slots, c.ttt_slots), min(SLOT_ROWS, c.ttt_slots)
         return found
 
 
@@ -3672,8 +3673,8 @@ def at_once(config: Config) -> dict[str, int]:
     return sequences_at_once(memory_here(config), memory_limit(config))
 
 
-def check_memory(config: Config, parts: Sequence[str]) -> str:
-    """The choice for these parts, as a line for the log. UserError where not even one sequence of a part fits."""
+def check_memory(config: Config, parts: Sequence[str]) -> list[str]:
+    """The choice for these parts, as a line for the log; on a CPU none. UserError where one sequence does not fit."""
     memory, limit, chosen = memory_here(config), memory_limit(config), at_once(config)
     shown, problems = [f"memory: usable_gib:{limit / GIB:.2f}"], []
     for part, (bytes_of, wanted) in memory.parts().items():
@@ -3684,7 +3685,7 @@ def check_memory(config: Config, parts: Sequence[str]) -> str:
             shown.append(f"{part}_sequences:{chosen[part]} {part}_wanted:{wanted} {part}_gib:{needed:.2f}")
     if problems:
         raise UserError(f"GPU memory is too small, {limit / GIB:.2f} GiB are usable: " + "; ".join(problems))
-    return " ".join(shown)
+    return [" ".join(shown)] if limit < math.inf else []
 
 
 def memory_table(config: Config) -> list[str]:
@@ -4534,8 +4535,8 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
-    if memory_limit(c) < math.inf:
-        log.line(check_memory(c, TRAINING_PARTS))
+    for line in check_memory(c, TRAINING_PARTS):
+        log.line(line)
     if run.device.type == "cuda" and model.dtype == torch.float32:
         log.line("WARNING: this GPU has no bfloat16: everything is computed in float32")
     log.line(f"seed:{c.seed}")

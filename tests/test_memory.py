@@ -3,18 +3,24 @@
 The count follows every storage that a real step makes and frees, on a CPU or, for the published sizes, on meta tensors.
 """
 
+import math
+import re
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from test_artifact import make_run
+from test_model import SMALL, random_ids, random_model
+from test_training import stream
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_gpt
-from train_gpt import GIB, GPT, Config, Memory, load_config, train_step
+from train_gpt import GIB, GPT, Config, Memory, load_config, sequences_at_once, step_batches, train_step
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"
 LOOPED = "0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10"  # of #1855
@@ -182,31 +188,146 @@ def test_published_statistics_and_scoring():
 
 @pytest.mark.parametrize(
     ("mode", "optimizer", "context"),
-    [("doc_banks", "precond", 0), ("doc_banks", "adamw", 1920), ("doc_lora", "sgd", 1920)],
+    [("doc_banks", "precond", 0), ("doc_banks", "adamw", 0), ("doc_lora", "sgd", 1920)],
 )
 def test_slots(mode, optimizer, context):
-    """Slots hold float32 weights; 16 rows are gathered, scored over whole windows, adapted, their gradients clipped."""
-    slots, rows, size = 24, 16, 128
-    config = recipe("pr1019", ttt_mode=mode, ttt_optimizer=optimizer, ttt_momentum=0.9, ttt_context=context,
-                    ttt_lora_rank=80)  # fmt: skip
+    """24 slots, of which 16 score a chunk with whole windows and adapt on it."""
+    config = recipe("pr1019", num_layers=3, ve_layers="1,2", xsa_last_n=3, ttt_mode=mode, ttt_optimizer=optimizer,
+                    ttt_momentum=0.9, ttt_context=context, ttt_lora_rank=80)  # fmt: skip
 
     def work(model):
         learns = train_gpt.TTT_MODES[mode][1]
-        fast = train_gpt.FastWeights(model.requires_grad_(False), config, learns, rows)
-        base = {name: torch.zeros(slots, *value.shape) for name, value in fast.base.items()}
-        copies = {"adamw": 2, "sgd": 1, "precond": 0}[optimizer]
-        state = [torch.zeros_like(value) for value in base.values() for _ in range(copies)]
-        for value in fast.values.values():
-            value.zero_()  # these are the gathered rows
-        columns = meta_ids(rows, size)
-        with torch.no_grad():
-            train_gpt.token_nll(model, meta_ids(rows, 2048), columns, columns, *fast.weights(fast.values))
-        values = {name: value.requires_grad_() for name, value in fast.values.items()}
-        loss = train_gpt.token_nll(model, meta_ids(rows, context + size), columns, columns, *fast.weights(values))
-        found = torch.autograd.grad(loss.sum(), list(values.values()))
-        found = [g * 0.5 for g in found]
-        return base, state
+        fast = train_gpt.FastWeights(model.requires_grad_(False), config, learns, 24)
+        columns, weight = meta_ids(16, 128), torch.zeros(16, 128)
+        for _ in range(2):
+            fast.rows = torch.arange(16)
+            with torch.no_grad():
+                train_gpt.token_nll(model, meta_ids(16, 2048), columns, columns, *fast.weights(fast.used()))
+            lesson = meta_ids(16, context + 128), columns, columns, weight
+            train_gpt.adaptation_step(model, fast, lesson, 0.1)
 
     memory = Memory(config, compiled=False)
     counted = on_meta(config, work) + 4 * train_gpt.count_parameters(GPT(config).to("meta"))
-    assert_near(memory.slots(slots, rows), counted)
+    assert_near(memory.slots(24, 16), counted)
+
+
+# What follows from the formula
+
+
+@contextmanager
+def card(monkeypatch, limit: float):
+    """A GPU on which tensors may take so many bytes."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "memory_limit", lambda config: limit)
+        yield
+
+
+def limit_for(config: Config, part: str, sequences: int) -> float:
+    """Bytes that just hold so many sequences of a part, on this machine."""
+    return train_gpt.memory_here(config).parts()[part][0](sequences)
+
+
+@pytest.mark.parametrize("gb", [4, 12, 16, 24, 80])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_as_many_sequences_as_fit(gb, compiled):
+    for config in (recipe("pr1019"), PR1855):
+        memory, limit = Memory(config, compiled=compiled), train_gpt.usable_bytes(gb * 10**9)
+        chosen = sequences_at_once(memory, limit)
+        for part, (bytes_of, wanted) in memory.parts().items():
+            assert chosen[part] <= wanted and (chosen[part] == 0 or bytes_of(chosen[part]) <= limit)
+            larger = [n for n in range(chosen[part] + 1, wanted + 1) if part != "train" or 384 % n == 0]
+            assert all(bytes_of(n) > limit for n in larger)
+        assert chosen["train"] and 384 % chosen["train"] == 0
+    assert sequences_at_once(memory, math.inf) == dict(train=48, statistics=48, score=128, slots=16)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_small_card_changes_no_batch(tmp_path, monkeypatch, ranks):
+    """Micro-batches get smaller; the sequences of a step, of a rank and of FOMAML stay what they are."""
+    config = replace(SMALL, train_batch_tokens=24 * 16, grad_accum_total=2)
+    run = make_run(tmp_path, config, train=stream(tmp_path))
+    monkeypatch.setattr(train_gpt, "world_size", lambda: ranks)
+    monkeypatch.setattr(train_gpt, "rank", lambda: ranks - 1)
+    whole = step_batches(run, 3)
+    assert len(whole[0][0]) == 24 // max(2, ranks)
+    with card(monkeypatch, limit_for(config, "train", 3)):
+        cut = step_batches(run, 3)
+    assert {len(ids) for ids, _ in cut} == {2 if ranks == 3 and 8 % 3 else 3}
+    for index in (0, 1):
+        assert torch.equal(torch.cat([batch[index] for batch in whole]), torch.cat([batch[index] for batch in cut]))
+        assert torch.equal(train_gpt.meta_rows(whole, config)[index], train_gpt.meta_rows(cut, config)[index])
+
+
+def trained(run, config, steps: int) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
+    """Losses, weights and micro-batches of a few steps with FOMAML in each."""
+    model = random_model(config, torch.float32)
+    optimizers, losses, parts = train_gpt.make_optimizers(model, config), [], []
+    fast, rates = train_gpt.inner_weights(model, config, "fomaml"), train_gpt.MetaRates(model, config)
+    for step in range(steps):
+        batches = step_batches(run, step)
+        train_gpt.fomaml_step(model, fast, rates, *train_gpt.meta_rows(batches, config))
+        measured = train_step(train_gpt.training_loss, model, batches, optimizers, 1.0, 0.9)
+        losses.append(measured.loss.item())
+        parts.append(len(batches))
+    return losses, model.state_dict(), parts
+
+
+def test_a_small_card_changes_no_result(tmp_path, monkeypatch):
+    config = replace(SMALL, train_batch_tokens=12 * 16, grad_accum_total=2, meta_ttt_enabled=True)
+    run = make_run(tmp_path, config, train=stream(tmp_path))
+    losses, weights, parts = trained(run, config, 3)
+    with card(monkeypatch, limit_for(config, "train", 1)):
+        cut_losses, cut_weights, cut_parts = trained(run, config, 3)
+    assert parts == [2, 2, 2] and cut_parts == [12, 12, 12]
+    np.testing.assert_allclose(cut_losses, losses, rtol=1e-5)
+    before = random_model(config, torch.float32).state_dict()
+    for name, value in weights.items():
+        moved = (value - before[name]).abs().max().item()
+        assert (cut_weights[name] - value).abs().max().item() <= 1e-3 * moved + 1e-7, name
+    assert any(not torch.equal(value, before[name]) for name, value in weights.items())
+
+
+def test_statistics_in_parts():
+    model, (ids, targets) = random_model(SMALL), (random_ids(6, 12), random_ids(6, 12))
+    whole = train_gpt.collect_gradients(model, [(ids, targets)])
+    parts = train_gpt.collect_gradients(model, [(ids, targets)], 4)
+    for name, pair in whole.items():
+        for one, other in zip(pair, parts[name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-9)
+    whole, parts = train_gpt.collect_hessians(model, [ids]), train_gpt.collect_hessians(model, [ids], 1)
+    for name, one in whole.items():
+        torch.testing.assert_close(one, parts[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_on_a_card_too_small_for_it(smoke_env, tmp_path, monkeypatch, capsys):
+    """It fits by smaller batches, and says which; or it ends before there is a folder."""
+    monkeypatch.chdir(tmp_path)
+    environ = smoke_env | {"ITERATIONS": "1", "VAL_LOSS_EVERY": "0", "EVAL_STRIDE": "64", "RUN_ID": "cut"}
+    config = load_config(environ)[0]
+    with card(monkeypatch, limit_for(config, "statistics", 3)):
+        assert train_gpt.main([], environ) == 0
+    log = Path("runs/cut/train.log").read_text()
+    chosen = re.search(r"^memory: .* train_sequences:(\d+) train_wanted:8 .* statistics_sequences:3 "
+                       r"statistics_wanted:8 .* score_sequences:(\d+) score_wanted:64 ", log, re.M)  # fmt: skip
+    assert int(chosen[1]) in (2, 4) and int(chosen[2]) < 64
+    assert f"grad_accum_steps:{16 // int(chosen[1])}" in log
+    capsys.readouterr()
+    with card(monkeypatch, limit_for(config, "train", 1) - 1):
+        assert train_gpt.main([], environ | {"RUN_ID": "none"}) == 2
+    message = capsys.readouterr().err
+    assert "train needs" in message and "GiB are usable" in message and "Lower TRAIN_SEQ_LEN" in message
+    assert not Path("runs/none").exists()
+
+
+@pytest.mark.parametrize("config", [recipe("pr1019"), PR1855, recipe("pr549")], ids=["pr1019", "pr1855", "pr549"])
+def test_describe_has_the_table(config):
+    lines = train_gpt.describe(config).splitlines()
+    parts = {row[1]: row for line in lines if (row := re.match(
+        r"memory part:(\w+) sequences:(\d+) compiled_gib:([\d.]+) plain_gib:([\d.]+)$", line))}  # fmt: skip
+    assert list(parts) == ["train", "statistics", "score", *(["slots"] if config.ttt_mode == "doc_banks" else [])]
+    compiled, plain = (float(parts["train"][index]) for index in (3, 4))
+    assert plain > 1.3 * compiled and compiled == round(Memory(config).step(48) / GIB, 1)
+    cards = [re.match(r"card_gb:(\d+) compiled:([01]) usable_gib:\S+ train:(\w+) ", line) for line in lines]
+    found = {(int(row[1]), int(row[2])): row[3] for row in cards if row}
+    assert list(found) == [(size, way) for size in (12, 16, 24, 80) for way in (1, 0)]
+    assert found[80, 1] == "48" and int(found[12, 0]) < int(found[24, 0])
