@@ -3549,6 +3549,8 @@ class Memory:
         c, s, rows = self.config, self.itemsize, self.config.block_rows
         # stream, keys and values, MLP: in bfloat16 plain torch keeps the float32 input of each norm too
         of_d, of_kv, of_m = (9, 3, 2) if self.compiled else (13, 5, 3) if s == 2 else (9, 3, 3)
+        if s == 4:  # keys and values are repeated for every query head: attention in float32 has no other kernel
+            of_d, of_kv = of_d + 2, of_kv - 2
         layer = (of_d + 2 * separate) * c.model_dim + of_kv * c.kv_dim + (of_m + c.star_relu) * c.mlp_dim
         no_xsa = sum(row < c.num_layers - c.xsa_last_n for row in rows)
         gates = 0 if self.compiled else 2 * c.skip_gates * (len(rows) // 2)
@@ -4537,8 +4539,6 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     for line in check_memory(c, TRAINING_PARTS):
         log.line(line)
-    if run.device.type == "cuda" and model.dtype == torch.float32:
-        log.line("WARNING: this GPU has no bfloat16: everything is computed in float32")
     log.line(f"seed:{c.seed}")
     if rank() == 0:
         settings = dict(config=asdict(c), given=dict(given), versions=run.versions)
