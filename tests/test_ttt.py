@@ -12,7 +12,7 @@ from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
 
 import train_gpt
-from eval_ttt import SLOT_ROWS, document_plan, documents, flat_plan, mixed_nll, ppm_nll
+from eval_ttt import document_plan, documents, flat_plan, mixed_nll, ppm_nll
 from train_gpt import GPT, TTT_MODES, Chunk, Config, FastWeights, Ledger, LedgerError, Windows, adaptation_step
 
 ALL = TTT_MODES["all"][1]
@@ -175,9 +175,9 @@ def test_a_plan_has_few_shapes(seq_len, size, context):
     config = Config(eval_seq_len=seq_len, ttt_chunk_size=size, ttt_context=context, ttt_slots=24, ttt_groups=2)
     shapes, plan = set(), document_plan(tokens, config)
     for chunk in plan:
-        for index, width, length in train_gpt.batches_of(chunk, SLOT_ROWS):
+        for index, width, length in train_gpt.batches_of(chunk, train_gpt.SLOT_ROWS):
             shapes.add((width, length))
-            assert len(index) <= SLOT_ROWS and (chunk.scored.end[index] <= length).all()
+            assert len(index) <= train_gpt.SLOT_ROWS and (chunk.scored.end[index] <= length).all()
     assert {width for width, _ in shapes} == {size} and {length for _, length in shapes} <= {
         math.ceil(seq_len / 2**k) for k in range(4)
     }

@@ -27,7 +27,7 @@ import train_gpt as tg  # noqa: E402
 
 def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[str, Any]:
     """Documents, graphs, steps of the busiest rank, its batches, and padding of scoring and adaptation."""
-    plan, rows = ev.document_plan(tokens, config), min(ev.SLOT_ROWS, config.ttt_slots)
+    plan, rows = ev.document_plan(tokens, config), min(tg.SLOT_ROWS, config.ttt_slots)
     width, steps, batches, shapes = config.ttt_context + config.piece_size, [0] * ranks, [0] * ranks, set()
     read, computed, learned, stepped = 0, 0, 0, 0
     for chunk in plan:
