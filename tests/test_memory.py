@@ -24,7 +24,7 @@ from train_gpt import GIB, GPT, Config, Memory, load_config, sequences_at_once, 
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"
 LOOPED = "0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10"  # of #1855
-BAND = 0.15
+BAND = 0.15  # the estimate is rather over than under: the last layer, frozen weights and small terms are left out
 
 
 class LiveBytes(TorchDispatchMode):
@@ -89,7 +89,6 @@ SMALLER = Config(  # wide enough for activations to outweigh what the formula le
 
 
 def assert_near(estimate: float, counted: float) -> None:
-    print(f"DEV {estimate / counted - 1:+.3f} {counted / 2**30:.3f} GiB")
     assert 1 - BAND < estimate / counted < 1 + BAND, f"estimated {estimate / GIB:.4f} GiB, counted {counted / GIB:.4f}"
 
 
@@ -187,12 +186,12 @@ def test_published_statistics_and_scoring():
 
 
 @pytest.mark.parametrize(
-    ("mode", "optimizer", "context"),
-    [("doc_banks", "precond", 0), ("doc_banks", "adamw", 0), ("doc_lora", "sgd", 1920)],
+    ("mode", "optimizer", "context", "layers"),
+    [("doc_banks", "precond", 0, 3), ("doc_banks", "adamw", 0, 3), ("doc_lora", "sgd", 1920, 11)],
 )
-def test_slots(mode, optimizer, context):
+def test_slots(mode, optimizer, context, layers):
     """24 slots, of which 16 score a chunk with whole windows and adapt on it."""
-    config = recipe("pr1019", num_layers=3, ve_layers="1,2", xsa_last_n=3, ttt_mode=mode, ttt_optimizer=optimizer,
+    config = recipe("pr1019", num_layers=layers, ve_layers="1,2", ttt_mode=mode, ttt_optimizer=optimizer,
                     ttt_momentum=0.9, ttt_context=context, ttt_lora_rank=80)  # fmt: skip
 
     def work(model):
