@@ -3621,7 +3621,7 @@ class Memory:
         moments = {"precond": factors, "sgd": adapted * bool(c.ttt_momentum), "adamw": 2 * adapted}[c.ttt_optimizer]
         scored = s * rows * adapted + self.inference(rows * c.eval_seq_len, rows * c.piece_size)
         activations = self.training(rows * (c.ttt_context + c.piece_size), rows * c.piece_size, separate=True)
-        temporaries = {"precond": 4, "sgd": 2, "adamw": 8}[c.ttt_optimizer]  # of the largest tensor
+        temporaries = {"precond": 2, "sgd": 2, "adamw": 8}[c.ttt_optimizer]  # of the largest tensor
         update = 4 * rows * (2 * adapted + temporaries * max(n.numel() for n in shapes.values()))  # 2: and clipped
         held = 4 * (weights + slots * (adapted + moments) + rows * adapted) + self.fused()
         return held + max(scored, s * rows * adapted + activations, update)

@@ -19,7 +19,7 @@ from test_ttt_runs import SGD, TINY, setup_of
 
 import eval_ttt
 import train_gpt
-from eval_ttt import SLOT_ROWS, Setup, evaluate, score_plan
+from eval_ttt import Setup, evaluate, score_plan
 from train_gpt import BOS_ID, MetaRates, deployed_step, inner_weights
 
 # Two plain blocks: half the time of TINY, which has every lever.
@@ -124,8 +124,8 @@ def causal_setup(changes: dict) -> Setup:
 def test_no_loss_depends_on_what_stands_later(lengths, changes):
     """Bit for bit; at a border of phases the base learns from earlier documents only, so it holds there too."""
     setup, tokens = causal_setup(changes), text_of(lengths)
-    batches = {len(list(train_gpt.batches_of(chunk, SLOT_ROWS))) for chunk in setup.plan(tokens)}
-    assert (max(batches) == 2) == (setup.config.ttt_slots > SLOT_ROWS)
+    batches = {len(list(train_gpt.batches_of(chunk, train_gpt.SLOT_ROWS))) for chunk in setup.plan(tokens)}
+    assert (max(batches) == 2) == (setup.config.ttt_slots > train_gpt.SLOT_ROWS)
     assert changed_losses(setup, tokens) == [0] * len(cuts_of(tokens))
 
 
