@@ -141,7 +141,7 @@ class Config:
     iterations: int = setting("training", 20000, "steps at most", low=1)
     max_wallclock_seconds: float = setting("training", 600.0, "seconds of the contest clock; 0: no clock", low=0)
     train_batch_tokens: int = setting("training", 786432, "tokens a step, all ranks together", low=2)
-    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks together", low=1)
+    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks together; more on a small GPU", low=1)
     warmup_steps: int = setting("training", 20, "steps on random tokens, outside the clock and undone", low=0)
     warmdown_iters: int = setting("training", 4000, "last steps, of falling learning rate", low=0)
     warmdown_frac: float = setting("training", 0.0, "the same, as a share of the run; 0: WARMDOWN_ITERS", low=0, high=1)

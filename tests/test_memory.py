@@ -15,11 +15,13 @@ import pytest
 import torch
 from test_artifact import make_run
 from test_model import SMALL, random_ids, random_model
+from test_slots import MANY, plain_setup, text_of
 from test_training import stream
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_gpt
+from eval_ttt import evaluate, score_plan
 from train_gpt import GIB, GPT, Config, Memory, load_config, sequences_at_once, step_batches, train_step
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"
@@ -296,6 +298,19 @@ def test_statistics_in_parts():
     whole, parts = train_gpt.collect_hessians(model, [ids]), train_gpt.collect_hessians(model, [ids], 1)
     for name, one in whole.items():
         torch.testing.assert_close(one, parts[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [dict(ttt_slots=16), dict(ttt_groups=2, ttt_slots=20, ttt_chunk_size=4)])
+def test_slots_in_smaller_batches(monkeypatch, changes):
+    """As many slots, fewer rows at once, the same losses."""
+    setup, tokens, sizes = plain_setup(**changes), text_of(MANY), []
+    whole = evaluate(setup, tokens, lambda model, learner, windows, batch, losses: sizes.append(len(losses))).nll
+    assert set(sizes) == {train_gpt.SLOT_ROWS}
+    with card(monkeypatch, limit_for(setup.config, "slots", 3)):
+        cut = evaluate(setup, tokens, lambda model, learner, windows, batch, losses: sizes.append(len(losses))).nll
+    assert set(sizes) == {train_gpt.SLOT_ROWS, 3}
+    np.testing.assert_allclose(cut, whole, rtol=2e-4, atol=2e-4)
+    assert np.abs(whole - score_plan(setup, tokens).nll).max() > 0.05
 
 
 def test_a_run_on_a_card_too_small_for_it(smoke_env, tmp_path, monkeypatch, capsys):
