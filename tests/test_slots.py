@@ -82,23 +82,22 @@ CAUSAL = {
 
 def other_ends(tokens: np.ndarray, cut: int, kind: int) -> np.ndarray:
     """A text that has the targets before CUT in common with TOKENS, and none of the later borders of documents."""
-    head, seed = tokens[: cut + 1], 100 * cut + kind
     more = {
         0: [30, 4, 19, 7],  # the document at the cut goes on for some windows
-        1: [1, 1, 3, 25, 2, 1, 14, 8],  # it ends here, and so do all slots' documents, soon
-        2: [2],  # the file ends here
+        1: [1, 1, 3, 25, 2, 1, 14, 8],  # it ends a target later, and so do all slots' documents, soon
+        2: [],  # the file ends here
         3: [5, 40, 3, 1, 33, 21, 16, 9],  # a file of more text and more documents
     }[kind]
-    tail = text_of(more, seed)
-    return np.concatenate([head, tail[1:] if kind != 1 else tail])
+    tail = text_of(more, 100 * cut + kind) if more else tokens[:0]
+    return np.concatenate([tokens[: cut + 1], tail if kind == 1 else tail[1:]])
 
 
 def cuts_of(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """Where texts are cut, and how they go on: at each place of a chunk, before, at and after borders of documents."""
+    """Where texts are cut, and how they go on: within the first document, whose age decides shapes, and later."""
     spans = borders(tokens)[1:]
-    places = [9, 17, *(place for low, high in spans for place in (low, (low + high) // 2 + 1))]
-    places = sorted({place for place in places if place < len(tokens) - 2})
-    return [(cut, number % 4) for number, cut in enumerate(places[:: max(1, len(places) // 7)])]
+    places = sorted({place for low, high in spans for place in (low, (low + high) // 2 + 1) if place < len(tokens) - 2})
+    later = places[1 :: max(1, len(places) // 4)]
+    return [(5, 1), (6, 2), (12, 0), *((cut, (number + 3) % 4) for number, cut in enumerate(later))]
 
 
 def changed_losses(setup: Setup, tokens: np.ndarray) -> list[int]:
