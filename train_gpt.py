@@ -141,7 +141,7 @@ class Config:
     iterations: int = setting("training", 20000, "steps at most", low=1)
     max_wallclock_seconds: float = setting("training", 600.0, "seconds of the contest clock; 0: no clock", low=0)
     train_batch_tokens: int = setting("training", 786432, "tokens a step, all ranks together", low=2)
-    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks together; more on a small GPU", low=1)
+    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks; more on a small GPU", low=1)
     warmup_steps: int = setting("training", 20, "steps on random tokens, outside the clock and undone", low=0)
     warmdown_iters: int = setting("training", 4000, "last steps, of falling learning rate", low=0)
     warmdown_frac: float = setting("training", 0.0, "the same, as a share of the run; 0: WARMDOWN_ITERS", low=0, high=1)
@@ -243,9 +243,10 @@ class Config:
                                 choices=("legal", "adapt_first", "two_pass"))
     ttt_optimizer: str = setting("evaluator", "precond", "precond: gradient over the root of its second moment",
                                  choices=("precond", "sgd", "adamw"))
-    ttt_moments: str = setting("evaluator", "prefix", "second moments of precond; by documents: of the documents that "
-                               "stand earlier in the file and the own (prefix), of all in slots so far (shared), or "
-                               "of training text, stored (artifact)", choices=("prefix", "shared", "artifact"))
+    ttt_moments: str = setting("evaluator", "prefix", "second moments of precond by documents: of the prior and the "
+                               "document (own), also of earlier documents in the file (prefix), or of all so far in "
+                               "slots (shared); or stored ones, of training text (artifact)",
+                               choices=("own", "prefix", "shared", "artifact"))
     ttt_prior_seqs: int = setting("evaluator", 16, "sequences that the artifact generates to start the second moments; "
                                   "by documents, not for adapters; 0: none", low=0)
     ttt_prior_chunks: int = setting("evaluator", 3, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
@@ -1858,17 +1859,18 @@ class SecondMoments:
     """Sums and counts of squared gradients, of which the preconditioner uses the means.
 
     A row holds `size` sums and, last, how many gradients they are of. `total` (size + 1,) is of everything adapted on
-    so far. form: "prefix", where each set of weights has a row of its own, of the documents that stand earlier in the
-    file and of its own document, so that no step depends on what stands later; "shared", where every set uses `total`;
-    "artifact", where `total` came with the artifact and stays. A prefix is a running sum over sets in document order:
-    nothing is masked, since 0 times a later document's NaN would be NaN. Shared sums decay as little as holds their
-    count at `memory`.
+    so far, from the prior on. form: "own", where each set of weights has a row of its own, of the prior and its own
+    document; "prefix", where that row is also of the documents that stand earlier in the file, so that no step depends
+    on what stands later; "shared", where every set uses `total`; "artifact", where `total` came with the artifact and
+    stays. A prefix is a running sum over sets in document order: nothing is masked, since 0 times a later document's
+    NaN would be NaN. Shared sums decay as little as holds their count at `memory`.
     """
 
     def __init__(self, form: str, size: int, sets: int, memory: float, device: torch.device):
         self.form, self.memory, self.across_ranks = form, memory, False
         self.start, self.total, self.earlier = torch.zeros(3, size + 1, device=device)
-        self.own = torch.zeros(sets if form == "prefix" else 0, size + 1, device=device)
+        self.by_set = form in ("own", "prefix")
+        self.own = torch.zeros(sets if self.by_set else 0, size + 1, device=device)
         self.totals: dict[int, Tensor] = {}
 
     def begin(self, group: int | None) -> None:
@@ -1877,11 +1879,14 @@ class SecondMoments:
 
     def enter(self, sets: Any) -> None:
         """The sets begin documents: what has been adapted on by now stands earlier in the file."""
-        if self.form == "prefix":
+        if self.by_set:
             self.own[sets] = self.total
 
     def observe(self, squares: Tensor, sets: Any) -> None:
         """Add squared gradients (n, size + 1) of the sets, in document order, as are the batches of a step."""
+        if self.form == "own":
+            self.own[sets] += squares
+            return
         earlier, everyone = self.earlier, squares.sum(0)
         if self.across_ranks and world_size() > 1:  # the documents of lower ranks stand earlier
             each = torch.zeros(world_size(), len(everyone), device=everyone.device)
@@ -1902,7 +1907,7 @@ class SecondMoments:
 
     def means(self, sets: Any) -> Tensor:
         """(n, size) for the sets, or (1, size) where they share them."""
-        rows = self.own[sets] if self.form == "prefix" else self.total[None]
+        rows = self.own[sets] if self.by_set else self.total[None]
         return rows[:, :-1] / rows[:, -1:]
 
 

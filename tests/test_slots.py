@@ -66,6 +66,7 @@ CAUSAL = {
     "more slots than rows, groups, context": (MANY + MANY[:14], dict(ttt_slots=20, ttt_groups=2, ttt_context=4)),
     "windows side by side, two epochs": (FEW, dict(eval_stride=12, ttt_epochs=2, ttt_lr=0.005, **PRIOR)),
     "moments of training": (FEW, dict(ttt_moments="artifact", ttt_lr=1e-3)),
+    "own moments": (FEW, dict(PRIOR, ttt_moments="own")),
     "momentum": (FEW, dict(**SGD, ttt_context=7)),
     "momentum, more slots than rows": (MANY, dict(**SGD, ttt_slots=20, ttt_lr=0.003)),
     "adamw, groups": (FEW, dict(**ADAMW, ttt_groups=2)),

@@ -246,8 +246,8 @@ def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, messag
 class Moments:
     """Mean squared gradients as the settings describe them: row and column means of matrices, else every entry.
 
-    By flat chunks a running mean that forgets with TTT_BETA2; by documents (prefix) a plain mean over the prior, over
-    the documents that stand earlier, and over the own. Stored moments stay as they are.
+    By flat chunks a running mean that forgets with TTT_BETA2; by documents a plain mean over the prior, the document
+    itself and (prefix) those that stand earlier. Stored moments stay as they are.
     """
 
     def __init__(self, config: Config, stored: dict[str, list[torch.Tensor]] | None = None, prior=()):
@@ -278,7 +278,9 @@ class Moments:
         self.steps, new = self.steps + 1, self.all_parts(gradients)
         if document is not None:
             self.seen.append((document, new))
-            self.means = self.mean([each for other, each in self.seen if other <= document])
+            used = {"own": lambda other: other in (-1, document), "prefix": lambda other: other <= document}
+            of = used[self.config.ttt_moments]
+            self.means = self.mean([each for other, each in self.seen if of(other)])
             return
         keep = min(self.config.ttt_beta2, 1 - 1 / self.steps)
         for name, parts in new.items():
@@ -456,6 +458,7 @@ STEPS = {
     "adamw": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.3),
     "adamw without momentum": dict(ttt_optimizer="adamw", ttt_beta2=0.9),
     "precond": dict(),
+    "precond, own moments": dict(ttt_moments="own"),
     "precond, moments of training": dict(ttt_moments="artifact"),
     "pull": dict(ttt_pull=0.2),
     "frozen blocks": dict(ttt_freeze_blocks=2),

@@ -158,11 +158,11 @@ def test_documents_equal_a_loop_by_hand(changes, exact):
         np.testing.assert_allclose(got[low : low + 1], plain[low : low + 1], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_documents_with_a_prior_equal_a_loop_by_hand(groups, exact):
+@pytest.mark.parametrize(("groups", "form"), [(1, "prefix"), (2, "prefix"), (2, "own")])
+def test_documents_with_a_prior_equal_a_loop_by_hand(groups, form, exact):
     """Every chunk of the generated sequences counts, each as much as two chunks of a document."""
     setup = setup_of(ttt_prior_seqs=5, ttt_prior_chunks=2, ttt_prior_weight=2.0, ttt_groups=groups, ttt_context=2,
-                     ttt_lr=0.02)  # fmt: skip
+                     ttt_moments=form, ttt_lr=0.02)  # fmt: skip
     c, prior = setup.config, []
     for text in train_gpt.generate(setup.load(), 5, 2 * c.ttt_chunk_size + 1).numpy():
         for a in (0, c.ttt_chunk_size):
