@@ -141,7 +141,7 @@ class Config:
     iterations: int = setting("training", 20000, "steps at most", low=1)
     max_wallclock_seconds: float = setting("training", 600.0, "seconds of the contest clock; 0: no clock", low=0)
     train_batch_tokens: int = setting("training", 786432, "tokens a step, all ranks together", low=2)
-    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks together; more on a small GPU", low=1)
+    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks together, or more", low=1)
     warmup_steps: int = setting("training", 20, "steps on random tokens, outside the clock and undone", low=0)
     warmdown_iters: int = setting("training", 4000, "last steps, of falling learning rate", low=0)
     warmdown_frac: float = setting("training", 0.0, "the same, as a share of the run; 0: WARMDOWN_ITERS", low=0, high=1)
@@ -3695,7 +3695,7 @@ def memory_table(config: Config) -> list[str]:
     lines, plain = [], Memory(config, compiled=False)
     for part, (bytes_of, wanted) in Memory(config).parts().items():
         compiled, eager = (one / GIB for one in (bytes_of(wanted), plain.parts()[part][0](wanted)))
-        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.1f} plain_gib:{eager:.1f}")
+        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.2f} plain_gib:{eager:.2f}")
     for size in CARD_SIZES:
         limit = usable_bytes(size * 10**9)
         for memory in (Memory(config), plain):
