@@ -3700,7 +3700,7 @@ def memory_table(config: Config) -> list[str]:
     lines, plain = [], Memory(config, compiled=False)
     for part, (bytes_of, wanted) in Memory(config).parts().items():
         compiled, eager = (one / GIB for one in (bytes_of(wanted), plain.parts()[part][0](wanted)))
-        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.1f} plain_gib:{eager:.1f}")
+        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.2f} plain_gib:{eager:.2f}")
     for size in CARD_SIZES:
         limit = usable_bytes(size * 10**9)
         for memory in (Memory(config), plain):

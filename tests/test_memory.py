@@ -340,7 +340,7 @@ def test_describe_has_the_table(config):
         r"memory part:(\w+) sequences:(\d+) compiled_gib:([\d.]+) plain_gib:([\d.]+)$", line))}  # fmt: skip
     assert list(parts) == ["train", "statistics", "score", *(["slots"] if config.ttt_mode == "doc_banks" else [])]
     compiled, plain = (float(parts["train"][index]) for index in (3, 4))
-    assert plain > 1.3 * compiled and compiled == round(Memory(config).step(48) / GIB, 1)
+    assert plain > 1.3 * compiled and compiled == round(Memory(config).step(48) / GIB, 2)
     cards = [re.match(r"card_gb:(\d+) compiled:([01]) usable_gib:\S+ train:(\w+) ", line) for line in lines]
     found = {(int(row[1]), int(row[2])): row[3] for row in cards if row}
     assert list(found) == [(size, way) for size in (12, 16, 24, 80) for way in (1, 0)]
