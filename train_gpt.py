@@ -1812,6 +1812,18 @@ def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
     return config.min_lr + (1 - config.min_lr) * share
 
 
+def short_run_warning(config: Config, step: int, elapsed: float, budget: float) -> str:
+    """Say that WARMDOWN_ITERS is longer than the run, so that no step has the peak rate; else "". As for lr_scale."""
+    _, total = run_length(config, step, elapsed, budget)
+    if config.warmdown_frac or total >= config.warmdown_iters:
+        return ""
+    start = lr_scale(replace(config, iterations=max(1, round(total))), 0, 0.0, 0.0)
+    return (
+        f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps: the learning rate "
+        f"starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, the warmdown's share of the run, 0.5 for example."
+    )
+
+
 def momentum_at(config: Config, step: int) -> float:
     """Muon's momentum at step STEP: linear from its start to its end over MUON_MOMENTUM_WARMUP_STEPS."""
     share = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
@@ -4293,6 +4305,9 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
             model.start_loop()
             run.log.line(f"loop: from step {step}")
+        pace_known = 10 if budget and c.iterations >= c.warmdown_iters else 0
+        if step == pace_known and (short := short_run_warning(c, step, elapsed, budget)):
+            run.log.line(f"WARNING: {short}")
         scale = lr_scale(c, step, elapsed, budget)
         round_banks = c.late_qat and scale < c.late_qat_threshold
         batches, momentum = loader.batches(step), momentum_at(c, step)

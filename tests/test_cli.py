@@ -319,8 +319,9 @@ def test_over_the_cap_all_is_written_and_the_exit_code_is_1(tmp_path, monkeypatc
     total = sum(path.stat().st_size for path in (*PROGRAMS, tmp_path / "runs/run/final_model.int6.ptz"))
     assert result["fits"] is False and result["bytes_total"] == total
     warnings = [line for line in log.splitlines() if line.startswith("WARNING")]
-    assert len(warnings) == 2 and "1000 bytes" in warnings[0] and str(total - 1000) in warnings[0]
-    assert f"{result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS" in warnings[1]  # one step was taken
+    assert len(warnings) == 3 and "WARMDOWN_ITERS=10" in warnings[0] and "about 3 steps" in warnings[0]
+    assert "1000 bytes" in warnings[1] and str(total - 1000) in warnings[1]
+    assert f"{result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS" in warnings[2]  # one step was taken
     ((_, step, iterations),) = find("stop", log)  # the clock was over after one step
     assert (step, iterations, result["steps"]) == ("1", "3", 1)
 

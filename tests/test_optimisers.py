@@ -1,5 +1,6 @@
 """Newton-Schulz against an SVD, Muon against torch's and its formula, parameter groups, schedules, weight averages."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from train_gpt import (
     lr_scale,
     make_optimizers,
     momentum_at,
+    short_run_warning,
     zeropower_via_newtonschulz5,
 )
 
@@ -293,6 +295,19 @@ def test_lr_follows_the_pace_of_the_run():
     assert lr_scale(config, 50, 60.0, 100.0) == pytest.approx((40 / 1.2) / (0.5 * 100 / 1.2))
     assert lr_scale(config, 50, 30.0, 100.0) == 1
     assert lr_scale(config, 50, 101.0, 100.0) == 0
+
+
+@pytest.mark.parametrize("iterations, budget", [(300, 0.0), (300, 1e9), (20_000, 465.0)])
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_run_shorter_than_its_warmdown_is_told(iterations, budget, shape):
+    """300 steps, by number or by the clock at 1.55 s each: the share that is named is the largest that a step has."""
+    config = Config(iterations=iterations, warmdown_iters=4000, warmdown_shape=shape)
+    said = short_run_warning(config, 10, 15.5, budget)
+    highest = max(lr_scale(config, step, 1.55 * step, budget) for step in range(1, 300))
+    assert "WARMDOWN_ITERS=4000" in said and "about 300 steps" in said and "Set WARMDOWN_FRAC" in said
+    assert float(re.search(r"starts at (\d+)%", said)[1]) == pytest.approx(100 * highest, abs=0.6)
+    for changes in (dict(warmdown_frac=0.5), dict(warmdown_iters=300), dict(warmdown_iters=0)):
+        assert short_run_warning(replace(config, **changes), 10, 15.5, budget) == ""
 
 
 @pytest.mark.parametrize("budget", [0.0, 100.0])
