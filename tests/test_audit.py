@@ -47,13 +47,17 @@ def text(demo_data) -> np.ndarray:
 
 
 @pytest.fixture
-def setup(demo_data) -> Setup:
-    """An honest evaluation in mode `banks`."""
+def setup(demo_data, request, monkeypatch) -> Setup:
+    """An honest evaluation in mode `banks`, computed in float32, or as GPUs do in bfloat16."""
+    monkeypatch.setattr(tg, "compute_dtype", lambda device: getattr(request, "param", torch.float32))
     path = str(demo_data / "tokenizer.model")
     config = replace(TINY, tokenizer_path=path, data_path=str(demo_data))
     artifact = tg.Artifact(config, random_model(config, torch.float32).state_dict(), tg.sha256_file(path))
     table = tg.load_byte_table(path, config.vocab_size)
     return Setup(config, artifact, torch.device("cpu"), tg.sdpa_attention, table, tg.token_nll)
+
+
+in_bfloat16 = pytest.mark.parametrize("setup", [torch.bfloat16], ids=["bfloat16"], indirect=True)
 
 
 def changed(setup: Setup, **settings) -> Setup:
@@ -68,6 +72,12 @@ HONEST = {
     "context and side by side": dict(ttt_mode="all", ttt_context=4, eval_stride=16),
     "none, ppm": dict(ttt_mode="none", ppm_alpha=0.9),
 }
+
+
+@in_bfloat16
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "doc_banks")) for n in HONEST])
+def test_an_honest_evaluation_in_bfloat16_passes_every_check(name, setup, text):
+    assert not [check for check in audit(changed(setup, **HONEST[name]), text, []) if check.ok is False]
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -264,6 +274,13 @@ def test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch):
     assert {*failed} >= {*caught.split()}, f"caught by {' '.join(failed) or 'nothing'}, not by {caught}"
 
 
+@pytest.mark.slow
+@in_bfloat16
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_in_bfloat16_is_caught_by_name(name, setup, text, monkeypatch):
+    test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch)
+
+
 @pytest.mark.parametrize("name", [*CHEATS][:3])
 def test_the_bait_is_worth_it(name, setup, text, monkeypatch):
     cheating = CHEATS[name][0](setup, monkeypatch)["setup"]
@@ -303,7 +320,7 @@ SLIDING = dict(turn=np.zeros(120, int), read_from=np.repeat(np.arange(0, 105, 8)
 BESIDE = dict(turn=np.tile(np.arange(60) // 20, 2), read_from=np.repeat([0, 60], 60))  # two documents
 
 
-def toy(turn, read_from, ahead=(), also=(), gated=False) -> Callable[..., Trace]:
+def toy(turn, read_from, ahead=(), also=(), gated=0.0) -> Callable[..., Trace]:
     """A tracer whose losses are sums of what windows read, those in AHEAD one token more, ALSO (a target, a place)."""
 
     def trace(tokens=TOY_TEXT, probes=(), until=np.inf) -> Trace:
@@ -311,7 +328,7 @@ def toy(turn, read_from, ahead=(), also=(), gated=False) -> Callable[..., Trace]
         nll = sums[np.minimum(target + 2 + np.isin(target, ahead), 121)] - sums[read_from]
         for t, place in also:
             nll[t] += tokens[place]
-        rows = {t: np.full(40, -np.log(40)) + (1e-9 * tokens[t + 1] if gated else 0) for t in probes}
+        rows = {t: np.full(40, -np.log(40)) + gated * tokens[t + 1] for t in probes}
         return Trace(nll.astype(np.float32), turn, read_from, np.ones(120, int), nll.astype(float), rows, [])
 
     return trace
@@ -349,7 +366,7 @@ TOYS = {
     "it knows that from elsewhere": (T1, toy(**BESIDE, also=[(60, 30)]), {}, False),
     "it knows what was scored long before": (T1, toy(**BESIDE, also=[(110, 10)]), {}, True),
     "rows that do not know their target": (T2, toy(**CHUNKS), {}, True),
-    "rows that do": (T2, toy(**CHUNKS, gated=True), {}, False),
+    "rows that do": (T2, toy(**CHUNKS, gated=1e-9), {}, False),
     "losses from the distribution": (T3, toy(**CHUNKS), FLAT | dict(rows={7: -RIGHT[:40]}), True),
     "one is not": (T3, toy(**CHUNKS), FLAT | dict(from_row=OFF), False),
     "one is missing": (T3, toy(**CHUNKS), FLAT | dict(from_row=MISSING), False),
@@ -372,6 +389,30 @@ TOYS = {
 def test_checks_on_traces(name):
     check, tracer, given, ok = TOYS[name]
     assert check(tracer, replace(tracer(), **given), TOY_TEXT, np.random.default_rng(1)).ok is ok
+
+
+def noisy(honest: Callable[..., Trace]) -> Callable[..., Trace]:
+    """A tracer of an evaluation whose losses and distributions change by up to 1e-4 nats when it is repeated."""
+    rng = np.random.default_rng(4)
+
+    def trace(*args) -> Trace:
+        seen = honest(*args)
+        rows = {t: row + rng.uniform(-1e-4, 1e-4, 40) for t, row in seen.rows.items()}
+        return replace(seen, nll=seen.nll + rng.uniform(-1e-4, 1e-4, 120), rows=rows)
+
+    return trace
+
+
+@pytest.mark.parametrize("check, leak", [(T1, dict(ahead=[29])), (T2, dict(gated=1e-3))])
+def test_what_a_repetition_changes_is_no_leak(check, leak):
+    """As on a GPU, where gradients are summed in any order; leaks above the noise are caught, and too much noise is."""
+
+    def ok(tracer, spread: float) -> bool | None:
+        return check(tracer, replace(tracer(), spread=spread), TOY_TEXT, np.random.default_rng(1)).ok
+
+    assert ok(noisy(toy(**CHUNKS)), 1e-4) and not ok(noisy(toy(**CHUNKS)), 0.0)
+    assert not ok(noisy(toy(**CHUNKS, **leak)), 1e-4)
+    assert ok(toy(**CHUNKS), 0.06) is (check is not T1), "T1 certifies no evaluation as noisy as that"
 
 
 def test_t1b(setup):
@@ -425,6 +466,7 @@ def fade(honest, first, *args):
         value.mul_(0.9).add_(1e-2)
 
 
+@pytest.mark.parametrize("setup", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("check, owner, name, wrapper", [
     (eval_ttt.check_no_op, Learner, "begin", fade),
     (eval_ttt.check_no_op, tg, "adaptation_step", fade),
