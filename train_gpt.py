@@ -2977,6 +2977,7 @@ def prune_smallest(tensor: Tensor, share: float) -> Tensor:
 # then meets one width at a time. Quarter octaves, by row and by column; 64 sums of the two are told apart.
 NUM_WIDTHS, NARROWEST = 64, -24
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
+ZSTD_LEVEL = 16  # 39 % of the seconds of 22, within 0.03 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
 PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}  # lzma is Python's own
 
@@ -2996,8 +2997,8 @@ def coder_package(coder: str) -> Any:
 
 
 def pack(data: bytes, coder: str) -> bytes:
-    """Compress `data` with zstd, level 22, or else with lzma: COMPRESSOR=ans does not need zstandard either."""
-    return coder_package(coder).compress(data, 22) if coder == "zstd" else lzma.compress(data, **LZMA)
+    """Compress `data` with zstd, or else with lzma: COMPRESSOR=ans does not need zstandard either."""
+    return coder_package(coder).compress(data, ZSTD_LEVEL) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
 def unpack(data: bytes) -> bytes:
@@ -3076,7 +3077,9 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
     if coder == "lzma":
         return pack(codes.tobytes(), coder)
     if coder == "zstd":  # width by width: it does not always see where one ends
-        frames = [pack(part.tobytes(), coder) for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
+        parts = [part.tobytes() for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # the bytes do not depend on it
+            frames = list(pool.map(partial(pack, coder=coder), parts))
         return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
     tables, uses = choose_tables(codes, counts)
     sizes, stack = counts[counts > 0], coder_package("ans").stream.stack.AnsCoder()
