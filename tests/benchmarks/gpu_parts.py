@@ -276,7 +276,7 @@ def part_adapt(ctx: Context) -> None:
 def part_chunk_sgd(ctx: Context) -> None:
     """SGD on chunks, weights carried on, as #549."""
     tiny = dict(TTT_CHUNK_TOKENS="2048") if ctx.rehearse else {}
-    adapted_scores(ctx, "chunks", ctx.model(), **SGD_CHUNKS, **tiny)
+    adapted_scores(ctx, "chunks", ctx.model(), **{**SGD_CHUNKS, **tiny})
 
 
 def part_doc_lora(ctx: Context) -> None:
