@@ -223,7 +223,7 @@ def broken_limits(found: dict[str, Any], config: Any) -> list[str]:
           lambda: f"reading a batch takes {f['read_ms']:.1f} ms, a step {f['ms_per_step']:.1f} ms")  # fmt: skip
     if "card_gib" in f:
         check("memory", lambda: f["peak_gib"] <= MEMORY_SHARE * f["card_gib"],
-              lambda: f"{f['peak_gib']:.1f} of {f['card_gib']:.1f} GiB are reserved. Raise GRAD_ACCUM_TOTAL.")  # fmt: skip
+              lambda: f"{f['peak_gib']:.1f} of {f['card_gib']:.1f} GiB reserved. Raise GRAD_ACCUM_TOTAL.")  # fmt: skip
     check("clock", lambda: not c.max_wallclock_seconds or f["predicted_steps"] > 0,
           lambda: f"the statistics alone take {f['statistics_seconds']:.0f} s of MAX_WALLCLOCK_SECONDS="
                   f"{c.max_wallclock_seconds:.0f}")  # fmt: skip
