@@ -33,9 +33,10 @@ import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -365,10 +366,16 @@ def part_command(part: Part, context: Path) -> list[str]:
 
 
 def headline(result: dict[str, Any], most: int = 6) -> str:
-    """The first numbers of a result."""
-    shown = [f"{name}:{value:.5g}" for name, value in result.items()
-             if isinstance(value, int | float) and not isinstance(value, bool)]  # fmt: skip
-    return " ".join(shown[:most])
+    """The first numbers of a result, those of nested ones too."""
+    return " ".join(islice(numbers(result), most))
+
+
+def numbers(values: dict[str, Any]) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from numbers(value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{name}:{value:.5g}"
 
 
 def summary(report: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,10 @@ SHORT_RUN = dict(TRAIN_BATCH_TOKENS="393216", GRAD_ACCUM_TOTAL="4", WARMUP_STEPS
                  TRAIN_LOG_EVERY="20")  # fmt: skip
 SGD_CHUNKS = dict(TTT_MODE="all", TTT_OPTIMIZER="sgd", TTT_LR_SCHEDULE="cosine", TTT_LR="0.002", TTT_EPOCHS="3",
                   TTT_MOMENTUM="0.9", TTT_CHUNK_TOKENS="32768", TTT_GRAD_CLIP="1.0")  # as pr549.env  # fmt: skip
-DOC_LORA = dict(TTT_MODE="doc_lora", TTT_OPTIMIZER="adamw", TTT_BETA2="0.999", TTT_GRAD_CLIP="1.0", TTT_LR="0.01")
+DOC_BANKS = dict(TTT_MODE="doc_banks", TTT_GROUPS="1")  # one group: what each of eight GPUs would do
+DOC_LORA = dict(
+    TTT_MODE="doc_lora", TTT_GROUPS="1", TTT_OPTIMIZER="adamw", TTT_BETA2="0.999", TTT_GRAD_CLIP="1.0", TTT_LR="0.01"
+)
 META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # a graph for each piece
 KEPT_VARIABLES = re.compile(  # of the user's environment; a DEVICE or SEED in it would be taken as a setting
     r"PATH|HOME|USER|LANG|LC_.*|TMPDIR|TZ|VIRTUAL_ENV|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|CC|CXX|OMP_NUM_THREADS|"
@@ -270,7 +273,7 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
 
 def part_adapt(ctx: Context) -> None:
     """Every document adapts all weights of its own."""
-    adapted_scores(ctx, "documents", ctx.model(), TTT_MODE="doc_banks")
+    adapted_scores(ctx, "documents", ctx.model(), **DOC_BANKS)
 
 
 def part_chunk_sgd(ctx: Context) -> None:
@@ -290,7 +293,7 @@ def part_meta(ctx: Context) -> None:
     ctx.put(train=train_run(ctx, "meta", ctx.kept_train_seconds or ctx.train_seconds, **settings))
     model = Path(ctx.work) / "runs/meta/final_model.int6.ptz"
     chunk = {name: value for name, value in settings.items() if name == "TTT_CHUNK_SIZE"}
-    adapted_scores(ctx, "meta", model, TTT_MODE="doc_banks", **chunk)
+    adapted_scores(ctx, "meta", model, **{**DOC_BANKS, **chunk})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,27 +513,15 @@ def part_autotuned(ctx: Context) -> None:
     bench(ctx, "autotuned", "step", "autotuned", "--steps", "8")
 
 
-def slot_settings(tg: Any, count: int) -> dict[str, int]:
-    """The settings that give `count` documents at once: TTT_SLOTS of one group, or TTT_BATCH_SEQS before there were."""
-    names = {f.name for f in tg.fields(tg.Config)}
-    if "ttt_slots" in names:
-        return dict(ttt_slots=count) | (dict(ttt_groups=1) if "ttt_groups" in names else {})
-    return dict(ttt_batch_seqs=count)
-
-
-def slot_counts(ctx: Context) -> Iterator[int]:
-    yield from (2, 4) if ctx.rehearse else (16, 32, 64, 8)
-
-
 def part_slots(ctx: Context) -> None:
     """Targets a second of adaptation by documents, by the number of documents at once, in plain torch."""
     tg, ev, gpu = load_modules()
-    environ = ctx.environ(MODEL_PATH=str(ctx.model()), USE_COMPILE="0", TTT_MODE="doc_banks")
+    environ = ctx.environ(MODEL_PATH=str(ctx.model()), USE_COMPILE="0", **DOC_BANKS)
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
     part = tokens[: 2000 if ctx.rehearse else 200_000]
-    for number, count in enumerate(slot_counts(ctx)):
-        changed = tg.replace(setup, config=tg.replace(setup.config, **slot_settings(tg, count)))
+    for number, count in enumerate((2, 4) if ctx.rehearse else (16, 32, 64, 8)):
+        changed = tg.replace(setup, config=tg.replace(setup.config, ttt_slots=count))
         if not number:
             ev.evaluate(changed, part[: max(len(part) // 20, config.eval_seq_len + 1)])  # loads the kernels
         began = time.perf_counter()
