@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, TINY = "records/recipes/pr1019.env", "records/recipes/smoke.env"
+PEAK_FLOPS = 989e12  # bfloat16, by the datasheet of H100 and H200
+FULL_TARGETS, FULL_GPUS = 62_021_845, 8  # of the challenge's validation text
 CLOCK_STARTS = "gptq:reserving"  # the trainer's line between compiling and training
 MICRO_BATCH_TOKENS = 98_304  # pr1019's micro-batch: one graph for every run of it here
 # Published schedules count the steps of ten minutes on eight GPUs; a run of minutes needs shares of its own length.
@@ -49,6 +51,11 @@ KEPT_VARIABLES = re.compile(  # of the user's environment; a DEVICE or SEED in i
 def clean_environ() -> dict[str, str]:
     """The environment without what a program could take for a setting."""
     return {name: value for name, value in os.environ.items() if KEPT_VARIABLES.fullmatch(name)}
+
+
+def full_seconds(targets_per_second: float) -> float:
+    """Seconds that the challenge's validation text takes on its GPUs, at a rate of one."""
+    return FULL_TARGETS / targets_per_second / FULL_GPUS
 
 
 class PartFailed(RuntimeError):
@@ -125,10 +132,10 @@ class Context:
         return [Path(self.work) / f"runs/{name}/final_model.pt" for name in ("first", "plain")]
 
 
-def load_modules() -> tuple[Any, Any, Any]:
-    """train_gpt, eval_ttt and the GPU benchmark, imported."""
-    sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests/benchmarks")) if path not in sys.path]
-    return tuple(importlib.import_module(name) for name in ("train_gpt", "eval_ttt", "gpu"))
+def load_modules() -> tuple[Any, Any]:
+    """train_gpt and eval_ttt, imported."""
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module("train_gpt"), importlib.import_module("eval_ttt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,7 +190,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     lines = ctx.program(command, environ, accepted=(0, 1))  # 1: over the size cap, which costs us nothing
     result = last_json(lines, "RESULT")
-    tg, _, gpu = load_modules()
+    tg, _ = load_modules()
     config, _, _ = tg.load_config(environ)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row for row in steps if "train_loss" in row]
@@ -197,7 +204,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     return {key: result[key] for key in kept if key in result} | dict(
         clock_seconds=seconds,
         ms_per_step_late=1000 * pace,
-        mfu=tg.flops_per_token(config) * result["tokens_per_second"] / gpu.PEAK_FLOPS,
+        mfu=tg.flops_per_token(config) * result["tokens_per_second"] / PEAK_FLOPS,
         start_seconds=when(lines, "seed:"),
         compile_seconds=between(lines, "seed:", CLOCK_STARTS),
         export_seconds=between(lines, "average:", "Total submission size"),
@@ -264,10 +271,9 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
     seconds = float(seconds[-1][0]) if seconds else result["eval_seconds"]
     kept = ("val_bpb_ttt val_bpb_plan val_bpb_roundtrip val_bpb_sliding ttt_gain_bpb eval_seconds legal settings "
             "sha256_artifact").split()  # fmt: skip
-    _, _, gpu = load_modules()
     rate = targets / max(seconds, 1e-9)
     ctx.put(**{key: result[key] for key in kept if key in result}, model=model.name, targets=targets,
-            score_seconds=seconds, targets_per_second=rate, full_seconds=gpu.full_seconds(rate),
+            score_seconds=seconds, targets_per_second=rate, full_seconds=full_seconds(rate),
             gain_by_position=gains_by_position(folder))  # fmt: skip
 
 
@@ -467,7 +473,7 @@ def part_quantization(ctx: Context) -> None:
     """Bytes against bits per byte: the weights, then the artifact at several target losses."""
     import torch
 
-    tg, _, _ = load_modules()
+    tg, _ = load_modules()
     environ = ctx.environ()
     config, _, _ = tg.load_config(environ)
     device = tg.start_ranks(config, {})
@@ -515,7 +521,7 @@ def part_autotuned(ctx: Context) -> None:
 
 def part_slots(ctx: Context) -> None:
     """Targets a second of adaptation by documents, by the number of documents at once, in plain torch."""
-    tg, ev, gpu = load_modules()
+    tg, ev = load_modules()
     environ = ctx.environ(MODEL_PATH=str(ctx.model()), USE_COMPILE="0", **DOC_BANKS)
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
@@ -528,7 +534,7 @@ def part_slots(ctx: Context) -> None:
         score = ev.evaluate(changed, part)
         tg.synchronize(setup.device)
         rate = (len(part) - 1) / (time.perf_counter() - began)
-        row = dict(val_bpb=score.val_bpb, targets_per_second=rate, full_seconds=gpu.full_seconds(rate))
+        row = dict(val_bpb=score.val_bpb, targets_per_second=rate, full_seconds=full_seconds(rate))
         ctx.put(**{f"slots {count}": row})
 
 

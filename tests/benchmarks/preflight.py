@@ -97,10 +97,11 @@ class Preflight:
         c = self.config
         size = 2 * c.num_layers * (c.model_dim + c.kv_dim + c.mlp_dim) * c.model_dim
         whole = torch.zeros(size - size % ranks, device=self.device)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13 renames it
         part, repeats = whole[: len(whole) // ranks].clone(), 5 if self.on_gpu else 2
         for name, run in (
             ("all_reduce", lambda: dist.all_reduce(whole)),
-            ("all_gather", lambda: dist.all_gather_into_tensor(whole, part)),
+            ("all_gather", lambda: gather(whole, part)),
         ):
             self.put(**{f"{name}_gb_s": whole.nbytes / self.seconds(run, repeats) / 1e9})
 
@@ -147,19 +148,21 @@ class Preflight:
         layers = min(2, self.config.num_layers)
         c = replace(self.config, num_layers=layers, block_order="", ve_enabled=False)
 
+        if self.found["missing"]:
+            return
+        _, kernel, _ = tg.choose_attention(c.attention, self.device)
+        model = tg.GPT(c, tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
+        model = model.init_weights(0).to(self.device)
+        ids = torch.randint(c.vocab_size, (2, c.train_seq_len), device=self.device)
+        gradients = tg.collect_gradients(model, [(ids, ids)]) if c.wants_gradients else {}  # all ranks together
+        statistics = tg.Statistics(tg.collect_hessians(model, [ids]), gradients)
+
         def work() -> float:
-            _, kernel, _ = tg.choose_attention(c.attention, self.device)
-            model = tg.GPT(c, tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
-            model = model.init_weights(0).to(self.device)
-            ids = torch.randint(c.vocab_size, (2, c.train_seq_len), device=self.device)
-            gradients = tg.collect_gradients(model, [(ids, ids)]) if c.wants_gradients else {}
-            statistics = tg.Statistics(tg.collect_hessians(model, [ids]), gradients)
             began = time.perf_counter()
             tg.encode_artifact(c, tg.quantize(model.state_dict(), statistics, c), "0" * 64)
             return (time.perf_counter() - began) * self.config.num_layers / layers
 
-        if not self.found["missing"]:
-            self.put(export_seconds=tg.on_rank_0(work))
+        self.put(export_seconds=tg.on_rank_0(work))
 
     def evaluation(self, deadline: float) -> None:
         """Seconds of the sliding windows and of the adaptation, on the whole validation text, by a part of it."""
