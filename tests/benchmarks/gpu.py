@@ -50,9 +50,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
+from gpu_parts import PEAK_FLOPS, full_seconds  # noqa: E402
+
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from gpu_parts import PEAK_FLOPS, full_seconds  # noqa: E402
 
 MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # a second: what such a chip was seen to reach
 ACTIVATION_PASSES = 40  # over d-wide activations, a layer, forward and backward: norms, gates, residuals, rotation
