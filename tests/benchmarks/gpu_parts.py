@@ -261,8 +261,8 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
     environ = ctx.environ(MODEL_PATH=str(own), USE_COMPILE="0", **settings)
     targets = shard_targets(ctx.data["report"])
 
-    def salvage(line: str, process: subprocess.Popen) -> None:  # a run that is killed later has its score
-        if match := re.search(r"legal_ttt(?:_exact)? val_loss:(\S+) val_bpb:(\S+)(?: time:([\d.]+)s)?", line):
+    def salvage(line: str, process: subprocess.Popen) -> None:  # the score of a run that is killed after adapting
+        if match := re.match(r"chunk:(\d+)/\1 running_bpb:(\S+)", line):
             ctx.put(val_bpb_ttt=float(match[2]))
 
     lines = ctx.program([sys.executable, str(ROOT / "eval_ttt.py")], environ, (0, 1), salvage)
@@ -530,10 +530,8 @@ def part_slots(ctx: Context) -> None:
         changed = tg.replace(setup, config=tg.replace(setup.config, ttt_slots=count))
         if not number:
             ev.evaluate(changed, part[: max(len(part) // 20, config.eval_seq_len + 1)])  # loads the kernels
-        began = time.perf_counter()
         score = ev.evaluate(changed, part)
-        tg.synchronize(setup.device)
-        rate = (len(part) - 1) / (time.perf_counter() - began)
+        rate = (len(part) - 1) / score.seconds
         row = dict(val_bpb=score.val_bpb, targets_per_second=rate, full_seconds=full_seconds(rate))
         ctx.put(**{f"slots {count}": row})
 
