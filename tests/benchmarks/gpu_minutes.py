@@ -163,11 +163,11 @@ def due_parts(parts: Sequence[Part], kept: dict[str, dict], digests: dict[str, s
 
 
 def choose(queue: Sequence[Part], left: float, seconds: Callable[[Part], float]) -> Part | None:
-    """The next part: the first in order of value that has time; a spare one only beside all others that are due."""
+    """The next part: the first in order of value that has time; a spare one only where a to c have time after it."""
     for number, part in enumerate(queue):
         if part.fallback:
             continue
-        others = sum(seconds(other) for other in queue[number + 1 :] if not (other.spare or other.fallback))
+        others = sum(seconds(other) for other in queue[number + 1 :] if other.kind in "abc" and not other.spare)
         needed = seconds(part) + others if part.spare else START_SHARE * seconds(part)
         if left >= needed:
             return part
@@ -272,6 +272,7 @@ class Driver:
 
     def finish(self, running: Running) -> None:
         part, entry = running.part, running.finish()
+        gpu_parts.keep_artifact(self.context, part.name)
         self.running.remove(running)
         if len(self.running):
             entry["beside"] = [other.part.name for other in self.running]

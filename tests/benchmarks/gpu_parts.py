@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPE, TINY = "records/recipes/pr1019.env", "records/recipes/smoke.env"
 PEAK_FLOPS = 989e12  # bfloat16, by the datasheet of H100 and H200
 FULL_TARGETS, FULL_GPUS = 62_021_845, 8  # of the challenge's validation text
+RUNS = dict(train="first", train_plain="plain")  # part -> RUN_ID
 CLOCK_STARTS = "gptq:reserving"  # the trainer's line between compiling and training
 MICRO_BATCH_TOKENS = 98_304  # pr1019's micro-batch: one graph for every run of it here
 # Published schedules count the steps of ten minutes on eight GPUs; a run of minutes needs shares of its own length.
@@ -129,7 +130,7 @@ class Context:
         raise PartFailed("no artifact and no weights: the training part has left none")
 
     def weights_paths(self) -> list[Path]:
-        return [Path(self.work) / f"runs/{name}/final_model.pt" for name in ("first", "plain")]
+        return [Path(self.work) / f"runs/{name}/final_model.pt" for name in RUNS.values()]
 
 
 def load_modules() -> tuple[Any, Any]:
@@ -188,7 +189,14 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     short = {} if ctx.rehearse else SHORT_RUN | dict(MAX_WALLCLOCK_SECONDS=f"{seconds:.0f}")
     environ = ctx.environ(RUN_ID=name, **{**short, **settings})
     command = [sys.executable, str(ROOT / "train_gpt.py")]
-    lines = ctx.program(command, environ, accepted=(0, 1))  # 1: over the size cap, which costs us nothing
+
+    def salvage(line: str, process: subprocess.Popen) -> None:  # of a run that is killed later
+        if match := re.match(r"final_int6_(roundtrip|sliding)\w*_exact .*val_bpb:(\S+)", line):
+            ctx.put(**{f"{name}_val_bpb_{match[1]}": float(match[2])})
+        elif match := re.match(r"step:(\d+)/\d+ train_loss:\S+ train_time:\d+ms step_avg:(\S+)ms", line):
+            ctx.put(**{f"{name}_steps": int(match[1]), f"{name}_step_avg_ms": float(match[2])})
+
+    lines = ctx.program(command, environ, (0, 1), salvage)  # 1: over the size cap, which costs us nothing
     result = last_json(lines, "RESULT")
     tg, _ = load_modules()
     config, _, _ = tg.load_config(environ)
@@ -218,10 +226,13 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     )
 
 
-def keep_artifact(ctx: Context, name: str) -> None:
-    """Copy the artifact of a run to where a later call finds it."""
-    source, target = Path(ctx.work) / f"runs/{name}/final_model.int6.ptz", Path(ctx.out) / "final_model.int6.ptz"
-    if source.exists():
+def keep_artifact(ctx: Context, part: str) -> None:
+    """Copy the artifact of a training part to where a later call finds it. The driver's work: the part may be dead."""
+    source, target = (
+        Path(ctx.work) / f"runs/{RUNS.get(part)}/final_model.int6.ptz",
+        Path(ctx.out) / "final_model.int6.ptz",
+    )
+    if part in RUNS and source.exists():
         shutil.copyfile(source, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
 
@@ -229,19 +240,13 @@ def keep_artifact(ctx: Context, name: str) -> None:
 def part_train(ctx: Context) -> None:
     """The recipe trained compiled, exported, read back, scored twice."""
     (Path(ctx.out) / "final_model.int6.ptz").unlink(missing_ok=True)  # of other code: not to be mistaken for this one
-    try:
-        ctx.put(**train_run(ctx, "first", ctx.train_seconds))
-    finally:
-        keep_artifact(ctx, "first")
+    ctx.put(**train_run(ctx, RUNS["train"], ctx.train_seconds))
 
 
 def part_train_plain(ctx: Context) -> None:
     """The same without compiler and without cuDNN's attention, where the first one left no model."""
     os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
-    try:
-        ctx.put(**train_run(ctx, "plain", 0.7 * ctx.train_seconds, USE_COMPILE="0"))
-    finally:
-        keep_artifact(ctx, "plain")
+    ctx.put(**train_run(ctx, RUNS["train_plain"], 0.7 * ctx.train_seconds, USE_COMPILE="0"))
 
 
 def gains_by_position(folder: Path) -> list[dict[str, Any]]:
@@ -277,29 +282,33 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
             gain_by_position=gains_by_position(folder))  # fmt: skip
 
 
+def tiny_evaluation(ctx: Context) -> dict[str, str]:
+    return dict(TTT_CHUNK_SIZE="32", TTT_PRIOR_SEQS="2", EVAL_STRIDE="64") if ctx.rehearse else {}
+
+
 def part_adapt(ctx: Context) -> None:
     """Every document adapts all weights of its own."""
-    adapted_scores(ctx, "documents", ctx.model(), **DOC_BANKS)
+    adapted_scores(ctx, "documents", ctx.model(), **DOC_BANKS, **tiny_evaluation(ctx))
 
 
 def part_chunk_sgd(ctx: Context) -> None:
     """SGD on chunks, weights carried on, as #549."""
-    tiny = dict(TTT_CHUNK_TOKENS="2048") if ctx.rehearse else {}
+    tiny = dict(TTT_CHUNK_TOKENS="2048", EVAL_STRIDE="64") if ctx.rehearse else {}
     adapted_scores(ctx, "chunks", ctx.model(), **{**SGD_CHUNKS, **tiny})
 
 
 def part_doc_lora(ctx: Context) -> None:
     """Every document adapts a LoRA of its own."""
-    adapted_scores(ctx, "lora", ctx.model(), **DOC_LORA)
+    adapted_scores(ctx, "lora", ctx.model(), **DOC_LORA, **tiny_evaluation(ctx))
 
 
 def part_meta(ctx: Context) -> None:
     """A last phase that trains for the deployed update, against plain training on the same clock."""
-    settings = META | (dict(META_TTT_DOCS="2", META_TTT_PIECES="2", TTT_CHUNK_SIZE="32") if ctx.rehearse else {})
+    tiny = tiny_evaluation(ctx)
+    settings = META | tiny | (dict(META_TTT_DOCS="2", META_TTT_PIECES="2") if ctx.rehearse else {})
     ctx.put(train=train_run(ctx, "meta", ctx.kept_train_seconds or ctx.train_seconds, **settings))
     model = Path(ctx.work) / "runs/meta/final_model.int6.ptz"
-    chunk = {name: value for name, value in settings.items() if name == "TTT_CHUNK_SIZE"}
-    adapted_scores(ctx, "meta", model, **{**DOC_BANKS, **chunk})
+    adapted_scores(ctx, "meta", model, **DOC_BANKS, **tiny)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -522,7 +531,7 @@ def part_autotuned(ctx: Context) -> None:
 def part_slots(ctx: Context) -> None:
     """Targets a second of adaptation by documents, by the number of documents at once, in plain torch."""
     tg, ev = load_modules()
-    environ = ctx.environ(MODEL_PATH=str(ctx.model()), USE_COMPILE="0", **DOC_BANKS)
+    environ = ctx.environ(MODEL_PATH=str(ctx.model()), USE_COMPILE="0", **DOC_BANKS, **tiny_evaluation(ctx))
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
     part = tokens[: 2000 if ctx.rehearse else 200_000]
@@ -605,7 +614,7 @@ PARTS = (
     Part("probe", "b", part_probe, 45, 15, (), beside="train"),
     Part("kernels", "b", part_kernels, 80, 40, (TRAINER, BENCH, "tests/test_model.py"), beside="train"),
     Part("losses", "b", part_losses, 100, 50, (TRAINER, BENCH, RECIPE)),
-    Part("ranks", "b", part_ranks, 40, 10, ()),
+    Part("ranks", "b", part_ranks, 40, 10, (), beside="train"),
     Part("resume", "b", part_resume, 90, 40, (TRAINER, TINY)),
     Part("step_compiled", "c", part_step_compiled, 110, 45, (TRAINER, BENCH, RECIPE)),
     Part("step_plain", "c", part_step_plain, 90, 45, (TRAINER, BENCH, RECIPE)),
