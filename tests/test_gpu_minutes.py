@@ -1,5 +1,6 @@
 """The nine minutes on a GPU: what fails or hangs costs nothing after it, and a second call goes on by value."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -188,6 +189,62 @@ def test_parts_know_their_names():
         assert all((ROOT / name).is_file() for name in one.files)
 
 
+class Recorded(Exception):
+    """A part has started its first program."""
+
+
+STARTS = {  # part: program, and settings that its configuration must have
+    "train": ("train_gpt.py", dict(train_batch_tokens=393_216, warmdown_frac=0.5, compressor="ans", use_compile="auto",
+                                   max_wallclock_seconds=150.0, ema_decay=0.98, num_layers=11)),
+    "train_plain": ("train_gpt.py", dict(use_compile="0", max_wallclock_seconds=105.0)),
+    "adapt": ("eval_ttt.py", dict(ttt_mode="doc_banks", ttt_groups=1, eval_seq_len=2048)),
+    "chunk_sgd": ("eval_ttt.py", dict(ttt_mode="all", ttt_optimizer="sgd", ttt_epochs=3, ttt_chunk_tokens=32768)),
+    "doc_lora": ("eval_ttt.py", dict(ttt_mode="doc_lora", ttt_optimizer="adamw")),
+    "meta": ("train_gpt.py", dict(meta_ttt_objective="deployed", meta_ttt_enabled=True, max_wallclock_seconds=140.0)),
+    "losses": ("gpu.py", dict(train_batch_tokens=98_304, grad_accum_total=1)),
+    "resume": ("train_gpt.py", dict(num_layers=3, resume="auto")),
+    "step_compiled": ("gpu.py", dict(train_batch_tokens=786_432, grad_accum_total=8)),
+    "step_plain": ("gpu.py", dict(train_batch_tokens=786_432)),
+    "documents": ("gpu.py", dict(doc_borders="attention")),
+    "autotuned": ("gpu.py", {}),
+    "kernels": ("-m", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_real_parts_start_programs_with_settings_that_they_accept(name, tmp_path, monkeypatch):
+    """A misspelt setting would only show on the GPU: every program's arguments and settings, checked here."""
+    seen = []
+
+    def record(ctx, command, environ, accepted=(0,), on_line=None):
+        seen.append((command, environ))
+        raise Recorded
+
+    for folder in ("work", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out/final_model.int6.ptz").write_bytes(b"x")
+    report = tmp_path / "report.bin"
+    report.write_bytes(gpu_stage.shard_bytes(array("H", [1] * 100)))
+    data = dict(train="train.bin", report=str(report), tuning="tuning.bin", tokenizer="tokenizer.model", small="small")
+    monkeypatch.setattr(Context, "program", record)
+    context = Context(str(tmp_path / "work"), str(tmp_path / "out"), False, data, "ans", 150.0, 140.0,
+                      str(tmp_path / "result.json"))  # fmt: skip
+    one = next(part for part in gpu_parts.PARTS if part.name == name)
+    with pytest.raises(Recorded):
+        one.run(context)
+    command, environ = seen[0]
+    program, expected = STARTS[name]
+    assert Path(command[1]).name == program
+    if program == "gpu.py":
+        gpu = importlib.import_module("gpu")
+        monkeypatch.setattr(sys, "argv", command[1:])
+        arguments = gpu.parse_arguments()
+        assert set(arguments.phases.split(",")) <= gpu.PHASES.keys() and set(arguments.arms.split(",")) <= {*gpu.ARMS}
+    if program != "-m":
+        config, _, _ = train_gpt.load_config(environ)
+        assert {key: getattr(config, key) for key in expected} == expected
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The carried folder
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,6 +340,11 @@ def test_the_page_sets_the_measured_beside_the_predicted():
     big = {**report, "parts": {**parts, "probe": entry(gpu="NVIDIA H200")}}
     assert "| 415.2 | 570 |" in gpu_page.page(big, "x")
     assert "A rehearsal" in gpu_page.page({**report, "rehearsal": True}, "x")
+
+
+def test_the_readme_says_whether_a_gpu_was_measured():
+    kept = list((ROOT / "records/benchmarks").glob("*gpu_minutes*.json"))
+    assert ("GPU: not measured" in (ROOT / "README.md").read_text()) == (not kept)
 
 
 def test_a_failed_attempt_hides_no_older_measurement():

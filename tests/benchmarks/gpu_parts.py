@@ -188,16 +188,20 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     shutil.rmtree(folder, ignore_errors=True)
     short = {} if ctx.rehearse else SHORT_RUN | dict(MAX_WALLCLOCK_SECONDS=f"{seconds:.0f}")
     environ = ctx.environ(RUN_ID=name, **{**short, **settings})
-    command = [sys.executable, str(ROOT / "train_gpt.py")]
+    command, so_far = [sys.executable, str(ROOT / "train_gpt.py")], {}
 
     def salvage(line: str, process: subprocess.Popen) -> None:  # of a run that is killed later
         if match := re.match(r"final_int6_(roundtrip|sliding)\w*_exact .*val_bpb:(\S+)", line):
-            ctx.put(**{f"{name}_val_bpb_{match[1]}": float(match[2])})
+            so_far[f"val_bpb_{match[1]}"] = float(match[2])
         elif match := re.match(r"step:(\d+)/\d+ train_loss:\S+ train_time:\d+ms step_avg:(\S+)ms", line):
-            ctx.put(**{f"{name}_steps": int(match[1]), f"{name}_step_avg_ms": float(match[2])})
+            so_far.update(steps=int(match[1]), step_avg_ms=float(match[2]))
+        else:
+            return
+        ctx.put(so_far=so_far)
 
     lines = ctx.program(command, environ, (0, 1), salvage)  # 1: over the size cap, which costs us nothing
     result = last_json(lines, "RESULT")
+    ctx.result.pop("so_far", None)
     tg, _ = load_modules()
     config, _, _ = tg.load_config(environ)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -283,7 +287,7 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
 
 
 def tiny_evaluation(ctx: Context) -> dict[str, str]:
-    return dict(TTT_CHUNK_SIZE="32", TTT_PRIOR_SEQS="2", EVAL_STRIDE="64") if ctx.rehearse else {}
+    return dict(TTT_CHUNK_SIZE="64", TTT_PRIOR_SEQS="2", EVAL_STRIDE="64") if ctx.rehearse else {}
 
 
 def part_adapt(ctx: Context) -> None:
