@@ -458,6 +458,8 @@ def make_driver(arguments: argparse.Namespace, began: float) -> Driver:
         data, notes = gpu_stage.unpack(arguments.stage.resolve(), work)
         digest = gpu_stage.sha256(arguments.stage / "stage.json")
     coder, lacking = choose_coder(work / "site")
+    if not rehearse and not list(Path("/dev").glob("nvidia[0-9]*")):
+        lacking.append("no GPU is seen here (/dev/nvidia0): parts will run on the CPU until their limits")
     for note in [*notes, *lacking]:
         print(f"note: {note}", flush=True)
     names = [name for name in arguments.only.split(",") if name] or [part.name for part in PARTS]

@@ -399,7 +399,7 @@ def part_resume(ctx: Context) -> None:
     straight = ctx.program(command, ctx.environ(True, RUN_ID="straight", **common), (0, 1))
 
     def stop(line: str, process: subprocess.Popen) -> None:
-        if line.startswith("step:8/"):
+        if line.startswith("step:2/"):
             process.send_signal(signal.SIGTERM)
 
     stopped = ctx.environ(True, RUN_ID="stopped", **common)
@@ -466,7 +466,7 @@ def attention_choices(device: Any, dtype: Any) -> dict[str, str]:
     chosen = {}
     for kind in dict.fromkeys((dtype, torch.float32)):
         q, k, v = (torch.randn(2, heads, 256, 64, device=device, dtype=kind) for heads in (8, 4, 4))
-        with suppress(RuntimeError, AttributeError):
+        with suppress(RuntimeError, AttributeError, TypeError):  # a private function of torch
             number = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
             chosen[str(kind)] = torch.nn.attention.SDPBackend(number).name
     return chosen
@@ -496,9 +496,8 @@ def part_quantization(ctx: Context) -> None:
     if path is None:
         raise PartFailed("no final_model.pt on this machine: run the training part again")
     model = tg.GPT(config, tg.compute_dtype(device), kernel, table.has_leading_space)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state)
-    model.to(device)
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    state = model.to(device).state_dict()
     tokens = tg.read_validation(config, table, tg.sha256_file(config.tokenizer_path))[0][: 1 << 18]
     plan = [tg.Chunk(tg.sliding_windows(len(tokens), config.eval_seq_len, config.eval_seq_len))]
     stream = tg.TokenStream(config.shards("train"), config.vocab_size)
