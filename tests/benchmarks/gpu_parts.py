@@ -36,6 +36,7 @@ MICRO_BATCH_TOKENS = 98_304  # pr1019's micro-batch: one graph for every run of 
 SHORT_RUN = dict(TRAIN_BATCH_TOKENS="393216", GRAD_ACCUM_TOTAL="4", WARMUP_STEPS="2", WARMDOWN_FRAC="0.5",
                  MUON_MOMENTUM_WARMUP_STEPS="100", EMA_DECAY="0.98", DATA_ORDER="shuffled", VAL_LOSS_EVERY="200",
                  TRAIN_LOG_EVERY="20")  # fmt: skip
+REHEARSED = dict(NUM_LAYERS="2", VE_LAYERS="1", ITERATIONS="10")  # of the tiny recipe: everything runs, in seconds
 SGD_CHUNKS = dict(TTT_MODE="all", TTT_OPTIMIZER="sgd", TTT_LR_SCHEDULE="cosine", TTT_LR="0.002", TTT_EPOCHS="3",
                   TTT_MOMENTUM="0.9", TTT_CHUNK_TOKENS="32768", TTT_GRAD_CLIP="1.0")  # as pr549.env  # fmt: skip
 DOC_BANKS = dict(TTT_MODE="doc_banks", TTT_GROUPS="1")  # one group: what each of eight GPUs would do
@@ -95,8 +96,8 @@ class Context:
         if small:
             train, val = (f"{self.data['small']}/fineweb_{split}_*.bin" for split in ("train", "val"))
         paths = dict(TRAIN_FILES=train, VAL_FILES=val, TOKENIZER_PATH=self.data["tokenizer"])
-        recipe = str(ROOT / TINY) if small else self.recipe
-        return {**clean_environ(), "RECIPE": recipe, "COMPRESSOR": self.coder, **paths, **settings}
+        recipe = dict(RECIPE=str(ROOT / TINY) if small else self.recipe, COMPRESSOR=self.coder)
+        return {**clean_environ(), **recipe, **(REHEARSED if self.rehearse else {}), **paths, **settings}
 
     def program(
         self,
