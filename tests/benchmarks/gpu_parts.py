@@ -532,21 +532,42 @@ def part_autotuned(ctx: Context) -> None:
     bench(ctx, "autotuned", "step", "autotuned", "--steps", "8")
 
 
-def part_slots(ctx: Context) -> None:
-    """Targets a second of adaptation by documents, by the number of documents at once, in plain torch."""
+def slots_setup(ctx: Context, **settings: str) -> tuple[Any, Any, Any, Any]:
+    """The modules, an evaluation of the artifact by documents, and the text to time it on."""
     tg, ev = load_modules()
-    environ = ctx.environ(MODEL_PATH=str(ctx.model()), USE_COMPILE="0", **DOC_BANKS, **tiny_evaluation(ctx))
+    environ = ctx.environ(MODEL_PATH=str(ctx.model()), **{**DOC_BANKS, **tiny_evaluation(ctx), **settings})
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
-    part = tokens[: 2000 if ctx.rehearse else 200_000]
+    return tg, ev, setup, tokens[: 2000 if ctx.rehearse else 200_000]
+
+
+def throughput(tokens: Any, score: Any) -> dict[str, float]:
+    rate = (len(tokens) - 1) / score.seconds
+    return dict(val_bpb=score.val_bpb, targets_per_second=rate, full_seconds=full_seconds(rate))
+
+
+def part_slots(ctx: Context) -> None:
+    """Targets a second of adaptation by documents, by the number of documents at once, in plain torch."""
+    tg, ev, setup, tokens = slots_setup(ctx, USE_COMPILE="0")
     for number, count in enumerate((2, 4) if ctx.rehearse else (16, 32, 64, 8)):
         changed = tg.replace(setup, config=tg.replace(setup.config, ttt_slots=count))
         if not number:
-            ev.evaluate(changed, part[: max(len(part) // 20, config.eval_seq_len + 1)])  # loads the kernels
-        score = ev.evaluate(changed, part)
-        rate = (len(part) - 1) / score.seconds
-        row = dict(val_bpb=score.val_bpb, targets_per_second=rate, full_seconds=full_seconds(rate))
-        ctx.put(**{f"slots {count}": row})
+            ev.evaluate(changed, tokens[: max(len(tokens) // 20, setup.config.eval_seq_len + 1)])  # loads the kernels
+        ctx.put(**{f"slots {count}": throughput(tokens, ev.evaluate(changed, tokens))})
+
+
+def part_slots_compiled(ctx: Context) -> None:
+    """The same compiled, with the seconds of compiling before the clock."""
+    tg, ev, setup, tokens = slots_setup(ctx, USE_COMPILE="0" if ctx.rehearse else "1")
+    if ctx.rehearse:  # traced, but no code generated
+        import torch
+
+        traced = torch.compile(tg.token_nll, dynamic=False, fullgraph=True, backend="eager")
+        setup = tg.replace(setup, nll_fn=traced)
+    began = time.perf_counter()
+    ev.warm_up(setup)
+    ctx.put(warm_up_seconds=time.perf_counter() - began)
+    ctx.put(**throughput(tokens, ev.evaluate(setup, tokens)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -626,6 +647,7 @@ PARTS = (
     Part("documents", "e", part_documents, 110, 60, (TRAINER, BENCH, RECIPE)),
     Part("autotuned", "e", part_autotuned, 200, 120, (TRAINER, BENCH, RECIPE)),
     Part("slots", "e", part_slots, 120, 60, (TRAINER, EVALUATOR, RECIPE), needs="model"),
+    Part("slots_compiled", "e", part_slots_compiled, 260, 160, (TRAINER, EVALUATOR, RECIPE), needs="model"),
 )
 
 
