@@ -124,8 +124,9 @@ class Context:
         return lines
 
     def model(self) -> Path:
-        """The artifact of this machine or of an earlier call; else the weights, where only the export failed."""
-        for path in (Path(self.out) / "final_model.int6.ptz", *self.weights_paths()):
+        """The artifact of this call; the weights, where only the export failed; the artifact of an earlier call."""
+        artifacts = [path.with_name("final_model.int6.ptz") for path in self.weights_paths()]
+        for path in (*artifacts, *self.weights_paths(), Path(self.out) / "final_model.int6.ptz"):
             if path.exists():
                 return path
         raise PartFailed("no artifact and no weights: the training part has left none")
@@ -244,7 +245,6 @@ def keep_artifact(ctx: Context, part: str) -> None:
 
 def part_train(ctx: Context) -> None:
     """The recipe trained compiled, exported, read back, scored twice."""
-    (Path(ctx.out) / "final_model.int6.ptz").unlink(missing_ok=True)  # of other code: not to be mistaken for this one
     ctx.put(**train_run(ctx, RUNS["train"], ctx.train_seconds))
 
 
