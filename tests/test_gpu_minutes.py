@@ -362,10 +362,11 @@ def test_a_failed_attempt_hides_no_older_measurement():
 @pytest.mark.parametrize("budget, code", [("600", 0), pytest.param("0.001", 1, marks=pytest.mark.slow)])
 def test_preflight_of_two_processes(tmp_path, smoke_env, budget, code):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "tests/benchmarks/gpu_minutes.py"), "--preflight"]
+    command += [str(ROOT / "tests/benchmarks/gpu_minutes.py"), "--preflight", "--preflight-seconds", "250"]
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
     settings = dict(RUN_ID="", VAL_FILES=str(tmp_path / "val_*.bin"), EVAL_BUDGET_SECONDS=budget, TTT_CHUNK_SIZE="16",
-                    TTT_PRIOR_SEQS="0", EVAL_STRIDE="64")  # fmt: skip
+                    TTT_PRIOR_SEQS="0", EVAL_STRIDE="64", NUM_LAYERS="2", VE_LAYERS="1", TRAIN_BATCH_TOKENS="256",
+                    ITERATIONS="5000")  # fmt: skip
     tokens = np.fromfile(f"{smoke_env['DATA_PATH']}/fineweb_val_000000.bin", "<u2", 3001, offset=1024)
     (tmp_path / "val_000000.bin").write_bytes(gpu_stage.shard_bytes(array("H", tokens.tolist())))
     env = {**kept, **smoke_env, **settings, "OMP_NUM_THREADS": "1"}
@@ -374,7 +375,7 @@ def test_preflight_of_two_processes(tmp_path, smoke_env, budget, code):
     found = json.loads(done.stdout.split("PREFLIGHT ")[1].splitlines()[0])
     assert found["processes"] == 2 and found["timed_steps"] == 20 and found["validation_targets"] == 3000
     assert min(found[name] for name in ("all_reduce_gb_s", "all_gather_gb_s", "read_ms", "ms_per_step")) > 0
-    assert found["predicted_steps"] == 20  # by ITERATIONS: the recipe has no clock
+    assert found["predicted_steps"] == 5000  # by ITERATIONS: the recipe has no clock
     broken = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("LIMIT BROKEN")]
     assert broken == ([] if code == 0 else ["sliding_seconds:", "adapted_seconds:"])
 

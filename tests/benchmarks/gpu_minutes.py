@@ -281,13 +281,20 @@ class Driver:
             print(f"         | {line[:200]}", flush=True)
         self.record(part, entry)
 
+    def may_run_beside(self, running: Running, other: Part) -> bool:
+        """On a GPU what is made for it, while the other compiles; in a rehearsal, on two cores, what needs no model."""
+        if running.process.poll() is not None or self.left() < self.expected(other):
+            return False
+        if self.context.rehearse:
+            return not other.needs and not other.fallback
+        compiling = gpu_parts.CLOCK_STARTS not in running.log.read_text(errors="replace")
+        return other.beside == running.part.name and compiling
+
     def run_with_companions(self, part: Part, queue: list[Part]) -> None:
-        """Run a part, and others that are due beside it while it has not reached its clock."""
+        """Run a part, and beside it others that are due, one at a time."""
         running = self.start(part)
-        for other in [other for other in queue if other.beside == part.name]:
-            compiling = running.process.poll() is None and gpu_parts.CLOCK_STARTS not in running.log.read_text(
-                errors="replace")  # fmt: skip
-            if compiling and self.left() > self.expected(other):
+        for other in list(queue):
+            if self.may_run_beside(running, other):
                 queue.remove(other)
                 self.finish(self.start(other))
         self.finish(running)
@@ -436,6 +443,7 @@ def parse_arguments() -> argparse.Namespace:
                         "validation documents, which tune; the others report")  # fmt: skip
     parser.add_argument("--page", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page of a JSON")
     parser.add_argument("--preflight", action="store_true", help="check the machine for a run; under torchrun")
+    parser.add_argument("--preflight-seconds", type=float, default=90.0, help="--preflight: for the whole check")
     parser.add_argument("--run-part", nargs=2, metavar=("PART", "CONTEXT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -504,7 +512,7 @@ def main() -> int:
     if arguments.preflight:
         import preflight
 
-        return preflight.main()
+        return preflight.main(arguments.preflight_seconds)
     if arguments.page:
         import gpu_page
 

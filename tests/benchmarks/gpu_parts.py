@@ -341,7 +341,7 @@ def bench(ctx: Context, name: str, phases: str, arms: str, *more: str, **setting
 def part_kernels(ctx: Context) -> None:
     """Attention kernels against float32: outputs and gradients by the tests, then milliseconds and errors of each."""
     counts: dict[str, int] = {}
-    chosen = ["-k", "test_attention_on_a_gpu", "-m", "gpu"]
+    chosen = ["-m", "gpu"]
     if ctx.rehearse:  # the plain kernels in place of CUDA's
         chosen = ["-k", "test_the_kernel_of_torch_is_asked_for_what_masks_do"]
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(ROOT / "tests/test_model.py")]
