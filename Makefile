@@ -1,6 +1,7 @@
 # make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit that.
-# make test: the tests; make test-slow: the long ones, with real faults. All make .venv first. TORCH_INDEX=URL takes
-# torch from that index (a CPU one, say).
+# make test: the tests; make test-slow: the long ones, with real faults. make rehearse: the nine minutes on a GPU
+# (tests/benchmarks/gpu_minutes.py), tiny and on a CPU. All make .venv first. TORCH_INDEX=URL takes torch from that
+# index (a CPU one, say).
 PYTHON ?= python3
 SEED ?= 1337
 PY := .venv/bin/python
@@ -22,6 +23,9 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(PY) -m pytest --durations=15 -m slow
 
+rehearse: .venv/ready
+	$(PY) tests/benchmarks/gpu_minutes.py --rehearse --out $$(mktemp -d)
+
 data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	rm -rf data/demo
 	$(PY) data/demo.py --out data/demo
@@ -32,4 +36,4 @@ data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.PHONY: demo test test-slow
+.PHONY: demo test test-slow rehearse

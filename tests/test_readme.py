@@ -13,7 +13,9 @@ GPU_SMOKE = "python tests/benchmarks/gpu.py --quick --arms plain --recipe record
 CHECKS = (  # what the README says, what is run (None: that), exit code, and a word of the output
     (r"torchrun --standalone --nproc_per_node=\d train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
     (r"(RUN_ID=.*|.*--nnodes=2 .*)train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
-    (r"make (demo|test)", "make -n demo test test-slow", 0, "train_gpt.py"),  # CI runs them for real
+    (r"make (demo|test|rehearse)", "make -n demo test test-slow rehearse", 0, "train_gpt.py"),  # CI runs them for real
+    (r"torchrun .*gpu_minutes.py --preflight", "python tests/benchmarks/gpu_minutes.py --help", 0, "--preflight"),
+    (r"python tests/benchmarks/gpu_minutes.py .*", "python tests/benchmarks/gpu_minutes.py --list", 0, "step_compiled"),
     (r"python data/download.py .*", None, 1, "error:"),  # the arguments are right, the network is closed
     (
         r"python data/prepare.py FILE_OR_FOLDER --out data/mine",

@@ -12,7 +12,7 @@ floors     ms a step that its operations and bytes, counted from the shapes, tak
 step       ms a step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
 pieces     ms a step of each piece, forward and backward, alone at the step's shapes; the rest is norms, gates, mixing
 profile    the kernels of a step by device time, and their shares by kind
-losses     50 steps from one seed: how far an arm is from plain torch, and that in bfloat16 from itself in float32
+losses     --loss-steps from one seed: how far an arm is from plain torch, and that in bfloat16 from itself in float32
 attention  every kernel that can run here, forward and backward, with its error against float32, on whole rows and
            within the documents of the text
 export     seconds of Hessians and gradients, rounding and coding
@@ -21,12 +21,15 @@ ttt        the same for adaptation by chunks and by documents
 
 MFU is flops_per_token * tokens/s / 989e12, the datasheet's bfloat16 rate of H100 and H200, causal attention counted.
 Results are written as they come; the last line is `BENCH {json}`. It runs on a CPU too, to see that it works.
+A phase that raises is recorded with its error and the next one runs; the exit code is 1 then. No phase starts after
+--seconds. `gpu_minutes.py` runs this and everything else in one command.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -34,8 +37,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,14 +49,14 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
+from gpu_parts import PEAK_FLOPS, full_seconds  # noqa: E402
+
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
-PEAK_FLOPS = 989e12  # bfloat16, H100 and H200
 MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # a second: what such a chip was seen to reach
 ACTIVATION_PASSES = 40  # over d-wide activations, a layer, forward and backward: norms, gates, residuals, rotation
-FULL_TARGETS, FULL_GPUS = 62_021_845, 8  # of the challenge's validation text
 REGIONS = (  # of kernels, by their names; the first that matches
     ("attention", r"flash|fmha|sdpa|sdp_|attention|mha_"),
     ("communication", r"nccl"),
@@ -64,9 +68,19 @@ REGIONS = (  # of kernels, by their names; the first that matches
 )
 TTT_MODES = {  # name -> settings and the tokens, of a thousand, that are enough to time it
     "chunks, banks": (dict(ttt_mode="banks"), 400),
-    "documents, adapters": (dict(ttt_mode="doc_lora"), 200),
-    "documents, all weights": (dict(ttt_mode="doc_banks", ttt_batch_seqs=16), 100),
+    "documents, adapters": (dict(ttt_mode="doc_lora", ttt_groups=1), 200),
+    "documents, all weights": (dict(ttt_mode="doc_banks", ttt_groups=1), 100),
 }
+
+
+def float32_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+    """`sdpa_attention` with K and V repeated to as many heads as Q.
+
+    With fewer K/V heads no fused kernel of torch takes float32, and the math kernel keeps (B, H, T, T): 6.4 GB a layer
+    of pr1019.
+    """
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    return tg.sdpa_attention(q, k, v, documents)
 
 
 @dataclass
@@ -80,18 +94,28 @@ class Bench:
     steps: int
     windows: int
     quick: bool
+    loss_steps: int = 10
+    backend: str = "inductor"
+    initial: dict[str, Tensor] = field(default_factory=dict)  # initial weights, made once: seconds of LAPACK
 
     def model(self, dtype: torch.dtype | None = None) -> tuple[str, tg.GPT]:
         """The name of the attention kernel, and the model as initialised."""
         attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
-        kernel = tg.sdpa_attention if dtype == torch.float32 else kernel  # flash kernels are for 16 bits
+        kernel = float32_attention if dtype == torch.float32 else kernel  # flash kernels are for 16 bits
         model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
-        return attention, model.init_weights(self.config.seed).to(self.device)
+        if not self.initial:
+            made = model.init_weights(self.config.seed).state_dict()
+            self.initial |= {name: value.clone() for name, value in made.items()}
+        model.load_state_dict(self.initial)
+        return attention, model.to(self.device)
 
     def run(self, function: Callable, arm: str) -> Callable:
         """FUNCTION as it stands in arm `plain`, else compiled as the trainer does it, or with more tried."""
         if arm == "autotuned":
-            return torch.compile(function, dynamic=False, fullgraph=True, mode="max-autotune-no-cudagraphs")
+            mode = "max-autotune-no-cudagraphs" if self.backend == "inductor" else None
+            return torch.compile(function, dynamic=False, fullgraph=True, mode=mode, backend=self.backend)
+        if arm == "compiled" and self.backend != "inductor":
+            return torch.compile(function, dynamic=False, fullgraph=True, backend=self.backend)
         return tg.maybe_compile(function, replace(self.config, use_compile=str(int(arm == "compiled"))), self.device)
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -150,6 +174,7 @@ def bench_step(b: Bench, arm: str) -> dict:
     """Median milliseconds of training steps after three that warm up."""
     torch.cuda.reset_peak_memory_stats() if b.device.type == "cuda" else None
     (attention, model), c = b.model(), b.config
+    count = b.steps if arm != "plain" else max(2, b.steps // 2)  # slow, and of less interest
     optimizers, average = tg.make_optimizers(model, c), tg.WeightAverage(model, c)
     loss_fn = b.run(tg.training_loss, arm)
     loader, clock = tg.Loader(SimpleNamespace(config=c, train=b.stream, device=b.device)), tg.Clock(b.device)
@@ -163,17 +188,17 @@ def bench_step(b: Bench, arm: str) -> dict:
     first, _ = b.timed(lambda: step(0))
     losses = [step(index).loss for index in (1, 2)]
     times = []
-    for index in range(3, 3 + b.steps):
+    for index in range(3, 3 + count):
         seconds, measured = b.timed(lambda index=index: step(index))
         times.append(seconds)
         losses.append(measured.loss)
-    together, _ = b.timed(lambda: [step(index) for index in range(3 + b.steps, 3 + 2 * b.steps)])
-    rate = c.train_batch_tokens * b.steps / together
+    together, _ = b.timed(lambda: [step(index) for index in range(3 + count, 3 + 2 * count)])
+    rate = c.train_batch_tokens * count / together
     peak = torch.cuda.max_memory_allocated() / 2**20 if b.device.type == "cuda" else 0.0
-    return dict(attention=attention, ms_per_step=1000 * together / b.steps, ms_alone=1000 * float(np.median(times)),
-                ms_min=1000 * min(times), ms_max=1000 * max(times), steps=b.steps, tokens_per_second=rate,
+    return dict(attention=attention, ms_per_step=1000 * together / count, ms_alone=1000 * float(np.median(times)),
+                ms_min=1000 * min(times), ms_max=1000 * max(times), steps=count, tokens_per_second=rate,
                 mfu=tg.flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
-                data_wait_ms=1000 * loader.waited / (3 + 2 * b.steps), last_loss=losses[-1].item())  # fmt: skip
+                data_wait_ms=1000 * loader.waited / (3 + 2 * count), last_loss=losses[-1].item())  # fmt: skip
 
 
 def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tensor, ...]]]:
@@ -265,8 +290,8 @@ def bench_profile(b: Bench, arm: str) -> dict:
 
 
 def bench_losses(b: Bench, arm: str) -> dict:
-    """How far the losses of 50 steps are from plain torch's in bfloat16; those of arm `plain` are in float32."""
-    c, steps, found = b.config, 2 if b.quick else 50, []
+    """How far the losses of some steps are from plain torch's in bfloat16; those of arm `plain` are in float32."""
+    c, steps, found = b.config, 2 if b.quick else b.loss_steps, []
     for way, dtype in (("plain", torch.bfloat16), (arm, torch.float32 if arm == "plain" else torch.bfloat16)):
         _, model = b.model(dtype)
         optimizers, loss_fn, losses = tg.make_optimizers(model, c), b.run(tg.training_loss, way), []
@@ -343,11 +368,6 @@ def bench_export(b: Bench) -> dict:
         return result | dict(coding_seconds=None, bytes_model=None, note=str(error))
 
 
-def full_seconds(targets_per_second: float) -> float:
-    """What the challenge's validation text takes on its GPUs."""
-    return FULL_TARGETS / targets_per_second / FULL_GPUS
-
-
 def bench_score(b: Bench, arm: str) -> dict:
     """Sliding windows a second at EVAL_STRIDE, the first batch apart."""
     (_, model), c, nll_fn = b.model(), b.config, b.run(tg.token_nll, arm)
@@ -386,15 +406,15 @@ def bench_ttt(b: Bench, arm: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 ARMS = ("plain", "compiled", "autotuned")
-PHASES = {  # name -> function, the arms that it can have; none: it has no arms
+PHASES = {  # by value: name -> function, the arms that it can have; none: it has no arms
     "floors": (bench_floors, ()),
     "step": (bench_step, ARMS),
-    "pieces": (bench_pieces, ARMS),
     "profile": (bench_profile, ARMS),
-    "losses": (bench_losses, ARMS),
     "attention": (bench_attention, ()),
-    "export": (bench_export, ()),
+    "losses": (bench_losses, ARMS),
     "score": (bench_score, ARMS),
+    "export": (bench_export, ()),
+    "pieces": (bench_pieces, ARMS),
     "ttt": (bench_ttt, ARMS[:2]),
 }
 
@@ -407,8 +427,11 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer", type=Path, help="SentencePiece model; default: tokenizer.model beside the shards"
     )
     parser.add_argument("--phases", default=",".join(PHASES))
-    parser.add_argument("--arms", default="plain,compiled")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--arms", default="compiled,plain")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of phase step; half of them in arm plain")
+    parser.add_argument("--loss-steps", type=int, default=10, help="steps of phase losses")
+    parser.add_argument("--seconds", type=float, default=0, help="no phase starts after so many; 0: no limit")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; eager traces only")
     parser.add_argument("--windows", type=int, default=20000)
     parser.add_argument("--quick", action="store_true", help="two steps and 256 windows an arm")
     parser.add_argument("--out", type=Path, help="folder for gpu.json")
@@ -428,7 +451,8 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     versions = tg.library_versions(device, tg.choose_attention(config.attention, device)[0])
     head = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[])
-    return Bench(config, stream, table, device, steps, windows, arguments.quick), head
+    how = (steps, windows, arguments.quick, arguments.loss_steps, arguments.backend)
+    return Bench(config, stream, table, device, *how), head
 
 
 def shown(result: dict[str, Any], indent: str = "") -> str:
@@ -445,26 +469,46 @@ def shown(result: dict[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
+def run_phase(bench: Bench, phase: str, arm: str | None) -> dict[str, Any]:
+    """The result of a phase; where it raises, the error and the last lines of its traceback.
+
+    Memory, a compiler or a missing package can fail one phase, and the ones after it may run all the same.
+    """
+    began, function = time.perf_counter(), PHASES[phase][0]
+    try:
+        result = function(bench, arm) if arm else function(bench)
+    except Exception as failure:
+        traceback.print_exc()
+        text = str(failure).strip().splitlines() or [""]
+        result = dict(error=f"{type(failure).__name__}: {text[0][:200]}", traceback=traceback.format_exc()[-2000:])
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return dict(phase=phase, arm=arm, **result, phase_seconds=time.perf_counter() - began)
+
+
 def main() -> int:
-    arguments = parse_arguments()
+    """Exit code 0: every phase has a result, 1: one failed or had no time, 2: the user's input."""
+    began, arguments = time.perf_counter(), parse_arguments()
     phases, arms = arguments.phases.split(","), arguments.arms.split(",")
     if unknown := {*phases} - {*PHASES} | {*arms} - {*ARMS}:
         known = f"phases are {', '.join(PHASES)}, arms {', '.join(ARMS)}"
         raise tg.UserError(f"unknown: {', '.join(sorted(unknown))}; {known}")
     bench, report = make_bench(arguments)
     for phase in phases:
-        function, possible = PHASES[phase]
+        possible = PHASES[phase][1]
         for arm in [arm for arm in arms if arm in possible] if possible else [None]:
-            began = time.perf_counter()
-            result = function(bench, arm) if possible else function(bench)
-            result = dict(phase=phase, arm=arm, **result, phase_seconds=time.perf_counter() - began)
+            if 0 < arguments.seconds < time.perf_counter() - began:
+                result = dict(phase=phase, arm=arm, error=f"not started: --seconds {arguments.seconds:g} are over")
+            else:
+                result = run_phase(bench, phase, arm)
             print(shown(result), flush=True)
             report["results"].append(result)
             if arguments.out:
                 arguments.out.mkdir(parents=True, exist_ok=True)
                 tg.write_atomically(arguments.out / "gpu.json", json.dumps(report, indent=1).encode())
     print("BENCH " + json.dumps(report))
-    return 0
+    return int(any("error" in result for result in report["results"]))
 
 
 if __name__ == "__main__":

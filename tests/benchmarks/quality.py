@@ -4,10 +4,11 @@
     python tests/benchmarks/quality.py --arms default,pr549 --seeds 1,2 --set WARMDOWN_FRAC=0.5 --out DIR
 
 An arm is a recipe of records/recipes, or `default`: the trainer without one. Every arm gets the same --set NAME=VALUE;
-a run of minutes needs some, since the recipes' schedules count the steps of ten minutes on eight GPUs. Runs go one seed
-at a time through the arms, each in OUT/runs/ARM_SEED, and one that has its result is not run again. --nproc N starts
-them by torchrun. `epochs` is how often the text was read. The table is printed after each run; the last line is
-`BENCH {json}`.
+a run of minutes needs some, since the recipes' schedules count the steps of ten minutes on eight GPUs. --set-train and
+--set-eval are for one program: `--set-eval USE_COMPILE=0` leaves the trainer compiled. Runs go one seed at a time
+through the arms, each in OUT/runs/ARM_SEED; one that has its result, by the same settings, is not run again. --nproc N
+starts them by torchrun. `epochs` is how often the text was read. A run or an evaluation that fails leaves its cells
+empty and ends no other; the exit code is 1 then. The table is printed after each run; the last line is `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -34,34 +35,58 @@ def start(program: str, environ: dict[str, str], out: Path, nproc: int, result: 
     """Run a program of this tree in OUT, whose RESULT decides: exit code 1 may only say that a run is over the cap."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, str(ROOT / program)]
+    before = result.stat().st_mtime_ns if result.exists() else 0
     done = subprocess.run(command, cwd=out, env={**os.environ, **environ}, stdout=subprocess.DEVNULL)
-    if not result.exists():
+    if not result.exists() or result.stat().st_mtime_ns == before:
         raise subprocess.CalledProcessError(done.returncode, command)
 
 
-def run(arm: str, seed: int, settings: dict[str, str], out: Path, nproc: int) -> dict[str, Any]:
-    """One row of the table; what has been run before, by the same settings, is read."""
+def scored_as(path: Path, config: tg.Config) -> bool:
+    """Whether an evaluation is there, by these settings; where the model is read from aside."""
+    if not path.exists():
+        return False
+    found, wanted = json.loads(path.read_text())["settings"], tg.settings_of(config, "scoring", "evaluator")
+    return {**found, "model_path": ""} == {**wanted, "model_path": ""}
+
+
+def run(
+    arm: str, seed: int, settings: dict[str, str], only: dict[str, dict[str, str]], out: Path, nproc: int
+) -> dict[str, Any]:
+    """One row of the table, by settings of both programs and those of `only` one; `error` where something failed."""
     recipe = {} if arm == "default" else {"RECIPE": str(ROOT / f"records/recipes/{arm}.env")}
     folder = out / "runs" / f"{arm}_{seed}"
-    environ = {**recipe, **settings, "SEED": str(seed), "RUN_ID": folder.name, "RESUME": "auto"}
-    config, _, _ = tg.load_config({**os.environ, **environ})
-    trained, scored = folder / "result.json", folder / "eval_ttt.json"
-    if not trained.exists():
-        start("train_gpt.py", environ, out, nproc, trained)
-    if json.loads((folder / "config.json").read_text())["config"] != asdict(config):
-        raise tg.UserError(f"{folder} is of other settings: choose another --out")
-    if not scored.exists():
-        start("eval_ttt.py", {**environ, "MODEL_PATH": str(folder / "final_model.int6.ptz")}, out, nproc, scored)
-    row = {**json.loads(trained.read_text()), **json.loads(scored.read_text()), "arm": arm, "seed": seed}
-    tokens = len(tg.TokenStream(config.shards("train"), config.vocab_size))
-    row["epochs"] = round(row["steps"] * config.train_batch_tokens / tokens, 2)
-    return {name: row[name] for name in (*COLUMNS, "train_seconds", "eval_seconds", "versions")}
+    common = {**recipe, **settings, "SEED": str(seed), "RUN_ID": folder.name, "RESUME": "auto"}
+    train, score = ({**common, **only[program]} for program in ("train", "eval"))
+    config, scoring = (tg.load_config({**os.environ, **environ})[0] for environ in (train, score))
+    trained, scored, row = folder / "result.json", folder / "eval_ttt.json", dict(arm=arm, seed=seed)
+    try:
+        if not trained.exists():
+            start("train_gpt.py", train, out, nproc, trained)
+        if json.loads((folder / "config.json").read_text())["config"] != asdict(config):
+            raise tg.UserError(f"{folder} is of other settings: choose another --out")
+        row |= json.loads(trained.read_text())
+        tokens = len(tg.TokenStream(config.shards("train"), config.vocab_size))
+        row["epochs"] = round(row["steps"] * config.train_batch_tokens / tokens, 2)
+        if not scored_as(scored, scoring):
+            start("eval_ttt.py", {**score, "MODEL_PATH": str(folder / "final_model.int6.ptz")}, out, nproc, scored)
+        row |= json.loads(scored.read_text())
+    except subprocess.CalledProcessError as failure:
+        row["legal"] = None
+        row["error"] = f"{Path(failure.cmd[-1]).name}: exit code {failure.returncode}"
+        print(f"{folder.name}: {row['error']}", file=sys.stderr, flush=True)
+    row |= dict(arm=arm, seed=seed)
+    return {name: row.get(name) for name in (*COLUMNS, "train_seconds", "eval_seconds", "versions", "error")}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    cells = [[f"{row[name]:.4f}" if name.startswith("val_bpb") else f"{row[name]:.6g}" if isinstance(row[name], float)
-              else str(row[name]) for name in COLUMNS] for row in rows]  # fmt: skip
+
+    def cell(name: str, value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4f}" if name.startswith("val_bpb") else f"{value:.6g}"
+        return "" if value is None else str(value)
+
+    cells = [[cell(name, row[name]) for name in COLUMNS] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [COLUMNS, ["---"] * len(COLUMNS), *cells])
 
 
@@ -72,6 +97,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="of training a run, on the contest clock")
     parser.add_argument("--data", type=Path, help="folder of shards with tokenizer.model; default: data/demo")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for every arm")
+    parser.add_argument("--set-train", action="append", default=[], metavar="NAME=VALUE", help="for the trainer alone")
+    parser.add_argument("--set-eval", action="append", default=[], metavar="NAME=VALUE", help="for the evaluator alone")
     parser.add_argument("--nproc", type=int, default=1, help="processes of a run")
     parser.add_argument("--quick", action="store_true", help="the smoke recipe, for its twenty steps")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench_quality")
@@ -83,16 +110,18 @@ def main() -> int:
     settings = dict(DATA_PATH=str(data), TOKENIZER_PATH=str(data / "tokenizer.model"), VAL_LOSS_EVERY="0",
                     MAX_WALLCLOCK_SECONDS=str(arguments.seconds))  # fmt: skip
     settings |= dict(pair.split("=", 1) for pair in arguments.set)
+    only = {name: dict(pair.split("=", 1) for pair in pairs)
+            for name, pairs in (("train", arguments.set_train), ("eval", arguments.set_eval))}  # fmt: skip
     arms, rows = ["smoke"] if arguments.quick else arguments.arms.split(","), []
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     for seed in tg.int_list(arguments.seeds):
         for arm in arms:
-            rows.append(run(arm, seed, settings, out, arguments.nproc))
+            rows.append(run(arm, seed, settings, only, out, arguments.nproc))
             tg.write_atomically(out / "quality.json", json.dumps(rows, indent=1).encode())
             print(table(rows), flush=True)
-    print("BENCH " + json.dumps(dict(benchmark="quality", data=data.name, settings=settings, rows=rows)))
-    return 0
+    print("BENCH " + json.dumps(dict(benchmark="quality", data=data.name, settings=settings, only=only, rows=rows)))
+    return int(any(row["error"] for row in rows))
 
 
 if __name__ == "__main__":
