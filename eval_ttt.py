@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +146,7 @@ class Learner:
         self.fast = tg.FastWeights(model, config, learns, config.ttt_slots if by_documents else None, stored)
         self.fast.set_factors(artifact.factors if config.ttt_meta_rates else {})
         if by_documents and self.fast.wants_prior and any(chunk.learned is not None for chunk in plan):
-            self.fast.moments.start = tg.generated_moments(model, config, self.rows, self.nll_fn)
+            self.fast.moments.start = setup.prior(model)
         if config.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
             self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
@@ -267,6 +267,18 @@ class Setup:
     kernel: tg.AttentionFn
     byte_table: tg.ByteTable
     nll_fn: Callable
+    priors: dict = field(default_factory=dict)  # the same dict in every copy: see `prior`
+
+    def prior(self, model: tg.GPT) -> Tensor:
+        """Generated moments, made once for an artifact and its settings: the audit evaluates some thirty times."""
+        key = (
+            id(self.artifact.state),
+            replace(self.config, ttt_lr=0.0, global_ttt_lr=0.0, ttt_epochs=1, eval_stride=1),
+        )
+        if key not in self.priors:  # the state is kept beside it, so that no other one gets its id
+            made = tg.generated_moments(model, self.config, self.batch_seqs(), self.nll_fn)
+            self.priors[key] = (made, self.artifact.state)
+        return self.priors[key][0]
 
     def load(self) -> tg.GPT:
         """A fresh model: some ways of learning change it."""

@@ -243,14 +243,14 @@ class Config:
                                 choices=("legal", "adapt_first", "two_pass"))
     ttt_optimizer: str = setting("evaluator", "precond", "precond: gradient over the root of its second moment",
                                  choices=("precond", "sgd", "adamw"))
-    ttt_moments: str = setting("evaluator", "prefix", "second moments of precond by documents: of the prior and the "
+    ttt_moments: str = setting("evaluator", "own", "second moments of precond by documents: of the prior and the "
                                "document (own), also of earlier documents in the file (prefix), or of all so far in "
                                "slots (shared); or stored ones, of training text (artifact)",
                                choices=("own", "prefix", "shared", "artifact"))
     ttt_prior_seqs: int = setting("evaluator", 16, "sequences that the artifact generates to start the second moments; "
                                   "by documents, not for adapters; 0: none", low=0)
-    ttt_prior_chunks: int = setting("evaluator", 3, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
-    ttt_prior_weight: float = setting("evaluator", 1.0, "weight of each of these chunks, in scored chunks", low=1e-6)
+    ttt_prior_chunks: int = setting("evaluator", 4, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
+    ttt_prior_weight: float = setting("evaluator", 64.0, "weight of each of these chunks, in scored chunks", low=1e-6)
     ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
     ttt_meta_rates: bool = setting("evaluator", True, "times the factors that META_SGD_ENABLED left in the artifact")
     ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
@@ -3539,6 +3539,7 @@ CARD_SIZES = (12, 16, 24, 80)  # GB, as sold
 MEMORY_FRAC = 0.92  # of a card for tensors: the caching allocator loses some to fragmentation
 CUDA_BYTES = GIB // 2  # the CUDA context and library workspaces, outside the allocator
 SLOT_ROWS = 16  # slots computed at once: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
+CPU_SLOT_ROWS = 4  # a CPU is full with one, and a batch has all its rows even where few documents are left
 MEMORY_ADVICE = {
     "train": "Lower TRAIN_SEQ_LEN, MODEL_DIM or NUM_LAYERS, or take a larger card.",
     "statistics": "Lower TRAIN_SEQ_LEN, choose QUANT_STEPS=sigmas without GRAD_QUANT, or take a larger card.",
@@ -3692,7 +3693,10 @@ def memory_here(config: Config) -> Memory:
 
 def at_once(config: Config) -> dict[str, int]:
     """sequences_at_once on this machine."""
-    return sequences_at_once(memory_here(config), memory_limit(config))
+    chosen = sequences_at_once(memory_here(config), memory_limit(config))
+    if "slots" in chosen and memory_limit(config) == math.inf:
+        return chosen | {"slots": min(chosen["slots"], CPU_SLOT_ROWS)}
+    return chosen
 
 
 def check_memory(config: Config, parts: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ TINY = Config(
     vocab_size=1024, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4, xsa_last_n=1,
     bigram_vocab_size=64, bigram_dim=8, ve_dim=4, ve_layers="1", train_seq_len=16, eval_seq_len=16, eval_stride=8,
     eval_batch_seqs=5, ttt_chunk_tokens=40, ttt_chunk_size=8, ttt_batch_seqs=3, ttt_lr=0.01, ttt_mode="banks",
-    ttt_slots=2, ttt_groups=1, ttt_prior_seqs=2,
+    ttt_slots=2, ttt_groups=1, ttt_moments="prefix", ttt_prior_seqs=2,
     phased_ttt_prefix_docs=2, phased_ttt_num_phases=2,
 )  # fmt: skip
 TEXTS = (

@@ -20,7 +20,7 @@ from train_gpt import GPT, Config, UserError
 SMALL = Config(
     vocab_size=40, num_layers=5, model_dim=24, num_heads=4, num_kv_heads=2, mlp_mult=1.5, logit_softcap=8.0,
     rope_dims=4, rope_base=100.0, rope_ntk_len=8, train_seq_len=16, xsa_last_n=3, bigram_vocab_size=13, bigram_dim=6,
-    ve_dim=5, ve_layers="1,3",
+    ve_dim=5, ve_layers="1,3", ttt_moments="prefix", ttt_prior_weight=1.0,
 )  # fmt: skip
 
 
