@@ -2977,7 +2977,7 @@ def prune_smallest(tensor: Tensor, share: float) -> Tensor:
 # then meets one width at a time. Quarter octaves, by row and by column; 64 sums of the two are told apart.
 NUM_WIDTHS, NARROWEST = 64, -24
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
-ZSTD_LEVEL = 16  # 39 % of the seconds of 22, within 0.03 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
+ZSTD_LEVEL = 16  # 40 % of the seconds of 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
 PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}  # lzma is Python's own
 
