@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,14 +342,13 @@ def test_two_processes_under_which_a_shard_changes(env, tmp_path, start, change)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class LazyPool:
-    """Stands in for ThreadPoolExecutor: work is done when its result is asked for, never behind a step."""
-
-    def __init__(self, *_, **__):
-        pass
+class LazyPool(ThreadPoolExecutor):
+    """Stands in for a pool of threads: work is done when its result is asked for, never behind a step."""
 
     def submit(self, function, *args):
-        return SimpleNamespace(result=lambda: function(*args))
+        future = Future()
+        future.result = lambda timeout=None: function(*args)
+        return future
 
 
 @pytest.fixture
