@@ -266,8 +266,6 @@ def gpu():
 
 @pytest.fixture(scope="module")
 def traffic():
-    if not torch.__version__.startswith("2.13."):
-        pytest.skip("tests/benchmarks/traffic.py knows the compiler of torch 2.13")
     return benchmark("traffic")
 
 
@@ -312,7 +310,8 @@ def test_the_step_moves_no_more_than_it_did(traffic):
     assert 0.95 < estimate / report["peak_gib"] < 1.15
     operators = {name for kernels in counted.values() for kernel in kernels for name in kernel.origins}
     assert "tanh" in operators and not {"cos", "sin", "iota"} & operators  # of the logits; no kernel works out angles
-    assert 40 < report["fused_passes_a_layer"] < 66
+    most = 66 if torch.__version__ >= "2.13" else 68  # the compiler of 2.11 fuses a little less: 67.0 for 65
+    assert 40 < report["fused_passes_a_layer"] < most
     assert report["kinds"]["forward, product"]["kernels"] == 3 * 4 + 3
     assert report["kinds"]["backward, product"]["kernels"] == 2 * (3 * 4 + 3)
 
