@@ -423,8 +423,9 @@ def test_the_prior_is_the_artifacts_alone(monkeypatch):
     others += priors(setup, text_of(MANY, 1), monkeypatch)
     others += priors(plain_setup(ttt_groups=3, ttt_slots=2, seed=7, **PRIOR), text_of(FEW), monkeypatch)
     assert all(torch.equal(other, first) for other in others) and len(others) == 8
-    setup.artifact.state["qo_bank"][0] += 0.5
-    assert not torch.equal(priors(setup, text_of(FEW), monkeypatch)[0], first)
+    state = setup.artifact.state | {"qo_bank": setup.artifact.state["qo_bank"] + 0.5}
+    other = replace(setup, artifact=setup.artifact._replace(state=state))
+    assert not torch.equal(priors(other, text_of(FEW), monkeypatch)[0], first)
 
 
 NO_PRIOR = {
