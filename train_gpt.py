@@ -1871,18 +1871,17 @@ class SecondMoments:
     """Sums and counts of squared gradients, of which the preconditioner uses the means.
 
     A row holds `size` sums and, last, how many gradients they are of. `total` (size + 1,) is of everything adapted on
-    so far, from the prior on. form: "own", where each set of weights has a row of its own, of the prior and its own
-    document; "prefix", where that row is also of the documents that stand earlier in the file, so that no step depends
-    on what stands later; "shared", where every set uses `total`; "artifact", where `total` came with the artifact and
-    stays. A prefix is a running sum over sets in document order: nothing is masked, since 0 times a later document's
-    NaN would be NaN. Shared sums decay as little as holds their count at `memory`.
+    in earlier steps, from the prior on; each set of weights has a row in `own`. form: "own", where that is of the prior
+    and the set's document; "prefix", also of the documents that stand earlier in the file, so that no step depends on
+    what stands later; "shared", of `total` and the set's present chunk; "artifact", where `total` came with the
+    artifact and stays. A prefix is a running sum over sets in document order: nothing is masked, since 0 times a later
+    document's NaN would be NaN. Shared sums decay as little as holds their count at `memory`.
     """
 
     def __init__(self, form: str, size: int, sets: int, memory: float, device: torch.device):
         self.form, self.memory, self.across_ranks = form, memory, False
-        self.start, self.total, self.earlier = torch.zeros(3, size + 1, device=device)
-        self.by_set = form in ("own", "prefix")
-        self.own = torch.zeros(sets if self.by_set else 0, size + 1, device=device)
+        self.start, self.total, self.step = torch.zeros(3, size + 1, device=device)
+        self.own = torch.zeros(sets, size + 1, device=device)
         self.totals: dict[int, Tensor] = {}
 
     def begin(self, group: int | None) -> None:
@@ -1891,35 +1890,37 @@ class SecondMoments:
 
     def enter(self, sets: Any) -> None:
         """The sets begin documents: what has been adapted on by now stands earlier in the file."""
-        if self.by_set:
-            self.own[sets] = self.total
+        self.own[sets] = self.start if self.form == "own" else self.total
+
+    def kept(self, count: Tensor | int) -> Tensor:
+        """What is left of `total` when the squares of so many gradients come."""
+        share = ((self.memory - count) / self.total[-1].clamp(min=1e-9)).clamp(max=1.0)
+        return share * self.total if self.form == "shared" else self.total
 
     def observe(self, squares: Tensor, sets: Any) -> None:
         """Add squared gradients (n, size + 1) of the sets, in document order, as are the batches of a step."""
-        if self.form == "own":
-            self.own[sets] += squares
-            return
-        earlier, everyone = self.earlier, squares.sum(0)
-        if self.across_ranks and world_size() > 1:  # the documents of lower ranks stand earlier
+        earlier, everyone = self.step, squares.sum(0)
+        if self.across_ranks and self.form != "own" and world_size() > 1:  # documents of lower ranks stand earlier
             each = torch.zeros(world_size(), len(everyone), device=everyone.device)
             each[rank()] = everyone
             [each] = sum_over_ranks([each])
             earlier, everyone = each[: rank()].sum(0), each.sum(0)
-        if self.form == "prefix":
+        if self.form == "own":
+            self.own[sets] += squares
+        elif self.form == "prefix":
             self.own[sets] += earlier + squares.cumsum(0)
-            self.earlier = self.earlier + everyone
         elif self.form == "shared":
-            self.total *= ((self.memory - everyone[-1]) / self.total[-1].clamp(min=1e-9)).clamp(max=1.0)
-            self.total += everyone
+            self.own[sets] = self.kept(1) + squares
+        self.step = self.step + everyone
 
     def end_step(self) -> None:
         """All sets have taken the step: now it counts for documents that enter."""
-        self.total += self.earlier
-        self.earlier = torch.zeros_like(self.earlier)
+        self.total.copy_(self.kept(self.step[-1]) + self.step)
+        self.step = torch.zeros_like(self.step)
 
     def means(self, sets: Any) -> Tensor:
-        """(n, size) for the sets, or (1, size) where they share them."""
-        rows = self.own[sets] if self.by_set else self.total[None]
+        """(n, size) for the sets, or (1, size) where they share what the artifact brought."""
+        rows = self.total[None] if self.form == "artifact" else self.own[sets]
         return rows[:, :-1] / rows[:, -1:]
 
 
@@ -1983,7 +1984,8 @@ class FastWeights:
 
     def stored(self) -> dict[str, list[Tensor]]:
         """The shared means, as the artifact keeps them."""
-        return {name: [part[0] for part in parts] for name, parts in self.named(self.moments.means(None)).items()}
+        means = self.moments.total[:-1] / self.moments.total[-1]
+        return {name: [part[0] for part in parts] for name, parts in self.named(means[None]).items()}
 
     @property
     def wants_prior(self) -> bool:
@@ -2122,6 +2124,7 @@ def collect_moments(
             share = np.where(np.arange(fast.sets) < len(ids), 1 / (end - first), 0.0)
             lesson = make_lesson(text.flatten(), windows, share, config.piece_size, config.ttt_context, ids.device)
             adaptation_step(model, fast, lesson, 0.0, len(ids), nll_fn)
+            fast.moments.end_step()
     return fast
 
 
@@ -2190,6 +2193,8 @@ def adaptation_step(
                 value.lerp_(fast.base[name], c.ttt_pull)
             if not isinstance(sets, slice):
                 fast.values[name][sets] = value
+        if fast.shared:
+            fast.moments.end_step()
     return loss.detach()
 
 
