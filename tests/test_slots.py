@@ -188,7 +188,7 @@ def test_infinite_embeddings_of_a_later_document_change_no_earlier_loss(changes)
 
 def test_shared_moments_see_a_later_document_overflow():
     """The control of the tests above."""
-    setup, (tokens, other, document) = plain_setup(ttt_moments="shared"), with_sick_document(FEW, 5)
+    setup, (tokens, other, document) = plain_setup(ttt_moments="shared", ttt_slots=6), with_sick_document(FEW, 5)
     setup.artifact.state["tok_emb.weight"][SICK] = np.inf
     healthy, sick = evaluate(setup, tokens).nll, evaluate(setup, other).nll
     assert (sick != healthy)[document < 5].any()
