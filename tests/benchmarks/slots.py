@@ -1,10 +1,13 @@
-"""What evaluation by documents computes, counted from its plan: graphs, steps, padding. Nothing is computed.
+"""Evaluation by documents: what its plan computes, and what each form of the second moments scores.
 
-    python tests/benchmarks/slots.py --data DIR                    of validation shards as the settings say
+    python tests/benchmarks/slots.py --data DIR                    graphs, steps, padding of validation shards
     python tests/benchmarks/slots.py --data DIR --resample 50000   of so many documents of these lengths, by rank
+    python tests/benchmarks/slots.py --data DIR --models A.ptz B.ptz --out FILE.jsonl      scores of artifacts, by form
 
-Settings are environment variables (TTT_SLOTS, TTT_GROUPS, TTT_CHUNK_SIZE, EVAL_SEQ_LEN). Padding is the tokens of all
-batches over those that their windows read. Ends with `BENCH {json}`.
+Settings are environment variables (RECIPE, TOKENIZER_PATH, TTT_SLOTS, TTT_GROUPS, TTT_CHUNK_SIZE, EVAL_SEQ_LEN).
+Counting computes nothing; padding is the tokens of all batches over those that their windows read. Scores are of the
+first --documents documents, a line of FILE each, written as it comes; a later call leaves out what is there. Ends with
+`BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
+
+FORMS = {  # name: what the second moments of a document are of
+    "own": dict(ttt_moments="own"),
+    "prefix": dict(ttt_moments="prefix"),
+    "shared": dict(ttt_moments="shared"),
+    "own, no prior": dict(ttt_moments="own", ttt_prior_seqs=0),
+    "prefix, no prior": dict(ttt_moments="prefix", ttt_prior_seqs=0),
+    "shared, no prior": dict(ttt_moments="shared", ttt_prior_seqs=0),
+}
 
 
 def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[str, Any]:
@@ -55,13 +69,46 @@ def resampled(tokens: np.ndarray, count: int) -> np.ndarray:
     return text
 
 
+def score_forms(models: list[str], environ: Mapping[str, str], documents: int, out: Path) -> list[dict[str, Any]]:
+    """Adapted bpb of each artifact by each of FORMS, and that of the same plan without adaptation."""
+    found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(row["sha256"], row["form"], row["documents"]) for row in found}
+    for path in models:
+        config, given, _ = tg.load_config({**environ, "MODEL_PATH": path})
+        setup, tokens, *_ = ev.prepare(config, given, environ)
+        begin, end = ev.documents(tokens)
+        count = min(documents or len(begin), len(begin))
+        tokens, digest = tokens[: int(end[count - 1]) + 1], tg.sha256_file(path)
+        for form, changes in ({"no adaptation": {}} | FORMS).items():
+            if (digest, form, count) in done:
+                continue
+            changed = replace(setup, config=replace(setup.config, **changes))
+            result = ev.evaluate(changed, tokens, learns=form != "no adaptation")
+            row = dict(model=Path(path).parent.name, sha256=digest, form=form, documents=count,
+                       targets=len(tokens) - 1, val_bpb=result.val_bpb, val_loss=result.val_loss,
+                       ttt_lr=config.ttt_lr, seconds=round(result.seconds, 1))  # fmt: skip
+            with out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{row['model']:24} {form:18} {result.val_bpb:.6f} {row['seconds']:7.1f}s", flush=True)
+            found.append(row)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the validation shards")
     parser.add_argument("--resample", type=int, default=0, help="documents; 0: the text as it is")
     parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--models", nargs="*", default=[], help="artifacts to score")
+    parser.add_argument("--documents", type=int, default=0, help="first documents to score; 0: all")
+    parser.add_argument("--out", type=Path, default=Path("slots.jsonl"), help="the scores, one line each")
     arguments = parser.parse_args()
-    config, _, _ = tg.load_config({**os.environ, "TTT_MODE": "doc_banks"})
+    environ = {**os.environ, "TTT_MODE": "doc_banks", "DATA_PATH": arguments.data}
+    if arguments.models:
+        rows = score_forms(arguments.models, environ, arguments.documents, arguments.out)
+        print("BENCH " + json.dumps(dict(benchmark="slots", rows=rows)))
+        return 0
+    config, _, _ = tg.load_config(environ)
     paths = sorted(path for path in glob(f"{arguments.data}/fineweb_val_*.bin") if "bytes" not in path)
     tokens = np.concatenate([tg.open_shard(path) for path in paths])
     tokens = resampled(tokens, arguments.resample) if arguments.resample else tokens
