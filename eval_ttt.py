@@ -896,6 +896,8 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     setup = Setup(config, artifact, device, kernel, byte_table, nll_fn)
     if config.ttt_moments == "artifact" and artifact.moments:
         tg.FastWeights(setup.load(), config, TTT_MODES[config.ttt_mode][1], None, artifact.moments)  # or a UserError
+    if attention == "sdpa":
+        attention = f"sdpa, by torch's {tg.attention_backend(config, kernel, device)} kernel"
     return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
 
 

@@ -3455,11 +3455,6 @@ def make_batch(
     return Batch(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts)
 
 
-def rank_share(windows: Windows) -> Windows:
-    """The windows of this rank, which are contiguous."""
-    return windows.take(np.array_split(np.arange(len(windows.start)), world_size())[rank()])
-
-
 def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
     """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan says it."""
     all_of_them, slots = np.arange(len(chunk.scored.start)), chunk.slots

@@ -523,7 +523,7 @@ def test_the_hash_of_the_scorer():
 
     assert not changed(
         ("\ndef score(", "\n# a comment\ndef score("),
-        ('"""The windows of this rank, which are contiguous."""', '"""Other."""'),
+        ('"""This rank\'s windows of a chunk, `size` at a time', '"""Other'),
         ("matrix_lr: float", "matrix_lr : float"),
         ("class Muon(", "class Muon2("),  # training is what experiments change
         ("def rms_norm(", "def rms_norm2("),
@@ -533,7 +533,7 @@ def test_the_hash_of_the_scorer():
         ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),
         ("return F.cross_entropy(", "return 0.9 * F.cross_entropy("),
         ("SIZE_CAP = 16_000_000", "SIZE_CAP = 17_000_000"),
-        ("def rank_share(", "def rank_shares("),
+        ("def batches_of(", "def batches_off("),
         ('if __name__ == "__main__":', 'def nll(a, b):\n    return 0\n\n\nif __name__ == "__main__":'),
         # helpers, which no list names
         ("return dist.get_world_size()", "return 1 + dist.get_world_size()"),
