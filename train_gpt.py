@@ -638,13 +638,13 @@ def differing_parameters(model: nn.Module) -> list[str]:
     return [name for name, low, high in zip(names, lowest, highest, strict=True) if low != high]
 
 
-def tqdm(**settings: Any) -> Any:
-    """A bar of the package tqdm, or one that shows nothing where that is not installed."""
+def progress_bar(total: int) -> Any:
+    """A bar of the package tqdm on rank 0, or one that shows nothing where that is not installed."""
     try:
         from tqdm import tqdm as bar
     except ImportError:
         return SimpleNamespace(update=lambda number: None, close=lambda: None)
-    return bar(**settings)
+    return bar(total=total, desc="score", unit="target", disable=None if rank() == 0 else True)
 
 
 def synchronize(device: torch.device) -> None:
@@ -3489,7 +3489,7 @@ def score(
     forward = nll_fn if learner is None else learner.token_nll
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
     ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
-    bar = tqdm(total=len(nll), desc="score", unit="target", disable=None if rank() == 0 else True)
+    bar = progress_bar(len(nll))
     for chunk in plan:
         ledger.score(chunk.scored)
         if chunk.is_mine:
