@@ -564,7 +564,7 @@ TOLERANCE = 5e-4  # nats of a loss after ten steps in float32, whatever the numb
 def test_whole_runs_do_not_depend_on_the_number_of_processes(done, world, name):
     one, other = (done["works"][n] / name for n in (1, world))
     losses = curve(one)
-    assert len(losses) >= 10 and max(losses) - min(losses) > 500 * TOLERANCE
+    assert len(losses) >= 10 and max(losses) - min(losses) > 0.5
     np.testing.assert_allclose(curve(other), losses, rtol=0, atol=TOLERANCE)
     first, second = result_of(one), result_of(other)
     assert second["world_size"] == world and second["late_steps"] == first["late_steps"]
@@ -606,7 +606,7 @@ def test_checkpoints_of_any_number_of_processes_hold_the_same(done):
     for content in contents[1:]:
         assert set(content) == set(contents[0])
         kept = [{key: value for key, value in c.items() if key not in times} for c in (content, contents[0])]
-        assert_same_tree(*kept, 5e-3)  # small singular values grow 485-fold in Newton-Schulz, rounding with them
+        assert_same_tree(*kept, 2e-3)
 
 
 def test_replicas_that_differ_stop_the_run(done):
@@ -629,7 +629,7 @@ def test_a_gradient_that_is_no_number_on_one_rank_stops_all_and_is_named(done, n
 
 def test_ranks_whose_clocks_differ_take_as_many_steps(done):
     steps = [part["uneven"] for part in done[2]]
-    assert steps[0] == steps[1] == result_of(done["works"][2] / "uneven")["steps"] and 1 < steps[0] < 20
+    assert steps[0] == steps[1] == result_of(done["works"][2] / "uneven")["steps"] and 3 < steps[0] < 20
 
 
 # ----------------------------------------------------------------------------------------------------------------------
