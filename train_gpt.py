@@ -734,6 +734,39 @@ def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+def beginning(shard: np.ndarray) -> str:
+    """SHA-256 of the first 65,536 tokens of a shard: a whole data set has too many bytes to hash at every start."""
+    return hashlib.sha256(shard[: 1 << 16].tobytes()).hexdigest()
+
+
+class Listing(NamedTuple):
+    """What manifest.json (of data/prepare.py) or source.json (of data/download.py) says of the shards beside it."""
+
+    path: Path
+    tokenizer_sha256: str | None
+    shards: dict[str, dict[str, Any]]  # name -> split, tokens, and sha256 where it is listed
+
+
+def read_listing(shard: str) -> Listing | None:
+    """The listing beside a shard, None without one. UserError for a file that is neither of the two."""
+    for name, key in (("manifest.json", "shards"), ("source.json", "files")):
+        path = Path(shard).with_name(name)
+        if not path.exists():
+            continue
+        try:
+            content, shards = json.loads(path.read_text(encoding="utf-8")), {}
+            for row in content[key]:
+                file = Path(row["file"]).name
+                if named := re.fullmatch(r"fineweb_(train|val)_\d+\.bin", file) or "split" in row:
+                    split = row["split"] if "split" in row else named[1]
+                    shards[file] = dict(split=split, tokens=int(row["tokens"]), sha256=row.get("sha256"))
+            made_with = str(content["tokenizer"]["sha256"]) if name == "manifest.json" else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not of data/prepare.py or data/download.py: {error!r}") from error
+        return Listing(path, made_with, shards)
+    return None
+
+
 def file_state(path: str) -> tuple[int, int, int]:
     """Size, inode and time of the last change: what another content would alter. UserError where the file is gone."""
     try:
@@ -743,16 +776,33 @@ def file_state(path: str) -> tuple[int, int, int]:
     return status.st_size, status.st_ino, status.st_mtime_ns
 
 
+def find_shards(pattern: str) -> list[str]:
+    """The shards that match a glob, sorted by name.
+
+    UserError where there is none, or where byte sidecars lie beside them: they have the shape of shards, but hold the
+    bytes of each token, and without them bpb is wrong.
+    """
+    paths = sorted(glob(pattern))
+    if not paths:
+        raise UserError(f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)")
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        if sidecars := sorted(name for name in os.listdir(folder or ".") if re.search(r"_bytes_.*\.bin$", name)):
+            raise UserError(
+                f"{os.path.join(folder, sidecars[0])}: a byte sidecar, which is not supported: bpb of these shards "
+                "would be wrong. Use an export without sidecars."
+            )
+    return paths
+
+
 class TokenStream:
     """The shards of a glob, in the order of their names, as one endless stream that begins again after its end."""
 
     def __init__(self, pattern: str, vocab_size: int):
-        self.paths = sorted(glob(pattern))
-        if not self.paths:
-            raise UserError(f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)")
+        self.paths = find_shards(pattern)
         self.pattern, self.vocab_size = pattern, vocab_size
         self.shards = [open_shard(path) for path in self.paths]
         self.states = [file_state(path) for path in self.paths]
+        self.beginnings = [beginning(shard) for shard in self.shards]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         for index in range(len(self.paths)):
             self._part(index, 0, 1 << 16)
@@ -763,19 +813,34 @@ class TokenStream:
     def _part(self, index: int, offset: int, count: int) -> np.ndarray:
         """Up to COUNT tokens of a shard, which must be as it was when it was opened, within the vocabulary."""
         path, state = self.paths[index], file_state(self.paths[index])
-        if state != self.states[index]:  # to read on in a file that was cut would end the process with SIGBUS
-            raise UserError(f"{path} has changed: (bytes, inode, ns) {self.states[index]} when opened, now {state}")
+        if state != self.states[index]:
+            self._check_content(index, state)
         tokens = self.shards[index][offset : offset + count]
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(f"{path}: token id {tokens.max()}, but VOCAB_SIZE={self.vocab_size}")
         return tokens
 
+    def _check_content(self, index: int, state: tuple[int, int, int]) -> None:
+        """A shard that has another STATE now must have the same content: network mounts renumber their inodes.
+
+        The mapping stays with the file that was opened, whatever its name leads to now; only a write into that file
+        reaches it. Such a file must have the SHA-256 that is listed beside it. UserError where the content differs: to
+        read on in a file that was cut would end the process with SIGBUS.
+        """
+        path, opened = self.paths[index], self.states[index]
+        same = state[0] == opened[0] and beginning(open_shard(path)) == self.beginnings[index]
+        if same and state[1] == opened[1]:  # written in place
+            listing = read_listing(path)
+            listed = listing.shards.get(Path(path).name, {}) if listing else {}
+            same = sha256_file(path) == listed.get("sha256")
+        if not same:
+            raise UserError(f"{path} has changed: (bytes, inode, ns) {opened} when opened, now {state}")
+        self.states[index] = state
+
     def fingerprint(self) -> str:
-        """A hash of names, lengths and beginnings of the shards."""
-        digest = hashlib.sha256()
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            digest.update(f"{Path(path).name} {len(shard)} ".encode() + shard[: 1 << 16].tobytes())
-        return digest.hexdigest()
+        """A hash of lengths and beginnings of the shards."""
+        parts = [f"{len(shard)} {start} " for shard, start in zip(self.shards, self.beginnings, strict=True)]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
         """COUNT tokens from position START modulo the length, as an int64 array of its own."""
@@ -820,30 +885,44 @@ def row_starts(config: Config, num_tokens: int, first: int, count: int) -> np.nd
 
 
 def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
-    """Hold the shards against the manifest.json beside them, where there is one.
+    """Hold the shards against the manifest.json or source.json beside them, where there is one.
 
-    Raises UserError for another tokenizer, another token count, and validation shards that are listed but not there.
+    Raises UserError for another tokenizer, another token count, shards that are not listed, and validation shards that
+    are listed but not there.
     """
-    path = Path(stream.paths[0]).with_name("manifest.json")
-    if not path.exists():
+    listing = read_listing(stream.paths[0])
+    if listing is None:
         return
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        listed = {shard["file"]: (shard["tokens"], shard["split"]) for shard in manifest["shards"]}
-        made_with = str(manifest["tokenizer"]["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of data/prepare.py: {error!r}") from error
-    if made_with != tokenizer_sha256:
+    path, made_with, listed = listing
+    if made_with not in (None, tokenizer_sha256):
         raise UserError(f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
     splits = set()
     for shard_path, shard in zip(stream.paths, stream.shards, strict=True):
-        tokens, split = listed.pop(Path(shard_path).name, (None, None))
-        splits.add(split)
-        if tokens != len(shard):
-            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {tokens}")
-    missing = sorted(name for name, (_, split) in listed.items() if split == "val") if "val" in splits else []
+        row = listed.pop(Path(shard_path).name, {})
+        splits.add(row.get("split"))
+        if row.get("tokens") != len(shard):
+            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {row.get('tokens')}")
+    missing = sorted(name for name, row in listed.items() if row["split"] == "val") if "val" in splits else []
     if missing:
         raise UserError(f"{path} lists validation shards that are not there: {', '.join(missing)}")
+
+
+def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
+    """UserError where a training shard is a validation shard: by real path, inode, or the same first 1,024 tokens.
+
+    `data/prepare.py --overlap` looks for single documents.
+    """
+
+    def marks(path: str, shard: np.ndarray) -> dict[Any, str]:
+        status = os.stat(path)
+        return {os.path.realpath(path): path, (status.st_dev, status.st_ino): path, shard[:1024].tobytes(): path}
+
+    held_out: dict[Any, str] = {}
+    for path in val_paths:
+        held_out |= marks(path, open_shard(path))
+    for path, shard in zip(stream.paths, stream.shards, strict=True):
+        if found := held_out.keys() & marks(path, shard).keys():
+            raise UserError(f"{path} is training and validation text: its tokens are those of {held_out[found.pop()]}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -856,7 +935,7 @@ PUBLISHED_VAL = {
     45_508_608: 0.30125,
     45_514_752: 0.30125,
     40_540_802: 0.26834,
-    47_853_343: 0.31674,
+    47_853_344: 0.31674,  # CaseOps, 151,080,645 bytes by its sidecar
 }
 
 # A tokenizer that returns this unchanged keeps every byte. NFKC would change the ligature, the circled one and the
@@ -909,13 +988,46 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
     return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary)
 
 
-def check_fingerprint(num_tokens: int, num_bytes: int) -> None:
-    """Raise UserError where a published validation set has another number of tokens per byte than the field counts."""
+def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str) -> tuple[float, float]:
+    """val_loss (nats per target) and val_bpb of losses nll (targets,), from shards and tokenizer alone.
+
+    A second derivation of the printed score, which shares no code with `score` and ByteTable: it counts the pieces of
+    the whole text, then takes away the leading spaces that the field does not count, those behind a boundary.
+    """
+    import sentencepiece as spm
+
+    sp = spm.SentencePieceProcessor(model_file=tokenizer_path)
+    tokens = np.concatenate([np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in shards])
+    text = {i: sp.id_to_piece(i).replace("\u2581", " ") for i in np.unique(tokens[1:]).tolist()}
+    plain = {i for i in text if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))}
+    occurs = np.bincount(tokens[1:])
+    num_bytes = sum(int(occurs[i]) * (1 if sp.is_byte(i) else len(text[i].encode())) for i in plain)
+    if sp.encode_as_pieces("a")[0].startswith("\u2581") or sp.decode(sp.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
+        spaced = [i for i in plain if text[i].startswith(" ")]
+        boundary = [i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)]
+        num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
+    total = math.fsum(map(float, nll))
+    return total / (len(tokens) - 1), total / math.log(2) / num_bytes
+
+
+def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str = "") -> None:
+    """Raise UserError where a validation set is not what its token count or its folder's name claims.
+
+    pattern: the glob of its shards. A published set has a known number of tokens per byte; any export of the
+    challenge's 50,000 documents (folder fineweb10B_*) has 151.0 to 151.1 million bytes.
+    """
+    if num_bytes == 0:
+        raise UserError(f"{pattern}: {num_tokens} validation tokens, but no byte of text")
     expected, measured = PUBLISHED_VAL.get(num_tokens), (num_tokens - 1) / num_bytes
     if expected and abs(measured / expected - 1) > 2e-4:
         raise UserError(
             f"{num_tokens} validation tokens make {measured:.5f} tokens per byte, published {expected}: "
             "the tokenizer is not the one that made these shards"
+        )
+    if "fineweb10B_" in Path(pattern).parent.name and not 151_000_000 <= num_bytes <= 151_100_000:
+        raise UserError(
+            f"{pattern}: {num_bytes} bytes of validation text, but the challenge's has 151.0 to 151.1 million. "
+            "Complete it with data/download.py, or rename the folder if it holds another text."
         )
 
 
@@ -925,7 +1037,7 @@ def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str
     check_manifest(stream, tokenizer_sha256)
     tokens = stream.read_all()
     sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
-    check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()))
+    check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()), config.shards("val"))
     return tokens, stream.paths
 
 
