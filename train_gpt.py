@@ -26,6 +26,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import signal
 import struct
 import sys
@@ -87,7 +88,7 @@ class Config:
     use_compile: str = setting("run", "auto", "torch.compile; auto: on GPUs only", choices=("auto", "0", "1"))
     train_log_every: int = setting("run", 500, "steps between lines of training loss", low=1)
     val_loss_every: int = setting("run", 4000, "steps between validations; 0: none before the artifact", low=0)
-    checkpoint_every: int = setting("run", 0, "steps between checkpoints; 0: only when a signal asks to stop", low=0)
+    checkpoint_every: int = setting("run", 0, "steps between checkpoints; 0: at a signal and after each phase", low=0)
     resume: str = setting("run", "never", "auto: go on from the checkpoint of RUN_ID, or start where there is none",
                           choices=("never", "auto"))
     dist_timeout: float = setting("run", 600.0, "seconds that a process waits for the others' part of a step", low=1)
@@ -1008,6 +1009,17 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
         num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
     total = math.fsum(map(float, nll))
     return total / (len(tokens) - 1), total / math.log(2) / num_bytes
+
+
+def check_score(val_loss: float, val_bpb: float, nll: np.ndarray, shards: Sequence[str], tokenizer_path: str) -> None:
+    """ArithmeticError where a score is not finite, or not within 1e-9 of what recomputed_score makes of its losses."""
+    again = recomputed_score(nll, shards, tokenizer_path)
+    if not all(abs(x / y - 1) < 1e-9 for x, y in zip((val_loss, val_bpb), again, strict=True)):
+        bad = int((~np.isfinite(nll)).sum())
+        raise ArithmeticError(
+            f"the score does not hold: val_loss:{val_loss} val_bpb:{val_bpb}, recomputed from the losses {again}; "
+            f"{bad} of {len(nll)} losses are not finite"
+        )
 
 
 def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str = "") -> None:
@@ -2595,6 +2607,13 @@ class Statistics(NamedTuple):
     gradients: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
+def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """FloatingPointError that names the first of TENSORS with a value that is not finite; WHAT they are."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise FloatingPointError(f"{what}: {name} has values that are not finite")
+
+
 def calibration_batches(run: Run, model: GPT, count: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's share of COUNT batches (input ids, targets) of ROWS rows, from what CALIB_SOURCE names.
 
@@ -2743,7 +2762,7 @@ def make_feedback(
     """The feedback of Hessians (n, in, in), in ORDER (n, in) or that of falling diag(H); computed in float64.
 
     DAMP times the mean of the diagonal is added to it, and ten times as much for as long as one is not positive
-    definite, which SAY is told.
+    definite, which SAY is told. FloatingPointError where ten times the mean does not suffice: H is no sum of squares.
     """
     dead = H.diagonal(dim1=-2, dim2=-1) == 0
     order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True) if order is None else order
@@ -2758,6 +2777,8 @@ def make_feedback(
         if not failed.any():
             U = torch.linalg.solve_triangular(lower.flip(-1, -2), eye.expand_as(H), upper=True)
             return Feedback(order, U.float(), dead)
+        if not damp <= 10:
+            raise FloatingPointError(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite")
         damp *= 10
         say(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite, damping {damp:g}")
 
@@ -3273,10 +3294,10 @@ def settings_of(config: Config, *sections: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write CONTENT under a temporary name, then rename: PATH is never half-written."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write CONTENT under a random name, then rename: PATH is never half-written, and no link is written through."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -3859,7 +3880,8 @@ class RunLog:
 
     def _append(self, name: str, text: str) -> None:
         try:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # never through a link out of the folder
+            with open(os.open(self.folder / name, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(text + "\n")
         except OSError as error:  # nor is a full disk, until the artifact is to be written
             with suppress(OSError):
@@ -4016,6 +4038,10 @@ class Loader:
         self.ahead = {step + 1: self.pool.submit(self._read, step + 1)}
         return batches
 
+    def failure(self) -> Exception | None:
+        """The error that reading ahead ended in, where it has ended in one."""
+        return next((future.exception() for future in self.ahead.values() if future.done()), None)
+
 
 class Stopped(Exception):
     """Somebody asked the run to stop, and it has: the number of the signal."""
@@ -4049,8 +4075,13 @@ class StopSignals:
         return signal.SIGTERM if self.parent and os.getppid() != self.parent else self.noted
 
 
-CHECKPOINT = "checkpoint.pt"
-RESUMABLE = {"run_id", "resume", "checkpoint_every", "dist_timeout", "train_log_every", "val_loss_every"}  # may differ
+CHECKPOINT = "checkpoint.pt"  # torch.save's bytes, which torch.load reads, and their SHA-256 behind them
+NO_MATTER = "run_id resume checkpoint_every dist_timeout train_log_every val_loss_every".split()  # to a resumed run
+MAY_DIFFER = (  # with a note: contents are compared in place of names, and scoring and coding come afterwards
+    "data_path train_files val_files tokenizer_path attention use_compile compressor eval_stride eval_batch_seqs "
+    "model_path eval_budget_seconds audit_tokens"
+).split()
+DATA_FAILED = 255  # beside the numbers of signals
 
 
 class Progress:
@@ -4065,13 +4096,15 @@ class Progress:
         self.run, self.model, self.rates, self.clock, self.signals = run, model, rates, clock, signals
         self.strict, self.done, self.resumed, self.saved = strict, {}, [], None
         self.phase, self.parts, self.first, self.checked, self.asked = "", {}, 0, 0.0, 0
+        self.failure: Exception | None = None
 
     def resume(self, saved: dict[str, Any] | None) -> None:
         """Go on from a checkpoint of read_checkpoint, or from the beginning."""
         run = self.run
         self.origin = dict(
-            config=asdict(run.config), code=code_hashes(), data=run.train.fingerprint(), ranks=world_size()
-        )
+            config=asdict(run.config), code=code_hashes(), data=run.train.fingerprint(), ranks=world_size(),
+            tokenizer=run.tokenizer_sha256,
+        )  # fmt: skip
         if saved is None or saved["phase"] == "train":
             on_rank_0(lambda: run.log.forget_after(saved["step"] if saved else 0))
         if saved is None:
@@ -4085,6 +4118,9 @@ class Progress:
         self.run.log.line(
             f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
         )
+        for name in MAY_DIFFER:
+            if (then := saved["config"][name]) != (now := getattr(run.config, name)):
+                self.run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
         if saved["code"] != self.origin["code"]:
             self.run.log.line("WARNING: the code is not that which wrote the checkpoint")
 
@@ -4099,27 +4135,37 @@ class Progress:
         return self.first
 
     def finish(self, step: int) -> None:
-        """The phase is done, with its STEP steps."""
+        """The phase is done, with its STEP steps. It is kept, for whatever stops the export or the scoring."""
         self.check_replicas(step)
+        check_finite(f"after step {step}", dict(self.model.named_parameters()))
         self.done[self.phase] = [step, self.seconds()]
         self.phase, self.parts = "", {}
-        self.checkpoint(step, due=bool(self.run.config.checkpoint_every))
+        self.checkpoint(step, due=True)
 
-    def seconds(self) -> float:
-        """The clock's seconds, the same on all ranks; they call it together, and hear whether any was asked to stop."""
-        elapsed, asked = max_over_ranks(self.clock.seconds(), self.signals.number())
+    def seconds(self, failure: Exception | None = None) -> float:
+        """The clock's seconds, the same on all ranks; they call it together, and hear whether any has to stop.
+
+        A rank has to stop that was asked to, and one whose next batch ended in FAILURE.
+        """
+        self.failure = failure
+        elapsed, asked = max_over_ranks(self.clock.seconds(), DATA_FAILED if failure else self.signals.number())
         self.asked = int(asked)
         return elapsed
 
     def after_step(self, step: int) -> None:
-        """Write a checkpoint where it is due. Raises Stopped where any rank was asked to stop."""
+        """Write a checkpoint where it is due, and where any rank has to stop; then raise what `checkpoint` raises."""
         every = self.run.config.checkpoint_every
         self.checkpoint(step, due=every > 0 and step % every == 0)
 
     def checkpoint(self, step: int, due: bool) -> None:
-        """Write a checkpoint where it is DUE, or where any rank was asked to stop; then it raises Stopped."""
+        """Write a checkpoint where it is DUE, or where any rank has to stop.
+
+        Raises Stopped for a signal, and the error of the rank whose data failed (on the others a UserError).
+        """
         if due or self.asked:
             self.save(step)
+        if self.asked == DATA_FAILED:
+            raise self.failure or UserError(f"stopped after step {step}: another process could not read its data")
         if self.asked:
             self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}")
             raise Stopped(self.asked)
@@ -4152,7 +4198,8 @@ class Progress:
 
         def write() -> str:
             try:
-                write_atomically(path, saved_bytes(content))
+                blob = saved_bytes(content)
+                write_atomically(path, blob + hashlib.sha256(blob).digest())
             except OSError as error:
                 return f"WARNING: no checkpoint: {error}"
             return f"checkpoint: step:{step} {path.stat().st_size} bytes {time.perf_counter() - began:.2f}s"
@@ -4170,16 +4217,21 @@ def read_checkpoint(run: Run) -> dict[str, Any] | None:
     if c.resume == "never" or not path.exists():
         return None
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        blob = path.read_bytes()
+        if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
+            raise ValueError("its checksum does not match, the file is truncated or altered")
+        saved = torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
         theirs = saved["config"]
     except Exception as error:  # whatever broken bytes lead to
         raise UserError(f"{path} is no checkpoint: {error}") from error
     other = [f"{name.upper()}={theirs.get(name)} there, {value} here" for name, value in asdict(c).items()
-             if name not in RESUMABLE and theirs.get(name) != value]  # fmt: skip
+             if name not in [*NO_MATTER, *MAY_DIFFER] and theirs.get(name) != value]  # fmt: skip
     if other:
         raise UserError(f"{path} is of other settings: {'; '.join(other)}")
     if saved["data"] != run.train.fingerprint():
         raise UserError(f"{path} is of other training shards than {run.train.pattern} has now")
+    if saved["tokenizer"] != run.tokenizer_sha256:
+        raise UserError(f"{path} is of another tokenizer than TOKENIZER_PATH={c.tokenizer_path}")
     return saved
 
 
@@ -4429,13 +4481,19 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
             run.log.line(f"WARNING: {short}")
         scale = lr_scale(c, step, elapsed, budget)
         round_banks = c.late_qat and scale < c.late_qat_threshold
-        batches, momentum = loader.batches(step), momentum_at(c, step)
+        momentum = momentum_at(c, step)
+        try:
+            batches = loader.batches(step)
+        except (UserError, OSError):
+            if step > 0 and world_size() == 1:  # several processes save together, where `failure` was in time
+                progress.save(step)
+            raise
         add_meta_gradients(step, scale, batches)
         measured = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
         step += 1
         average.update(step, scale)
         clock.step_done(step, measured)
-        elapsed = progress.seconds()
+        elapsed = progress.seconds(loader.failure() if step < c.iterations else None)
         if step <= 10 or step % c.train_log_every == 0:
             [waited], loader.waited = max_over_ranks(loader.waited), 0.0
             run.log.step(step, elapsed, dict(lr_scale=scale, data_wait=waited), train_loss=measured.loss.item())
@@ -4566,19 +4624,36 @@ def code_hashes() -> dict[str, str]:
     return {path.name: sha256_file(path) for path in code_files()}
 
 
+def announced_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
+    """WORLD_SIZE and LOCAL_RANK as torchrun sets them; 1 and 0 without. UserError for a set that is not whole."""
+    found = {}
+    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
+        text = environ.get(name, str(default))
+        if not re.fullmatch(r"\d{1,9}", text):
+            raise UserError(f"{name}={text!r}: expected a whole number, as torchrun sets it")
+        found[name] = int(text)
+    if found["WORLD_SIZE"] < 1 or found["RANK"] >= found["WORLD_SIZE"]:
+        raise UserError(f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}: ranks are 0 to WORLD_SIZE - 1")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
+    if found["WORLD_SIZE"] > 1 and missing:
+        raise UserError(f"WORLD_SIZE={found['WORLD_SIZE']} without {', '.join(missing)}: start with torchrun")
+    return found["WORLD_SIZE"], found["LOCAL_RANK"]
+
+
 def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
     """Join the process group that torchrun announces, if it announces one; returns this rank's device."""
+    processes, local_rank = announced_ranks(environ)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda, but torch sees no GPU")
     device = torch.device("cpu")
     if config.device != "cpu" and torch.cuda.is_available():
-        local_rank, gpus = int(environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             raise UserError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, exact for the Hessians' products of bfloat16 inputs
-    if int(environ.get("WORLD_SIZE", 1)) > 1:
+    if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout))
     return device
@@ -4587,14 +4662,27 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
 def make_run_folder(config: Config) -> tuple[Path, int]:
     """runs/RUN_ID, and that folder as an open file, which locks it.
 
-    UserError where it cannot be made, exists already (but RESUME=auto), or is locked by a run that is still going.
+    UserError where it cannot be made, has work in it (but RESUME=auto), has links where the run writes, or is locked by
+    a run that is still going. What a run left that failed before its first step makes room.
     """
     folder = Path("runs") / (config.run_id or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}")
     try:
-        folder.mkdir(parents=True, exist_ok=config.resume == "auto")
-        lock = lock_folder(folder)
-    except FileExistsError:
-        raise UserError(f"{folder} is there already: choose another RUN_ID, or RESUME=auto") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, 60.0 if config.resume == "auto" else 0.0)
+        try:
+            for path in folder.glob("*.tmp"):  # of a process that was killed
+                path.unlink()
+            work = sorted({path.name for path in folder.iterdir()} - {"train.log", "config.json", "source"})
+            if work and config.resume == "never":
+                raise UserError(f"{folder} is there already, with {work[0]}: choose another RUN_ID, or RESUME=auto")
+            if not work:
+                (folder / "train.log").unlink(missing_ok=True)
+            for name in ("train.log", "metrics.jsonl", "source"):
+                if (folder / name).is_symlink():
+                    raise UserError(f"{folder / name} is a link, but a run writes to its own folder only. Remove it.")
+        except BaseException:
+            os.close(lock)
+            raise
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}") from error
     return folder, lock
@@ -4637,8 +4725,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
         raise UserError(
             f"{stream.pattern}: {len(stream)} tokens, fewer than a row of TRAIN_SEQ_LEN={config.train_seq_len}"
         )
-    if not glob(config.shards("val")):
-        raise UserError(f"no shards match {config.shards('val')}")
+    check_disjoint(stream, find_shards(config.shards("val")))
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     coder_package(config.compressor)  # or a UserError, before anything is trained
     folder, lock = on_rank_0(lambda: make_run_folder(config))
@@ -4725,6 +4812,8 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
         ("sliding", "final_int6_sliding_window", run.config.eval_stride),
     ):
         result = run.score(model, stride, nll_fn)
+        tokenizer, shards = run.config.tokenizer_path, find_shards(run.config.shards("val"))
+        on_rank_0(lambda r=result: check_score(r.val_loss, r.val_bpb, r.nll, shards, tokenizer))  # noqa: B023
         run.log.line(f"{label}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
         values |= {f"val_loss_{name}": result.val_loss, f"val_bpb_{name}": result.val_bpb}
     return values | dict(eval_seconds=time.perf_counter() - began)
@@ -4739,7 +4828,30 @@ def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Te
         hessians = collect_hessians(model, (ids for ids, _ in batches), most)
     if c.wants_gradients:
         gradients = collect_gradients(model, calibration_batches(run, model, c.gptq_grad_batches, rows), most)
+    check_finite("Hessians", hessians)
+    check_finite("gradients", {f"{name}, {side}": part for name, parts in gradients.items()
+                               for side, part in zip(("rows", "columns"), parts, strict=True)})  # fmt: skip
     return Statistics(hessians, gradients), training_moments(run, model) or {}
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a run that is done, None without one. UserError where it is not of the artifact beside it."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        scores = [result[f"val_{unit}_{name}"] for unit in ("loss", "bpb") for name in ("roundtrip", "sliding")]
+        if not all(map(math.isfinite, scores)) or result["fits"] not in (True, False):
+            raise ValueError(f"scores {scores}, fits {result['fits']}")
+        if result["sha256_artifact"] != sha256_file(folder / "final_model.int6.ptz"):
+            raise ValueError("sha256_artifact is not that of final_model.int6.ptz")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not the result of a finished run: {error!r}. Delete it to go on from the checkpoint, or, "
+            "where there is none, from the first step."
+        ) from error
+    return result
 
 
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
@@ -4747,10 +4859,9 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     began, signals = process_start(), StopSignals(environ)
     run = prepare_run(config, notices, environ)
     try:
-        path = run.folder / "result.json"
-        if on_rank_0(path.exists):
+        result = on_rank_0(lambda: read_result(run.folder))
+        if result is not None:
             run.log.line(f"note: {run.folder} has its result already")
-            result = on_rank_0(lambda: json.loads(path.read_text(encoding="utf-8")))
         else:
             result = finish_run(run, given, environ, signals, began)
     finally:
@@ -4839,11 +4950,14 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
             print(describe(config))
             return 0
         code = run_all(config, given, notices, environ)
-    except (UserError, FloatingPointError, OSError) as error:
+    except (UserError, ArithmeticError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         code = 128 + stopped.args[0]
+    except KeyboardInterrupt:  # outside of training, which notes it
+        print("stopped: SIGINT", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
     leave_ranks()
     return code
 

@@ -6,15 +6,17 @@ import io
 import json
 import random
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import prepare
 import pytest
 import sentencepiece as spm
+from test_data import write_shard
 
 import train_gpt
-from train_gpt import ByteTable, UserError, check_fingerprint, load_byte_table
+from train_gpt import ByteTable, UserError, check_fingerprint, check_score, load_byte_table, recomputed_score
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS, SPACE = 1, "\u2581"
@@ -143,6 +145,43 @@ def assert_field_rule(sp: spm.SentencePieceProcessor, path: str) -> None:
 FIELD = dict(normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, split_digits=True)
 
 
+def assert_recomputed(sp: spm.SentencePieceProcessor, path: str, folder: Path) -> None:
+    """The score of random losses on all pairs of some tokens, over two shards, by the field's rule piece by piece."""
+    rng = np.random.default_rng(0)
+    tokens = [BOS, *rng.integers(0, sp.vocab_size(), 500).tolist(), BOS, *range(sp.vocab_size()), sp.unk_id(), BOS]
+    nll, cut = rng.gamma(2.0, size=len(tokens) - 1).astype(np.float32), len(tokens) // 3
+    shards = [str(write_shard(folder / f"{i}.bin", part)) for i, part in enumerate((tokens[:cut], tokens[cut:]))]
+    num_bytes = sum(field_bytes(sp, a, b) for a, b in pairwise(tokens))
+    val_loss, val_bpb = recomputed_score(nll, shards, path)
+    total = sum(float(x) for x in nll)
+    assert val_loss == pytest.approx(total / len(nll), rel=1e-12)
+    assert val_bpb == pytest.approx(total / np.log(2) / num_bytes, rel=1e-12)
+    check_score(val_loss, val_bpb, nll, shards, path)
+    for wrong in ((val_loss * (1 + 2e-9), val_bpb), (val_loss, val_bpb * (1 - 2e-9)), (float("nan"), val_bpb)):
+        with pytest.raises(ArithmeticError, match="does not hold"):
+            check_score(*wrong, nll, shards, path)
+    nll[7] = np.nan
+    with pytest.raises(ArithmeticError, match=f"1 of {len(nll)} losses"):
+        check_score(val_loss, val_bpb, nll, shards, path)
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize("dummy", [True, False])
+def test_the_score_is_derived_a_second_time(train_tokenizer, tmp_path, byte_fallback, dummy):
+    sp, path = train_tokenizer(**FIELD | dict(add_dummy_prefix=dummy), byte_fallback=byte_fallback)
+    assert_recomputed(sp, path, tmp_path)
+
+
+def test_the_score_of_a_lossless_tokenizer_is_that_of_the_bytes_of_the_text(demo_tokenizer, demo_data, tmp_path):
+    sp, _ = demo_tokenizer
+    texts = [text for text in ADVERSARIAL if text]
+    tokens = [token for text in texts for token in (BOS, *prepare.encode(sp, text))]
+    nll = np.ones(len(tokens) - 1, np.float32)
+    shard = str(write_shard(tmp_path / "0.bin", tokens))
+    _, val_bpb = recomputed_score(nll, [shard], str(demo_data / "tokenizer.model"))
+    assert val_bpb == pytest.approx(len(nll) / np.log(2) / sum(len(text.encode()) for text in texts), rel=1e-12)
+
+
 @pytest.mark.parametrize("byte_fallback", [True, False])
 def test_field_rule_piece_by_piece(train_tokenizer, byte_fallback):
     sp, path = train_tokenizer(**FIELD, byte_fallback=byte_fallback)
@@ -205,6 +244,21 @@ def test_fingerprint_of_published_validation_sets(tokens, text_bytes):
         with pytest.raises(UserError, match=f"{tokens}.*{(tokens - 1) / wrong:.5f}"):
             check_fingerprint(tokens, wrong)
         check_fingerprint(tokens + 1, wrong)  # a size that nobody published has no fingerprint
+
+
+@pytest.mark.parametrize("num_bytes", [150_638_137, 155_770_000, 182_800_000, 30_500_000])
+def test_a_folder_that_claims_the_challenge_has_its_bytes(num_bytes):
+    """151,073,604 to 151,080,891 by the field's ways of counting; 155.8 million in the first baseline's export."""
+    for right in (151_073_604, 151_080_891):
+        check_fingerprint(60_000_000, right, "data/datasets/fineweb10B_sp2048/fineweb_val_*.bin")
+    with pytest.raises(UserError, match=f"{num_bytes} bytes"):
+        check_fingerprint(60_000_000, num_bytes, "data/datasets/fineweb10B_sp2048/fineweb_val_*.bin")
+    check_fingerprint(60_000_000, num_bytes, "data/datasets/another_text/fineweb_val_*.bin")
+
+
+def test_a_text_without_bytes_is_named():
+    with pytest.raises(UserError, match="no byte of text"):
+        check_fingerprint(70, 0, "here/fineweb_val_*.bin")
 
 
 def write_wrong(kind: str, path: Path, train_tokenizer) -> tuple[dict[str, str], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,16 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import Config, TokenStream, UserError, check_manifest, open_shard, split_batch, step_batches
+from train_gpt import (
+    Config,
+    TokenStream,
+    UserError,
+    check_disjoint,
+    check_manifest,
+    open_shard,
+    split_batch,
+    step_batches,
+)
 
 VOCAB = 1024
 
@@ -225,6 +235,67 @@ def test_a_validation_shard_that_is_listed_but_missing(stream, tmp_path):
     shards = {"fineweb_val_000000.bin": 20, "fineweb_val_000001.bin": 30, "fineweb_val_000002.bin": 7}
     (tmp_path / "manifest.json").write_text(manifest_of(shards))
     assert "fineweb_val_000002.bin" in message_of(check_manifest, found, HASH)
+
+
+def source_of(folder: Path, files: dict[str, int]) -> None:
+    """source.json as data/download.py writes it: files of the data folder, the tokenizer among them."""
+    rows = [{"file": f"datasets/{folder.name}/{name}", "tokens": tokens} for name, tokens in files.items()]
+    rows.append({"file": "tokenizers/fineweb_1024_bpe.model", "tokens": None})
+    (folder / "source.json").write_text(json.dumps({"repo": "a/b", "files": rows}))
+
+
+def test_what_was_downloaded_must_be_there(stream, tmp_path):
+    found, _ = stream(20, 30, split="val")
+    right = {"fineweb_val_000000.bin": 20, "fineweb_val_000001.bin": 30, "fineweb_train_000000.bin": 9}
+    source_of(tmp_path, right)
+    check_manifest(found, HASH)
+    for wrong, word in ((right | {"fineweb_val_000002.bin": 7}, "fineweb_val_000002.bin"),
+                        (right | {"fineweb_val_000001.bin": 31}, "30 tokens"),
+                        ({"fineweb_val_000000.bin": 20}, "fineweb_val_000001.bin")):  # fmt: skip
+        source_of(tmp_path, wrong)
+        message = message_of(check_manifest, found, HASH)
+        assert word in message and "source.json" in message
+    train, _ = stream(9)
+    source_of(tmp_path, right | {"fineweb_train_000001.bin": 99})  # training shards may be fewer
+    check_manifest(train, HASH)
+
+
+@pytest.mark.parametrize("name", ["fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin"])
+@pytest.mark.parametrize("pattern", ["fineweb_val_*.bin", "fineweb_val_0*.bin"])
+def test_byte_sidecars_are_never_read_as_text(stream, tmp_path, name, pattern):
+    stream(20, split="val")
+    write_shard(tmp_path / name, [3] * 20)
+    message = message_of(TokenStream, f"{tmp_path}/{pattern}", VOCAB)
+    assert name in message and "sidecar" in message
+
+
+def linked(val: Path, train: Path) -> None:
+    train.symlink_to(val)
+
+
+def hard_linked(val: Path, train: Path) -> None:
+    os.link(val, train)
+
+
+def copied(val: Path, train: Path) -> None:
+    train.write_bytes(val.read_bytes())
+
+
+def longer(val: Path, train: Path) -> None:
+    write_shard(train, [*open_shard(str(val)).tolist(), 5, 6, 7])
+
+
+@pytest.mark.parametrize("lead", [linked, hard_linked, copied, longer], ids=lambda f: f.__name__)
+def test_training_shards_that_are_validation_shards(tmp_path, lead):
+    val = write_shard(tmp_path / "fineweb_val_000003.bin", random_tokens(3000, seed=1))
+    (tmp_path / "train").mkdir()
+    write_shard(tmp_path / "train/fineweb_train_000000.bin", random_tokens(3000, seed=2))
+    pattern = f"{tmp_path}/train/*.bin"
+    check_disjoint(TokenStream(pattern, VOCAB), [str(val)])
+    train = tmp_path / "train/fineweb_train_000001.bin"
+    lead(val, train)
+    message = message_of(check_disjoint, TokenStream(pattern, VOCAB), [str(val)])
+    assert str(train) in message and str(val) in message
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -326,7 +327,10 @@ def logged(pattern: str) -> Callable[[set[str], str], bool]:
 
 
 def writing(name: str) -> Callable[[set[str], str], bool]:
-    return lambda touched, log: f"{name}.tmp" in touched and name not in touched  # not renamed yet
+    def moment(touched: set[str], log: str) -> bool:
+        return name not in touched and any(re.fullmatch(rf"{re.escape(name)}\.\w+\.tmp", file) for file in touched)
+
+    return moment  # begun, and not renamed yet
 
 
 def started() -> Callable[[set[str], str], bool]:
@@ -411,7 +415,7 @@ def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int
         job = start(work, env, launch)
         hits += strike(job, kill, dice, done, len(kills) - number)
         check_files(job.run, expected)
-        cut |= {file.stem for file in job.run.glob("*.tmp")}
+        cut |= {file.with_suffix("").stem for file in job.run.glob("*.tmp")}
         found = re.findall(r"^stopped: (\S+) after step:(\d+)\b", job.log(), re.M)
         if found:  # an orderly stop loses nothing
             assert len(found) == 1
@@ -517,7 +521,7 @@ def test_kills_while_a_checkpoint_is_written(start, settings, untouched, tmp_pat
         job.wait()
         check_files(job.run, untouched())
         assert (job.run / "checkpoint.pt").exists()
-        halves += (job.run / "checkpoint.pt.tmp").exists()
+        halves += bool(list(job.run.glob("checkpoint.pt.*.tmp")))
     if how == signal.SIGKILL and whom != "agent":
         assert halves >= 2
     assert start(tmp_path, env).wait(300) == [0]
@@ -763,6 +767,208 @@ def test_other_data_are_refused(settings, stopped, tmp_path, monkeypatch, capsys
     assert sha256(run / "checkpoint.pt") == before
 
 
+def test_another_tokenizer_is_refused(settings, stopped, tmp_path, monkeypatch, capsys):
+    """The same pieces, another file: what its ids stand for is not compared, its bytes are."""
+    copy_of(stopped, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    blob = Path(settings["TOKENIZER_PATH"]).read_bytes()
+    (tmp_path / "other.model").write_bytes(blob + b"\xda\x06\x00")  # an unknown field of protobuf, which is skipped
+    given = {**settings, "TOKENIZER_PATH": "other.model", "DATA_PATH": "data"}
+    (tmp_path / "data").mkdir()
+    for shard in Path(settings["DATA_PATH"]).glob("fineweb_train_*.bin"):
+        (tmp_path / "data" / shard.name).symlink_to(shard)
+    assert train_gpt.main([], given) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_moved_data_and_what_comes_after_training_may_differ(settings, stopped, untouched, tmp_path, monkeypatch):
+    """Contents are compared, not names. The weights are those of a run that nobody touched; the log has each change."""
+    run = copy_of(stopped, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "moved").mkdir()
+    for shard in sorted(Path(settings["DATA_PATH"]).glob("fineweb_train_*.bin")):
+        (tmp_path / "moved" / f"part_{shard.name}").write_bytes(shard.read_bytes())
+    (tmp_path / "t.model").write_bytes(Path(settings["TOKENIZER_PATH"]).read_bytes())
+    (tmp_path / "v.bin").write_bytes(Path(settings["VAL_FILES"]).read_bytes())
+    changes = dict(TRAIN_FILES="moved/part_*.bin", TOKENIZER_PATH="t.model", VAL_FILES="v.bin", EVAL_BATCH_SEQS="3",
+                   ATTENTION="sdpa", USE_COMPILE="0", COMPRESSOR="lzma", EVAL_STRIDE="16")  # fmt: skip
+    assert train_gpt.main([], settings | changes) == 0
+    log = (run / "train.log").read_text()
+    for name, value in changes.items():
+        assert re.search(rf"^note: {name}={re.escape(value)}, before the checkpoint ", log, re.M), name
+    weights, expected = torch.load(run / "final_model.pt", weights_only=True), untouched(alone=True)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.weights.items())
+    assert json.loads((run / "result.json").read_text())["val_bpb_roundtrip"] == pytest.approx(
+        expected.scores[2], rel=1e-6
+    )
+
+
+SCORES = dict.fromkeys("val_loss_roundtrip val_bpb_roundtrip val_loss_sliding val_bpb_sliding".split(), 1.0)
+RESULTS = {
+    "cut": '{"fits": tr',
+    "empty": "",
+    "fits alone": '{"fits": true}',
+    "no number": json.dumps(SCORES | dict(fits=True, val_bpb_sliding="1")),
+    "not finite": json.dumps(SCORES | dict(fits=True, val_bpb_sliding=math.nan)),
+    "of another artifact": json.dumps(SCORES | dict(fits=True, sha256_artifact="0")),
+    "a list": "[]",
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_that_is_none_is_named_and_nothing_is_trained_over_it(
+    settings, stopped, tmp_path, monkeypatch, capsys, name
+):
+    run = copy_of(stopped, tmp_path)
+    (run / "result.json").write_text(RESULTS[name])
+    before = sha256(run / "checkpoint.pt")
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([], settings) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "result.json" in error
+    assert sha256(run / "checkpoint.pt") == before
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_name(settings, tmp_path, monkeypatch, capsys):
+    """Whatever it logged gives way; a folder with anything else in it does not."""
+    monkeypatch.chdir(tmp_path)
+    given = {**settings, "RESUME": "never", "CHECKPOINT_EVERY": "0"}
+    (tmp_path / "runs/run/source").mkdir(parents=True)
+    for name in ("train.log", "config.json", "train.log.0123.tmp"):
+        (tmp_path / "runs/run" / name).write_text("model_params:1\n")
+    (tmp_path / "runs/run/notes.txt").write_text("mine")
+    assert train_gpt.main([], given) == 2 and "notes.txt" in capsys.readouterr().err
+    (tmp_path / "runs/run/notes.txt").unlink()
+    assert train_gpt.main([], {**given, "ITERATIONS": "1"}) == 0
+    assert "model_params:1\n" not in (tmp_path / "runs/run/train.log").read_text()
+    assert not list((tmp_path / "runs/run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["train.log", "metrics.jsonl", "source"])
+def test_a_link_out_of_the_run_folder_is_not_followed(settings, stopped, tmp_path, monkeypatch, capsys, name):
+    run, target = copy_of(stopped, tmp_path), tmp_path / "target"
+    if name == "source":
+        target.mkdir()
+        (run / "source").rename(run / "old")
+    else:
+        target.write_text("precious")
+        (run / name).unlink()
+    (run / name).symlink_to(target)
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([], settings) == 2
+    assert f"{name} is a link" in capsys.readouterr().err
+    assert target.read_text() == "precious" if target.is_file() else not list(target.iterdir())
+
+
+def test_a_write_goes_through_no_link(tmp_path):
+    """Neither of the final name nor of any name that could be guessed; a link under the final name is replaced."""
+    precious, path = tmp_path / "precious", tmp_path / "x.json"
+    precious.write_text("precious")
+    for name in ("x.json", "x.json.tmp"):
+        (tmp_path / name).symlink_to(precious)
+    train_gpt.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and not path.is_symlink() and precious.read_text() == "precious"
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What comes after training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """Stands in for a signal that ends the process where it is."""
+
+
+@pytest.mark.parametrize("at", ["read_statistics", "plan_rounding", "score_artifact"])
+def test_training_that_is_done_is_kept_whatever_comes_after(settings, untouched, tmp_path, monkeypatch, at):
+    """Without periodic checkpoints too: the same command goes on with what is left, and trains nothing again."""
+    monkeypatch.chdir(tmp_path)
+    given = {**settings, "CHECKPOINT_EVERY": "0"}
+
+    def broken(*_, **__):
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, at, broken)
+        with pytest.raises(Interrupted):
+            train_gpt.main([], given)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "train_step", broken)
+        patch.setattr(train_gpt, "warm_up", lambda *_: 0.0)  # which takes steps too, and undoes them
+        assert train_gpt.main([], given) == 0
+    assert_same(outcome(tmp_path / "runs/run"), untouched(alone=True))
+    assert outcome(tmp_path / "runs/run").result["resumed"] == [STEPS]
+
+
+@pytest.mark.parametrize("at", ["warm_up", "read_statistics", "score_artifact"])
+def test_an_interrupt_outside_of_training_is_one_line(settings, tmp_path, monkeypatch, capsys, at):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, at, interrupted)
+    assert train_gpt.main([], {**settings, "ITERATIONS": "1", "CHECKPOINT_EVERY": "0"}) == 130
+    assert capsys.readouterr().err.splitlines() == ["stopped: SIGINT"]
+    assert (tmp_path / "runs/run/checkpoint.pt").exists() == (at != "warm_up")
+
+
+NOT_FINITE = {  # by where the first value that is none turns up
+    "Hessians: ": dict(MATRIX_LR="1e38"),
+    "gradients: ": dict(MATRIX_LR="1e38", GPTQ_CALIB_BATCHES="0"),
+    "after step 1: mlp_up_bank ": dict(GPTQ_CALIB_BATCHES="0", QUANT_STEPS="sigmas"),
+}
+
+
+@pytest.mark.parametrize("where", NOT_FINITE)
+def test_what_is_not_finite_after_the_last_step_ends_the_run(settings, tmp_path, monkeypatch, capsys, where):
+    """No later step would see it: without this the quantizer never ends, or rounds it to numbers that are scored."""
+    monkeypatch.chdir(tmp_path)
+    if "bank" in where:
+        finish = train_gpt.Progress.finish
+
+        def spoiled(self, step: int) -> None:
+            self.model.mlp_up_bank.data[1, 2, 3] = math.inf
+            finish(self, step)
+
+        monkeypatch.setattr(train_gpt.Progress, "finish", spoiled)
+    given = {**settings, "ITERATIONS": "1", "VAL_LOSS_EVERY": "0", **NOT_FINITE[where]}
+    assert train_gpt.main([], given) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {where}") and "not finite" in error and error.count("\n") == 1
+    assert not (tmp_path / "runs/run/result.json").exists()
+
+
+RANKS = {
+    "rank too high": (
+        dict(WORLD_SIZE="2", RANK="5", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
+        "RANK=5 of WORLD_SIZE=2",
+    ),
+    "one process, rank 3": (dict(WORLD_SIZE="1", RANK="3"), "RANK=3 of WORLD_SIZE=1"),
+    "no process": (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    "negative": (dict(WORLD_SIZE="-1"), "WORLD_SIZE='-1'"),
+    "no rank": (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "without RANK"),
+    "no address": (dict(WORLD_SIZE="2", RANK="0"), "without MASTER_ADDR, MASTER_PORT"),
+    "no number": (dict(WORLD_SIZE="x"), "WORLD_SIZE='x'"),
+    "empty": (dict(WORLD_SIZE=""), "WORLD_SIZE=''"),
+    "no local rank": (dict(LOCAL_RANK=""), "LOCAL_RANK=''"),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_processes_that_nobody_can_be_are_named_at_once(settings, tmp_path, monkeypatch, capsys, name):
+    announced, words = RANKS[name]
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main([], settings | announced) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
 def test_a_folder_without_leave_to_resume_and_a_resume_without_a_name_are_refused(
     settings, stopped, tmp_path, monkeypatch, capsys
 ):
@@ -776,6 +982,9 @@ def test_a_folder_without_leave_to_resume_and_a_resume_without_a_name_are_refuse
 
 DAMAGE = {
     "truncated": lambda blob: blob[: len(blob) // 2],
+    "one bit": lambda blob: blob[: len(blob) // 2] + bytes([blob[len(blob) // 2] ^ 4]) + blob[len(blob) // 2 + 1 :],
+    "one bit of the checksum": lambda blob: blob[:-1] + bytes([blob[-1] ^ 128]),
+    "without its checksum": lambda blob: blob[:-32],
     "empty": lambda blob: b"",
     "other bytes": lambda blob: b"not a checkpoint" * 100,
 }

@@ -1,5 +1,6 @@
 """GPTQ against a dense float64 elimination and on real inputs; Hessians, steps and the scheme of each tensor."""
 
+import math
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -234,6 +235,17 @@ def test_the_feedback_honours_an_order(given):
         damped = (matrix + 0.05 * np.diag(matrix).mean() * np.eye(24))[columns][:, columns]
         assert (np.tril(factor, -1) == 0).all()
         np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(24), atol=1e-4)
+
+
+@pytest.mark.parametrize("spoil", [math.nan, math.inf, -1.0])
+def test_what_no_damping_makes_positive_definite_ends(spoil):
+    """Indefinite by much more than rounding, or with values that are not finite: an error, not an endless loop."""
+    _, H, _ = random_problem(2, 4, 24, 100, seed=51)
+    H[1] = spoil * H[1] if spoil < 0 else H[1].fill_diagonal_(spoil)
+    said = []
+    with pytest.raises(FloatingPointError, match="positive definite"):
+        make_feedback(H, 0.01, say=said.append)
+    assert len(said) < 9
 
 
 def test_column_weights_are_in_the_order_of_the_columns():
