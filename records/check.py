@@ -30,6 +30,7 @@ from statistics import mean, pstdev, stdev
 from typing import Any, NamedTuple
 
 import zstandard
+from runfiles import escape, read_object
 from scipy import stats
 
 SIZE_CAP = 16_000_000  # bytes of code and model, decimal
@@ -363,7 +364,7 @@ def read_record(path: str | Path) -> Record:
     record.code = [p for p in files if p.suffix == ".py"]
     record.artifacts = [p for p in files if p.suffix == ".ptz"]
     record.certificates = [p for p in files if re.fullmatch(r"certificate.*\.txt", p.name)]
-    record.manifest = read_object(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
+    record.manifest = read_claims(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
     if is_run:
         record.runs = [read_log(*(path / name for name in ("train.log", "eval_ttt.log") if (path / name).exists()))]
         return record
@@ -373,20 +374,18 @@ def read_record(path: str | Path) -> Record:
         record.copies += [f"{run.name} repeats {twin.name}: seed {run.seed}" for twin in same]
         record.runs += [] if same else [run]
     named = sorted(path.glob("submission*.json"), key=lambda p: p.name != "submission.json")
-    record.claims = read_object(named[0], record.problems) if named else {}
+    record.claims = read_claims(named[0], record.problems) if named else {}
     record.readme = "\n".join(p.read_text(errors="replace") for p in files if p.name.lower() == "readme.md")
     return record
 
 
-def read_object(path: Path, problems: list[str]) -> dict[str, Any]:
+def read_claims(path: Path, problems: list[str]) -> dict[str, Any]:
+    """The JSON object of a file; empty, with a problem more, where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_float=Decimal)
+        return read_object(path, decimals=True)
     except ValueError as error:
-        content = error
-    if not isinstance(content, dict):
-        problems.append(f"{path.name} is not a JSON object: {str(content)[:80]}")
+        problems.append(str(error))
         return {}
-    return content
 
 
 def gather_runs(paths: Iterable[Path]) -> list[LogFacts]:
@@ -1141,6 +1140,7 @@ def report(record: Record, verdicts: Sequence[Verdict]) -> str:
     for verdict in sorted(verdicts, key=lambda v: ("pass", "warn", "fail").index(v.status)):
         lines.append(f"{verdict.status}  {verdict.rule:14}  {verdict.evidence}")
     counts = Counter(verdict.status for verdict in verdicts)
+    lines = [escape(line) for line in lines]
     return "\n".join([*lines, f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings"])
 
 
@@ -1154,7 +1154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         against = read_record(arguments.against) if arguments.against else None
         checked = [(record, check(record, against)) for record in map(read_record, arguments.paths)]
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape(str(error))}", file=sys.stderr)
         return 2
     if arguments.json:
         objects = [
@@ -1162,7 +1162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                  verdicts=[verdict._asdict() for verdict in verdicts])
             for record, verdicts in checked
         ]  # fmt: skip
-        print(json.dumps(objects, indent=1, default=str))
+        print(json.dumps(objects, indent=1, default=str).replace("\x7f", "\\u007f"))
     else:
         print("\n\n".join(report(record, verdicts) for record, verdicts in checked))
     return 1 if any(status_of(verdicts) == "fail" for _, verdicts in checked) else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import check
+from runfiles import read_object, read_result
 
 SETTING = re.compile(r"(?m)^  ([A-Z]\w*)=(.*?)( \(given\))?$")
 TEXT_TOLERANCE = 1e-3  # bpb; trainer and evaluator differ by far less on the same artifact, text and windows
@@ -51,7 +51,11 @@ def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
     parts = [SETTING.findall(part) for part in re.split(r"(?m)^RESULT .*\n", log)]
     settings = [{name.lower(): value for name, value, _ in part} for part in parts]
     given = [{name.lower(): value for name, value, mark in part if mark} for part in parts]
-    unsaid = [key for key in ("seed", "world_size", "sha256_code", "versions") if key not in trained]
+    said = ("seed", "world_size", "sha256_code", "versions", "sha256_artifact", "val_bpb_sliding", "val_bpb_roundtrip")
+    unsaid = [key for key in said if key not in trained]
+    if evaluated:
+        wanted = ("settings", "world_size", "sha256_artifact", "val_bpb_roundtrip", "ttt_gain_bpb")
+        unsaid += [f"{key} of the evaluation" for key in wanted if key not in evaluated]
     if unsaid := unsaid + [key for key in ("vocab_size", "eval_seq_len") if key not in settings[0]]:
         raise Refused(f"{path}: no line of its log says {', '.join(unsaid)}")
     text = certificate.read_text() if certificate.exists() else ""
@@ -66,7 +70,8 @@ def read_run(folder: Path) -> Run:
     if missing := [n for n in ("train.log", "result.json", "source", *evaluated) if not (folder / n).exists()]:
         raise Refused(f"{folder} did not finish: it has no {', '.join(missing)}")
     try:
-        read = {n: json.loads((folder / n).read_text()) for n in ("result.json", *evaluated) if n.endswith(".json")}
+        read = {"result.json": read_result(folder / "result.json")}
+        read |= {name: read_object(folder / name) for name in evaluated[1:]}
         run = read_logs(folder, [folder / name for name in ("train.log", *evaluated[:1])], folder / "certificate.txt")
     except ValueError as error:
         raise Refused(f"{folder}: {error}") from error

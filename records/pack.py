@@ -25,10 +25,11 @@ import argparse
 import ast
 import bz2
 import re
-import shutil
 import sys
 from pathlib import Path
 from unittest import mock
+
+from runfiles import escape_lines, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = (ROOT / "train_gpt.py", ROOT / "eval_ttt.py")
@@ -99,8 +100,8 @@ def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
     try:
         small = minify(path.read_text(encoding="utf-8"))
         out.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(pack(small))
-        shutil.copyfile(path, out / f"{path.stem}_readable.py")
+        write_file(target, pack(small))
+        write_file(out / f"{path.stem}_readable.py", path.read_bytes())
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise PackError(f"{path}: {error}") from error
     return path.stat().st_size, len(small.encode()), target.stat().st_size
@@ -114,7 +115,7 @@ def main() -> int:
     try:
         sizes = {path.name: pack_file(path, arguments.out) for path in arguments.files}
     except PackError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
     sizes["together"] = tuple(map(sum, zip(*sizes.values(), strict=True)))
     print(f"{'bytes':20}{'readable':>12}{'minified':>12}{'packed':>12}")

@@ -1,7 +1,7 @@
 """Build a record folder from finished runs, check it, and start its program; or write its pages again; or list all.
 
     python records/submit.py runs/A runs/B runs/C --name Name --track track_10min_16mb [--against FOLDER] [...]
-    python records/submit.py --regenerate records/TRACK/FOLDER
+    python records/submit.py --regenerate records/TRACK/FOLDER [--run-its-code]
     python records/submit.py --table
 
 The runs are three or more of one code, one set of settings and distinct seeds. Where eval_ttt.py scored them, that is
@@ -10,7 +10,8 @@ that ran and requirements.txt; every number is of a RESULT line or a file, score
 It appears only if all of it passed records/check.py and train_gpt.py started in it. --against is a record folder, or
 the mean bpb that one published; the comparison is reported whatever it shows, unless --require-significance refuses
 what does not improve by 0.005 nats at p < 0.01. --regenerate makes README.md and submission.json of such a folder from
-its logs again; author, name and so on are those of its submission.json where the options do not say others.
+its logs again; author, name and so on are those of its submission.json where the options do not say others. The folder
+may be a stranger's: nothing of it is executed unless --run-its-code says so, which starts its train_gpt.py --describe.
 Exit code 0: written; 1: refused, every reason said; 2: the user's input.
 """
 
@@ -22,11 +23,11 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,6 +35,8 @@ from typing import Any, NamedTuple
 
 import check
 from finished import Refused, Run, read_logs, read_runs
+from launch import Crash, trainer
+from runfiles import escape, escape_lines, links, read_object, read_plain, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
@@ -150,7 +153,7 @@ def submission(runs: Sequence[Run], about: Mapping[str, str], comparison: Compar
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
@@ -214,8 +217,12 @@ def compliance(runs: Sequence[Run]) -> str:
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """Settings as environment variables, but for those of a single run."""
-    return {name.upper(): value for name, value in given.items() if name not in PER_RUN}
+    """The settings of train_gpt.py as environment variables, but for those of a single run.
+
+    A log may name anything, PYTHONPATH and LD_PRELOAD too: what is no field of Config is left out.
+    """
+    own = {field.name for field in fields(trainer().Config)}
+    return {name.upper(): value for name, value in given.items() if name in own and name not in PER_RUN}
 
 
 def command(runs: Sequence[Run]) -> str:
@@ -232,7 +239,7 @@ def command(runs: Sequence[Run]) -> str:
         given = {name: run.given[0][name] for name in DATA if name in run.given[0]} | run.given[1]
         own = "MODEL_PATH=runs/seed$SEED/final_model.int6.ptz"
         lines.append(start("eval_ttt.py", own, given, run.evaluated["world_size"]))
-    seeds = " ".join(str(run.seed) for run in runs)
+    seeds = " ".join(str(int(run.seed)) for run in runs)
     return "\n".join([f"for SEED in {seeds}; do", *(f"  {line}" for line in lines), "done"])
 
 
@@ -251,19 +258,20 @@ def readme(claims: Mapping[str, Any], runs: Sequence[Run], comparison: Compariso
         "Environment": "\n".join(f"{hardware(runs[0])}: {each}." for each in sorted(used)),
         "Files": f"The code that ran, by SHA-256: {code}. Logs: training, then evaluation where separate.",
     }
-    return "\n\n".join([
+    return escape_lines("\n\n".join([
         f"# {claims['name']}: val_bpb {bpb:.5f} ({n}-seed mean)",
         f"**{bpb:.8f} bpb / {nats:.8f} nats a token** (`{label}`; mean of {n} seeds, std {spread}) | "
         f"**{claims['bytes_total']:,} bytes** at most | {claims['hardware']}",
         *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
-    ]) + "\n"  # fmt: skip
+    ]) + "\n")  # fmt: skip
 
 
 def requirements(versions: Mapping[str, Any]) -> str:
     """The project's requirements, with the versions that ran where RESULT says them."""
     text = (ROOT / "requirements.txt").read_text()
     for name in ("torch", "numpy"):
-        text = re.sub(rf"(?m)^{name}==.*$", f"{name}=={versions[name].partition('+')[0]}", text)
+        version = re.match(r"[\w.]*", str(versions[name]))[0]  # without the local part, +cu128
+        text = re.sub(rf"(?m)^{name}==.*$", f"{name}=={version}", text)
     return text
 
 
@@ -280,19 +288,20 @@ def write_pages(folder: Path, runs: Sequence[Run], about: Mapping[str, str], aga
     if significant and not comparison.shown:
         raise Refused(comparison.verdict())
     claims = submission(runs, about, comparison)
-    (folder / "submission.json").write_text(json.dumps(claims, indent=1, ensure_ascii=False) + "\n")
-    (folder / "README.md").write_text(readme(claims, runs, comparison))
+    text = escape_lines(json.dumps(claims, indent=1, ensure_ascii=False))
+    write_file(folder / "submission.json", f"{text}\n".encode())
+    write_file(folder / "README.md", readme(claims, runs, comparison).encode())
 
 
 def write_rest(folder: Path, runs: Sequence[Run]) -> None:
     """The code that ran, logs, certificates, and requirements.txt."""
     for path in sorted((runs[0].path / "source").iterdir()):
-        shutil.copyfile(path, folder / path.name)
+        write_file(folder / path.name, read_plain(path))
     for run in runs:
-        (folder / f"train_seed{run.seed}.log").write_bytes(run.log.encode())
+        write_file(folder / f"train_seed{run.seed}.log", run.log.encode())
         if run.certificate:
-            (folder / f"certificate_seed{run.seed}.txt").write_text(run.certificate)
-    (folder / "requirements.txt").write_text(requirements(runs[0].trained["versions"]))
+            write_file(folder / f"certificate_seed{run.seed}.txt", run.certificate.encode())
+    write_file(folder / "requirements.txt", requirements(runs[0].trained["versions"]).encode())
 
 
 def smoke_start(folder: Path, run: Run) -> None:
@@ -307,23 +316,30 @@ def smoke_start(folder: Path, run: Run) -> None:
         raise Refused(f"in the folder, train_gpt.py --describe fails: {said}") from error
 
 
-def verify(folder: Path, run: Run) -> list[check.Verdict]:
-    """What check.py says of FOLDER. Refused where it finds a fault or the trainer does not start."""
+def refuse_links(folder: Path) -> None:
+    """Refused where `folder` holds links, pipes or devices: what is copied must be what lies in it."""
+    if found := sorted(links(folder)):
+        raise Refused(*(f"{path} is a link or no plain file: put the file itself there" for path in found))
+
+
+def verify(folder: Path, run: Run, run_code: bool) -> list[check.Verdict]:
+    """What check.py says of `folder`. Refused for a fault, or where with `run_code` the trainer does not start."""
     verdicts = check.check(check.read_record(folder))
     if faults := [f"{v.rule}: {v.evidence}" for v in verdicts if v.status == "fail"]:
         raise Refused(*faults)
-    smoke_start(folder, run)
+    if run_code:
+        smoke_start(folder, run)
     return verdicts
 
 
 def describe(arguments: argparse.Namespace, known: Mapping[str, Any]) -> dict[str, str]:
     """What only a person knows of a record: the options, else what is KNOWN. ValueError without a name."""
-    what = arguments.what if arguments.what is not None else known.get("technique_summary", "")
-    if os.path.isfile(what):
+    what = arguments.what if arguments.what is not None else str(known.get("technique_summary") or "")
+    if arguments.what is not None and os.path.isfile(what):
         what = Path(what).read_text()
-    elif re.fullmatch(r"\S+\.(md|txt)", what):
+    elif arguments.what is not None and re.fullmatch(r"\S+\.(md|txt)", what):
         raise ValueError(f"--what {what}: no such file")
-    about = {key: known.get(key, "") for key in ("author", "github_id", "name", "date", "track")}
+    about = {key: str(known.get(key) or "") for key in ("author", "github_id", "name", "date", "track")}
     about |= {key: getattr(arguments, key) for key in about if getattr(arguments, key, None) is not None}
     if not about["name"]:
         raise ValueError("folders of runs and --name are needed")
@@ -339,6 +355,8 @@ def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
     place = arguments.out / track / f"{about['date']}_{name}"
     if place.exists():
         raise ValueError(f"{place} is there already: choose another name")
+    for path in filter(Path.is_dir, arguments.runs):
+        refuse_links(path)
     runs = read_runs(arguments.runs, track)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out, prefix=".building-") as beside:
@@ -346,30 +364,55 @@ def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
         folder.mkdir()
         write_pages(folder, runs, about, arguments.against, arguments.require_significance)
         write_rest(folder, runs)
-        verdicts = verify(folder, runs[0])
+        verdicts = verify(folder, runs[0], True)
         place.parent.mkdir(exist_ok=True)
         os.rename(folder, place)
     return place, verdicts
 
 
+def named_record(against: str, records: Path) -> str:
+    """The folder of the record that a submission.json names, below `records`, or a mean in bpb as it is.
+
+    ValueError for anything else: the name is a stranger's, and no other folder is read for it.
+    """
+    if re.fullmatch(r"\d*\.?\d+", against):
+        return against
+    plain = against not in ("", ".", "..") and not re.search(r"[/\\\0]", against)
+    for track in sorted(records.glob("track_*")) if plain else ():
+        folder = track / against
+        if folder.is_dir() and folder.resolve().is_relative_to(records):
+            return str(folder)
+    raise ValueError(f"comparison.against is {against}: neither a folder of {records}/track_* nor a mean in bpb")
+
+
 def regenerate(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
     """Write README.md and submission.json of a record of ours again, from its logs; returns as `submit`."""
     place = arguments.regenerate.resolve()
-    known = check.read_object(place / "submission.json", []) if (place / "submission.json").exists() else {}
+    refuse_links(place)
+    known = read_object(place / "submission.json", decimals=True) if (place / "submission.json").exists() else {}
     logs = {path: path.with_name(path.name.replace("train", "certificate")).with_suffix(".txt")
             for path in place.glob("train_seed*.log")}  # fmt: skip
     if not logs:
         raise ValueError(f"{place}: no folder with logs of the name train_seed*.log")
     runs = sorted((read_logs(path, [path], audit) for path, audit in logs.items()), key=lambda run: run.seed)
     about = describe(arguments, dict(track=place.parent.name, date=place.name[:10]) | known)
-    against = arguments.against or known.get("comparison", {}).get("against", "")
-    against = str(next(place.parent.parent.glob(f"track_*/{against}/"), against)) if against else ""
+    before = known.get("comparison")
+    before = str(before.get("against") or "") if isinstance(before, dict) else ""
+    against = arguments.against or (named_record(before, place.parent.parent) if before else "")
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".building-") as beside:
-        folder = Path(shutil.copytree(place, Path(beside) / place.name))
+        folder = Path(beside) / place.name
+        folder.mkdir()
+        for path in (p for p in place.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+            (folder / path.relative_to(place)).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / path.relative_to(place), read_plain(path))
         write_pages(folder, runs, about, against, arguments.require_significance)
-        verdicts = verify(folder, runs[0])
+        verdicts = verify(folder, runs[0], arguments.run_its_code)
         for name in ("submission.json", "README.md"):
             os.replace(folder / name, place / name)
+    if not arguments.run_its_code:
+        print(
+            f"note: no program of {escape(str(place))} was started; --run-its-code starts its train_gpt.py --describe"
+        )
     return place, verdicts
 
 
@@ -377,7 +420,7 @@ def table(records: Path) -> str:
     """All records, the best of each track first; a number that a submission.json lacks is a dash."""
     found = []
     for path in records.glob("track_*/*/submission.json"):
-        claims, folder = check.read_object(path, []), path.parent
+        claims, folder = check.read_claims(path, []), path.parent
         seeds = len(check.claimed_seeds(check.Record(folder, "folder", claims=claims))) or None
         numbers = [*map(claims.get, ("val_bpb", "val_bpb_std", "val_loss")), seeds, claims.get("bytes_total")]
         numbers = [float(number) if check.is_number(number) else math.inf for number in numbers]
@@ -397,9 +440,7 @@ def write_table(records: Path) -> Path:
     if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
         raise ValueError(f"{path} has no place for the table: {MARKERS[0]} and {MARKERS[1]}, once each, in this order")
     head, tail = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
-    beside = path.with_name(".README.md.new")
-    beside.write_text(f"{head}{MARKERS[0]}\n\n{table(records)}\n\n{MARKERS[1]}{tail}")
-    os.replace(beside, path)
+    write_file(path, f"{head}{MARKERS[0]}\n\n{table(records)}\n\n{MARKERS[1]}{tail}".encode())
     return path
 
 
@@ -409,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("runs", nargs="*", type=Path, default=[], help="folders of finished runs")
     what.add_argument("--regenerate", type=Path, metavar="FOLDER", help="write a record's pages from its logs again")
     what.add_argument("--table", action="store_true", help="write the table of all records into OUT/README.md")
+    parser.add_argument("--run-its-code", action="store_true", help="with --regenerate: start FOLDER/train_gpt.py too")
     parser.add_argument("--name", help="of the record; its folder is DATE_NAME")
     parser.add_argument("--track", choices=TRACKS, help=f"default: {TRACKS[0]}")
     parser.add_argument("--author", help="who submits it")
@@ -424,10 +466,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         folder, verdicts = regenerate(arguments) if arguments.regenerate else submit(arguments)
     except Refused as refused:
-        print(*(f"refused: {reason}" for reason in refused.args), sep="\n", file=sys.stderr)
+        print(*(f"refused: {escape(str(reason))}" for reason in refused.args), sep="\n", file=sys.stderr)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, Crash) as error:
+        print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
     print(check.report(check.read_record(folder), verdicts))
     return 0

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
@@ -260,7 +261,8 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
     "failed": (lambda run: (run / "result.json").unlink(), "42 did not finish: it has no result.json"),
     "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 did not finish: it has no eval_ttt.json"),
     "no log": (lambda run: (run / "train.log").unlink(), "it has no train.log"),
-    "cut JSON": (lambda run: (run / "result.json").write_text("{"), "42: Expecting"),
+    "a part of a result": (lambda run: (run / "result.json").write_text('{"fits": true}'), "lacks val_bpb_sliding"),
+    "cut JSON": (lambda run: (run / "result.json").write_text("{"), "result.json is not a JSON object: Expecting"),
     "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "no line of its log says seed, world"),
     "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "no line of its log says world_size"),
     "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "is what result.json says"),
@@ -443,6 +445,98 @@ def test_pages_that_cannot_be_written_again_stay(copy, no_start, spoil, code, wo
     before = snapshot(copy)
     done = regenerate(copy)
     assert done.code == code and words in done.err and snapshot(copy) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A stranger's folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def starts(monkeypatch) -> list[SimpleNamespace]:
+    """The processes that submit.py would start, with their environment; none is started."""
+    found = []
+    monkeypatch.setattr(
+        submit.subprocess, "run", lambda words, **how: found.append(SimpleNamespace(words=words, **how))
+    )
+    return found
+
+
+def test_a_strangers_program_is_started_only_when_asked(copy, starts):
+    assert regenerate(copy).code == 0 and not starts
+    assert regenerate(copy, "--run-its-code").code == 0 and len(starts) == 1
+    assert starts[0].words[1:] == ["train_gpt.py", "--describe"]
+
+
+FOREIGN_NAMES = ("PYTHONPATH", "LD_PRELOAD", "PATH", "PYTHONSTARTUP", "BASH_ENV", "IGNORE_ENV", "RECIPE", "path")
+
+
+def test_only_our_own_settings_are_taken_from_a_log(copy, starts):
+    lines = "".join(f"  {name}=/x/{name} (given)\n" for name in FOREIGN_NAMES)
+    for log in copy.glob("train_seed*.log"):
+        log.write_text(lines + log.read_text())
+    assert regenerate(copy, "--run-its-code").code == 0
+    ours = {name.upper() for name in vars(train_gpt.Config())}
+    assert set(starts[0].env) - ours <= {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"}
+    assert "ITERATIONS" in starts[0].env and not [value for value in starts[0].env.values() if "/x/" in value]
+    assert "ITERATIONS=" in (text := (copy / "README.md").read_text()) and "/x/" not in text
+
+
+@pytest.mark.parametrize(
+    "against", ["/usr", "..", ".", "../..", "../../outside", "out", "*", "2026*", "\x1b[2J", 7, []]
+)
+def test_a_comparison_reads_nothing_outside_the_records(copy, tmp_path, no_start, against):
+    write_logs(tmp_path / "outside", dict(zip(SEEDS, (9.1, 9.2, 9.3), strict=True)))
+    (copy.parent / "out").symlink_to(tmp_path / "outside")
+    claims = json.loads((copy / "submission.json").read_text())
+    claims["comparison"]["against"] = against
+    (copy / "submission.json").write_text(json.dumps(claims))
+    before = snapshot(copy)
+    done = regenerate(copy)
+    if against in (7, []):  # a mean, and nothing
+        assert done.code == 0
+    else:
+        assert done.code == 2 and "neither a folder of" in done.err and "\x1b" not in done.err
+        assert snapshot(copy) == before
+
+
+def test_links_are_not_packed(runs, tmp_path, no_tree):
+    (tmp_path / "secret").write_text("secret")
+    (runs[1] / "source/more.env").symlink_to(tmp_path / "secret")
+    (runs[2] / "certificate.txt").symlink_to(tmp_path / "secret")
+    for run, name in ((runs[1], "more.env"), (runs[2], "certificate.txt")):
+        done = start(runs, tmp_path / "out")
+        assert done.code == 1 and f"{name} is a link" in done.err and not (tmp_path / "out").exists()
+        next(run.rglob(name)).unlink()
+
+
+def test_links_of_a_record_are_not_copied(copy, tmp_path):
+    (copy / "all").symlink_to("/")
+    done = regenerate(copy)
+    assert done.code == 1 and "all is a link" in done.err
+
+
+def test_escape_codes_reach_neither_terminal_nor_page(copy, no_start):
+    for log in copy.glob("train_seed*.log"):
+        log.write_text(
+            log.read_text().replace("(given)", "\x1b[2J (given)", 3).replace('"gpu": "', '"gpu": "\\u001b[2J\u202e')
+        )
+    claims = json.loads((copy / "submission.json").read_text())
+    claims |= dict(author="A\x1b]0;x\x07", name="N\x9b", technique_summary="one\ntwo\r\x08")
+    (copy / "submission.json").write_text(json.dumps(claims))
+    done = regenerate(copy)
+    assert done.code == 0, done.err
+    written = [(copy / name).read_text() for name in ("README.md", "submission.json")]
+    for text in (done.out, done.err, *written):
+        assert not [c for c in text if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"]
+    assert "one\ntwo\\u000d" in written[0] and json.loads(written[1])["name"] == "N\x9b"
+    assert "\\u001b" in submit.table(copy.parent.parent)
+
+
+def test_a_page_names_no_file_that_is_read(copy, no_start):
+    claims = json.loads((copy / "submission.json").read_text()) | dict(technique_summary=str(ROOT / "pyproject.toml"))
+    (copy / "submission.json").write_text(json.dumps(claims))
+    assert regenerate(copy).code == 0 and "[tool." not in (copy / "README.md").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

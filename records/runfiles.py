@@ -1,0 +1,128 @@
+"""Files of runs and records: written without following links, read with a line of what is wrong, shown without escapes.
+
+Folders of runs and records may come from strangers. Whatever the tools write goes through `write_file` or `create`, so
+that a link planted under a predictable name is never written through. Reading follows links, except where a file is
+copied into a record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from decimal import Decimal
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any
+
+METRIC = "val_bpb_sliding"
+# C0 but for tab and newline, DEL, C1, soft hyphen, what turns the direction of text, separators, surrogates, BOM
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+)
+
+
+def escape(text: str, keep: str = "") -> str:
+    r"""`text` with control characters, tab and newline as \uXXXX, which JSON reads too; those of `keep` stay."""
+    for character in set("\t\n") - set(keep):
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def escape_lines(text: object) -> str:
+    """`text` for a terminal or a page: its lines stay, control characters are escaped."""
+    return escape(str(text), keep="\t\n")
+
+
+def open_new(folder: Path) -> tuple[Path, IO[bytes]]:
+    """A new file of a random name in `folder`, open for writing."""
+    path = folder / f".{secrets.token_hex(8)}.tmp"
+    return path, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+
+
+def create(path: Path) -> IO[bytes]:
+    """Open an empty file in the place of `path`. What stood there, a link too, is replaced, never opened."""
+    temporary, file = open_new(path.parent)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        file.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    return file
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` under a random name beside `path`, then rename: `path` is never half-written."""
+    temporary, file = open_new(path.parent)
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Write a matplotlib figure by `write_file`, in the format that the suffix of `path` names."""
+    picture = BytesIO()
+    figure.savefig(picture, format=path.suffix[1:] or "png", **options)
+    write_file(path, picture.getvalue())
+
+
+def links(folder: Path) -> Iterator[Path]:
+    """Whatever below `folder` is neither a folder nor a plain file: links, also to folders, pipes, devices."""
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if not stat.S_ISDIR(mode := path.lstat().st_mode) and not stat.S_ISREG(mode):
+                yield path
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a plain file. OSError for a link, ValueError for a pipe or a device."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a plain file")
+        return file.read()
+
+
+def is_below(path: str | Path, *roots: str | Path) -> bool:
+    """Whether `path`, without `..` but with its links as they are, is one of `roots` or below it."""
+    place = Path(os.path.abspath(path))
+    return any(place.is_relative_to(os.path.abspath(root)) for root in roots)
+
+
+def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any]:
+    """The JSON object of a file, its floats as Decimal where `decimals`. ValueError with one line where it is none.
+
+    So too where it lacks one of `keys`, and for a link to a pipe or a device.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_float=Decimal if decimals else float)
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is not a JSON object: {escape(str(error))[:200]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object: {escape(str(content))[:80]}")
+    if missing := [key for key in keys if key not in content]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return content
+
+
+def read_result(path: Path, *keys: str) -> dict[str, Any]:
+    """result.json of a finished run, with its sliding score and `keys`. ValueError that says what is missing."""
+    result = read_object(path)
+    numbers = {key for key in (METRIC, *keys) if key.startswith(("val_", "bytes_")) or key == "steps"}
+    missing = [key for key in (METRIC, *keys) if key not in result]
+    missing += [f"{key} as a number, not {escape(str(result[key]))[:40]}" for key in sorted(numbers & result.keys())
+                if not isinstance(result[key], int | float) or isinstance(result[key], bool)]  # fmt: skip
+    if missing:
+        raise ValueError(f"{path} is not the result of a finished run: it lacks {', '.join(missing)}")
+    return result
