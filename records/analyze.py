@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from runfiles import escape_lines, read_object, read_result, save_figure, write_file
 from scipy import stats
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -131,13 +132,16 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     ValueError for a folder that holds no finished run.
     """
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = read_result(folder / "result.json")
         evaluated = folder / "eval_ttt.json"
         if evaluated.exists():
-            scores = json.loads(evaluated.read_text())
+            scores = read_object(evaluated, "val_bpb_ttt", "ttt_gain_bpb")
             result |= {key: scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except OSError as error:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics = [json.loads(line) for line in lines]
+        if bad := [i for i, row in enumerate(metrics, 1) if not isinstance(row, dict) or "seconds" not in row]:
+            raise ValueError(f"line {bad[0]} of metrics.jsonl says no seconds")
+    except (ValueError, OSError) as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
     return result, metrics
 
@@ -148,10 +152,10 @@ def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.C
     ValueError where there is no config.json, or one with settings that this version does not know.
     """
     try:
-        settings = json.loads((folder / "config.json").read_text())["config"]
+        settings = dict(read_object(folder / "config.json", "config")["config"])
         if (folder / "eval_ttt.json").exists():
-            settings |= json.loads((folder / "eval_ttt.json").read_text())["settings"]
-    except (OSError, KeyError) as error:
+            settings |= read_object(folder / "eval_ttt.json", "settings")["settings"]
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder} is no folder of a run: {error}") from error
     if unknown := sorted(set(settings) - {f.name for f in fields(tg.Config)}):
         raise ValueError(f"{folder}/config.json: unknown settings {', '.join(unknown)}, written by another version")
@@ -207,10 +211,10 @@ def write_report(given: argparse.Namespace, text: str, report: Any, paint: Calla
     """Print TEXT, and write it with the JSON and the picture to --out, or to A's folder."""
     folder = given.out or (given.a if given.a.is_dir() else given.a.parent)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / given.command
+    stem, text = folder / given.command, escape_lines(text)
     print(text)
-    tg.write_atomically(stem.with_suffix(".txt"), (text + "\n").encode())
-    tg.write_atomically(stem.with_suffix(".json"), json.dumps(report, indent=1).encode())
+    write_file(stem.with_suffix(".txt"), (text + "\n").encode())
+    write_file(stem.with_suffix(".json"), json.dumps(report, indent=1).encode())
     paint(stem.with_suffix(".png"))
     print(f"written: {stem}.txt, .json, .png")
 
@@ -242,7 +246,7 @@ def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
     left.set(xlabel="seconds of training", ylabel="training loss, nats per token")
     right.set(xlabel="seconds of training", ylabel="validation bits per byte (dotted: artifact, sliding)")
     left.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def curves(given: argparse.Namespace) -> None:
@@ -251,8 +255,8 @@ def curves(given: argparse.Namespace) -> None:
     path = given.out or given.runs[0] / "curve.png"
     draw(runs, path)
     report = {name: dict(result=result, metrics=metrics) for name, (result, metrics) in runs.items()}
-    tg.write_atomically(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
-    print(table({name: result for name, (result, _) in runs.items()}))
+    write_file(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
+    print(escape_lines(table({name: result for name, (result, _) in runs.items()})))
     print(f"curve: {path}")
 
 
@@ -278,7 +282,7 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
             raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in {', '.join(shards)}, "
                              "or not all finite")  # fmt: skip
         if (path.parent / "eval_ttt.json").exists():
-            scored = json.loads((path.parent / "eval_ttt.json").read_text())["sha256_shards"]
+            scored = read_object(path.parent / "eval_ttt.json", "sha256_shards")["sha256_shards"]
             if set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
                 raise ValueError(f"{path} scored {', '.join(scored)}, which are not {', '.join(shards)}")
     return losses, tokens, byte_table
@@ -359,7 +363,7 @@ def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, 
     for axis in axes:
         axis.axhline(0, color="black", linewidth=0.8)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def nll(given: argparse.Namespace) -> None:
@@ -806,7 +810,7 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Pa
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
     figure.suptitle(f"{title}\nsolid: A; dashed: B, or A to B; dotted: null, or A to null; bars: 2 standard errors")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def settings_apart(a: tg.Config, b: tg.Config) -> list[str]:
@@ -826,7 +830,7 @@ def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[st
     tokenizer = Path(configs["A"].tokenizer_path)
     for folder in folders.values():
         result = folder / "result.json"
-        trained = json.loads(result.read_text()).get("sha256_tokenizer") if result.exists() else None
+        trained = read_object(result).get("sha256_tokenizer") if result.exists() else None
         if trained and trained != tg.sha256_file(tokenizer):
             raise ValueError(f"{folder} was trained with another tokenizer than {tokenizer}")
     ways = [f.name for f in fields(tg.Config) if f.metadata["section"] in ("data", "scoring", "evaluator")]
@@ -914,7 +918,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         COMMANDS[given.command](given)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
     return 0
 

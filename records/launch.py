@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -20,9 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from runfiles import METRIC, create, escape, read_result
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = (ROOT / "train_gpt.py", ROOT / "eval_ttt.py")
-METRIC = "val_bpb_sliding"
 POLL = 0.2  # seconds between two looks at a run
 ANY_RUN = dict(seed=0, run_id="")  # in the place of what each run has its own of
 
@@ -70,6 +72,11 @@ def config_hash(environ: Mapping[str, str]) -> str:
     return digest(asdict(tg.load_config(environ)[0]) | ANY_RUN, [tg.sha256_file(path) for path in PROGRAMS])
 
 
+def finished_result(folder: Path) -> dict[str, Any]:
+    """result.json with what sweeps and ledger need of it. ValueError that says what is missing."""
+    return read_result(folder / "result.json", "bytes_total", "fits")
+
+
 def train(
     run_id: str,
     environ: Mapping[str, str],
@@ -79,18 +86,25 @@ def train(
 ) -> dict[str, Any]:
     """result.json of a run, which is started unless it is there; a folder that an earlier start left half stays.
 
+    So does one whose result.json lacks something: a line says what, and the run is started beside it.
     WATCH is called every POLL seconds with the run's folder; what it raises ends the run. Crash where no result comes.
     """
     for attempt in itertools.count(1):
-        folder = Path("runs") / (run_id if attempt == 1 else f"{run_id}_start{attempt}")
-        if (folder / "result.json").exists() or not folder.exists():
+        folder, result = Path("runs") / (run_id if attempt == 1 else f"{run_id}_start{attempt}"), {}
+        if not os.path.lexists(folder):
             break
-    if started := not folder.exists():
+        if (folder / "result.json").exists():
+            try:
+                result = finished_result(folder)
+                break
+            except ValueError as error:
+                print(f"note: {error}; the run is started again", file=sys.stderr, flush=True)
+    if started := not result:
         logs.mkdir(parents=True, exist_ok=True)
         output = logs / f"{folder.name}.out"
         command = [sys.executable, "-I", "-c", GUARD, *launcher, str(PROGRAMS[0])]
         with (
-            open(output, "wb") as file,
+            create(output) as file,
             subprocess.Popen(command, env={**environ, "RUN_ID": folder.name}, stdin=subprocess.PIPE, stdout=file,
                              stderr=subprocess.STDOUT, start_new_session=True) as guard,
         ):  # fmt: skip
@@ -100,8 +114,11 @@ def train(
                     guard.wait(POLL)
         if not (folder / "result.json").exists():
             last = output.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise Crash(f"{folder}: exit code {guard.returncode}, see {output}: {last[:200]}")
-    result = json.loads((folder / "result.json").read_text())
+            raise Crash(f"{folder}: exit code {guard.returncode}, see {output}: {escape(last)[:200]}")
+        try:
+            result = finished_result(folder)
+        except ValueError as error:
+            raise Crash(str(error)) from error
     if not isfinite(result[METRIC]):
         raise Crash(f"{folder}: {METRIC} is {result[METRIC]}")
     if started:

@@ -6,6 +6,7 @@ import ast
 import csv
 import fcntl
 import glob
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 from launch import ANY_RUN, METRIC, PROGRAMS, ROOT, Crash, digest, train, trainer
 
 COLUMNS = ("date", "commit", "config", "bpb", "bytes", "seconds", "verdict", "note", "scorer", "task", "budget", "run")
+DIGITS = 6  # of the bpb in a line: a score is compared as it will stand there
 FIXED = ("scorer", "task", "budget")  # alike in all lines, else their scores could not be compared
 SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch", "score",
           "Run.val_tokens", "Run.score", "score_artifact", "ByteTable", "load_byte_table", "read_validation",
@@ -97,7 +99,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Add a line, after a head where there is none; other processes wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # no link: a line goes into this file or none
+    with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         head = "" if path.stat().st_size else "\t".join(COLUMNS) + "\n"
         file.write(head + "\t".join(str(line[name]) for name in COLUMNS) + "\n")
@@ -113,8 +116,8 @@ def refuse_changes(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def is_best(bpb: float, lines: Sequence[Mapping[str, str]]) -> bool:
-    """Whether BPB is below that of every line kept."""
-    return all(bpb < float(old["bpb"]) for old in lines if old["verdict"] == "keep")
+    """Whether `bpb`, with the digits that a line has, is below that of every line kept."""
+    return all(round(bpb, DIGITS) < float(old["bpb"]) for old in lines if old["verdict"] == "keep")
 
 
 def what_is_tried(environ: Mapping[str, str]) -> dict[str, str]:
@@ -154,7 +157,9 @@ def experiment(note: str, seconds: int, launcher: Sequence[str], environ: Mappin
         refuse_changes(path, line)
         result = train(line["run"], environ, launcher, path.parent, watch)
         better = result["fits"] and result.get("legal", True) and is_best(result[METRIC], read(path))
-        line |= dict(bpb=f"{result[METRIC]:.6f}", bytes=result["bytes_total"], verdict="keep" if better else "discard")
+        line |= dict(
+            bpb=f"{result[METRIC]:.{DIGITS}f}", bytes=result["bytes_total"], verdict="keep" if better else "discard"
+        )
     except Crash as error:
         print(f"error: {error}", file=sys.stderr)
     line["seconds"] = f"{time.monotonic() - began:.0f}"

@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
+from io import TextIOWrapper
 from math import prod, sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -45,7 +46,9 @@ from ledger import experiment
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
+from runfiles import create, escape_lines, save_figure, write_file
 from scipy import optimize, stats
+from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 try:
@@ -234,7 +237,8 @@ class Sweep:
         self.points = list(space.grid()) if space.sampler == "grid" else [{}] * space.trials  # {}: the sampler chooses
         self.folder, self.stop, self.lock = Path("runs") / space.name, threading.Event(), threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.storage = open_storage(storage or f"sqlite:///{self.folder / 'study.db'}", grace)
+        own = URL.create("sqlite", database=str(self.folder / "study.db"))  # quotes what a URL would take apart
+        self.storage = open_storage(storage or own.render_as_string(), grace)
         pruner = optuna.pruners.MedianPruner(space.prune) if space.prune else optuna.pruners.NopPruner()
         self.study = optuna.create_study(storage=self.storage, study_name=space.name, sampler=SAMPLERS[space.sampler](),
                                          pruner=pruner, load_if_exists=True)  # fmt: skip
@@ -381,7 +385,7 @@ def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> Non
             | {name: as_text(value) for name, value in trial.params.items()}
         )
     rows.sort(key=lambda row: (order.index(row["state"]), row["val_bpb"] or 0.0))
-    with open(folder / "trials.csv", "w", newline="", encoding="utf-8") as file:
+    with TextIOWrapper(create(folder / "trials.csv"), encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
@@ -411,7 +415,7 @@ def draw(study: optuna.Study, folder: Path) -> None:
         ("importance", plots.plot_param_importances),
     ):
         figure = plot(study, params=swept).figure
-        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        save_figure(figure, folder / f"{name}.png", dpi=120, bbox_inches="tight")
         matplotlib.pyplot.close(figure)
         print(f"picture: {folder / name}.png")
 
@@ -455,11 +459,11 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
         raise ValueError(f"{files[0]} and {files[1]} are the same setting")
     folder = Path("runs") / f"compare_{a}_{b}_{digest(keys)}"
     plan = folder / "seeds.json"
-    if plan.exists() and json.loads(plan.read_text()) != sorted(seeds):
-        raise ValueError(f"{plan} fixed the seeds at {plan.read_text()} before the first run; to stop earlier "
+    if plan.exists() and (fixed := plan.read_text(encoding="utf-8").strip()) != json.dumps(sorted(seeds)):
+        raise ValueError(f"{plan} fixed the seeds at {fixed} before the first run; to stop earlier "
                          "or to go on because of what was seen would make the p-value wrong")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    plan.write_text(json.dumps(sorted(seeds)))
+    write_file(plan, json.dumps(sorted(seeds)).encode())
     scores: list[list[float]] = [[], []]
     for turn, seed in enumerate(seeds):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):  # ABBA: what drifts with time hits both alike
@@ -476,7 +480,7 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
           f"p = {found.p:.2g} (paired t-test, two-sided; n = {found.n}, fixed before)")  # fmt: skip
     print(f"smallest effect that {found.n} seeds see, p < {ALPHA} four times in five: {found.visible:.5f}")
     result = dict(seeds=seeds, a=scores[0], b=scores[1], **found._asdict())
-    (folder / "result.json").write_text(json.dumps(result))
+    write_file(folder / "result.json", json.dumps(result).encode())
     return 0
 
 
@@ -543,7 +547,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
             return experiment(given.note, given.seconds, given.launcher, environ, given.ledger)
         return sweep(given, environ)
     except (Crash, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 1 if isinstance(error, Crash) else 2
     except KeyboardInterrupt:
         return 1

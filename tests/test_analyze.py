@@ -612,3 +612,19 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
     assert code == 0 and plotted(tmp_path / "picture.png")
     code, text = said(capsys, tmp_path / "missing")
     assert code == 2 and "missing holds no finished run" in text
+    (a / "outside").write_text("kept")
+    for name in ("curve.png", "curve.json"):
+        (a / name).unlink()
+        (a / name).symlink_to(a / "outside")
+    assert said(capsys, a)[0] == 0 and plotted(a / "curve.png") and (a / "outside").read_text() == "kept"
+    for name, content, words in (
+        ("metrics.jsonl", "[]\n", "line 1 of metrics.jsonl"),
+        ("eval_ttt.json", '{"val_bpb_ttt": 1}', "lacks ttt_gain_bpb"),
+        ("result.json", '{"fits": true}', "lacks val_bpb_sliding"),
+        ("result.json", '{"val_bpb', "not a JSON object"),
+    ):
+        (b / name).write_text(content)
+        code, text = said(capsys, b)
+        assert code == 2 and words in text and len(text.splitlines()) == 1
+    (a / "config.json").write_text('{"config": 1}')
+    assert said(capsys, "nll", a, a)[0] == 2

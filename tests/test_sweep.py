@@ -289,6 +289,50 @@ def test_a_score_that_is_no_number_is_a_crash(place):
         launch_module.train("run", environment(STAND_IN_BPB="nan"), [sys.executable, "stand_in.py"], Path("logs"))
 
 
+@pytest.mark.parametrize("text", ['{"fits": true}', '{"val_bpb_sliding": 1.', "[]", ""])
+def test_a_result_that_lacks_something_is_no_finished_run(place, capsys, text):
+    Path("runs/run").mkdir(parents=True)
+    Path("runs/run/result.json").write_text(text)
+    for _ in range(2):  # the second finds what the first has run
+        found = launch_module.train("run", environment(), [sys.executable, "stand_in.py"], Path("logs"))
+        assert found["val_bpb_sliding"] < 3 and list(started()) == ["run_start2"]
+        assert "runs/run/result.json" in capsys.readouterr().err and Path("runs/run/result.json").read_text() == text
+
+
+def test_a_run_that_writes_half_a_result_is_a_crash(place):
+    program = "import os, pathlib; f = pathlib.Path('runs', os.environ['RUN_ID']); f.mkdir(parents=True); "
+    Path("half.py").write_text(program + "(f / 'result.json').write_text('{\"fits\": true}')")
+    with pytest.raises(launch_module.Crash, match="lacks val_bpb_sliding, bytes_total"):
+        launch_module.train("run", environment(), [sys.executable, "half.py"], Path("logs"))
+
+
+def test_a_log_is_not_written_through_a_link(place):
+    Path("logs").mkdir()
+    Path("logs/run.out").symlink_to(place / "outside")
+    launch_module.train("run", environment(), [sys.executable, "stand_in.py"], Path("logs"))
+    assert not Path("outside").exists() and not Path("logs/run.out").is_symlink()
+    Path("ledger.tsv").symlink_to(place / "outside")
+    with pytest.raises(OSError):
+        ledger.append(Path("ledger.tsv"), dict.fromkeys(ledger.COLUMNS, "x"))
+    assert not Path("outside").exists()
+
+
+@pytest.mark.parametrize("name", ["a%20b", "a?b", "a#b", "a{b}%", "a b"])
+def test_a_study_keeps_its_database_in_its_own_folder(place, name):
+    Path("runs/a b").mkdir(parents=True)
+    space = sweep.read_space(None, ["ITERATIONS=1,2"], dict(study=name))
+    study = sweep.Sweep(space, environment(), [sys.executable], "", 60).study
+    study.set_user_attr("mark", name)
+    assert [path for path in Path("runs").rglob("*") if path.is_file()] == [Path("runs", name, "study.db")]
+
+
+def test_an_identical_score_is_no_gain(place):
+    """The ledger has six decimals: a rerun that gives the same bits must not look better than its own rounding."""
+    for bpb in (3.9117098157, 3.9117101843, 1 / 3, 2.0):
+        kept = dict(bpb=f"{bpb:.6f}", verdict="keep")
+        assert not ledger.is_best(bpb, [kept]) and ledger.is_best(bpb - 1.1e-6, [kept])
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
     """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same setting."""
