@@ -1,11 +1,13 @@
 """Check a record folder, a log or a run against the rules of the contest, from its files and nothing else.
 
     python records/check.py records/track_10min_16mb/2026-12-01_Name [--against FOLDER] [--json]
-    python records/check.py runs/NAME
+    python records/check.py runs/NAME [--data FOLDER --tokenizer FILE]
     python records/check.py train_seed42.log
 
 Every number is derived again: steps, times, sizes, scores, seeds, tokens per byte, significance. Each rule says pass,
-warn or fail with the line or file it rests on. Exit code 0: passed, warnings allowed; 1: failed; 2: the user's input.
+warn or fail with the line or file it rests on. Where nll.npy is there, the score is derived from it again; val_bpb too,
+where shards and tokenizer are at hand: by the log's paths inside this repository, or by the options. Exit code 0:
+passed, warnings allowed; 1: failed; 2: the user's input.
 """
 
 from __future__ import annotations
@@ -25,11 +27,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean, pstdev, stdev
 from typing import Any, NamedTuple
 
 import zstandard
+from evidence import check_certificates, check_losses, trained_on_validation
 from runfiles import escape, read_object
 from scipy import stats
 
@@ -61,8 +65,9 @@ PUBLISHED = (
     Published("sp4096", 45_508_608, 0.30125),
     Published("sp4096", 45_514_752, 0.30125),
     Published("sp8192", 40_540_802, 0.26834),
-    Published("sp8192 caseops", 47_853_343, 0.31674),
+    Published("sp8192 caseops", 47_853_344, 0.31674),  # 151,080,645 bytes over all targets
 )
+CHALLENGE_BYTES = (151_000_000, 151_100_000)  # of the challenge's validation text, by any tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading a log
@@ -76,7 +81,7 @@ LINES = tuple(  # of every dialect, each anchored to the line's start; the last 
     for where, pattern in (
         # anywhere: settings stand before model_params in some dialects and after it in others
         ("any", r" *seed: ?(?P<seed>\d+)$"),
-        ("any", r"(?:train_loader:dataset:\S+ )? *train_shards: ?(?P<train_shards>\d+)"),
+        ("any", r"(?:train_loader:dataset:(?P<dataset>\S+) )? *train_shards: ?(?P<train_shards>\d+)"),
         ("any", r"val_loader:\S* pattern=\S+ tokens:(?P<val_tokens>\d+)"),
         ("any", r" *val_tokens: ?(?P<val_tokens>\d+)"),
         ("any", r"evaluation order: .*targets:(?P<val_tokens>\d+)"),
@@ -158,6 +163,7 @@ class LogFacts:
     val_tokens: int | None = None
     val_documents: int | None = None
     tokenizer: str | None = None
+    dataset: str | None = None
     stopped: str | None = None
     headline: Score | None = None
     scores: list[Score] = field(default_factory=list)
@@ -205,6 +211,7 @@ def read_log(path: str | Path, *more: str | Path) -> LogFacts:
         value = facts.result.get(key, found.get(key))
         setattr(facts, key, None if value is None else int(value))
     facts.stopped, facts.tokenizer = found.get("stopped"), found.get("tokenizer")
+    facts.dataset = found.get("dataset")
     facts.hessian_seconds = found.get("hessian_seconds")
     facts.train_seconds = facts.result.get("train_seconds", loop_ms / 1000 if loop_ms else None)
     facts.step_avg_ms = facts.result.get("step_avg_ms", loop_ms / facts.steps if loop_ms and facts.steps else None)
@@ -236,7 +243,9 @@ def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> N
                     told = {key: value for key, value in match.groupdict().items() if value is not None}
                     if told.get("seed", found.get("seed")) != found.get("seed", told.get("seed")):
                         facts.conflicts.append(f"two seeds in one log: {facts.cite('seed')}; {cited}")
-                    found |= {k: v if k in ("tokenizer", "stopped", "seed") else number(v) for k, v in told.items()}
+                    found |= {
+                        k: v if k in ("tokenizer", "stopped", "seed", "dataset") else number(v) for k, v in told.items()
+                    }
                     facts.evidence |= dict.fromkeys(told, cited)
         if "steps" not in found and (match := SETTING.match(line)):
             facts.settings[match["key"].lower()] = match["value"]
@@ -341,10 +350,12 @@ class Record:
     claims: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     readme: str = ""
+    files: list[Path] = field(default_factory=list)
     code: list[Path] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
-    certificates: list[Path] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
+    data: Path | None = None
+    tokenizer: Path | None = None
 
     def values(self, fact: str) -> list[Any]:
         """A fact of every run that says it, in the runs' order; numbers that are none are left out."""
@@ -363,7 +374,7 @@ def read_record(path: str | Path) -> Record:
     record = Record(path, "run" if is_run else "folder")
     record.code = [p for p in files if p.suffix == ".py"]
     record.artifacts = [p for p in files if p.suffix == ".ptz"]
-    record.certificates = [p for p in files if re.fullmatch(r"certificate.*\.txt", p.name)]
+    record.files = files
     record.manifest = read_claims(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
     if is_run:
         record.runs = [read_log(*(path / name for name in ("train.log", "eval_ttt.log") if (path / name).exists()))]
@@ -598,6 +609,11 @@ def check_seeds(record: Record) -> Iterator[Finding]:
         if count > 1:
             names = ", ".join(run.name for run in runs if run.val_bpb == bpb)
             yield "fail", f"the same score {bpb:.8f} under several seeds, so a copy: {names}"
+    hashes = [run.result["sha256_artifact"] for run in runs if "sha256_artifact" in run.result]
+    for digest, count in Counter(hashes).items():
+        if count > 1:
+            names = ", ".join(run.name for run in runs if run.result.get("sha256_artifact") == digest)
+            yield "fail", f"the same artifact {str(digest)[:12]}.. under several seeds: {names}"
     for run in runs:
         if file_seed(run) not in (None, run.seed):
             yield "fail", f"{run.name} is named for seed {file_seed(run)}, but {run.cite('seed')}"
@@ -670,10 +686,48 @@ def counted_files(record: Record) -> list[Path]:
     return [files[name] for name in names if name in files]
 
 
+def read_files(record: Record) -> tuple[list[Path], list[Path]]:
+    """Files beside the programs that count too, because these import or name them; and all the others.
+
+    Neither has the programs themselves, artifacts that the logs hash, logs, pages, claims and certificates.
+    """
+    place = record.path / "source" if record.kind == "run" else record.path
+    programs, scored = counted_files(record), {run.result.get("sha256_artifact") for run in record.runs}
+    trees = [parse_python(path)[0] for path in programs]
+    modules = {module for tree in trees for module in imports(tree)}
+    said = [text for tree in trees if tree for text in strings(tree)]
+    told = {path.name for run in record.runs for path in run.paths} | {"README.md", "submission.json"}
+    used, others = [], []
+    for path in (p for p in record.files if p.is_relative_to(place) and p not in programs):
+        inside = path.relative_to(place)
+        if inside.parts[0] in told or re.fullmatch(r"certificate.*\.(txt|json)|requirements\.txt", inside.parts[0]):
+            continue
+        if path in record.artifacts and hashlib.sha256(path.read_bytes()).hexdigest() in scored:
+            continue
+        module = inside.parts[0].partition(".")[0]
+        code = len(inside.parts) > 1 or inside.suffix in (".py", ".pyc", ".so", ".pyd")
+        taken = (code and (module in modules or module in said)) or any(path.name in text for text in said)
+        (used if taken else others).append(path)
+    return used, others
+
+
+def strings(tree: ast.Module) -> list[str]:
+    """The string literals of a program, but for docstrings and other statements that only are one."""
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in bare]
+    texts = [text for text in found if isinstance(text, str | bytes)]
+    return [text if isinstance(text, str) else text.decode("latin-1") for text in texts]
+
+
 def check_sizes(record: Record) -> Iterator[Finding]:
     """Sizes in the log add up, are the files', and stay under the cap in every way of adding."""
     files = counted_files(record)
     shipped = sum(p.stat().st_size for p in files)
+    used, others = read_files(record)
+    for what, group in (("not counted, but the programs name or import", used), ("not counted", others)):
+        if group:
+            shown = ", ".join(f"{p.relative_to(record.path)} ({p.stat().st_size} bytes)" for p in group)
+            yield "warn", f"{what}: {shown}"
     for run in record.runs:
         code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
         if None in (code, model, total):
@@ -689,6 +743,9 @@ def check_sizes(record: Record) -> Iterator[Finding]:
             if shipped != code:
                 names = ", ".join(p.name for p in files)
                 yield "fail", f"{names} have {shipped} bytes, the log counts {code}: {run.cite('bytes_code')}"
+        if used:
+            ways = f"with {', '.join(p.name for p in used)}, which the programs name or import"
+            sums[ways] = (shipped or code) + model + sum(p.stat().st_size for p in used)
         way, worst = max(sums.items(), key=lambda item: item[1])
         if worst > SIZE_CAP:
             yield "fail", f"{worst} bytes ({way}), {worst - SIZE_CAP} over {SIZE_CAP}: {run.cite('bytes_total')}"
@@ -755,8 +812,8 @@ def check_bytes(record: Record) -> Iterator[Finding]:
     rows = [(run, s) for run in record.runs for s in run.scores if 0 < min(s.val_loss, s.val_bpb) < math.inf]
     for run, score in rows:
         known, ratio, own = published(run), score.tokens_per_byte, own_ratio(record)
-        expected = own or (known.tokens_per_byte if known else rows[0][1].tokens_per_byte)
-        source = "manifest.json" if own else known.name if known else rows[0][1].line
+        expected = known.tokens_per_byte if known else own or rows[0][1].tokens_per_byte
+        source = known.name if known else "manifest.json" if own else rows[0][1].line
         rounding = 10.0**-score.decimals * (1 / score.val_bpb + 1 / score.val_loss)
         if abs(ratio / expected - 1) > RATIO_TOLERANCE + rounding:
             tokens = run.val_tokens or (known.tokens if known else 0)
@@ -765,15 +822,33 @@ def check_bytes(record: Record) -> Iterator[Finding]:
         elif score is run.headline:
             shown = f"{ratio:.5f} tokens per byte: {run.name}"
             yield ("pass", f"{source} has {shown}") if known or own else ("warn", f"nothing to compare with {shown}")
+        if score is run.headline:
+            old_log = record.kind == "log" and known  # the first baseline's, which nobody can mend
+            for status, told in challenge_bytes(run, known, ratio, rounding):
+                yield "warn" if old_log else status, told
+            if known and own and abs(own / expected - 1) > RATIO_TOLERANCE:
+                yield "fail", f"manifest.json has {own:.5f} tokens per byte, {known.name} has {expected:.5f}"
+
+
+def challenge_bytes(run: LogFacts, known: Published | None, ratio: float, rounding: float) -> Iterator[Finding]:
+    """Whether a set that is the challenge's, by its number of tokens or its folder's name, has that many bytes."""
+    claims = known or "fineweb10B" in f"{run.dataset} {run.settings.get('data_path')} {run.settings.get('val_files')}"
+    if not claims or run.val_tokens is None:
+        return
+    count, (low, high) = run.val_tokens / ratio, CHALLENGE_BYTES
+    if not low * (1 - rounding) <= count <= high * (1 + rounding):
+        told = f"{run.val_tokens} tokens of {known.name if known else run.dataset or 'fineweb10B'}"
+        yield "fail", f"{told} are {count:,.0f} bytes, the challenge's text has {low:,} to {high:,}: {run.name}"
 
 
 def check_validation(record: Record) -> Iterator[Finding]:
     """All of the validation set is scored and none of it was trained on, as far as logs can tell."""
     shards = [s for s in record.manifest.get("shards") or () if isinstance(s, dict)]
     train, val = ({s.get("sha256") for s in shards if s.get("split") == split} for split in ("train", "val"))
-    if train & val:
-        yield "fail", f"manifest.json has a shard on both sides: {sorted(map(str, train & val))}"
+    if both := train & val - {None}:
+        yield "fail", f"manifest.json has a shard on both sides: {sorted(map(str, both))}"
     for run in record.runs:
+        yield from trained_on_validation(record, run)
         known, named = published(run), by_tokenizer(run)
         if run.train_shards == LEAKY_SHARDS:
             yield "fail", f"an export that trains on 40,000 validation documents: {run.cite('train_shards')}"
@@ -870,10 +945,15 @@ def bytes_of(text: str | bytes) -> bytes:
 
 def parse_python(path: Path) -> tuple[ast.Module | None, str]:
     """The syntax tree of a program, or of the program packed in it; None and the reason where there is none."""
+    return parse_source(path.read_bytes(), path.name)
+
+
+@lru_cache(8)
+def parse_source(source: bytes, name: str) -> tuple[ast.Module | None, str]:
     try:
-        tree = ast.parse(path.read_bytes())
+        tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError) as error:
-        return None, f"{path.name} does not compile: {error}"
+        return None, f"{name} does not compile: {error}"
     if "exec" not in {name for _, name, _ in called(tree)}:
         return tree, ""
     texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes)))
@@ -884,7 +964,7 @@ def parse_python(path: Path) -> tuple[ast.Module | None, str]:
                 return ast.parse(source), ""
         except (ValueError, SyntaxError):
             continue
-    return (None, f"{path.name} is packed in a way that cannot be read") if len(longest) > 2000 else (tree, "")
+    return (None, f"{name} is packed in a way that cannot be read") if len(longest) > 2000 else (tree, "")
 
 
 def called(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
@@ -1039,25 +1119,15 @@ def check_artifact(record: Record) -> Iterator[Finding]:
 
 def check_legality(record: Record) -> Iterator[Finding]:
     """No score that calls itself invalid; certificates of an audit are good, and of this code and these artifacts."""
+    certified = any(re.fullmatch(r"certificate.*\.(txt|json)", path.name) for path in record.files)
     for run in record.runs:
         if run.headline and run.headline.label.startswith("invalid"):
             yield "fail", run.headline.line
         if run.result.get("legal") is False:
             yield "fail", f'{run.name}: RESULT has "legal": false'
-        if run.headline and "ttt" in run.headline.label and record.kind != "log" and not record.certificates:
+        if run.headline and "ttt" in run.headline.label and record.kind != "log" and not certified:
             yield "warn", f"no certificate of an audit, so score-first is the log's word: {run.headline.line}"
-    shipped = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in record.code}
-    scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
-    for path in record.certificates:
-        lines = path.read_text(errors="replace").splitlines() or [""]
-        bad = [] if lines[0].endswith(": legal") else lines[:1]
-        bad += [line.strip() for line in lines if line.startswith("  FAIL ")]
-        hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
-        bad += [f"of another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
-        if scored and hashes.get("artifact") not in scored:
-            bad.append("of another artifact than the logs scored")
-        yield from (("fail", f"{path.name}: {problem}") for problem in bad)
-        yield "pass", f"{path.name}: {lines[0]}"
+    yield from check_certificates(record)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1081,6 +1151,7 @@ RULES = (  # name, the kinds of record it applies to, function
     ("validation set", EVERY, check_validation),
     ("units", ("folder",), check_units),
     ("syntax tree", ("folder", "run"), check_tree),
+    ("losses", ("folder", "run"), check_losses),
     ("legality", EVERY, check_legality),
 )
 RECORD_RULES = {"seeds", "train time", "eval time"}
@@ -1148,11 +1219,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="record folders, run folders or logs")
     parser.add_argument("--against", type=Path, help="the record to beat: a folder with its logs")
+    parser.add_argument("--data", type=Path, help="folder of the validation shards; default: by the log's settings")
+    parser.add_argument("--tokenizer", type=Path, help="the tokenizer's model; default: by the log's settings")
     parser.add_argument("--json", action="store_true", help="print facts and verdicts as JSON")
     arguments = parser.parse_args(argv)
     try:
         against = read_record(arguments.against) if arguments.against else None
-        checked = [(record, check(record, against)) for record in map(read_record, arguments.paths)]
+        records = [read_record(path) for path in arguments.paths]
+        for record in records:
+            record.data, record.tokenizer = arguments.data, arguments.tokenizer
+        checked = [(record, check(record, against)) for record in records]
     except (ValueError, OSError) as error:
         print(f"error: {escape(str(error))}", file=sys.stderr)
         return 2

@@ -301,6 +301,8 @@ def write_rest(folder: Path, runs: Sequence[Run]) -> None:
         write_file(folder / f"train_seed{run.seed}.log", run.log.encode())
         if run.certificate:
             write_file(folder / f"certificate_seed{run.seed}.txt", run.certificate.encode())
+        if (run.path / "certificate.json").exists():
+            write_file(folder / f"certificate_seed{run.seed}.json", read_plain(run.path / "certificate.json"))
     write_file(folder / "requirements.txt", requirements(runs[0].trained["versions"]).encode())
 
 

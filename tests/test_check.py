@@ -196,7 +196,10 @@ def results(seed: int) -> tuple[dict, dict]:
     trainer = common | {k: v for k, v in values.items() if "ttt" not in k}
     trainer |= dict(eval_seconds=80.5, train_seconds=598.25, strict_seconds=720.5, steps=6900, step_avg_ms=86.5,
                     tokens_per_second=9.1e6, model_params=27067484, seed=seed)  # fmt: skip
-    evaluator = common | values | dict(eval_seconds=412.75, strict_seconds=500.5, ttt_gain_bpb=0.0063, seed=1337,
+    evaluator = common | values | dict(
+        sha256_tokenizer=sha(b"tokenizer"), sha256_shards={"fineweb_val_000000.bin": sha(b"shard")},
+        sha256_nll=sha(b"nll %d" % seed), settings=dict(ttt_mode="banks", ttt_lr=0.001, audit_tokens=8192))  # fmt: skip
+    evaluator |= dict(eval_seconds=412.75, strict_seconds=500.5, ttt_gain_bpb=0.0063, seed=1337,
                                        fits_budget=True, trainer=trainer)  # fmt: skip
     return trainer, evaluator
 
@@ -242,6 +245,17 @@ def eval_log(seed: int) -> str:
     ])  # fmt: skip
 
 
+def certificate_json(seed: int) -> dict:
+    """What eval_ttt.py --audit writes, with the hashes and settings of the evaluation."""
+    _, result = results(seed)
+    hashes = {"artifact": result["sha256_artifact"], "tokenizer": result["sha256_tokenizer"],
+              "nll.npy": result["sha256_nll"], **result["sha256_code"], **result["sha256_shards"]}  # fmt: skip
+    checks = [dict(name="T1 later tokens", ok=True, checked=20456, detail="0 changed"),
+              dict(name="T10 no sign of memory", ok=None, checked=8192, detail="gap 0.0239 nats")]  # fmt: skip
+    return dict(legal=True, targets=8192, not_audited=[], checks=checks, sha256=hashes,
+                settings=result["settings"] | dict(seed=seed, audit_tokens=4096), audited_settings={})  # fmt: skip
+
+
 def certificate(blob: bytes) -> str:
     return "\n".join([
         "certificate of final_model.int6.ptz on the first 8192 targets, TTT_MODE=banks TTT_PROTOCOL=legal: legal",
@@ -272,7 +286,8 @@ def good_files() -> dict[str, bytes]:
     texts = {
         "README.md": readme,
         "submission.json": json.dumps(claims, indent=1),
-        "certificate.txt": certificate(artifact(42)),
+        **{f"certificate_seed{seed}.txt": certificate(artifact(seed)) for seed in SCORES},
+        **{f"certificate_seed{seed}.json": json.dumps(certificate_json(seed)) for seed in SCORES},
         **{f"train_seed{seed}.log": train_log(seed) for seed in SCORES},
         **{f"eval_ttt_seed{seed}.log": eval_log(seed) for seed in SCORES},
     }
@@ -315,6 +330,23 @@ def put(name: str, content: bytes):
     return lambda files: files.update({name: content})
 
 
+def edit_certificate(**changes):
+    """A fault in seed 42's certificate.json: CHANGES of its keys; None takes one away."""
+
+    def fault(files):
+        name = "certificate_seed42.json"
+        kept = {key: value for key, value in (json.loads(files[name]) | changes).items() if value is not None}
+        files[name] = json.dumps(kept).encode()
+
+    return fault
+
+
+def rehash(name: str, digest: str | None):
+    """A fault: certificate.json of seed 42 has another hash of NAME, or (None) none."""
+    hashes = {key: value for key, value in (certificate_json(42)["sha256"] | {name: digest}).items() if value}
+    return edit_certificate(sha256=hashes)
+
+
 def cut(name: str, before: str):
     return lambda files: files.update({name: files[name].partition(before.encode())[0]})
 
@@ -329,6 +361,12 @@ def resize(total: int):
             files[name] = text.replace(str(trainer["bytes_model"]), str(total - trainer["bytes_code"])).encode()
 
     return fault
+
+
+def manifest(factor: float):
+    """A manifest.json with FACTOR times the bytes."""
+    val = dict(tokens=TARGETS + 1, text_bytes=round(factor * (TARGETS + 1) / RATIO))
+    return put("manifest.json", json.dumps(dict(splits=dict(val=val))).encode())
 
 
 def misadd(files):
@@ -449,10 +487,66 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "program that does not compile": (put("train_gpt.py", b"def main(:\n"), "syntax tree", "does not compile"),
     "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"), "legality", "invalid_ttt_exact"),
     "calls itself not legal": (edit("eval_ttt_seed42.log", '"legal": true', '"legal": false'), "legality", "false"),
-    "audit failed": (edit("certificate.txt", "=legal: legal", "=legal: NOT LEGAL"), "legality", "NOT LEGAL"),
-    "a check of the audit failed": (edit("certificate.txt", "  pass  T1", "  FAIL  T1"), "legality", "FAIL  T1"),
-    "audit of another artifact": (put("certificate.txt", certificate(b"x").encode()), "legality", "another artifact"),
-    "audit of other code": (edit("certificate.txt", sha(EVALUATOR), sha(b"x")), "legality", "another eval_ttt.py"),
+    "audit failed": (edit("certificate_seed42.txt", "=legal: legal", "=legal: NOT LEGAL"), "legality", "NOT LEGAL"),
+    "a check of the audit failed": (edit("certificate_seed42.txt", "  pass  T1", "  FAIL  T1"), "legality", "FAIL  T1"),
+    "audit of another artifact": (put("certificate_seed42.txt", certificate(b"x").encode()), "legality",
+                                  "another artifact"),
+    "audit of other code": (edit("certificate_seed42.txt", sha(EVALUATOR), sha(b"x")), "legality",
+                            "another eval_ttt.py"),
+    "certificate without JSON": (remove("certificate_seed42.json"), "legality", "no certificate_seed42.json"),
+    "certificate of broken JSON": (cut("certificate_seed42.json", "checks"), "legality", "not a JSON object"),
+    "one certificate for three seeds": (remove(*(f"certificate_seed{seed}.{end}" for seed in (1337, 2025)
+                                                 for end in ("txt", "json"))), "legality",
+                                        "eval_ttt_seed2025.log: no certificate is of its artifact"),
+    "one line of text": (lambda files: [fault(files) for fault in (
+        remove("certificate_seed42.json"), put("certificate_seed42.txt", b"certificate: legal"))],
+        "legality", "no certificate_seed42.json"),
+    "JSON calls it not legal": (edit_certificate(legal=False), "legality", '"legal" is false'),
+    "legal in words": (edit_certificate(legal="yes"), "legality", '"legal" is "yes"'),
+    "a check of nothing": (edit_certificate(checks=[dict(name="T1", ok=True, checked=0)]), "legality",
+                           "T1 passed with 0 checked"),
+    "a check without a count": (edit_certificate(checks=[dict(name="T1", ok=True)]), "legality", "with None checked"),
+    "a failed check in JSON": (edit_certificate(checks=[dict(name="T2", ok=False)]), "legality", "T2 failed"),
+    "no check at all": (edit_certificate(checks=[]), "legality", "no check passed"),
+    "checks of another shape": (edit_certificate(checks={"T1": True}), "legality", "no list of objects"),
+    "audit without the targets": (edit_certificate(targets=None), "legality", "lacks targets"),
+    "audit of more than was scored": (edit_certificate(targets=TARGETS + 1), "legality", f"targets is {TARGETS + 1}"),
+    "audit of nothing": (edit_certificate(targets=0), "legality", "targets is 0"),
+    "audit of another tokenizer": (rehash("tokenizer", sha(b"x")), "legality", "another tokenizer"),
+    "audit of other losses": (rehash("nll.npy", sha(b"x")), "legality", "another nll.npy"),
+    "audit of another text": (rehash("fineweb_val_000000.bin", sha(b"x")), "legality", "another fineweb_val_0"),
+    "audit of a text unnamed": (rehash("fineweb_val_000000.bin", None), "legality", "not name fineweb_val_000000.bin"),
+    "audit of code unnamed": (rehash("train_gpt.py", None), "legality", "does not name train_gpt.py"),
+    "audited JSON of another artifact": (rehash("artifact", sha(b"x")), "legality", "another artifact"),
+    "audited with a rate of 0": (edit_certificate(settings=dict(ttt_mode="banks", ttt_lr=0)), "legality",
+                                 "audited with ttt_lr 0, scored with 0.001"),
+    "audited in another mode": (edit_certificate(settings=dict(ttt_mode="none", ttt_lr=0.001)), "legality",
+                                "ttt_mode none, scored with banks"),
+    "one artifact under two seeds": (lambda files: [fault(files) for fault in (
+        edit("train_seed2025.log", sha(artifact(2025)), sha(artifact(42))),
+        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))], "seeds", "the same artifact"),
+    "inflated bytes with a manifest that says so": (lambda files: [fault(files) for fault in (
+        *(rescore(seed, 1 / 1.1) for seed in SCORES), manifest(1.1))], "bytes", "sp1024 has 0.41052"),
+    "manifest with more bytes than published": (lambda files: manifest(1.1)(files), "bytes", "manifest.json has 0.373"),
+    "a large file that is read": (lambda files: files.update({
+        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(16_000_000)}), "sizes",
+        "with weights.bin, which the programs name or import"),
+    "a large module that is imported": (lambda files: files.update({
+        "train_gpt.py": IMPORTING, "tricks.so": bytes(16_000_000)}), "sizes", "with tricks.so, which"),
+    "a large module by its name": (lambda files: files.update({
+        "eval_ttt.py": EVALUATOR + b"__import__('tricks')\n", "tricks.pyc": bytes(16_000_000)}), "sizes", "tricks.pyc"),
+    "trained on the validation shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/fineweb_val_*.bin"
+                                              " (given)\n  MATRIX_LR"), "validation set", "are validation shards"),
+    "trained on all shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/*.bin (given)\n  MATRIX_LR"),
+                              "validation set", "are validation shards: fineweb_val_000000.bin"),
+    "less than the challenge's text": (lambda files: [edit(name, old, new)(files) for seed in SCORES
+                                       for name, old, new in (
+        (f"train_seed{seed}.log", "fineweb_1024_bpe", "mine"), (f"eval_ttt_seed{seed}.log", f"targets:{TARGETS}",
+                                                                "targets:60000000"))], "bytes",
+                                       "60000000 tokens of fineweb10B_sp1024 are 146,15"),
+    "the first baseline's export": (lambda files: [edit(f"eval_ttt_seed{seed}.log", f"targets:{TARGETS}",
+                                                        "targets:63779839")(files) for seed in SCORES],
+                                    "bytes", "the challenge's text has 151,000,000"),
 }  # fmt: skip
 
 
@@ -500,7 +594,17 @@ DOUBTS = {
                        "not the 62,021,846"),
     "units of another kind": (put("README.md", b"1.0810 bpb, 0.005 nats"), "units", "units do not agree"),
     "margin in bpb": (put("README.md", b"one-sided test against SOTA - 0.005 bpb"), "units", "0.00296 bpb here"),
-    "no audit": (remove("certificate.txt"), "legality", "no certificate"),
+    "no audit": (lambda files: [files.pop(name) for name in list(files) if "cert" in name], "legality",
+                 "no certificate"),
+    "not all was audited": (edit_certificate(not_audited=["phases after the first"]), "legality",
+                            "not audited: phases after the first"),
+    "an older certificate": (edit_certificate(not_audited=None), "legality", "of an older version"),
+    "losses not in the certificate": (rehash("nll.npy", None), "legality", "does not name the losses"),
+    "an older evaluation": (edit("eval_ttt_seed42", f'"sha256_nll": "{sha(b"nll 42")}", ', ""), "legality",
+                            "RESULT has no sha256_nll"),
+    "a file that no program names": (put("data.bin", bytes(100)), "sizes", "not counted: data.bin (100 bytes)"),
+    "a file that a program names": (lambda files: files.update({
+        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(100)}), "sizes", "weights.bin (100"),
     "network": (put("eval_ttt.py", b"import requests\n"), "syntax tree", "requests"),
 }  # fmt: skip
 
@@ -555,7 +659,7 @@ def test_a_lone_log_and_a_run_need_no_folder_around_them(tmp_path):
 
 
 def test_bytes_of_an_unpublished_validation_set(tmp_path):
-    unknown = [(f"targets:{TARGETS}", "targets:60361"), ("fineweb_1024_bpe", "mine")]
+    unknown = [(f"targets:{TARGETS}", "targets:60361"), ("fineweb_1024_bpe", "mine"), ("fineweb10B", "mine")]
     log = tmp_path / "x.log"
     text = train_log(42) + "\n" + eval_log(42)
     for old, new in unknown:

@@ -97,9 +97,11 @@ def record(made, tmp_path_factory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("records")
     what = out / "what.md"
     what.write_text("Fewer steps.\n\nThan before.\n")
-    (made / "7/certificate.txt").write_text(certificate(made / "7"))
+    for seed in SEEDS:
+        certify(made / str(seed))
     done = start([made / "42", made / "7", made / "1337"], out, "--against", "3.5", "--what", str(what))
-    (made / "7/certificate.txt").unlink()
+    for path in made.glob("*/certificate.*"):
+        path.unlink()
     assert done.code == 0, done.err
     (folder,) = (out / "track_10min_16mb").iterdir()
     results = {seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", "eval_ttt.log")] for seed in SEEDS}
@@ -113,16 +115,22 @@ def last_result(log: Path) -> dict:
     return json.loads(log.read_text().splitlines()[-1].removeprefix("RESULT "))
 
 
-def certificate(run: Path) -> str:
-    result = json.loads((run / "result.json").read_text())
-    hashes = {"artifact": result["sha256_artifact"], **result["sha256_code"]}
-    return "certificate of it: legal\n" + "".join(f"  sha256 {name} {digest}\n" for name, digest in hashes.items())
+def certify(run: Path) -> None:
+    """The certificate of a run, as --audit writes it, of an audit that found nothing."""
+    result = json.loads((run / "eval_ttt.json").read_text())
+    hashes = dict(artifact=result["sha256_artifact"], tokenizer=result["sha256_tokenizer"])
+    hashes |= {"nll.npy": train_gpt.sha256_file(run / "nll.npy")} | result["sha256_code"] | result["sha256_shards"]
+    lines = ["certificate of it: legal", *(f"  sha256 {name} {digest}" for name, digest in hashes.items())]
+    (run / "certificate.txt").write_text("\n".join(lines) + "\n")
+    found = dict(legal=True, targets=399, checks=[dict(name="T1", ok=True, checked=9)], sha256=hashes, not_audited=[])
+    (run / "certificate.json").write_text(json.dumps(found | dict(settings=result["settings"])))
 
 
 def test_the_folder(record, made):
     names = {path.name for path in record.folder.iterdir()}
     assert names == {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "eval_ttt.py", "smoke.env",
-                     "certificate_seed7.txt", *(f"train_seed{seed}.log" for seed in SEEDS)}  # fmt: skip
+                     *(f"train_seed{seed}.log" for seed in SEEDS),
+                     *(f"certificate_seed{seed}.{end}" for seed in SEEDS for end in ("txt", "json"))}  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_A_test", record.folder.name)
     assert {path.name for path in record.out.iterdir()} == {"what.md", "track_10min_16mb"}
     for seed in SEEDS:
@@ -273,6 +281,12 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
                             "42: eval time: over 600 s: 600.1 s"),
     "illegal": (illegal, "42: legality: "),
     "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"), "legality"),
+    "audited with another rate": (lambda run: [certify(run), change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5',
+                                                                    "certificate.json")],
+                                  "audited with ttt_lr 0.5, scored with 0.002"),
+    "one certificate": (lambda run: certify(run.with_name("7")) or shutil.copyfile(
+        run.with_name("7") / "certificate.json", run / "certificate.json"), "another artifact"),
+    "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)), "nll.npy"),
     "other code": (recode, "differ in code: train_gpt.py "),
     "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
                           "42: code: eval_ttt.py as shipped is not what ran"),

@@ -1,0 +1,289 @@
+"""What lies beside the logs: the losses of all targets, certificates of audits, and the validation text itself.
+
+The score is derived again from nll.npy, shards and tokenizer. Nothing here is of train_gpt.py's scorer: a fault there
+must not hide itself. check.py has these as rules; a Record and a LogFacts are its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from runfiles import is_below, read_object
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 1e-9  # relative, between two derivations of a score
+PROBE = " a  b\n\tc\u3000\ufb01 \u00e9\u2460\U0001f642"  # a tokenizer that gives it back loses no byte
+AUDITS_MAY_CHANGE = {"audit_tokens", "eval_budget_seconds", "model_path", "eval_batch_seqs"}
+# Certificates without `audited_settings` have these as the audit shrank them.
+AUDITS_SHRINK = {"ttt_chunk_tokens", "ttt_slots", "ttt_groups", "ttt_chunk_size", "phased_ttt_prefix_docs",
+                 "phased_ttt_num_phases"}  # fmt: skip
+
+Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def evaluation(run: Any) -> dict[str, Any]:
+    """The evaluator's RESULT of a run, empty where there is none."""
+    return next((result for result in reversed(run.results) if "val_bpb_ttt" in result), {})
+
+
+def object_of(result: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return value if isinstance(value := result.get(key), dict) else {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The validation text
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def data_folder(record: Any, run: Any) -> Path:
+    """Where the validation shards are: --data, else by the log's settings. ValueError for places we do not read."""
+    if record.data:
+        return record.data
+    named = Path(run.settings.get("val_files") or "").parent
+    folder = named if run.settings.get("val_files") else Path(run.settings.get("data_path") or "")
+    return allowed(record, folder, "--data FOLDER")
+
+
+def allowed(record: Any, path: Path, option: str) -> Path:
+    """`path`, which a log names. ValueError outside of the record, this repository and the working folder."""
+    if str(path) in ("", ".") or not is_below(path, record.path, ROOT, Path.cwd()):
+        raise ValueError(f"the log's {path} is outside of this repository and not read: {option} says where it is")
+    return path
+
+
+def text_files(record: Any, run: Any) -> tuple[list[Path], Path]:
+    """The validation shards and the tokenizer, by the hashes of RESULT. ValueError where they are not at hand."""
+    result = evaluation(run)
+    shards, folder = object_of(result, "sha256_shards"), data_folder(record, run)
+    if not shards or "sha256_tokenizer" not in result:
+        raise ValueError("RESULT has no sha256_shards and sha256_tokenizer, as older versions")
+    tokenizer = record.tokenizer or allowed(record, Path(run.settings.get("tokenizer_path") or ""), "--tokenizer FILE")
+    wanted = [*((folder / Path(name).name, digest) for name, digest in sorted(shards.items())),
+              (tokenizer, result["sha256_tokenizer"])]  # fmt: skip
+    for path, digest in wanted:
+        if not path.is_file() or sha256(path) != digest:
+            raise ValueError(f"{path} is not there, or not what was scored (sha256 {str(digest)[:12]}..)")
+    return [path for path, _ in wanted[:-1]], tokenizer
+
+
+def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
+    """Targets of the shards and the bytes they stand for, by the field's rule. ValueError for what cannot be read.
+
+    Every piece counts as it is spelled, a leading space included, except behind a control token. A byte piece is one
+    byte. Of a lossless tokenizer every space is one of the text.
+    """
+    try:
+        import sentencepiece
+
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        texts = [np.fromfile(path, "<u2", offset=1024) for path in shards]
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the text cannot be read: {error}") from error
+    size, tokens = pieces.vocab_size(), np.concatenate(texts)
+    silent = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(size)])
+    spelled = [pieces.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
+    if len(tokens) < 2 or tokens.max() >= size:
+        raise ValueError(f"the text cannot be read: {len(tokens)} tokens do not fit a vocabulary of {size}")
+    length = np.array([0 if silent[i] else 1 if pieces.is_byte(i) else len(spelled[i].encode()) for i in range(size)])
+    total = int(np.bincount(tokens[1:], minlength=size) @ length)
+    adds_space = pieces.encode("a", out_type=str)[0].startswith("\u2581")
+    if adds_space or pieces.decode(pieces.encode(PROBE)) != PROBE:
+        spaced = np.array([text.startswith(" ") for text in spelled]) & ~silent
+        total -= int(spaced[tokens[1:][silent[tokens[:-1]]]].sum())
+    return len(tokens) - 1, total
+
+
+def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
+    """Training shards that are validation shards, by the names in the log, and by content where they can be read."""
+    pattern, held_out = run.settings.get("train_files") or "", object_of(evaluation(run), "sha256_shards")
+    if not pattern:
+        return
+    own = Path(pattern).name
+    named = [name for name in held_out if fnmatch(Path(name).name, own)]
+    if named or own.startswith("fineweb_val") or pattern == run.settings.get("val_files"):
+        yield "fail", f"{run.name}: TRAIN_FILES={pattern} are validation shards: {', '.join(named) or own}"
+        return
+    try:
+        folder = allowed(record, Path(pattern).parent, "--data FOLDER")
+        shards, _ = text_files(record, run)
+    except ValueError:
+        return
+    sizes = {path.stat().st_size for path in shards}
+    for path in sorted(folder.glob(own)) if not re.search(r"[*?\[]", str(folder)) else ():
+        if path.is_file() and path.stat().st_size in sizes and sha256(path) in held_out.values():
+            yield "fail", f"{run.name}: TRAIN_FILES={pattern}, and {path.name} is a validation shard by its content"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_losses(record: Any) -> Iterator[Finding]:
+    """The printed scores and those of RESULT are what follows from nll.npy, shards and tokenizer."""
+    paths = [path for path in record.files if re.fullmatch(r"nll.*\.npy", path.name)]
+    told = [run for run in record.runs if evaluation(run)]
+    for path in paths if told else ():
+        digest = sha256(path)
+        own = [run for run in told if evaluation(run).get("sha256_nll") == digest]
+        if not own and (len(told) > 1 or "sha256_nll" in evaluation(told[0])):
+            yield "fail", f"{path.name} has not the losses of any log (sha256_nll is not {digest[:12]}..)"
+            continue
+        if not own:
+            yield "warn", f"{path.name}: RESULT has no sha256_nll, as older versions: is it of this evaluation?"
+        yield from score_again(record, (own or told)[0], path)
+    if told and not paths and record.kind == "run":
+        yield "warn", "no nll.npy, so the score is the log's word"
+
+
+def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
+    try:
+        losses = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        yield "fail", f"{path.name} cannot be read: {error}"
+        return
+    if losses.ndim != 1 or losses.dtype not in (np.float32, np.float64) or not losses.size:
+        yield "fail", f"{path.name} has shape {losses.shape} and type {losses.dtype}, not the losses of targets"
+        return
+    total = float(np.sum(losses, dtype=np.float64))
+    yield from same_score(run, "loss", total / len(losses), path)
+    if run.val_tokens is not None and not 0 <= run.val_tokens - len(losses) <= 1:  # a log may say tokens or targets
+        yield "fail", f"{path.name} has {len(losses)} losses, but {run.cite('val_tokens')}"
+    try:
+        targets, num_bytes = count_bytes(*text_files(record, run))
+    except ValueError as error:
+        yield "warn", f"val_bpb is not derived again: {error}"
+        return
+    if targets != len(losses):
+        yield "fail", f"{path.name} has {len(losses)} losses, the shards have {targets} targets"
+    elif num_bytes < 1:
+        yield "fail", f"the {targets} targets of the shards stand for no byte of text"
+    else:
+        yield from same_score(run, "bpb", total / math.log(2) / num_bytes, path)
+
+
+def same_score(run: Any, unit: str, value: float, path: Path) -> Iterator[Finding]:
+    """Compare with RESULT to TOLERANCE, and with the lines of the adapted score to the digits that they have."""
+    key, faults = f"val_{unit}_ttt", []
+    told = evaluation(run).get(key)
+    if not isinstance(told, int | float) or not abs(told - value) <= TOLERANCE * abs(value):
+        faults.append(f"RESULT has {key} {told}")
+    for score in run.scores:
+        printed = getattr(score, f"val_{unit}")
+        slack = 0.501 * 10.0**-score.decimals + TOLERANCE * abs(value)
+        if re.match("(legal|invalid)_ttt", score.label) and not abs(printed - value) <= slack:
+            faults.append(f"the log has {score.line}")
+    yield from (("fail", f"{fault}, but {path.name} makes {value:.12g}") for fault in faults)
+    yield "pass", f"val_{unit} {value:.10f} is that of {path.name}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Certificates
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def check_certificates(record: Any) -> Iterator[Finding]:
+    """Certificates say legal, after checks of something, of the artifact, code, text and settings that were scored."""
+    names = re.compile(r"certificate.*\.(txt|json)")
+    stems = sorted({path.with_suffix("") for path in record.files if names.fullmatch(path.name)})
+    certified = set()
+    for stem in stems:
+        artifact, faults, doubts = read_certificate(record, stem)
+        certified.add(artifact)
+        yield from (("fail", f"{stem.name}: {fault}") for fault in faults)
+        yield from (("warn", f"{stem.name}: {doubt}") for doubt in doubts)
+        yield "pass", f"{stem.name}: legal, of artifact {str(artifact)[:12]}.."
+    for run in record.runs if stems else ():
+        if run.result.get("sha256_artifact", next(iter(certified))) not in certified:
+            yield "fail", f"{run.name}: no certificate is of its artifact, though there are of others"
+
+
+def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], list[str]]:
+    """The artifact's hash of a certificate, its faults, and what it leaves open."""
+    text, hashes = stem.with_suffix(".txt"), {}
+    faults = text_faults(record, text) if text in record.files else []
+    try:
+        if not stem.with_suffix(".json").exists():
+            raise ValueError(f"no {stem.name}.json, which says what was audited: put it beside the text")
+        found = read_object(stem.with_suffix(".json"), "legal", "targets", "checks", "sha256", "settings")
+    except ValueError as error:
+        return None, [*faults, str(error)], []
+    hashes, doubts = object_of(found, "sha256"), []
+    artifact = hashes.get("artifact")
+    faults += [] if found["legal"] is True else [f'"legal" is {json.dumps(found["legal"])}']
+    faults += check_faults(found["checks"])
+    if isinstance(left := found.get("not_audited"), list):
+        doubts += [f"not audited: {', '.join(map(str, left))}"] if left else []
+    else:
+        doubts.append("of an older version, which does not say what was not audited")
+    scored = [run for run in record.runs if "sha256_artifact" in run.result]
+    own = [run for run in scored if run.result["sha256_artifact"] == artifact]
+    if scored and not own:
+        faults.append("of another artifact than the logs scored")
+    for run in own[:1]:
+        faults += differences(run, found)
+        if (told := evaluation(run)) and "nll.npy" not in hashes:
+            doubts.append(f"does not name the losses of {run.name}: audit after the evaluation")
+        lacking = [key for key in ("sha256_nll", "sha256_shards", "settings") if told and key not in told]
+        doubts += [f"not compared, as RESULT has no {', '.join(lacking)}, as older versions"] if lacking else []
+    return artifact, faults, doubts
+
+
+def text_faults(record: Any, path: Path) -> list[str]:
+    """What certificate.txt itself says against the record."""
+    lines = path.read_text(errors="replace").splitlines() or [""]
+    faults = [] if re.search(": legal( as far as audited)?$", lines[0]) else lines[:1]
+    faults += [line.strip() for line in lines if line.startswith("  FAIL ")]
+    hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
+    shipped = {path.name: sha256(path) for path in record.code}
+    faults += [f"of another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
+    scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
+    other = bool(scored) and hashes.get("artifact") not in scored
+    return faults + (["of another artifact than the logs scored"] if other else [])
+
+
+def check_faults(checks: Any) -> list[str]:
+    """Checks of an audit that failed, that passed on nothing, or that are not there."""
+    if not isinstance(checks, list) or not all(isinstance(each, dict) for each in checks):
+        return ["its checks are no list of objects"]
+    faults = [f"{each.get('name')} failed" for each in checks if each.get("ok") is False]
+    for each in (each for each in checks if each.get("ok") is True):
+        count = each.get("checked")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            faults.append(f"{each.get('name')} passed with {count} checked")
+    return faults + ([] if any(each.get("ok") is True for each in checks) else ["no check passed"])
+
+
+def differences(run: Any, found: Mapping[str, Any]) -> list[str]:
+    """How a certificate differs from the evaluation it stands beside: hashes, settings, number of targets."""
+    told = evaluation(run) or run.result
+    hashes, settings = object_of(found, "sha256"), object_of(found, "settings")
+    wanted = object_of(told, "sha256_code") | object_of(told, "sha256_shards")
+    wanted |= {"tokenizer": told["sha256_tokenizer"]} if "sha256_tokenizer" in told else {}
+    wanted |= {"nll.npy": told["sha256_nll"]} if {"sha256_nll"} <= told.keys() and "nll.npy" in hashes else {}
+    faults = [f"does not name {name}" if name not in hashes else f"of another {name}"
+              for name, digest in wanted.items() if hashes.get(name) != digest]  # fmt: skip
+    free = AUDITS_MAY_CHANGE | (set() if "audited_settings" in found else AUDITS_SHRINK)
+    apart = [f"{name} {settings.get(name)}, scored with {value}" for name, value in object_of(told, "settings").items()
+             if name not in free and settings.get(name) != value]  # fmt: skip
+    faults += [f"audited with {', '.join(apart)}"] if apart else []
+    targets = found["targets"]
+    if isinstance(targets, bool) or not isinstance(targets, int) or not 1 <= targets <= (run.val_tokens or targets):
+        faults.append(f"targets is {targets}, of {run.val_tokens} that were scored")
+    return faults
