@@ -328,10 +328,11 @@ def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
     if found.get("train_ms", 0) / 1000 > result.get("train_seconds", math.inf) + 0.5:
         yield f"{name}: RESULT has train_seconds {result['train_seconds']:.3f}, but {facts.cite('train_ms')}"
     for key, label in (*RESULT_SCORES, ("ttt", "invalid_ttt")):
-        told = result.get(f"val_bpb_{key}")
-        for score in facts.scores if told is not None else ():
-            if score.label == f"{label}_exact" and abs(told - score.val_bpb) > 1e-7:
-                yield f"{name}: RESULT has val_bpb_{key} {told:.8f}, but {score.line}"
+        for unit in ("val_bpb", "val_loss"):
+            told = result.get(f"{unit}_{key}")
+            for score in facts.scores if told is not None else ():
+                if score.label == f"{label}_exact" and abs(told - getattr(score, unit)) > 1e-7:
+                    yield f"{name}: RESULT has {unit}_{key} {told:.8f}, but {score.line}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -609,11 +610,6 @@ def check_seeds(record: Record) -> Iterator[Finding]:
         if count > 1:
             names = ", ".join(run.name for run in runs if run.val_bpb == bpb)
             yield "fail", f"the same score {bpb:.8f} under several seeds, so a copy: {names}"
-    hashes = [run.result["sha256_artifact"] for run in runs if "sha256_artifact" in run.result]
-    for digest, count in Counter(hashes).items():
-        if count > 1:
-            names = ", ".join(run.name for run in runs if run.result.get("sha256_artifact") == digest)
-            yield "fail", f"the same artifact {str(digest)[:12]}.. under several seeds: {names}"
     for run in runs:
         if file_seed(run) not in (None, run.seed):
             yield "fail", f"{run.name} is named for seed {file_seed(run)}, but {run.cite('seed')}"
@@ -1099,6 +1095,9 @@ def is_pickle(blob: bytes, packed: bool = True) -> bool:
 def check_artifact(record: Record) -> Iterator[Finding]:
     """What the logs scored, unaltered, and read without executing anything."""
     scored = {run.result["sha256_artifact"]: run for run in record.runs if "sha256_artifact" in run.result}
+    for digest in scored:
+        if len(same := [run.name for run in record.runs if run.result.get("sha256_artifact") == digest]) > 1:
+            yield "fail", f"the same artifact {str(digest)[:12]}.. under several seeds: {', '.join(same)}"
     for path in record.artifacts:
         blob = path.read_bytes()
         size, digest = len(blob), hashlib.sha256(blob).hexdigest()

@@ -117,6 +117,11 @@ def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
     for before, run in pairwise(runs):
         if before.seed == run.seed:
             reasons.append(f"seed {run.seed} twice: {before.path} and {run.path}")
+    for digest in dict.fromkeys(run.trained["sha256_artifact"] for run in runs):
+        same = [run for run in runs if run.trained["sha256_artifact"] == digest]
+        if len({run.seed for run in same}) > 1:
+            paths = ", ".join(str(run.path) for run in same)
+            reasons.append(f"the same artifact under seeds {', '.join(str(run.seed) for run in same)}: {paths}")
     if (distinct := len({run.seed for run in runs})) < check.MIN_SEEDS:
         reasons.append(f"{distinct} finished runs of distinct seeds, {check.MIN_SEEDS} are needed")
     if runs:

@@ -459,6 +459,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
                                                                 remove("eval_ttt_seed42.log"))],
                       "log", "train_seed42.log: no final scored line"),
     "RESULT cut off": (edit("train_seed42.log", '"seed": 42}', '"se'), "log", "not JSON"),
+    "RESULT against a line's loss": (edit("eval_ttt_seed42.log", "ttt_exact val_loss:1", "ttt_exact val_loss:2"), "log",
+                                     "RESULT has val_loss_ttt"),
     "RESULT against a line": (edit("train_seed42.log", "val_bpb:1.11510000", "val_bpb:1.11500000"), "log",
                               "RESULT has val_bpb_sliding 1.11510000"),
     "score not a number": (edit("eval_ttt_seed42.log", "val_bpb:1.10880000", "val_bpb:nan"), "log", "val_bpb:nan"),
@@ -524,7 +526,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
                                 "ttt_mode none, scored with banks"),
     "one artifact under two seeds": (lambda files: [fault(files) for fault in (
         edit("train_seed2025.log", sha(artifact(2025)), sha(artifact(42))),
-        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))], "seeds", "the same artifact"),
+        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))], "artifact", "the same artifact"),
     "inflated bytes with a manifest that says so": (lambda files: [fault(files) for fault in (
         *(rescore(seed, 1 / 1.1) for seed in SCORES), manifest(1.1))], "bytes", "sp1024 has 0.41052"),
     "manifest with more bytes than published": (lambda files: manifest(1.1)(files), "bytes", "manifest.json has 0.373"),

@@ -286,6 +286,9 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
                                   "audited with ttt_lr 0.5, scored with 0.002"),
     "one certificate": (lambda run: certify(run.with_name("7")) or shutil.copyfile(
         run.with_name("7") / "certificate.json", run / "certificate.json"), "another artifact"),
+    "the artifact of another seed": (lambda run: change(
+        run, train_gpt.sha256_file(run / "final_model.int6.ptz"),
+        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")), "the same artifact under seeds 7, 42"),
     "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)), "nll.npy"),
     "other code": (recode, "differ in code: train_gpt.py "),
     "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
