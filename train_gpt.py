@@ -746,6 +746,7 @@ class Listing(NamedTuple):
     path: Path
     tokenizer_sha256: str | None
     shards: dict[str, dict[str, Any]]  # name -> split, tokens, and sha256 where it is listed
+    overlap: str  # what `data/prepare.py --overlap` counted there, as a line for the log
 
 
 def read_listing(shard: str) -> Listing | None:
@@ -762,9 +763,13 @@ def read_listing(shard: str) -> Listing | None:
                     split = row["split"] if "split" in row else named[1]
                     shards[file] = dict(split=split, tokens=int(row["tokens"]), sha256=row.get("sha256"))
             made_with = str(content["tokenizer"]["sha256"]) if name == "manifest.json" else None
+            found, overlap = content.get("overlap"), "overlap: not counted, data/prepare.py --overlap does"
+            if found:
+                overlap = f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur "
+                overlap += f"inside training shards, {found['documents_touched']} in part"
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not of data/prepare.py or data/download.py: {error!r}") from error
-        return Listing(path, made_with, shards)
+        return Listing(path, made_with, shards, overlap)
     return None
 
 
@@ -894,7 +899,7 @@ def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
     listing = read_listing(stream.paths[0])
     if listing is None:
         return
-    path, made_with, listed = listing
+    path, made_with, listed, _ = listing
     if made_with not in (None, tokenizer_sha256):
         raise UserError(f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
     splits = set()
@@ -4761,6 +4766,8 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line(f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores a layer")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
+    if listing := read_listing(run.train.paths[0]):
+        log.line(listing.overlap)
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     for line in check_memory(c, TRAINING_PARTS):

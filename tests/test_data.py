@@ -21,6 +21,7 @@ from train_gpt import (
     check_disjoint,
     check_manifest,
     open_shard,
+    read_listing,
     split_batch,
     step_batches,
 )
@@ -258,6 +259,18 @@ def test_what_was_downloaded_must_be_there(stream, tmp_path):
     train, _ = stream(9)
     source_of(tmp_path, right | {"fineweb_train_000001.bin": 99})  # training shards may be fewer
     check_manifest(train, HASH)
+
+
+def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
+    """The keys of data/prepare.py --overlap; without a count the log says how to get one."""
+    found, _ = stream(20, 30)
+    path, listed = tmp_path / "manifest.json", {"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}
+    path.write_text(manifest_of(listed))
+    assert "prepare.py --overlap" in read_listing(found.paths[0]).overlap
+    counted = dict(documents=50, documents_inside=3, documents_touched=8)
+    path.write_text(json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted)))
+    line = read_listing(found.paths[0]).overlap
+    assert line == "overlap: 3 of 50 validation documents occur inside training shards, 8 in part"
 
 
 @pytest.mark.parametrize("name", ["fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin"])
