@@ -29,6 +29,8 @@ import os
 import platform
 import random
 import re
+import secrets
+import stat
 import sys
 import threading
 import zlib
@@ -37,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -54,10 +57,11 @@ SPLITS = ("train", "val")
 OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
     "": lambda path: path.open("rb"),
     ".gz": lambda path: gzip.open(path, "rb"),
-    ".xz": lambda path: lzma.open(path, "rb"),
-    ".zst": lambda path: io.BufferedReader(ZstdReader(path), 1 << 20),
+    ".xz": lambda path: open_xz(path),
+    ".zst": lambda path: open_zst(path),
 }
 FORMATS = (".txt", ".jsonl")
+BYTE_ORDER_MARK = "\ufeff".encode()
 
 
 class InputError(ValueError):
@@ -86,6 +90,7 @@ class Job:
     tokenizer_sample_bytes: int = 64_000_000
     seed: int = 1337
     overwrite: bool = False
+    entries: dict[str, Any] = field(default_factory=dict)  # further ones of the manifest
 
     def __post_init__(self) -> None:
         if not 320 <= self.vocab_size <= 65536:
@@ -130,94 +135,206 @@ def import_zstandard() -> Any:
     return zstandard
 
 
-class ZstdReader(io.RawIOBase):
-    """A .zst file of one or more frames. Raises EOFError where the last one is cut short.
+class FrameReader(io.RawIOBase):
+    """Decompressed content of a file of one or more frames (zst) or streams (xz), with zero bytes between if `padded`.
 
-    zstandard's own stream_reader returns the beginning of a truncated file as if it were all of it.
+    `new_frame` returns a decompressor, which raises `error` for damaged data. Raises EOFError where the last frame is
+    cut short, OSError where one is damaged. The packages' own readers take the beginning of such a file for all of it:
+    zstandard's where the last frame is cut short, lzma's where padding or a damaged header follows a stream.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._zstd = import_zstandard()
-        self._file = path.open("rb")
-        self._frame: Any = None  # zstandard's decompressor of the frame that is being read
+    CHUNK = 1 << 12  # compressed bytes at a time; what they expand to is held in memory, 7,000 times as much at worst
+
+    def __init__(self, path: Path, new_frame: Callable[[], Any], error: type[Exception], padded: bool = False) -> None:
+        self._file, self._new_frame, self._error, self._padded = path.open("rb"), new_frame, error, padded
+        self._frame: Any = None  # the decompressor of the frame that is being read
         self._compressed = self._plain = b""
+        self._frames = self._padding = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._plain:
-            self._compressed = self._compressed or self._file.read(1 << 16)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the compressed file ends before its end-of-stream marker")
+            self._compressed = self._compressed or self._file.read(self.CHUNK)
+            if not self._compressed and self._frame is None and self._padding % 4 == 0:
                 return 0
-            self._frame = self._frame or self._zstd.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                self._plain = self._frame.decompress(self._compressed)
-            except self._zstd.ZstdError as error:
-                raise OSError(str(error)) from error
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
+            if not self._compressed:
+                raise EOFError("the compressed file ends before its end-of-stream marker")
+            self._decompress()
         count = min(len(buffer), len(self._plain))
         buffer[:count], self._plain = self._plain[:count], self._plain[count:]
         return count
+
+    def _decompress(self) -> None:
+        if self._frame is None:
+            content = self._compressed.lstrip(b"\0") if self._padded and self._frames else self._compressed
+            self._padding += len(self._compressed) - len(content)
+            self._compressed = content
+            if not content:
+                return
+            if self._padding % 4:
+                raise OSError(f"{self._padding} bytes of padding before a stream; xz pads to a multiple of 4")
+            self._frame, self._padding, self._frames = self._new_frame(), 0, self._frames + 1
+        try:
+            self._plain = self._frame.decompress(self._compressed)
+        except self._error as error:
+            raise OSError(f"{error} (frame {self._frames})") from error
+        self._compressed = self._frame.unused_data if self._frame.eof else b""
+        self._frame = None if self._frame.eof else self._frame
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
+def open_xz(path: Path) -> BinaryIO:
+    """Open an .xz file of one or more streams, padding between and after them included."""
+    new_frame = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
+    return io.BufferedReader(FrameReader(path, new_frame, lzma.LZMAError, padded=True), 1 << 20)
+
+
+def open_zst(path: Path) -> BinaryIO:
+    """Open a .zst file of one or more frames."""
+    zstd = import_zstandard()
+    decompressor = zstd.ZstdDecompressor(max_window_size=1 << 31)
+    return io.BufferedReader(FrameReader(path, decompressor.decompressobj, zstd.ZstdError), 1 << 20)
+
+
+@dataclass
+class LeftOut:
+    """What of the input does not become tokens: `files` with the reason, empty documents, blank lines of .jsonl."""
+
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    empty_documents: int = 0
+    blank_lines: int = 0
+
+    def describe(self) -> str:
+        """Return one line for each kind of thing that was left out, the files by name; empty where nothing was."""
+        counts = ((self.empty_documents, "empty documents"), (self.blank_lines, "blank lines"))
+        lines = [f"note: {count} {what} skipped" for count, what in counts if count]
+        if self.files:
+            names = [f"{escaped(str(path))} ({reason})" for path, reason in self.files[:50]]
+            more = f", and {len(self.files) - 50} more" if len(self.files) > 50 else ""
+            lines.append(f"note: {len(self.files)} files or links left out: {', '.join(names)}{more}")
+        return "\n".join(lines)
+
+    def counts(self) -> dict[str, int]:
+        """Return the entry of the manifest."""
+        return {"files": len(self.files), "empty_documents": self.empty_documents, "blank_lines": self.blank_lines}
+
+
+def escaped(text: str) -> str:
+    """Return a name or message with control characters and bytes that are not UTF-8 as \\xNN."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", text)
+
+
 def split_suffix(path: Path) -> tuple[str, str] | None:
     """Return (format, compression) of a file name, for example (".jsonl", ".gz"), or None if it is not supported."""
-    compression = path.suffix if path.suffix in OPENERS else ""
-    kind = Path(path.stem if compression else path.name).suffix
+    name = Path(path.name.lower())
+    compression = name.suffix if name.suffix in OPENERS else ""
+    kind = Path(name.stem if compression else name).suffix
     return (kind, compression) if kind in FORMATS else None
 
 
-def list_inputs(paths: Iterable[Path]) -> list[Path]:
-    """Return the input files in order: files as given, folders recursively and sorted, other files in them left out.
+def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[Path]:
+    """Return the input files in order: files as given, folders recursively and sorted, links in them followed.
 
-    Raises InputError for what does not exist, has an unsupported extension, or comes twice.
+    What is in a folder and is not read is added to `left_out`. Raises InputError for what does not exist, cannot be
+    read, has an unsupported extension, or comes twice; a link to a file that is read anyway is left out.
     """
-    files: list[Path] = []
+    left_out = left_out or LeftOut()
+    found: list[tuple[Path, bool]] = []
     for path in paths:
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and split_suffix(file))
-            if not found:
+            files = sorted(walk_folder(path, left_out))
+            if not files:
                 raise InputError(f"{path}: no .txt or .jsonl file (plain, .gz, .xz, .zst) in this folder")
-            files += found
+            found += files
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
         elif split_suffix(path) is None:
             raise InputError(f"{path}: unsupported extension; supported are .txt and .jsonl, plain or .gz, .xz, .zst")
+        elif not path.is_file():
+            raise InputError(f"{path}: not a regular file; it is read twice. Write its content to a file.")
+        else:
+            found.append((path, False))
+    targets = [path.resolve() for path, _ in found]
+    counts = Counter(target for target, (_, linked) in zip(targets, found, strict=True) if not linked)
+    if repeated := [target for target, count in counts.items() if count > 1]:
+        raise InputError(f"{repeated[0]}: given more than once")
+    files = []
+    for target, (path, linked) in zip(targets, found, strict=True):
+        if linked and counts[target]:
+            left_out.files.append((path, "a link to a file that is read already"))
         else:
             files.append(path)
-    repeated = [path for path, count in Counter(file.resolve() for file in files).items() if count > 1]
-    if repeated:
-        raise InputError(f"{repeated[0]}: given more than once")
-    if any(file.suffix == ".zst" for file in files):
+            counts[target] += linked
+    if any(split_suffix(path)[1] == ".zst" for path in files):
         import_zstandard()
     return files
 
 
-def read_texts(path: Path, text_key: str = "text") -> Iterator[tuple[str, bytes]]:
+def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
+    """Yield the input files below a folder, and whether a link leads to each; add the others to `left_out`.
+
+    A folder is entered once, and before any link to it. Raises InputError for folders and links that cannot be read.
+    """
+    entered = set(root.resolve().parents)
+    folders, links = [(root, False)], []
+    while folders or links:
+        folder, linked = folders.pop() if folders else links.pop()
+        if folder.resolve() in entered:
+            left_out.files.append((folder, "a folder that is read already or leads back to the input"))
+            continue
+        entered.add(folder.resolve())
+        try:
+            paths = sorted(folder.iterdir(), reverse=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
+        for path in paths:
+            try:
+                mode = path.stat().st_mode
+            except OSError as error:
+                if split_suffix(path) or not path.suffix:  # a file of text, or what may be a folder of them
+                    raise InputError(f"{path}: cannot be read: {error.strerror}. Mend or remove it.") from error
+                left_out.files.append((path, error.strerror))
+                continue
+            if stat.S_ISDIR(mode):
+                (links if path.is_symlink() else folders).append((path, linked or path.is_symlink()))
+            elif not split_suffix(path):
+                left_out.files.append((path, "unsupported extension"))
+            elif not stat.S_ISREG(mode):
+                left_out.files.append((path, "not a regular file"))
+            else:
+                yield path, linked or path.is_symlink()
+
+
+def read_texts(path: Path, text_key: str = "text", left_out: LeftOut | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield (text, UTF-8 bytes) of every document of one input file, the empty ones included.
 
-    Raises InputError, with the file's name and the line, for text that is not UTF-8, a line that is not a JSON object
-    with a string under `text_key`, and for a damaged or truncated compressed file.
+    Blank lines of .jsonl are counted in `left_out`; byte order marks before a line are dropped (Windows programs write
+    them, and concatenation leaves them inside). Raises InputError, with the file's name and the line, for text that is
+    not UTF-8, a line that is not a JSON object with one string under `text_key`, and for a damaged, truncated or empty
+    compressed file.
     """
+    left_out = left_out or LeftOut()
     kind, compression = split_suffix(path) or ("", "")
     assert kind, f"{path} did not pass list_inputs"
     try:
+        if compression and path.stat().st_size == 0:  # gzip and FrameReader would take it for an empty text
+            raise EOFError("0 bytes, not a compressed file")
         with OPENERS[compression](path) as stream:
             if kind == ".txt":
                 content = stream.read()
                 yield _decode(content, path, 1), content
                 return
             for number, line in enumerate(stream, 1):
+                line = line.removeprefix(BYTE_ORDER_MARK)
                 if line.strip():
                     yield _parse_line(line, path, number, text_key)
+                else:
+                    left_out.blank_lines += 1
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -231,13 +348,20 @@ def _decode(content: bytes, path: Path, first_line: int) -> str:
 
 
 def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[str, bytes]:
+    content = _decode(line, path, number)
     try:
-        record = json.loads(_decode(line, path, number))
+        record = json.loads(content)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, deep nesting
+        raise InputError(f"{path}, line {number}: cannot be parsed ({error})") from error
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{path}, line {number}: no string under the key "{text_key}" (see --text-key)')
+    if line.count(json.dumps(text_key).encode()) > 1:
+        pairs = json.loads(content, object_pairs_hook=list)
+        if sum(key == text_key for key, _ in pairs) > 1:  # json.loads keeps the last one
+            raise InputError(f'{path}, line {number}: the key "{text_key}" comes more than once')
     try:
         return text, text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -245,16 +369,22 @@ def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[st
         raise InputError(f"{path}, line {number}: lone surrogate U+{code:04X} at character {error.start}") from error
 
 
-def read_documents(job: Job) -> Iterator[Document]:
-    """Yield every document of the job, the empty ones included, with the split that it belongs to."""
-    for path in list_inputs(job.val_inputs):
-        for text, utf8 in read_texts(path, job.text_key):
-            yield Document("val", text, utf8)
-    count = 0
-    for path in list_inputs(job.inputs):
-        for text, utf8 in read_texts(path, job.text_key):
-            yield Document(_choose_split(job, count, utf8), text, utf8)
-            count += bool(utf8)
+def read_documents(job: Job, left_out: LeftOut | None = None) -> Iterator[Document]:
+    """Yield every document that is not empty, with its split; what is left out is added to `left_out`."""
+    left_out = left_out or LeftOut()
+    for paths in (job.val_inputs, job.inputs):
+        count = 0
+        for path in list_inputs(paths, left_out):
+            before = count
+            for text, utf8 in read_texts(path, job.text_key, left_out):
+                if utf8:
+                    split = "val" if paths is job.val_inputs else _choose_split(job, count, utf8)
+                    yield Document(split, text, utf8)
+                    count += 1
+                else:
+                    left_out.empty_documents += 1
+            if count == before:
+                left_out.files.append((path, "no text in it"))
 
 
 def _choose_split(job: Job, index: int, utf8: bytes) -> str:
@@ -301,11 +431,11 @@ class Sampler:
 
 @dataclass
 class Survey:
-    """What the first pass found: documents and UTF-8 bytes of each split, empty documents, a sample of the training."""
+    """What the first pass found: documents and UTF-8 bytes of each split, a training sample, what was left out."""
 
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    empty: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
     sample: list[str] = field(default_factory=list)
 
 
@@ -317,10 +447,7 @@ def survey(job: Job) -> Survey:
     found = Survey()
     sampler = Sampler(job.tokenizer_sample_bytes, job.seed)
     with tqdm(desc="reading", unit="B", unit_scale=True, disable=None) as progress:
-        for document in read_documents(job):
-            if not document.utf8:
-                found.empty += 1
-                continue
+        for document in read_documents(job, found.left_out):
             found.documents[document.split] += 1
             found.text_bytes[document.split] += len(document.utf8)
             if document.split == "train" and job.tokenizer is None:
@@ -334,7 +461,7 @@ def survey(job: Job) -> Survey:
 def _check_split(job: Job, found: Survey) -> None:
     total = sum(found.documents.values())
     if total == 0:
-        raise InputError(f"the input holds no text: {found.empty} documents, all of them empty")
+        raise InputError(f"the input holds no text: {found.left_out.empty_documents} documents, all of them empty")
     if found.documents["train"] == 0:
         raise InputError(f"no training documents: all {total} fell into validation; lower --val-docs or --val-fraction")
     if found.documents["val"] == 0 and job.wants_validation:
@@ -503,12 +630,10 @@ class Batch(NamedTuple):
 
 
 def make_batches(documents: Iterable[Document]) -> Iterator[Batch]:
-    """Group documents by split, in order, into batches of about a million characters; empty ones are left out."""
+    """Group documents by split, in order, into batches of about a million characters."""
     pending = {split: Batch(split, []) for split in SPLITS}
     characters = dict.fromkeys(SPLITS, 0)
     for split, text, _ in documents:
-        if not text:
-            continue
         pending[split].texts.append(text)
         characters[split] += len(text)
         if characters[split] >= BATCH_CHARACTERS:
@@ -574,9 +699,9 @@ def _encode_in_worker(batch: Batch) -> np.ndarray:
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path` that takes its name at the end, or vanishes where an error ends the block."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with temporary.open("xb") as stream:  # never through a link that stands there
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -657,7 +782,7 @@ def earlier_output(job: Job) -> list[Path]:
 
     A tokenizer that the job itself takes from there is not among them.
     """
-    pattern = re.compile(r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)(\.tmp)?")
+    pattern = re.compile(r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?")
     found = sorted(path for path in job.out.glob("*") if pattern.fullmatch(path.name))
     own = job.tokenizer.resolve() if job.tokenizer else None
     return sorted((path for path in found if path.resolve() != own), key=lambda path: path.name != "manifest.json")
@@ -671,8 +796,9 @@ def earlier_output(job: Job) -> list[Path]:
 def prepare(job: Job) -> dict:
     """Do a job and return its manifest.
 
-    Raises InputError for what the user can correct. After that or any other exception no file of this job is left. An
-    earlier preparation in the same folder is only replaced with `overwrite`, and only once all the input is found good.
+    Raises InputError for what the user can correct. After that or any other exception before the last shard is done, no
+    file of this job is left; shards that are done stay, even where the manifest cannot be written. An earlier
+    preparation in the same folder is only replaced with `overwrite`, and only once all the input is found good.
     """
     earlier = earlier_output(job)
     if earlier and not job.overwrite:
@@ -680,19 +806,24 @@ def prepare(job: Job) -> dict:
     list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # nothing twice, nothing on both sides
     given = _read_model(job.tokenizer) if job.tokenizer else None
     found = survey(job)
-    if found.empty:
-        print(f"note: {found.empty} empty documents skipped", file=sys.stderr)
+    if left_out := found.left_out.describe():
+        print(left_out, file=sys.stderr)
     model = given or train_tokenizer(found.sample, job.vocab_size)
     found.sample = []
     job.out.mkdir(parents=True, exist_ok=True)
     try:
         for path in earlier:
             path.unlink()
-        return _write_all(job, model, found)
+        manifest = _write_tokens(job, model, found)
     except BaseException:
         for path in earlier_output(job):
             path.unlink()
         raise
+    try:
+        write_json(job.out / "manifest.json", manifest)
+    except OSError as error:
+        raise OSError(f"{job.out}: all shards are done, but manifest.json cannot be written: {error}") from error
+    return manifest
 
 
 def _read_model(path: Path) -> bytes:
@@ -700,18 +831,24 @@ def _read_model(path: Path) -> bytes:
         model = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if not model:  # SentencePiece ends the process over it
+        raise InputError(f"{path}: an empty file, not a SentencePiece model")
     load_tokenizer(model, str(path))
     return model
 
 
-def _write_all(job: Job, model: bytes, found: Survey) -> dict:
+def _write_tokens(job: Job, model: bytes, found: Survey) -> dict:
+    """Write the tokenizer and all shards and return the manifest."""
+    with atomic_file(job.out / "tokenizer.model") as stream:
+        stream.write(model)
     sp = load_tokenizer(model, "tokenizer.model")
     byte_counts = token_bytes(sp) if is_lossless(sp) else None
     shards = _write_shards(job, model, byte_counts, sum(found.text_bytes.values()))
     splits = {split: _total(split, shards, found) for split in SPLITS}
-    manifest = {
+    return {
         "version": MANIFEST_VERSION,
-        "name": job.name,
+        "name": escaped(job.name),
+        **job.entries,
         "tokenizer": {
             "file": "tokenizer.model",
             "sha256": hashlib.sha256(model).hexdigest(),
@@ -721,15 +858,17 @@ def _write_all(job: Job, model: bytes, found: Survey) -> dict:
         },
         "splits": splits,
         "shards": shards,
-        "source": [path.resolve().name for path in (*job.inputs, *job.val_inputs)],
+        "source": [escaped(path.resolve().name) for path in (*job.inputs, *job.val_inputs)],
+        "left_out": found.left_out.counts(),
         "python": platform.python_version(),
         "sentencepiece": spm.__version__,
     }
-    with atomic_file(job.out / "tokenizer.model") as stream:
-        stream.write(model)
-    with atomic_file(job.out / "manifest.json") as stream:
-        stream.write(json.dumps(manifest, indent=1, ensure_ascii=False).encode() + b"\n")
-    return manifest
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically; what UTF-8 cannot express becomes JSON escapes."""
+    with atomic_file(path) as stream:
+        stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def _write_shards(job: Job, model: bytes, byte_counts: np.ndarray | None, total_bytes: int) -> list[dict]:
@@ -815,10 +954,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         manifest = prepare(parse_arguments(arguments))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 1
     print(describe(manifest))
     return 0
