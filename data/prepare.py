@@ -1,6 +1,7 @@
 """Turn any text into a tokenizer, token shards and a manifest.
 
     python data/prepare.py INPUT [INPUT ...] --out DIR
+    python data/prepare.py --overlap FOLDER
 
 Inputs are .txt files (one document each), .jsonl files (one JSON object a line, its text under --text-key), either of
 them compressed (.gz, .xz, .zst), or folders of such files. DIR receives
@@ -9,6 +10,8 @@ them compressed (.gz, .xz, .zst), or folders of such files. DIR receives
     fineweb_train_%06d.bin      256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
     fineweb_val_%06d.bin        little-endian uint16 tokens; BOS (id 1) stands before each document, nothing after it
     manifest.json               counts and hashes of all of the above; written last, so its presence means "complete"
+
+The second command counts the validation documents of a folder that occur inside its training shards (count_overlap).
 
 The input is read twice: first all of it is checked, counted and sampled, then it is encoded. Memory stays constant
 however long the input is, and the output does not depend on the number of worker processes.
@@ -22,6 +25,7 @@ import gzip
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -33,13 +37,14 @@ import secrets
 import stat
 import sys
 import threading
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -48,7 +53,7 @@ import sentencepiece as spm
 from tqdm import tqdm
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
-SHARD_NAME = "fineweb_{split}_{index:06d}.bin"
+SHARD_NAME, SHARD_FILE = "fineweb_{split}_{index:06d}.bin", r"fineweb_(train|val)_\d+\.bin"
 MANIFEST_VERSION = 1
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 SPACE = "\u2581"  # SentencePiece writes a space as this character
@@ -905,6 +910,165 @@ def _total(split: str, shards: list[dict], found: Survey) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Overlap of validation and training shards
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Validation text is looked up in the training shards by 64-bit hashes of 32-token spans, taken at every position of the
+# training tokens and at every 32nd of a document: at 2,000,000 spans and 8,000,000,000 positions 0.001 are wrong hits.
+SPAN, CHUNK_TOKENS = 32, 1 << 20
+MARGIN = 8  # tokens: the first and the last word of a document are tokenized otherwise inside a longer text
+
+
+def count_overlap(folder: Path) -> dict:
+    """Count the validation documents of a folder that occur inside its training shards, and record that.
+
+    Of a document of 48 or more tokens the first and the last 8 are left out; what remains, or all of it, is covered by
+    32-token spans. It is inside if all its spans occur anywhere in the training tokens, and touched if one does. A
+    document of fewer than 32 tokens is inside, and touched, if a training document equals it. The result goes into
+    manifest.json under "overlap", or into source.json where that stands alone. Memory: 2 bytes for each validation
+    token, 64 bytes for each span, and 100 MB. InputError where shards are missing or are none.
+    """
+    record = next((folder / name for name in ("manifest.json", "source.json") if (folder / name).exists()), None)
+    content = read_record(record) if record else {}
+    val, train = (list_shards(folder, split) for split in ("val", "train"))
+    tokens = np.concatenate([*read_chunks(val)])
+    starts, lengths = document_bounds(tokens)
+    if not len(starts):
+        raise InputError(f"{folder}: the validation shards hold no document: {len(tokens)} tokens, BOS is id {BOS_ID}")
+    owners, hashes = span_hashes(tokens, starts, lengths)
+    keys, inverse = np.unique(hashes, return_inverse=True)
+    found = find_hashes(train, keys, bool((lengths < SPAN).any()))[inverse]
+    spans = np.bincount(owners, minlength=len(starts))
+    hits = np.bincount(owners, weights=found, minlength=len(starts)).astype(np.int64)
+    overlap = {
+        "documents": len(starts),
+        "documents_inside": int((hits == spans).sum()),
+        "documents_touched": int((hits > 0).sum()),
+        "documents_short": int((lengths < SPAN).sum()),
+        "spans": len(owners),
+        "spans_found": int(found.sum()),
+        "span_tokens": SPAN,
+        "val_tokens": len(tokens),
+        "train_tokens": sum(train.values()),
+        "train_shards": len(train),
+    }
+    if record:
+        write_json(record, {**content, "overlap": overlap})
+    return {**overlap, "record": record and record.name}
+
+
+def read_record(path: Path) -> dict:
+    """Return the object in manifest.json or source.json. InputError where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return content
+
+
+def list_shards(folder: Path, split: str) -> dict[Path, int]:
+    """Return the shards of a split, in order, and their numbers of tokens. InputError where one is no shard."""
+    paths = sorted(path for path in folder.glob(f"fineweb_{split}_*.bin") if re.fullmatch(SHARD_FILE, path.name))
+    if not paths:
+        raise InputError(f"{folder}: no {SHARD_NAME.format(split=split, index=0)} in this folder")
+    shards = {}
+    for path in paths:
+        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        start, count = 4 * HEADER_INTS, int(header[2]) if len(header) == HEADER_INTS else 0
+        if count < 1 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != start + 2 * count:
+            raise InputError(f"{path}: not a shard: {size} bytes, header {header[:3].tolist()}")
+        shards[path] = count
+    return shards
+
+
+def document_bounds(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where documents begin, behind their BOS, and their lengths in tokens; empty ones are left out."""
+    starts = np.flatnonzero(tokens == BOS_ID) + 1
+    lengths = np.diff(starts, append=len(tokens) + 1) - 1
+    return starts[lengths > 0], lengths[lengths > 0]
+
+
+@cache
+def token_hashes() -> np.ndarray:
+    """Return a random number for each token id, uint64, the same in every run."""
+    return np.random.default_rng(SPAN).integers(1 << 64, size=1 << 16, dtype=np.uint64)
+
+
+def rolling_hashes(tokens: np.ndarray) -> np.ndarray:
+    """Return the hash of every 32 consecutive tokens, uint64: a polynomial modulo 2**64, by doubling the span."""
+    hashes, factor, width = token_hashes()[tokens], 0x9E3779B97F4A7C15, 1
+    while width < SPAN:
+        hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]
+        factor, width = factor * factor % (1 << 64), 2 * width
+    return hashes
+
+
+def short_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return a hash for each whole document of fewer than 32 tokens, uint64."""
+    places = np.arange(SPAN - 1)
+    rows = token_hashes()[tokens[np.minimum(starts[:, None] + places, len(tokens) - 1)]]
+    factors = np.random.default_rng(SPAN + 1).integers(1 << 64, size=SPAN, dtype=np.uint64) | np.uint64(1)
+    rows = np.where(places < lengths[:, None], rows * factors[:-1], np.uint64(0))
+    return rows.sum(axis=1, dtype=np.uint64) + lengths.astype(np.uint64) * factors[-1]
+
+
+def span_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which document each span belongs to, and the hash of the span; see count_overlap for the spans."""
+    margin = np.where(lengths >= SPAN + 2 * MARGIN, MARGIN, 0)
+    first, last = starts + margin, starts + lengths - margin - SPAN
+    counts = np.where(lengths < SPAN, 1, -(-(last - first) // SPAN) + 1)
+    owners = np.repeat(np.arange(len(starts)), counts)
+    number = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    positions = np.minimum(first[owners] + SPAN * number, last[owners])
+    hashes, short = np.empty(len(owners), np.uint64), lengths < SPAN
+    hashes[short[owners]] = short_hashes(tokens, starts[short], lengths[short])
+    long = np.flatnonzero(~short[owners])
+    for begin in range(0, len(tokens), CHUNK_TOKENS):
+        own = long[slice(*np.searchsorted(positions[long], (begin, begin + CHUNK_TOKENS)))]
+        if len(own):
+            hashes[own] = rolling_hashes(tokens[begin : begin + CHUNK_TOKENS + SPAN - 1])[positions[own] - begin]
+    return owners, hashes
+
+
+def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.ndarray:
+    """Return which of the sorted `keys` occur in the shards, as spans or, where `short` is set, as whole documents."""
+    bits = min(26, max(16, len(keys).bit_length() + 5))  # a table of 1 byte an entry, one entry in 32 set
+    table, shift = np.zeros(1 << bits, bool), np.uint64(64 - bits)
+    table[keys >> shift] = True
+    found = np.zeros(len(keys), bool)
+    with tqdm(desc="comparing", total=sum(shards.values()), unit="token", unit_scale=True, disable=None) as progress:
+        kept = np.zeros(0, "<u2")
+        for chunk in itertools.chain(read_chunks(shards), [np.array([BOS_ID], "<u2")]):  # the BOS ends a short document
+            tokens = np.concatenate([kept, chunk])
+            kept = tokens[-SPAN - 1 :]  # a span, or BOS, a short document and BOS, may lie across chunks
+            hashes = rolling_hashes(tokens)
+            if short:
+                starts, lengths = document_bounds(tokens[:-1])
+                whole = (lengths < SPAN) & (tokens[starts + lengths] == BOS_ID)
+                hashes = np.concatenate([hashes, short_hashes(tokens, starts[whole], lengths[whole])])
+            candidates = hashes[table[hashes >> shift]]
+            places = np.minimum(np.searchsorted(keys, candidates), len(keys) - 1)
+            found[places[keys[places] == candidates]] = True
+            progress.update(len(chunk))
+    return found
+
+
+def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
+    """Yield the tokens of the shards, uint16, at most CHUNK_TOKENS at a time; not mapped, so that memory is bounded."""
+    for path, count in shards.items():
+        with path.open("rb") as stream:
+            stream.seek(4 * HEADER_INTS)
+            while count > 0:
+                chunk = np.fromfile(stream, "<u2", min(count, CHUNK_TOKENS))
+                if not len(chunk):
+                    raise InputError(f"{path}: has become shorter while it was read")
+                count -= len(chunk)
+                yield chunk
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -919,16 +1083,34 @@ def describe(manifest: dict) -> str:
     return "\n".join(lines)
 
 
+def describe_overlap(overlap: dict, seconds: float) -> str:
+    """Return two lines of text for the result of count_overlap."""
+    rate = f"{overlap['train_tokens']:,} training tokens in {seconds:.2f} s, {overlap['train_tokens'] / seconds:,.0f}"
+    return (
+        f"overlap: {overlap['documents_inside']:,} of {overlap['documents']:,} validation documents occur inside the "
+        f"training shards, {overlap['documents_touched']:,} share a span of {SPAN} tokens with them; "
+        f"{overlap['documents_short']:,} documents of fewer than {SPAN} tokens were compared whole\n"
+        f"overlap: {overlap['spans_found']:,} of {overlap['spans']:,} spans found; {rate} tokens/s; "
+        f"{'written to ' + overlap['record'] if overlap['record'] else 'no manifest.json or source.json to write to'}"
+    )
+
+
 def core_count() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def parse_arguments(arguments: list[str] | None) -> Job:
-    """Return the job that the command line describes."""
+def parse_arguments(arguments: list[str] | None) -> Job | Path:
+    """Return the job that the command line describes, or the folder of --overlap."""
     parser = argparse.ArgumentParser(description="Turn any text into a tokenizer, token shards and a manifest.")
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=".txt, .jsonl (.gz, .xz, .zst) or folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the result")
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help=".txt, .jsonl (.gz, .xz, .zst) or folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result")
+    parser.add_argument(
+        "--overlap",
+        type=Path,
+        metavar="FOLDER",
+        help="only count FOLDER's validation documents inside its training shards",
+    )
     parser.add_argument("--name", help="name of the data set in the manifest (default: the folder's)")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="where .jsonl objects have their text")
     tokenizer = parser.add_mutually_exclusive_group()
@@ -944,6 +1126,12 @@ def parse_arguments(arguments: list[str] | None) -> Job:
     parser.add_argument("--seed", type=int, default=1337, help="of the split by hash and of the tokenizer's sample")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier preparation in DIR")
     options = vars(parser.parse_args(arguments))
+    if overlap := options.pop("overlap"):
+        if options["inputs"] or options["out"]:
+            parser.error("--overlap goes without INPUT and --out")
+        return overlap
+    if not options["inputs"] or not options["out"]:
+        parser.error("INPUT and --out are required, or --overlap")
     options["inputs"], options["val_inputs"] = tuple(options["inputs"]), tuple(options.pop("val_input"))
     options["name"] = options["name"] or options["out"].resolve().name
     return Job(**options)
@@ -951,15 +1139,19 @@ def parse_arguments(arguments: list[str] | None) -> Job:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
+    job = parse_arguments(arguments)
     try:
-        manifest = prepare(parse_arguments(arguments))
+        if isinstance(job, Path):
+            started = time.perf_counter()
+            print(describe_overlap(count_overlap(job), time.perf_counter() - started))
+        else:
+            print(describe(prepare(job)))
     except InputError as error:
         print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 2
     except (OSError, BrokenProcessPool) as error:
         print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 1
-    print(describe(manifest))
     return 0
 
 

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -417,6 +418,95 @@ def test_earlier_output_is_replaced_only_on_request(
     named = {shard["file"] for shard in json.loads((out / "manifest.json").read_text())["shards"]}
     assert set(snapshot(out)) == named | {"tokenizer.model", "manifest.json", "mine.txt"}
     assert documents_in(out, "train") == texts[1:150]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Overlap of validation and training shards
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_shards(folder: Path, split: str, tokens: list[int], sizes: int) -> None:
+    for index, start in enumerate(range(0, len(tokens), sizes)):
+        part = tokens[start : start + sizes]
+        header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
+        (folder / f"fineweb_{split}_{index:06d}.bin").write_bytes(header + struct.pack(f"<{len(part)}H", *part))
+
+
+def split_at_bos(tokens: list[int]) -> list[list[int]]:
+    starts = [index for index, token in enumerate(tokens) if token == 1]
+    return [tokens[start + 1 : end] for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+
+
+def brute_force_overlap(val: list[int], train: list[int]) -> dict[str, int]:
+    windows = {tuple(train[start : start + 32]) for start in range(len(train) - 31)}
+    whole = {tuple(document) for document in split_at_bos(train)}
+    counts = Counter(dict.fromkeys(("documents_inside", "documents_touched", "documents_short", "spans_found"), 0))
+    for document in filter(None, split_at_bos(val)):
+        inner = document[8:-8] if len(document) >= 48 else document
+        places = sorted({*range(0, len(inner) - 31, 32), len(inner) - 32})
+        found = [tuple(inner[place : place + 32]) in windows for place in places]
+        found = [tuple(document) in whole] if len(document) < 32 else found
+        counts.update(documents=1, documents_inside=all(found), documents_touched=any(found))
+        counts.update(documents_short=len(document) < 32, spans=len(found), spans_found=sum(found))
+    return dict(counts)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_overlap_is_what_a_brute_force_counts(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents of 0 to 150 tokens, a third of them copied into the training text: whole, cut, changed, in others."""
+    monkeypatch.setattr(prepare, "CHUNK_TOKENS", 97)  # documents and spans lie across chunks and shards
+    rng = random.Random(seed)
+    val_documents = [[rng.randrange(3, 3 + 2**seed) for _ in range(rng.randrange(150))] for _ in range(60)]
+    val_documents += [rng.choices(range(3, 65536), k=length) for length in (*range(28, 52), 96, 97, 500)]
+    train_documents = [rng.choices(range(3, 65536), k=rng.randrange(90)) for _ in range(60)]
+    for document in val_documents[::3]:
+        first = rng.randrange(len(document) + 1) // 3
+        copies = [document, document[first:], document[:-1], [*document[:40], 2, *document[41:]], [7, *document, 8, 9]]
+        train_documents.append(rng.choice(copies))
+    rng.shuffle(train_documents)
+    val, train = ([token for document in side for token in (1, *document)] for side in (val_documents, train_documents))
+    write_shards(tmp_path, "val", val, 1000)
+    write_shards(tmp_path, "train", train, 501)
+    (tmp_path / "fineweb_val_bytes_000000.bin").write_bytes(b"not tokens")
+    overlap = prepare.count_overlap(tmp_path)
+    expected = brute_force_overlap(val, train)
+    assert {key: overlap[key] for key in expected} == expected
+    assert 0 < expected["documents_inside"] < expected["documents_touched"] < expected["documents"]
+    assert (overlap["val_tokens"], overlap["train_tokens"]) == (len(val), len(train))
+
+
+def test_overlap_of_text_goes_into_the_record(
+    prepared: Path, source: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [text for text in texts[:30] if len(text) > 250][:3]
+    leak = write_jsonl(tmp_path / "leak.jsonl", ["bado kela", f"before it {long[0]} behind it", long[1], "end"])
+    val = write_jsonl(tmp_path / "val.jsonl", [*long, "bado kela", "bado"])
+    folder, options = tmp_path / "out", ["--tokenizer", str(prepared / "tokenizer.model"), "--val-input", str(val)]
+    assert run([leak], folder, *options) == 0
+    before = json.loads((folder / "manifest.json").read_text())
+    assert prepare.main(["--overlap", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "overlap: 3 of 5 validation documents occur inside" in out and "tokens/s; written to manifest.json" in out
+    after = json.loads((folder / "manifest.json").read_text())
+    overlap = after.pop("overlap")
+    assert after == before and not list(folder.glob("*.tmp"))
+    assert (overlap["documents_inside"], overlap["documents"], overlap["documents_short"]) == (3, 5, 2)
+    (folder / "manifest.json").rename(folder / "source.json")
+    assert prepare.main(["--overlap", str(folder)]) == 0
+    assert json.loads((folder / "source.json").read_text())["overlap"] == overlap
+    assert not (folder / "manifest.json").exists()
+    (folder / "source.json").write_text("[")
+    assert prepare.main(["--overlap", str(folder)]) == 2
+    assert (folder / "source.json").read_text() == "["
+    (folder / "source.json").unlink()
+    assert prepare.main(["--overlap", str(folder)]) == 0
+    assert "no manifest.json or source.json" in capsys.readouterr().out
+    (folder / "fineweb_train_000000.bin").write_bytes((folder / "fineweb_train_000000.bin").read_bytes()[:-2])
+    assert prepare.main(["--overlap", str(folder)]) == 2
+    assert "not a shard" in capsys.readouterr().err
+    (folder / "fineweb_train_000000.bin").unlink()
+    assert prepare.main(["--overlap", str(folder)]) == 2
+    assert "no fineweb_train_000000.bin" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
