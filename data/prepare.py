@@ -363,7 +363,7 @@ def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[st
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{path}, line {number}: no string under the key "{text_key}" (see --text-key)')
-    if line.count(json.dumps(text_key).encode()) > 1:
+    if content.count(f'"{text_key}"') > 1:
         pairs = json.loads(content, object_pairs_hook=list)
         if sum(key == text_key for key, _ in pairs) > 1:  # json.loads keeps the last one
             raise InputError(f'{path}, line {number}: the key "{text_key}" comes more than once')
@@ -1139,8 +1139,8 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
-    job = parse_arguments(arguments)
     try:
+        job = parse_arguments(arguments)
         if isinstance(job, Path):
             started = time.perf_counter()
             print(describe_overlap(count_overlap(job), time.perf_counter() - started))

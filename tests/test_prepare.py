@@ -6,10 +6,13 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import random
+import resource
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -349,6 +352,9 @@ def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', 'bad.jsonl, line 2: no string under the key "text"'),
         ("bad.jsonl", b'{"text": 3}\n', "bad.jsonl, line 1: no string"),
         ("bad.jsonl", b'["text"]\n', "bad.jsonl, line 1: no string"),
+        ("bad.jsonl", b'{"text": "a", "m": 1, "text": "b"}\n', 'line 1: the key "text" comes more than once'),
+        ("bad.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "bad.jsonl, line 1: cannot be parsed"),
+        ("bad.jsonl", b"[" * 100_000 + b"\n", "bad.jsonl, line 1: cannot be parsed"),
         ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b\\ud800"}\n', "bad.jsonl, line 3: lone surrogate U+D800"),
         ("bad.jsonl", b"", "no text"),
         ("bad.jsonl", b'{"text": ""}\n', "1 documents, all of them empty"),
@@ -418,6 +424,161 @@ def test_earlier_output_is_replaced_only_on_request(
     named = {shard["file"] for shard in json.loads((out / "manifest.json").read_text())["shards"]}
     assert set(snapshot(out)) == named | {"tokenizer.model", "manifest.json", "mine.txt"}
     assert documents_in(out, "train") == texts[1:150]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# No text is lost without a word
+# ----------------------------------------------------------------------------------------------------------------------
+
+LINES = [b'{"text": "one"}\n', b'{"text": "two"}\n', b'{"text": "three"}\n']
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_every_stream_is_read_or_the_file_is_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"text.jsonl{suffix}"
+    a, b, c = map(COMPRESS[suffix], LINES)
+    zeros = b"" if suffix == ".zst" else bytes(4)
+    skippable = struct.pack("<II", 0x184D2A53, 5) + b"hello" if suffix == ".zst" else b""
+    for content in (a + b + c, a + zeros + b + c + 2 * zeros, a + skippable + b + c + skippable):
+        path.write_bytes(content)
+        assert [text for text, _ in prepare.read_texts(path)] == ["one", "two", "three"]
+    flipped = b[:2] + bytes([b[2] ^ 4]) + b[3:]  # in the header
+    bad = [b"", a + b"junk", a + flipped, a + flipped + c, a + b[:-3] + c]
+    bad += [a + b[:cut] for cut in (1, 2, 5, len(b) // 2, len(b) - 1)]
+    bad += [a + bytes(3), a + bytes(5) + b, a + bytes(4) + flipped] if suffix == ".xz" else []
+    for content in bad:
+        path.write_bytes(content)
+        with pytest.raises(prepare.InputError, match="cannot be read"):
+            list(prepare.read_texts(path))
+
+
+@pytest.mark.parametrize(("suffix", "zeros"), [(".xz", 2 * prepare.FrameReader.CHUNK + 4), (".zst", 0)])
+def test_streams_and_padding_across_chunks(tmp_path: Path, suffix: str, zeros: int) -> None:
+    rng = random.Random(3)
+    parts = [rng.randbytes(10_000).hex().encode(), b"a" * 5_000_000, b"", rng.randbytes(50_000).hex().encode()]
+    path = tmp_path / f"text.txt{suffix}"
+    path.write_bytes(b"".join(COMPRESS[suffix](part) + bytes(zeros) for part in parts))
+    assert [utf8 for _, utf8 in prepare.read_texts(path)] == [b"".join(parts)]
+
+
+def test_folders_are_read_through_links_and_the_rest_is_named(tmp_path: Path) -> None:
+    folder, other = tmp_path / "in", tmp_path / "other"
+    for name in ("in/sub/.hidden", "other/deep"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("in/a.txt", "in/B.TXT", "in/sub/.c.txt", "in/sub/.hidden/d.txt", "other/deep/e.txt", "other/f.txt"):
+        (tmp_path / name).write_text(Path(name).name)
+    (folder / "g.JsonL.GZ").write_bytes(gzip.compress(b'{"text": "g"}'))
+    for name in ("in/notes.md", "in/no_suffix", "in/x.jsonl.bz2", "in/.txt", "other/h.md"):
+        (tmp_path / name).write_text("h")
+    os.mkfifo(folder / "pipe.txt")
+    links = {"0_more": other, "1_again": other / "deep", "2_loop": folder, "sub/up": tmp_path, "h.txt": other / "h.md"}
+    links |= {"same.txt": folder / "a.txt", "sub/f.txt": other / "f.txt", "gone.md": Path("nowhere")}
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    left_out = prepare.LeftOut()
+    files = prepare.list_inputs([folder], left_out)
+    texts = [text for file in files for text, _ in prepare.read_texts(file)]
+    assert texts == ["e.txt", "f.txt", "B.TXT", "a.txt", "g", "h", ".c.txt", "d.txt"]
+    named = {path.relative_to(folder).as_posix(): reason for path, reason in left_out.files}
+    unsupported = {"notes.md", "no_suffix", "x.jsonl.bz2", ".txt", "0_more/h.md"}
+    assert {name for name, reason in named.items() if reason == "unsupported extension"} == unsupported
+    assert set(named) - unsupported == {"pipe.txt", "gone.md", "1_again", "2_loop", "sub/up", "same.txt", "sub/f.txt"}
+    assert len(left_out.files) == len(named) and all(str(path) in left_out.describe() for path, _ in left_out.files)
+
+
+def test_links_and_folders_that_cannot_be_read_are_errors(texts: list[str], tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts)
+    for name, target in (("gone.txt", "nowhere"), ("disk", "/nonexistent/disk"), ("self.jsonl", "self.jsonl")):
+        (folder / name).symlink_to(target)
+        assert run([folder], tmp_path / "out") == 2
+        assert f"{folder / name}: cannot be read" in capsys.readouterr().err
+        (folder / name).unlink()
+    assert run([folder], tmp_path / "out", "--val-docs", "9") == 0
+
+
+def test_a_folder_without_permission_is_an_error() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "closed").mkdir()
+        (Path(root) / "a.txt").write_text("a")
+        os.chmod(root, 0o755)
+        os.chmod(Path(root) / "closed", 0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            with pytest.raises(prepare.InputError, match="closed: cannot be read: Permission denied"):
+                prepare.list_inputs([Path(root)])
+        finally:
+            os.seteuid(user)
+            os.chmod(Path(root) / "closed", 0o700)
+
+
+def test_what_holds_no_text_is_counted(texts: list[str], tmp_path: Path, capsys) -> None:
+    folder, mark = tmp_path / "in", b"\xef\xbb\xbf"
+    folder.mkdir()
+    lines = [json.dumps({"m": {"text": 1, '"text"': 2}, "text": text}).encode() for text in ["", *texts[:200], ""]]
+    (folder / "a.jsonl").write_bytes(mark + b"\r\n".join(lines) + b"\n \n\n" + mark + b'{"text": "after a mark"}')
+    for name, content in (
+        ("empty.txt", b""),
+        ("blank.jsonl", mark + b"\n\n"),
+        ("mark.txt", mark),
+        ("empty.jsonl", b""),
+    ):
+        (folder / name).write_bytes(content)
+    assert run([folder], tmp_path / "out", "--val-docs", "0") == 0
+    assert documents_in(tmp_path / "out", "train") == [*texts[:200], "after a mark", "\ufeff"]
+    error = capsys.readouterr().err
+    assert "3 empty documents skipped" in error and "4 blank lines skipped" in error
+    assert all(f"{folder / name} (no text in it)" in error for name in ("empty.txt", "blank.jsonl", "empty.jsonl"))
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["left_out"] == {"files": 3, "empty_documents": 3, "blank_lines": 4}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finished work is kept
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_are_not_utf8(source: Path, texts: list[str], tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path, notes = (folder / os.fsdecode(name) for name in (b"donn\xe9es \xc3\xa9.jsonl", b"\x1b[2J\n\xff.md"))
+    path.write_bytes(source.read_bytes())
+    notes.write_text("not read")
+    out = tmp_path / os.fsdecode(b"out_\xe9")
+    assert run([out], out) == 2
+    assert capsys.readouterr().err.endswith("/out_\\xe9: no such file or folder\n")
+    assert run([path], out) == 0
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    assert (manifest["name"], manifest["source"]) == ("out_\\xe9", ["donn\\xe9es \u00e9.jsonl"])
+    assert run([folder], tmp_path / "again") == 0
+    assert f"{folder}/\\x1b[2J\\x0a\\xff.md (unsupported extension)" in capsys.readouterr().err
+    again = snapshot(tmp_path / "again")
+    assert {name: again[name] for name in again if name != "manifest.json"} == {
+        name: content for name, content in snapshot(out).items() if name != "manifest.json"
+    }
+    assert sorted(documents_in(tmp_path / "again", "train") + documents_in(tmp_path / "again", "val")) == sorted(texts)
+
+
+def test_shards_stay_where_the_manifest_cannot_be_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([source], tmp_path / "good") == 0
+    good = snapshot(tmp_path / "good")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.json, "dumps", lambda *args, **named: "x" * (1 << 20))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))  # as a disk that is full
+        try:
+            assert run([source], tmp_path / "full") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "all shards are done, but manifest.json cannot be written" in capsys.readouterr().err
+    assert snapshot(tmp_path / "full") == {name: good[name] for name in good if name != "manifest.json"}
+    assert run([source], tmp_path / "full", "--overwrite") == 0 and set(snapshot(tmp_path / "full")) == set(good)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
