@@ -5,8 +5,11 @@
 A document is either the docstrings of one module of the standard library, in the order of the file, or one topic of
 the language reference behind Python's help(). The files are parsed, never imported or run. A paragraph of 80 or more
 characters is kept only where it first appears, since topics quote each other; so validation text is not in the
-training text. The result has the format of prepare.py, with a tokenizer of 1,024 pieces, and depends on the Python
-version only. Where DIR already holds the corpus of this Python, it is kept.
+training text. Training documents of more than 5,000 bytes are cut between paragraphs, and all are shuffled so that
+neither neighbors of one module nor parts of one document stand together. The result has the format of prepare.py, with
+a tokenizer of 1,024 pieces, and depends on the Python version only: modules that distributions package separately are
+left out, and so is whatever is not a module of the standard library. Where DIR already holds the corpus of this Python,
+it is kept.
 """
 
 from __future__ import annotations
@@ -16,22 +19,28 @@ import ast
 import inspect
 import json
 import platform
-import random
 import sys
 import sysconfig
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 from prepare import InputError, Job, describe, prepare, sha256_of
 
 NAME, VOCAB_SIZE, SEED = "demo", 1024, 1337
+TEXT_VERSION = 2  # in the manifest: a corpus of another version is built anew
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Debian and Fedora have these in packages of their own or leave them out, so not every machine has their text.
+OPTIONAL_MODULES = {
+    *("tkinter", "turtle", "turtledemo", "idlelib", "lib2to3", "distutils", "ensurepip", "venv", "msilib", "macholib")
+}
 TOPICS_FILE = "pydoc_data/topics.py"
 MIN_DOCUMENT_CHARACTERS, MIN_REPEATED_CHARACTERS = 200, 80
 VAL_SHARE, VAL_MIN_BYTES, VAL_MAX_BYTES = 0.05, 150_000, 250_000
 VAL_MAX_DOCUMENT_BYTES = 15_000  # one long document would otherwise be half of the validation text
+MAX_PART_BYTES = 5_000  # of training text: smoke.env reads 50,000 bytes in all
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -40,12 +49,12 @@ VAL_MAX_DOCUMENT_BYTES = 15_000  # one long document would otherwise be half of 
 
 
 def parse_file(path: Path) -> ast.Module | None:
-    """Return the syntax tree of a Python file, or None where it cannot be read or parsed."""
+    """Return the syntax tree of a Python file, or None where it cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old files have escapes that newer versions warn about
             return ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError):
         return None
 
 
@@ -68,12 +77,18 @@ def help_topics(tree: ast.Module) -> list[str]:
     return []
 
 
-def raw_documents(library: Path) -> Iterator[str]:
-    """Yield the docstrings of each module below `library`, in the order of the paths, then the help topics."""
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()):
-        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts) and (tree := parse_file(path)):
+def raw_documents(library: Path, modules: Container[str] | None = None) -> Iterator[str]:
+    """Yield the docstrings of each module below `library`, in the order of the paths, then the help topics.
+
+    Where `modules` is given, files and folders at the top that are not among them are left out.
+    """
+    for name in sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py")):
+        parts = name.removesuffix(".py").split("/")
+        if not (SKIPPED_FOLDERS | OPTIONAL_MODULES).isdisjoint(parts) or (modules and parts[0] not in modules):
+            continue
+        if tree := parse_file(library / name):
             yield "\n\n".join(docstrings(tree))
-    if tree := parse_file(library / TOPICS_FILE):
+    if (library / TOPICS_FILE).exists() and (tree := parse_file(library / TOPICS_FILE)):
         yield from help_topics(tree)
 
 
@@ -93,12 +108,16 @@ def without_repeats(texts: Iterable[str]) -> Iterator[str]:
             yield document
 
 
-def demo_documents(library: Path) -> tuple[list[str], list[str]]:
+def draw(text: str, purpose: str) -> float:
+    """Return a number in [0, 1) that depends on nothing else, so that one changed document moves no other."""
+    return int.from_bytes(sha256(f"{SEED} {purpose}\n{text}".encode()).digest()[:8], "big") / 2**64
+
+
+def demo_documents(library: Path, modules: Container[str] | None = None) -> tuple[list[str], list[str]]:
     """Return the training and the validation documents, shuffled; InputError where `library` has no Python sources."""
-    documents = sorted(set(without_repeats(raw_documents(library))))
+    documents = sorted(set(without_repeats(raw_documents(library, modules))), key=lambda text: draw(text, "split"))
     if not documents:
         raise InputError(f"{library}: no Python sources with docstrings; this Python ships without its library's text")
-    random.Random(SEED).shuffle(documents)
     sizes = [len(document.encode()) for document in documents]
     target = min(max(VAL_SHARE * sum(sizes), VAL_MIN_BYTES), VAL_MAX_BYTES)
     train, val, val_bytes = [], [], 0
@@ -108,7 +127,30 @@ def demo_documents(library: Path) -> tuple[list[str], list[str]]:
             val_bytes += size
         else:
             train.append(document)
-    return train, val
+    return spread(train), val
+
+
+def spread(documents: Iterable[str]) -> list[str]:
+    """Cut long documents and shuffle the parts, those of one document at equal distances over all of the text."""
+    placed = []
+    for document in documents:
+        parts, first = cut(document), draw(document, "order")
+        placed += [((first + index / len(parts)) % 1, part) for index, part in enumerate(parts)]
+    return [part for _, part in sorted(placed)]
+
+
+def cut(document: str) -> list[str]:
+    """Return the document in parts of similar size, at most MAX_PART_BYTES but where one paragraph is longer."""
+    total = len(document.encode())
+    share = total / -(-total // MAX_PART_BYTES)
+    parts, size = [[]], 0
+    for paragraph in document.split("\n\n"):
+        more = len(paragraph.encode()) + 2
+        if parts[-1] and (size >= share or size + more > MAX_PART_BYTES + 2):
+            parts, size = [*parts, []], 0
+        parts[-1].append(paragraph)
+        size += more
+    return ["\n\n".join(part) for part in parts]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,19 +168,19 @@ def existing_demo(out: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        name, python = manifest["name"], manifest["python"]
+        name, made_from = manifest["name"], (manifest["python"], manifest.get("text_version"))
         hashes = {entry["file"]: entry["sha256"] for entry in (manifest["tokenizer"], *manifest["shards"])}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a manifest ({error!r}); remove the folder or choose another --out") from error
     if name != NAME:
         raise InputError(f'{out}: holds the data set "{name}"; choose another --out')
     intact = all((out / file).exists() and sha256_of(out / file) == digest for file, digest in hashes.items())
-    return manifest if intact and python == platform.python_version() else None
+    return manifest if intact and made_from == (platform.python_version(), TEXT_VERSION) else None
 
 
 def build_demo(out: Path) -> dict:
     """Build the demo corpus of the running Python in `out`, replacing an older one, and return its manifest."""
-    train, val = demo_documents(Path(sysconfig.get_paths()["stdlib"]))
+    train, val = demo_documents(Path(sysconfig.get_paths()["stdlib"]), sys.stdlib_module_names)
     with tempfile.TemporaryDirectory() as folder:
         files = {"train": Path(folder, "train.jsonl"), "val": Path(folder, "val.jsonl")}
         for path, documents in zip(files.values(), (train, val), strict=True):
@@ -152,6 +194,7 @@ def build_demo(out: Path) -> dict:
             vocab_size=VOCAB_SIZE,
             seed=SEED,
             overwrite=True,
+            entries={"text_version": TEXT_VERSION},
         )
         return prepare(job)
 

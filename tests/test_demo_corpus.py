@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+from itertools import pairwise
 from pathlib import Path
 
 import demo
@@ -16,6 +17,7 @@ import sentencepiece as spm
 from conftest import search_path
 
 SCRIPT = Path(demo.__file__)
+SMOKE = SCRIPT.parent.parent / "records/recipes/smoke.env"
 IMPORT_CHECK = """
 import runpy, sys
 sys.argv = ["demo.py", "--out", sys.argv[2]]
@@ -33,7 +35,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("demo") / "corpus"
     code = IMPORT_CHECK.format(script=str(SCRIPT))
     command = [sys.executable, "-c", code, "unused", str(out)]
-    env = {"PYTHONPATH": search_path(SCRIPT.parent)}
+    env = {"PYTHONPATH": search_path(SCRIPT.parent), "PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}
+    env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # none of these may matter: see "built again"
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -76,6 +79,24 @@ def test_no_document_or_long_paragraph_is_on_both_sides(corpus: tuple[Path, str]
     assert paragraphs(val) and not paragraphs(train) & paragraphs(val)
 
 
+def test_no_step_sees_one_module_alone(corpus: tuple[Path, str]) -> None:
+    """What the smoke recipe reads is of ten modules or more; no two documents of one module are neighbors in it."""
+    recipe = dict(line.split("#")[0].strip().split("=") for line in SMOKE.read_text().splitlines() if "=" in line)
+    tokens = int(recipe["ITERATIONS"]) * int(recipe["TRAIN_BATCH_TOKENS"])
+    content = (corpus[0] / "fineweb_train_000000.bin").read_bytes()[1024 : 1024 + 2 * tokens]
+    starts = [index for index, token in enumerate(struct.unpack(f"<{tokens}H", content)) if token == 1]
+    assert starts[0] == 0 and max(b - a for a, b in pairwise([*starts, tokens])) < 0.2 * tokens
+    library = Path(sysconfig.get_paths()["stdlib"])
+    sources = {path: path.read_bytes() for path in library.rglob("*.py") if "site-packages" not in path.parts}
+    modules = []
+    for text in documents(corpus[0], "train")[: len(starts)]:
+        line = max((line for line in text.splitlines() if "\\" not in line), key=len).strip().encode()
+        modules.append({path for path, content in sources.items() if line in content and path.name != "topics.py"})
+    assert all(a.isdisjoint(b) for a, b in pairwise(modules))
+    found = [min(module) for module in modules if module]
+    assert len(set(found)) >= 10 and len(found) > 0.6 * len(starts)
+
+
 def test_text_is_that_of_the_library(corpus: tuple[Path, str]) -> None:
     import textwrap
 
@@ -87,6 +108,10 @@ def test_text_is_that_of_the_library(corpus: tuple[Path, str]) -> None:
 def test_built_again_it_is_the_same_and_built_once_it_is_kept(
     corpus: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    manifest = json.loads((corpus[0] / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "text_version": 1}))  # of an earlier demo.py
+    for name in ("tokenizer.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin"):
+        (tmp_path / name).write_bytes((corpus[0] / name).read_bytes())
     assert demo.main(["--out", str(tmp_path)]) == 0
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert files == {path.name: path.read_bytes() for path in corpus[0].iterdir()}
@@ -109,6 +134,8 @@ def small_library(root: Path) -> Path:
         "short.py": '"""Short."""\n',
         "test/t.py": f'"""Test {words}"""\n',
         "site-packages/p.py": f'"""Package {words}"""\n',
+        "tkinter/__init__.py": f'"""Tk {words}"""\n',
+        "turtle.py": f'"""Turtle {words}"""\n',
         "pydoc_data/topics.py": f"topics = {{'x': {f'X {words}' + chr(10) * 2 + repeated!r}, "
         f"'y': {f'Y {words}' + chr(10) * 2 + repeated!r}, 'z': {f'X {words}'!r}}}\n",
     }
@@ -129,6 +156,36 @@ def test_choice_of_text(tmp_path: Path) -> None:
         f"X {words}\n\n{repeated}",
         f"Y {words}",
     ]
+
+
+def test_machines_of_one_python_have_the_same_text(tmp_path: Path) -> None:
+    """Line ends, the order of creation and what a distribution adds or leaves out do not matter."""
+    first = small_library(tmp_path / "first")
+    names = sorted((path.relative_to(first) for path in first.rglob("*.py")), reverse=True)
+    for name in (name for name in names if name.name != "turtle.py" and name.parts[0] != "tkinter"):
+        path = tmp_path / "second" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((first / name).read_bytes().replace(b"\n", b"\r\n"))
+    for name in ("sitecustomize.py", "_sysconfigdata_x.py", "dist-packages/q.py"):
+        path = tmp_path / "second" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f'"""{name} {"of this machine " * 40}"""\n')
+    modules = {"a", "b", "broken", "short", "pydoc_data", "tkinter", "turtle"}
+    expected = demo.demo_documents(first)
+    assert demo.demo_documents(first, modules) == demo.demo_documents(tmp_path / "second", modules) == expected
+
+
+def test_long_documents_are_cut_and_nothing_is_lost() -> None:
+    paragraphs = [f"{number} " * (60 + number) for number in range(100)] + ["long " * 2000, "end"]
+    texts = ["\n\n".join(paragraphs), *(f"short {number}" for number in range(600))]
+    parts = demo.spread(texts)
+    cut = [part for part in parts if not part.startswith("short")]
+    assert sorted("\n\n".join(cut).split("\n\n")) == sorted(paragraphs)
+    assert sorted(set(parts) - set(cut)) == sorted(texts[1:])
+    assert sorted(len(part) > demo.MAX_PART_BYTES for part in cut)[-2:] == [False, True]
+    places = [index for index, part in enumerate(parts) if part in cut]
+    distances = [b - a for a, b in pairwise(places)]
+    assert len(cut) > 5 and 0.5 < min(distances) * len(cut) / len(parts) and max(distances) * len(cut) < 2 * len(parts)
 
 
 def test_a_python_without_sources_and_a_foreign_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
