@@ -1009,9 +1009,8 @@ def short_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
     """Return a hash for each whole document of fewer than 32 tokens, uint64."""
     places = np.arange(SPAN - 1)
     rows = token_hashes()[tokens[np.minimum(starts[:, None] + places, len(tokens) - 1)]]
-    factors = np.random.default_rng(SPAN + 1).integers(1 << 64, size=SPAN, dtype=np.uint64) | np.uint64(1)
-    rows = np.where(places < lengths[:, None], rows * factors[:-1], np.uint64(0))
-    return rows.sum(axis=1, dtype=np.uint64) + lengths.astype(np.uint64) * factors[-1]
+    factors = np.random.default_rng(SPAN + 1).integers(1 << 64, size=SPAN - 1, dtype=np.uint64) | np.uint64(1)
+    return np.where(places < lengths[:, None], rows * factors, np.uint64(0)).sum(axis=1, dtype=np.uint64)
 
 
 def span_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
