@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import sysconfig
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+@cache
 def documents(out: Path, split: str) -> list[str]:
     sp = spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
     found = []
