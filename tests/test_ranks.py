@@ -11,10 +11,10 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from prepare import Job, prepare
 from test_artifact import make_run
 from test_cli import write_shard
 from test_faults import free_port, outcome, start, step_begun  # noqa: F401 (a fixture)
@@ -309,18 +310,27 @@ def poisoned_run(place: Place, folder: Path, env: dict[str, str], name: str) -> 
         return whole_run(place, folder, settings), errors.getvalue()
 
 
-def uneven_run(place: Place, folder: Path, env: dict[str, str]) -> int:
-    """The steps that this rank takes by the clock, where the last rank is slow."""
-    calls, step = [0], train_gpt.train_step
+STEP_SECONDS = (0.01, 0.07)  # by the clocks of the fast rank and of the slow one
 
-    def slow(*args, **kwargs):
+
+def uneven_run(place: Place, folder: Path, env: dict[str, str]) -> int:
+    """Return the number of steps that this rank takes until one second has passed by the ranks' clocks.
+
+    The clocks count steps instead of seconds, and no measured time is reserved for GPTQ.
+    """
+    calls, step, seconds = [0], train_gpt.train_step, train_gpt.Clock.seconds
+
+    def counted(*args, **kwargs):
         calls[0] += 1
-        time.sleep(0.05 * (place.rank == place.world - 1))
         return step(*args, **kwargs)
 
     settings = {**env, "MAX_WALLCLOCK_SECONDS": "1.0", "ITERATIONS": "100000"}
-    with patched("train_step", slow):
-        assert whole_run(place, folder, settings) == 0
+    train_gpt.Clock.seconds = lambda clock: calls[0] * STEP_SECONDS[place.rank]
+    try:
+        with patched("train_step", counted), patched("statistics_seconds", lambda *args: 0.0):
+            assert whole_run(place, folder, settings) == 0
+    finally:
+        train_gpt.Clock.seconds = seconds
     return calls[0]
 
 
@@ -334,7 +344,7 @@ def runs(place: Place, work: Path, env: dict[str, str]) -> dict:
         given = {**env, **changes, "MODEL_PATH": f"{work}/{name}/final_model.int6.ptz"}
         found[f"evaluated {name}"] = whole_run(place, work / name, given, eval_ttt.main)
     going_on = {**env, **WHOLE["plain"], "RESUME": "auto"}
-    found["stopped"] = stopped_run(place, work / "stopped", going_on)
+    found["stopped"] = in_float64(stopped_run, place, work / "stopped", going_on)
     for folder in sorted(work.glob("from_*")):
         found[folder.name] = hashed_run(place, folder, going_on)
     if place.world == 2:
@@ -369,14 +379,36 @@ def worker(rank: int, world: int, work: Path, env: dict[str, str], ports: list[i
     torch.save(found | runs(place, work, env), work / f"{rank}.pt")
 
 
+def made_documents(count: int) -> list[str]:
+    """Return `count` documents of made-up words, each word followed by one of eight: the same under every Python."""
+    draw = random.Random(1337)
+    syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
+    words = ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3)))) for _ in range(500)]
+    frequencies = [1 / rank for rank in range(1, len(words) + 1)]
+    following = {word: draw.choices(words, frequencies, k=8) for word in words}
+
+    def sentence() -> str:
+        said = draw.choices(words, frequencies)
+        while len(said) < 5 or draw.random() < 0.9:
+            said += draw.choices(following[said[-1]], [8, 7, 6, 5, 4, 3, 2, 1])
+        return " ".join(said).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(draw.randrange(4, 24))) for _ in range(count)]
+
+
 @pytest.fixture(scope="module")
-def env(demo_data, tmp_path_factory) -> dict[str, str]:
-    """The smoke recipe for ten steps, on a validation text of 500 tokens."""
-    shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
-    write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 500])
+def env(tmp_path_factory) -> dict[str, str]:
+    """The smoke recipe for ten steps on a text of its own, with a validation text of 500 tokens."""
+    base = tmp_path_factory.mktemp("text")
+    documents, data = made_documents(300), base / "data"
+    for name, part in (("train", documents[20:]), ("val", documents[:20])):
+        (base / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    prepare(Job((base / "train.jsonl",), data, "made", val_inputs=(base / "val.jsonl",)))
+    shard = base / "fineweb_val_000000.bin"
+    write_shard(shard, np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 500])
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard), RUN_ID="run",
-        TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10", VAL_LOSS_EVERY="0",
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(data), VAL_FILES=str(shard), RUN_ID="run",
+        TOKENIZER_PATH=f"{data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10", VAL_LOSS_EVERY="0",
         GPTQ_CALIB_BATCHES="3", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="1024", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
         EVAL_BUDGET_SECONDS="1000000", WARMUP_STEPS="0",
     )  # fmt: skip
@@ -599,6 +631,11 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(done):
 
 
 def test_checkpoints_of_any_number_of_processes_hold_the_same(done):
+    """Runs whose forwards are in float64.
+
+    In float32 the gradients of one and four processes differ by 1e-7, and Cautious Muon adds or leaves out a whole
+    entry of the update (0.18) where the gradient's sign does: one entry (-6e-9, 7e-9) moved a weight by 3.5e-3.
+    """
     contents = [
         torch.load(done["works"][world] / "stopped/runs/run/checkpoint.pt", weights_only=True) for world in (1, *WORLDS)
     ]
@@ -606,7 +643,7 @@ def test_checkpoints_of_any_number_of_processes_hold_the_same(done):
     for content in contents[1:]:
         assert set(content) == set(contents[0])
         kept = [{key: value for key, value in c.items() if key not in times} for c in (content, contents[0])]
-        assert_same_tree(*kept, 2e-3)
+        assert_same_tree(*kept, 1e-4)
 
 
 def test_replicas_that_differ_stop_the_run(done):
@@ -628,8 +665,9 @@ def test_a_gradient_that_is_no_number_on_one_rank_stops_all_and_is_named(done, n
 
 
 def test_ranks_whose_clocks_differ_take_as_many_steps(done):
+    """A fifteenth step would end at 1.05 seconds of the slow rank's clock; the fast one alone would take 99."""
     steps = [part["uneven"] for part in done[2]]
-    assert steps[0] == steps[1] == result_of(done["works"][2] / "uneven")["steps"] and 3 < steps[0] < 20
+    assert steps == [14, 14] and result_of(done["works"][2] / "uneven")["steps"] == 14
 
 
 # ----------------------------------------------------------------------------------------------------------------------
