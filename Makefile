@@ -1,9 +1,10 @@
 # make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit that.
-# make test: the tests; make test-slow: the long ones, with real faults. make rehearse: the nine minutes on a GPU
-# (tests/benchmarks/gpu_minutes.py), tiny and on a CPU. All make .venv first. TORCH_INDEX=URL takes torch from that
-# index (a CPU one, say).
+# make test: the tests, in WORKERS processes; make test-slow: the long ones, with real faults. make rehearse: the nine
+# minutes on a GPU (tests/benchmarks/gpu_minutes.py), tiny and on a CPU. All make .venv first. TORCH_INDEX=URL takes
+# torch from that index (a CPU one, say).
 PYTHON ?= python3
 SEED ?= 1337
+WORKERS ?= 2
 PY := .venv/bin/python
 STAMP := $(shell date +%Y-%m-%d_%H-%M-%S)
 RUN_ID ?= demo_$(STAMP)_seed$(SEED)
@@ -18,7 +19,7 @@ demo: .venv/ready data/demo/manifest.json
 test: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=15
 
 test-slow: .venv/ready
 	$(PY) -m pytest --durations=15 -m slow

@@ -1,13 +1,17 @@
 """Shared by all tests: the embedded corpus, environments for small runs, and a clean process afterwards."""
 
+import fcntl
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # a second thread only waits on matrices as small as the tests'
@@ -24,6 +28,21 @@ def search_path(folder: Path) -> str:
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+def run_ranks(function: Callable, arguments: tuple, count: int) -> None:
+    """Run function(rank, *arguments) in `count` processes, and wait for them.
+
+    They are forks of a server that has imported torch, once for all tests: an import takes 2 to 3 s. The server cannot
+    import the modules of this project: Python gives it no sys.path.
+    """
+    multiprocessing.set_forkserver_preload(["torch._dynamo.testing", "pytest", "sentencepiece"])
+    mp.start_processes(function, arguments, nprocs=count, start_method="forkserver")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker of pytest-xdist starts one while the others have nothing left."""
+    items.sort(key=lambda item: item.path.stem not in ("test_ranks", "test_faults", "test_graphs"))
+
+
 @pytest.fixture(autouse=True)
 def clean_process():
     """Nothing that a test sets globally outlives it."""
@@ -37,7 +56,10 @@ def clean_process():
 def demo_data() -> Path:
     """data/demo: tokenizer.model, shards and manifest.json of the embedded corpus, built where it is missing."""
     folder = ROOT / "data" / "demo"
-    subprocess.run([sys.executable, "data/demo.py", "--out", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    command = [sys.executable, "data/demo.py", "--out", str(folder)]
+    with open(ROOT / "data" / "demo.py") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker of pytest-xdist builds it
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
 

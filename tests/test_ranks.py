@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import run_ranks
 from prepare import Job, prepare
 from test_artifact import make_run
 from test_cli import write_shard
@@ -434,9 +434,7 @@ def done(env, tmp_path_factory) -> dict[int, list[dict]]:
         for name in EVALUATED:  # the same artifact everywhere
             hand_over(works[1] / "plain/runs/run", works[world] / name)
         ports = [free_port() for _ in range(20)]
-        mp.start_processes(
-            worker, (world, works[world], env, ports, base / "one.pt"), nprocs=world, start_method="spawn"
-        )
+        run_ranks(worker, (world, works[world], env, ports, base / "one.pt"), world)
         found[world] = [torch.load(works[world] / f"{rank}.pt", weights_only=False) for rank in range(world)]
         if world == 2:
             hand_over(works[2] / "stopped", works[4] / "from_2")
@@ -738,7 +736,7 @@ def leave_after_work(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc")
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that does may meet the end of the interpreter, and abort a run that is done."""
-    mp.spawn(leave_after_work, (str(tmp_path),), nprocs=2)
+    run_ranks(leave_after_work, (str(tmp_path),), 2)
     for rank in range(2):
         before, within, after = json.loads((tmp_path / f"{rank}.json").read_text())
         assert within > before == after

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import run_ranks
 from test_cli import write_shard
 from test_meta import documents_of, exact, live_model
 from test_model import SMALL, random_model
@@ -234,10 +233,9 @@ def work_of_a_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict[int, list[dict]]:
-    """What each rank of each world found. Forks of one process that has imported this: four imports take 15 s."""
+    """What each rank of each world found."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload([__name__])
-    mp.start_processes(work_of_a_rank, (str(folder),), nprocs=4, start_method="forkserver")
+    run_ranks(work_of_a_rank, (str(folder),), 4)
     files = {world: [folder / f"{world}.{rank}.pt" for rank in range(world)] for world in (2, 3, 4)}
     return {world: [torch.load(path, weights_only=False) for path in paths] for world, paths in files.items()}
 
