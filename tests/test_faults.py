@@ -37,6 +37,7 @@ import pytest
 import torch
 from conftest import inherited
 from test_cli import snapshot, write_shard
+from test_training import train_here
 
 import train_gpt
 
@@ -111,7 +112,7 @@ class Job:
     bare       two processes without an agent, so that each one's exit code and errors can be seen
     """
 
-    def __init__(self, work: Path, env: dict[str, str], launch: str = "torchrun", limit: int | None = None):
+    def __init__(self, work: Path, env: dict[str, str], launch: str = "torchrun"):
         self.work, self.run, self.launch = work.resolve(), work.resolve() / "runs" / env["RUN_ID"], launch
         log = self.run / "train.log"
         self.seen = log.stat().st_size if log.exists() else 0
@@ -129,8 +130,6 @@ class Job:
 
         def begin() -> None:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and so would the run
-            if limit is not None:  # a write beyond it fails with EFBIG: Python ignores the signal that would kill
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         self.started, self.outputs = [], []
         for number, (arguments, more) in enumerate(starts):
@@ -301,12 +300,15 @@ def untouched(settings, tmp_path_factory):
         if (kind, alone) not in kept:
             work = tmp_path_factory.mktemp("untouched")
             env = {**settings, **KINDS[kind], "RESUME": "never", "CHECKPOINT_EVERY": "0"}
-            job = Job(work, env, "alone" if alone else "torchrun")
-            try:
-                assert job.wait(300) == [0], job.output()
-            finally:
-                job.clean()
-            kept[kind, alone] = outcome(job.run)
+            if alone:
+                train_here(env, work)
+            else:
+                job = Job(work, env)
+                try:
+                    assert job.wait(300) == [0], job.output()
+                finally:
+                    job.clean()
+            kept[kind, alone] = outcome(work / "runs/run")
         return kept[kind, alone]
 
     return train
@@ -354,12 +356,16 @@ MOMENTS = {
 
 
 class Kill(NamedTuple):
-    """At a moment (`step`: a random one) and up to DELAY seconds later, a signal to somebody."""
+    """At a moment (`step`: a random one) and up to DELAY seconds later, a signal to somebody.
+
+    The job that is hit has CHECKPOINT_EVERY=`every`, where that is given.
+    """
 
     at: str
     whom: str
     how: signal.Signals = signal.SIGKILL
     delay: float = 0.0
+    every: str | None = None
 
 
 def check_files(run: Path, expected: Outcome) -> None:
@@ -412,7 +418,8 @@ def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int
     """
     dice, hits, done, cut = random.Random(seed), 0, 0, set()
     for number, kill in enumerate(kills, 1):
-        job = start(work, env, launch)
+        every = kill.every or env["CHECKPOINT_EVERY"]
+        job = start(work, {**env, "CHECKPOINT_EVERY": every}, launch)
         hits += strike(job, kill, dice, done, len(kills) - number)
         check_files(job.run, expected)
         cut |= {file.with_suffix("").stem for file in job.run.glob("*.tmp")}
@@ -424,8 +431,8 @@ def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int
         elif (job.run / "checkpoint.pt").exists():
             done = torch.load(job.run / "checkpoint.pt", weights_only=True)["step"]
         last = [int(n) for n in re.findall(r"^step:(\d+)/\d+ train_loss", job.log(), re.M)]
-        if last and not found and env["CHECKPOINT_EVERY"] != "0" and not (job.run / "result.json").exists():
-            assert done >= last[-1] - int(env["CHECKPOINT_EVERY"]), "more was lost than since the last checkpoint"
+        if last and not found and every != "0" and not (job.run / "result.json").exists():
+            assert done >= last[-1] - int(every), "more was lost than since the last checkpoint"
     job = start(work, env, launch)
     assert set(job.wait(300)) == {0}, job.output()
     got, log = outcome(job.run), (job.run / "train.log").read_text()
@@ -438,27 +445,19 @@ def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int
 
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-FIRST = {
-    "SIGKILL of a rank": (Kill("step", "rank 1", delay=0.1), "3"),
-    "SIGTERM to the agent": (Kill("step", "agent", TERM, 0.1), "0"),
-    "SIGKILL of the agent": (Kill("step", "agent", delay=0.1), "0"),
-}
+FIRST = [Kill("step", "rank 1", delay=0.1), Kill("step", "agent", TERM, 0.1, "0"),
+         Kill("step", "agent", delay=0.1, every="0")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FIRST)
-def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(start, settings, untouched, tmp_path, name):
-    """Without periodic checkpoints a stop in good order, also that of workers without an agent, loses no step."""
-    (kill, every), seed = FIRST[name], list(FIRST).index(name)
-    env = {**settings, "CHECKPOINT_EVERY": every}
-    hits, _, log = survive(start, tmp_path, env, [kill], seed, untouched(), "torchrun")
-    stops = re.findall(r"^stopped: (\S+) after step:(\d+)\b", log, re.M)
-    assert hits == 1 and len(resumed_steps(log)) == 1
-    if every == "0":
-        assert [int(step) for _, step in stops] == resumed_steps(log)
-    else:
-        assert not stops and resumed_steps(log)[0] % int(every) == 0
-    if kill.how == TERM:
-        assert stops[0][0] == "SIGTERM"
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(start, settings, untouched, tmp_path):
+    """SIGKILL of a rank, SIGTERM to the agent, SIGKILL of the agent, one after the other.
+
+    Without periodic checkpoints a stop in good order, also that of workers without an agent, loses no step.
+    """
+    hits, _, log = survive(start, tmp_path, settings, FIRST, 10, untouched(), "torchrun")
+    stops, resumed = re.findall(r"^stopped: (\S+) after step:(\d+)\b", log, re.M), resumed_steps(log)
+    assert hits == len(resumed) == 3 and resumed[0] % int(settings["CHECKPOINT_EVERY"]) == 0
+    assert [int(step) for _, step in stops] == resumed[1:] and stops[0][0] == "SIGTERM"
 
 
 SLOW = {
@@ -672,31 +671,42 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_disk_that_is_full(start, settings, untouched, tmp_path):
+@contextlib.contextmanager
+def longest_file(size: int):
+    """A write beyond `size` bytes fails with EFBIG: Python ignores the signal that would kill."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full(settings, stopped, untouched, tmp_path, capsys):
     """RLIMIT_FSIZE makes the writes fail: first those of checkpoints, which are longer, alone, then the export's too.
 
     The checkpoint that is there outlives both, and from it the run comes to its end.
     """
-    job = start(tmp_path, settings, "alone")
-    assert job.wait_for(step_begun(7))
-    job.kill("rank 0", TERM)
-    assert job.wait() == [143]
-    checkpoint = job.run / "checkpoint.pt"
+    run = copy_of(stopped, tmp_path)
+    checkpoint, log, old = run / "checkpoint.pt", run / "train.log", (run / "train.log").stat().st_size
     before, size = sha256(checkpoint), checkpoint.stat().st_size
     model = sum(4 * p.numel() for p in untouched(alone=True).weights.values())
     assert model + 50_000 < size / 2
-    job = start(tmp_path, settings, "alone", limit=model // 2)
-    assert job.wait(300) == [1], job.output()
-    assert re.search(r"^error: ", job.output(), re.M) and "Traceback" not in job.output()
-    assert re.search(r"^WARNING: no checkpoint: ", job.log(), re.M)
-    assert f"step:{STEPS}/{STEPS} train_loss" in job.log()
+    capsys.readouterr()
+    with longest_file(model // 2):
+        train_here(settings, tmp_path, 1)
+    error, added = capsys.readouterr().err, log.read_text()[old:]
+    assert re.search(r"^error: ", error, re.M) and "Traceback" not in error
+    assert re.search(r"^WARNING: no checkpoint: ", added, re.M)
+    assert f"step:{STEPS}/{STEPS} train_loss" in added
     assert sha256(checkpoint) == before
-    assert not [name for name in ("final_model.pt", "final_model.int6.ptz", "result.json") if (job.run / name).exists()]
-    assert not list(job.run.glob("*.tmp"))
-    job = start(tmp_path, settings, "alone", limit=(model + 50_000 + size) // 2)
-    assert job.wait(300) == [0], job.output()
-    assert re.search(r"^WARNING: no checkpoint: ", job.log(), re.M)
-    assert_same(outcome(job.run), untouched(alone=True))
+    assert not [name for name in ("final_model.pt", "final_model.int6.ptz", "result.json") if (run / name).exists()]
+    assert not list(run.glob("*.tmp"))
+    old = log.stat().st_size
+    with longest_file((model + 50_000 + size) // 2):
+        train_here(settings, tmp_path)
+    assert re.search(r"^WARNING: no checkpoint: ", log.read_text()[old:], re.M)
+    assert_same(outcome(run), untouched(alone=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

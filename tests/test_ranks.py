@@ -200,6 +200,7 @@ WHOLE = {
 }  # fmt: skip
 EVALUATED = {"doc_banks": {}, "all": dict(TTT_MODE="all", TTT_CHUNK_TOKENS="256", TTT_LR="0.001")}
 STOP_AFTER = 4
+NO_GPTQ = dict(GPTQ_CALIB_BATCHES="0", GPTQ_GRAD_BATCHES="1")  # for runs that are not about it
 
 
 class Place(NamedTuple):
@@ -287,7 +288,7 @@ def differing_run(place: Place, folder: Path, env: dict[str, str]) -> str:
         return step(loss_fn, model, *args, **kwargs)
 
     with patched("train_step", spoiled), pytest.raises(RuntimeError) as error:
-        whole_run(place, folder, {**env, "CHECKPOINT_EVERY": "1", "TRAIN_LOG_EVERY": "1"})
+        whole_run(place, folder, {**env, **NO_GPTQ, "CHECKPOINT_EVERY": "1", "TRAIN_LOG_EVERY": "1"})
     return str(error.value)
 
 
@@ -305,7 +306,7 @@ def poisoned_run(place: Place, folder: Path, env: dict[str, str], name: str) -> 
             loss = loss + (0 * model.get_parameter(name).flatten()[-1]).sqrt()  # 0, and its slope is 0 / 0
         return loss
 
-    settings = {**env, "CHECKPOINT_EVERY": "1", "GRAD_ACCUM_TOTAL": "1", "TRAIN_LOG_EVERY": "9"}
+    settings = {**env, **NO_GPTQ, "CHECKPOINT_EVERY": "1", "GRAD_ACCUM_TOTAL": "1", "TRAIN_LOG_EVERY": "9"}
     with patched("training_loss", poisoned), contextlib.redirect_stderr(errors):
         return whole_run(place, folder, settings), errors.getvalue()
 
@@ -324,7 +325,7 @@ def uneven_run(place: Place, folder: Path, env: dict[str, str]) -> int:
         calls[0] += 1
         return step(*args, **kwargs)
 
-    settings = {**env, "MAX_WALLCLOCK_SECONDS": "1.0", "ITERATIONS": "100000"}
+    settings = {**env, **NO_GPTQ, "MAX_WALLCLOCK_SECONDS": "1.0", "ITERATIONS": "100000"}
     train_gpt.Clock.seconds = lambda clock: calls[0] * STEP_SECONDS[place.rank]
     try:
         with patched("train_step", counted), patched("statistics_seconds", lambda *args: 0.0):
@@ -353,7 +354,7 @@ def runs(place: Place, work: Path, env: dict[str, str]) -> dict:
             io.StringIO(),
         )
         with contextlib.redirect_stderr(errors):
-            code = whole_run(place, work / "no number", {**env, **rates})
+            code = whole_run(place, work / "no number", {**env, **NO_GPTQ, **rates})
         found["no number"] = code, errors.getvalue()
         found["differing run"] = differing_run(place, work / "differing", env)
         for name in POISONED:
