@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import struct
 import sys
@@ -250,10 +251,11 @@ class HashCache:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically, creating its folder."""
+    """Write a JSON file atomically under a random name, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    with open(temporary, "x", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
 
 

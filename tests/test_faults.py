@@ -840,7 +840,7 @@ def test_a_result_that_is_none_is_named_and_nothing_is_trained_over_it(
 
 
 def test_a_run_that_failed_before_its_first_step_leaves_its_name(settings, tmp_path, monkeypatch, capsys):
-    """Whatever it logged gives way; a folder with anything else in it does not."""
+    """What it logged becomes failed.log; a folder with anything else in it is left alone."""
     monkeypatch.chdir(tmp_path)
     given = {**settings, "RESUME": "never", "CHECKPOINT_EVERY": "0"}
     (tmp_path / "runs/run/source").mkdir(parents=True)
@@ -851,6 +851,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_name(settings, tmp_p
     (tmp_path / "runs/run/notes.txt").unlink()
     assert train_gpt.main([], {**given, "ITERATIONS": "1"}) == 0
     assert "model_params:1\n" not in (tmp_path / "runs/run/train.log").read_text()
+    assert (tmp_path / "runs/run/failed.log").read_text() == "model_params:1\n"
     assert not list((tmp_path / "runs/run").glob("*.tmp"))
 
 

@@ -8,7 +8,7 @@ It needs this repository's files alone; arms are plain torch and torch.compile, 
 where the compiler also tries its own matrix products, with what follows them in the same kernel. Phases:
 
 floors     ms a step that its operations and bytes, counted from the shapes, take at the rates of a large matrix product
-           and of memory: no version runs faster
+           and of an H200's memory; passes over activations are a guess, 40 a layer (traffic.py counts 57.7 as compiled)
 step       ms a step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
 pieces     ms a step of each piece, forward and backward, alone at the step's shapes; the rest is norms, gates, mixing
 profile    the kernels of a step by device time, and their shares by kind
