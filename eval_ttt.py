@@ -3,6 +3,7 @@
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit     the checks of legality, with a certificate
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7   the same with the seed 7, not a random one
     python eval_ttt.py --help                                                every setting, its default and unit
 
 The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans, learning,
@@ -16,9 +17,11 @@ import io
 import json
 import math
 import os
+import re
+import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from glob import glob
@@ -327,9 +330,9 @@ def evaluate(
     result = tg.score(model, tokens, plan, *how)
     if c.ppm_alpha == 1:
         return result
-    nll = mixed_nll(result.nll, ppm_nll(tokens, c.vocab_size), c.ppm_alpha)
-    bpb = result.val_bpb / result.val_loss * float(nll.mean())
-    return result._replace(nll=nll.astype(np.float32), val_loss=float(nll.mean()), val_bpb=bpb)
+    nll = mixed_nll(result.nll, ppm_nll(tokens, c.vocab_size), c.ppm_alpha).astype(np.float32)
+    loss = float(nll.mean(dtype=np.float64))  # of the losses as nll.npy keeps them
+    return result._replace(nll=nll, val_loss=loss, val_bpb=result.val_bpb / result.val_loss * loss)
 
 
 def learn_first(setup: Setup, model: tg.GPT, learner: Learner, tokens: np.ndarray, plan: list[Chunk]) -> list[Chunk]:
@@ -422,8 +425,14 @@ def ppm_nll(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def ppm_row(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Nats of every token after TOKENS under that PPM, (V,)."""
-    return np.array([ppm_nll(np.append(tokens, v), vocab_size)[-1] for v in range(vocab_size)])
+    """Nats of every token after `tokens` under that PPM, (V,), from counts of its own."""
+    probability, escape = np.zeros(vocab_size), 1.0
+    for successors in (tokens[1:][tokens[:-1] == tokens[-1]], tokens[1:]):
+        count = np.bincount(successors, minlength=vocab_size)
+        distinct = np.count_nonzero(count)
+        probability += escape * count / max(count.sum() + distinct, 1)
+        escape *= distinct / (count.sum() + distinct) if distinct else 1.0
+    return -np.log(probability + escape / vocab_size)
 
 
 def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
@@ -444,6 +453,7 @@ class Trace:
     count: how often it was scored; from_row: -log of its entry in the whole, normalised distribution. rows: the
     distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn", windows) in order.
     spread: the largest difference of a loss, in nats, between two evaluations of the same text; 0: none is admitted.
+    base_turns: the turns that follow a step of the base.
     """
 
     nll: np.ndarray
@@ -454,6 +464,7 @@ class Trace:
     rows: dict[int, np.ndarray]
     events: list[tuple[str, Windows]]
     spread: float = 0.0
+    base_turns: Sequence[int] = ()
 
     def differ(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Where two arrays of nats differ by more than chance: at all, or by four times what a repetition does."""
@@ -475,21 +486,28 @@ def log_distributions(model: tg.GPT, learner: Learner | None, batch: tg.Batch) -
 
 
 def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (), until: float = math.inf) -> Trace:
-    """Evaluate TOKENS and watch. With PROBES, targets whose whole distributions are wanted, the distributions of every
-    batch are computed again, with the weights of the moment. UNTIL: the last turn of interest, later ones may miss."""
-    targets, rows, events = len(tokens) - 1, {}, []
+    """Evaluate `tokens` and watch.
+
+    probes: targets whose whole distributions are wanted; they are computed again, with the weights of the moment, for
+    every batch. until: the last turn of interest, later ones may miss. With both, only batches that hold probes are
+    computed again, and the evaluation ends with the last of them.
+    """
+    targets, rows, events, base_turns = len(tokens) - 1, {}, [], []
     turn, read_from, count = (np.zeros(targets, np.int64) for _ in range(3))
     nll, from_row, turns = np.full(targets, np.nan, np.float32), np.full(targets, np.nan), 0
 
     def watch(chunk: Chunk) -> None:
         nonlocal turns
         turns += 1
-        if turns > until:
+        if turns > until and not probes:
             raise Enough
         events.append(("learn", chunk.learned))
+        if chunk.base:
+            base_turns.append(turns)
 
     def observe(model: tg.GPT, learner: Learner | None, windows: Windows, batch: tg.Batch, losses: Tensor) -> None:
-        log_p = log_distributions(model, learner, batch) if probes else None
+        held = {*probes} & {t for begin, end in windows.ranges() for t in range(begin, end)}
+        log_p = log_distributions(model, learner, batch) if held or (probes and until == math.inf) else None
         for w, (start, begin, end) in enumerate(zip(*(part.tolist() for part in windows), strict=True)):
             at = slice(start + begin, start + end)
             turn[at], read_from[at], nll[at] = turns, start, losses[w, : end - begin].float().cpu().numpy()
@@ -497,9 +515,11 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
             if log_p is not None:
                 own = log_p[w].gather(-1, batch.targets[w].unsqueeze(-1)).squeeze(-1)
                 from_row[at] = -own[: end - begin].cpu().numpy()
-                for t in {*probes} & {*range(start + begin, start + end)}:
+                for t in held & {*range(start + begin, start + end)}:
                     rows[t] = log_p[w, t - start - begin].cpu().numpy()
         events.append(("score", windows))
+        if held and until < math.inf and len(rows) == len({*probes}):
+            raise Enough
 
     with suppress(Enough):
         nll = evaluate(setup, tokens, observe, watch).nll
@@ -507,7 +527,7 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
         from_row = mixed_nll(from_row, ppm_nll(tokens, setup.config.vocab_size), alpha)
         rows = {t: -mixed_nll(-row, ppm_row(tokens[: t + 1], setup.config.vocab_size), alpha)
                 for t, row in rows.items()}  # fmt: skip
-    return Trace(nll, turn, read_from, count, from_row, rows, events)
+    return Trace(nll, turn, read_from, count, from_row, rows, events, base_turns=base_turns)
 
 
 MAX_SPREAD = 0.05  # nats; where a repetition changes a loss by more, T1 can tell nothing and fails
@@ -522,17 +542,19 @@ class Check(NamedTuple):
     detail: str
 
 
-def cuts(base: Trace) -> Iterator[tuple[int, np.ndarray]]:
+def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
     """Turns, and which targets to change: all that are scored later, and in the turn those beyond some place.
 
-    The place is the third smallest in a window, so that almost all of the turn changes; or the middle of the turn's
-    targets in the order of the text, so that the windows before it do not; or the turn's end.
+    The turns are the first, the middle one, one at random after that, and those that follow a step of the base. The
+    place is the third smallest in a window, so that almost all of the turn changes; or the middle of the turn's targets
+    in the order of the text, so that the windows before it do not; or the turn's end.
     """
     index, turns = np.arange(len(base.turn)), np.unique(base.turn)
-    for turn in sorted({turns[0], turns[len(turns) // 2]}):
+    late = rng.choice(turns[len(turns) // 2 : max(len(turns) - 1, len(turns) // 2 + 1)])
+    for turn in sorted({turns[0], turns[len(turns) // 2], late, *(turns[np.isin(turns, base.base_turns)])}):
         here, offset = base.turn == turn, index - base.read_from
         early, middle = offset > np.sort(offset[here])[:3][-1], index > np.flatnonzero(here)[here.sum() // 2]
-        for beyond in (early, middle, ~here):
+        for beyond in (early, middle, ~here) if turn in (turns[0], turns[len(turns) // 2]) else (early, ~here):
             later = (base.turn > turn) | here & beyond
             if later.any():
                 yield turn, later
@@ -552,7 +574,7 @@ def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
     In the turn of the change: where the window reads nothing changed; in earlier turns: whatever it reads.
     """
     compared, wrong, targets = 0, 0, np.arange(len(base.turn))
-    for turn, later in cuts(base):
+    for turn, later in cuts(base, rng):
         changed, places = change(tokens, later, rng)
         is_changed = np.zeros(len(tokens) + 1, np.int64)
         is_changed[places + 1] = 1
@@ -571,18 +593,19 @@ def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
 
 
 def check_file_order(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T1c: another text in the second half of the file, where documents end included, changes no loss of the first.
+    """T1c: another text after a random place, where documents end included, changes no loss before it.
 
     A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this property by
     documents, and the certificate says so.
     """
-    c, half, other = setup.config, len(base.nll) // 2, tokens.copy()
-    other[half + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - half - 1)
-    other[half + 1 :][rng.random(len(tokens) - half - 1) < 1 / c.piece_size] = BOS_ID
-    wrong = int(base.differ(trace(other, (), math.inf).nll[:half], base.nll[:half]).sum())
-    shared = TTT_MODES[c.ttt_mode][0] and c.ttt_optimizer == "precond" and c.ttt_moments == "shared"
-    detail = f"{wrong} of {half} losses changed" + ", TTT_MOMENTS=shared" * shared
-    return Check("T1c no loss depends on later text", None if shared else wrong == 0, half, detail)
+    c, other = setup.config, tokens.copy()
+    place = max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3)))
+    other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
+    other[place + 1 :][rng.random(len(tokens) - place - 1) < 1 / max(c.piece_size, 8)] = BOS_ID
+    wrong = int(base.differ(trace(other, (), math.inf).nll[:place], base.nll[:place]).sum())
+    shared = shares_moments(c)
+    detail = f"{wrong} of {place} losses changed" + ", TTT_MOMENTS=shared" * shared
+    return Check("T1c no loss depends on later text", None if shared else wrong == 0, place, detail)
 
 
 def check_borders(setup: Setup) -> Check:
@@ -597,16 +620,34 @@ def check_borders(setup: Setup) -> Check:
                  x[..., 0].numel(), f"largest difference {apart:.1e}, DOC_BORDERS={c.doc_borders}")  # fmt: skip
 
 
-def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T2: the distribution of a target is the same whatever the target is."""
-    early = [np.flatnonzero((base.turn == turn) & (tokens[1:] != BOS_ID)) for turn in np.unique(base.turn)[:2]]
-    probes = [t for targets in early for t in rng.permutation(targets)[:4].tolist()]
-    until, wrong = base.turn[probes].max(initial=0), 0
-    rows = trace(tokens, probes, until).rows
-    for t in probes:
-        changed, _ = change(tokens, np.arange(len(base.turn)) == t, rng)
-        wrong += int(base.differ(trace(changed, [t], until).rows[t], rows[t]).any())
-    return Check("T2 no distribution sees its target", wrong == 0, len(probes), f"{wrong} of {len(probes)} changed")
+def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Targets: four of each of the first two turns, one of each later half of the evaluation, then two BOS."""
+    turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
+    groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
+    halves = np.array_split(turns[2:], 2)
+    wanted = [(group, 4) for group in groups] + [(np.isin(base.turn, half) & ~is_bos, 1) for half in halves]
+    return [
+        t for group, count in (*wanted, (is_bos, 2)) for t in rng.permutation(np.flatnonzero(group))[:count].tolist()
+    ]
+
+
+def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True) -> Check:
+    """T2: the distribution of a target is the same whatever the target is: another token, or the document's end.
+
+    ends: whether BOS are changed, and the last other probe into a BOS. With TTT_MOMENTS=shared the steps of all slots
+    depend on where documents end, and nothing is promised.
+    """
+    probes = [t for t in probes_of(base, tokens, rng) if ends or tokens[t + 1] != BOS_ID]
+    until, wrong, inner = base.turn[probes].max(initial=0), 0, [t for t in probes if tokens[t + 1] != BOS_ID]
+    rows = trace(tokens, probes, until).rows if probes else {}
+    tries = [(t, False) for t in probes] + [(t, True) for t in inner[-1:] if ends]
+    for t, into_bos in tries:
+        other, places = change(tokens, np.arange(len(base.turn)) == t, rng)
+        if into_bos or not len(places):
+            other[t + 1] = BOS_ID if into_bos else rng.integers(BOS_ID + 1, int(tokens.max()) + 1)
+        wrong += int(base.differ(trace(other, [t], until).rows[t], rows[t]).any())
+    return Check("T2 no distribution sees its target", wrong == 0, len(tries), f"{wrong} of {len(tries)} changed; "
+                 f"{len(probes) - len(inner)} of a BOS, {len(tries) - len(probes)} by a BOS")  # fmt: skip
 
 
 def check_normalised(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
@@ -723,31 +764,378 @@ def check_warm_up(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray) 
     return Check("T7 warm-up changes nothing", wrong == 0, int(compared.sum()), f"{wrong} losses changed")
 
 
-def check_files(opened: Iterable[str], train_pattern: str) -> Check:
-    """T6: the evaluation opens no training shard; OPENED are the files that the process opened."""
-    names = {os.path.realpath(path) for path in glob(train_pattern)}
-    real = {path: os.path.realpath(path) for path in opened}
-    found = sorted(path for path, file in real.items() if file in names or "fineweb_train" in path + file)
-    return Check("T6 no training data is opened", not found, len(set(opened)), ", ".join(found) or "none was")
+def check_files(opened: Sequence[str], train_pattern: str, val_pattern: str = "", began: int = 0) -> Check:
+    """T6: no training shard is opened, and no validation shard once the evaluations have begun.
+
+    opened: the files that the process opened, in order; from index `began` on, by the evaluations.
+    """
+    train, val = ({os.path.realpath(path) for path in glob(pattern)} for pattern in (train_pattern, val_pattern))
+    real = [(path, os.path.realpath(path)) for path in opened]
+    found = {path for path, file in real if file in train or "fineweb_train" in path + file}
+    found |= {path for path, file in real[began:] if file in val}
+    return Check("T6 no training data is opened", not found, len({*opened}), ", ".join(sorted(found)) or "none was")
 
 
-def audit(setup: Setup, tokens: np.ndarray, opened: Sequence[str], trace: Tracer | None = None) -> list[Check]:
-    """All checks on TOKENS; TRACE replaces the evaluation, so that cheats can be tried."""
-    trace = trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until))
-    tokenizer = SentencePieceProcessor(model_file=setup.config.tokenizer_path)
-    rng = np.random.default_rng(setup.config.seed)
+def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
+    """T15: targets are scored in the file's order; by documents, the documents of each group begin in that order."""
+    first = np.full(len(tokens) - 1, len(base.events))
+    for number, (kind, windows) in reversed([*enumerate(base.events)]):
+        for begin, end in windows.ranges() if kind == "score" else ():
+            first[begin:end] = number
+    if not TTT_MODES[config.ttt_mode][0]:
+        parts = [first]
+    else:
+        begins = first[documents(tokens)[0]]
+        parts = [begins[group :: config.ttt_groups] for group in range(config.ttt_groups)]
+    wrong = sum(int((np.diff(part) < 0).sum()) for part in parts)
+    return Check("T15 scored in the file's order", wrong == 0, sum(map(len, parts)), f"{wrong} out of order")
+
+
+def shares_moments(c: Config) -> bool:
+    """Whether documents in different slots share second moments, so that losses depend on text later in the file."""
+    by_documents, learns = TTT_MODES[c.ttt_mode]
+    return by_documents and bool(learns) and c.ttt_optimizer == "precond" and c.ttt_moments == "shared"
+
+
+def settled(setup: Setup, tokens: np.ndarray) -> int:
+    """How many targets of `tokens`, the first ones, keep their losses bit for bit when more text follows.
+
+    By flat chunks not those of the last chunk: the last window begins where its end says.
+    """
+    c, (by_documents, learns) = setup.config, TTT_MODES[setup.config.ttt_mode]
+    if c.ttt_protocol != "legal" or shares_moments(c) or (learns and c.ttt_lr_schedule == "cosine"):
+        return 0
+    if by_documents:
+        return len(tokens) - 1
+    last = setup.plan(tokens)[-1].scored
+    return int((last.start + last.begin).min())
+
+
+def check_unwatched(
+    setup: Setup, base: Trace, tokens: np.ndarray, whole: np.ndarray, rng: np.random.Generator
+) -> Iterator[Check]:
+    """T16: the losses are the same where nobody watches and, up to `settled`, where the text goes on as it does in
+    `whole`, to a random length. T17: the score of that evaluation follows from its losses."""
+    count, longer = settled(setup, tokens), tokens
+    if count:
+        longer = whole[: max(int(len(tokens) * rng.uniform(1.3, 2)), len(tokens))]
+    count = count if len(longer) > len(tokens) else len(tokens) - 1
+    result = evaluate(setup, longer)
+    wrong = int(base.differ(result.nll[:count], base.nll[:count]).sum())
+    yield Check("T16 unwatched, the losses are the same", wrong == 0, count,
+                f"{wrong} of {count} losses changed in an evaluation of {len(longer) - 1} targets")  # fmt: skip
+    nats, num_bytes = result.nll.astype(np.float64), setup.byte_table.count(longer[:-1], longer[1:]).sum()
+    loss, bpb = float(nats.mean()), float(nats.sum() / math.log(2) / num_bytes)
+    fine = same_score(result.val_loss, loss) and same_score(result.val_bpb, bpb)
+    yield Check(
+        "T17 the score follows from the losses",
+        fine,
+        len(nats),
+        f"val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}, from the losses {loss:.8f} {bpb:.8f}",
+    )
+
+
+def check_weights(setup: Setup) -> Check:
+    """T18: what is evaluated begins with the artifact's weights."""
+    state, kept = setup.load().state_dict(), setup.artifact.state
+    wrong = [name for name in state if name not in kept or not torch.equal(state[name].cpu(), kept[name].cpu())]
+    return Check("T18 the weights are the artifact's", not wrong, len(state), ", ".join(wrong) or "none differs")
+
+
+def audit(
+    setup: Setup,
+    tokens: np.ndarray,
+    opened: Sequence[str],
+    trace: Tracer | None = None,
+    whole: np.ndarray | None = None,
+    seed: int = 0,
+) -> list[Check]:
+    """All checks on `tokens`, with which the text `whole` begins.
+
+    trace: replaces the evaluation, so that cheats can be tried. seed: of the places, targets and tokens changed.
+    """
+    trace, began = trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until)), len(opened)
+    c, whole, rng = setup.config, tokens if whole is None else whole, np.random.default_rng(seed)
+    tokenizer = SentencePieceProcessor(model_file=c.tokenizer_path)
     base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
     if setup.device.type == "cuda":  # some gradients are summed by atomics, in any order
         base.spread = float(np.abs(trace(tokens, (), math.inf).nll - base.nll).max())
-    by_trace = (check_future, check_target, check_normalised, check_once, check_ledger)
-    checks = [check(trace, base, tokens, rng) for check in by_trace]
-    checks[1:1] = [check_borders(setup), check_file_order(setup, trace, base, tokens, rng)]
-    checks += [check_files(opened, setup.config.shards("train")), check_warm_up(setup, trace, base, tokens)]
-    checks.append(check_bytes(tokens, setup.byte_table, tokenizer))
-    aligned = replace(setup, config=replace(setup.config, eval_stride=setup.config.eval_seq_len))
+    checks = [check_future(trace, base, tokens, rng), check_borders(setup),
+              check_file_order(setup, trace, base, tokens, rng),
+              check_target(trace, base, tokens, rng, not shares_moments(c))]  # fmt: skip
+    checks += [check(trace, base, tokens, rng) for check in (check_normalised, check_once, check_ledger)]
+    checks += [check_warm_up(setup, trace, base, tokens), check_bytes(tokens, setup.byte_table, tokenizer)]
+    aligned = replace(setup, config=replace(c, eval_stride=c.eval_seq_len))
     plain = [score_plan(each, tokens).nll for each in (aligned, setup)]
     checks.append(check_memory(trace_evaluation(aligned, tokens), base, *plain))
-    return [*checks, check_no_op(setup, tokens), check_parity(setup, tokens)]
+    checks += [check_no_op(setup, tokens), check_parity(setup, tokens), check_order(base, tokens, c)]
+    checks += [*check_unwatched(setup, base, tokens, whole, rng), check_weights(setup)]
+    return [*checks, check_files(opened, c.shards("train"), c.shards("val"), began)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The certificate
+# ----------------------------------------------------------------------------------------------------------------------
+
+T19, T20 = "T19 the printed score is that of nll.npy", "T20 the run's first losses, evaluated alone"
+# A check passes where it looked at enough; without those of ESSENTIAL nothing is certified.
+LEAST = dict(T1=256, T1c=64, T2=8, T3=256, T4=256, T6=0, T15=2, T16=64, T17=64)
+ESSENTIAL = ("T1", "T2", "T3", "T4")
+MIN_REFILLS = 3  # documents that enter a slot after another one
+NOT_COMPARED = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings that change no loss
+
+
+def too_few(check: Check) -> bool:
+    """Whether a check did not fail and did not look at enough either."""
+    return check.ok is not False and check.checked < LEAST.get(check.name.split()[0], 1)
+
+
+def refills(plan: Sequence[Chunk]) -> int:
+    """How many documents enter a slot that another one has left, in a plan by documents."""
+    count, group = 0, None
+    for chunk in plan:
+        if chunk.slots is not None and chunk.slots.group == group:
+            count += int(chunk.slots.fresh.sum())
+        group = None if chunk.slots is None else chunk.slots.group
+    return count
+
+
+def audited_config(c: Config, tokens: np.ndarray) -> Config:
+    """The settings, where needed with smaller chunks, fewer slots, groups and phases, so that little text has them all.
+
+    By flat chunks at least four chunks; by documents a chunk to adapt on, three refills, and steps of the base.
+    """
+    if not TTT_MODES[c.ttt_mode][0]:
+        return replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(1, (len(tokens) - 1) // 4)))
+    begin, end = documents(tokens)
+    count, prefix = len(begin), 0
+    if c.ttt_mode == "phased":
+        prefix = min(c.phased_ttt_prefix_docs, max(1, count // 4))
+        c = replace(c, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=min(c.phased_ttt_num_phases, 2, prefix))
+    groups = min(c.ttt_groups, max(1, (count - prefix) // 4))
+    last = (count - prefix) // groups  # documents of a group after the last border
+    slots = max(1, min(c.ttt_slots, last // 2, last - MIN_REFILLS))
+    chunk = min(c.ttt_chunk_size, max(1, int((end - begin).max()) // 2))
+    return replace(c, ttt_groups=groups, ttt_slots=slots, ttt_chunk_size=chunk)
+
+
+def reading(c: Config) -> str:
+    """What a loss may depend on beyond the text before it in the file, and what documents share, in one line."""
+    by_documents, learns = TTT_MODES[c.ttt_mode]
+    if c.ttt_protocol != "legal":
+        return f"invalid: TTT_PROTOCOL={c.ttt_protocol} adapts on text that it scores later"
+    shared, cosine = shares_moments(c), bool(learns) and c.ttt_lr_schedule == "cosine"
+    known = [words for holds, words in (
+        (shared, "squared gradients of documents that stand later in the file, in other slots (TTT_MOMENTS=shared)"),
+        (cosine, "the length of the text (TTT_LR_SCHEDULE=cosine)"),
+        (not by_documents, "the end of the text, in the last window, which is as long as the others"),
+    ) if holds]  # fmt: skip
+    moments = by_documents and bool(learns) and c.ttt_optimizer == "precond"
+    kept = [words for holds, words in (
+        (not by_documents and learns, "all weights that adapt"),
+        (not by_documents, "the context of windows"),
+        (moments and c.ttt_moments in ("prefix", "shared"), "second moments"),
+        (c.ttt_mode == "phased", "the base, from border to border"),
+        (by_documents and learns == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
+        (c.ppm_alpha < 1, "counts of the PPM"),
+    ) if holds]  # fmt: skip
+    order = "causal in the order of the slots" if shared else "causal in the file's order" if known else "strict"
+    beyond = "; ".join(known) or "nothing, not even where documents end"
+    return f"{order}: of later text a loss knows {beyond}; documents share {', '.join(kept) or 'nothing'}"
+
+
+def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
+    """What the evaluation of `tokens` is too short to show."""
+    c, plan, (by_documents, learns) = setup.config, setup.plan(tokens), TTT_MODES[setup.config.ttt_mode]
+    adapts = any(chunk.learned is not None and not chunk.base for chunk in plan)
+    return [words for holds, words in (
+        (learns and c.ttt_protocol == "legal" and not adapts, "adaptation: nothing is adapted on"),
+        (by_documents and refills(plan) < MIN_REFILLS, f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
+        (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not learn"),
+    ) if holds]  # fmt: skip
+
+
+def beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
+    """A beginning of the text that has no shortfalls with the settings as they are, or is as long as is bearable."""
+    c, last = setup.config, len(tokens) - 1
+    size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
+    while size < most and (shortfalls(setup, tokens[: size + 1]) or not settled(setup, tokens[: size + 1])):
+        size = min(size * 5 // 4 + 1, most)
+    return tokens[: size + 1]
+
+
+def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A JSON object that another command wrote; None, and why, where there is none."""
+    try:
+        if not path.is_file():
+            return None, f"{path}: no such file"
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return None, f"{path} cannot be read: {error}"
+    return (content, "") if isinstance(content, dict) else (None, f"{path} is no JSON object")
+
+
+def same_score(one: Any, other: Any) -> bool:
+    """Whether two scores are finite and agree to 1e-9 relative."""
+    numbers = all(isinstance(x, (int, float)) for x in (one, other))
+    return bool(numbers and math.isfinite(other) and abs(one - other) <= 1e-9 * abs(other))
+
+
+def check_kept_score(path: Path, told: Mapping[str, Any], config: Config, shards: Sequence[str], targets: int) -> Check:
+    """T19: the score in eval_ttt.json is that of the losses in nll.npy (`path`), by code of its own."""
+    try:
+        nll = np.load(path)
+        loss, bpb = tg.recomputed_score(nll, shards, config.tokenizer_path)
+    except (OSError, ValueError, EOFError) as error:
+        return Check(T19, False, 0, f"{path.name}: {error}")
+    fine = same_score(told.get("val_loss_ttt"), loss) and same_score(told.get("val_bpb_ttt"), bpb)
+    fine = (
+        fine
+        and nll.shape == (targets,)
+        and told.get("sha256_nll") in (None, tg.sha256_file(path))
+        and bool(np.isfinite(nll).all())
+    )
+    return Check(T19, fine, nll.size, f"val_loss:{loss:.8f} val_bpb:{bpb:.8f}, eval_ttt.json has "
+                 f"{told.get('val_loss_ttt')} and {told.get('val_bpb_ttt')}")  # fmt: skip
+
+
+def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: Mapping[str, Any]) -> Check:
+    """T20: the first losses of the run, `nll`, are those of the beginning of the text evaluated alone.
+
+    With the same versions on a CPU bit for bit. Otherwise within what T11 admits as rounding, and 1e-3 on average.
+    """
+    if not settled(setup, tokens):
+        return Check(T20, None, 0, "every loss depends on how the text goes on: see the reading")
+    part = beginning(setup, tokens)
+    if not (count := settled(setup, part)):
+        return Check(T20, None, 0, f"{len(part) - 1} targets are no chunk. Raise AUDIT_TOKENS")
+    apart = evaluate(setup, part).nll[:count].astype(np.float64) - nll[:count]
+    versions = tg.library_versions(setup.device, "given by the log")
+    exact = setup.device.type == "cpu" and setup.nll_fn is tg.token_nll and told.get("world_size") == 1
+    if exact and told.get("versions") == versions:
+        wrong = int((apart != 0).sum())
+        detail = f"{wrong} of {count} losses differ, within {np.abs(apart).max():.1e} (the processor must be the run's)"
+        return Check(T20, wrong == 0, count, detail)
+    still = replace(setup, nll_fn=tg.token_nll)
+    rounding = score_plan(still, part).nll - float32_nll(still, part)
+    limit = 1e-3 + 2 * float(np.sqrt(np.mean(rounding**2, dtype=np.float64)))
+    root, mean = float(np.sqrt(np.mean(apart**2))), float(apart.mean())
+    return Check(T20, root < limit and abs(mean) < 1e-3, count, f"of {count} losses: root mean square difference "
+                 f"{root:.1e}, limit {limit:.1e}, mean {mean:+.1e}")  # fmt: skip
+
+
+def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path) -> Iterator[Check]:
+    """T19 and T20 of the evaluation beside the artifact `path`; without a count where it cannot be compared."""
+    (told, why), kept = read_report(path.with_name("eval_ttt.json")), path.with_name("nll.npy")
+    if told is None or not kept.is_file():
+        why = f"{why or f'{kept}: no such file'}. Run eval_ttt.py without --audit first"
+    elif told.get("sha256_artifact") != tg.sha256_file(path):
+        why = f"eval_ttt.json is of another artifact than {path.name}"
+    if why:
+        yield Check(T19, None, 0, why)
+        return
+    yield (scored := check_kept_score(kept, told, setup.config, shards, len(tokens) - 1))
+    given, used = tg.settings_of(setup.config, "scoring", "evaluator"), told.get("settings")
+    used = used if isinstance(used, dict) else {}
+    other = sorted(k.upper() for k in given if k not in NOT_COMPARED and used.get(k) != given[k])
+    if other:
+        yield Check(T20, None, 0, f"the run has other settings: {', '.join(other)}")
+    elif scored.ok:
+        yield check_kept_losses(setup, tokens, np.load(kept), told)
+
+
+def check_training_text(setup: Setup, shards: Sequence[str], folder: Path) -> Check:
+    """T21: no shard that the run in `folder` was trained on is a validation shard."""
+    name, (trained, why) = "T21 not trained on the validation text", read_report(folder / "config.json")
+    settings = (trained or {}).get("config")
+    known = {k: settings.get(k) for k in ("data_path", "train_files")} if isinstance(settings, dict) else {}
+    if not all(isinstance(text, str) for text in known.values()) or not known:
+        return Check(name, None, 0, why or "config.json does not name the training shards")
+    pattern = replace(setup.config, **known).shards("train")
+    if not (count := len(glob(pattern))):
+        return Check(name, None, 0, f"the training shards are not here: {pattern}")
+    try:
+        tg.check_disjoint(tg.TokenStream(pattern, setup.config.vocab_size), shards)
+    except UserError as error:
+        return Check(name, False, count, str(error))
+    return Check(name, True, count, f"none of {pattern} is a validation shard")
+
+
+def certificate_text(report: Mapping[str, Any], first: str) -> str:
+    lines = [
+        first,
+        f"  reading: {report['reading']}",
+        f"  seed: {report['seed']} (--audit={report['seed']} repeats it)",
+    ]
+    if report["audited_settings"]:
+        lines.append("  audited with " + " ".join(f"{k.upper()}={v}" for k, v in report["audited_settings"].items()))
+    lines += [f"  not audited: {words}" for words in report["not_audited"]]
+    for check in report["checks"]:
+        verdict = {True: "pass", False: "FAIL", None: "none"}[check["ok"]]
+        lines.append(f"  {verdict}  {check['name']:45} {check['detail']} ({check['checked']} checked)")
+    lines += [f"  sha256 {name} {value}" for name, value in report["sha256"].items()]
+    return "\n".join([*lines, f"  {report['seconds']:.1f}s"]) + "\n"
+
+
+def run_checks(
+    setup: Setup, small: Config, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int
+) -> tuple[list[Check], list[str]]:
+    """All checks, those of `audit` with the settings `small`, and what they leave out."""
+    part, beside = tokens[: small.audit_tokens + 1], [*check_run(setup, tokens, shards, path)]
+    inner = replace(setup, config=small, nll_fn=tg.token_nll)  # as the checks compute it
+    if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        inner = replace(inner, kernel=tg.torch_attention())
+    try:
+        checks = [*audit(inner, part, opened, None, tokens, seed), *beside]
+    except tg.LedgerError as error:
+        checks = [Check("T4 T5 the ledger", False, 0, str(error)), *beside]
+    checks.append(check_training_text(setup, shards, path.parent))  # may read training shards: after T6
+    few = [check for check in checks if too_few(check)]
+    checks = [check._replace(ok=None) if check in few else check for check in checks]
+    return checks, [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
+
+
+def run_audit(
+    setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int | None = None
+) -> int:
+    """Run the checks, print the certificate and write it; exit code 0 where nothing failed and enough was checked.
+
+    seed: of what is changed in the text; None: one that nobody knows beforehand.
+    """
+    c, began = setup.config, time.time()
+    seed, small = secrets.randbits(32) if seed is None else seed, audited_config(c, tokens[: c.audit_tokens + 1])
+    for name in ("certificate.json", "certificate.txt"):  # what an earlier audit left says nothing of this one
+        path.with_name(name).unlink(missing_ok=True)
+    checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)
+    passed = {check.name.split()[0] for check in checks if check.ok}
+    failed = c.ttt_protocol != "legal" or any(check.ok is False for check in checks)
+    legal = not failed and passed.issuperset(ESSENTIAL)
+    verdict = "legal as far as audited" if left_out else "legal"
+    verdict = "NOT LEGAL" if failed else verdict if legal else "NOT CERTIFIED, too little was audited"
+    hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(c.tokenizer_path)}
+    if any(check.name == T19 and check.checked for check in checks):
+        hashes["nll.npy"] = tg.sha256_file(path.with_name("nll.npy"))
+    hashes |= {Path(name).name: tg.sha256_file(name) for name in [*tg.code_files(), *shards]}
+    settings, audited = asdict(c), asdict(small)
+    report = dict(
+        legal=legal,
+        targets=min(c.audit_tokens, len(tokens) - 1),
+        reading=reading(c),
+        not_audited=left_out,
+        seed=seed,
+        checks=[check._asdict() for check in checks],
+        sha256=hashes,
+        settings=settings,
+        audited_settings={name: value for name, value in audited.items() if value != settings[name]},
+        seconds=time.time() - began,
+    )
+    text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
+                            f"TTT_MODE={c.ttt_mode} TTT_PROTOCOL={c.ttt_protocol}: {verdict}")  # fmt: skip
+    print(text, end="", flush=True)
+    tg.write_atomically(path.with_name("certificate.json"), json.dumps(report, indent=1).encode())
+    tg.write_atomically(path.with_name("certificate.txt"), text.encode())
+    return 0 if report["legal"] else 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -848,6 +1236,11 @@ def running_bpb(plan: Sequence[Chunk], nll: np.ndarray, num_bytes: np.ndarray, p
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def weights_of(path: Path) -> str:
+    """How the labels of scores name the weights in `path`: float as trained, or an artifact's."""
+    return "float" if path.suffix == ".pt" else "int6"
+
+
 def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Artifact, Path]:
     """The configuration with the artifact's model in it, the artifact, and its path.
 
@@ -858,7 +1251,7 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
     path = Path(config.model_path or f"runs/{config.run_id}/final_model.int6.ptz")
     if not config.model_path and not config.run_id:
         raise UserError("MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one")
-    if path.suffix == ".pt":
+    if weights_of(path) == "float":
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             tg.GPT(config).load_state_dict(state)
@@ -919,40 +1312,55 @@ class Budget:
                 self.said = True
 
 
-def run_audit(setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: list[str]) -> int:
-    """Run the checks, print the certificate and write it; exit code 0 where none failed."""
-    c, part, began = setup.config, tokens[: setup.config.audit_tokens + 1], time.time()
-    for name in ("certificate.json", "certificate.txt"):  # what an earlier audit left says nothing of this one
-        path.with_name(name).unlink(missing_ok=True)
-    small = replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(1, (len(part) - 1) // 4)))  # so that it learns
-    setup = replace(setup, config=small, nll_fn=tg.token_nll)  # as the checks compute it
-    if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        setup = replace(setup, kernel=tg.torch_attention())
-    try:
-        checks = audit(setup, part, opened)
-    except tg.LedgerError as error:
-        checks = [Check("T4 T5 the ledger", False, 0, str(error))]
-    legal = setup.config.ttt_protocol == "legal" and all(check.ok is not False for check in checks)
-    hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(setup.config.tokenizer_path),
-              **{Path(name).name: tg.sha256_file(name) for name in [*tg.code_files(), *shards]}}  # fmt: skip
-    settings = asdict(setup.config)
-    lines = [f"certificate of {path.name} on the first {len(part) - 1} targets, TTT_MODE={setup.config.ttt_mode} "
-             f"TTT_PROTOCOL={setup.config.ttt_protocol}: {'legal' if legal else 'NOT LEGAL'}"]  # fmt: skip
-    for check in checks:
-        verdict = {True: "pass", False: "FAIL", None: "none"}[check.ok]
-        lines.append(f"  {verdict}  {check.name:45} {check.detail} ({check.checked} checked)")
-    lines += [f"  sha256 {name} {value}" for name, value in hashes.items()] + [f"  {time.time() - began:.1f}s"]
-    print("\n".join(lines), flush=True)
-    report = dict(legal=legal, targets=len(part) - 1, checks=[check._asdict() for check in checks], sha256=hashes,
-                  settings=settings, seconds=time.time() - began)  # fmt: skip
-    tg.write_atomically(path.with_name("certificate.json"), json.dumps(report, indent=1).encode())
-    tg.write_atomically(path.with_name("certificate.txt"), ("\n".join(lines) + "\n").encode())
-    return 0 if legal else 1
+def check_finite(name: str, score: tg.Score) -> None:
+    """Raise FloatingPointError where a loss is not finite."""
+    if (wrong := np.flatnonzero(~np.isfinite(score.nll))).size:
+        raise FloatingPointError(
+            f"{name} score: {len(wrong)} of {len(score.nll)} losses are not finite, the first at target {wrong[0]}. "
+            "Look for NaN in the artifact, or lower TTT_LR"
+        )
 
 
-def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, began: float) -> dict[str, Any]:
-    """Warm up, score with adaptation, then the scores to compare it with; writes the reports, returns the result."""
+def check_printed(path: Path, score: tg.Score, shards: Sequence[str], tokenizer_path: str) -> str:
+    """Compare `score` with what follows from the losses in nll.npy (`path`); returns the file's SHA-256.
+
+    Raises ArithmeticError where they differ by more than 1e-9 relative.
+    """
+    loss, bpb = tg.recomputed_score(np.load(path), shards, tokenizer_path)
+    if not (same_score(score.val_loss, loss) and same_score(score.val_bpb, bpb)):
+        raise ArithmeticError(
+            f"the score is not that of the losses in {path}: val_loss:{score.val_loss:.10f} "
+            f"val_bpb:{score.val_bpb:.10f}, recomputed {loss:.10f} {bpb:.10f}. The scorer is wrong: do not use it"
+        )
+    return tg.sha256_file(path)
+
+
+def write_reports(path: Path, tokens: np.ndarray, scores: Mapping[str, tg.Score], setup: Setup, log: tg.RunLog) -> None:
+    """Log where the loss is and write what `path` has beside it; nll.npy last."""
+    before, after = scores["plan"].nll, scores["ttt"].nll
+    report = distribution(tokens, before, after, setup.byte_table)
+    for line in distribution_text(report).splitlines():
+        log.line(line)
+    if tg.rank() == 0:
+        folder, array = path.parent, io.BytesIO()
+        np.save(array, after)
+        tg.write_atomically(folder / "distribution.json", json.dumps(report, indent=1).encode())
+        table = document_table(tokens, before, after, setup.byte_table)
+        tg.write_atomically(folder / "documents.csv", table.encode())
+        try:
+            plot_distribution(folder / "distribution.png", before, after, report)
+        except Exception as error:  # no matplotlib, or no folder for its fonts: no reason to lose a score
+            log.line(f"WARNING: distribution.png is not drawn: {error}. distribution.json has its numbers.")
+        tg.write_atomically(folder / "nll.npy", array.getvalue())
+
+
+def run_scores(
+    setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, began: float, shards: Sequence[str]
+) -> dict[str, Any]:
+    """Warm up, score with adaptation, then the scores to compare it with; writes the reports, returns the result.
+
+    Raises FloatingPointError where a loss is not finite, ArithmeticError where the score is not that of the losses.
+    """
     c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
     compiled = setup.nll_fn is not tg.token_nll
     if compiled:
@@ -961,6 +1369,7 @@ def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, beg
     label = "legal_ttt" if c.ttt_protocol == "legal" else "invalid_ttt"
     adapted = evaluate(setup, tokens, progress=Budget(c, began, log, sum(chunk.is_mine for chunk in plan)))
     seconds = time.time() - began
+    check_finite("adapted", adapted)
     for line in running_bpb(plan, adapted.nll, num_bytes):
         log.line(line)
     if compiled:
@@ -968,46 +1377,60 @@ def run_scores(setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, beg
     scores = {"ttt": adapted, **window_scores(setup, tokens)}
     by_documents = TTT_MODES[c.ttt_mode][0]  # then by the learner, whose graphs are there
     scores["plan"] = evaluate(setup, tokens, learns=False) if by_documents else scores["sliding"]
-    for name, dialect in (("roundtrip", "final_int6_roundtrip"), ("sliding", "final_int6_sliding_window"),
+    weights = weights_of(path)
+    for name, dialect in (("roundtrip", f"final_{weights}_roundtrip"), ("sliding", f"final_{weights}_sliding_window"),
                           ("plan", "same_plan_without_ttt"), ("ttt", label)):  # fmt: skip
+        check_finite(name, scores[name])
         log.line(f"{dialect}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
-    report = distribution(tokens, scores["plan"].nll, adapted.nll, setup.byte_table)
-    for line in distribution_text(report).splitlines():
-        log.line(line)
-    if tg.rank() == 0:
-        folder, array = path.parent, io.BytesIO()
-        np.save(array, adapted.nll)
-        tg.write_atomically(folder / "distribution.json", json.dumps(report, indent=1).encode())
-        table = document_table(tokens, scores["plan"].nll, adapted.nll, setup.byte_table)
-        tg.write_atomically(folder / "documents.csv", table.encode())
-        try:
-            plot_distribution(folder / "distribution.png", scores["plan"].nll, adapted.nll, report)
-        except Exception as error:  # no matplotlib, or no folder for its fonts: no reason to lose a score
-            log.line(f"WARNING: distribution.png is not drawn: {error}. distribution.json has its numbers.")
-        tg.write_atomically(folder / "nll.npy", array.getvalue())
+    write_reports(path, tokens, scores, setup, log)
+    sha256_nll = tg.on_rank_0(lambda: check_printed(path.with_name("nll.npy"), adapted, shards, c.tokenizer_path))
     result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
-    return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, eval_seconds=seconds,
+    return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, sha256_nll=sha256_nll,
+                         weights=weights, eval_seconds=seconds,
                          fits_budget=not c.eval_budget_seconds or seconds <= c.eval_budget_seconds)  # fmt: skip
 
 
-def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: Sequence[str], environ) -> int:
-    """Prepare, then audit or score; returns the exit code."""
+def run_all(
+    config: Config, given: Mapping[str, Any], notices: list[str], argv: Sequence[str], environ: Mapping[str, str]
+) -> int:
+    """Prepare, lock the folder of the model, then audit or score; returns the exit code."""
     began, opened = tg.process_start(), []
     if argv:
         sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
     setup, tokens, path, more, shards = prepare(config, given, environ)
-    c = setup.config
-    if argv:
-        if tg.world_size() > 1:
-            raise UserError("--audit runs in one process")
-        return run_audit(setup, tokens, path, shards, opened)
+    if argv and tg.world_size() > 1:
+        raise UserError("--audit runs in one process")
+    first, lock = tg.rank() == 0, tg.on_rank_0(lambda: tg.lock_folder(path.parent, 0.0))
+    try:
+        if argv:
+            seed = argv[0].partition("=")[2]
+            return run_audit(setup, tokens, path, shards, opened, int(seed) if seed else None)
+        return run_evaluation(setup, tokens, path, shards, given, [*notices, *more], began)
+    finally:
+        if first:
+            os.close(lock)
+
+
+def run_evaluation(
+    setup: Setup,
+    tokens: np.ndarray,
+    path: Path,
+    shards: Sequence[str],
+    given: Mapping[str, Any],
+    notices: Sequence[str],
+    began: float,
+) -> int:
+    """Score the model of `path`, log it and write eval_ttt.json; returns the exit code."""
+    c, (trained, why) = setup.config, tg.on_rank_0(lambda: read_report(path.with_name("result.json")))
     log = tg.RunLog(path.parent, 0, "eval_ttt.log")
     if tg.rank() == 0:
         for name in REPORTS:  # what an earlier evaluation left is no score of this
             (path.parent / name).unlink(missing_ok=True)
-    for notice in [*notices, *more]:
+    for notice in notices:
         log.line(f"note: {notice}")
+    if path.with_name("result.json").exists() and trained is None:
+        log.line(f"WARNING: {why}. It counts as absent.")
     for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
         log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
     by_documents = TTT_MODES[c.ttt_mode][0]
@@ -1017,10 +1440,9 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
         log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
     if c.ttt_protocol != "legal":
         log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} learns from what it scores later: THIS SCORE IS INVALID")
-    result = run_scores(setup, tokens, path, log, began)
+    result = run_scores(setup, tokens, path, log, began, shards)
     if not result["fits_budget"]:
         log.line(f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")
-    trained = path.with_name("result.json")
     bytes_code = sum(file.stat().st_size for file in tg.code_files())
     sizes = dict(bytes_code=bytes_code, bytes_model=path.stat().st_size, bytes_total=bytes_code + path.stat().st_size)
     result |= dict(
@@ -1035,7 +1457,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], argv: 
         sha256_tokenizer=setup.artifact.tokenizer_sha256,
         sha256_code=tg.code_hashes(),
         sha256_shards={Path(shard).name: tg.sha256_file(shard) for shard in shards},
-        trainer=json.loads(trained.read_text()) if trained.exists() else None,
+        trainer=trained,
         versions=tg.library_versions(setup.device, "given by the log"),
     )
     log.line("RESULT " + json.dumps(result))
@@ -1052,13 +1474,13 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
         if argv == ["--help"]:
             print(tg.help_text(__doc__))
             return 0
-        if argv not in ([], ["--audit"]):
+        if argv and not (len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])):
             raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
         config, given, notices = tg.load_config(environ)
         return run_all(config, given, notices, argv, environ)
-    except UserError as error:
+    except (UserError, ArithmeticError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

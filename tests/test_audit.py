@@ -57,6 +57,8 @@ def setup(demo_data, request, monkeypatch) -> Setup:
     return Setup(config, artifact, torch.device("cpu"), tg.sdpa_attention, table, tg.token_nll)
 
 
+LONG = 170  # tokens: more than the text that is audited has, fewer than that it is compared with
+
 in_bfloat16 = pytest.mark.parametrize("setup", [torch.bfloat16], ids=["bfloat16"], indirect=True)
 
 
@@ -77,15 +79,18 @@ HONEST = {
 @in_bfloat16
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "doc_banks")) for n in HONEST])
 def test_an_honest_evaluation_in_bfloat16_passes_every_check(name, setup, text):
-    assert not [check for check in audit(changed(setup, **HONEST[name]), text, []) if check.ok is False]
+    checks = audit(changed(setup, **HONEST[name]), text, [], whole=np.tile(text, 3))
+    assert not [check for check in checks if check.ok is False]
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_an_honest_evaluation_passes_every_check(name, setup, text):
-    checks = audit(changed(setup, **HONEST[name]), text, [])
+    """The text goes on after what is audited, so that its losses must not depend on that."""
+    checks = audit(changed(setup, **HONEST[name]), text, [], whole=np.tile(text, 3))
     found = {check.name.split()[0]: check.ok for check in checks}
     assert not [check for check in checks if check.ok is False]
     assert all(found[name] for name in ("T1", "T2", "T3", "T4", "T6", "T7", "T9", "T11", "T14")) and "T10" in found
+    assert all(found[name] for name in ("T15", "T16", "T17", "T18"))
     assert found["T5"] or HONEST[name]["ttt_mode"] == "none"
     assert all(check.checked > 0 for check in checks if check.ok and not check.name.startswith("T6"))
 
@@ -226,6 +231,76 @@ def space_twice(setup, patch):
     return dict(setup=replace(setup, byte_table=table._replace(base_bytes=table.base_bytes + table.has_leading_space)))
 
 
+def score_of(cheat: Callable[[tg.Score, np.ndarray, tg.ByteTable], dict[str, float]]):
+    """Another score for the losses that are kept."""
+
+    def wrapper(honest, model, tokens, plan, byte_table, *args, **named):
+        result = honest(model, tokens, plan, byte_table, *args, **named)
+        return result._replace(**cheat(result, tokens, byte_table))
+
+    return patched(tg, "score", wrapper)
+
+
+def clipped(result, tokens, byte_table) -> dict[str, float]:
+    loss = float(np.minimum(result.nll, 7).mean(dtype=np.float64))
+    return dict(val_loss=loss, val_bpb=result.val_bpb * loss / result.val_loss)
+
+
+def padding_counted(result, tokens, byte_table) -> dict[str, float]:
+    """Ten positions after the ends of windows count as targets of loss 0."""
+    share = len(result.nll) / (len(result.nll) + 10)
+    return dict(val_loss=result.val_loss * share, val_bpb=result.val_bpb * share)
+
+
+def space_in_score(result, tokens, byte_table) -> dict[str, float]:
+    num_bytes = byte_table.count(tokens[:-1], tokens[1:]).sum()
+    more = byte_table.has_leading_space[tokens[1:]].sum()
+    return dict(val_bpb=result.val_bpb * num_bytes / (num_bytes + more))
+
+
+def learns_first_if(condition: Callable[[np.ndarray, Callable | None], bool]):
+    """adapt_first where it seems that nobody looks; the plan says nothing of it."""
+
+    def cheat(honest, setup, tokens, observe=None, *hooks, **named):
+        if condition(tokens, observe):
+            return honest(changed(setup, ttt_protocol="adapt_first"), tokens)
+        return honest(setup, tokens, observe, *hooks, **named)
+
+    return patched(eval_ttt, "evaluate", cheat, ttt_epochs=2)
+
+
+def next_documents(honest, self, tokens, windows, weight, fast):
+    """From the second border on the base learns from the two documents that come next; nobody is told."""
+    begin, end = documents(tokens)
+    after = int(np.searchsorted(begin, (windows.start + windows.end).max()))
+    if fast is self.base and after > 1:
+        last = int(end[min(after + 1, len(end) - 1)])
+        windows = eval_ttt.rows_over(int(begin[after]), last, self.config.eval_seq_len, 0)
+        weight = np.ones(len(windows.start))
+    return honest(self, tokens, windows, weight, fast)
+
+
+def documents_by_loss(honest, self, tokens):
+    plan, (begin, end) = honest(self, tokens), documents(tokens)
+    plain = [chunk._replace(learned=None) for chunk in plan]
+    nll = tg.score(self.load(), tokens, plain, self.byte_table, self.batch_seqs()).nll
+    order = np.argsort([-nll[a:b].mean() for a, b in zip(begin, end, strict=True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eval_ttt, "documents", lambda tokens: (begin[order], end[order]))
+        return honest(self, tokens)
+
+
+def shard_while_loading(honest, self):
+    """The text comes from the validation shard, and the weights have learned it when the audit gets them."""
+    val = tg.TokenStream(self.config.shards("val"), 1024).read(0, 64).astype(np.int64)
+    model, ids = honest(self), torch.from_numpy(val).unsqueeze(0)
+    weight = model.tok_emb.weight.requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(tg.token_nll(model, ids[:, :-1], ids[:, 1:]).mean(), [weight])
+    weight.requires_grad_(False).sub_(0.1 * gradient)
+    return model
+
+
 FIRST = dict(ttt_protocol="adapt_first", ttt_epochs=12, ttt_momentum=0.9, ttt_batch_seqs=16, ttt_lr=0.03)
 GROUPS = dict(ttt_in_lr_mult=0.5, ttt_out_lr_mult=3.0, ttt_lr_schedule="cosine")
 IN_THE_KEY = cache(lambda previous, target: 31 * previous + 17 * target, lambda p, n: 0.5 * p + 0.5 * (n > 0))
@@ -261,6 +336,20 @@ CHEATS: dict[str, tuple[Callable, str]] = {
         BORDERS,
         "T1",
     ),  # T1 must compare all of earlier turns, whatever they read
+    "losses above 7 nats set to 7 in the score": (score_of(clipped), "T17"),
+    "padding counted as targets of loss 0": (score_of(padding_counted), "T17"),
+    "a byte more for each word start, in the score": (score_of(space_in_score), "T17"),
+    "learns first if nobody observes": (learns_first_if(lambda tokens, observe: observe is None), "T16"),
+    "learns first if the text is long": (learns_first_if(lambda tokens, observe: len(tokens) > LONG), "T16"),
+    "the base learns from the next documents": (
+        patched(Learner, "pass_over", next_documents, ttt_mode="phased", global_ttt_lr=0.1),
+        "T1",
+    ),
+    "documents in the order of their loss": (
+        patched(Setup, "plan", documents_by_loss, ttt_mode="doc_banks", ttt_moments="shared"),
+        "T15",
+    ),
+    "the shard learned while the model is loaded": (patched(Setup, "load", shard_while_loading), "T18"),
     "a training shard read": (lambda *_: dict(opened=["data/fineweb_train_000001.bin"]), "T6"),
 }
 
@@ -268,7 +357,8 @@ CHEATS: dict[str, tuple[Callable, str]] = {
 @pytest.mark.parametrize("name", CHEATS, ids=[f"{name}: {caught}" for name, (_, caught) in CHEATS.items()])
 def test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch):
     plant, caught = CHEATS[name]
-    checks = audit(**dict(setup=setup, tokens=text, opened=[]) | plant(setup, monkeypatch))
+    assert len(text) <= LONG < 1.3 * len(text)
+    checks = audit(**dict(setup=setup, tokens=text, opened=[], whole=np.tile(text, 3)) | plant(setup, monkeypatch))
     failed = [check.name.split()[0] for check in checks if check.ok is False]
     print(f"{name}: caught by {' '.join(failed) or 'nothing'}")
     assert {*failed} >= {*caught.split()}, f"caught by {' '.join(failed) or 'nothing'}, not by {caught}"
@@ -307,6 +397,91 @@ def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypat
     monkeypatch.setattr(eval_ttt, "audit", lambda setup, tokens, *_: seen.append(setup.plan(tokens)) or [])
     eval_ttt.run_audit(changed(setup, ttt_chunk_tokens=32768), text, tmp_path / "model.ptz", [], [])
     assert any(chunk.learned is not None for chunk in seen[0])
+
+
+def certified(setup: Setup, text: np.ndarray, folder: Path, **settings) -> tuple[int, dict, str]:
+    """Exit code, report and text of the certificate of an artifact without anything beside it."""
+    (folder / "model.ptz").write_bytes(b"")
+    code = eval_ttt.run_audit(changed(setup, **settings), text, folder / "model.ptz", [], [])
+    words = (folder / "certificate.txt").read_text()
+    return code, json.loads((folder / "certificate.json").read_text()), words
+
+
+def test_two_tokens_certify_nothing(setup, text, tmp_path):
+    """Nothing fails, for nothing is compared; the certificate names what was not."""
+    code, report, words = certified(setup, text, tmp_path, audit_tokens=2, ttt_mode="doc_banks")
+    assert code == 1 and report["legal"] is False and report["targets"] == 2
+    assert words.splitlines()[0].endswith(": NOT CERTIFIED, too little was audited")
+    assert not [check for check in report["checks"] if check["ok"] is False]
+    missing = {words.split()[0] for words in report["not_audited"]}
+    assert missing >= {"slots:", "T1", "T2", "T3", "T4", "T9", "T19", "T21"}
+    assert all(f"\n  not audited: {line}\n" in words for line in report["not_audited"])
+    passed = [check["name"] for check in report["checks"] if check["ok"] and check["checked"] == 0]
+    assert [name.split()[0] for name in passed] == ["T6"]  # no file was opened
+
+
+@pytest.mark.parametrize("settings, shrunk", [
+    (dict(ttt_mode="doc_banks", ttt_slots=16, ttt_groups=8, ttt_chunk_size=128), {"ttt_slots", "ttt_groups",
+                                                                                  "ttt_chunk_size"}),
+    (dict(ttt_mode="phased", ttt_slots=16, phased_ttt_prefix_docs=2000, phased_ttt_num_phases=3),
+     {"ttt_slots", "phased_ttt_prefix_docs", "phased_ttt_num_phases"}),
+    (dict(ttt_mode="banks", ttt_chunk_tokens=32768), {"ttt_chunk_tokens"}),
+    (dict(ttt_mode="doc_lora", ttt_slots=2), set()),
+    (dict(ttt_mode="none"), {"ttt_chunk_tokens"}),
+])  # fmt: skip
+def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, setup, text):
+    """Three documents that enter a slot after another one, a step of the base where one is asked for, adaptation."""
+    given = changed(setup, eval_seq_len=128, **settings)
+    small = replace(given, config=eval_ttt.audited_config(given.config, text))
+    assert {name for name, value in vars(small.config).items() if value != getattr(given.config, name)} == shrunk
+    assert not eval_ttt.shortfalls(small, text)
+    plan, slots = small.plan(text), {}
+    assert any(chunk.learned is not None and not chunk.base for chunk in plan) or settings["ttt_mode"] == "none"
+    assert any(chunk.base for chunk in plan) == (settings["ttt_mode"] == "phased")
+    if plan[0].slots:
+        assert bool(eval_ttt.shortfalls(given, text)) == bool(shrunk)
+        for chunk in plan:  # by hand: a slot that had a document before, the base not having learned since
+            slots = {} if chunk.base else slots
+            for slot in chunk.slots.slot[chunk.slots.fresh].tolist() if chunk.slots else ():
+                slots[slot] = slots.get(slot, 0) + 1
+        assert sum(count - 1 for count in slots.values()) >= 3
+
+
+def test_nobody_knows_the_seed_beforehand(setup, text, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(eval_ttt, "audit", lambda setup, tokens, opened, trace, whole, seed: seeds.append(seed) or [])
+    told = [certified(setup, text, tmp_path) for _ in range(2)]
+    assert seeds[0] != seeds[1] and [report["seed"] for _, report, _ in told] == seeds
+    assert all(f"--audit={seed} repeats it" in words for seed, (_, _, words) in zip(seeds, told, strict=True))
+
+
+def test_probes_are_everywhere_and_of_every_kind(setup, text):
+    base = eval_ttt.trace_evaluation(changed(setup, ttt_mode="doc_banks"), text)
+    probes = [eval_ttt.probes_of(base, text, np.random.default_rng(seed)) for seed in (1, 2)]
+    assert set(probes[0]) != set(probes[1])
+    for some in probes:
+        assert (text[1:][some] == BOS_ID).sum() == 2
+        assert len(np.unique(base.turn[some])) >= 4 and base.turn[some].max() > base.turn.max() / 2
+
+
+READINGS = {
+    "strict": (dict(ttt_mode="doc_banks", ttt_moments="own"), ["documents share nothing"]),
+    "strict: ": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw"), ["not even where documents end", "share nothing"]),
+    "strict:": (dict(ttt_mode="phased", ttt_moments="artifact", ttt_warm_start_a=True), ["the base", "input sides"]),
+    "strict: of": (dict(ttt_mode="doc_banks", ttt_moments="prefix"), ["share second moments"]),
+    "causal in the order of the slots": (dict(ttt_mode="doc_banks", ttt_moments="shared"), ["squared gradients"]),
+    "causal in the file's order": (dict(ttt_mode="none"), ["end of the text", "share the context of windows"]),
+    "causal in the file's order:": (dict(ttt_mode="all", ttt_lr_schedule="cosine", ppm_alpha=0.5),
+                                    ["length of the text", "all weights", "PPM"]),
+    "invalid": (dict(ttt_mode="all", ttt_protocol="two_pass"), ["adapts on text that it scores later"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", READINGS)
+def test_the_reading_of_a_mode(start):
+    settings, words = READINGS[start]
+    reading = eval_ttt.reading(replace(TINY, **settings))
+    assert reading.startswith(start) and all(each in reading for each in words) and "\n" not in reading
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,6 +610,9 @@ def test_t6(tmp_path):
     assert not t6("eval_ttt.py", train) and not t6(os.path.relpath(train)) and not t6(elsewhere)
     assert not t6(tmp_path / "val_1.bin")
     assert not t6(tmp_path / "val_2.bin")  # by another name, and not where the settings point
+    scored, shards = tmp_path / "b_0.bin", str(tmp_path / "b_*.bin")
+    scored.write_bytes(b"")
+    assert [eval_ttt.check_files([str(scored)], "", shards, began).ok for began in (0, 1)] == [False, True]
 
 
 def test_t9(setup, text):
@@ -481,6 +659,28 @@ def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
         assert check(changed(setup, ttt_mode=mode), text[:120]).ok is False
 
 
+def test_t21(setup, text, tmp_path):
+    """The shard that is scored, under its own name, by links, or copied; without what config.json names no verdict."""
+    val, copied = tmp_path / "fineweb_val_0.bin", tmp_path / "copied_0.bin"
+    write_shard(val, text)
+    write_shard(tmp_path / "other_0.bin", text[::-1].copy())
+    copied.write_bytes(val.read_bytes())
+    (tmp_path / "link_0.bin").symlink_to(val)
+    (tmp_path / "hard_0.bin").hardlink_to(val)
+
+    def t21(config: dict | str) -> bool | None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return eval_ttt.check_training_text(setup, [str(val)], tmp_path).ok
+
+    def trained_on(pattern: str) -> dict:
+        return dict(config=dict(data_path="", train_files=str(tmp_path / pattern)))
+
+    assert t21(trained_on("other_*.bin")) is True
+    assert [t21(trained_on(name)) for name in ("fineweb_*.bin", "link_0.bin", "hard_0.bin", "*_0.bin")] == [False] * 4
+    assert t21(trained_on("copied_0.bin")) is False
+    assert [t21(each) for each in (trained_on("absent"), {}, "", dict(config=3), dict(config={}))] == [None] * 5
+
+
 LISTENING = """
 import json, sys, train_gpt
 opened = []
@@ -495,12 +695,14 @@ def trained(demo_data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """A folder with a small run, what the trainer opened in opened.json, and the environment."""
     folder = tmp_path_factory.mktemp("trained")
     for split, count in (("train", 20_000), ("val", 900)):
-        tokens = tg.open_shard(str(demo_data / f"fineweb_{split}_000000.bin"))[:count]
+        tokens = tg.open_shard(str(demo_data / f"fineweb_{split}_000000.bin"))[:count].copy()
+        if split == "val":
+            tokens[::50] = BOS_ID  # six documents in the text that is audited
         write_shard(folder / f"fineweb_{split}_0.bin", tokens)
     env = inherited()
     env |= dict(PYTHONPATH=search_path(ROOT), RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(folder),
                 TOKENIZER_PATH=str(demo_data / "tokenizer.model"), OMP_NUM_THREADS="1", TTT_CHUNK_SIZE="32",
-                TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4")  # fmt: skip
+                TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4", TTT_PRIOR_SEQS="2")  # fmt: skip
     training = env | dict(RUN_ID="run", VAL_LOSS_EVERY="0", ITERATIONS="8")
     done = subprocess.run([sys.executable, "-c", LISTENING], env=training, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -515,20 +717,65 @@ def test_t6_training_opens_no_validation_shard_before_the_artifact_is_there(trai
 
 @pytest.mark.parametrize("mode, protocol, code", [("doc_banks", "legal", 0), ("banks", "adapt_first", 1)])
 def test_audit_as_a_user(mode, protocol, code, trained):
+    """After an evaluation, in a process of its own."""
     folder, env = trained
-    command = [sys.executable, str(ROOT / "eval_ttt.py"), "--audit"]
     env = env | dict(TTT_MODE=mode, TTT_PROTOCOL=protocol, TTT_SLOTS="2", AUDIT_TOKENS="300")
+    assert eval_ttt.main([], env) == 0
+    command = [sys.executable, str(ROOT / "eval_ttt.py"), "--audit=7"]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     report = json.loads((folder / "runs/run/certificate.json").read_text())
     words = (folder / "runs/run/certificate.txt").read_text()
     assert words in done.stdout and words.splitlines()[0].endswith(": NOT LEGAL" if code else ": legal")
-    assert report["legal"] is not bool(code) and report["targets"] == 300
+    assert report["legal"] is not bool(code) and report["targets"] == 300 and report["seed"] == 7
     failed = {check["name"].split()[0] for check in report["checks"] if check["ok"] is False}
-    assert failed >= {"T1", "T2", "T5"} if code else not failed
+    assert failed >= {"T1", "T2", "T5"} if code else not failed and not report["not_audited"]
     assert all(check["name"] in words for check in report["checks"]) and len(report["checks"]) >= 11
+    assert {check["name"].split()[0]: check["ok"] for check in report["checks"]}["T19"] is True
+    assert report["reading"].startswith("invalid" if code else "strict") and report["reading"] in words
+    assert report["settings"]["ttt_groups"] == 8 and report["settings"]["ttt_slots"] == 2
+    assert report["audited_settings"].keys() == (set() if code else {"ttt_groups", "ttt_chunk_size"})
     assert report["sha256"].keys() >= {"artifact", "tokenizer", "train_gpt.py", "eval_ttt.py", "fineweb_val_0.bin"}
     assert report["sha256"]["artifact"] == tg.sha256_file(env["MODEL_PATH"])
+    result = json.loads((folder / "runs/run/eval_ttt.json").read_text())
+    assert report["sha256"]["nll.npy"] == result["sha256_nll"] == tg.sha256_file(folder / "runs/run/nll.npy")
+
+
+BESIDE_IT = {
+    "honest": ({}, None, (True, True)),
+    "honest, flat": (dict(TTT_MODE="banks"), None, (True, True)),
+    "honest, phased": (dict(TTT_MODE="phased", PHASED_TTT_PREFIX_DOCS="3", TTT_SLOTS="2"), None, (True, True)),
+    "learned first, for the text is long": (
+        dict(TTT_MODE="banks"),
+        learns_first_if(lambda tokens, observe: len(tokens) > 700),
+        (True, False),
+    ),
+    "scored with another rate": (dict(TTT_LR="0.003"), None, (True, None)),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_IT)
+def test_the_run_beside_the_artifact(name, trained):
+    """T19 and T20, of what an evaluation without --audit left: its losses on the text's beginning alone must recur."""
+    _, env = trained
+    changes, plant, expected = BESIDE_IT[name]
+    env = env | dict(TTT_GROUPS="1", AUDIT_TOKENS="150", TTT_CHUNK_SIZE="16")
+    with pytest.MonkeyPatch.context() as patch:
+        if plant:
+            plant(Setup(TINY, *[None] * 5), patch)
+        assert eval_ttt.main([], env | changes) == 0
+    config, given, _ = tg.load_config(env | ({} if "rate" in name else changes))
+    setup, tokens, path, _, shards = eval_ttt.prepare(config, given, {})
+    checks = list(eval_ttt.check_run(setup, tokens, shards, path))
+    assert tuple(check.ok for check in checks) == expected and checks[0].checked == len(tokens) - 1
+    assert checks[1].checked > 100 or expected[1] is None
+    kept = path.with_name("nll.npy")
+    nll = np.load(kept)
+    for wrong in (nll * np.float32(1.0001), nll[:-1], np.append(nll[:-1], np.float32(np.nan))):
+        np.save(kept, wrong)
+        assert next(eval_ttt.check_run(setup, tokens, shards, path)).ok is False
+    kept.write_bytes(b"no array")
+    assert next(eval_ttt.check_run(setup, tokens, shards, path)).ok is False
 
 
 @pytest.mark.parametrize("budget, fits", [("0", True), ("0.001", False)])

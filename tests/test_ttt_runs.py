@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -400,6 +401,7 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
     return dict(
         RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=data, TOKENIZER_PATH=f"{data}/tokenizer.model",
         VAL_FILES=str(shard), TTT_CHUNK_SIZE="32", TTT_SLOTS="4", DEVICE="cpu", EVAL_BUDGET_SECONDS=budget,
+        TTT_PRIOR_SEQS="2",  # seconds for each evaluation otherwise
     )  # fmt: skip
 
 
@@ -461,6 +463,7 @@ def test_what_the_result_says(evaluated, env):
     assert {key: result[key] for key in same + scores} == {key: trainer[key] for key in same + scores}
     assert result["sha256_shards"] == {"fineweb_val_000000.bin": train_gpt.sha256_file(env["VAL_FILES"])}
     assert result["settings"]["ttt_chunk_size"] == 32 and "iterations" not in result["settings"]
+    assert result["sha256_nll"] == train_gpt.sha256_file(folder / "nll.npy") and result["weights"] == "int6"
 
 
 def test_losses_and_documents_agree_with_the_score(evaluated):
@@ -532,6 +535,98 @@ def test_the_weights_before_rounding_can_be_scored(env, run, changes):
         assert done.result[f"val_loss_{name}"] == pytest.approx(expected.val_loss, abs=1e-6)
     assert done.result["val_loss_sliding"] != done.result["trainer"]["val_loss_sliding"]
     assert done.result["ttt_gain_bpb"] == pytest.approx(0, abs=1e-7) and "the file's" in done.out
+    labels = [line.split()[0] for line in done.out.splitlines() if "_exact val_loss:" in line]
+    assert labels == ["final_float_roundtrip_exact", "final_float_sliding_window_exact", "same_plan_without_ttt_exact",
+                      "legal_ttt_exact"]  # fmt: skip
+    assert done.result["weights"] == "float" and "int6_" not in done.out
+
+
+def fails(folder: Path, env: dict[str, str], capsys) -> str:
+    """What an evaluation prints that ends with exit code 1; it leaves no score."""
+    assert eval_ttt.main([], env) == 1
+    captured = capsys.readouterr()
+    assert "RESULT" not in captured.out and not (folder / "eval_ttt.json").exists()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+SCORES = {
+    "losses above 7 set to 7": lambda s, more: dict(val_loss=float(np.minimum(s.nll, 7).mean())),
+    "padding counted": lambda s, more: dict(val_loss=s.val_loss * 0.99, val_bpb=s.val_bpb * 0.99),
+    "a byte more for a word start": lambda s, more: dict(val_bpb=s.val_bpb * (1 - more)),
+    "a billionth and a bit": lambda s, more: dict(val_bpb=s.val_bpb * (1 + 2e-9)),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_that_is_not_that_of_the_losses_ends_with_1(name, env, run, monkeypatch, capsys):
+    honest = train_gpt.score
+
+    def score(*args, **named):
+        result = honest(*args, **named)
+        return result._replace(**SCORES[name](result, 0.05))
+
+    monkeypatch.setattr(train_gpt, "score", score)
+    settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
+    assert "the score is not that of the losses in" in fails(run, settings, capsys)
+
+
+def test_a_loss_that_is_no_number_ends_with_1(env, run, capsys):
+    state = torch.load(run / "final_model.pt", weights_only=True)
+    state["tok_emb.weight"][300] = math.nan
+    torch.save(state, run / "final_model.pt")
+    error = fails(run, env | dict(MODEL_PATH=str(run / "final_model.pt"), TTT_MODE="none"), capsys)
+    assert "losses are not finite" in error and "NaN" in error
+
+
+def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
+    settings = dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="banks", PPM_ALPHA="0.5")
+    done = finish(run, env | settings | dict(TTT_CHUNK_TOKENS="256"))
+    again = train_gpt.recomputed_score(done.nll, [env["VAL_FILES"]], env["TOKENIZER_PATH"])
+    assert (done.result["val_loss_ttt"], done.result["val_bpb_ttt"]) == pytest.approx(again, rel=1e-12)
+    assert done.result["val_loss_ttt"] != pytest.approx(done.result["val_loss_plan"], abs=0.01)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", b"\xff\xfe", "", "[" * 100_000], ids=range(5))
+def test_a_result_that_is_none_counts_as_absent(content, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    report, why = eval_ttt.read_report(path)
+    assert report is None and str(path) in why
+    assert eval_ttt.read_report(tmp_path) == (None, f"{tmp_path}: no such file")
+    path.write_text('{"fits": true}')
+    assert eval_ttt.read_report(path) == ({"fits": True}, "")
+
+
+def test_a_broken_result_of_the_trainer_costs_a_warning(env, run):
+    """It is read before the work."""
+    (run / "result.json").write_text('{"val_bpb')
+    done = finish(run, env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none"))
+    assert done.result["trainer"] is None
+    lines = done.out.splitlines()
+    [number] = [n for n, line in enumerate(lines) if line.startswith("WARNING: ") and "result.json" in line]
+    assert lines[number].endswith("It counts as absent.") and number < lines.index("  TTT_MODE=none (given)")
+
+
+@pytest.mark.parametrize("argv", [[], ["--audit"]], ids=str)
+def test_whoever_writes_into_a_run_locks_it(argv, env, run, monkeypatch, capsys):
+    """A trainer or an evaluator at work keeps another one out, which changes nothing."""
+    monkeypatch.setattr(eval_ttt.sys, "addaudithook", lambda hook: None)  # it would outlive the test
+    settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
+    before, lock = snapshot(run), train_gpt.lock_folder(run)
+    assert eval_ttt.main(argv, settings) == 2 and str(run) in capsys.readouterr().err and snapshot(run) == before
+    os.close(lock)
+    held = []
+
+    def work(*args):
+        with pytest.raises(train_gpt.UserError):
+            train_gpt.lock_folder(run, 0.0)
+        held.append(True)
+        return 3
+
+    monkeypatch.setattr(eval_ttt, "run_audit" if argv else "run_evaluation", work)
+    assert eval_ttt.main(argv, settings) == 3 and held == [True]
+    os.close(train_gpt.lock_folder(run, 0.0))
 
 
 def test_an_invalid_score_is_marked_and_lateness_said(env, run, monkeypatch):
@@ -620,4 +715,5 @@ def test_what_the_user_can_put_right(env, run, monkeypatch, capsys, changes, wor
 
 def test_arguments(capsys):
     assert eval_ttt.main(["--help"], {}) == 0 and "  TTT_MODE=doc_banks " in capsys.readouterr().out
-    assert eval_ttt.main(["--adapt"], {}) == 2 and "--adapt" in capsys.readouterr().err
+    for argv in (["--adapt"], ["--audit=x"], ["--audit", "7"]):
+        assert eval_ttt.main(argv, {}) == 2 and argv[0] in capsys.readouterr().err
