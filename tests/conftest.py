@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
+# Files of more than 40 CPU seconds. They come first, so that in the end no worker of pytest-xdist waits for another.
+LONGEST = ("ranks", "graphs", "faults", "submit", "sweep", "audit", "coding", "slots", "training", "ttt_runs")
 torch.set_num_threads(1)  # a second thread only waits on matrices as small as the tests'
 
 
@@ -39,8 +41,8 @@ def run_ranks(function: Callable, arguments: tuple, count: int) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker of pytest-xdist starts one while the others have nothing left."""
-    items.sort(key=lambda item: item.path.stem not in ("test_ranks", "test_faults", "test_graphs"))
+    """The longest files first."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,10 +97,17 @@ def rank_of(pid: int) -> int | None:
     return next((int(entry[5:]) for entry in environ if entry.startswith(b"RANK=")), None)
 
 
+@cache
+def ports() -> Iterator[int]:
+    return itertools.count(random.SystemRandom().randrange(20_000, 32_000))
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+    """A port below 32768, where the kernel gives none to gloo's listeners in the other tests' processes."""
+    for port in ports():
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
 
 
 class Job:

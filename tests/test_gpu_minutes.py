@@ -364,7 +364,7 @@ def test_preflight_of_two_processes(tmp_path, smoke_env, budget, code):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tests/benchmarks/gpu_minutes.py"), "--preflight", "--preflight-seconds", "250"]
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    settings = dict(RUN_ID="", VAL_FILES=str(tmp_path / "val_*.bin"), EVAL_BUDGET_SECONDS=budget, TTT_CHUNK_SIZE="16",
+    settings = dict(RUN_ID="", VAL_FILES=str(tmp_path / "val_*.bin"), EVAL_BUDGET_SECONDS=budget, TTT_CHUNK_SIZE="32",
                     TTT_PRIOR_SEQS="0", EVAL_STRIDE="64", NUM_LAYERS="2", VE_LAYERS="1", TRAIN_BATCH_TOKENS="256",
                     ITERATIONS="5000")  # fmt: skip
     tokens = np.fromfile(f"{smoke_env['DATA_PATH']}/fineweb_val_000000.bin", "<u2", 3001, offset=1024)

@@ -399,18 +399,18 @@ def made_documents(count: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory) -> dict[str, str]:
-    """The smoke recipe for ten steps on a text of its own, with a validation text of 500 tokens."""
+    """The smoke recipe for ten steps on a text of its own, with a validation text of 300 tokens."""
     base = tmp_path_factory.mktemp("text")
     documents, data = made_documents(300), base / "data"
     for name, part in (("train", documents[20:]), ("val", documents[:20])):
         (base / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
     prepare(Job((base / "train.jsonl",), data, "made", val_inputs=(base / "val.jsonl",)))
     shard = base / "fineweb_val_000000.bin"
-    write_shard(shard, np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 500])
+    write_shard(shard, np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 300])
     return dict(
         RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(data), VAL_FILES=str(shard), RUN_ID="run",
         TOKENIZER_PATH=f"{data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10", VAL_LOSS_EVERY="0",
-        GPTQ_CALIB_BATCHES="3", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="1024", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
+        GPTQ_CALIB_BATCHES="3", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="512", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
         EVAL_BUDGET_SECONDS="1000000", WARMUP_STEPS="0",
     )  # fmt: skip
 
