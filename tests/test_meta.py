@@ -1024,9 +1024,9 @@ def phases(monkeypatch) -> SimpleNamespace:
 
 def late(tmp_path, phases, reserve: float = 0.0, **changes) -> dict[str, int]:
     c = replace(SMALL, **LATE | changes)
-    run = make_run(tmp_path, c)
-    progress = make_progress(run, None, phases.clock, MetaRates(None, c), trained=phases.clock.seconds())
-    train_gpt.late_phases(run, None, None, reserve, progress)
+    run, model = make_run(tmp_path, c), random_model(c, torch.float32)
+    progress = make_progress(run, model, phases.clock, MetaRates(model, c), trained=phases.clock.seconds())
+    train_gpt.late_phases(run, model, None, reserve, progress)
     return steps_of(progress)
 
 
