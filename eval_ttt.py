@@ -920,7 +920,10 @@ def audited_config(c: Config, tokens: np.ndarray) -> Config:
 
 
 def reading(c: Config) -> str:
-    """What a loss may depend on beyond the text before it in the file, and what documents share, in one line."""
+    """What a loss may depend on beyond the text before it in the file, and what documents share, in one line.
+
+    The names, and what each is worth: records/legality.md.
+    """
     by_documents, learns = TTT_MODES[c.ttt_mode]
     if c.ttt_protocol != "legal":
         return f"invalid: TTT_PROTOCOL={c.ttt_protocol} adapts on text that it scores later"
@@ -939,9 +942,10 @@ def reading(c: Config) -> str:
         (by_documents and learns == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
         (c.ppm_alpha < 1, "counts of the PPM"),
     ) if holds]  # fmt: skip
-    order = "causal in the order of the slots" if shared else "causal in the file's order" if known else "strict"
+    ends = "" if by_documents else "knows the end"
+    name = "shared statistics" if shared else "knows the length" if cosine else ends or "causal"
     beyond = "; ".join(known) or "nothing, not even where documents end"
-    return f"{order}: of later text a loss knows {beyond}; documents share {', '.join(kept) or 'nothing'}"
+    return f"{name}: of later text a loss knows {beyond}; documents share {', '.join(kept) or 'nothing'}"
 
 
 def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
@@ -1321,20 +1325,6 @@ def check_finite(name: str, score: tg.Score) -> None:
         )
 
 
-def check_printed(path: Path, score: tg.Score, shards: Sequence[str], tokenizer_path: str) -> str:
-    """Compare `score` with what follows from the losses in nll.npy (`path`); returns the file's SHA-256.
-
-    Raises ArithmeticError where they differ by more than 1e-9 relative.
-    """
-    loss, bpb = tg.recomputed_score(np.load(path), shards, tokenizer_path)
-    if not (same_score(score.val_loss, loss) and same_score(score.val_bpb, bpb)):
-        raise ArithmeticError(
-            f"the score is not that of the losses in {path}: val_loss:{score.val_loss:.10f} "
-            f"val_bpb:{score.val_bpb:.10f}, recomputed {loss:.10f} {bpb:.10f}. The scorer is wrong: do not use it"
-        )
-    return tg.sha256_file(path)
-
-
 def write_reports(path: Path, tokens: np.ndarray, scores: Mapping[str, tg.Score], setup: Setup, log: tg.RunLog) -> None:
     """Log where the loss is and write what `path` has beside it; nll.npy last."""
     before, after = scores["plan"].nll, scores["ttt"].nll
@@ -1384,7 +1374,9 @@ def run_scores(
         log.line(f"{dialect}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
     write_reports(path, tokens, scores, setup, log)
-    sha256_nll = tg.on_rank_0(lambda: check_printed(path.with_name("nll.npy"), adapted, shards, c.tokenizer_path))
+    kept = path.with_name("nll.npy")
+    tg.on_rank_0(lambda: tg.check_score(adapted.val_loss, adapted.val_bpb, np.load(kept), shards, c.tokenizer_path))
+    sha256_nll = tg.on_rank_0(lambda: tg.sha256_file(kept))
     result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
     return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, sha256_nll=sha256_nll,
                          weights=weights, eval_seconds=seconds,

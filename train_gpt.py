@@ -915,21 +915,23 @@ def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
 
 
 def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
-    """UserError where a training shard is a validation shard: by real path, inode, or the same first 1,024 tokens.
+    """UserError where a training shard is a validation shard: by real path, by inode, or by size and SHA-256.
 
-    `data/prepare.py --overlap` looks for single documents.
+    Validation shards are opened only where a training shard has the size of one. `data/prepare.py --overlap` looks for
+    single documents.
     """
-
-    def marks(path: str, shard: np.ndarray) -> dict[Any, str]:
-        status = os.stat(path)
-        return {os.path.realpath(path): path, (status.st_dev, status.st_ino): path, shard[:1024].tobytes(): path}
-
-    held_out: dict[Any, str] = {}
+    files: dict[Any, str] = {}
+    sizes: dict[int, list[str]] = {}
     for path in val_paths:
-        held_out |= marks(path, open_shard(path))
-    for path, shard in zip(stream.paths, stream.shards, strict=True):
-        if found := held_out.keys() & marks(path, shard).keys():
-            raise UserError(f"{path} is training and validation text: its tokens are those of {held_out[found.pop()]}")
+        status = os.stat(path)
+        files |= {os.path.realpath(path): path, (status.st_dev, status.st_ino): path}
+        sizes.setdefault(status.st_size, []).append(path)
+    for path in stream.paths:
+        status = os.stat(path)
+        same = [files.get(os.path.realpath(path)), files.get((status.st_dev, status.st_ino))]
+        same += [other for other in sizes.get(status.st_size, ()) if sha256_file(other) == sha256_file(path)]
+        if found := next(filter(None, same), None):
+            raise UserError(f"{path} is training and validation text: it is {found}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

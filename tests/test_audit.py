@@ -465,14 +465,14 @@ def test_probes_are_everywhere_and_of_every_kind(setup, text):
 
 
 READINGS = {
-    "strict": (dict(ttt_mode="doc_banks", ttt_moments="own"), ["documents share nothing"]),
-    "strict: ": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw"), ["not even where documents end", "share nothing"]),
-    "strict:": (dict(ttt_mode="phased", ttt_moments="artifact", ttt_warm_start_a=True), ["the base", "input sides"]),
-    "strict: of": (dict(ttt_mode="doc_banks", ttt_moments="prefix"), ["share second moments"]),
-    "causal in the order of the slots": (dict(ttt_mode="doc_banks", ttt_moments="shared"), ["squared gradients"]),
-    "causal in the file's order": (dict(ttt_mode="none"), ["end of the text", "share the context of windows"]),
-    "causal in the file's order:": (dict(ttt_mode="all", ttt_lr_schedule="cosine", ppm_alpha=0.5),
-                                    ["length of the text", "all weights", "PPM"]),
+    "causal": (dict(ttt_mode="doc_banks", ttt_moments="own"), ["documents share nothing"]),
+    "causal: ": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw"), ["not even where documents end", "share nothing"]),
+    "causal:": (dict(ttt_mode="phased", ttt_moments="artifact", ttt_warm_start_a=True), ["the base", "input sides"]),
+    "causal: of": (dict(ttt_mode="doc_banks", ttt_moments="prefix"), ["share second moments"]),
+    "shared statistics: ": (dict(ttt_mode="doc_banks", ttt_moments="shared"), ["squared gradients"]),
+    "knows the end: ": (dict(ttt_mode="none"), ["end of the text", "share the context of windows"]),
+    "knows the length: ": (dict(ttt_mode="all", ttt_lr_schedule="cosine", ppm_alpha=0.5),
+                           ["length of the text", "all weights", "PPM"]),
     "invalid": (dict(ttt_mode="all", ttt_protocol="two_pass"), ["adapts on text that it scores later"]),
 }  # fmt: skip
 
@@ -732,7 +732,7 @@ def test_audit_as_a_user(mode, protocol, code, trained):
     assert failed >= {"T1", "T2", "T5"} if code else not failed and not report["not_audited"]
     assert all(check["name"] in words for check in report["checks"]) and len(report["checks"]) >= 11
     assert {check["name"].split()[0]: check["ok"] for check in report["checks"]}["T19"] is True
-    assert report["reading"].startswith("invalid" if code else "strict") and report["reading"] in words
+    assert report["reading"].startswith("invalid" if code else "causal") and report["reading"] in words
     assert report["settings"]["ttt_groups"] == 8 and report["settings"]["ttt_slots"] == 2
     assert report["audited_settings"].keys() == (set() if code else {"ttt_groups", "ttt_chunk_size"})
     assert report["sha256"].keys() >= {"artifact", "tokenizer", "train_gpt.py", "eval_ttt.py", "fineweb_val_0.bin"}

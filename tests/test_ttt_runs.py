@@ -568,7 +568,7 @@ def test_a_score_that_is_not_that_of_the_losses_ends_with_1(name, env, run, monk
 
     monkeypatch.setattr(train_gpt, "score", score)
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
-    assert "the score is not that of the losses in" in fails(run, settings, capsys)
+    assert "the score does not hold" in fails(run, settings, capsys)
 
 
 def test_a_loss_that_is_no_number_ends_with_1(env, run, capsys):
