@@ -1024,7 +1024,7 @@ def phases(monkeypatch) -> SimpleNamespace:
 
 def late(tmp_path, phases, reserve: float = 0.0, **changes) -> dict[str, int]:
     c = replace(SMALL, **LATE | changes)
-    run, model = make_run(tmp_path, c), random_model(c, torch.float32)
+    run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     progress = make_progress(run, model, phases.clock, MetaRates(model, c), trained=phases.clock.seconds())
     train_gpt.late_phases(run, model, None, reserve, progress)
     return steps_of(progress)
