@@ -23,8 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import inherited
+from conftest import inherited, run_ranks
 from test_artifact import make_progress, make_run
 from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
@@ -397,7 +396,7 @@ def work_of_a_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work_of_a_rank, (str(folder),), nprocs=2, start_method="spawn")
+    run_ranks(work_of_a_rank, (str(folder),), 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

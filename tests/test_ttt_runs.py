@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import run_ranks
 from test_cli import snapshot, write_shard
 from test_model import random_ids, random_model
 from test_scoring import TABLE, TOKENS
@@ -293,7 +293,7 @@ def work_of_a_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, np.ndarray]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(work_of_a_rank, (str(folder),), nprocs=2, start_method="spawn")
+    run_ranks(work_of_a_rank, (str(folder),), 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
