@@ -1017,7 +1017,7 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
         spaced = [i for i in plain if text[i].startswith(" ")]
         boundary = [i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)]
         num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
-    total = math.fsum(map(float, nll))
+    total = float(np.sum(nll, dtype=np.longdouble))
     return total / (len(tokens) - 1), total / math.log(2) / num_bytes
 
 
