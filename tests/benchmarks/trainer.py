@@ -1,13 +1,15 @@
 """Does what the model adds pay for itself? The demo recipe against plain transformers, or lever by lever.
 
-    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 21 minutes on 2 cores
+    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 minutes on 2 cores
     python tests/benchmarks/trainer.py --quick                      five seconds of training an arm, one seed
     python tests/benchmarks/trainer.py --levers --out runs/levers   every lever alone, three seeds, hours
     python tests/benchmarks/trainer.py --levers --quick             four steps of a few levers, one seed
     python tests/benchmarks/trainer.py --meta                       a meta-step of each kind against a plain step
 
 Arms, each for the same time: `levers`, the demo recipe; `plain`, everything switched off and the MLP widened to as many
-parameters; `narrow`, everything switched off and the same block matrices. Same optimisers, data, export and scoring.
+parameters; `narrow`, everything switched off and the same block matrices. Same optimizers, data, export and scoring;
+then eval_ttt.py adapts each artifact to each document. DIR/demo.json has all scores of every run, and bytes and nats of
+every document.
 
 With --levers, each arm is the recipe with one lever changed, trained for --steps steps and for as many as fit into the
 recipe's time for them. The time of a step is measured first, all arms in turn in one process, as CPU time of one
@@ -131,6 +133,7 @@ COLUMNS = (  # key of the result, format
     ("bytes_model", ",d"),
     ("val_bpb_roundtrip", ".4f"),
     ("val_bpb_sliding", ".4f"),
+    ("val_bpb_ttt", ".4f"),
 )
 
 
@@ -149,18 +152,27 @@ def make_arms() -> dict[str, dict[str, str]]:
 
 
 def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: dict[str, str]) -> dict:
-    """The result of one run, trained now or found finished under OUT."""
+    """The result of one run, trained and adapted now or found finished under OUT.
+
+    It has val_bpb_plan and val_bpb_ttt of the evaluator too, and `documents`: bytes, nats, nats adapted of each.
+    """
     folder = out / "runs" / f"{name}_seed{seed}"
-    if not (folder / "result.json").exists():
-        names = {field.upper() for field in train_gpt.Config.__dataclass_fields__}
-        clean = {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"}
-        env = {**clean, **RECIPE, **settings, **extra, "SEED": str(seed), "RUN_ID": folder.name}
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-        print(f"{name} seed {seed} ...", file=sys.stderr, flush=True)
-        with open(out / f"{folder.name}.txt", "w") as log:
-            command = [sys.executable, str(ROOT / "train_gpt.py")]
+    names = {field.upper() for field in train_gpt.Config.__dataclass_fields__}
+    clean = {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"}
+    env = {**clean, **RECIPE, **settings, **extra, "SEED": str(seed), "RUN_ID": folder.name}
+    for program, made in (("train_gpt.py", "result.json"), ("eval_ttt.py", "eval_ttt.json")):
+        if (folder / made).exists():
+            continue
+        if made == "result.json":
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+        print(f"{name} seed {seed}: {program} ...", file=sys.stderr, flush=True)
+        with open(out / f"{folder.name}.txt", "a") as log:
+            command = [sys.executable, str(ROOT / program)]
             subprocess.run(command, env=env, cwd=out, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return json.loads((folder / "result.json").read_text())
+    result, adapted = (json.loads((folder / name).read_text()) for name in ("result.json", "eval_ttt.json"))
+    rows = [line.split(",") for line in (folder / "documents.csv").read_text().splitlines()[1:]]
+    documents = [[int(row[3]), float(row[4]), float(row[5])] for row in rows]
+    return result | {k: adapted[k] for k in ("val_bpb_plan", "val_bpb_ttt")} | dict(documents=documents)
 
 
 def compare_with_plain(quick: bool, out: Path) -> None:
@@ -179,8 +191,14 @@ def compare_with_plain(quick: bool, out: Path) -> None:
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         summary[name] = dict(mean=statistics.mean(scores), sd=spread, n=len(scores), settings=arms[name])
         print(f"{name:8} sliding bpb of the artifact: mean {summary[name]['mean']:.4f} sd {spread:.4f} n {len(scores)}")
+    kept = ("seed model_params steps step_avg_ms train_seconds strict_seconds bytes_model val_bpb_roundtrip "
+            "val_bpb_sliding val_bpb_plan val_bpb_ttt sha256_artifact sha256_code documents").split()  # fmt: skip
+    rows = [dict(arm=name, **{key: result[key] for key in kept}) for (name, _), result in sorted(results.items())]
     versions = results["levers", seeds[0]]["versions"]
-    print("BENCH " + json.dumps(dict(benchmark="trainer", quick=quick, arms=summary, versions=versions)))
+    report = dict(benchmark="trainer", date=str(date.today()), quick=quick, arms=summary, versions=versions)
+    text = json.dumps(report | dict(runs=rows)).replace('{"arm"', '\n{"arm"')
+    (out / "demo.json").write_text(text + "\n")
+    print("BENCH " + json.dumps(report))
 
 
 # Lever by lever: the time of a step
