@@ -19,10 +19,10 @@ import math
 import os
 import re
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from glob import glob
 from itertools import pairwise
@@ -521,9 +521,13 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
         if held and until < math.inf and len(rows) == len({*probes}):
             raise Enough
 
-    with suppress(Enough):
+    alpha = setup.config.ppm_alpha
+    try:
         nll = evaluate(setup, tokens, observe, watch).nll
-    if (alpha := setup.config.ppm_alpha) < 1:
+    except Enough:  # what was observed is the model's
+        if alpha < 1:
+            nll = mixed_nll(nll, ppm_nll(tokens, setup.config.vocab_size), alpha).astype(np.float32)
+    if alpha < 1:
         from_row = mixed_nll(from_row, ppm_nll(tokens, setup.config.vocab_size), alpha)
         rows = {t: -mixed_nll(-row, ppm_row(tokens[: t + 1], setup.config.vocab_size), alpha)
                 for t, row in rows.items()}  # fmt: skip
@@ -621,14 +625,16 @@ def check_borders(setup: Setup) -> Check:
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Targets: four of each of the first two turns, one of each later half of the evaluation, then two BOS."""
+    """Targets: four of each of the first two turns, one of each later half of the evaluation, two BOS; at least 8."""
     turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
     groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
     halves = np.array_split(turns[2:], 2)
     wanted = [(group, 4) for group in groups] + [(np.isin(base.turn, half) & ~is_bos, 1) for half in halves]
-    return [
+    probes = [
         t for group, count in (*wanted, (is_bos, 2)) for t in rng.permutation(np.flatnonzero(group))[:count].tolist()
     ]
+    more = [t for t in rng.permutation(np.flatnonzero(~is_bos)).tolist() if t not in probes]
+    return probes + more[: max(0, LEAST["T2"] - len(probes))]  # where all is scored in one turn
 
 
 def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True) -> Check:
@@ -856,7 +862,7 @@ def audit(
     """
     trace, began = trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until)), len(opened)
     c, whole, rng = setup.config, tokens if whole is None else whole, np.random.default_rng(seed)
-    tokenizer = SentencePieceProcessor(model_file=c.tokenizer_path)
+    tokenizer = SentencePieceProcessor(model_proto=Path(c.tokenizer_path).read_bytes())
     base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
     if setup.device.type == "cuda":  # some gradients are summed by atomics, in any order
         base.spread = float(np.abs(trace(tokens, (), math.inf).nll - base.nll).max())
@@ -959,7 +965,7 @@ def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
     ) if holds]  # fmt: skip
 
 
-def beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
+def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
     """A beginning of the text that has no shortfalls with the settings as they are, or is as long as is bearable."""
     c, last = setup.config, len(tokens) - 1
     size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
@@ -989,16 +995,13 @@ def check_kept_score(path: Path, told: Mapping[str, Any], config: Config, shards
     """T19: the score in eval_ttt.json is that of the losses in nll.npy (`path`), by code of its own."""
     try:
         nll = np.load(path)
+        if not isinstance(nll, np.ndarray) or nll.shape != (targets,) or nll.dtype != np.float32:
+            raise ValueError(f"not the float32 losses of {targets} targets")
         loss, bpb = tg.recomputed_score(nll, shards, config.tokenizer_path)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever broken bytes lead to
         return Check(T19, False, 0, f"{path.name}: {error}")
     fine = same_score(told.get("val_loss_ttt"), loss) and same_score(told.get("val_bpb_ttt"), bpb)
-    fine = (
-        fine
-        and nll.shape == (targets,)
-        and told.get("sha256_nll") in (None, tg.sha256_file(path))
-        and bool(np.isfinite(nll).all())
-    )
+    fine = fine and told.get("sha256_nll") in (None, tg.sha256_file(path)) and bool(np.isfinite(nll).all())
     return Check(T19, fine, nll.size, f"val_loss:{loss:.8f} val_bpb:{bpb:.8f}, eval_ttt.json has "
                  f"{told.get('val_loss_ttt')} and {told.get('val_bpb_ttt')}")  # fmt: skip
 
@@ -1010,7 +1013,7 @@ def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: M
     """
     if not settled(setup, tokens):
         return Check(T20, None, 0, "every loss depends on how the text goes on: see the reading")
-    part = beginning(setup, tokens)
+    part = audited_beginning(setup, tokens)
     if not (count := settled(setup, part)):
         return Check(T20, None, 0, f"{len(part) - 1} targets are no chunk. Raise AUDIT_TOKENS")
     apart = evaluate(setup, part).nll[:count].astype(np.float64) - nll[:count]
@@ -1078,7 +1081,7 @@ def certificate_text(report: Mapping[str, Any], first: str) -> str:
         verdict = {True: "pass", False: "FAIL", None: "none"}[check["ok"]]
         lines.append(f"  {verdict}  {check['name']:45} {check['detail']} ({check['checked']} checked)")
     lines += [f"  sha256 {name} {value}" for name, value in report["sha256"].items()]
-    return "\n".join([*lines, f"  {report['seconds']:.1f}s"]) + "\n"
+    return tg.shown("\n".join([*lines, f"  {report['seconds']:.1f}s"])) + "\n"
 
 
 def run_checks(
@@ -1208,7 +1211,9 @@ def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report:
     right.bar([row["name"][6:] for row in places], [row["before"] - row["after"] for row in places])
     right.set(xlabel="targets after the document's beginning", ylabel="nats gained", title="gain by place")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    tg.write_atomically(path, picture.getvalue())
     plt.close(figure)
 
 
@@ -1316,7 +1321,7 @@ class Budget:
                 self.said = True
 
 
-def check_finite(name: str, score: tg.Score) -> None:
+def check_losses_finite(name: str, score: tg.Score) -> None:
     """Raise FloatingPointError where a loss is not finite."""
     if (wrong := np.flatnonzero(~np.isfinite(score.nll))).size:
         raise FloatingPointError(
@@ -1359,7 +1364,7 @@ def run_scores(
     label = "legal_ttt" if c.ttt_protocol == "legal" else "invalid_ttt"
     adapted = evaluate(setup, tokens, progress=Budget(c, began, log, sum(chunk.is_mine for chunk in plan)))
     seconds = time.time() - began
-    check_finite("adapted", adapted)
+    check_losses_finite("adapted", adapted)
     for line in running_bpb(plan, adapted.nll, num_bytes):
         log.line(line)
     if compiled:
@@ -1370,7 +1375,7 @@ def run_scores(
     weights = weights_of(path)
     for name, dialect in (("roundtrip", f"final_{weights}_roundtrip"), ("sliding", f"final_{weights}_sliding_window"),
                           ("plan", "same_plan_without_ttt"), ("ttt", label)):  # fmt: skip
-        check_finite(name, scores[name])
+        check_losses_finite(name, scores[name])
         log.line(f"{dialect}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
     write_reports(path, tokens, scores, setup, log)
@@ -1393,14 +1398,14 @@ def run_all(
     setup, tokens, path, more, shards = prepare(config, given, environ)
     if argv and tg.world_size() > 1:
         raise UserError("--audit runs in one process")
-    first, lock = tg.rank() == 0, tg.on_rank_0(lambda: tg.lock_folder(path.parent, 0.0))
+    lock, holds = tg.on_rank_0(lambda: tg.lock_folder(path.parent, 0.0)), tg.rank() == 0  # afterwards all are rank 0
     try:
         if argv:
             seed = argv[0].partition("=")[2]
             return run_audit(setup, tokens, path, shards, opened, int(seed) if seed else None)
         return run_evaluation(setup, tokens, path, shards, given, [*notices, *more], began)
     finally:
-        if first:
+        if holds:
             os.close(lock)
 
 
@@ -1415,6 +1420,9 @@ def run_evaluation(
 ) -> int:
     """Score the model of `path`, log it and write eval_ttt.json; returns the exit code."""
     c, (trained, why) = setup.config, tg.on_rank_0(lambda: read_report(path.with_name("result.json")))
+    trained_on = tg.on_rank_0(lambda: check_training_text(setup, shards, path.parent))
+    if trained_on.ok is False:
+        raise UserError(trained_on.detail)
     log = tg.RunLog(path.parent, 0, "eval_ttt.log")
     if tg.rank() == 0:
         for name in REPORTS:  # what an earlier evaluation left is no score of this
@@ -1470,9 +1478,12 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
             raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
         config, given, notices = tg.load_config(environ)
         return run_all(config, given, notices, argv, environ)
-    except (UserError, ArithmeticError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, ArithmeticError, OSError) as error:
+        print(f"error: {tg.shown(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("stopped: SIGINT", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -57,6 +57,14 @@ BOS_ID = 1  # every document of every published export begins with this token
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def shown(text: object) -> str:
+    """Text for terminals and logs: control characters, which may come from any file that is read, are escaped."""
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+
+
 class UserError(ValueError):
     """What the user can put right: a setting, a file, a folder. Ends the program with exit code 2."""
 
@@ -736,9 +744,10 @@ def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def beginning(shard: np.ndarray) -> str:
-    """SHA-256 of the first 65,536 tokens of a shard: a whole data set has too many bytes to hash at every start."""
-    return hashlib.sha256(shard[: 1 << 16].tobytes()).hexdigest()
+def sample_hash(shard: np.ndarray) -> str:
+    """SHA-256 of 64 blocks of 1,024 tokens, spread over a shard: data sets are too large to hash at every start."""
+    starts = np.linspace(0, max(len(shard) - 1024, 0), 64).astype(int)
+    return hashlib.sha256(b"".join(shard[start : start + 1024].tobytes() for start in starts)).hexdigest()
 
 
 class Listing(NamedTuple):
@@ -747,7 +756,7 @@ class Listing(NamedTuple):
     path: Path
     tokenizer_sha256: str | None
     shards: dict[str, dict[str, Any]]  # name -> split, tokens, and sha256 where it is listed
-    overlap: str  # what `data/prepare.py --overlap` counted there, as a line for the log
+    overlap: dict[str, int]  # what `data/prepare.py --overlap` counted there
 
 
 def read_listing(shard: str) -> Listing | None:
@@ -764,14 +773,21 @@ def read_listing(shard: str) -> Listing | None:
                     split = row["split"] if "split" in row else named[1]
                     shards[file] = dict(split=split, tokens=int(row["tokens"]), sha256=row.get("sha256"))
             made_with = str(content["tokenizer"]["sha256"]) if name == "manifest.json" else None
-            found, overlap = content.get("overlap"), "overlap: not counted, data/prepare.py --overlap does"
-            if found:
-                overlap = f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur "
-                overlap += f"inside training shards, {found['documents_touched']} in part"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            overlap = {key: int(value) for key, value in (content.get("overlap") or {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is not of data/prepare.py or data/download.py: {error!r}") from error
         return Listing(path, made_with, shards, overlap)
     return None
+
+
+def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
+    """What the listing beside the training shards says of validation documents in them, where it is of these shards."""
+    listing, folders = read_listing(train.paths[0]), {Path(path).parent for path in (train.paths[0], *val_paths)}
+    found = listing.overlap if listing else {}
+    if len(folders) > 1 or found.get("train_tokens") != len(train):
+        return "overlap: not counted for these shards, data/prepare.py --overlap does"
+    return (f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur inside training "
+            f"shards, {found['documents_touched']} in part")  # fmt: skip
 
 
 def file_state(path: str) -> tuple[int, int, int]:
@@ -792,8 +808,9 @@ def find_shards(pattern: str) -> list[str]:
     paths = sorted(glob(pattern))
     if not paths:
         raise UserError(f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)")
+    sidecar = re.compile(r"(?<![a-z])bytes(?![a-z]).*\.bin$")
     for folder in sorted({os.path.dirname(path) for path in paths}):
-        if sidecars := sorted(name for name in os.listdir(folder or ".") if re.search(r"_bytes_.*\.bin$", name)):
+        if sidecars := sorted(filter(sidecar.search, os.listdir(folder or "."))):
             raise UserError(
                 f"{os.path.join(folder, sidecars[0])}: a byte sidecar, which is not supported: bpb of these shards "
                 "would be wrong. Use an export without sidecars."
@@ -809,7 +826,7 @@ class TokenStream:
         self.pattern, self.vocab_size = pattern, vocab_size
         self.shards = [open_shard(path) for path in self.paths]
         self.states = [file_state(path) for path in self.paths]
-        self.beginnings = [beginning(shard) for shard in self.shards]
+        self.samples = [sample_hash(shard) for shard in self.shards]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         for index in range(len(self.paths)):
             self._part(index, 0, 1 << 16)
@@ -835,7 +852,7 @@ class TokenStream:
         read on in a file that was cut would end the process with SIGBUS.
         """
         path, opened = self.paths[index], self.states[index]
-        same = state[0] == opened[0] and beginning(open_shard(path)) == self.beginnings[index]
+        same = state[0] == opened[0] and sample_hash(open_shard(path)) == self.samples[index]
         if same and state[1] == opened[1]:  # written in place
             listing = read_listing(path)
             listed = listing.shards.get(Path(path).name, {}) if listing else {}
@@ -845,8 +862,8 @@ class TokenStream:
         self.states[index] = state
 
     def fingerprint(self) -> str:
-        """A hash of lengths and beginnings of the shards."""
-        parts = [f"{len(shard)} {start} " for shard, start in zip(self.shards, self.beginnings, strict=True)]
+        """A hash of lengths and samples of the shards."""
+        parts = [f"{len(shard)} {sample} " for shard, sample in zip(self.shards, self.samples, strict=True)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -891,11 +908,11 @@ def row_starts(config: Config, num_tokens: int, first: int, count: int) -> np.nd
     return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
 
 
-def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
-    """Hold the shards against the manifest.json or source.json beside them, where there is one.
+def check_listing(stream: TokenStream, tokenizer_sha256: str, split: str) -> None:
+    """Compare the shards of a split (train or val) with the manifest.json or source.json beside them, if there is one.
 
-    Raises UserError for another tokenizer, another token count, shards that are not listed, and validation shards that
-    are listed but not there.
+    Raises UserError for another tokenizer, another split, another token count, shards that are not listed, validation
+    shards that are listed but not there, and those of another content.
     """
     listing = read_listing(stream.paths[0])
     if listing is None:
@@ -903,14 +920,17 @@ def check_manifest(stream: TokenStream, tokenizer_sha256: str) -> None:
     path, made_with, listed, _ = listing
     if made_with not in (None, tokenizer_sha256):
         raise UserError(f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
-    splits = set()
     for shard_path, shard in zip(stream.paths, stream.shards, strict=True):
-        row = listed.pop(Path(shard_path).name, {})
-        splits.add(row.get("split"))
-        if row.get("tokens") != len(shard):
-            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {row.get('tokens')}")
-    missing = sorted(name for name, row in listed.items() if row["split"] == "val") if "val" in splits else []
-    if missing:
+        row = listed.pop(Path(shard_path).name, None)
+        if row is None:
+            raise UserError(f"{shard_path}: {len(shard)} tokens, not listed in {path}. Remove it, or prepare all again")
+        if row["split"] != split:
+            raise UserError(f"{shard_path}: text of split {row['split']} by {path}, but it is to be the {split} text")
+        if row["tokens"] != len(shard):
+            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {row['tokens']}")
+        if split == "val" and row["sha256"] not in (None, sha256_file(shard_path)):
+            raise UserError(f"{shard_path}: its content is not what {path} lists. Prepare or download it again.")
+    if missing := sorted(name for name, row in listed.items() if row["split"] == split == "val"):
         raise UserError(f"{path} lists validation shards that are not there: {', '.join(missing)}")
 
 
@@ -920,18 +940,18 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
     Validation shards are opened only where a training shard has the size of one. `data/prepare.py --overlap` looks for
     single documents.
     """
-    files: dict[Any, str] = {}
-    sizes: dict[int, list[str]] = {}
-    for path in val_paths:
-        status = os.stat(path)
-        files |= {os.path.realpath(path): path, (status.st_dev, status.st_ino): path}
-        sizes.setdefault(status.st_size, []).append(path)
-    for path in stream.paths:
-        status = os.stat(path)
-        same = [files.get(os.path.realpath(path)), files.get((status.st_dev, status.st_ino))]
-        same += [other for other in sizes.get(status.st_size, ()) if sha256_file(other) == sha256_file(path)]
-        if found := next(filter(None, same), None):
-            raise UserError(f"{path} is training and validation text: it is {found}")
+    sizes, train_sizes = ({os.path.getsize(path) for path in paths} for paths in (val_paths, stream.paths))
+    known: dict[Any, str] = {}
+    for paths in (val_paths, stream.paths):
+        for path in paths:
+            status = os.stat(path)
+            marks = [os.path.realpath(path), (status.st_dev, status.st_ino)]
+            marks += [sha256_file(path)] if status.st_size in sizes & train_sizes else []
+            if paths is val_paths:
+                known |= dict.fromkeys(marks, path)
+            elif found := next((known[mark] for mark in marks if mark in known), None):
+                raise UserError(f"{path} is both training and validation text, the same as {found}. Change TRAIN_FILES "
+                                "or VAL_FILES.")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1027,12 +1047,12 @@ def check_score(val_loss: float, val_bpb: float, nll: np.ndarray, shards: Sequen
     if not all(abs(x / y - 1) < 1e-9 for x, y in zip((val_loss, val_bpb), again, strict=True)):
         bad = int((~np.isfinite(nll)).sum())
         raise ArithmeticError(
-            f"the score does not hold: val_loss:{val_loss} val_bpb:{val_bpb}, recomputed from the losses {again}; "
+            f"the printed score disagrees with its losses: val_loss:{val_loss} val_bpb:{val_bpb}, recomputed {again}; "
             f"{bad} of {len(nll)} losses are not finite"
         )
 
 
-def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str = "") -> None:
+def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str) -> None:
     """Raise UserError where a validation set is not what its token count or its folder's name claims.
 
     pattern: the glob of its shards. A published set has a known number of tokens per byte; any export of the
@@ -1056,7 +1076,7 @@ def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str = "") -> Non
 def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str) -> tuple[np.ndarray, list[str]]:
     """The validation tokens and the shards they come from. UserError for whatever can be wrong with them."""
     stream = TokenStream(config.shards("val"), config.vocab_size)
-    check_manifest(stream, tokenizer_sha256)
+    check_listing(stream, tokenizer_sha256, "val")
     tokens = stream.read_all()
     sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
     check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()), config.shards("val"))
@@ -3883,6 +3903,7 @@ class RunLog:
         self.folder, self.iterations, self.name = folder, iterations, name
 
     def line(self, text: str) -> None:
+        text = shown(text)
         if rank() == 0:
             with suppress(OSError):  # a terminal that is gone is no reason to lose a run
                 print(text, flush=True)
@@ -4086,8 +4107,8 @@ class StopSignals:
 
 
 CHECKPOINT = "checkpoint.pt"  # torch.save's bytes, which torch.load reads, and their SHA-256 behind them
-NO_MATTER = "run_id resume checkpoint_every dist_timeout train_log_every val_loss_every".split()  # to a resumed run
-MAY_DIFFER = (  # with a note: contents are compared in place of names, and scoring and coding come afterwards
+IGNORED_ON_RESUME = "run_id resume checkpoint_every dist_timeout train_log_every val_loss_every".split()
+MAY_CHANGE_ON_RESUME = (  # with a note: contents are compared in place of names, and scoring and coding come afterwards
     "data_path train_files val_files tokenizer_path attention use_compile compressor eval_stride eval_batch_seqs "
     "model_path eval_budget_seconds audit_tokens"
 ).split()
@@ -4128,7 +4149,7 @@ class Progress:
         self.run.log.line(
             f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
         )
-        for name in MAY_DIFFER:
+        for name in MAY_CHANGE_ON_RESUME:
             if (then := saved["config"][name]) != (now := getattr(run.config, name)):
                 self.run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
         if saved["code"] != self.origin["code"]:
@@ -4155,7 +4176,7 @@ class Progress:
     def seconds(self, failure: Exception | None = None) -> float:
         """The clock's seconds, the same on all ranks; they call it together, and hear whether any has to stop.
 
-        A rank has to stop that was asked to, and one whose next batch ended in FAILURE.
+        A rank must stop if a signal asked it to, or if reading its next batch raised `failure`.
         """
         self.failure = failure
         elapsed, asked = max_over_ranks(self.clock.seconds(), DATA_FAILED if failure else self.signals.number())
@@ -4179,6 +4200,19 @@ class Progress:
         if self.asked:
             self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}")
             raise Stopped(self.asked)
+
+    @contextmanager
+    def kept(self, step: int) -> Iterator[None]:
+        """Data that cannot be read after `step` steps leave a checkpoint: of one process, since several save together.
+
+        Theirs is written where the error was known when they last met (`seconds`).
+        """
+        try:
+            yield
+        except (UserError, OSError):
+            if step > 0 and world_size() == 1:
+                self.save(step)
+            raise
 
     def check_replicas(self, step: int) -> None:
         """RuntimeError where the ranks do not hold the same weights."""
@@ -4235,7 +4269,7 @@ def read_checkpoint(run: Run) -> dict[str, Any] | None:
     except Exception as error:  # whatever broken bytes lead to
         raise UserError(f"{path} is no checkpoint: {error}") from error
     other = [f"{name.upper()}={theirs.get(name)} there, {value} here" for name, value in asdict(c).items()
-             if name not in [*NO_MATTER, *MAY_DIFFER] and theirs.get(name) != value]  # fmt: skip
+             if name not in [*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME] and theirs.get(name) != value]  # fmt: skip
     if other:
         raise UserError(f"{path} is of other settings: {'; '.join(other)}")
     if saved["data"] != run.train.fingerprint():
@@ -4492,12 +4526,8 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         scale = lr_scale(c, step, elapsed, budget)
         round_banks = c.late_qat and scale < c.late_qat_threshold
         momentum = momentum_at(c, step)
-        try:
+        with progress.kept(step):
             batches = loader.batches(step)
-        except (UserError, OSError):
-            if step > 0 and world_size() == 1:  # several processes save together, where `failure` was in time
-                progress.save(step)
-            raise
         add_meta_gradients(step, scale, batches)
         measured = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
         step += 1
@@ -4585,7 +4615,9 @@ def late_phase(run: Run, name: str, made: tuple, frac: float, began: float, seco
         return 1 - max(step / count, elapsed * (1 + ahead / step) / max(seconds, 1e-9)) if step else 1.0
 
     while left() > 0:
-        measured, step = take_step(step, left()), step + 1
+        with progress.kept(step):  # both kinds of steps read before they change anything
+            measured = take_step(step, left())
+        step += 1
         progress.clock.step_done(step, measured)
         elapsed = progress.seconds() - began
         if step <= 3 or step % run.config.train_log_every == 0 or left() <= 0:
@@ -4680,9 +4712,10 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder, 60.0 if config.resume == "auto" else 0.0)
         try:
-            for path in folder.glob("*.tmp"):  # of a process that was killed
-                path.unlink()
-            found = {path.name for path in folder.iterdir()}
+            stale = [path for path in folder.iterdir() if re.fullmatch(r".+\.[0-9a-f]{16}\.tmp", path.name)]
+            found = {path.name for path in folder.iterdir()} - {path.name for path in stale}
+            if "metrics.jsonl" in found and '"train_loss"' not in (folder / "metrics.jsonl").read_text():
+                found.remove("metrics.jsonl")  # of a validation before the first step
             work = sorted(found - {"train.log", "config.json", "source", "failed.log"} if "source" in found else found)
             if work and config.resume == "never":
                 raise UserError(f"{folder} is there already, with {work[0]}: choose another RUN_ID, or RESUME=auto")
@@ -4691,6 +4724,8 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
             for name in ("train.log", "metrics.jsonl", "source"):
                 if (folder / name).is_symlink():
                     raise UserError(f"{folder / name} is a link, but a run writes to its own folder only. Remove it.")
+            for path in stale:  # of a process that was killed
+                path.unlink()
         except BaseException:
             os.close(lock)
             raise
@@ -4731,7 +4766,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
     stream = TokenStream(config.shards("train"), config.vocab_size)
-    check_manifest(stream, tokenizer_sha256)
+    check_listing(stream, tokenizer_sha256, "train")
     if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
         raise UserError(
             f"{stream.pattern}: {len(stream)} tokens, fewer than a row of TRAIN_SEQ_LEN={config.train_seq_len}"
@@ -4772,8 +4807,7 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line(f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores a layer")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
-    if listing := read_listing(run.train.paths[0]):
-        log.line(listing.overlap)
+    log.line(overlap_line(run.train, glob(c.shards("val"))))
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     for line in check_memory(c, TRAINING_PARTS):
@@ -4964,7 +4998,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
             return 0
         code = run_all(config, given, notices, environ)
     except (UserError, ArithmeticError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {shown(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
     except Stopped as stopped:
         code = 128 + stopped.args[0]

@@ -73,6 +73,7 @@ HONEST = {
     "doc_banks in groups, shared": dict(ttt_mode="doc_banks", ttt_groups=2, ttt_moments="shared"),
     "context and side by side": dict(ttt_mode="all", ttt_context=4, eval_stride=16),
     "none, ppm": dict(ttt_mode="none", ppm_alpha=0.9),
+    "banks, ppm": dict(ttt_mode="banks", ppm_alpha=0.5),
 }
 
 
@@ -93,6 +94,7 @@ def test_an_honest_evaluation_passes_every_check(name, setup, text):
     assert all(found[name] for name in ("T15", "T16", "T17", "T18"))
     assert found["T5"] or HONEST[name]["ttt_mode"] == "none"
     assert all(check.checked > 0 for check in checks if check.ok and not check.name.startswith("T6"))
+    assert not [check for check in checks if check.name.startswith("T2") and eval_ttt.too_few(check)]
 
 
 def test_by_documents_the_one_before_is_out_of_reach(setup, text):

@@ -284,6 +284,17 @@ def test_whatever_stands_at_the_name_is_left_alone(tmp_path, refused, settings, 
     assert "runs/run" in refused([], settings)
 
 
+def test_control_characters_of_a_file_are_shown_escaped(tmp_path, refused, settings):
+    """A terminal obeys them, so that a file could hide or forge lines."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for shard in Path(settings["DATA_PATH"]).glob("*.bin"):
+        (data / shard.name).symlink_to(shard)
+    (data / "manifest.json").write_text(json.dumps(dict(shards=[], tokenizer=dict(sha256="\x1b[2J\u202eevil"))))
+    message = refused([], {**settings, "DATA_PATH": str(data)})
+    assert "\\u001b[2J\\u202e" in message and "\x1b" not in message and "\u202e" not in message
+
+
 def test_runs_cannot_be_made(tmp_path, refused, settings):
     (tmp_path / "runs").write_text("a file")
     assert "runs/run" in refused([], settings)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,9 @@ from train_gpt import (
     TokenStream,
     UserError,
     check_disjoint,
-    check_manifest,
+    check_listing,
     open_shard,
-    read_listing,
+    overlap_line,
     split_batch,
     step_batches,
 )
@@ -225,17 +226,17 @@ def manifest_of(shards: dict[str, int], sha256: str | None = HASH) -> str:
 
 def test_a_right_manifest_passes_and_none_is_needed(stream, tmp_path):
     found, _ = stream(20, 30)
-    check_manifest(found, HASH)
+    check_listing(found, HASH, "train")
     shards = {"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30, "fineweb_val_000000.bin": 7}
     (tmp_path / "manifest.json").write_text(manifest_of(shards))
-    check_manifest(found, HASH)
+    check_listing(found, HASH, "train")
 
 
 def test_a_validation_shard_that_is_listed_but_missing(stream, tmp_path):
     found, _ = stream(20, 30, split="val")
     shards = {"fineweb_val_000000.bin": 20, "fineweb_val_000001.bin": 30, "fineweb_val_000002.bin": 7}
     (tmp_path / "manifest.json").write_text(manifest_of(shards))
-    assert "fineweb_val_000002.bin" in message_of(check_manifest, found, HASH)
+    assert "fineweb_val_000002.bin" in message_of(check_listing, found, HASH, "val")
 
 
 def source_of(folder: Path, files: dict[str, int]) -> None:
@@ -249,16 +250,16 @@ def test_what_was_downloaded_must_be_there(stream, tmp_path):
     found, _ = stream(20, 30, split="val")
     right = {"fineweb_val_000000.bin": 20, "fineweb_val_000001.bin": 30, "fineweb_train_000000.bin": 9}
     source_of(tmp_path, right)
-    check_manifest(found, HASH)
+    check_listing(found, HASH, "val")
     for wrong, word in ((right | {"fineweb_val_000002.bin": 7}, "fineweb_val_000002.bin"),
                         (right | {"fineweb_val_000001.bin": 31}, "30 tokens"),
                         ({"fineweb_val_000000.bin": 20}, "fineweb_val_000001.bin")):  # fmt: skip
         source_of(tmp_path, wrong)
-        message = message_of(check_manifest, found, HASH)
+        message = message_of(check_listing, found, HASH, "val")
         assert word in message and "source.json" in message
     train, _ = stream(9)
     source_of(tmp_path, right | {"fineweb_train_000001.bin": 99})  # training shards may be fewer
-    check_manifest(train, HASH)
+    check_listing(train, HASH, "train")
 
 
 def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
@@ -266,14 +267,43 @@ def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
     found, _ = stream(20, 30)
     path, listed = tmp_path / "manifest.json", {"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}
     path.write_text(manifest_of(listed))
-    assert "prepare.py --overlap" in read_listing(found.paths[0]).overlap
-    counted = dict(documents=50, documents_inside=3, documents_touched=8)
+    val = [str(tmp_path / "fineweb_val_000000.bin")]
+    assert "prepare.py --overlap" in overlap_line(found, val)
+    counted = dict(documents=50, documents_inside=3, documents_touched=8, train_tokens=50)
     path.write_text(json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted)))
-    line = read_listing(found.paths[0]).overlap
+    line = overlap_line(found, val)
     assert line == "overlap: 3 of 50 validation documents occur inside training shards, 8 in part"
+    assert "not counted" in overlap_line(found, ["elsewhere/fineweb_val_000000.bin"])
+    path.write_text(json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted | dict(train_tokens=51))))
+    assert "not counted" in overlap_line(found, val)
 
 
-@pytest.mark.parametrize("name", ["fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin"])
+def test_the_split_and_the_content_are_those_listed(stream, tmp_path):
+    """Training shards are no validation text, and a validation shard of as many other tokens is not what was listed."""
+    train, _ = stream(20)
+    val, _ = stream(30, split="val")
+    path = Path(val.paths[0])
+    rows = [dict(file=file.name, split=split, tokens=count, sha256=sha256(file.read_bytes()).hexdigest())
+            for file, split, count in ((path, "val", 30), (Path(train.paths[0]), "train", 20))]  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(dict(shards=rows, tokenizer=dict(sha256=HASH))))
+    check_listing(val, HASH, "val")
+    check_listing(train, HASH, "train")
+    assert "train" in message_of(check_listing, train, HASH, "val")
+    assert "val" in message_of(check_listing, val, HASH, "train")
+    write_shard(path, random_tokens(30, seed=9))
+    assert "content" in message_of(check_listing, TokenStream(str(path), VOCAB), HASH, "val")
+
+
+def test_the_fingerprint_sees_more_than_the_beginning_of_a_shard(tmp_path):
+    tokens = random_tokens(200_000)
+    first = TokenStream(str(write_shard(tmp_path / "a.bin", tokens)), VOCAB).fingerprint()
+    assert TokenStream(str(write_shard(tmp_path / "other_name.bin", tokens)), VOCAB).fingerprint() == first
+    other = [*tokens[:70_000], *random_tokens(130_000, seed=3)]
+    assert TokenStream(str(write_shard(tmp_path / "b.bin", other)), VOCAB).fingerprint() != first
+
+
+@pytest.mark.parametrize("name", ["fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin",
+                                  "fineweb_val_000000_bytes.bin", "fineweb_val_000000.bytes.bin"])  # fmt: skip
 @pytest.mark.parametrize("pattern", ["fineweb_val_*.bin", "fineweb_val_0*.bin"])
 def test_byte_sidecars_are_never_read_as_text(stream, tmp_path, name, pattern):
     stream(20, split="val")
@@ -334,5 +364,5 @@ def test_a_manifest_that_does_not_fit(stream, tmp_path, text, words):
     found, _ = stream(20, 30)
     path = tmp_path / "manifest.json"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    message = message_of(check_manifest, found, HASH)
+    message = message_of(check_listing, found, HASH, "train")
     assert [word for word in [str(path), *words] if word not in message] == []

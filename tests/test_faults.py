@@ -851,11 +851,13 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_name(settings, tmp_p
     monkeypatch.chdir(tmp_path)
     given = {**settings, "RESUME": "never", "CHECKPOINT_EVERY": "0"}
     (tmp_path / "runs/run/source").mkdir(parents=True)
-    for name in ("train.log", "config.json", "train.log.0123.tmp"):
+    for name in ("train.log", "config.json", "train.log.0123456789abcdef.tmp", "mine.tmp"):
         (tmp_path / "runs/run" / name).write_text("model_params:1\n")
-    (tmp_path / "runs/run/notes.txt").write_text("mine")
-    assert train_gpt.main([], given) == 2 and "notes.txt" in capsys.readouterr().err
-    (tmp_path / "runs/run/notes.txt").unlink()
+    (tmp_path / "runs/run/metrics.jsonl").write_text('{"step": 0, "seconds": 0.0, "val_loss": 6.9}\n')
+    before = snapshot(tmp_path)
+    assert train_gpt.main([], given) == 2 and "mine.tmp" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+    (tmp_path / "runs/run/mine.tmp").unlink()
     assert train_gpt.main([], {**given, "ITERATIONS": "1"}) == 0
     assert "model_params:1\n" not in (tmp_path / "runs/run/train.log").read_text()
     assert (tmp_path / "runs/run/failed.log").read_text() == "model_params:1\n"

@@ -568,7 +568,7 @@ def test_a_score_that_is_not_that_of_the_losses_ends_with_1(name, env, run, monk
 
     monkeypatch.setattr(train_gpt, "score", score)
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
-    assert "the score does not hold" in fails(run, settings, capsys)
+    assert "the printed score disagrees" in fails(run, settings, capsys)
 
 
 def test_a_loss_that_is_no_number_ends_with_1(env, run, capsys):
@@ -667,7 +667,9 @@ STAGES = {
 
 
 @pytest.mark.parametrize("where, name, calls", STAGES.values(), ids=STAGES)
-def test_an_evaluation_that_dies_leaves_no_score(evaluated, env, run, monkeypatch, where, name, calls):
+def test_an_evaluation_that_is_interrupted_leaves_no_score(
+    evaluated, env, run, monkeypatch, capsys, where, name, calls
+):
     assert (run / "eval_ttt.json").exists() and (run / "nll.npy").exists()  # of an earlier evaluation
     function, left = getattr(where, name), iter(range(calls))
 
@@ -677,10 +679,24 @@ def test_an_evaluation_that_dies_leaves_no_score(evaluated, env, run, monkeypatc
         return function(*args)
 
     monkeypatch.setattr(where, name, die)
-    with pytest.raises(KeyboardInterrupt):
-        finish(run, env | {"MODEL_PATH": str(run / "final_model.int6.ptz")})
+    monkeypatch.chdir(run)
+    assert eval_ttt.main([], env | {"MODEL_PATH": str(run / "final_model.int6.ptz")}) == 130
+    assert capsys.readouterr().err == "stopped: SIGINT\n"
     assert not {"eval_ttt.json", "nll.npy"} & {path.name for path in run.iterdir()}
     assert "RESULT" not in (run / "eval_ttt.log").read_text()
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_the_text_that_a_model_was_trained_on_is_not_scored(env, run, tmp_path, monkeypatch, capsys, listed):
+    """By the manifest beside it, and by the settings of the run beside the artifact."""
+    shard = Path(env["DATA_PATH"]) / "fineweb_train_000000.bin"
+    if not listed:  # under another name, without the manifest
+        (tmp_path / "part.bin").symlink_to(shard)
+        shard = tmp_path / "part.bin"
+    monkeypatch.chdir(run)
+    given = env | {"MODEL_PATH": str(run / "final_model.int6.ptz"), "VAL_FILES": str(shard)}
+    assert eval_ttt.main([], given) == 2
+    assert str(shard) in capsys.readouterr().err and not (run / "eval_ttt.json").exists()
 
 
 REFUSED = {
