@@ -7,9 +7,9 @@ the language reference behind Python's help(). The files are parsed, never impor
 characters is kept only where it first appears, since topics quote each other; so validation text is not in the
 training text. Training documents of more than 5,000 bytes are cut between paragraphs, and all are shuffled so that
 neither neighbors of one module nor parts of one document stand together. The result has the format of prepare.py, with
-a tokenizer of 1,024 pieces, and depends on the Python version only: modules that distributions package separately are
-left out, and so is whatever is not a module of the standard library. Where DIR already holds the corpus of this Python,
-it is kept.
+a tokenizer of 1,024 pieces. The text depends on the Python version: modules that distributions package separately are
+left out, and so is whatever is not a module of the standard library. Distributions that patch docstrings (Debian:
+`site`) get a slightly different corpus. Where DIR already holds the corpus of this Python, it is kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Container, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from prepare import InputError, Job, describe, prepare, sha256_of
+from prepare import InputError, Job, describe, escaped, prepare, sha256_of
 
 NAME, VOCAB_SIZE, SEED = "demo", 1024, 1337
 TEXT_VERSION = 2  # in the manifest: a corpus of another version is built anew
@@ -209,10 +209,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{options.out}: {'kept' if manifest else 'building'}, demo corpus of Python {platform.python_version()}")
         print(describe(manifest or build_demo(options.out)))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 1
     return 0
 

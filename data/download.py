@@ -32,6 +32,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
+from prepare import escaped
 from tqdm import tqdm
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -254,9 +255,12 @@ def write_json(path: Path, content: object) -> None:
     """Write a JSON file atomically under a random name, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    with open(temporary, "x", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,6 +397,16 @@ def source_record(hub: Hub, plan: Plan, options: argparse.Namespace, manifest: d
     }
 
 
+def kept_overlap(source: Path, record: dict) -> dict:
+    """Return what prepare.py --overlap wrote into `source`, where the files are still those of `record`."""
+    try:
+        before = json.loads(source.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    same = isinstance(before, dict) and before.get("files") == record["files"]
+    return {"overlap": before["overlap"]} if same and "overlap" in before else {}
+
+
 def download(options: argparse.Namespace) -> str:
     """Do what the command line asks for and return one line that says what was done, or what would be."""
     hub = Hub(options.repo, options.repo_type, options.revision)
@@ -400,18 +414,18 @@ def download(options: argparse.Namespace) -> str:
     cache = HashCache(work / "hashes.json", trusted=not options.verify)
     manifest = read_manifest(hub, options)
     plan = make_plan(hub, options, manifest, cache)
-    summary = (
-        f"{hub.repo} at {hub.commit[:12]}, {plan.folder}: {len(plan.kept)} files kept, {len(plan.missing)} files, "
-    )
+    place = escaped(f"{hub.repo} at {hub.commit[:12]}, {plan.folder}")
+    summary = f"{place}: {len(plan.kept)} files kept, {len(plan.missing)} files, "
     if options.dry_run:
-        lines = [f"{file.size:>13,}  {path}" for path, file in plan.missing.items()]
+        lines = [f"{file.size:>13,}  {escaped(str(path))}" for path, file in plan.missing.items()]
         return "\n".join([*lines, f"{summary}{plan.missing_bytes:,} bytes to download"])
     source = plan.shards_at / "source.json"
     if plan.missing:
         source.unlink(missing_ok=True)
         fetch_all(hub, plan, work / "staging", options.workers, cache)
     shutil.rmtree(work / "staging", ignore_errors=True)
-    write_json(source, source_record(hub, plan, options, manifest, cache))
+    record = source_record(hub, plan, options, manifest, cache)
+    write_json(source, record | kept_overlap(source, record))
     cache.save()
     if not any("tokenizers" in path.parts for path in (*plan.kept, *plan.missing)):
         print(f"warning: {hub.repo} has no tokenizer beside {plan.folder}", file=sys.stderr)
@@ -449,10 +463,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(download(options))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 2
     except (DownloadError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 1
     return 0
 

@@ -66,6 +66,8 @@ OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
     ".zst": lambda path: open_zst(path),
 }
 FORMATS = (".txt", ".jsonl")
+# C0, DEL, C1, soft hyphen, what turns the direction of text, separators, surrogates, BOM
+UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
@@ -230,8 +232,14 @@ class LeftOut:
 
 
 def escaped(text: str) -> str:
-    """Return a name or message with control characters and bytes that are not UTF-8 as \\xNN."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) & 0xFF:02x}", text)
+    """Return a name or message with bytes that are not UTF-8 and what a terminal does not show as \\xNN or \\uNNNN."""
+
+    def code(match: re.Match) -> str:
+        number = ord(match[0])
+        number -= 0xDC00 if 0xDC80 <= number <= 0xDCFF else 0  # os.fsdecode's surrogate of a byte
+        return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+    return UNSEEN.sub(code, text)
 
 
 def split_suffix(path: Path) -> tuple[str, str] | None:

@@ -193,7 +193,7 @@ def test_long_documents_are_cut_and_nothing_is_lost() -> None:
 def test_a_python_without_sources_and_a_foreign_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="no Python sources"):
         demo.demo_documents(tmp_path)
-    manifest = {"name": "mine", "python": "3", "tokenizer": {"file": "t", "sha256": "0"}, "shards": []}
+    manifest = {"name": "mine\x1b[2J\u202e", "python": "3", "tokenizer": {"file": "t", "sha256": "0"}, "shards": []}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert demo.main(["--out", str(tmp_path)]) == 2
-    assert '"mine"' in capsys.readouterr().err
+    assert r'"mine\x1b[2J\u202e"' in capsys.readouterr().err

@@ -248,6 +248,28 @@ def test_source_follows_the_repository(hub: Repository, tmp_path: Path) -> None:
     assert contents(tmp_path) == expected(hub)
 
 
+def test_counts_of_the_overlap_stay_while_the_files_do(hub: Repository, tmp_path: Path) -> None:
+    path = tmp_path / "datasets/fineweb10B_sp1024/source.json"
+    assert run(tmp_path) == 0
+    first = source(tmp_path)
+    path.write_text(json.dumps({**first, "overlap": {"documents": 7}}))
+    assert run(tmp_path) == 0 and source(tmp_path) == {**first, "overlap": {"documents": 7}}
+    assert run(tmp_path, "--train-shards", "3") == 0 and "overlap" not in source(tmp_path)
+    for content in ("[]", "{", '{"files": [], "overlap": 1}'):
+        path.write_text(content)
+        assert run(tmp_path, "--train-shards", "3") == 0 and "overlap" not in source(tmp_path)
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        download.write_json(tmp_path / "a.json", "\udcff")
+    monkeypatch.setattr(download.os, "replace", lambda *paths: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        download.write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+
+
 def test_shards_of_another_export_are_not_mixed_in(
     hub: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import prepare
 import pytest
+import runfiles
 import sentencepiece as spm
 import zstandard
 from conftest import search_path
@@ -540,6 +541,15 @@ def test_what_holds_no_text_is_counted(texts: list[str], tmp_path: Path, capsys)
 # ----------------------------------------------------------------------------------------------------------------------
 # Finished work is kept
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_shown_is_escaped() -> None:
+    """The same characters as in the tools for runs, tab and newline too."""
+    for number in (*range(0x3000), *range(0xD7F0, 0xE010), *range(0xFE00, 0x10000), 0x1F642):
+        shown = prepare.escaped(chr(number))
+        assert (shown == chr(number)) == (runfiles.escape(chr(number)) == chr(number)), hex(number)
+        assert shown == chr(number) or (shown.isascii() and shown.isprintable())
+    assert prepare.escaped("\x9b\u202e\u2028" + os.fsdecode(b"\xe9")) == r"\x9b\u202e\u2028\xe9"
 
 
 def test_names_that_are_not_utf8(source: Path, texts: list[str], tmp_path: Path, capsys) -> None:
