@@ -130,7 +130,7 @@ def probe(arguments: argparse.Namespace) -> None:
 
 def split_data(shards: Path, out: Path) -> None:
     """Folders OUT/tuning and OUT/report: the training shards by links, and a validation shard of some documents."""
-    tokens = np.concatenate([tg.open_shard(str(path)) for path in sorted(shards.glob("fineweb_val_*.bin"))])
+    tokens = np.concatenate([tg.open_shard(path) for path in tg.find_shards(str(shards / "fineweb_val_*.bin"))])
     begin, _ = ev.documents(tokens)
     borders = {"tuning": (0, TUNING_DOCUMENTS), "report": (TUNING_DOCUMENTS, TUNING_DOCUMENTS + REPORT_DOCUMENTS)}
     for part, (first, last) in borders.items():
