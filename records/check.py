@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 from evidence import check_certificates, check_losses, trained_on_validation
-from runfiles import escape, read_object
+from runfiles import escape, read_object, sha256_file
 from scipy import stats
 
 SIZE_CAP = 16_000_000  # bytes of code and model, decimal
@@ -657,7 +657,7 @@ def check_settings(record: Record) -> Iterator[Finding]:
 def check_code(record: Record) -> Iterator[Finding]:
     """One code in all logs, and the shipped files are it."""
     hashed = [(run.name, r["sha256_code"]) for run in record.runs for r in run.results if "sha256_code" in r]
-    shipped = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in record.code}
+    shipped = {p.name: sha256_file(p) for p in record.code}
     for name, code in hashed:
         if changed := sorted(k for k in code if code[k] != hashed[0][1].get(k)):
             yield "fail", f"{', '.join(changed)} changed between {hashed[0][0]} and {name} (sha256_code)"
@@ -685,7 +685,8 @@ def counted_files(record: Record) -> list[Path]:
 def read_files(record: Record) -> tuple[list[Path], list[Path]]:
     """Files beside the programs that count too, because these import or name them; and all the others.
 
-    Neither has the programs themselves, artifacts that the logs hash, logs, pages, claims and certificates.
+    Neither has the programs themselves and artifacts that the logs hash. Logs, pages, claims and certificates are in
+    the first where a program names them, and in neither otherwise.
     """
     place = record.path / "source" if record.kind == "run" else record.path
     programs, scored = counted_files(record), {run.result.get("sha256_artifact") for run in record.runs}
@@ -696,13 +697,14 @@ def read_files(record: Record) -> tuple[list[Path], list[Path]]:
     used, others = [], []
     for path in (p for p in record.files if p.is_relative_to(place) and p not in programs):
         inside = path.relative_to(place)
-        if inside.parts[0] in told or re.fullmatch(r"certificate.*\.(txt|json)|requirements\.txt", inside.parts[0]):
-            continue
-        if path in record.artifacts and hashlib.sha256(path.read_bytes()).hexdigest() in scored:
+        if path in record.artifacts and sha256_file(path) in scored:
             continue
         module = inside.parts[0].partition(".")[0]
         code = len(inside.parts) > 1 or inside.suffix in (".py", ".pyc", ".so", ".pyd")
         taken = (code and (module in modules or module in said)) or any(path.name in text for text in said)
+        page = inside.parts[0] in told or re.fullmatch(r"certificate.*\.(txt|json)|requirements\.txt", inside.parts[0])
+        if page and not taken:
+            continue
         (used if taken else others).append(path)
     return used, others
 

@@ -1,40 +1,32 @@
 """What lies beside the logs: the losses of all targets, certificates of audits, and the validation text itself.
 
 The score is derived again from nll.npy, shards and tokenizer. Nothing here is of train_gpt.py's scorer: a fault there
-must not hide itself. check.py has these as rules; a Record and a LogFacts are its own.
+must not hide itself. check.py runs these as rules. `record` is its Record, `run` one of its LogFacts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatch
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from runfiles import is_below, read_object
+from runfiles import is_below, read_object, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-9  # relative, between two derivations of a score
 PROBE = " a  b\n\tc\u3000\ufb01 \u00e9\u2460\U0001f642"  # a tokenizer that gives it back loses no byte
+ESSENTIAL = ("T1", "T2", "T3", "T4")  # the checks without which an audit certifies nothing
 AUDITS_MAY_CHANGE = {"audit_tokens", "eval_budget_seconds", "model_path", "eval_batch_seqs"}
 # Certificates without `audited_settings` have these as the audit shrank them.
 AUDITS_SHRINK = {"ttt_chunk_tokens", "ttt_slots", "ttt_groups", "ttt_chunk_size", "phased_ttt_prefix_docs",
                  "phased_ttt_num_phases"}  # fmt: skip
 
 Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def evaluation(run: Any) -> dict[str, Any]:
@@ -55,9 +47,13 @@ def data_folder(record: Any, run: Any) -> Path:
     """Where the validation shards are: --data, else by the log's settings. ValueError for places we do not read."""
     if record.data:
         return record.data
-    named = Path(run.settings.get("val_files") or "").parent
-    folder = named if run.settings.get("val_files") else Path(run.settings.get("data_path") or "")
-    return allowed(record, folder, "--data FOLDER")
+    return allowed(record, named_folder(run), "--data FOLDER")
+
+
+def named_folder(run: Any) -> Path:
+    """Where the validation shards were, by the log's settings."""
+    named = run.settings.get("val_files")
+    return Path(named).parent if named else Path(run.settings.get("data_path") or "")
 
 
 def allowed(record: Any, path: Path, option: str) -> Path:
@@ -77,7 +73,7 @@ def text_files(record: Any, run: Any) -> tuple[list[Path], Path]:
     wanted = [*((folder / Path(name).name, digest) for name, digest in sorted(shards.items())),
               (tokenizer, result["sha256_tokenizer"])]  # fmt: skip
     for path, digest in wanted:
-        if not path.is_file() or sha256(path) != digest:
+        if not path.is_file() or sha256_file(path) != digest:
             raise ValueError(f"{path} is not there, or not what was scored (sha256 {str(digest)[:12]}..)")
     return [path for path, _ in wanted[:-1]], tokenizer
 
@@ -91,7 +87,9 @@ def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
     try:
         import sentencepiece
 
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        if not (model := tokenizer.read_bytes()):  # the library ends the process at its first use
+            raise ValueError("the tokenizer is an empty file")
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         texts = [np.fromfile(path, "<u2", offset=1024) for path in shards]
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the text cannot be read: {error}") from error
@@ -110,12 +108,17 @@ def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
 
 
 def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
-    """Training shards that are validation shards, by the names in the log, and by content where they can be read."""
+    """Shards that are scored and trained on, by the paths in the log, and by content where they can be read."""
     pattern, held_out = run.settings.get("train_files") or "", object_of(evaluation(run), "sha256_shards")
+    names = [Path(name).name for name in held_out]
+    if wrong := [name for name in names if "fineweb_train" in name]:
+        yield "fail", f"{run.name}: VAL_FILES are training shards: {', '.join(wrong)}"
     if not pattern:
         return
     own = Path(pattern).name
-    named = [name for name in held_out if fnmatch(Path(name).name, own)]
+    known = run.settings.get("val_files") or run.settings.get("data_path")  # else the names are all there is
+    wanted = abspath(pattern) if known else own or "/"
+    named = [name for name in names if Path(abspath(named_folder(run)), name).match(wanted)]
     if named or own.startswith("fineweb_val") or pattern == run.settings.get("val_files"):
         yield "fail", f"{run.name}: TRAIN_FILES={pattern} are validation shards: {', '.join(named) or own}"
         return
@@ -126,7 +129,7 @@ def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
         return
     sizes = {path.stat().st_size for path in shards}
     for path in sorted(folder.glob(own)) if not re.search(r"[*?\[]", str(folder)) else ():
-        if path.is_file() and path.stat().st_size in sizes and sha256(path) in held_out.values():
+        if path.is_file() and path.stat().st_size in sizes and sha256_file(path) in held_out.values():
             yield "fail", f"{run.name}: TRAIN_FILES={pattern}, and {path.name} is a validation shard by its content"
 
 
@@ -140,13 +143,14 @@ def check_losses(record: Any) -> Iterator[Finding]:
     paths = [path for path in record.files if re.fullmatch(r"nll.*\.npy", path.name)]
     told = [run for run in record.runs if evaluation(run)]
     for path in paths if told else ():
-        digest = sha256(path)
+        digest = sha256_file(path)
         own = [run for run in told if evaluation(run).get("sha256_nll") == digest]
         if not own and (len(told) > 1 or "sha256_nll" in evaluation(told[0])):
-            yield "fail", f"{path.name} has not the losses of any log (sha256_nll is not {digest[:12]}..)"
+            yield "fail", f"{path.name} matches the losses of no log (sha256_nll is not {digest[:12]}..)"
             continue
         if not own:
-            yield "warn", f"{path.name}: RESULT has no sha256_nll, as older versions: is it of this evaluation?"
+            told_not = "RESULT has no sha256_nll (older version), so this file may be from another evaluation"
+            yield "warn", f"{path.name}: {told_not}"
         yield from score_again(record, (own or told)[0], path)
     if told and not paths and record.kind == "run":
         yield "warn", "no nll.npy, so the score is the log's word"
@@ -155,7 +159,9 @@ def check_losses(record: Any) -> Iterator[Finding]:
 def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
     try:
         losses = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        if not isinstance(losses, np.ndarray):
+            raise ValueError("no array")
+    except Exception as error:  # whatever broken bytes lead to
         yield "fail", f"{path.name} cannot be read: {error}"
         return
     if losses.ndim != 1 or losses.dtype not in (np.float32, np.float64) or not losses.size:
@@ -216,12 +222,12 @@ def check_certificates(record: Any) -> Iterator[Finding]:
 
 def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], list[str]]:
     """The artifact's hash of a certificate, its faults, and what it leaves open."""
-    text, hashes = stem.with_suffix(".txt"), {}
+    text, data = Path(f"{stem}.txt"), Path(f"{stem}.json")  # with_suffix would replace the .seed1 of a name
     faults = text_faults(record, text) if text in record.files else []
     try:
-        if not stem.with_suffix(".json").exists():
+        if not data.exists():
             raise ValueError(f"no {stem.name}.json, which says what was audited: put it beside the text")
-        found = read_object(stem.with_suffix(".json"), "legal", "targets", "checks", "sha256", "settings")
+        found = read_object(data, "legal", "targets", "checks", "sha256", "settings")
     except ValueError as error:
         return None, [*faults, str(error)], []
     hashes, doubts = object_of(found, "sha256"), []
@@ -251,7 +257,7 @@ def text_faults(record: Any, path: Path) -> list[str]:
     faults = [] if re.search(": legal( as far as audited)?$", lines[0]) else lines[:1]
     faults += [line.strip() for line in lines if line.startswith("  FAIL ")]
     hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
-    shipped = {path.name: sha256(path) for path in record.code}
+    shipped = {path.name: sha256_file(path) for path in record.code}
     faults += [f"of another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
     scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
     other = bool(scored) and hashes.get("artifact") not in scored
@@ -267,7 +273,9 @@ def check_faults(checks: Any) -> list[str]:
         count = each.get("checked")
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             faults.append(f"{each.get('name')} passed with {count} checked")
-    return faults + ([] if any(each.get("ok") is True for each in checks) else ["no check passed"])
+    passed = {str(each.get("name")).split(" ")[0] for each in checks if each.get("ok") is True}
+    faults += [f"{name} did not pass" for name in ESSENTIAL if passed and name not in passed]
+    return faults + ([] if passed else ["no check passed"])
 
 
 def differences(run: Any, found: Mapping[str, Any]) -> list[str]:

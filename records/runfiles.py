@@ -7,6 +7,7 @@ copied into a record.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -92,6 +93,15 @@ def read_plain(path: Path) -> bytes:
         return file.read()
 
 
+def sha256_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal, read a MiB at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_below(path: str | Path, *roots: str | Path) -> bool:
     """Whether `path`, without `..` but with its links as they are, is one of `roots` or below it."""
     place = Path(os.path.abspath(path))
@@ -99,9 +109,10 @@ def is_below(path: str | Path, *roots: str | Path) -> bool:
 
 
 def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any]:
-    """The JSON object of a file, its floats as Decimal where `decimals`. ValueError with one line where it is none.
+    """The JSON object of a file, its floats as Decimal where `decimals`.
 
-    So too where it lacks one of `keys`, and for a link to a pipe or a device.
+    Raises a one-line ValueError for anything else. So too where it lacks one of `keys`, and for a link to a pipe or a
+    device.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")

@@ -245,12 +245,15 @@ def eval_log(seed: int) -> str:
     ])  # fmt: skip
 
 
+ESSENTIAL = ("T1", "T2", "T3", "T4")  # checks of an audit
+
+
 def certificate_json(seed: int) -> dict:
     """What eval_ttt.py --audit writes, with the hashes and settings of the evaluation."""
     _, result = results(seed)
     hashes = {"artifact": result["sha256_artifact"], "tokenizer": result["sha256_tokenizer"],
               "nll.npy": result["sha256_nll"], **result["sha256_code"], **result["sha256_shards"]}  # fmt: skip
-    checks = [dict(name="T1 later tokens", ok=True, checked=20456, detail="0 changed"),
+    checks = [*(dict(name=f"{name} some words", ok=True, checked=20456, detail="0 changed") for name in ESSENTIAL),
               dict(name="T10 no sign of memory", ok=None, checked=8192, detail="gap 0.0239 nats")]  # fmt: skip
     return dict(legal=True, targets=8192, not_audited=[], checks=checks, sha256=hashes,
                 settings=result["settings"] | dict(seed=seed, audit_tokens=4096), audited_settings={})  # fmt: skip
@@ -470,6 +473,9 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
                                    "train_gpt.py changed between"),
     "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"), "code", "train_gpt.py as shipped is not what"),
     "more code shipped than counted": (put("train_gpt.py", TRAINER + b"# more\n"), "sizes", "the log counts"),
+    "data in the README": (lambda files: files.update({
+        "train_gpt.py": TRAINER + b'\nopen("README.md")\n', "README.md": files["README.md"] + bytes(16_000_000)}),
+        "sizes", "with README.md, which the programs name or import"),
     "code that is not counted": (lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}),
                                  "sizes", "tricks.py"),
     "settings differ": (edit("train_seed2025.log", "MATRIX_LR=0.025", "MATRIX_LR=0.03"), "settings",
@@ -509,6 +515,15 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
                            "T1 passed with 0 checked"),
     "a check without a count": (edit_certificate(checks=[dict(name="T1", ok=True)]), "legality", "with None checked"),
     "a failed check in JSON": (edit_certificate(checks=[dict(name="T2", ok=False)]), "legality", "T2 failed"),
+    "a certificate that is not legal beside one that is": (lambda files: files.update({
+        "certificate.json": files["certificate_seed42.json"],
+        "certificate.seed42.json": json.dumps(certificate_json(42) | dict(legal=False)).encode()}),
+        "legality", 'certificate.seed42: "legal" is false'),
+    **{f"{name} is not among the checks": (edit_certificate(checks=[dict(name=other, ok=True, checked=9)
+       for other in ("T1b embeddings", "T10 memory", *ESSENTIAL) if other != name]), "legality", f"{name} did not pass")
+       for name in ESSENTIAL},
+    "an essential check that says nothing": (edit_certificate(checks=[
+        dict(name=name, ok=name != "T2" or None, checked=9) for name in ESSENTIAL]), "legality", "T2 did not pass"),
     "no check at all": (edit_certificate(checks=[]), "legality", "no check passed"),
     "checks of another shape": (edit_certificate(checks={"T1": True}), "legality", "no list of objects"),
     "audit without the targets": (edit_certificate(targets=None), "legality", "lacks targets"),
@@ -576,6 +591,20 @@ def test_a_planted_fault_is_found_and_named(tmp_path, capsys, name):
     (found,) = json.loads(capsys.readouterr().out)
     faults = [verdict for verdict in found["verdicts"] if verdict["status"] == "fail"]
     assert any(v["rule"] == rule and words in v["evidence"] for v in faults), faults
+
+
+PAGES = ("README.md", "submission.json", "requirements.txt", "certificate.txt", "certificate_seed42.json")
+
+
+@pytest.mark.parametrize("name", [*PAGES, "train_seed42.log"])
+@pytest.mark.parametrize("program", ["train_gpt.py", "eval_ttt.py"])
+def test_a_page_counts_where_a_program_opens_it(tmp_path, name, program):
+    files = good_files()
+    files.setdefault(name, b"")
+    for folder, more, counted in (("plain", b"", []), ("opened", f"\nopen('{name}')\n".encode(), [name])):
+        changed = files | {program: files[program] + more}
+        used, others = check.read_files(check.read_record(write(tmp_path / folder, changed)))
+        assert [path.name for path in used] == counted and name not in [path.name for path in others]
 
 
 @pytest.mark.parametrize("name", ["2026-13-01_Month", "Record", "2026-12-01"])

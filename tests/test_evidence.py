@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,13 +95,29 @@ def test_losses_of_a_part_are_not_the_text(made):
 
 def test_other_losses_than_the_logs(made):
     np.save(made.run / "nll.npy", made.losses[::-1])
-    assert "nll.npy has not the losses of any log" in told(made.write(), "fail")
+    assert "nll.npy matches the losses of no log" in told(made.write(), "fail")
     del made.result["sha256_nll"]  # as older versions: the same mean is all that can be seen
     assert "RESULT has no sha256_nll" in told(verdicts := made.write(), "warn") and not told(verdicts, "fail")
 
 
+def zipped() -> bytes:
+    content = io.BytesIO()
+    np.savez(content, losses=np.zeros(TOKENS - 1, np.float32))
+    return content.getvalue()
+
+
+def headed(header: bytes) -> bytes:
+    """A .npy file with that header and no data."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+BROKEN = (zipped(), *map(headed, (
+    b"{'a': (", b"", b"[]", b"\xff\n", b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }\n" % 10**30,
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }\n", b"(" * 9000)))  # fmt: skip
+
+
 @pytest.mark.parametrize("array", [np.zeros((2, 3), np.float32), np.zeros(0, np.float32), np.zeros(5, np.int64),
-                                   np.array([{}], object), b"text"])  # fmt: skip
+                                   np.array([{}], object), b"text", b"", b"PK\x03\x04 no zip", *BROKEN])  # fmt: skip
 def test_what_holds_no_losses(made, array):
     path = made.run / "nll.npy"
     path.write_bytes(array) if isinstance(array, bytes) else np.save(path, array, allow_pickle=True)
@@ -154,6 +171,20 @@ def test_bytes_are_the_fields(tmp_path, options):
     assert evidence.count_bytes(shards, path) == (4999, known)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", bytes(100)])
+def test_a_tokenizer_that_is_none(made, content):
+    path = made.data / "t.model"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="the text cannot be read"):
+        evidence.count_bytes(made.shards, path)
+
+
+def test_a_tokenizer_whose_name_is_not_utf8(made):
+    path = made.data / os.fsdecode(b"t\xff.model")
+    (made.data / "tokenizer.model").rename(path)
+    assert evidence.count_bytes(made.shards, path)[0] == TOKENS - 1
+
+
 TRAINING = {  # TRAIN_FILES, and whether it is validation text
     "data/fineweb_val_*.bin": True, "data/*.bin": True, "elsewhere/fineweb_val_000001.bin": True,
     "data/copy_*.bin": True, "data/fineweb_train_*.bin": False, "data/fineweb_train_000000.bin": False, "": False,
@@ -167,3 +198,28 @@ def test_training_text_that_is_validation_text(made, pattern, found):
     write_shard(made.data / "fineweb_train_000000.bin", made.tokens[1234:][::-1])
     made.logged["TRAIN_FILES"] = pattern
     assert ("validation shard" in told(made.write(), "fail", "validation set")) == found
+
+
+def test_equal_names_in_two_folders_are_two_shards(made):
+    """TRAIN_FILES and VAL_FILES of the same pattern in different folders, until the content is the same."""
+    for folder, tokens in (("train", made.tokens[::-1]), ("val", made.tokens)):
+        (made.data / folder).mkdir()
+        write_shard(made.data / folder / "part_0.bin", tokens)
+    made.result["sha256_shards"] = {"part_0.bin": sha(made.data / "val/part_0.bin")}
+    made.logged |= dict(VAL_FILES="data/val/part_*.bin", TRAIN_FILES="data/train/part_*.bin")
+    verdicts = made.write()
+    assert not told(verdicts, "fail") and "validation shard" not in told(verdicts, "fail", "validation set")
+    for pattern in ("data/val/part_*.bin", "data/*/part_?.bin", "./data/train/../val/*"):
+        made.logged["TRAIN_FILES"] = pattern
+        assert "are validation shards: part_0.bin" in told(made.write(), "fail", "validation set")
+    shutil.copy(made.data / "val/part_0.bin", made.data / "train/part_1.bin")
+    made.logged["TRAIN_FILES"] = "data/train/part_*.bin"
+    assert "part_1.bin is a validation shard by its content" in told(made.write(), "fail", "validation set")
+
+
+@pytest.mark.parametrize("pattern", ["", "elsewhere/part_*.bin"])
+def test_validation_text_that_is_training_text(made, pattern):
+    made.shards[1].rename(made.data / "fineweb_train_000003.bin")
+    made.result["sha256_shards"]["fineweb_train_000003.bin"] = made.result["sha256_shards"].pop(made.shards[1].name)
+    made.logged["TRAIN_FILES"] = pattern
+    assert "VAL_FILES are training shards: fineweb_train_000003.bin" in told(made.write(), "fail", "validation set")
