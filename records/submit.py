@@ -7,11 +7,12 @@
 The runs are three or more of one code, one set of settings and distinct seeds. Where eval_ttt.py scored them, that is
 submitted, else the trainer's sliding score. records/TRACK/DATE_NAME/ gets README.md, submission.json, logs, the code
 that ran and requirements.txt; every number is of a RESULT line or a file, scores to the eight decimals that logs print.
-It appears only if all of it passed records/check.py and train_gpt.py started in it. --against is a record folder, or
-the mean bpb that one published; the comparison is reported whatever it shows, unless --require-significance refuses
-what does not improve by 0.005 nats at p < 0.01. --regenerate makes README.md and submission.json of such a folder from
-its logs again; author, name and so on are those of its submission.json where the options do not say others. The folder
-may be a stranger's: nothing of it is executed unless --run-its-code says so, which starts its train_gpt.py --describe.
+It appears only if all of it passed records/check.py, and if train_gpt.py --describe ran in it. That is skipped, with a
+note, for code that is not this repository's byte for byte, unless --run-its-code is given: the runs may be a
+stranger's. --against is a record folder, or the mean bpb that one published; the comparison is reported whatever it
+shows, unless --require-significance refuses what does not improve by 0.005 nats at p < 0.01. --regenerate makes
+README.md and submission.json of such a folder from its logs again; author, name and so on are those of its
+submission.json where the options do not say others. It starts nothing unless --run-its-code is given.
 Exit code 0: written; 1: refused, every reason said; 2: the user's input.
 """
 
@@ -29,6 +30,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from datetime import date
+from importlib.machinery import all_suffixes
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -36,7 +38,7 @@ from typing import Any, NamedTuple
 import check
 from finished import Refused, Run, read_logs, read_runs
 from launch import Crash, trainer
-from runfiles import escape, escape_lines, links, read_object, read_plain, write_file
+from runfiles import escape, escape_lines, links, read_object, read_plain, sha256_file, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
@@ -318,19 +320,31 @@ def smoke_start(folder: Path, run: Run) -> None:
         raise Refused(f"in the folder, train_gpt.py --describe fails: {said}") from error
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether all files of `folder` that Python can run or import are this repository's, byte for byte."""
+    code = [path for path in folder.iterdir() if path.name.endswith(tuple(all_suffixes()))]
+    own = {path.name: sha256_file(path) for path in ROOT.glob("*.py")}
+    return all(own.get(path.name) == sha256_file(path) for path in code)
+
+
 def refuse_links(folder: Path) -> None:
     """Refused where `folder` holds links, pipes or devices: what is copied must be what lies in it."""
     if found := sorted(links(folder)):
-        raise Refused(*(f"{path} is a link or no plain file: put the file itself there" for path in found))
+        raise Refused(*(f"{path} is a link or a special file. Replace it with a regular file." for path in found))
 
 
 def verify(folder: Path, run: Run, run_code: bool) -> list[check.Verdict]:
-    """What check.py says of `folder`. Refused for a fault, or where with `run_code` the trainer does not start."""
+    """What check.py says of `folder`. Refused for a fault, or where with `run_code` the trainer does not start.
+
+    Without `run_code` a line says that nothing was started.
+    """
     verdicts = check.check(check.read_record(folder))
     if faults := [f"{v.rule}: {v.evidence}" for v in verdicts if v.status == "fail"]:
         raise Refused(*faults)
     if run_code:
         smoke_start(folder, run)
+    else:
+        print(f"note: no program of {escape(folder.name)} was started; --run-its-code starts train_gpt.py --describe")
     return verdicts
 
 
@@ -366,7 +380,7 @@ def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
         folder.mkdir()
         write_pages(folder, runs, about, arguments.against, arguments.require_significance)
         write_rest(folder, runs)
-        verdicts = verify(folder, runs[0], True)
+        verdicts = verify(folder, runs[0], arguments.run_its_code or is_ours(folder))
         place.parent.mkdir(exist_ok=True)
         os.rename(folder, place)
     return place, verdicts
@@ -411,10 +425,6 @@ def regenerate(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]
         verdicts = verify(folder, runs[0], arguments.run_its_code)
         for name in ("submission.json", "README.md"):
             os.replace(folder / name, place / name)
-    if not arguments.run_its_code:
-        print(
-            f"note: no program of {escape(str(place))} was started; --run-its-code starts its train_gpt.py --describe"
-        )
     return place, verdicts
 
 
@@ -452,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("runs", nargs="*", type=Path, default=[], help="folders of finished runs")
     what.add_argument("--regenerate", type=Path, metavar="FOLDER", help="write a record's pages from its logs again")
     what.add_argument("--table", action="store_true", help="write the table of all records into OUT/README.md")
-    parser.add_argument("--run-its-code", action="store_true", help="with --regenerate: start FOLDER/train_gpt.py too")
+    parser.add_argument("--run-its-code", action="store_true", help="start the folder's train_gpt.py --describe")
     parser.add_argument("--name", help="of the record; its folder is DATE_NAME")
     parser.add_argument("--track", choices=TRACKS, help=f"default: {TRACKS[0]}")
     parser.add_argument("--author", help="who submits it")

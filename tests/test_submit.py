@@ -122,7 +122,8 @@ def certify(run: Path) -> None:
     hashes |= {"nll.npy": train_gpt.sha256_file(run / "nll.npy")} | result["sha256_code"] | result["sha256_shards"]
     lines = ["certificate of it: legal", *(f"  sha256 {name} {digest}" for name, digest in hashes.items())]
     (run / "certificate.txt").write_text("\n".join(lines) + "\n")
-    found = dict(legal=True, targets=399, checks=[dict(name="T1", ok=True, checked=9)], sha256=hashes, not_audited=[])
+    checks = [dict(name=name, ok=True, checked=9) for name in ("T1", "T2", "T3", "T4")]
+    found = dict(legal=True, targets=399, checks=checks, sha256=hashes, not_audited=[])
     (run / "certificate.json").write_text(json.dumps(found | dict(settings=result["settings"])))
 
 
@@ -483,6 +484,23 @@ def test_a_strangers_program_is_started_only_when_asked(copy, starts):
     assert regenerate(copy).code == 0 and not starts
     assert regenerate(copy, "--run-its-code").code == 0 and len(starts) == 1
     assert starts[0].words[1:] == ["train_gpt.py", "--describe"]
+
+
+OWN = {  # what is done to the runs, and whether their code is still this repository's
+    "ours": (lambda run: None, True),
+    "other code": (recode, False),
+    "a module beside it": (lambda run: (run / "source/torch.pyc").write_bytes(b"x"), False),
+}
+
+
+@pytest.mark.parametrize("spoil, own", OWN.values(), ids=OWN)
+def test_a_strangers_runs_are_started_only_when_asked(runs, tmp_path, no_tree, starts, spoil, own):
+    for run in runs:
+        spoil(run)
+    done = start(runs, tmp_path / "out")
+    assert done.code == 0 and len(starts) == own and ("note: no program" in done.out) == (not own), done.err
+    done = start(runs, tmp_path / "again", "--run-its-code")
+    assert done.code == 0 and len(starts) == own + 1 and "note:" not in done.out
 
 
 FOREIGN_NAMES = ("PYTHONPATH", "LD_PRELOAD", "PATH", "PYTHONSTARTUP", "BASH_ENV", "IGNORE_ENV", "RECIPE", "path")
