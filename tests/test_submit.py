@@ -249,8 +249,8 @@ def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
 
 def resize(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
-    change(run, str(result["bytes_total"]), "16000001")
-    change(run, str(result["bytes_model"]), str(16_000_001 - result["bytes_code"]))
+    change(run, rf"\b{result['bytes_total']}\b", "16000001")  # the whole number: another may begin with its digits
+    change(run, rf"\b{result['bytes_model']}\b", str(16_000_001 - result["bytes_code"]))
 
 
 def recode(run: Path) -> None:

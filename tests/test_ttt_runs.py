@@ -694,6 +694,7 @@ def test_the_text_that_a_model_was_trained_on_is_not_scored(env, run, tmp_path, 
         (tmp_path / "part.bin").symlink_to(shard)
         shard = tmp_path / "part.bin"
     monkeypatch.chdir(run)
+    (run / "eval_ttt.json").unlink(missing_ok=True)
     given = env | {"MODEL_PATH": str(run / "final_model.int6.ptz"), "VAL_FILES": str(shard)}
     assert eval_ttt.main([], given) == 2
     assert str(shard) in capsys.readouterr().err and not (run / "eval_ttt.json").exists()
