@@ -33,6 +33,44 @@ def test_the_table_of_the_readme(arm):
     assert max(run["train_seconds"] for run in runs) <= 120
 
 
+FORMS = {  # rows of the slots page: form, order, prior
+    "batches of 16 in file order": ("A, EMA as today", "batches, file order", False),
+    "batches of 16, longest first": ("A, EMA as today", "batches, longest first", False),
+    "`shared`, no prior": ("A", "slots", False),
+    "`shared`, prior": ("A", "slots", True),
+    "what was scored before": ("C", "slots", False),
+    "the same, prior": ("C", "slots", True),
+    "`prefix`, no prior": ("D", "slots", False),
+    "`prefix`, prior": ("D", "slots", True),
+    "**`own`, prior": ("P", "slots", True),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_table_of_the_slots_page(name):
+    """Mean and standard deviation over the reporting seeds, and the paired difference with its standard error."""
+    folder = ROOT / "records/benchmarks"
+    rows = json.loads((folder / "2026-11-27_slots_cpu.json").read_text())["rows"]
+
+    def scores(text: str, form: str, order: str, prior: bool) -> np.ndarray:
+        found = {row["seed"]: row["bpb"] for row in rows if row["documents"] == "report" and row["seed"] != 1337
+                 and row["text"] == text and row["adapts"] and (row["form"], row["order"]) == (form, order)
+                 and ("prior" in row) == prior and not any(key.startswith("batch_begins") for key in row)}  # fmt: skip
+        assert sorted(found) == [2001, 2002, 2003, 2004, 2005]
+        return np.array([found[seed] for seed in sorted(found)])
+
+    expected = []
+    for text in ("demo", "weblab"):
+        ours, base = scores(text, *FORMS[name]), scores(text, *FORMS["batches of 16 in file order"])
+        difference = ours - base
+        expected += [ours.mean(), ours.std(ddof=1)]
+        expected += [difference.mean(), difference.std(ddof=1) / 5**0.5] if difference.any() else []
+    lines = (folder / "2026-11-27_slots_cpu.md").read_text().partition("## What tuning")[0].splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| {name}")]
+    told = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
+    assert told == pytest.approx(expected, abs=0.6e-4)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The meta-learning experiment
 # ----------------------------------------------------------------------------------------------------------------------
