@@ -429,7 +429,7 @@ def test_two_tokens_certify_nothing(setup, text, tmp_path):
      {"ttt_slots", "phased_ttt_prefix_docs", "phased_ttt_num_phases"}),
     (dict(ttt_mode="banks", ttt_chunk_tokens=32768), {"ttt_chunk_tokens"}),
     (dict(ttt_mode="doc_lora", ttt_slots=2), set()),
-    (dict(ttt_mode="none"), {"ttt_chunk_tokens"}),
+    (dict(ttt_mode="none", ttt_chunk_tokens=32768), {"ttt_chunk_tokens"}),
 ])  # fmt: skip
 def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, setup, text):
     """Three documents that enter a slot after another one, a step of the base where one is asked for, adaptation."""
