@@ -82,7 +82,7 @@ def test_no_document_or_long_paragraph_is_on_both_sides(corpus: tuple[Path, str]
 
 
 def test_no_step_sees_one_module_alone(corpus: tuple[Path, str]) -> None:
-    """No two documents that the smoke recipe reads are of one module, as far as they are found in one; others are topics."""
+    """No two documents that the smoke recipe reads are of one module; help topics are of none."""
     recipe = dict(line.split("#")[0].strip().split("=") for line in SMOKE.read_text().splitlines() if "=" in line)
     tokens = int(recipe["ITERATIONS"]) * int(recipe["TRAIN_BATCH_TOKENS"])
     content = (corpus[0] / "fineweb_train_000000.bin").read_bytes()[1024 : 1024 + 2 * tokens]
