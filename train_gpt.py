@@ -1,8 +1,8 @@
 """Train a language model for the 16,000,000-byte challenge: train, average, quantise to int6, write, read back, score.
 
-On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-20) the demo recipe reaches 1.894 bits per byte after
-120 s of training (artifact, sliding windows, mean of three seeds, sd 0.022); plain transformers 2.054 (as many
-parameters) and 1.963 (as wide). Bytes and learning rates are not matched; the demo's text has been shuffled since.
+On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-27) the demo recipe reaches 1.707 bits per byte after
+120 s of training (artifact, sliding windows, mean of three seeds, sd 0.014); plain transformers 1.855 (as many
+parameters) and 1.767 (as wide). Bytes and learning rates are not matched.
 
     python train_gpt.py --help                                        every setting, its default and unit
     RECIPE=records/recipes/pr1019.env python train_gpt.py --describe  the model of a recipe, parameter by parameter
