@@ -145,15 +145,13 @@ class Learner:
         self.model, self.config, self.nll_fn, self.chunks = model, config, setup.nll_fn, len(plan)
         self.rows, self.number, self.base, self.group = setup.batch_seqs(), 0, None, None
         self.on_learn = on_learn
-        stored = artifact.moments if config.ttt_moments == "artifact" else None
-        self.fast = tg.FastWeights(model, config, learns, config.ttt_slots if by_documents else None, stored)
-        self.fast.set_factors(artifact.factors if config.ttt_meta_rates else {})
+        self.fast = tg.FastWeights(model, config, learns, config.ttt_slots if by_documents else None)
+        self.fast.set_factors(artifact.factors)
         if by_documents and self.fast.wants_prior and any(chunk.learned is not None for chunk in plan):
             self.fast.moments.start = setup.prior(model)
         if config.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
-            self.base = tg.FastWeights(model, replace(config, **sgd, ttt_pull=0.0), TTT_MODES["all"][1])
-        self.loss_sum, self.loss_count = 0.0, 0
+            self.base = tg.FastWeights(model, replace(config, **sgd), TTT_MODES["all"][1])
 
     def begin(self, number: int, chunk: Chunk) -> None:
         """Reset the slots in which a document begins; all of them where another group does."""
@@ -235,23 +233,21 @@ class Learner:
         return self.model.qo_bank.device
 
     def row_weights(self, windows: Windows, nll: Tensor) -> np.ndarray:
-        """How much each row counts, (rows,): by its scored loss where TTT_TOP_FRAC or TTT_LOSS_POWER ask for it.
+        """How much each row counts, (rows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves out.
 
         The legal form of error-guided adaptation (#294 chose windows by the loss of all of the text, before scoring).
         """
         c, learned = self.config, (windows.end > windows.begin).astype(np.float64)
-        if c.ttt_top_frac == 1 and c.ttt_loss_power == 0:
+        if c.ttt_top_frac == 1:
             return learned
         sums = torch.stack([nll[begin:end].sum() for begin, end in windows.ranges()]).double()
         if tg.world_size() > 1:  # each rank holds the losses of its own windows
             dist.all_reduce(sums)
         index, count = np.flatnonzero(learned), (windows.end - windows.begin)[learned > 0]
         loss = sums.cpu().numpy() / count
-        self.loss_sum, self.loss_count = self.loss_sum + float(sums.sum()), self.loss_count + int(count.sum())
-        weight = (loss / (self.loss_sum / self.loss_count)) ** c.ttt_loss_power
         kept = np.argsort(-loss, kind="stable")[: math.ceil(c.ttt_top_frac * len(loss))]
         learned[:] = 0.0
-        learned[index[kept]] = weight[kept]
+        learned[index[kept]] = 1.0
         return learned
 
 
@@ -1291,13 +1287,9 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
         raise UserError(
             f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer that the artifact was trained with"
         )
-    if config.ttt_moments == "artifact" and TTT_MODES[config.ttt_mode][1] and not artifact.moments:
-        raise UserError(f"TTT_MOMENTS=artifact, but {path} has none: train with TTT_MOMENTS=artifact")
     tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
     nll_fn = tg.maybe_compile(tg.token_nll, config, device)
     setup = Setup(config, artifact, device, kernel, byte_table, nll_fn)
-    if config.ttt_moments == "artifact" and artifact.moments:
-        tg.FastWeights(setup.load(), config, TTT_MODES[config.ttt_mode][1], None, artifact.moments)  # or a UserError
     if attention == "sdpa":
         attention = f"sdpa, by torch's {tg.attention_backend(config, kernel, device)} kernel"
     return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
@@ -1436,7 +1428,7 @@ def run_evaluation(
     by_documents = TTT_MODES[c.ttt_mode][0]
     slots = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots" if by_documents else "the file's"
     log.line(f"evaluation order: {slots}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
-    if setup.artifact.factors and c.ttt_meta_rates:
+    if setup.artifact.factors:
         log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
     if c.ttt_protocol != "legal":
         log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} learns from what it scores later: THIS SCORE IS INVALID")

@@ -136,7 +136,6 @@ class Config:
     bigram_dim: int = setting("model", 112, "width of the bigram table", low=1)
     bigram_hash: str = setting("model", "xor", "of #198, or the linear one of #494", choices=("xor", "linear"))
     pos_conditional_bigram: bool = setting("model", False, "tokens that begin a word have one half of the bigram rows")
-    trigram: bool = setting("model", False, "hashed trigrams in the bigram table too")
     word_start_boost: bool = setting("model", False, "learned factor of the bigram at tokens that begin a word")
     doc_borders: str = setting("model", "respect", "what stays inside a document: smear and bigram, attention too, or "
                                "nothing, as published", choices=("respect", "attention", "published"))
@@ -162,7 +161,6 @@ class Config:
     tied_embed_lr: float = setting("training", 0.035, "AdamW, embeddings, when the head is tied", low=0)
     embed_lr: float = setting("training", 0.6, "AdamW, embeddings, when it is not", low=0)
     head_lr: float = setting("training", 0.008, "AdamW, the untied head", low=0)
-    encoder_lr_mult: float = setting("training", 1.0, "times the rates of the blocks of the first half", low=0)
     decoder_lr_mult: float = setting("training", 1.0, "times the rates of the blocks of the second half", low=0)
     muon_momentum: float = setting("training", 0.99, "Nesterov momentum", low=0, high=0.9999)
     muon_momentum_warmup_start: float = setting("training", 0.92, "momentum of the first step", low=0, high=0.9999)
@@ -197,18 +195,15 @@ class Config:
     meta_ttt_delta_weight: float = setting("meta", 0.0, "fomaml: of the outer loss after less that before", low=0)
     meta_ttt_split: str = setting("meta", "batch", "fomaml: inner and outer part are rows, or halves of rows where "
                                   "the second sees the first (seq) or not (cut)", choices=("batch", "seq", "cut"))
-    meta_ttt_params: str = setting("meta", "banks", "fomaml: what the inner steps change", choices=("banks", "lora"))
     meta_ttt_freeze_blocks: int = setting("meta", 0, "fomaml: first blocks that the inner steps leave", low=0)
-    meta_ttt_inner_optimizer: str = setting("meta", "sgd", "fomaml", choices=("sgd", "adamw", "precond"))
     meta_ttt_inner_lr: float = setting("meta", 0.002, "fomaml", low=0)
     meta_ttt_inner_steps: int = setting("meta", 1, "fomaml", low=1)
-    meta_ttt_inner_momentum: float = setting("meta", 0.0, "fomaml", low=0, high=0.9999)
     meta_ttt_time_frac: float = setting("meta", 0.2, "deployed: last share of the run", low=0.001, high=0.9)
     meta_ttt_outer_lr: float = setting("meta", 0.1, "deployed: share of the peak rates, falling to 0", low=0)
     meta_ttt_docs: int = setting("meta", 16, "deployed: documents a step, all ranks together", low=1)
     meta_ttt_pieces: int = setting("meta", 8, "deployed: pieces of TTT_CHUNK_SIZE of each at most", low=2)
-    meta_sgd_enabled: bool = setting("meta", False, "learn a factor of the inner rate for each bank row; they go into "
-                                     "the artifact, see TTT_META_RATES")
+    meta_sgd_enabled: bool = setting("meta", False, "learn a factor of the inner learning rate for each bank row; "
+                                     "deployed: they go into the artifact and scale TTT_LR")
     meta_sgd_lr: float = setting("meta", 0.0, "of Adam on their logarithms; 0: SCALAR_LR", low=0)
     reptile_enabled: bool = setting("meta", False, "a last phase of Reptile on MLPs, on averaged weights")
     reptile_time_frac: float = setting("meta", 0.2, "last share of the run", low=0.001, high=0.9)
@@ -220,7 +215,7 @@ class Config:
     meta_control: bool = setting("meta", False, "inner steps lead nowhere: a control of the same cost and tokens")
 
     quant_steps: str = setting(
-        "export", "two_sided", "how steps are chosen", choices=("two_sided", "sigmas", "clip", "fixed")
+        "export", "two_sided", "how steps are chosen", choices=("two_sided", "sigmas", "clip")
     )
     quant_loss: float = setting("export", 0.001, "two_sided: nats that rounding may cost, by its own model", low=1e-9)
     quant_trellis: bool = setting("export", False, "two_sided: two grids and the best path through both")
@@ -231,13 +226,11 @@ class Config:
     grad_quant_int7_frac: float = setting("export", 0.1, "share of the matrices with a bit more", low=0, high=1)
     grad_quant_int5_frac: float = setting("export", 0.2, "share of the matrices with a bit less", low=0, high=1)
     calib_source: str = setting("export", "train", "text for the statistics", choices=("train", "self"))
-    calib_temperature: float = setting("export", 0.8, "self: of the softmax it is drawn from", low=0.01)
     gptq_calib_batches: int = setting("export", 16, "micro-batches of text for GPTQ; 0: plain rounding", low=0)
     gptq_grad_batches: int = setting("export", 8, "micro-batches for gradients, where steps or bits need them", low=1)
-    gptq_block_size: int = setting("export", 64, "columns between two updates of the rest", low=1)
     gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-9, high=1)
     prune_frac: float = setting("export", 0.0, "smallest share of a matrix, zeroed before rounding", low=0, high=0.99)
-    compressor: str = setting("export", "zstd", "of the codes; lzma needs no package", choices=("zstd", "lzma", "ans"))
+    compressor: str = setting("export", "zstd", "of the codes", choices=("zstd", "ans"))
     fit_size: bool = setting("export", False, "the finest steps that the size cap admits, by one factor for all")
 
     eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
@@ -255,14 +248,12 @@ class Config:
                                  choices=("precond", "sgd", "adamw"))
     ttt_moments: str = setting("evaluator", "own", "second moments of precond by documents: of the prior and the "
                                "document (own), also of earlier documents in the file (prefix), or of all so far in "
-                               "slots (shared); or stored ones, of training text (artifact)",
-                               choices=("own", "prefix", "shared", "artifact"))
+                               "slots (shared)", choices=("own", "prefix", "shared"))
     ttt_prior_seqs: int = setting("evaluator", 16, "sequences that the artifact generates to start the second moments; "
                                   "by documents, not for adapters; 0: none", low=0)
     ttt_prior_chunks: int = setting("evaluator", 4, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
     ttt_prior_weight: float = setting("evaluator", 64.0, "weight of each of these chunks, in scored chunks", low=1e-6)
     ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
-    ttt_meta_rates: bool = setting("evaluator", True, "times the factors that META_SGD_ENABLED left in the artifact")
     ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
     ttt_in_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's input matrices", low=0)
     ttt_out_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's output matrices", low=0)
@@ -272,7 +263,6 @@ class Config:
     ttt_beta2: float = setting("evaluator", 0.99, "second-moment decay per step of adamw, and of precond by flat "
                                "chunks", low=0, high=0.999999)
     ttt_weight_decay: float = setting("evaluator", 0.0, "decoupled decay of adamw", low=0)
-    ttt_pull: float = setting("evaluator", 0.0, "share of the way back to the artifact at each step", low=0, high=1)
     ttt_grad_clip: float = setting("evaluator", 2.0, "norm of a step's gradient at most; 0: no limit", low=0)
     ttt_epochs: int = setting("evaluator", 1, "passes over each scored chunk", low=0)
     ttt_chunk_tokens: int = setting("evaluator", 32768, "targets a chunk, by flat chunks", low=1)
@@ -284,7 +274,6 @@ class Config:
     ttt_batch_seqs: int = setting("evaluator", 32, "sequences per step, by flat chunks", low=1)
     ttt_top_frac: float = setting("evaluator", 1.0, "rows of a scored chunk to learn from, those of highest loss",
                                   low=0.001, high=1)
-    ttt_loss_power: float = setting("evaluator", 0.0, "steps times (row's scored loss / mean so far) to this", low=0)
     ttt_lora_rank: int = setting("evaluator", 8, "of the adapters", low=1)
     ttt_lora_alpha: float = setting("evaluator", 8.0, "adapters count alpha / rank", low=0)
     ttt_warm_start_a: bool = setting("evaluator", False, "a new document keeps the adapters' input side")
@@ -373,6 +362,16 @@ ABSENT = (
     ("TARGET_MB", "*", "the cap is 16,000,000 bytes; the sources compared with MiB"),
     ("VAL_BATCH_SIZE", "*", "EVAL_BATCH_SEQS sets the batch of every scoring pass"),
     ("TTT_QAT", "0", "adapted weights are never quantised"),
+    ("TRIGRAM", "0", "hashed trigrams in the bigram table lost 0.062 bpb at equal time"),
+    ("ENCODER_LR_MULT", "1 1.0", "no published run sets it; DECODER_LR_MULT is relative to the first half"),
+    ("META_TTT_PARAMS", "banks", "FOMAML's inner loop changes the banks"),
+    ("META_TTT_INNER_OPTIMIZER", "sgd", "FOMAML's inner loop is plain SGD, as published"),
+    ("META_TTT_INNER_MOMENTUM", "0 0.0", "FOMAML's inner loop is plain SGD, as published"),
+    ("GPTQ_BLOCK_SIZE", "*", "it changes speed only, and 64 columns are fast everywhere"),
+    ("CALIB_TEMPERATURE", "0.8", "the temperature of #1019"),
+    ("TTT_PULL", "0 0.0", "never gained"),
+    ("TTT_LOSS_POWER", "0 0.0", "gained 0.0003 bpb"),
+    ("TTT_META_RATES", "*", "Meta-SGD's factors act at test time where the deployed objective learned them"),
     ("TTT_ENABLED", "*", "the trainer never adapts to the validation text; TTT_MODE is the evaluator's"),
 )  # fmt: skip
 
@@ -455,7 +454,7 @@ def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[s
     for names, accepted, why in ABSENT:
         for name in set(names.split()) & values.keys():
             value = values.pop(name)
-            if accepted in ("*", value):
+            if accepted == "*" or value in accepted.split():
                 notices.append(f"{name}={value} has no effect here: {why}")
             else:
                 problems.append(f"{name}={value} is not supported ({why}); accepted: {accepted}")
@@ -473,10 +472,10 @@ def inconsistencies(c: Config) -> list[str]:
         for name, text in (("TTT_LAYERS", c.ttt_layers), ("REPTILE_LAYERS", c.reptile_layers))
     }
     by_documents = TTT_MODES[c.ttt_mode][0]
-    causal = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1 and c.ttt_loss_power == 0
+    causal = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1
     order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
     order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
-    with_bigram = c.pos_conditional_bigram or c.trigram or c.word_start_boost
+    with_bigram = c.pos_conditional_bigram or c.word_start_boost
     rules = [
         (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: the name of one folder, under runs/"),
         (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
@@ -486,10 +485,8 @@ def inconsistencies(c: Config) -> list[str]:
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the one for first tokens"),
         (not c.pos_conditional_bigram or c.bigram_vocab_size != 2, "BIGRAM_VOCAB_SIZE=2 has no two halves"),
-        (c.bigram_vocab_size or not with_bigram, "POS_CONDITIONAL_BIGRAM, TRIGRAM and WORD_START_BOOST need "
-         "BIGRAM_VOCAB_SIZE"),
-        (c.bigram_hash == "xor" or not (c.pos_conditional_bigram or c.trigram), "POS_CONDITIONAL_BIGRAM and TRIGRAM "
-         "need BIGRAM_HASH=xor"),
+        (c.bigram_vocab_size or not with_bigram, "POS_CONDITIONAL_BIGRAM and WORD_START_BOOST need BIGRAM_VOCAB_SIZE"),
+        (c.bigram_hash == "xor" or not c.pos_conditional_bigram, "POS_CONDITIONAL_BIGRAM needs BIGRAM_HASH=xor"),
         (order_ok, f"BLOCK_ORDER={c.block_order!r}: every number from 0 to {c.num_layers - 1}, as often as you like"),
         (c.loop_start_frac == 0 or not order_ok or len(c.block_rows) > c.num_layers,
          "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
@@ -509,8 +506,8 @@ def inconsistencies(c: Config) -> list[str]:
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
         (c.main_frac > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.main_frac:.2f} of the run to train"),
         (causal or not by_documents, f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones "
-         f"or on the length of the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}, "
-         f"TTT_LOSS_POWER={c.ttt_loss_power:g}. Set flat, 1 and 0"),
+         f"or on the length of the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. "
+         "Set flat and 1"),
         ("deployed" not in c.late_fracs or by_documents, "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
         *((ok, f"{name}={getattr(c, name.lower())!r}: numbers from 0 to {c.num_layers - 1}")
           for name, ok in layers_ok.items()),
@@ -1344,33 +1341,26 @@ class SideEmbedding(nn.Module):
         self.proj = nn.Linear(width, out, bias=False)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
 
-    def forward(self, ids: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """ids (B, T) each, whose embeddings are added up -> (B, T, out) of DTYPE."""
-        out = sum(lookup(self.embed.weight, each) for each in ids).to(dtype) @ self.proj.weight.to(dtype).mT
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids (B, T) -> (B, T, out) of `dtype`."""
+        out = lookup(self.embed.weight, ids).to(dtype) @ self.proj.weight.to(dtype).mT
         return out if self.scale is None else self.scale.to(dtype) * out
 
 
-def ngram_rows(config: Config, input_ids: Tensor, first: Tensor, word_start: Tensor | None) -> list[Tensor]:
-    """The table rows, (B, T) each, of every pair (previous token, this one), and with TRIGRAM of every triple.
+def bigram_rows(config: Config, input_ids: Tensor, first: Tensor, word_start: Tensor | None) -> Tensor:
+    """The rows (B, T) in the bigram table of every pair (previous token, this one).
 
-    FIRST (B, T): the token has no predecessor; its row is the last one. WORD_START (V,): the token begins a word.
+    first (B, T): the token has no predecessor; its row is the last one. word_start (V,): the token begins a word.
     """
     ids, rows = input_ids.int(), config.bigram_vocab_size  # the published hashes wrap at 32 bits
     previous = F.pad(ids, (1, -1))
     if config.bigram_hash == "linear":
-        return [(1009 * previous.masked_fill(first, 0) + ids) % rows]
+        return (1009 * previous.masked_fill(first, 0) + ids) % rows
     pair, buckets = torch.bitwise_xor(36313 * ids, 27191 * previous), rows - 1
-    if config.pos_conditional_bigram:
-        half = buckets // 2
-        hashed = pair % half + half * (~word_start[input_ids])
-    else:
-        hashed = pair % buckets
-    found = [hashed.masked_fill(first, buckets)]
-    if config.trigram:
-        triple = torch.bitwise_xor(pair, 51497 * F.pad(previous, (1, -1)))
-        second = first | F.pad(first, (1, -1), value=True)
-        found.append((triple % buckets).masked_fill(second, buckets))
-    return found
+    if not config.pos_conditional_bigram:
+        return (pair % buckets).masked_fill(first, buckets)
+    half = buckets // 2
+    return (pair % half + half * (~word_start[input_ids])).masked_fill(first, buckets)
 
 
 class SmearGate(nn.Module):
@@ -1591,7 +1581,7 @@ class GPT(nn.Module):
         layers = self.layers(banks or {}, adapters or {}, tap, fused)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
         places = self.places(input_ids, x, cache)
-        extra = self.ve_shared([input_ids], self.dtype) if self.ve_shared is not None else None
+        extra = self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
         half = len(layers) // 2
         for depth, (block, weights) in enumerate(zip(self.used_blocks(), layers, strict=True)):
@@ -1673,7 +1663,7 @@ class GPT(nn.Module):
             first = first | (input_ids == BOS_ID)
         x = lookup(self.tok_emb.weight, input_ids).to(self.dtype)
         if self.bigram is not None:
-            hashed = self.bigram(ngram_rows(self.config, input_ids, first, self.word_start), self.dtype)
+            hashed = self.bigram(bigram_rows(self.config, input_ids, first, self.word_start), self.dtype)
             if self.word_start_boost is not None:
                 boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (self.word_start_boost - 1)  # (B, T, 1)
                 hashed = boost.to(x.dtype) * hashed
@@ -1688,7 +1678,7 @@ class GPT(nn.Module):
     def embed_more(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """The first embedding (B, T, d) of ids that come after those of CACHE, which gets them."""
         (whole,), new = cache.append("ids", input_ids), input_ids.size(1)
-        back = new + 4  # smear, bigram and trigram together look back three places, and the first is a border to them
+        back = new + 3  # smear and bigram together look back two places, and the first is a border to them
         near = whole if self.memory_tokens is not None else whole[:, -back:]
         return self.embed(near)[:, -new:]
 
@@ -1920,7 +1910,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     Where the rates depend on depth, a bank row has that of its first use.
     """
     groups, layers = group_parameters(model), len(config.block_rows)
-    by_layer = [config.encoder_lr_mult] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
+    by_layer = [1.0] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
     tables: dict[str, list[dict]] = {"muon": [], "adamw": []}
     for group, optimizer, rate, decay, _ in PARAM_GROUPS:
         members: dict[float, list[Tensor]] = {}
@@ -2000,9 +1990,7 @@ TTT_MODES = {
     "doc_lora":  (True,  "adapters"),
     "phased":    (True,  "adapters"),
 }  # fmt: skip
-Moments = Mapping[str, list[Tensor]]  # by name: mean squared gradients; of a matrix, their row and column means
 TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
-MOMENT_BATCHES, MOMENT_ROWS = 8, 8  # training text for collect_moments, rows of TRAIN_SEQ_LEN
 
 
 def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
@@ -2027,9 +2015,9 @@ class SecondMoments:
     A row holds `size` sums and, last, how many gradients they are of. `total` (size + 1,) is of everything adapted on
     in earlier steps, from the prior on; each set of weights has a row in `own`. form: "own", where that is of the prior
     and the set's document; "prefix", also of the documents that stand earlier in the file, so that no step depends on
-    what stands later; "shared", of `total` and the set's present chunk; "artifact", where `total` came with the
-    artifact and stays. A prefix is a running sum over sets in document order: nothing is masked, since 0 times a later
-    document's NaN would be NaN. Shared sums decay as little as holds their count at `memory`.
+    what stands later; "shared", of `total` and the set's present chunk. A prefix is a running sum over sets in document
+    order: nothing is masked, since 0 times a later document's NaN would be NaN. Shared sums decay as little as holds
+    their count at `memory`.
     """
 
     def __init__(self, form: str, size: int, sets: int, memory: float, device: torch.device):
@@ -2073,8 +2061,8 @@ class SecondMoments:
         self.step = torch.zeros_like(self.step)
 
     def means(self, sets: Any) -> Tensor:
-        """(n, size) for the sets, or (1, size) where they share what the artifact brought."""
-        rows = self.total[None] if self.form == "artifact" else self.own[sets]
+        """(n, size) for the sets."""
+        rows = self.own[sets]
         return rows[:, :-1] / rows[:, -1:]
 
 
@@ -2098,10 +2086,10 @@ class FastWeights:
     learns: groups of PARAM_GROUPS or parameters, or adapters. `base` is what they start from, the live parameters;
     `rates` multiplies the learning rate: the MLP's multipliers, zero for frozen blocks, and factors by bank row,
     (rows, 1, 1). `rows`: indices of the sets in use, or all. The means of squared gradients are `moments`: every entry
-    of a vector, row and column means of a matrix (arXiv 1804.04235); `stored` ones are of training text.
+    of a vector, row and column means of a matrix (arXiv 1804.04235).
     """
 
-    def __init__(self, model: GPT, config: Config, learns: str, sets: int | None = None, stored: Moments | None = None):
+    def __init__(self, model: GPT, config: Config, learns: str, sets: int | None = None):
         self.config, self.device, self.shared = config, model.qo_bank.device, sets is None
         if learns == "adapters":
             self.base = make_adapters(model, config)
@@ -2114,17 +2102,10 @@ class FastWeights:
         self.own_rates = {name: self._rate(name, base) for name, base in self.base.items()}
         self.set_factors({})
         self.state: dict[str, list[Tensor]] = {}
-        form = "shared" if self.shared else "prefix" if config.ttt_moments == "artifact" else config.ttt_moments
+        form = "shared" if self.shared else config.ttt_moments
         memory = 1 / (1 - config.ttt_beta2) if self.shared else math.inf
         self.sizes = [math.prod(shape) for shapes in self._moment_shapes().values() for shape in shapes]
-        form = form if stored is None else "artifact"
         self.moments = SecondMoments(form, sum(self.sizes), self.sets, memory, self.device)
-        if stored is not None:
-            if not self.base.keys() <= stored.keys():
-                raise UserError("TTT_MOMENTS=artifact: the artifact was trained with moments for another TTT_MODE")
-            means = [part.flatten() for name in self.base for part in stored[name]]
-            self.moments.start = torch.cat([*means, torch.ones(1)]).to(self.device)
-            self.moments.begin(None)
 
     def _moment_shapes(self) -> dict[str, list[torch.Size]]:
         return {name: [base.shape[:-1], base.shape[:-2] + base.shape[-1:]] if is_matrix(name) else [base.shape]
@@ -2136,16 +2117,11 @@ class FastWeights:
         return {name: [next(parts).reshape(len(means), *shape) for shape in shapes]
                 for name, shapes in self._moment_shapes().items()}  # fmt: skip
 
-    def stored(self) -> dict[str, list[Tensor]]:
-        """The shared means, as the artifact keeps them."""
-        means = self.moments.total[:-1] / self.moments.total[-1]
-        return {name: [part[0] for part in parts] for name, parts in self.named(means[None]).items()}
-
     @property
     def wants_prior(self) -> bool:
         """Adapters have none: on text not adapted on their B is zero, and A has no gradient."""
         wanted = self.config.ttt_optimizer == "precond" and self.config.ttt_prior_seqs > 0
-        return wanted and self.moments.form != "artifact" and "qo_bank.a" not in self.base
+        return wanted and "qo_bank.a" not in self.base
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Take new factors of the rates by bank, from any device."""
@@ -2215,8 +2191,6 @@ class FastWeights:
 
     def observe(self, gradients: Mapping[str, Tensor], sets: Any, count: int) -> None:
         """Take the squared gradients of the first `count` of the sets in use, `sets`, into the moments."""
-        if self.moments.form == "artifact":
-            return
         parts, n = [], len(next(iter(gradients.values())))
         for name, g in gradients.items():
             squares = g.square()
@@ -2257,18 +2231,16 @@ class FastWeights:
 
 
 @torch.no_grad()
-def collect_moments(
-    model: GPT, batches: Iterable[Tensor], config: Config, nll_fn: Callable = token_nll, across_ranks: bool = True
-) -> FastWeights | None:
-    """Fast weights whose moments are of chunks of TTT_CHUNK_SIZE tokens of texts (rows, tokens), None without any.
+def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
+    """The prior of the second moments, (size + 1,), the same on all ranks: of text that the model generates itself.
 
-    across_ranks: of the batches of all ranks, which must be as many on each. The last batch may have fewer rows.
+    It is made in batches of `rows` sequences with a fixed seed, and reads no other text. Each chunk counts
+    TTT_PRIOR_WEIGHT scored ones.
     """
-    settings, fast = replace(config, ttt_optimizer="precond", ttt_moments="shared"), None
-    _, learns = TTT_MODES[config.ttt_mode]
-    for ids in batches if learns else ():
-        fast = fast or FastWeights(model, settings, learns, len(ids))
-        fast.moments.across_ranks = across_ranks
+    settings = replace(config, ttt_optimizer="precond", ttt_moments="shared")
+    texts = generate(model, config.ttt_prior_seqs, config.ttt_prior_chunks * config.piece_size + 1).split(rows)
+    fast = FastWeights(model, settings, TTT_MODES[config.ttt_mode][1], len(texts[0]))
+    for ids in texts:  # the last batch may have fewer rows
         text, low = ids.cpu().numpy(), np.arange(len(ids)) * ids.size(1)
         for first in range(0, ids.size(1) - 1, config.piece_size):
             left, end = low + max(0, first - config.ttt_context), min(first + config.piece_size, ids.size(1) - 1)
@@ -2279,21 +2251,9 @@ def collect_moments(
             lesson = make_lesson(text.flatten(), windows, share, config.piece_size, config.ttt_context, ids.device)
             adaptation_step(model, fast, lesson, 0.0, len(ids), nll_fn)
             fast.moments.end_step()
-    return fast
-
-
-def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
-    """The prior of the second moments, (size + 1,), the same on all ranks: of text that the model generates itself.
-
-    It is made in batches of `rows` sequences with a fixed seed, and reads no other text. Each chunk counts
-    TTT_PRIOR_WEIGHT scored ones.
-    """
-    c = config
-    texts = generate(model, c.ttt_prior_seqs, c.ttt_prior_chunks * c.piece_size + 1)
-    fast = collect_moments(model, texts.split(rows), c, nll_fn, across_ranks=False)
     if world_size() > 1:
         dist.broadcast(fast.moments.total, 0)
-    return c.ttt_prior_weight * fast.moments.total
+    return config.ttt_prior_weight * fast.moments.total
 
 
 Lesson = tuple[Tensor, Tensor, Tensor, Tensor]  # ids (B, T), targets, columns, and the weights of their nll (B, C)
@@ -2343,8 +2303,6 @@ def adaptation_step(
         for name, direction in fast.directions(gradients, sets, count):
             value = values[name].detach()[:count]  # a copy of the sets, or all of them in place
             value.add_(direction * fast.rates[name], alpha=-lr)
-            if c.ttt_pull:
-                value.lerp_(fast.base[name], c.ttt_pull)
             if not isinstance(sets, slice):
                 fast.values[name][sets] = value
         if fast.shared:
@@ -2410,25 +2368,21 @@ def rates_text(factors: Mapping[str, Tensor]) -> str:
     return "".join(f" rates_{name}:{f.min().item():.3f}..{f.max().item():.3f}" for name, f in factors.items())
 
 
-def inner_weights(model: GPT, config: Config, objective: str, stored: Moments | None = None) -> FastWeights:
-    """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task.
-
-    stored: deployed's moments, where the evaluator will have them from the artifact.
-    """
-    c, plain = config, dict(ttt_grad_clip=0.0, ttt_pull=0.0, ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0)
-    plain |= dict(ttt_weight_decay=0.0)
+def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
+    """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task."""
+    c, plain = config, dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0)
+    plain |= dict(ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0)
     if objective == "deployed":  # the evaluator's own
-        fast = FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()), stored)
+        fast = FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()))
         fast.moments.across_ranks = True
         return fast
     if objective == "reptile":
         layers = c.reptile_layers or ",".join(map(str, range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)))
-        plain |= dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_freeze_blocks=0, ttt_layers=layers)
+        plain |= dict(ttt_freeze_blocks=0, ttt_layers=layers)
         tasks = math.ceil(c.reptile_tasks / world_size())
         return FastWeights(model, replace(c, **plain), "mlp_up_bank mlp_down_bank", tasks)
-    plain |= dict(ttt_optimizer=c.meta_ttt_inner_optimizer, ttt_momentum=c.meta_ttt_inner_momentum)
     plain |= dict(ttt_freeze_blocks=c.meta_ttt_freeze_blocks, ttt_layers="")
-    return FastWeights(model, replace(c, **plain), "bank" if c.meta_ttt_params == "banks" else "adapters")
+    return FastWeights(model, replace(c, **plain), "bank")
 
 
 def outer_gradients(model: GPT, fast: FastWeights, rates: MetaRates, lesson: Lesson, nll_fn: Callable) -> Tensor:
@@ -2652,7 +2606,7 @@ def calibration_batches(run: Run, model: GPT, count: int, rows: int) -> Iterator
     c, length = run.config, run.config.train_seq_len
     for batch in range(rank(), count, world_size()):
         if c.calib_source == "self":
-            ids = generate(model, rows, length + 1, c.calib_temperature, c.seed * count + batch)
+            ids = generate(model, rows, length + 1, seed=c.seed * count + batch)
             yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         else:
             yield run.train.rows(batch * len(run.train) // count + length * np.arange(rows), length, run.device)
@@ -3009,8 +2963,6 @@ def row_steps(name: str, W: Tensor, weights: Tensor, levels: int | Tensor, confi
     bank = name in GPT.BANKS
     if config.quant_steps == "clip" and bank:
         return clip_steps(W, levels, weights)
-    if config.quant_steps == "fixed" and bank:
-        return torch.full_like(W[..., :1], 1 / 31)
     return sigma_steps(W, levels, config.matrix_clip_sigmas if bank else config.embed_clip_sigmas)
 
 
@@ -3082,7 +3034,7 @@ def round_all(
         rows = log_steps((row_step * factor).clamp(min=least))
         column_step = None if columns is None else from_log(columns)
         trellis = config.quant_trellis and columns is not None
-        codes = quantise(W, feedback, from_log(rows), column_step, levels, config.gptq_block_size, trellis)
+        codes = quantise(W, feedback, from_log(rows), column_step, levels, trellis=trellis)
         lead = tensor.shape[:-2]  # the banks have three axes, the tables two
         columns = None if columns is None else columns.view(*lead, 1, -1).cpu()
         records.append(Record(name, codes.reshape(tensor.shape).cpu(), rows.view(*lead, -1, 1).cpu(), columns, trellis))
@@ -3147,25 +3099,22 @@ NUM_WIDTHS, NARROWEST = 64, -24
 LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
 ZSTD_LEVEL = 16  # 40 % of the seconds of 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
-PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}  # lzma is Python's own
+PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}
 
 
 def coder_package(coder: str) -> Any:
-    """The package that a value of COMPRESSOR needs, or None. UserError where it cannot be imported."""
-    if coder not in PACKAGES:
-        return None
+    """The package that a value of COMPRESSOR needs. UserError where it cannot be imported."""
     name, version = PACKAGES[coder]
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"COMPRESSOR={coder} needs the package {name}: {error}. Install it (pip install {name}=={version}), "
-            "or write the artifact with COMPRESSOR=lzma, which needs no package."
+            f"COMPRESSOR={coder} needs the package {name}: {error}. Install it: pip install {name}=={version}"
         ) from None
 
 
 def pack(data: bytes, coder: str) -> bytes:
-    """Compress `data` with zstd, or else with lzma: COMPRESSOR=ans does not need zstandard either."""
+    """Compress `data` with zstd, or else with Python's lzma: COMPRESSOR=ans does not need zstandard."""
     return coder_package(coder).compress(data, ZSTD_LEVEL) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
@@ -3242,8 +3191,6 @@ def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], l
 
 def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
     """Codes (int8) in the order of `lay_out` as bytes; ans: an asymmetric numeral system (arXiv 1311.2540)."""
-    if coder == "lzma":
-        return pack(codes.tobytes(), coder)
     if coder == "zstd":  # width by width: it does not always see where one ends
         parts = [part.tobytes() for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # the bytes do not depend on it
@@ -3260,8 +3207,6 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
 
 def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
     """What `encode_codes` was given."""
-    if coder == "lzma":
-        return np.frombuffer(unpack(data), np.int8)
     if coder == "zstd":
         ends = np.frombuffer(data, "<u4", NUM_WIDTHS).cumsum(dtype=np.int64) + 4 * NUM_WIDTHS
         frames = [data[low:high] for low, high in pairwise([4 * NUM_WIDTHS, *ends.tolist()])]
@@ -3406,8 +3351,7 @@ class Artifact(NamedTuple):
     config: Config
     state: dict[str, Tensor]
     tokenizer_sha256: str
-    moments: Mapping[str, list[Tensor]] = MappingProxyType({})
-    factors: Mapping[str, Tensor] = MappingProxyType({})
+    factors: Mapping[str, Tensor] = MappingProxyType({})  # Meta-SGD's, by bank
 
 
 def read_artifact(path: str | Path) -> Artifact:
@@ -3431,19 +3375,8 @@ def read_artifact(path: str | Path) -> Artifact:
     if unknown:
         raise UserError(f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version")
     tensors = {record.name: dequantize(record) for record in records}
-    moments: dict[str, list[Tensor]] = {}
-    for name in [name for name in tensors if name.startswith("moments.")]:
-        moments.setdefault(name.split(".", 2)[2], []).append(tensors.pop(name).exp2())
     factors = {name: tensors.pop(f"factors.{name}").exp2() for name in GPT.BANKS if f"factors.{name}" in tensors}
-    return Artifact(replace(Config(), **header["config"]), tensors, header["tokenizer_sha256"], moments, factors)
-
-
-def learned_tensors(moments: Mapping[str, list[Tensor]], factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Moments and rate factors as tensors to store: their binary logarithms, which float16 keeps to 2 %."""
-    stored = {f"factors.{bank}": factor for bank, factor in factors.items()}
-    for name, parts in moments.items():
-        stored |= {f"moments.{number}.{name}": part for number, part in enumerate(parts)}
-    return {name: tensor.clamp(min=2.0**-100).log2() for name, tensor in stored.items()}
+    return Artifact(replace(Config(), **header["config"]), tensors, header["tokenizer_sha256"], factors)
 
 
 def load_model(
@@ -4399,12 +4332,10 @@ def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor
     most = max(at_once(c)["statistics"], 1)
     gradients = c.gptq_grad_batches if c.wants_gradients else 0
     texts = (c.gptq_calib_batches + gradients) * c.train_seq_len / written if c.calib_source == "self" else 0
-    moments = MOMENT_BATCHES if c.ttt_moments == "artifact" else 0
     for count, work in (
         (c.gptq_calib_batches, lambda: collect_hessians(model, [random_rows(rows)], most)),
         (gradients, lambda: collect_gradients(model, [(random_rows(rows), random_rows(rows))], most)),
         (texts, lambda: generate(model, rows, written)),
-        (moments, lambda: collect_moments(model, [random_rows(MOMENT_ROWS)], c)),
     ):
         seconds = []
         for _ in range(3 if count else 0):
@@ -4443,17 +4374,6 @@ def warm_up_meta(
         rows = random_ids(world_size() * fast.sets, length + 1).cpu().numpy()
         deployed_step(model, fast, rates, rows, np.full(len(rows), length), nll_fn)
     model.zero_grad(set_to_none=True)
-
-
-def training_moments(run: Run, model: GPT) -> dict[str, list[Tensor]] | None:
-    """TTT's second moments from training text, where TTT_MOMENTS asks for them."""
-    c = run.config
-    if c.ttt_moments != "artifact":
-        return None
-    count = math.ceil(MOMENT_BATCHES / world_size()) * world_size()  # as many for each rank: all reduce together
-    text = replace(run, config=replace(c, calib_source="train"))
-    fast = collect_moments(model, (ids for ids, _ in calibration_batches(text, model, count, MOMENT_ROWS)), c)
-    return fast.stored() if fast else {}
 
 
 def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
@@ -4575,7 +4495,7 @@ def reptile_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> P
 def deployed_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Phase:
     """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
     c, optimizers = run.config, make_optimizers(model, run.config)
-    fast = inner_weights(model, c, "deployed", training_moments(run, model))
+    fast = inner_weights(model, c, "deployed")
     if fast.wants_prior:
         fast.moments.start = generated_moments(model, c, fast.sets, nll_fn)
 
@@ -4822,14 +4742,15 @@ def export(
     run: Run,
     model: GPT,
     statistics: Statistics,
-    moments: Mapping[str, list[Tensor]] = MappingProxyType({}),
     factors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
     c, state = run.config, {name: p for name, p in model.state_dict().items() if not name.startswith("mtp_heads.")}
     write_atomically(run.folder / "final_model.pt", saved_bytes({name: p.cpu() for name, p in state.items()}))
     bytes_code = sum(file.stat().st_size for file in code_files())
-    state |= learned_tensors(moments, factors)
+    if c.meta_ttt_objective == "deployed":  # other objectives learn factors of an update that is not deployed
+        logs = {f"factors.{bank}": factor.clamp(min=2.0**-100).log2() for bank, factor in factors.items()}
+        state |= logs  # binary logarithms, which float16 keeps to 2 %
     plans = plan_rounding(state, statistics, c, run.log.line)
 
     def build(factor: float) -> bytes:
@@ -4866,8 +4787,8 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
     return values | dict(eval_seconds=time.perf_counter() - began)
 
 
-def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Tensor]]]:
-    """What the export and the evaluator want to know of text."""
+def read_statistics(run: Run, model: GPT) -> Statistics:
+    """What the export wants to know of text."""
     c, hessians, gradients = run.config, {}, {}
     rows, most = c.train_batch_tokens // c.train_seq_len // c.grad_accum_total, max(at_once(c)["statistics"], 1)
     if c.gptq_calib_batches:
@@ -4878,7 +4799,7 @@ def read_statistics(run: Run, model: GPT) -> tuple[Statistics, dict[str, list[Te
     check_finite("Hessians", hessians)
     check_finite("gradients", {f"{name}, {side}": part for name, parts in gradients.items()
                                for side, part in zip(("rows", "columns"), parts, strict=True)})  # fmt: skip
-    return Statistics(hessians, gradients), training_moments(run, model) or {}
+    return Statistics(hessians, gradients)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -4942,12 +4863,12 @@ def finish_run(
         if "train" not in progress.done:
             train(run, model, loss_fn, nll_fn, reserve, progress)
         late_phases(run, model, nll_fn, reserve, progress)
-    statistics, moments = read_statistics(run, model)
+    statistics = read_statistics(run, model)
     clock.stop()
     if run.device.type == "cuda":
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         run.log.line(f"peak memory allocated: {peak >> 20} MiB reserved: {reserved >> 20} MiB")
-    sizes = on_rank_0(lambda: export(run, model, statistics, moments, rates.factors()))
+    sizes = on_rank_0(lambda: export(run, model, statistics, rates.factors()))
     return report(run, progress, score_artifact(run, nll_fn) | sizes)
 
 

@@ -661,7 +661,7 @@ def along_step(a: Side, text: Text) -> Table:
     By documents a chunk is the first of each of the first TTT_SLOTS documents of a group. Every row counts the same,
     one pass.
     """
-    c = replace(a.setup.config, ttt_epochs=1, ttt_top_frac=1.0, ttt_loss_power=0.0)
+    c = replace(a.setup.config, ttt_epochs=1, ttt_top_frac=1.0)
     plan = a.setup.plan(text.tokens) if c.ttt_mode != "none" else []
     if len(plan) < 2 or plan[0].learned is None or (plan[0].slots and plan[1].slots.group != plan[0].slots.group):
         return {}  # nothing is learned, or nothing comes next
