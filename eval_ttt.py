@@ -1415,7 +1415,7 @@ def run_evaluation(
     trained_on = tg.on_rank_0(lambda: check_training_text(setup, shards, path.parent))
     if trained_on.ok is False:
         raise UserError(trained_on.detail)
-    log = tg.RunLog(path.parent, 0, "eval_ttt.log")
+    log = tg.RunLog(path.parent, "eval_ttt.log")
     if tg.rank() == 0:
         for name in REPORTS:  # what an earlier evaluation left is no score of this
             (path.parent / name).unlink(missing_ok=True)
@@ -1464,7 +1464,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
         if argv == ["--help"]:
-            print(tg.help_text(__doc__))
+            print(tg.described("help_text", __doc__))
             return 0
         if argv and not (len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])):
             raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")

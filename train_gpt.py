@@ -16,6 +16,7 @@ rows, T tokens a row, d = model_dim, H query heads, K key/value heads, D = d / H
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import importlib
@@ -38,7 +39,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
-from functools import cached_property, lru_cache, partial, wraps
+from functools import cache, cached_property, lru_cache, partial, wraps
 from glob import glob
 from itertools import islice, pairwise
 from pathlib import Path
@@ -70,13 +71,41 @@ class UserError(ValueError):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# Settings
 # ----------------------------------------------------------------------------------------------------------------------
 
+# One frozen dataclass holds every setting, the evaluator's too; names and meanings are the lineage's where it has them.
+# The environment variable is the field's name in capitals. Whatever is wrong is said at once, before anything starts:
+# a typo in a sweep costs money.
 
-def setting(section: str, default: Any, text: str, low: float | None = None, high: float | None = None, choices=()):
-    """One field of Config: its section, default, one line of help with the unit, and the values it admits."""
-    return field(default=default, metadata=dict(section=section, help=text, low=low, high=high, choices=choices))
+ALL_WEIGHTS = "bank embed memory head proj scalar"  # the groups of PARAM_GROUPS that the artifact holds
+
+
+class TTTMode(NamedTuple):
+    """What adapts at test time: by documents a set of weights for each, from the artifact, else one for the whole text.
+
+    adapts: groups of PARAM_GROUPS, "adapters", or "" for nothing.
+    """
+
+    by_documents: bool
+    adapts: str
+
+
+TTT_MODES = {
+    "none": TTTMode(False, ""),
+    "banks": TTTMode(False, "bank"),
+    "all": TTTMode(False, ALL_WEIGHTS),
+    "lora": TTTMode(False, "adapters"),
+    "doc_banks": TTTMode(True, ALL_WEIGHTS),
+    "doc_lora": TTTMode(True, "adapters"),
+    "phased": TTTMode(True, "adapters"),
+}
+
+
+def setting(default: Any, text: str, low: float | tuple | None = None, high: float | None = None) -> Any:
+    """A field of Config: default, one line of help with the unit, and its range, or a tuple of choices."""
+    choices, low = (low, None) if isinstance(low, tuple) else ((), low)
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
 def int_list(text: str) -> list[int]:
@@ -86,203 +115,196 @@ def int_list(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of the trainer and the evaluator. The environment variable is the field's name in capitals."""
+    """Every setting of trainer and evaluator. The environment variable is the field's name in capitals."""
 
     # fmt: off
-    run_id: str = setting("run", "", "folder of the run under runs/; empty: date, time and seed")
-    seed: int = setting("run", 1337, "seed of the initial weights", low=0)
-    device: str = setting("run", "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
-    attention: str = setting("run", "auto", "attention kernel; auto: the first that is there",
-                             choices=("auto", "fa3", "fa2", "sdpa"))
-    use_compile: str = setting("run", "auto", "torch.compile; auto: on GPUs only", choices=("auto", "0", "1"))
-    train_log_every: int = setting("run", 500, "steps between lines of training loss", low=1)
-    val_loss_every: int = setting("run", 4000, "steps between validations; 0: none before the artifact", low=0)
-    checkpoint_every: int = setting("run", 0, "steps between checkpoints; 0: at a signal and after each phase", low=0)
-    resume: str = setting("run", "never", "auto: go on from the checkpoint of RUN_ID, or start where there is none",
-                          choices=("never", "auto"))
-    dist_timeout: float = setting("run", 600.0, "seconds that a process waits for the others' part of a step", low=1)
-
-    data_path: str = setting("data", "./data/datasets/fineweb10B_sp1024", "folder of the token shards")
-    train_files: str = setting("data", "", "glob of the training shards; empty: DATA_PATH/fineweb_train_*.bin")
-    val_files: str = setting("data", "", "glob of the validation shards; empty: DATA_PATH/fineweb_val_*.bin")
-    tokenizer_path: str = setting("data", "./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    data_order: str = setting("data", "sequential", "of training rows: as they stand, or all at random each epoch",
-                              choices=("sequential", "shuffled"))
-
-    vocab_size: int = setting("model", 1024, "tokens", low=4, high=65536)
-    num_layers: int = setting("model", 11, "transformer blocks (L)", low=1)
-    model_dim: int = setting("model", 512, "width of the residual stream (d)", low=8)
-    num_heads: int = setting("model", 8, "query heads (H)", low=1)
-    num_kv_heads: int = setting("model", 4, "key and value heads (K)", low=1)
-    mlp_mult: float = setting("model", 3.0, "MLP width m = int(MLP_MULT * MODEL_DIM)", low=0.1)
-    mlp_hidden: int = setting("model", 0, "MLP width m; 0: by MLP_MULT", low=0)
-    mlp_leaky_slope: float = setting("model", 0.5, "activation LeakyReLU(slope)^2; 0: ReLU^2", low=0, high=1)
-    star_relu: bool = setting("model", False, "learned scale and bias of every hidden channel after the activation")
-    block_order: str = setting("model", "", "comma list: which block's matrices each layer uses; empty: each once")
-    tie_embeddings: bool = setting("model", True, "one matrix for the embedding and the output head")
-    logit_softcap: float = setting("model", 30.0, "logits become cap * tanh(logits / cap); 0: off", low=0)
-    rope_base: float = setting("model", 10000.0, "base of the rotary frequencies", low=1)
-    rope_dims: int = setting("model", 16, "rotated dimensions of a head; 0: all", low=0)
-    rope_ntk_len: int = setting("model", 1024, "TRAIN_SEQ_LEN beyond which ROPE_BASE is stretched; 0: never", low=0)
-    qk_gain_init: float = setting("model", 1.5, "initial gain of the queries, one a head", low=0)
-    xsa_last_n: int = setting("model", 11, "last layers that remove the token's own value from attention", low=0)
-    ln_scale: bool = setting("model", True, "scale the norms of layer l by 1 / sqrt(l + 1)")
-    resid_mix: bool = setting("model", True, "each block mixes the first embedding back in, by channel")
-    phase_resid_mix: bool = setting("model", False, "initial mix from the first embedding (early) to the stream (late)")
-    unet_skips: bool = setting("model", True, "first-half outputs are added to the second half, last to first")
-    skip_gates: bool = setting("model", False, "a sigmoid gate a channel blends the skips in, instead of adding them")
-    smear_gate: bool = setting("model", True, "each embedding is blended with its left neighbour's")
-    bigram_vocab_size: int = setting("model", 3072, "rows of the hashed bigram table; 0: no table", low=0)
-    bigram_dim: int = setting("model", 112, "width of the bigram table", low=1)
-    bigram_hash: str = setting("model", "xor", "of #198, or the linear one of #494", choices=("xor", "linear"))
-    pos_conditional_bigram: bool = setting("model", False, "tokens that begin a word have one half of the bigram rows")
-    word_start_boost: bool = setting("model", False, "learned factor of the bigram at tokens that begin a word")
-    doc_borders: str = setting("model", "respect", "what stays inside a document: smear and bigram, attention too, or "
-                               "nothing, as published", choices=("respect", "attention", "published"))
-    ve_enabled: bool = setting("model", True, "shared value embeddings in VE_LAYERS")
-    ve_dim: int = setting("model", 128, "width of the value embedding", low=1)
-    ve_layers: str = setting("model", "9,10", "comma list of the layers that add the value embedding")
-    num_memory_tokens: int = setting("model", 0, "learned vectors in place of a window's first tokens", low=0)
-    train_seq_len: int = setting("model", 2048, "tokens a training row (T)", low=2)
-    tied_embed_init_std: float = setting("model", 0.005, "standard deviation of the initial token embedding", low=0)
-    overtone_init: bool = setting("model", False, "initial embedding with singular values falling as 1 / sqrt(k)")
-
-    iterations: int = setting("training", 20000, "steps at most", low=1)
-    max_wallclock_seconds: float = setting("training", 600.0, "seconds of the contest clock; 0: no clock", low=0)
-    train_batch_tokens: int = setting("training", 786432, "tokens a step, all ranks together", low=2)
-    grad_accum_total: int = setting("training", 8, "micro-batches a step, all ranks; more on a small GPU", low=1)
-    warmup_steps: int = setting("training", 20, "steps on random tokens, outside the clock and undone", low=0)
-    warmdown_iters: int = setting("training", 4000, "last steps, of falling learning rate", low=0)
-    warmdown_frac: float = setting("training", 0.0, "the same, as a share of the run; 0: WARMDOWN_ITERS", low=0, high=1)
-    warmdown_shape: str = setting("training", "linear", "of the fall", choices=("linear", "cosine"))
-    min_lr: float = setting("training", 0.0, "floor of the learning rate, as a share of its peak", low=0, high=1)
-    matrix_lr: float = setting("training", 0.025, "Muon, the banks", low=0)
-    scalar_lr: float = setting("training", 0.025, "AdamW, gates and scales and small projections", low=0)
-    tied_embed_lr: float = setting("training", 0.035, "AdamW, embeddings, when the head is tied", low=0)
-    embed_lr: float = setting("training", 0.6, "AdamW, embeddings, when it is not", low=0)
-    head_lr: float = setting("training", 0.008, "AdamW, the untied head", low=0)
-    decoder_lr_mult: float = setting("training", 1.0, "times the rates of the blocks of the second half", low=0)
-    muon_momentum: float = setting("training", 0.99, "Nesterov momentum", low=0, high=0.9999)
-    muon_momentum_warmup_start: float = setting("training", 0.92, "momentum of the first step", low=0, high=0.9999)
-    muon_momentum_warmup_steps: int = setting("training", 1500, "steps until MUON_MOMENTUM", low=0)
-    muon_backend_steps: int = setting("training", 5, "Newton-Schulz iterations", low=1)
-    muon_wd: float = setting("training", 0.04, "decoupled decay of the banks", low=0)
-    cautious_muon: bool = setting("training", False, "only the part of an update that goes along with the gradient")
-    adam_wd: float = setting("training", 0.04, "decoupled decay of AdamW's matrices; gates and scales have none", low=0)
-    beta1: float = setting("training", 0.9, "AdamW", low=0, high=0.9999)
-    beta2: float = setting("training", 0.95, "AdamW", low=0, high=0.999999)
-    adam_eps: float = setting("training", 1e-8, "AdamW", low=0)
-    grad_clip_norm: float = setting("training", 0.3, "norm of the reduced gradient at most; 0: no limit", low=0)
-    ema_enabled: bool = setting("training", True, "export the running average of the weights")
-    ema_decay: float = setting("training", 0.997, "a step", low=0, high=0.999999)
-    ema_update_every: int = setting("training", 1, "steps between updates, each with EMA_DECAY to their power", low=1)
-    swa_enabled: bool = setting("training", False, "export the mean of late snapshots (of the EMA, if that is on)")
-    swa_every: int = setting("training", 50, "steps between snapshots", low=1)
-    swa_threshold: float = setting("training", 0.2, "snapshots once the schedule is below this", low=0, high=1)
-    loop_start_frac: float = setting("training", 0.0, "share of the run without BLOCK_ORDER's repeats", low=0, high=1)
-    mtp_num_heads: int = setting("training", 0, "heads that predict further ahead, in training only", low=0)
-    mtp_loss_weight: float = setting("training", 0.2, "of their mean loss", low=0)
-    zloss_weight: float = setting("training", 0.0, "of the mean squared log of the softmax's denominator", low=0)
-    late_qat: bool = setting("training", False, "late steps see the banks as the export would round them")
-    late_qat_threshold: float = setting("training", 0.15, "late: the schedule is below this", low=0, high=1)
-
-    meta_ttt_enabled: bool = setting("meta", False, "train for the weights that test-time steps lead to")
-    meta_ttt_objective: str = setting("meta", "fomaml", "a part of some steps, or a last phase of the evaluator's own "
-                                      "steps on averaged weights", choices=("fomaml", "deployed"))
-    meta_ttt_every: int = setting("meta", 8, "fomaml: steps from one to the next", low=1)
-    meta_ttt_min_scale: float = setting("meta", 0.5, "fomaml: only while the schedule is above this", low=0, high=1)
-    meta_ttt_loss_weight: float = setting("meta", 0.5, "fomaml: of the outer loss after the inner steps", low=0)
-    meta_ttt_delta_weight: float = setting("meta", 0.0, "fomaml: of the outer loss after less that before", low=0)
-    meta_ttt_split: str = setting("meta", "batch", "fomaml: inner and outer part are rows, or halves of rows where "
-                                  "the second sees the first (seq) or not (cut)", choices=("batch", "seq", "cut"))
-    meta_ttt_freeze_blocks: int = setting("meta", 0, "fomaml: first blocks that the inner steps leave", low=0)
-    meta_ttt_inner_lr: float = setting("meta", 0.002, "fomaml", low=0)
-    meta_ttt_inner_steps: int = setting("meta", 1, "fomaml", low=1)
-    meta_ttt_time_frac: float = setting("meta", 0.2, "deployed: last share of the run", low=0.001, high=0.9)
-    meta_ttt_outer_lr: float = setting("meta", 0.1, "deployed: share of the peak rates, falling to 0", low=0)
-    meta_ttt_docs: int = setting("meta", 16, "deployed: documents a step, all ranks together", low=1)
-    meta_ttt_pieces: int = setting("meta", 8, "deployed: pieces of TTT_CHUNK_SIZE of each at most", low=2)
-    meta_sgd_enabled: bool = setting("meta", False, "learn a factor of the inner learning rate for each bank row; "
-                                     "deployed: they go into the artifact and scale TTT_LR")
-    meta_sgd_lr: float = setting("meta", 0.0, "of Adam on their logarithms; 0: SCALAR_LR", low=0)
-    reptile_enabled: bool = setting("meta", False, "a last phase of Reptile on MLPs, on averaged weights")
-    reptile_time_frac: float = setting("meta", 0.2, "last share of the run", low=0.001, high=0.9)
-    reptile_layers: str = setting("meta", "", "comma list of the blocks whose MLPs learn; empty: the last quarter")
-    reptile_tasks: int = setting("meta", 8, "inner loops a step, all ranks together", low=1)
-    reptile_inner_steps: int = setting("meta", 3, "SGD steps, each on a row of its own", low=1)
-    reptile_inner_lr: float = setting("meta", 0.1, "of the inner SGD", low=0)
-    reptile_outer_lr: float = setting("meta", 0.01, "share of the way to the mean of the tasks' weights", low=0, high=1)
-    meta_control: bool = setting("meta", False, "inner steps lead nowhere: a control of the same cost and tokens")
-
-    quant_steps: str = setting(
-        "export", "two_sided", "how steps are chosen", choices=("two_sided", "sigmas", "clip")
-    )
-    quant_loss: float = setting("export", 0.001, "two_sided: nats that rounding may cost, by its own model", low=1e-9)
-    quant_trellis: bool = setting("export", False, "two_sided: two grids and the best path through both")
-    matrix_bits: int = setting("export", 6, "of the codes of a bank, but for two_sided", low=3, high=8)
-    matrix_clip_sigmas: float = setting("export", 6.0, "sigmas: range in standard deviations of a row", low=0.5)
-    embed_clip_sigmas: float = setting("export", 0.0, "sigmas: the same of a table; 0: its largest entry", low=0)
-    grad_quant: bool = setting("export", False, "a bit more or less by a matrix's mean squared gradient (#398)")
-    grad_quant_int7_frac: float = setting("export", 0.1, "share of the matrices with a bit more", low=0, high=1)
-    grad_quant_int5_frac: float = setting("export", 0.2, "share of the matrices with a bit less", low=0, high=1)
-    calib_source: str = setting("export", "train", "text for the statistics", choices=("train", "self"))
-    gptq_calib_batches: int = setting("export", 16, "micro-batches of text for GPTQ; 0: plain rounding", low=0)
-    gptq_grad_batches: int = setting("export", 8, "micro-batches for gradients, where steps or bits need them", low=1)
-    gptq_damp: float = setting("export", 0.01, "damping, as a fraction of the mean diagonal", low=1e-9, high=1)
-    prune_frac: float = setting("export", 0.0, "smallest share of a matrix, zeroed before rounding", low=0, high=0.99)
-    compressor: str = setting("export", "zstd", "of the codes", choices=("zstd", "ans"))
-    fit_size: bool = setting("export", False, "the finest steps that the size cap admits, by one factor for all")
-
-    eval_seq_len: int = setting("scoring", 2048, "tokens a window", low=2)
-    eval_stride: int = setting("scoring", 64, "targets scored by a sliding window", low=1)
-    eval_batch_seqs: int = setting("scoring", 128, "windows a forward pass, each rank", low=1)
-
-    model_path: str = setting("evaluator", "", "artifact, or final_model.pt; empty: the artifact of runs/RUN_ID")
-    eval_budget_seconds: float = setting("evaluator", 600.0, "seconds of the adapted score, warm-up included", low=0)
-    audit_tokens: int = setting("evaluator", 8192, "targets that --audit evaluates", low=2)
-    ttt_mode: str = setting("evaluator", "doc_banks", "what adapts, see TTT_MODES; none: nothing", choices=tuple(
-        "none banks all lora doc_banks doc_lora phased".split()))
-    ttt_protocol: str = setting("evaluator", "legal", "the others learn before they score, and are marked as invalid",
-                                choices=("legal", "adapt_first", "two_pass"))
-    ttt_optimizer: str = setting("evaluator", "precond", "precond: gradient over the root of its second moment",
-                                 choices=("precond", "sgd", "adamw"))
-    ttt_moments: str = setting("evaluator", "own", "second moments of precond by documents: of the prior and the "
-                               "document (own), also of earlier documents in the file (prefix), or of all so far in "
-                               "slots (shared)", choices=("own", "prefix", "shared"))
-    ttt_prior_seqs: int = setting("evaluator", 16, "sequences that the artifact generates to start the second moments; "
-                                  "by documents, not for adapters; 0: none", low=0)
-    ttt_prior_chunks: int = setting("evaluator", 4, "chunks of TTT_CHUNK_SIZE tokens in each of them", low=1)
-    ttt_prior_weight: float = setting("evaluator", 64.0, "weight of each of these chunks, in scored chunks", low=1e-6)
-    ttt_lr: float = setting("evaluator", 1e-3, "step size", low=0)
-    ttt_lr_schedule: str = setting("evaluator", "flat", "over the chunks of the evaluation", choices=("flat", "cosine"))
-    ttt_in_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's input matrices", low=0)
-    ttt_out_lr_mult: float = setting("evaluator", 1.0, "times TTT_LR for the MLP's output matrices", low=0)
-    ttt_freeze_blocks: int = setting("evaluator", 0, "first blocks, whose bank rows and scales do not adapt", low=0)
-    ttt_layers: str = setting("evaluator", "", "comma list of the blocks that adapt, of those not frozen; empty: all")
-    ttt_momentum: float = setting("evaluator", 0.0, "of sgd; beta1 of adamw", low=0, high=0.9999)
-    ttt_beta2: float = setting("evaluator", 0.99, "second-moment decay per step of adamw, and of precond by flat "
-                               "chunks", low=0, high=0.999999)
-    ttt_weight_decay: float = setting("evaluator", 0.0, "decoupled decay of adamw", low=0)
-    ttt_grad_clip: float = setting("evaluator", 2.0, "norm of a step's gradient at most; 0: no limit", low=0)
-    ttt_epochs: int = setting("evaluator", 1, "passes over each scored chunk", low=0)
-    ttt_chunk_tokens: int = setting("evaluator", 32768, "targets a chunk, by flat chunks", low=1)
-    ttt_chunk_size: int = setting("evaluator", 128, "targets per chunk, by documents; EVAL_SEQ_LEN at most", low=1)
-    ttt_slots: int = setting("evaluator", 16, "documents of a group that adapt at once, by documents", low=1)
-    ttt_groups: int = setting("evaluator", 8, "groups that the documents are dealt to, each with its own slots and "
-                              "second moments; a rank owns whole groups", low=1)
-    ttt_context: int = setting("evaluator", 0, "left context of what is learned from, tokens", low=0)
-    ttt_batch_seqs: int = setting("evaluator", 32, "sequences per step, by flat chunks", low=1)
-    ttt_top_frac: float = setting("evaluator", 1.0, "rows of a scored chunk to learn from, those of highest loss",
-                                  low=0.001, high=1)
-    ttt_lora_rank: int = setting("evaluator", 8, "of the adapters", low=1)
-    ttt_lora_alpha: float = setting("evaluator", 8.0, "adapters count alpha / rank", low=0)
-    ttt_warm_start_a: bool = setting("evaluator", False, "a new document keeps the adapters' input side")
-    phased_ttt_prefix_docs: int = setting("evaluator", 2000, "phased: documents before the last border", low=1)
-    phased_ttt_num_phases: int = setting("evaluator", 3, "phased: borders at which the base learns", low=1)
-    global_ttt_lr: float = setting("evaluator", 0.001, "phased: SGD on the base", low=0)
-    global_ttt_momentum: float = setting("evaluator", 0.9, "phased: SGD on the base", low=0, high=0.9999)
-    ppm_alpha: float = setting("evaluator", 1.0, "model's share in a mixture with an order-1 PPM; 1: no mixture",
-                               low=0, high=1)
+    # run
+    run_id: str = setting("", "folder of the run under runs/; empty: date, time, and seed")
+    seed: int = setting(1337, "seed of the initial weights", 0)
+    device: str = setting("auto", "compute device; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
+    attention: str = setting("auto", "attention kernel; auto: first usable", ("auto", "fa3", "fa2", "sdpa"))
+    use_compile: str = setting("auto", "torch.compile; auto: on GPUs only", ("auto", "0", "1"))
+    train_log_every: int = setting(500, "steps between training log lines", 1)
+    val_loss_every: int = setting(4000, "steps between validations; 0: none before the export", 0)
+    checkpoint_every: int = setting(0, "steps between checkpoints; 0: on a signal and after each phase", 0)
+    resume: str = setting("never", "auto: resume from a checkpoint of RUN_ID if any", ("never", "auto"))
+    dist_timeout: float = setting(600.0, "timeout of collectives, seconds", 1)
+    # data
+    data_path: str = setting("./data/datasets/fineweb10B_sp1024", "folder of the token shards")
+    train_files: str = setting("", "glob of the training shards; empty: DATA_PATH/fineweb_train_*.bin")
+    val_files: str = setting("", "glob of the validation shards; empty: DATA_PATH/fineweb_val_*.bin")
+    tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    data_order: str = setting("sequential", "order of training sequences; shuffled: anew every epoch",
+                              ("sequential", "shuffled"))
+    # model
+    vocab_size: int = setting(1024, "vocabulary size (V)", 4, 65536)
+    num_layers: int = setting(11, "transformer blocks (L)", 1)
+    model_dim: int = setting(512, "width of the residual stream (d)", 8)
+    num_heads: int = setting(8, "query heads (H)", 1)
+    num_kv_heads: int = setting(4, "key/value heads (K)", 1)
+    mlp_mult: float = setting(3.0, "MLP width m = int(MLP_MULT * MODEL_DIM)", 0.1)
+    mlp_hidden: int = setting(0, "MLP width m; 0: by MLP_MULT", 0)
+    mlp_leaky_slope: float = setting(0.5, "activation LeakyReLU(slope)^2; 0: ReLU^2", 0, 1)
+    star_relu: bool = setting(False, "learned scale and bias per hidden channel after the activation")
+    block_order: str = setting("", "comma list: bank row of each layer (depth recurrence); empty: each once")
+    tie_embeddings: bool = setting(True, "share one matrix between embedding and output head")
+    logit_softcap: float = setting(30.0, "softcap: logits = cap * tanh(logits / cap); 0: off", 0)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", 1)
+    rope_dims: int = setting(16, "rotated dimensions per head; 0: all", 0)
+    rope_ntk_len: int = setting(1024, "TRAIN_SEQ_LEN above which ROPE_BASE is scaled (NTK); 0: never", 0)
+    qk_gain_init: float = setting(1.5, "initial query gain per head", 0)
+    xsa_last_n: int = setting(11, "last bank rows with exclusive self-attention", 0)
+    ln_scale: bool = setting(True, "scale the norms of bank row l by 1 / sqrt(l + 1)")
+    resid_mix: bool = setting(True, "mix the first embedding into the input of every block, per channel")
+    phase_resid_mix: bool = setting(False, "initial mix: first embedding (early layers) to stream (late)")
+    unet_skips: bool = setting(True, "U-Net skips: first-half outputs feed the second half, last to first")
+    skip_gates: bool = setting(False, "blend skips in by a sigmoid gate per channel instead of adding them")
+    smear_gate: bool = setting(True, "SmearGate: blend each embedding with its left neighbor's")
+    bigram_vocab_size: int = setting(3072, "rows of the hashed bigram table; 0: no table", 0)
+    bigram_dim: int = setting(112, "width of the bigram table", 1)
+    bigram_hash: str = setting("xor", "bigram hash: of #198 (xor) or #494 (linear)", ("xor", "linear"))
+    pos_conditional_bigram: bool = setting(False, "give word-start tokens one half of the bigram rows")
+    word_start_boost: bool = setting(False, "learned factor of the bigram embedding at word starts")
+    doc_borders: str = setting("respect", "what stays within a document: smear and bigram (respect), "
+                               "attention too, or nothing (published)", ("respect", "attention", "published"))
+    ve_enabled: bool = setting(True, "shared value embeddings in VE_LAYERS")
+    ve_dim: int = setting(128, "width of the value embedding", 1)
+    ve_layers: str = setting("9,10", "comma list of the bank rows that add the value embedding")
+    num_memory_tokens: int = setting(0, "learned vectors in place of the first embeddings of a window", 0)
+    train_seq_len: int = setting(2048, "tokens per training sequence (T)", 2)
+    tied_embed_init_std: float = setting(0.005, "standard deviation of the initial token embedding", 0)
+    overtone_init: bool = setting(False, "initial embedding with singular values falling as 1 / sqrt(k)")
+    # training
+    iterations: int = setting(20000, "maximum number of steps", 1)
+    max_wallclock_seconds: float = setting(600.0, "limit of the contest clock, seconds; 0: none", 0)
+    train_batch_tokens: int = setting(786432, "tokens per step, all ranks together", 2)
+    grad_accum_total: int = setting(8, "micro-batches per step, all ranks together; more on a small GPU", 1)
+    warmup_steps: int = setting(20, "warm-up steps on random tokens, off the clock and undone", 0)
+    warmdown_iters: int = setting(4000, "LR warmdown, steps", 0)
+    warmdown_frac: float = setting(0.0, "LR warmdown, fraction of the run; 0: WARMDOWN_ITERS", 0, 1)
+    warmdown_shape: str = setting("linear", "LR warmdown shape", ("linear", "cosine"))
+    min_lr: float = setting(0.0, "LR floor, fraction of the peak", 0, 1)
+    matrix_lr: float = setting(0.025, "Muon LR of the banks", 0)
+    scalar_lr: float = setting(0.025, "AdamW LR of gates, scales, and small projections", 0)
+    tied_embed_lr: float = setting(0.035, "AdamW LR of the embeddings with a tied head", 0)
+    embed_lr: float = setting(0.6, "AdamW LR of the embeddings with an untied head", 0)
+    head_lr: float = setting(0.008, "AdamW LR of an untied head", 0)
+    decoder_lr_mult: float = setting(1.0, "LR factor of the second half of the blocks", 0)
+    muon_momentum: float = setting(0.99, "Muon momentum (Nesterov)", 0, 0.9999)
+    muon_momentum_warmup_start: float = setting(0.92, "Muon momentum of the first step", 0, 0.9999)
+    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
+    muon_wd: float = setting(0.04, "decoupled weight decay of the banks", 0)
+    cautious_muon: bool = setting(False, "drop update entries whose sign is not the gradient's")
+    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW's matrices; vectors have none", 0)
+    beta1: float = setting(0.9, "AdamW beta1", 0, 0.9999)
+    beta2: float = setting(0.95, "AdamW beta2", 0, 0.999999)
+    adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
+    grad_clip_norm: float = setting(0.3, "maximum global gradient norm; 0: no clipping", 0)
+    ema_enabled: bool = setting(True, "export the exponential moving average of the weights")
+    ema_decay: float = setting(0.997, "EMA decay per step", 0, 0.999999)
+    ema_update_every: int = setting(1, "steps between EMA updates, each with EMA_DECAY to that power", 1)
+    swa_enabled: bool = setting(False, "export the mean of late snapshots (of the EMA, if that is on)")
+    swa_every: int = setting(50, "steps between SWA snapshots", 1)
+    swa_threshold: float = setting(0.2, "LR scale below which snapshots are taken", 0, 1)
+    loop_start_frac: float = setting(0.0, "fraction of the run before BLOCK_ORDER's repeats switch on", 0, 1)
+    mtp_num_heads: int = setting(0, "multi-token prediction heads, in training only", 0)
+    mtp_loss_weight: float = setting(0.2, "weight of their mean loss", 0)
+    zloss_weight: float = setting(0.0, "z-loss: weight of the mean squared log partition function", 0)
+    late_qat: bool = setting(False, "round the banks per row in late steps (not the export's rounding)")
+    late_qat_threshold: float = setting(0.15, "LR scale below which LATE_QAT rounds", 0, 1)
+    # meta
+    meta_ttt_enabled: bool = setting(False, "train for the weights that test-time steps lead to")
+    meta_ttt_objective: str = setting("fomaml", "fomaml: a term in some steps; deployed: a last phase of the "
+                                      "evaluator's own steps on averaged weights", ("fomaml", "deployed"))
+    meta_ttt_every: int = setting(8, "fomaml: steps between meta-steps", 1)
+    meta_ttt_min_scale: float = setting(0.5, "fomaml: LR scale above which meta-steps are taken", 0, 1)
+    meta_ttt_loss_weight: float = setting(0.5, "fomaml: weight of the loss after the inner loop", 0)
+    meta_ttt_delta_weight: float = setting(0.0, "fomaml: weight of that loss minus the loss before", 0)
+    meta_ttt_split: str = setting("batch", "fomaml: support/query split by sequence (batch), or first/second "
+                                  "half of each, with (seq) or without (cut) attention across",
+                                  ("batch", "seq", "cut"))
+    meta_ttt_freeze_blocks: int = setting(0, "fomaml: first blocks that the inner loop does not change", 0)
+    meta_ttt_inner_lr: float = setting(0.002, "fomaml: inner learning rate (SGD)", 0)
+    meta_ttt_inner_steps: int = setting(1, "fomaml: inner steps", 1)
+    meta_ttt_time_frac: float = setting(0.2, "deployed: fraction of the run, at its end", 0.001, 0.9)
+    meta_ttt_outer_lr: float = setting(0.1, "deployed: outer LR, fraction of the peak rates, falling to 0", 0)
+    meta_ttt_docs: int = setting(16, "deployed: documents per step, all ranks together", 1)
+    meta_ttt_pieces: int = setting(8, "deployed: maximum chunks of TTT_CHUNK_SIZE per document", 2)
+    meta_sgd_enabled: bool = setting(False, "Meta-SGD: learn a factor of the inner LR per bank row; of the "
+                                     "deployed objective they go into the artifact and scale TTT_LR")
+    meta_sgd_lr: float = setting(0.0, "Adam LR of the log factors; 0: SCALAR_LR", 0)
+    reptile_enabled: bool = setting(False, "a last phase of Reptile on the MLPs, on averaged weights")
+    reptile_time_frac: float = setting(0.2, "Reptile: fraction of the run, at its end", 0.001, 0.9)
+    reptile_layers: str = setting("", "Reptile: comma list of the blocks that learn; empty: the last quarter")
+    reptile_tasks: int = setting(8, "Reptile: inner loops per step, all ranks together", 1)
+    reptile_inner_steps: int = setting(3, "Reptile: SGD steps, each on a sequence of its own", 1)
+    reptile_inner_lr: float = setting(0.1, "Reptile: inner learning rate", 0)
+    reptile_outer_lr: float = setting(0.01, "Reptile: step toward the mean of the adapted weights", 0, 1)
+    meta_control: bool = setting(False, "ablation: inner loops with learning rate 0 (same cost, same tokens)")
+    # export
+    quant_steps: str = setting("two_sided", "quantizer scales: by row and column, k standard deviations per row, "
+                             "or a clip search per row", ("two_sided", "sigmas", "clip"))
+    quant_loss: float = setting(0.001, "two_sided: target loss increase, nats per token (predicted)", 1e-9)
+    quant_trellis: bool = setting(False, "two_sided: trellis-coded quantization")
+    matrix_bits: int = setting(6, "bits per code of the banks, except for two_sided", 3, 8)
+    matrix_clip_sigmas: float = setting(6.0, "sigmas: clip range of a bank row, standard deviations", 0.5)
+    embed_clip_sigmas: float = setting(0.0, "sigmas: clip range of a table row; 0: its largest entry", 0)
+    grad_quant: bool = setting(False, "one bit more or less by mean squared gradient (#398)")
+    grad_quant_int7_frac: float = setting(0.1, "fraction of matrices with one bit more", 0, 1)
+    grad_quant_int5_frac: float = setting(0.2, "fraction of matrices with one bit less", 0, 1)
+    calib_source: str = setting("train", "calibration text: training or self-generated", ("train", "self"))
+    gptq_calib_batches: int = setting(16, "calibration micro-batches for GPTQ; 0: round to nearest", 0)
+    gptq_grad_batches: int = setting(8, "calibration micro-batches for gradients, if needed", 1)
+    gptq_damp: float = setting(0.01, "Hessian damping, fraction of the mean diagonal", 1e-9, 1)
+    prune_frac: float = setting(0.0, "fraction of weights zeroed per matrix before rounding", 0, 0.99)
+    compressor: str = setting("zstd", "entropy coder of the codes", ("zstd", "ans"))
+    fit_size: bool = setting(False, "scale all quantizer scales by one factor to just fit the size cap")
+    # scoring
+    eval_seq_len: int = setting(2048, "tokens per scoring window", 2)
+    eval_stride: int = setting(64, "targets scored per sliding window", 1)
+    eval_batch_seqs: int = setting(128, "windows per forward pass and rank", 1)
+    # evaluator
+    model_path: str = setting("", "artifact or final_model.pt; empty: the artifact of runs/RUN_ID")
+    eval_budget_seconds: float = setting(600.0, "time limit of the adapted score, seconds; 0: none", 0)
+    audit_tokens: int = setting(8192, "targets that --audit evaluates", 2)
+    ttt_mode: str = setting("doc_banks", "what adapts at test time, see TTT_MODES", tuple(TTT_MODES))
+    ttt_protocol: str = setting("legal", "legal: score, then adapt; the others are marked invalid",
+                                ("legal", "adapt_first", "two_pass"))
+    ttt_optimizer: str = setting("precond", "precond: gradient over the root of its second moment",
+                                 ("precond", "sgd", "adamw"))
+    ttt_moments: str = setting("own", "second moments by documents: of prior and document (own), also of "
+                               "earlier documents (prefix), or of all slots so far (shared)",
+                               ("own", "prefix", "shared"))
+    ttt_prior_seqs: int = setting(16, "generated sequences for the prior of the moments; 0: no prior", 0)
+    ttt_prior_chunks: int = setting(4, "chunks of TTT_CHUNK_SIZE tokens per generated sequence", 1)
+    ttt_prior_weight: float = setting(64.0, "weight of a generated chunk, in scored chunks", 1e-6)
+    ttt_lr: float = setting(1e-3, "learning rate", 0)
+    ttt_lr_schedule: str = setting("flat", "LR schedule over the evaluation", ("flat", "cosine"))
+    ttt_in_lr_mult: float = setting(1.0, "LR factor of the MLP input matrices", 0)
+    ttt_out_lr_mult: float = setting(1.0, "LR factor of the MLP output matrices", 0)
+    ttt_freeze_blocks: int = setting(0, "first blocks that do not adapt", 0)
+    ttt_layers: str = setting("", "comma list of the blocks that adapt; empty: all that are not frozen")
+    ttt_momentum: float = setting(0.0, "SGD momentum; AdamW beta1", 0, 0.9999)
+    ttt_beta2: float = setting(0.99, "AdamW beta2; moment decay of precond by flat chunks", 0, 0.999999)
+    ttt_weight_decay: float = setting(0.0, "AdamW decoupled weight decay", 0)
+    ttt_grad_clip: float = setting(2.0, "maximum gradient norm per set of weights; 0: no clipping", 0)
+    ttt_epochs: int = setting(1, "passes over each scored chunk", 0)
+    ttt_chunk_tokens: int = setting(32768, "targets per chunk, by flat chunks", 1)
+    ttt_chunk_size: int = setting(128, "targets per chunk, by documents; at most EVAL_SEQ_LEN", 1)
+    ttt_slots: int = setting(16, "documents of a group that adapt at once, by documents", 1)
+    ttt_groups: int = setting(8, "groups of documents, each with its own slots; a rank owns whole groups", 1)
+    ttt_context: int = setting(0, "left context of the tokens adapted on", 0)
+    ttt_batch_seqs: int = setting(32, "sequences per step, by flat chunks", 1)
+    ttt_top_frac: float = setting(1.0, "fraction of a scored chunk to adapt on, highest loss first", 0.001, 1)
+    ttt_lora_rank: int = setting(8, "adapter rank", 1)
+    ttt_lora_alpha: float = setting(8.0, "adapter scale is alpha / rank", 0)
+    ttt_warm_start_a: bool = setting(False, "keep the adapters' A when a new document begins")
+    phased_ttt_prefix_docs: int = setting(2000, "phased: documents before the last phase boundary", 1)
+    phased_ttt_num_phases: int = setting(3, "phased: boundaries at which the base weights adapt", 1)
+    global_ttt_lr: float = setting(0.001, "phased: SGD learning rate of the base", 0)
+    global_ttt_momentum: float = setting(0.9, "phased: SGD momentum of the base", 0, 0.9999)
+    ppm_alpha: float = setting(1.0, "model weight in a mixture with an order-1 PPM; 1: no mixture", 0, 1)
     # fmt: on
 
     @property
@@ -311,36 +333,53 @@ class Config:
         return int_list(self.block_order) or list(range(self.num_layers))
 
     @property
-    def piece_size(self) -> int:
-        return min(self.ttt_chunk_size, self.eval_seq_len)
-
-    @property
-    def late_fracs(self) -> dict[str, float]:
-        """The phases after training, in their order, and the share of the run that each takes."""
-        deployed = self.meta_ttt_enabled and self.meta_ttt_objective == "deployed"
-        given = (
-            ("reptile", self.reptile_enabled, self.reptile_time_frac),
-            ("deployed", deployed, self.meta_ttt_time_frac),
-        )
-        return {name: frac for name, wanted, frac in given if wanted}
-
-    @property
-    def wants_gradients(self) -> bool:
-        """Whether the export asks for gradients of the loss."""
-        return self.quant_steps == "two_sided" or self.grad_quant
-
-    @property
-    def main_frac(self) -> float:
-        """The share of the run that is left for training."""
-        return 1 - sum(self.late_fracs.values())
-
-    @property
     def token_lr(self) -> float:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
 
+    @property
+    def step_seqs(self) -> int:
+        """Sequences per step, all ranks together."""
+        return self.train_batch_tokens // self.train_seq_len
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """The phases of a run in their order, and the fraction of the run that each takes."""
+        late = {}
+        if self.reptile_enabled:
+            late["reptile"] = self.reptile_time_frac
+        if self.meta_ttt_enabled and self.meta_ttt_objective == "deployed":
+            late["deployed"] = self.meta_ttt_time_frac
+        return {"train": 1 - sum(late.values()), **late}
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether the export needs gradients of the loss."""
+        return self.quant_steps == "two_sided" or self.grad_quant
+
+    @property
+    def piece_size(self) -> int:
+        return min(self.ttt_chunk_size, self.eval_seq_len)
+
     def shards(self, split: str) -> str:
-        """The glob of the shards of SPLIT, train or val."""
+        """The glob of the shards of a split, train or val."""
         return getattr(self, f"{split}_files") or f"{self.data_path}/fineweb_{split}_*.bin"
+
+
+SECTIONS = dict(run="run_id", data="data_path", model="vocab_size", training="iterations", meta="meta_ttt_enabled",
+                export="quant_steps", scoring="eval_seq_len", evaluator="model_path")  # fmt: skip
+
+
+@cache
+def sections() -> dict[str, list[str]]:
+    """The names of the settings by section; SECTIONS has the first of each."""
+    names = [f.name for f in fields(Config)]
+    starts = [names.index(first) for first in SECTIONS.values()]
+    return {section: names[a:b] for section, (a, b) in zip(SECTIONS, pairwise([*starts, len(names)]), strict=True)}
+
+
+def settings_of(config: Config, *names: str) -> dict[str, Any]:
+    """The settings of some sections; those of "model" build the model, and travel in the artifact."""
+    return {name: getattr(config, name) for section in names for name in sections()[section]}
 
 
 ALIASES = {  # the family of #494
@@ -397,25 +436,9 @@ def parse_value(f: Field, text: str) -> Any:
     return value
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Insertions, deletions, substitutions and swaps of neighbours that turn A into B (optimal string alignment)."""
-    rows = [list(range(len(b) + 1))]
-    for i, x in enumerate(a, 1):
-        row = [i]
-        for j, y in enumerate(b, 1):
-            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
-            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
-                best = min(best, rows[-2][j - 2] + 1)
-            row.append(best)
-        rows.append(row)
-    return rows[-1][-1]
-
-
 def likely_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that NAME is a near miss of: distance 1 for names of up to eight letters, 2 for longer ones."""
-    near = [(edit_distance(name, k), k) for k in known if abs(len(name) - len(k)) <= 2]
-    near = [(distance, k) for distance, k in near if distance <= (1 if len(k) <= 8 else 2)]
-    return min(near)[1] if near else None
+    """The known name that `name` is a near miss of: one letter in eight may differ."""
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.87)), None)
 
 
 def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
@@ -463,7 +486,7 @@ def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[s
 
 def inconsistencies(c: Config) -> list[str]:
     """What is wrong between settings that are right each for itself."""
-    rows = c.train_batch_tokens // c.train_seq_len
+    rows = c.step_seqs
     a_list = r"\s*\d+(\s*,\s*\d+)*\s*"
     ve_ok = not c.ve_enabled or re.fullmatch(a_list, c.ve_layers)
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers) and max(c.value_layers, default=0) < c.num_layers
@@ -471,7 +494,7 @@ def inconsistencies(c: Config) -> list[str]:
         name: not text or (re.fullmatch(a_list, text) and max(int_list(text)) < c.num_layers)
         for name, text in (("TTT_LAYERS", c.ttt_layers), ("REPTILE_LAYERS", c.reptile_layers))
     }
-    by_documents = TTT_MODES[c.ttt_mode][0]
+    by_documents = TTT_MODES[c.ttt_mode].by_documents
     causal = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1
     order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
     order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
@@ -504,11 +527,12 @@ def inconsistencies(c: Config) -> list[str]:
         (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: two-sided "
          "steps give every weight its bits"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
-        (c.main_frac > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.main_frac:.2f} of the run to train"),
+        (c.phases["train"] > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.phases['train']:.2f} of the run "
+         "to train"),
         (causal or not by_documents, f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones "
          f"or on the length of the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. "
          "Set flat and 1"),
-        ("deployed" not in c.late_fracs or by_documents, "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
+        ("deployed" not in c.phases or by_documents, "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
         *((ok, f"{name}={getattr(c, name.lower())!r}: numbers from 0 to {c.num_layers - 1}")
           for name, ok in layers_ok.items()),
         (c.ttt_protocol == "legal" or c.ttt_mode in ("banks", "all", "lora"),
@@ -550,22 +574,8 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     return Config(**values), values, notices
 
 
-def help_text(head: str) -> str:
-    """HEAD, then every setting with its default and one line, by section."""
-    lines = [head.strip(), "", "Settings (environment variables; RECIPE=FILE reads KEY=VALUE lines first):"]
-    section = ""
-    for f in fields(Config):
-        if f.metadata["section"] != section:
-            section = f.metadata["section"]
-            lines += ["", f"{section}:"]
-        default = int(f.default) if f.type == "bool" else f.default
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        lines.append(f"  {f.name.upper() + '=' + str(default):42} {f.metadata['help']}{choices}")
-    return "\n".join(lines)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Ranks and devices
+# Ranks, files and the log
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -701,9 +711,18 @@ def maybe_compile(
     return call
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data
-# ----------------------------------------------------------------------------------------------------------------------
+def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
+    """FloatingPointError that names the first of TENSORS with a value that is not finite; WHAT they are."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise FloatingPointError(f"{what}: {name} has values that are not finite")
+
+
+def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, gpu=gpu,
+                attention=attention, dtype=str(compute_dtype(device)).removeprefix("torch."), numpy=np.__version__,
+                threads=torch.get_num_threads())  # fmt: skip
 
 
 def sha256_file(path: str | Path) -> str:
@@ -712,6 +731,86 @@ def sha256_file(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def code_files() -> list[Path]:
+    """The files whose bytes count: this one, and the evaluator where it lies beside it."""
+    here = Path(__file__).resolve()
+    return [path for path in (here, here.with_name("eval_ttt.py")) if path.exists()]
+
+
+def code_hashes() -> dict[str, str]:
+    return {path.name: sha256_file(path) for path in code_files()}
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write CONTENT under a random name, then rename: PATH is never half-written, and no link is written through."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def saved_bytes(content: Any) -> bytes:
+    """What torch.save writes; to a file it would make a RuntimeError of a full disk's OSError."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+class RunLog:
+    """train.log, metrics.jsonl and standard output of rank 0; the other ranks say nothing."""
+
+    def __init__(self, folder: Path, name: str = "train.log"):
+        self.folder, self.name = folder, name
+
+    def line(self, text: str) -> None:
+        text = shown(text)
+        if rank() == 0:
+            with suppress(OSError):  # a terminal that is gone is no reason to lose a run
+                print(text, flush=True)
+            self._append(self.name, text)
+
+    def _append(self, name: str, text: str) -> None:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # never through a link out of the folder
+            with open(os.open(self.folder / name, flags, 0o666), "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:  # nor is a full disk, until the artifact is to be written
+            with suppress(OSError):
+                print(f"WARNING: {self.folder / name}: {error.strerror}", file=sys.stderr, flush=True)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what metrics.jsonl has from after the training step STEP, where the run goes on."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            rows = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a line that a full disk cut short
+                    rows.append(json.loads(line))
+            kept = [row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def step(
+        self, step: int, count: int, seconds: float, also: Mapping[str, float] | None = None, **values: float
+    ) -> None:
+        """One line of the field's dialect, and the same as JSON with what is in `also`."""
+        shown = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
+        times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
+        self.line(f"step:{step}/{count} {shown} {times}")
+        if rank() == 0:
+            row = dict(step=step, seconds=seconds, **values, **(also or {}))
+            self._append("metrics.jsonl", json.dumps(row))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def open_shard(path: str) -> np.ndarray:
@@ -952,7 +1051,7 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bits per byte
+# Bytes per token
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Tokens and tokens per byte of the published validation sets: the fingerprint of right byte accounting.
@@ -1075,7 +1174,10 @@ def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str
     stream = TokenStream(config.shards("val"), config.vocab_size)
     check_listing(stream, tokenizer_sha256, "val")
     tokens = stream.read_all()
-    sliding_windows(len(tokens), config.eval_seq_len, config.eval_stride)
+    if len(tokens) <= config.eval_seq_len:
+        raise UserError(
+            f"{len(tokens)} validation tokens are fewer than a window, EVAL_SEQ_LEN={config.eval_seq_len} and a target"
+        )
     check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()), config.shards("val"))
     return tokens, stream.paths
 
@@ -1085,8 +1187,22 @@ def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str
 # ----------------------------------------------------------------------------------------------------------------------
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-Tap = Callable[[str, int, Tensor, Tensor], None]
-Adapters = Mapping[str, tuple[Tensor, Tensor]]  # bank -> (rows, r, in) and (rows, out, r), B of each, or one for all
+Tap = Callable[["Block", str, Tensor, Tensor], None]  # block, product, its input and its output
+Adapters = Mapping[str, tuple[Tensor, Tensor]]  # bank -> A (..., rows, r, in) and B (..., rows, out, r)
+
+# The four products of a block: the site whose activations they read, and the matrices that make them, each a row of the
+# first or second half of a bank. Calibration statistics are kept by site, adapters by matrix.
+PRODUCTS = {
+    "qkv": ("attn_in", (("qo_bank", 0), ("kv_bank", 0), ("kv_bank", 1))),
+    "o": ("attn_out", (("qo_bank", 1),)),
+    "up": ("mlp_in", (("mlp_up_bank", 0),)),
+    "down": ("mlp_mid", (("mlp_down_bank", 0),)),
+}
+
+
+def bank_sites(bank: str) -> list[str]:
+    """The site that each half of a bank reads; the MLP's banks have one half."""
+    return [site for half in (0, 1) for site, parts in PRODUCTS.values() if (bank, half) in parts]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -1273,12 +1389,12 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - share * v).flatten(2, 3)
 
 
-class FusedBanks(NamedTuple):
-    """The banks as a forward pass reads them fastest; see GPT.fuse.
+class Weights(NamedTuple):
+    """All block matrices in the one form that every forward pass reads, made by GPT.weights.
 
-    qkv (L, d + 2 K D, d): W_Q, W_K and W_V, which read the same. up (L, m, d). Of each layer in use o (layers, d, d)
-    and down (layers, d, m), with its attn_scale and mlp_scale taken in: the gradient of these is then a pass over
-    weights, not two over tokens.
+    qkv (..., L, d + 2 K D, d) and up (..., L, m, d) by bank row. o (..., A, d, d) and down (..., A, d, m) by
+    application of a block, of which a loop has more: they carry attn_scale and mlp_scale, whose gradient is then a
+    pass over weights, not two over tokens. Leading axis: none, or a set of weights for each row of the batch.
     """
 
     qkv: Tensor
@@ -1287,41 +1403,30 @@ class FusedBanks(NamedTuple):
     down: Tensor
 
 
-class LayerWeights(NamedTuple):
-    """The matrices of a layer, (out, in) each, and what joins in their products.
+class BlockWeights(NamedTuple):
+    """What one application of a block multiplies by, in the compute dtype.
 
-    Fused they are qkv, o, up and down of FusedBanks; else q, k, v, o, up and down, (out, in), or (B, out, in), one for
-    each row of the batch, and the products are made one by one, for the tap to see.
+    matrices: product -> (..., out, in). adapters: product -> pairs A (..., r, in), B (..., out, r), whose outputs lie
+    side by side (three for qkv); "attn" and "mlp" are in parallel to a whole sublayer. Those that end in the residual
+    stream carry its scale, as o and down do. tap: sees the input and output of every product.
     """
 
     matrices: Mapping[str, Tensor]
-    adapters: Adapters
-    tap: Tap | None
-    block: Block
+    adapters: Mapping[str, Sequence[tuple[Tensor, Tensor]]]
+    tap: Callable[[str, Tensor, Tensor], None] | None = None
 
-    def linear(self, name: str, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (B, T, in) through matrix NAME -> (B, T, out), by its scale of the block if it has one.
-
-        Y is the product with the matrix, where that is made already.
-        """
-        (bank, row), fused = self.block.rows[name], "qkv" in self.matrices
-        scale = {"o": self.block.attn_scale, "down": self.block.mlp_scale}.get(name)
-        y = x @ self.matrices[name].mT if y is None else y
-        if bank in self.adapters:
-            a, b = (factor.select(-3, row).to(x.dtype) for factor in self.adapters[bank])
-            more = (x @ a.mT) @ b.mT
-            y = y + (more if scale is None or not fused else scale.to(x.dtype) * more)
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """x (B, T, in) -> (B, T, out)."""
+        y = x @ self.matrices[name].mT
         if self.tap is not None:
-            self.tap(bank, row, x, y)
-        return y if scale is None or fused else scale.to(x.dtype) * y
+            self.tap(name, x, y)
+        return self.adapted(name, x, y)
 
-    def attention_inputs(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x (B, T, d) -> queries (B, T, d), keys and values (B, T, K * D)."""
-        if "qkv" not in self.matrices:
-            return tuple(self.linear(name, x) for name in "qkv")
-        qkv, d = self.matrices["qkv"], x.size(-1)
-        parts = (x @ qkv.mT).split([d, (len(qkv) - d) // 2, (len(qkv) - d) // 2], dim=-1)
-        return tuple(self.linear(name, x, y) for name, y in zip("qkv", parts, strict=True))
+    def adapted(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y (B, T, out) plus the low-rank products of x (B, T, in) that belong to it."""
+        if name not in self.adapters:
+            return y
+        return y + torch.cat([(x @ a.mT) @ b.mT for a, b in self.adapters[name]], dim=-1)
 
 
 def lookup(weight: Tensor, ids: Tensor) -> Tensor:
@@ -1396,16 +1501,17 @@ class Attention(nn.Module):
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
 
-    def forward(self, x: Tensor, weights: LayerWeights, places: Places, extra: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, weights: BlockWeights, places: Places, extra: Tensor | None) -> Tensor:
         """x (B, T, d), extra (B, T, K * D) or None -> (B, T, d)."""
-        q, k, v = weights.attention_inputs(x)
+        qkv, d = weights.product("qkv", x), x.size(-1)  # (B, T, d + 2 K D)
+        q, k, v = qkv.split([d, (qkv.size(-1) - d) // 2, (qkv.size(-1) - d) // 2], dim=-1)
         v = v if extra is None else v + extra
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, heads, D)
         q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), places), rotate(rms_norm(k), places)
         keys, values = (k, v) if places.cache is None else places.cache.append(self, k, v)
         y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
-        return weights.linear("o", y.flatten(2))
+        return weights.product("o", y.flatten(2))
 
 
 class StarReLU(nn.Module):
@@ -1428,15 +1534,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
         super().__init__()
-        self.layer, self.slope, L = layer, config.mlp_leaky_slope, config.num_layers
-        self.rows = {
-            "q": ("qo_bank", layer),
-            "k": ("kv_bank", layer),
-            "v": ("kv_bank", L + layer),
-            "o": ("qo_bank", L + layer),
-            "up": ("mlp_up_bank", layer),
-            "down": ("mlp_down_bank", layer),
-        }
+        self.layer, self.slope = layer, config.mlp_leaky_slope
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
         self.attn = Attention(config, layer, kernel)
         self.attn_scale = nn.Parameter(torch.ones(config.model_dim))
@@ -1446,22 +1544,36 @@ class Block(nn.Module):
         self.mlp = StarReLU(config.mlp_dim) if config.star_relu else None
 
     def forward(
-        self, x: Tensor, x0: Tensor, weights: LayerWeights, places: Places, extra: Tensor | None, columns: Tensor | None
+        self, x: Tensor, x0: Tensor, weights: BlockWeights, places: Places, extra: Tensor | None, columns: Tensor | None
     ) -> Tensor:
         """x, x0 (B, T, d): the stream and the first embedding; extra (B, T, K * D) or None -> (B, T, d).
 
         columns (B, C) or None: the places that go on after attention, (B, C, d) then.
         """
-        if self.resid_mix is not None:
-            mix = self.resid_mix.to(x.dtype)
-            x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(rms_norm(x, self.norm_scale), weights, places, extra)
+        x = self.mix(x, x0)
+        x = x + self.attention_update(x, weights, places, extra)  # times attn_scale, which weights.o carries
         if columns is not None:
             x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
-        hidden = weights.linear("up", rms_norm(x, self.norm_scale))  # (B, T, m)
-        hidden = F.leaky_relu(hidden, self.slope).square()
+        return x + self.mlp_update(x, weights)  # times mlp_scale, which weights.down carries
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The stream with some of the first embedding x0 mixed back in, by channel."""
+        if self.resid_mix is None:
+            return x
+        mix = self.resid_mix.to(x.dtype)
+        return mix[0] * x + mix[1] * x0
+
+    def attention_update(self, x: Tensor, weights: BlockWeights, places: Places, extra: Tensor | None) -> Tensor:
+        """What attention adds to the stream x (B, T, d)."""
+        h = rms_norm(x, self.norm_scale)
+        return weights.adapted("attn", h, self.attn(h, weights, places, extra))
+
+    def mlp_update(self, x: Tensor, weights: BlockWeights) -> Tensor:
+        """What the MLP adds to the stream x (B, T, d)."""
+        h = rms_norm(x, self.norm_scale)
+        hidden = F.leaky_relu(weights.product("up", h), self.slope).square()  # (B, T, m)
         hidden = hidden if self.mlp is None else self.mlp(hidden)
-        return x + weights.linear("down", hidden)
+        return weights.adapted("mlp", h, weights.product("down", hidden))
 
 
 class GPT(nn.Module):
@@ -1557,28 +1669,26 @@ class GPT(nn.Module):
             block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
         self.looped = True
 
-    def forward(self, input_ids: Tensor, **how: Any) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V) or (B, C, V) in float32 (a float64 model: float64); HOW: of `stream`."""
-        return self.head(self.stream(input_ids, **how))
+    def forward(self, input_ids: Tensor, *how: Any, **named: Any) -> Tensor:
+        """input_ids (B, T) -> logits (B, T, V) or (B, C, V) in float32 (a float64 model: float64), as `stream` says."""
+        return self.head(self.stream(input_ids, *how, **named))
 
     def stream(
         self,
         input_ids: Tensor,
-        banks: Mapping[str, Tensor] | None = None,
+        weights: Weights | None = None,
         adapters: Adapters | None = None,
         tap: Tap | None = None,
         columns: Tensor | None = None,
         cache: Cache | None = None,
-        fused: FusedBanks | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> what the head reads, (B, T, d).
 
-        banks: replacements by name, of the bank's shape or with a leading axis of size B. adapters: low-rank additions
-        by bank name, see Adapters. tap: called with (bank, row, input, output) of every bank product. columns (B, C):
-        the places whose logits are wanted, (B, C, d) then. cache: of the tokens before these, which are added to it.
-        fused: what `fuse` has made of the banks, where that is done before.
+        weights: of `weights`, where they are made before. adapters: low-rank additions, see Adapters. tap: sees every
+        product, see Tap. columns (B, C): the places whose logits are wanted, (B, C, d) then. cache: of the tokens
+        before these, which are added to it.
         """
-        layers = self.layers(banks or {}, adapters or {}, tap, fused)
+        layers = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
         places = self.places(input_ids, x, cache)
         extra = self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
@@ -1603,36 +1713,46 @@ class GPT(nn.Module):
         """The blocks of a forward pass, in their order."""
         return list(self.blocks) if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
 
-    def fuse(self, banks: Mapping[str, Tensor]) -> FusedBanks:
-        """What a forward pass reads of the four BANKS, of the parameters' shape, and of the blocks' scales."""
-        (qo, kv, up, down), blocks, L = (banks[name] for name in self.BANKS), self.used_blocks(), self.config.num_layers
-        o, down = qo[L:], down
-        if (rows := [block.layer for block in blocks]) != list(range(L)):  # no index: the host would wait
-            o, down = (torch.stack([bank.unbind()[row] for row in rows]) for bank in (o, down))
-        attn_scale = torch.stack([block.attn_scale for block in blocks]).unsqueeze(-1)  # (layers, d, 1)
-        mlp_scale = torch.stack([block.mlp_scale for block in blocks]).unsqueeze(-1)
-        return FusedBanks(torch.cat((qo[:L], kv[:L], kv[L:]), dim=1), attn_scale * o, up, mlp_scale * down)
+    def weights(self, banks: Mapping[str, Tensor] | None = None) -> Weights:
+        """What forward passes read of the four banks (banks: others, by name) and of the blocks' residual scales."""
+        qo, kv, up, down = (self.banks() | dict(banks or {})).values()
+        L, rows = self.config.num_layers, [block.layer for block in self.used_blocks()]
+        lead = torch.broadcast_shapes(qo.shape[:-3], kv.shape[:-3])
+        qo, kv = (bank.expand(*lead, *bank.shape[-3:]) for bank in (qo, kv))
+        o = qo[..., L:, :, :]
+        if rows != list(range(L)):  # no index: the host would wait
+            o, down = (torch.stack([bank.unbind(-3)[row] for row in rows], dim=-3) for bank in (o, down))
+        qkv = torch.cat((qo[..., :L, :, :], kv[..., :L, :, :], kv[..., L:, :, :]), dim=-2)
+        return Weights(qkv, self.scales("attn_scale") * o, up, self.scales("mlp_scale") * down)
 
-    def layers(
-        self,
-        banks: Mapping[str, Tensor],
-        adapters: Adapters,
-        tap: Tap | None,
-        fused: FusedBanks | None,
-    ) -> list[LayerWeights]:
-        """The weights of each layer of the forward pass, in `dtype`: fused where nothing needs the products apart."""
-        assert {*banks, *adapters} <= {*self.BANKS}, "a replacement that nothing would use"
-        assert fused is None or not (banks or tap), "fused banks beside what they would hide"
-        banks, blocks = self.banks() | dict(banks), self.used_blocks()
+    def scales(self, name: str) -> Tensor:
+        """attn_scale or mlp_scale of every application, (..., A, d, 1); adapted ones are (B, 1, d) each."""
+        each = [torch.atleast_2d(getattr(block, name)) for block in self.used_blocks()]
+        return torch.cat(each, dim=-2).unsqueeze(-1)
+
+    def block_weights(self, weights: Weights, adapters: Adapters, tap: Tap | None) -> list[BlockWeights]:
+        """Those of each application, in `dtype`. An adapter of a bank row serves all applications of that row."""
+        assert {*adapters} <= {*self.BANKS}, "an adapter that nothing would use"
+        assert ("qo_bank" in adapters) == ("kv_bank" in adapters), "Q, K and V are adapted together"
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
-        if tap is None and all(bank.dim() == 3 for bank in banks.values()):
-            qkv, o, up, down = (part.to(self.dtype).unbind() for part in fused or self.fuse(banks))
-            matrices = [dict(qkv=qkv[block.layer], o=o[depth], up=up[block.layer], down=down[depth])
-                        for depth, block in enumerate(blocks)]  # fmt: skip
-        else:
-            rows = {name: bank.to(self.dtype).unbind(-3) for name, bank in banks.items()}
-            matrices = [{name: rows[bank][row] for name, (bank, row) in block.rows.items()} for block in blocks]
-        return [LayerWeights(each, adapters, tap, block) for each, block in zip(matrices, blocks, strict=True)]
+        qkv, o, up, down = (part.to(self.dtype).unbind(-3) for part in weights)
+        lora = {bank: [part.to(self.dtype).unbind(-3) for part in pair] for bank, pair in adapters.items()}
+        scales = {"o": self.scales("attn_scale"), "down": self.scales("mlp_scale")} if lora else {}
+        found = []
+        for depth, block in enumerate(self.used_blocks()):
+            row = block.layer
+            pairs = {}
+            for name, (_, parts) in PRODUCTS.items():
+                if parts[0][0] not in lora:
+                    continue
+                at = [(bank, half * self.config.num_layers + row) for bank, half in parts]
+                pairs[name] = [(lora[bank][0][i], lora[bank][1][i]) for bank, i in at]
+                if name in scales:
+                    scale = scales[name].select(-3, depth).to(self.dtype)  # (..., d, 1)
+                    pairs[name] = [(a, scale * b) for a, b in pairs[name]]
+            matrices = dict(qkv=qkv[row], o=o[depth], up=up[row], down=down[depth])
+            found.append(BlockWeights(matrices, pairs, None if tap is None else partial(tap, block)))
+        return found
 
     def places(self, input_ids: Tensor, like: Tensor, cache: Cache | None = None) -> Places:
         """Those of INPUT_IDS (B, T), which CACHE has already, in dtype and on device of LIKE."""
@@ -1691,11 +1811,6 @@ class GPT(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def count_parameters(model: GPT) -> int:
-    """Those that the artifact holds: not the heads of multi-token prediction."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp_heads."))
-
-
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log likelihood in nats of each of TARGETS (B, T) under LOGITS (B, T, V)."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
@@ -1706,24 +1821,24 @@ def token_nll(
     input_ids: Tensor,
     targets: Tensor,
     columns: Tensor | None = None,
-    weights: Mapping[str, Tensor] | None = None,
+    replaced: Mapping[str, Tensor] | None = None,
     adapters: Adapters | None = None,
 ) -> Tensor:
-    """The nll of TARGETS at COLUMNS of INPUT_IDS, all three (B, C), or at every place.
+    """The nll of targets at columns of input_ids, all three (B, C), or at every place.
 
-    weights: replacements of any parameters by name, as FastWeights makes them; adapters as in GPT.forward.
+    replaced: other values of any parameters by name, as FastWeights makes them; adapters as in GPT.stream.
     """
     extra = dict(adapters=adapters, columns=columns)
-    return nll(torch.func.functional_call(model, dict(weights or {}), (input_ids,), extra), targets)
+    return nll(torch.func.functional_call(model, dict(replaced or {}), (input_ids,), extra), targets)
 
 
-def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, fused: FusedBanks | None = None) -> Tensor:
+def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weights | None = None) -> Tensor:
     """The mean nll of the targets, memory tokens' places left out; plus z-loss and the heads that look further ahead.
 
-    Head k, from 1, predicts at each place the target k places later. FUSED as in GPT.stream.
+    Head k, from 1, predicts at each place the target k places later. weights as in GPT.stream.
     """
     c = model.config
-    x, targets = model.stream(input_ids, fused=fused)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
+    x, targets = model.stream(input_ids, weights)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
     logits = model.head(x)
     loss = nll(logits, targets).mean()
     if c.zloss_weight:
@@ -1734,41 +1849,82 @@ def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, fused: FusedBa
     return loss
 
 
-def flops_per_token(config: Config) -> int:
-    """Operations of a training token: 6 for each weight of a matrix product, and 6 T d a layer for causal attention."""
-    c, layers = config, len(config.block_rows)
-    block = 2 * c.model_dim**2 + 2 * c.kv_dim * c.model_dim + 2 * c.mlp_dim * c.model_dim
-    small = c.bigram_dim * c.model_dim * bool(c.bigram_vocab_size) + c.ve_dim * c.kv_dim * bool(c.value_layers)
-    heads = (1 + c.mtp_num_heads) * c.vocab_size * c.model_dim
-    return 6 * (layers * block + small + heads) + 6 * layers * c.train_seq_len * c.model_dim
+@torch.no_grad()
+def generate(model: GPT, rows: int, length: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
+    """Texts (rows, length) by the model itself, each from a document's beginning on, sampled at `temperature`."""
+    device = model.tok_emb.weight.device
+    generator, cache = torch.Generator().manual_seed(seed), Cache()
+    weights = Weights(*(part.to(model.dtype) for part in model.weights()))
+    ids = torch.full((rows, 1), BOS_ID, device=device)
+    for _ in range(length - 1):
+        logits = model.head(model.stream(ids[:, -1:], weights, cache=cache))[:, -1]  # (rows, V)
+        noise = torch.empty(logits.shape).exponential_(generator=generator).to(device)
+        chosen = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # Gumbel's way to draw from a softmax
+        ids = torch.cat((ids, chosen), dim=1)
+    return ids
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimisers and schedules
+# Parameter groups, optimizers, schedules
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Every parameter is in the first group whose pattern its whole name matches; one that matches none is an error.
+
+class ParamGroup(NamedTuple):
+    """What happens to the parameters whose whole name matches a pattern."""
+
+    name: str  # of the group; TTT_MODES names groups by it
+    optimizer: str
+    lr: str  # the setting, or a property of Config
+    decay: str | None
+    stored: str  # in the artifact: as int8 codes, as float16, or "": not at all
+    is_matrix: bool  # the last two axes; else it is a stack of vectors, or a number
+    pattern: str
+
+
+# One row answers for a parameter: optimizer, learning rate, decay, quantized or not, whether it adapts at test time.
 # Gates, gains and scales have no decay: it would pull them to zero, whatever they learn.
 PARAM_GROUPS = (
-    # group    optimiser  rate         decay      names
-    ("bank",   "muon",  "matrix_lr", "muon_wd", r"(qo|kv|mlp_up|mlp_down)_bank|mtp_heads\.\d+\.weight"),
-    ("embed",  "adamw", "token_lr",  "adam_wd", r"(tok_emb|bigram\.embed|ve_shared\.embed)\.weight|memory_tokens"),
-    ("head",   "adamw", "head_lr",   "adam_wd", r"lm_head\.weight"),
-    ("proj",   "adamw", "scalar_lr", "adam_wd", r"(bigram|ve_shared)\.proj\.weight"),
-    ("scalar", "adamw", "scalar_lr", None,      r"(bigram|ve_shared)\.scale|smear\.gate|skip_(weights|gates)|"
-                r"word_start_boost|ve_layer_scales\.\d+|"
-                r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|mlp\.(scale|bias))"),
+    ParamGroup("bank", "muon", "matrix_lr", "muon_wd", "codes", True, r"(qo|kv|mlp_up|mlp_down)_bank"),
+    ParamGroup("mtp", "muon", "matrix_lr", "muon_wd", "", True, r"mtp_heads\.\d+\.weight"),
+    ParamGroup("embed", "adamw", "token_lr", "adam_wd", "codes", True, r"(tok_emb|(bigram|ve_shared)\.embed)\.weight"),
+    ParamGroup("memory", "adamw", "token_lr", "adam_wd", "float16", True, r"memory_tokens"),
+    ParamGroup("head", "adamw", "head_lr", "adam_wd", "codes", True, r"lm_head\.weight"),
+    ParamGroup("proj", "adamw", "scalar_lr", "adam_wd", "codes", True, r"(bigram|ve_shared)\.proj\.weight"),
+    ParamGroup("scalar", "adamw", "scalar_lr", None, "float16", False,
+               r"(bigram|ve_shared)\.scale|smear\.gate|skip_(weights|gates)|word_start_boost|ve_layer_scales\.\d+|"
+               r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|mlp\.(scale|bias))"),
 )  # fmt: skip
+
+
+@cache
+def param_group(name: str) -> ParamGroup | None:
+    """The first group whose pattern the whole name matches; None for what is no parameter of a model."""
+    return next((group for group in PARAM_GROUPS if re.fullmatch(group.pattern, name)), None)
+
+
+def is_coded(name: str) -> bool:
+    """Whether a tensor is stored as int8 codes; others are float16."""
+    return (group := param_group(name)) is not None and group.stored == "codes"
+
+
+def is_matrix(name: str) -> bool:
+    """Whether the last two axes of a parameter or adapter are a matrix."""
+    return name.endswith(("_bank.a", "_bank.b")) or param_group(name).is_matrix
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """The named parameters by group. Each is in exactly one, or this raises AssertionError."""
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {row[0]: [] for row in PARAM_GROUPS}
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {group.name: [] for group in PARAM_GROUPS}
     for name, parameter in model.named_parameters():
-        group = next((row[0] for row in PARAM_GROUPS if re.fullmatch(row[4], name)), None)
-        assert group is not None, f"parameter {name} belongs to no optimiser group"
-        groups[group].append((name, parameter))
+        group = param_group(name)
+        assert group is not None, f"parameter {name} belongs to no optimizer group"
+        groups[group.name].append((name, parameter))
     return groups
+
+
+def count_parameters(model: GPT) -> int:
+    """Those that the artifact holds: not the heads of multi-token prediction."""
+    return sum(p.numel() for name, p in model.named_parameters() if param_group(name).stored)
 
 
 def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype=torch.bfloat16) -> Tensor:
@@ -1912,14 +2068,14 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     groups, layers = group_parameters(model), len(config.block_rows)
     by_layer = [1.0] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
     tables: dict[str, list[dict]] = {"muon": [], "adamw": []}
-    for group, optimizer, rate, decay, _ in PARAM_GROUPS:
+    for group in PARAM_GROUPS:
         members: dict[float, list[Tensor]] = {}
-        for name, p in groups[group]:
+        for name, p in groups[group.name]:
             block = re.match(r"blocks\.(\d+)\.", name)
             members.setdefault(by_layer[int(block[1])] if block else 1.0, []).append(p)
         for factor, params in members.items():
-            lr, weight_decay = factor * getattr(config, rate), getattr(config, decay) if decay else 0.0
-            tables[optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
+            lr, weight_decay = factor * getattr(config, group.lr), getattr(config, group.decay) if group.decay else 0.0
+            tables[group.optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
     row_rates = {}
     if set(by_layer) != {1.0}:
         by_row = torch.tensor([by_layer[layer] for layer in model.first_uses], device=model.qo_bank.device)
@@ -1975,21 +2131,287 @@ def momentum_at(config: Config, step: int) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Adaptation
+# Averaging the weights
 # ----------------------------------------------------------------------------------------------------------------------
 
-# What learns at test time: by flat chunks one set of weights for the whole text, by documents one set for each, which
-# starts from the artifact. `learns` names groups of PARAM_GROUPS, or adapters.
-TTT_MODES = {
-    # mode        by documents, learns
-    "none":      (False, ""),
-    "banks":     (False, "bank"),
-    "all":       (False, "bank embed head proj scalar"),
-    "lora":      (False, "adapters"),
-    "doc_banks": (True,  "bank embed head proj scalar"),
-    "doc_lora":  (True,  "adapters"),
-    "phased":    (True,  "adapters"),
-}  # fmt: skip
+
+class WeightAverage:
+    """EMA of the weights, and the mean of snapshots late in the run (tight SWA), in float32.
+
+    With both on, the snapshots are of the EMA. `apply` copies the result into the model; with neither, it does nothing.
+    """
+
+    def __init__(self, model: nn.Module, config: Config):
+        self.config, self.live = config, [p.detach() for p in model.parameters()]
+        self.ema = [p.clone() for p in self.live] if config.ema_enabled else None
+        self.swa: list[Tensor] = []
+        self.snapshots = 0
+
+    @torch.no_grad()
+    def update(self, step: int, scale: float) -> None:
+        """After step STEP (from 1), taken at SCALE of the peak learning rate."""
+        every = self.config.ema_update_every
+        if self.ema is not None and step % every == 0:
+            torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay**every)
+        if self.config.swa_enabled and scale < self.config.swa_threshold and step % self.config.swa_every == 0:
+            self.snapshots += 1
+            source = self.live if self.ema is None else self.ema
+            self.swa = self.swa or [torch.zeros_like(p) for p in source]
+            torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        if self.ema is not None:
+            torch._foreach_copy_(self.ema, saved["ema"])
+        self.swa = [part.to(p.device) for part, p in zip(saved["swa"], self.live, strict=False)]
+        self.snapshots = saved["snapshots"]
+
+    @torch.no_grad()
+    def apply(self) -> str:
+        """Put the average into the model; returns what it was, for the log."""
+        average = self.swa or self.ema
+        if not average:
+            return "none"
+        torch._foreach_copy_(self.live, average)
+        return f"swa of {self.snapshots} snapshots" if self.swa else f"ema {self.config.ema_decay}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scoring
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LedgerError(RuntimeError):
+    """An evaluation would score a target twice, or learn from one that it has not scored."""
+
+
+class Windows(NamedTuple):
+    """Window w reads tokens[start : start + end]; its targets from index `begin` to `end` count. (W,) int64 each.
+
+    Target t of a text is tokens[t + 1], so window w stands for the targets from start + begin to start + end.
+    """
+
+    start: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+
+    def take(self, index: np.ndarray) -> Windows:
+        return Windows(self.start[index], self.begin[index], self.end[index])
+
+    def ranges(self, whole: bool = False) -> Iterator[tuple[int, int]]:
+        """First and last but one target of each window that has any; WHOLE: of all that it reads."""
+        for start, begin, end in zip(self.start.tolist(), self.begin.tolist(), self.end.tolist(), strict=True):
+            if end > begin:
+                yield (start if whole else start + begin), start + end
+
+
+class Slots(NamedTuple):
+    """Which document's weights the windows of a chunk use; they stand in document order, (W,) each.
+
+    group: of documents, whose chunks one rank takes. slot: where a window's document has its weights. fresh: whether
+    the document begins here. lengths: tokens of the batch whose first window this is. width: columns of every batch.
+    """
+
+    group: int
+    slot: np.ndarray
+    fresh: np.ndarray
+    lengths: np.ndarray
+    width: int
+
+
+class Chunk(NamedTuple):
+    """A part of a plan: windows that are scored with the same weights, then windows that may be adapted on.
+
+    slots: where each window's document has weights of its own; windows that are adapted on are then as many, some of
+    them empty. base: the base learns, not the fast weights.
+    """
+
+    scored: Windows
+    learned: Windows | None = None
+    slots: Slots | None = None
+    base: bool = False
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank has a part in it."""
+        return self.slots is None or self.slots.group % world_size() == rank()
+
+
+class Score(NamedTuple):
+    """Result of a scoring pass: nll (targets,) float32 in nats, its float64 mean, bits per byte, and seconds."""
+
+    nll: np.ndarray
+    val_loss: float
+    val_bpb: float
+    seconds: float
+
+
+class Ledger:
+    """What has been scored. Raises LedgerError before a target is scored again, or learned from unscored."""
+
+    def __init__(self, targets: int):
+        self.scored = np.zeros(targets, bool)
+
+    def score(self, windows: Windows) -> None:
+        for begin, end in windows.ranges():
+            if self.scored[begin:end].any():
+                raise LedgerError(f"targets {begin} to {end - 1} would be scored twice")
+            self.scored[begin:end] = True
+
+    def learn(self, windows: Windows) -> None:
+        for begin, end in windows.ranges(whole=True):
+            if not self.scored[begin:end].all():
+                raise LedgerError(f"targets {begin} to {end - 1} would be learned from before they are scored")
+
+
+def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
+    """Windows of seq_len that together score each of the num_tokens - 1 targets exactly once.
+
+    The first scores all its targets, each later one the next STRIDE, and the last one what is left, with a full window
+    of context. stride = seq_len gives non-overlapping windows but for the last.
+    """
+    targets = num_tokens - 1
+    assert targets >= seq_len, "read_validation refuses such a text"
+    ends = np.append(np.arange(seq_len, targets, stride), targets)
+    return Windows(ends - seq_len, seq_len - np.diff(ends, prepend=0), np.full(len(ends), seq_len))
+
+
+def window_lengths(config: Config) -> list[int]:
+    """The four lengths, or fewer, that windows by documents are padded to: EVAL_SEQ_LEN and halves of it."""
+    halves = [math.ceil(config.eval_seq_len / 2**k) for k in (3, 2, 1, 0)]
+    return [length for length in halves if length >= config.piece_size]
+
+
+def piece_windows(
+    low: np.ndarray, high: np.ndarray, piece: np.ndarray | int, config: Config
+) -> tuple[Windows, Windows, np.ndarray]:
+    """Of documents with targets from low to high: how the chunk `piece` targets in is scored and how it is adapted on,
+    and one of window_lengths for each.
+
+    It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by
+    side. Windows start, and have the length, that they would have if the document went on: where it ends is known only
+    when that is scored. Nothing is adapted on of a document's last chunk; one that has ended has empty windows.
+    """
+    c, a, nominal = config, np.minimum(low + piece, high), low + piece + config.piece_size
+    b, left = np.minimum(nominal, high), np.maximum(low, a - c.ttt_context)
+    start = np.maximum(low, np.minimum(nominal - c.eval_seq_len, a))
+    if c.eval_stride == c.eval_seq_len:
+        start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
+    lengths = np.array(window_lengths(c))
+    lengths = lengths[np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))]  # never shorter with age
+    learned = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
+    return Windows(start, a - start, b - start), learned, lengths
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below NUMBER: few shapes, so that little is compiled."""
+    return 1 << max(int(number) - 1, 0).bit_length()
+
+
+class Batch(NamedTuple):
+    """Windows as tensors: ids (B, T), targets and columns (B, C), and on the host which of them count, (B, C)."""
+
+    ids: Tensor
+    targets: Tensor
+    columns: Tensor
+    counts: np.ndarray
+
+
+def make_batch(
+    tokens: np.ndarray, windows: Windows, width: int, device: torch.device, length: int | None = None
+) -> Batch:
+    """The windows as one batch of `length` tokens, or of a few possible shapes; after a window's end it reads BOS."""
+    start, begin, end = windows
+    most = int((end - begin).max(initial=1))
+    if length is None:
+        length = int(end[0]) if end.min() == end.max() > 0 else power_of_two(end.max(initial=1))
+    width = min(width if most <= width else length, length)
+    places = np.arange(length + 1)
+    rows = tokens[np.minimum(start[:, None] + places, len(tokens) - 1)].astype(np.int64)  # (B, length + 1)
+    rows[places > end[:, None]] = BOS_ID
+    columns = np.minimum(begin[:, None] + np.arange(width), length - 1)  # (B, width)
+    counts = np.arange(width) < (end - begin)[:, None]
+    arrays = rows[:, :-1], np.take_along_axis(rows, columns + 1, axis=1), columns
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts)
+
+
+def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
+    """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan says it."""
+    all_of_them, slots = np.arange(len(chunk.scored.start)), chunk.slots
+    mine = np.array_split(all_of_them, world_size())[rank()] if slots is None else all_of_them
+    usual = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(mine) else 1
+    for first in range(0, len(mine), size or max(len(mine), 1)):
+        index = mine[first : first + (size or len(mine))]
+        yield (index, usual, None) if slots is None else (index, slots.width, int(slots.lengths[first]))
+
+
+@torch.no_grad()
+def score(
+    model: GPT,
+    tokens: np.ndarray,
+    plan: Sequence[Chunk],
+    byte_table: ByteTable,
+    batch_seqs: int | None,
+    nll_fn: Callable = token_nll,
+    learner: Any = None,
+    observe: Callable[[Windows, Batch, Tensor], None] | None = None,
+    progress: Callable[[int], None] = lambda number: None,
+) -> Score:
+    """Score TOKENS (uint16, on the host) chunk by chunk of a PLAN; every rank gets the whole result.
+
+    The ranks share the windows of a chunk, or take whole groups of documents, and BATCH_SEQS windows at a time (None:
+    all). A LEARNER's weights are used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py).
+    OBSERVE sees the windows, the batch and the losses, before anything is learned; PROGRESS the number of each of this
+    rank's chunks, before it is scored.
+    Sums are float64. Raises LedgerError where a target would be scored twice, never, or after it was learned from.
+    """
+    device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
+    forward = nll_fn if learner is None else learner.token_nll
+    nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
+    ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
+    bar = progress_bar(len(nll))
+    for chunk in plan:
+        ledger.score(chunk.scored)
+        if chunk.is_mine:
+            progress(number)
+            if learner is not None:
+                learner.begin(number, chunk)
+            number += 1
+        for index, width, length in batches_of(chunk, batch_seqs) if chunk.is_mine else ():
+            windows, padded = chunk.scored.take(index), np.resize(index, batch_seqs or len(index))
+            batch = make_batch(tokens, chunk.scored.take(padded), width, device, length)  # of a fixed shape
+            if learner is not None:
+                learner.select(chunk, index)
+            losses = forward(model, batch.ids, batch.targets, batch.columns)
+            row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a mask on the GPU would make it wait
+            targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
+            nll[targets] = losses[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)].float()
+            count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
+            if observe is not None:
+                observe(windows, batch, losses)
+            bar.update(len(row) * world_size())
+        if learner is not None and chunk.learned is not None:
+            ledger.learn(chunk.learned)
+            if chunk.is_mine:
+                learner.learn(tokens, chunk, nll)
+    bar.close()
+    if world_size() > 1:
+        dist.all_reduce(nll)
+        dist.all_reduce(count)
+    if not bool((count == 1).all()):
+        raise LedgerError(f"{int((count != 1).sum())} targets were scored twice or never")
+    losses = nll.cpu().numpy()
+    total = float(losses.sum(dtype=np.float64))
+    num_bytes = int(byte_table.count(tokens[:-1], tokens[1:]).sum())
+    return Score(losses, total / len(losses), total / math.log(2) / num_bytes, time.perf_counter() - began)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Test-time training
+# ----------------------------------------------------------------------------------------------------------------------
+
 TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
 
 
@@ -2002,11 +2424,6 @@ def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
         pairs[f"{name}.a"] = (a / math.sqrt(width)).to(model.qo_bank.device)
         pairs[f"{name}.b"] = torch.zeros(rows, out, config.ttt_lora_rank, device=model.qo_bank.device)
     return pairs
-
-
-def is_matrix(name: str) -> bool:
-    """Whether the last two axes of a parameter or adapter are a matrix; else it is a stack of vectors, or a number."""
-    return bool(re.fullmatch(r"\w+_bank(\.[ab])?|.*\.weight|memory_tokens", name))
 
 
 class SecondMoments:
@@ -2096,7 +2513,7 @@ class FastWeights:
         else:
             words, groups = learns.split(), group_parameters(model)
             learning = [pair for group, pairs in groups.items() for pair in pairs if {group, pair[0]} & {*words}]
-            self.base = {name: p.detach().float() for name, p in learning if not name.startswith("mtp_heads.")}
+            self.base = {name: p.detach().float() for name, p in learning}
         self.sets, self.rows = sets or 1, slice(None)
         self.values = {name: torch.stack([base] * self.sets) for name, base in self.base.items()}
         self.own_rates = {name: self._rate(name, base) for name, base in self.base.items()}
@@ -2217,8 +2634,10 @@ class FastWeights:
     def _momentum_direction(self, name: str, g: Tensor, sets: Any) -> Tensor:
         """SGD with momentum, or AdamW; state by set: momentum, and for AdamW squares and steps."""
         c, value = self.config, self.values[name]
-        kept = 1 if c.ttt_optimizer == "sgd" else 2
-        state = self.state.setdefault(name, [torch.zeros_like(value) for _ in range(kept)] + [g.new_zeros(len(value))])
+        if name not in self.state:
+            kept = 1 if c.ttt_optimizer == "sgd" else 2
+            self.state[name] = [*(torch.zeros_like(value) for _ in range(kept)), g.new_zeros(len(value))]
+        state = self.state[name]
         if c.ttt_optimizer == "sgd":
             state[0][sets] = momentum = state[0][sets].mul_(c.ttt_momentum).add_(g)
             return momentum
@@ -2239,7 +2658,7 @@ def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = 
     """
     settings = replace(config, ttt_optimizer="precond", ttt_moments="shared")
     texts = generate(model, config.ttt_prior_seqs, config.ttt_prior_chunks * config.piece_size + 1).split(rows)
-    fast = FastWeights(model, settings, TTT_MODES[config.ttt_mode][1], len(texts[0]))
+    fast = FastWeights(model, settings, TTT_MODES[config.ttt_mode].adapts, len(texts[0]))
     for ids in texts:  # the last batch may have fewer rows
         text, low = ids.cpu().numpy(), np.arange(len(ids)) * ids.size(1)
         for first in range(0, ids.size(1) - 1, config.piece_size):
@@ -2311,347 +2730,46 @@ def adaptation_step(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Meta-learning
+# Calibration statistics
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class MetaRates:
-    """Meta-SGD (arXiv 1707.09835): a positive factor of the inner rate for each bank row. No part of the model.
-
-    They are exponentials, so they stay positive, learned by Adam without decay. One whose row is frozen has no gradient
-    and stays 1.
-    """
-
-    def __init__(self, model: GPT, config: Config):
-        banks = model.banks() if config.meta_sgd_enabled else {}
-        self.logs = {name: torch.zeros(len(bank), 1, 1, device=bank.device) for name, bank in banks.items()}
-        lr = config.meta_sgd_lr or config.scalar_lr
-        self.adam = torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
-
-    def factors(self) -> dict[str, Tensor]:
-        """By bank, (rows, 1, 1)."""
-        return {name: log.exp() for name, log in self.logs.items()}
-
-    def add_gradients(self, fast: FastWeights, gradients: Mapping[str, Tensor]) -> None:
-        """From the outer loss's GRADIENTS at the fast values: a row's displacement is proportional to its factor."""
-        for name, g in gradients.items():
-            if (log := self.logs.get(name.split(".")[0])) is not None:
-                each = (g * (fast.used()[name] - fast.base[name])).sum((-2, -1)).sum(0).view_as(log)
-                log.grad = each if log.grad is None else log.grad + each
-
-    def step(self, scale: float) -> None:
-        """Average the gradients over the ranks and take a step at SCALE of the rate."""
-        if self.adam is None:
-            return
-        for log, g in zip(self.logs.values(), sum_over_ranks([log.grad for log in self.logs.values()]), strict=True):
-            log.grad = g / world_size()
-        self.adam.param_groups[0]["lr"] = scale * self.adam.defaults["lr"]
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(logs=self.logs, adam=self.adam.state_dict() if self.adam else {})
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for name, log in self.logs.items():
-            log.copy_(saved["logs"][name])
-        if self.adam:
-            self.adam.load_state_dict(saved["adam"])
-
-    def report(self) -> dict[str, list[float]]:
-        """The factors by bank and row."""
-        return {name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()}
-
-
-def rates_text(factors: Mapping[str, Tensor]) -> str:
-    """For the log: the smallest and the largest factor of each bank; nothing where there are none."""
-    return "".join(f" rates_{name}:{f.min().item():.3f}..{f.max().item():.3f}" for name, f in factors.items())
-
-
-def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
-    """What an objective's inner steps change: fomaml's is one for all ranks, the others have one set for each task."""
-    c, plain = config, dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0)
-    plain |= dict(ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0)
-    if objective == "deployed":  # the evaluator's own
-        fast = FastWeights(model, c, TTT_MODES[c.ttt_mode][1], math.ceil(c.meta_ttt_docs / world_size()))
-        fast.moments.across_ranks = True
-        return fast
-    if objective == "reptile":
-        layers = c.reptile_layers or ",".join(map(str, range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)))
-        plain |= dict(ttt_freeze_blocks=0, ttt_layers=layers)
-        tasks = math.ceil(c.reptile_tasks / world_size())
-        return FastWeights(model, replace(c, **plain), "mlp_up_bank mlp_down_bank", tasks)
-    plain |= dict(ttt_freeze_blocks=c.meta_ttt_freeze_blocks, ttt_layers="")
-    return FastWeights(model, replace(c, **plain), "bank")
-
-
-def outer_gradients(model: GPT, fast: FastWeights, rates: MetaRates, lesson: Lesson, nll_fn: Callable) -> Tensor:
-    """Add the gradients of weighted_nll to the parameters' and the rates'; returns it.
-
-    Those at the fast values go to the parameters that they started from: the inner steps' own derivative is left out.
-    """
-    loss, values = weighted_nll(model, fast, lesson, nll_fn)
-    loss.backward()
-    gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
-    rates.add_gradients(fast, gradients)
-    for name, g in gradients.items():
-        if not name.endswith(("_bank.a", "_bank.b")):  # adapters start from nothing that is kept
-            p = model.get_parameter(name)
-            p.grad = g.sum(0) if p.grad is None else p.grad + g.sum(0)
-    return loss.detach()
-
-
-def split_task(ids: Tensor, targets: Tensor, split: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inner and outer part of rows (B, T): ids, targets and columns each, see META_TTT_SPLIT."""
-    B, T = ids.shape
-    places, half = torch.arange(T, device=ids.device).expand(B, T), T // 2
-    if split == "batch":
-        return (ids[0::2], targets[0::2], places[0::2]), (ids[1::2], targets[1::2], places[1::2])
-    inner = (ids[:, :half], targets[:, :half], places[:, :half])
-    if split == "seq":
-        return inner, (ids, targets[:, half:], places[:, half:])
-    return inner, (ids[:, half:], targets[:, half:], places[:, : T - half])
-
-
-def fomaml_step(
-    model: GPT, fast: FastWeights, rates: MetaRates, ids: Tensor, targets: Tensor, nll_fn: Callable = token_nll
-) -> tuple[Tensor | None, Tensor]:
-    """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a step.
-
-    IDS, TARGETS (B, T): this rank's rows, as many on each. The outer loss counts META_TTT_LOSS_WEIGHT, whatever the
-    ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT more (#1502). Returns
-    this rank's outer loss before (None where it is not needed) and after.
-    """
-    c, delta, before = model.config, model.config.meta_ttt_delta_weight, None
-    inner, outer = split_task(ids, targets, c.meta_ttt_split)
-    fast.reset()
-    fast.set_factors(rates.factors())
-    share = torch.full(inner[1].shape, 1 / inner[1].numel() / world_size(), device=ids.device)
-    for _ in range(c.meta_ttt_inner_steps):
-        lr = 0.0 if c.meta_control else c.meta_ttt_inner_lr
-        adaptation_step(model, fast, (*inner, share), lr, nll_fn=nll_fn)
-    if delta:
-        before = nll_fn(model, *outer).mean()
-        (-delta * before).backward()
-    total = c.meta_ttt_loss_weight + delta
-    weight = torch.full(outer[1].shape, total / outer[1].numel(), device=ids.device)
-    loss = outer_gradients(model, fast, rates, (*outer, weight), nll_fn)
-    return before, loss / max(total, 1e-12)
-
-
-def sample_documents(
-    stream: TokenStream, count: int, config: Config, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """COUNT stretches of documents of over a piece, as much of them as META_TTT_PIECES pieces take.
-
-    Each has a random place of the training text in it, so that long documents count as they do in training: it begins
-    with the BOS before that place, or there if none is near. Returns rows (count, length + 1) and the number of targets
-    of each (count,).
-    """
-    length, found = config.meta_ttt_pieces * config.piece_size, 0
-    rows, sizes = np.full((count, length + 1), BOS_ID, np.int64), np.zeros(count, np.int64)
-    for _ in range(1000 * count):
-        text = stream.read(int(generator.integers(len(stream))), 2 * length + 1)
-        borders = np.flatnonzero(text == BOS_ID)
-        begin = int(max(borders[borders <= length], default=length))
-        size = int(min(borders[borders > begin], default=len(text))) - begin
-        if (size := min(size, length)) > config.piece_size:
-            rows[found, : size + 1], sizes[found] = text[begin : begin + size + 1], size
-            found += 1
-            if found == count:
-                return rows, sizes
-    raise UserError(f"META_TTT_OBJECTIVE=deployed finds hardly a document of over {config.piece_size} tokens")
-
-
-def deployed_step(
-    model: GPT, fast: FastWeights, rates: MetaRates, rows: np.ndarray, sizes: np.ndarray, nll_fn: Callable = token_nll
-) -> Tensor:
-    """Gradients of the loss of documents that are scored and adapted on as the evaluator does it, chunk by chunk.
-
-    rows (documents, length + 1) and sizes (documents,) are those of all ranks; each takes its part. Together they are
-    one group, in this order, whose moments begin from the prior. The banks are rounded as the artifact's will be.
-    Returns this rank's part of the loss, of which the mean is the whole.
-    """
-    c, device, total = model.config, model.qo_bank.device, torch.zeros((), device=model.qo_bank.device)
-    text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
-    low, text = np.arange(len(text)) * rows.shape[1], text.flatten()
-    lr, size, share = 0.0 if c.meta_control else c.ttt_lr, c.piece_size, world_size() / int(sizes.sum())
-    fast.set_factors(rates.factors())
-    with fake_quantized_banks(model):
-        fast.begin()
-        for piece in range(0, int(sizes.max()), size):
-            scored, learned, lengths = piece_windows(low, low + ends, piece, c)
-            lesson = make_lesson(text, scored, np.full(len(low), share), size, int(lengths.min()) - size, device)
-            fast.rows = slice(None)
-            total += outer_gradients(model, fast, rates, lesson, nll_fn)
-            order = np.argsort(ends <= piece + size, kind="stable")  # those that go on first, in document order
-            count = int((ends > piece + size).sum())
-            lesson = make_lesson(text, learned.take(order), np.full(len(low), 1 / size), size, c.ttt_context, device)
-            fast.rows = torch.from_numpy(order).to(device)
-            for _ in range(c.ttt_epochs if (sizes > piece + size).any() else 0):
-                adaptation_step(model, fast, lesson, lr, count, nll_fn)
-                fast.moments.end_step()
-    return total
-
-
-def reptile_step(model: GPT, fast: FastWeights, rows: Tensor, nll_fn: Callable = token_nll) -> Tensor:
-    """Inner SGD from the same weights for each task, then a part of the way to their mean (arXiv 1803.02999).
-
-    ROWS (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same weights: it
-    is plain SGD on the same rows. Returns the mean loss of the first inner step.
-    """
-    config, places = model.config, torch.arange(rows.size(2) - 1, device=rows.device).expand(rows.size(1), -1)
-    weight, first = torch.full(places.shape, 1 / places.size(1), device=rows.device), None
-    moved = [torch.zeros_like(base) for base in fast.base.values()]
-    for number, part in enumerate(rows):
-        if number == 0 or config.meta_control:
-            fast.reset()
-        task = (part[:, :-1], part[:, 1:], places, weight)
-        loss = adaptation_step(model, fast, task, config.reptile_inner_lr, nll_fn=nll_fn)
-        first = loss / len(weight) if first is None else first
-        if number == len(rows) - 1 or config.meta_control:
-            for move, (name, base) in zip(moved, fast.base.items(), strict=True):
-                move += fast.values[name].mean(0) - base
-    *moved, first = sum_over_ranks([*moved, first])
-    with torch.no_grad():
-        for name, move in zip(fast.base, moved, strict=True):
-            model.get_parameter(name).add_(move, alpha=config.reptile_outer_lr / world_size())
-    return first / world_size()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weight averaging
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class WeightAverage:
-    """EMA of the weights, and the mean of snapshots late in the run (tight SWA), in float32.
-
-    With both on, the snapshots are of the EMA. `apply` copies the result into the model; with neither, it does nothing.
-    """
-
-    def __init__(self, model: nn.Module, config: Config):
-        self.config, self.live = config, [p.detach() for p in model.parameters()]
-        self.ema = [p.clone() for p in self.live] if config.ema_enabled else None
-        self.swa: list[Tensor] = []
-        self.snapshots = 0
-
-    @torch.no_grad()
-    def update(self, step: int, scale: float) -> None:
-        """After step STEP (from 1), taken at SCALE of the peak learning rate."""
-        every = self.config.ema_update_every
-        if self.ema is not None and step % every == 0:
-            torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay**every)
-        if self.config.swa_enabled and scale < self.config.swa_threshold and step % self.config.swa_every == 0:
-            self.snapshots += 1
-            source = self.live if self.ema is None else self.ema
-            self.swa = self.swa or [torch.zeros_like(p) for p in source]
-            torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        if self.ema is not None:
-            torch._foreach_copy_(self.ema, saved["ema"])
-        self.swa = [part.to(p.device) for part, p in zip(saved["swa"], self.live, strict=False)]
-        self.snapshots = saved["snapshots"]
-
-    @torch.no_grad()
-    def apply(self) -> str:
-        """Put the average into the model; returns what it was, for the log."""
-        average = self.swa or self.ema
-        if not average:
-            return "none"
-        torch._foreach_copy_(self.live, average)
-        return f"swa of {self.snapshots} snapshots" if self.swa else f"ema {self.config.ema_decay}"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics for the export
-# ----------------------------------------------------------------------------------------------------------------------
-
-# What the rows of a bank read, L rows each; Q, K and V read the same, so four stacks of Hessians serve six matrices.
-STACKS = {
-    "qo_bank": ("attn_in", "attn_out"),
-    "kv_bank": ("attn_in", "attn_in"),
-    "mlp_up_bank": ("mlp_in",),
-    "mlp_down_bank": ("mlp_mid",),
-}
 
 
 class Statistics(NamedTuple):
     """What the export knows of text, as means over its tokens.
 
-    hessians: stack -> (L, in, in), E[x x^T] of what the banks read. gradients: tensor -> (rows, columns); of a bank
-    E[(dL/dy)^2] of its outputs (n, out) and E[(dL/dW)^2] by matrix (n,), of a table E[(dL/dW)^2] by row and by column.
+    hessians: site of PRODUCTS -> (L, in, in), E[x x^T] of what is read there. gradients: tensor -> (rows, columns); of
+    a bank E[(dL/dy)^2] of its outputs (n, out) and E[(dL/dW)^2] by matrix (n,), of a table E[(dL/dW)^2] by row and by
+    column.
     """
 
     hessians: Mapping[str, Tensor] = MappingProxyType({})
     gradients: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
-def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """FloatingPointError that names the first of TENSORS with a value that is not finite; WHAT they are."""
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise FloatingPointError(f"{what}: {name} has values that are not finite")
-
-
-def calibration_batches(run: Run, model: GPT, count: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of COUNT batches (input ids, targets) of ROWS rows, from what CALIB_SOURCE names.
-
-    Spread evenly over the training stream, or written by the model; of the validation text it is given nothing.
-    """
-    c, length = run.config, run.config.train_seq_len
-    for batch in range(rank(), count, world_size()):
-        if c.calib_source == "self":
-            ids = generate(model, rows, length + 1, seed=c.seed * count + batch)
-            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        else:
-            yield run.train.rows(batch * len(run.train) // count + length * np.arange(rows), length, run.device)
-
-
-@torch.no_grad()
-def generate(model: GPT, rows: int, length: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
-    """ROWS texts (rows, length) by the model itself, each from a document's beginning on, sampled at TEMPERATURE."""
-    device = model.tok_emb.weight.device
-    generator, cache = torch.Generator().manual_seed(seed), Cache()
-    fused = FusedBanks(*(part.to(model.dtype) for part in model.fuse(model.banks())))
-    ids = torch.full((rows, 1), BOS_ID, device=device)
-    for _ in range(length - 1):
-        logits = model.head(model.stream(ids[:, -1:], cache=cache, fused=fused))[:, -1]  # (rows, V)
-        noise = torch.empty(logits.shape).exponential_(generator=generator).to(device)
-        chosen = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # Gumbel's way to draw from a softmax
-        ids = torch.cat((ids, chosen), dim=1)
-    return ids
-
-
 @torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Tensor], most: int = 1 << 30) -> dict[str, Tensor]:
     """E[x x^T] of the inputs of every bank over the tokens of BATCHES (input ids) of all ranks.
 
-    Returns stack name -> (L, in, in), float32. Where BLOCK_ORDER uses a bank row twice, the mean of its uses. most:
+    Returns site -> (L, in, in), float32. Where BLOCK_ORDER uses a bank row twice, the mean of its uses. most:
     sequences that memory admits in a forward pass.
     """
     device, config = model.tok_emb.weight.device, model.config
     d, L = config.model_dim, config.num_layers
     widths = {"attn_in": d, "attn_out": d, "mlp_in": d, "mlp_mid": config.mlp_dim}
-    hessians = {stack: torch.zeros(L, width, width, device=device) for stack, width in widths.items()}
+    hessians = {site: torch.zeros(L, width, width, device=device) for site, width in widths.items()}
     uses = torch.tensor([config.block_rows.count(row) for row in range(L)], device=device)
     tokens = torch.zeros((), device=device)
 
-    def tap(bank: str, row: int, x: Tensor, _: Tensor) -> None:
-        if bank != "kv_bank":  # reads what Q reads
-            flat = x.flatten(0, 1).float()  # (B * T, in)
-            hessians[STACKS[bank][row // L]][row % L].addmm_(flat.mT, flat)
+    def tap(block: Block, product: str, x: Tensor, _: Tensor) -> None:
+        flat = x.flatten(0, 1).float()  # (B * T, in)
+        hessians[PRODUCTS[product][0]][block.layer].addmm_(flat.mT, flat)
 
     for input_ids in batches:
         for part in input_ids.split(most):
             model(part, tap=tap)
         tokens += input_ids.numel()
     *sums, tokens = sum_over_ranks([*hessians.values(), tokens])
-    return {stack: total / (tokens * uses)[:, None, None] for stack, total in zip(hessians, sums, strict=True)}
+    return {site: total / (tokens * uses)[:, None, None] for site, total in zip(hessians, sums, strict=True)}
 
 
 def collect_gradients(
@@ -2663,22 +2781,29 @@ def collect_gradients(
     most: sequences that memory admits in a backward pass; gradients of a batch add up over passes.
     """
     device, outputs = model.tok_emb.weight.device, []
-    weights = {name: p for name, p in model.named_parameters() if re.fullmatch(CODED, name)}
+    weights = {name: p for name, p in model.named_parameters() if is_coded(name)}
     rows = {name: torch.zeros(p.shape[:-1], device=device) for name, p in weights.items()}
     columns = {name: torch.zeros(len(p) if name in GPT.BANKS else p.size(-1), device=device)
                for name, p in weights.items()}  # fmt: skip
     tokens = torch.zeros((), device=device)
 
-    def tap(bank: str, row: int, _: Tensor, y: Tensor) -> None:
+    def tap(block: Block, product: str, _: Tensor, y: Tensor) -> None:
         y.retain_grad()
-        outputs.append((bank, row, y))
+        outputs.append((block, product, y))
 
     for input_ids, targets in batches:
         for ids, wanted in zip(input_ids.split(most), targets.split(most), strict=True):
             nll(model(ids, tap=tap), wanted).sum().backward()
             while outputs:
-                bank, row, y = outputs.pop()
-                rows[bank][row] += y.grad.float().square().sum((0, 1))
+                block, product, y = outputs.pop()
+                squares = y.grad.float().square().sum((0, 1))  # (out,), of outputs that carry the residual scale
+                if product in ("o", "down"):
+                    squares *= (block.attn_scale if product == "o" else block.mlp_scale).detach().square()
+                parts = PRODUCTS[product][1]
+                for (bank, half), part in zip(
+                    parts, squares.split([weights[bank].size(1) for bank, _ in parts]), strict=True
+                ):
+                    rows[bank][half * model.config.num_layers + block.layer] += part
         for name, p in weights.items():
             squares = p.grad.square()
             columns[name] += squares.mean((1, 2) if name in GPT.BANKS else 0)
@@ -2692,11 +2817,9 @@ def collect_gradients(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Quantisation
+# Quantization
 # ----------------------------------------------------------------------------------------------------------------------
 
-# What is stored as int8 codes times a step by row, and by column where the steps are two-sided; the rest is float16.
-CODED = r"(qo|kv|mlp_up|mlp_down)_bank|(tok_emb|lm_head|(bigram|ve_shared)\.(embed|proj))\.weight"
 WIDEST = 127  # the largest code there is
 
 # Of the mean square of a gradient's rows or columns: smaller ones count as this much. Rows of a table are few tokens.
@@ -2971,12 +3094,13 @@ def bank_feedbacks(
 ) -> dict[str, tuple[Feedback, Tensor]]:
     """Bank -> its feedback, made once for what Q, K and V share, and the diagonal of its Hessians (n, 1, in)."""
     made = {}
-    for stack, H in hessians.items():  # the trellis takes columns as they stand: the decoder knows no other order
+    for site, H in hessians.items():  # the trellis takes columns as they stand: the decoder knows no other order
         order = torch.arange(H.size(-1), device=H.device).expand(len(H), -1) if config.quant_trellis else None
-        made[stack] = (*make_feedback(H, config.gptq_damp, order, say), H.diagonal(dim1=-2, dim2=-1))
+        made[site] = (*make_feedback(H, config.gptq_damp, order, say), H.diagonal(dim1=-2, dim2=-1))
     found = {}
-    for bank, stacks in STACKS.items() if made else ():
-        *feedback, diagonal = (torch.cat(parts) for parts in zip(*(made[stack] for stack in stacks), strict=True))
+    for bank in GPT.BANKS if made else ():
+        read = [made[site] for site in bank_sites(bank)]
+        *feedback, diagonal = (torch.cat(parts) for parts in zip(*read, strict=True))
         found[bank] = (Feedback(*feedback), diagonal.unsqueeze(1))
     return found
 
@@ -2993,7 +3117,7 @@ def plan_rounding(
     N lambda^2 / 24 = QUANT_LOSS. For tables, which have no Hessian, the factors of E[(dL/dW)^2] stand in; a tensor
     without gradients has one step a row.
     """
-    tensors = {name: tensor.float() for name, tensor in state.items() if re.fullmatch(CODED, name)}
+    tensors = {name: tensor.float() for name, tensor in state.items() if is_coded(name)}
     feedbacks = bank_feedbacks(statistics.hessians, config, say)
     guided = guided_levels(statistics.gradients, config) if config.grad_quant else {}
     step = math.sqrt(24 * config.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
@@ -3263,31 +3387,6 @@ ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 2
 ARTIFACT_PREFIX = struct.Struct("<8sI4s32s")
 
 
-def settings_of(config: Config, *sections: str) -> dict[str, Any]:
-    """Those of some sections; those of "model" build the model, and travel in the artifact."""
-    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["section"] in sections}
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write CONTENT under a random name, then rename: PATH is never half-written, and no link is written through."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def saved_bytes(content: Any) -> bytes:
-    """What torch.save writes; to a file it would make a RuntimeError of a full disk's OSError."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
-
-
 def checksum(coder: bytes, body: bytes) -> bytes:
     return hashlib.sha256(struct.pack("<I", ARTIFACT_VERSION) + coder + body).digest()
 
@@ -3392,237 +3491,6 @@ def load_model(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Scoring
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class LedgerError(RuntimeError):
-    """An evaluation would score a target twice, or learn from one that it has not scored."""
-
-
-class Windows(NamedTuple):
-    """Window w reads tokens[start : start + end]; its targets from index `begin` to `end` count. (W,) int64 each.
-
-    Target t of a text is tokens[t + 1], so window w stands for the targets from start + begin to start + end.
-    """
-
-    start: np.ndarray
-    begin: np.ndarray
-    end: np.ndarray
-
-    def take(self, index: np.ndarray) -> Windows:
-        return Windows(self.start[index], self.begin[index], self.end[index])
-
-    def ranges(self, whole: bool = False) -> Iterator[tuple[int, int]]:
-        """First and last but one target of each window that has any; WHOLE: of all that it reads."""
-        for start, begin, end in zip(self.start.tolist(), self.begin.tolist(), self.end.tolist(), strict=True):
-            if end > begin:
-                yield (start if whole else start + begin), start + end
-
-
-class Slots(NamedTuple):
-    """Which document's weights the windows of a chunk use; they stand in document order, (W,) each.
-
-    group: of documents, whose chunks one rank takes. slot: where a window's document has its weights. fresh: whether
-    the document begins here. lengths: tokens of the batch whose first window this is. width: columns of every batch.
-    """
-
-    group: int
-    slot: np.ndarray
-    fresh: np.ndarray
-    lengths: np.ndarray
-    width: int
-
-
-class Chunk(NamedTuple):
-    """A part of a plan: windows that are scored with the same weights, then windows that may be adapted on.
-
-    slots: where each window's document has weights of its own; windows that are adapted on are then as many, some of
-    them empty. base: the base learns, not the fast weights.
-    """
-
-    scored: Windows
-    learned: Windows | None = None
-    slots: Slots | None = None
-    base: bool = False
-
-    @property
-    def is_mine(self) -> bool:
-        """Whether this rank has a part in it."""
-        return self.slots is None or self.slots.group % world_size() == rank()
-
-
-class Score(NamedTuple):
-    """Result of a scoring pass: nll (targets,) float32 in nats, its float64 mean, bits per byte, and seconds."""
-
-    nll: np.ndarray
-    val_loss: float
-    val_bpb: float
-    seconds: float
-
-
-class Ledger:
-    """What has been scored. Raises LedgerError before a target is scored again, or learned from unscored."""
-
-    def __init__(self, targets: int):
-        self.scored = np.zeros(targets, bool)
-
-    def score(self, windows: Windows) -> None:
-        for begin, end in windows.ranges():
-            if self.scored[begin:end].any():
-                raise LedgerError(f"targets {begin} to {end - 1} would be scored twice")
-            self.scored[begin:end] = True
-
-    def learn(self, windows: Windows) -> None:
-        for begin, end in windows.ranges(whole=True):
-            if not self.scored[begin:end].all():
-                raise LedgerError(f"targets {begin} to {end - 1} would be learned from before they are scored")
-
-
-def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
-    """Windows of seq_len that together score each of the num_tokens - 1 targets exactly once.
-
-    The first scores all its targets, each later one the next STRIDE, and the last one what is left, with a full window
-    of context. stride = seq_len gives non-overlapping windows but for the last.
-    """
-    targets = num_tokens - 1
-    if targets < seq_len:
-        raise UserError(f"{num_tokens} validation tokens are fewer than a window, EVAL_SEQ_LEN={seq_len} and a target")
-    ends = np.append(np.arange(seq_len, targets, stride), targets)
-    return Windows(ends - seq_len, seq_len - np.diff(ends, prepend=0), np.full(len(ends), seq_len))
-
-
-def window_lengths(config: Config) -> list[int]:
-    """The four lengths, or fewer, that windows by documents are padded to: EVAL_SEQ_LEN and halves of it."""
-    halves = [math.ceil(config.eval_seq_len / 2**k) for k in (3, 2, 1, 0)]
-    return [length for length in halves if length >= config.piece_size]
-
-
-def piece_windows(
-    low: np.ndarray, high: np.ndarray, piece: np.ndarray | int, config: Config
-) -> tuple[Windows, Windows, np.ndarray]:
-    """Of documents with targets from low to high: how the chunk `piece` targets in is scored and how it is adapted on,
-    and one of window_lengths for each.
-
-    It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by
-    side. Windows start, and have the length, that they would have if the document went on: where it ends is known only
-    when that is scored. Nothing is adapted on of a document's last chunk; one that has ended has empty windows.
-    """
-    c, a, nominal = config, np.minimum(low + piece, high), low + piece + config.piece_size
-    b, left = np.minimum(nominal, high), np.maximum(low, a - c.ttt_context)
-    start = np.maximum(low, np.minimum(nominal - c.eval_seq_len, a))
-    if c.eval_stride == c.eval_seq_len:
-        start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
-    lengths = np.array(window_lengths(c))
-    lengths = lengths[np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))]  # never shorter with age
-    learned = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
-    return Windows(start, a - start, b - start), learned, lengths
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below NUMBER: few shapes, so that little is compiled."""
-    return 1 << max(int(number) - 1, 0).bit_length()
-
-
-class Batch(NamedTuple):
-    """Windows as tensors: ids (B, T), targets and columns (B, C), and on the host which of them count, (B, C)."""
-
-    ids: Tensor
-    targets: Tensor
-    columns: Tensor
-    counts: np.ndarray
-
-
-def make_batch(
-    tokens: np.ndarray, windows: Windows, width: int, device: torch.device, length: int | None = None
-) -> Batch:
-    """The windows as one batch of `length` tokens, or of a few possible shapes; after a window's end it reads BOS."""
-    start, begin, end = windows
-    most = int((end - begin).max(initial=1))
-    if length is None:
-        length = int(end[0]) if end.min() == end.max() > 0 else power_of_two(end.max(initial=1))
-    width = min(width if most <= width else length, length)
-    places = np.arange(length + 1)
-    rows = tokens[np.minimum(start[:, None] + places, len(tokens) - 1)].astype(np.int64)  # (B, length + 1)
-    rows[places > end[:, None]] = BOS_ID
-    columns = np.minimum(begin[:, None] + np.arange(width), length - 1)  # (B, width)
-    counts = np.arange(width) < (end - begin)[:, None]
-    arrays = rows[:, :-1], np.take_along_axis(rows, columns + 1, axis=1), columns
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts)
-
-
-def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
-    """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan says it."""
-    all_of_them, slots = np.arange(len(chunk.scored.start)), chunk.slots
-    mine = np.array_split(all_of_them, world_size())[rank()] if slots is None else all_of_them
-    usual = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(mine) else 1
-    for first in range(0, len(mine), size or max(len(mine), 1)):
-        index = mine[first : first + (size or len(mine))]
-        yield (index, usual, None) if slots is None else (index, slots.width, int(slots.lengths[first]))
-
-
-@torch.no_grad()
-def score(
-    model: GPT,
-    tokens: np.ndarray,
-    plan: Sequence[Chunk],
-    byte_table: ByteTable,
-    batch_seqs: int | None,
-    nll_fn: Callable = token_nll,
-    learner: Any = None,
-    observe: Callable[[Windows, Batch, Tensor], None] | None = None,
-    progress: Callable[[int], None] = lambda number: None,
-) -> Score:
-    """Score TOKENS (uint16, on the host) chunk by chunk of a PLAN; every rank gets the whole result.
-
-    The ranks share the windows of a chunk, or take whole groups of documents, and BATCH_SEQS windows at a time (None:
-    all). A LEARNER's weights are used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py).
-    OBSERVE sees the windows, the batch and the losses, before anything is learned; PROGRESS the number of each of this
-    rank's chunks, before it is scored.
-    Sums are float64. Raises LedgerError where a target would be scored twice, never, or after it was learned from.
-    """
-    device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
-    forward = nll_fn if learner is None else learner.token_nll
-    nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
-    ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
-    bar = progress_bar(len(nll))
-    for chunk in plan:
-        ledger.score(chunk.scored)
-        if chunk.is_mine:
-            progress(number)
-            if learner is not None:
-                learner.begin(number, chunk)
-            number += 1
-        for index, width, length in batches_of(chunk, batch_seqs) if chunk.is_mine else ():
-            windows, padded = chunk.scored.take(index), np.resize(index, batch_seqs or len(index))
-            batch = make_batch(tokens, chunk.scored.take(padded), width, device, length)  # of a fixed shape
-            if learner is not None:
-                learner.select(chunk, index)
-            losses = forward(model, batch.ids, batch.targets, batch.columns)
-            row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a mask on the GPU would make it wait
-            targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
-            nll[targets] = losses[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)].float()
-            count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
-            if observe is not None:
-                observe(windows, batch, losses)
-            bar.update(len(row) * world_size())
-        if learner is not None and chunk.learned is not None:
-            ledger.learn(chunk.learned)
-            if chunk.is_mine:
-                learner.learn(tokens, chunk, nll)
-    bar.close()
-    if world_size() > 1:
-        dist.all_reduce(nll)
-        dist.all_reduce(count)
-    if not bool((count == 1).all()):
-        raise LedgerError(f"{int((count != 1).sum())} targets were scored twice or never")
-    losses = nll.cpu().numpy()
-    total = float(losses.sum(dtype=np.float64))
-    num_bytes = int(byte_table.count(tokens[:-1], tokens[1:]).sum())
-    return Score(losses, total / len(losses), total / math.log(2) / num_bytes, time.perf_counter() - began)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # GPU memory
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -3631,7 +3499,6 @@ def score(
 # counted bytes. They decide how many sequences are computed at once, never what is computed.
 GIB = 1 << 30
 TRAINING_PARTS = ("train", "statistics", "score")
-CARD_SIZES = (12, 16, 24, 80)  # GB, as sold
 MEMORY_FRAC = 0.92  # of a card for tensors: the caching allocator loses some to fragmentation
 CUDA_BYTES = GIB // 2  # the CUDA context and library workspaces, outside the allocator
 SLOT_ROWS = 16  # slots computed at once: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
@@ -3661,24 +3528,24 @@ class Memory:
     itemsize: int = 2
     compiled: bool = True
 
-    def kept(self, separate: bool = False) -> int:
-        """Bytes that a token keeps for the backward pass, logits apart. separate: the banks are not fused."""
+    def kept(self) -> int:
+        """Bytes that a token keeps for the backward pass, logits apart."""
         c, s, rows = self.config, self.itemsize, self.config.block_rows
         # stream, keys and values, MLP: in bfloat16 plain torch keeps the float32 input of each norm too
         of_d, of_kv, of_m = (9, 3, 2) if self.compiled else (13, 5, 3) if s == 2 else (9, 3, 3)
         if s == 4:  # keys and values are repeated for every query head: attention in float32 has no other kernel
             of_d, of_kv = of_d + 2, of_kv - 2
-        layer = (of_d + 2 * separate) * c.model_dim + of_kv * c.kv_dim + (of_m + c.star_relu) * c.mlp_dim
+        layer = of_d * c.model_dim + of_kv * c.kv_dim + (of_m + c.star_relu) * c.mlp_dim
         no_xsa = sum(row < c.num_layers - c.xsa_last_n for row in rows)
         gates = 0 if self.compiled else 2 * c.skip_gates * (len(rows) // 2)
         ends = 4 - no_xsa + gates + 2 * c.smear_gate + bool(c.bigram_vocab_size)
         return s * (len(rows) * (layer + 14 * c.num_heads) + ends * c.model_dim)
 
-    def training(self, tokens: int, targets: int, separate: bool = False) -> int:
+    def training(self, tokens: int, targets: int) -> int:
         """Activations as the backward pass begins: what is kept, logits, their float32 copies and gradients."""
         c, heads = self.config, 1 + self.config.mtp_num_heads
         logits = heads * self.itemsize + 6 if self.compiled else 8 * (heads + 1 + bool(c.zloss_weight))
-        return tokens * self.kept(separate) + targets * (logits * c.vocab_size + heads * 6 * c.model_dim)
+        return tokens * self.kept() + targets * (logits * c.vocab_size + heads * 6 * c.model_dim)
 
     def inference(self, tokens: int, targets: int) -> int:
         """Activations of a forward pass: one MLP and the streams that wait for their skip, or the logits."""
@@ -3690,7 +3557,8 @@ class Memory:
     def state(self) -> int:
         """float32 weights, gradients, averages and optimizer state; of Muon's momentum this rank's rows of a bank."""
         c, groups = self.config, parameter_shapes(self.config)
-        banks, total = groups["bank"].values(), sum(n.numel() for group in groups.values() for n in group.values())
+        banks = [*groups["bank"].values(), *groups["mtp"].values()]  # Muon's
+        total = sum(n.numel() for group in groups.values() for n in group.values())
         momentum = sum(math.ceil(n[0] / (self.ranks if len(n) == 3 else 1)) * n[1:].numel() for n in banks)
         adamw = 2 * (total - sum(n.numel() for n in banks))
         return 4 * ((2 + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw)  # 1: warm-up's copy
@@ -3710,7 +3578,7 @@ class Memory:
         """Gradients for the export of rows sequences, or a forward pass for Hessians; always in plain torch."""
         plain, tokens = replace(self, compiled=False), rows * self.config.train_seq_len
         gradients = self.config.wants_gradients
-        activations = plain.training(tokens, tokens, separate=True) if gradients else plain.inference(tokens, tokens)
+        activations = plain.training(tokens, tokens) if gradients else plain.inference(tokens, tokens)
         return self.state() + self.fused() + activations
 
     def scoring(self, rows: int) -> int:
@@ -3720,10 +3588,9 @@ class Memory:
 
     def adapting(self) -> dict[str, torch.Size]:
         """Shapes of what adapts in TTT_MODE."""
-        c, groups, learns = self.config, parameter_shapes(self.config), TTT_MODES[self.config.ttt_mode][1]
+        c, groups, learns = self.config, parameter_shapes(self.config), TTT_MODES[self.config.ttt_mode].adapts
         if learns != "adapters":
-            found = [pair for group in learns.split() for pair in groups[group].items()]
-            return {name: n for name, n in found if not name.startswith("mtp_heads.")}
+            return {name: n for group in learns.split() for name, n in groups[group].items()}
         banks, r = {name: groups["bank"][name] for name in GPT.BANKS}, c.ttt_lora_rank
         down = {f"{name}.a": torch.Size((rows, r, width)) for name, (rows, _, width) in banks.items()}
         return down | {f"{name}.b": torch.Size((rows, out, r)) for name, (rows, out, _) in banks.items()}
@@ -3737,7 +3604,7 @@ class Memory:
                       for name, n in shapes.items())  # fmt: skip
         moments = {"precond": factors, "sgd": adapted * bool(c.ttt_momentum), "adamw": 2 * adapted}[c.ttt_optimizer]
         scored = s * rows * adapted + self.inference(rows * c.eval_seq_len, rows * c.piece_size)
-        activations = self.training(rows * (c.ttt_context + c.piece_size), rows * c.piece_size, separate=True)
+        activations = self.training(rows * (c.ttt_context + c.piece_size), rows * c.piece_size)
         temporaries = {"precond": 2, "sgd": 2, "adamw": 8}[c.ttt_optimizer]  # of the largest tensor
         update = 4 * rows * (2 * adapted + temporaries * max(n.numel() for n in shapes.values()))  # 2: and clipped
         held = 4 * (weights + slots * (adapted + moments) + rows * adapted) + self.fused()
@@ -3745,13 +3612,13 @@ class Memory:
 
     def parts(self) -> dict[str, tuple[Callable[[int], int], int]]:
         """By part of a run: its bytes by the sequences computed at once, and how many the settings ask for."""
-        c, rows = self.config, self.config.train_batch_tokens // self.config.train_seq_len
+        c, rows = self.config, self.config.step_seqs
         found = {
             "train": (self.step, max(rows // max(c.grad_accum_total, self.ranks), 1)),
             "statistics": (self.statistics, rows // c.grad_accum_total),
             "score": (self.scoring, c.eval_batch_seqs),
         }
-        if TTT_MODES[c.ttt_mode][0]:
+        if TTT_MODES[c.ttt_mode].by_documents:
             found["slots"] = partial(self.slots, c.ttt_slots), min(SLOT_ROWS, c.ttt_slots)
         return found
 
@@ -3765,7 +3632,7 @@ def sequences_at_once(memory: Memory, limit: float) -> dict[str, int]:
     c, parts = memory.config, memory.parts()
     chosen = {part: wanted if limit == math.inf else sum(bytes_of(n) <= limit for n in range(1, wanted + 1))
               for part, (bytes_of, wanted) in parts.items()}  # fmt: skip
-    rows = c.train_batch_tokens // c.train_seq_len // memory.ranks
+    rows = c.step_seqs // memory.ranks
     chosen["train"] = max((n for n in range(1, chosen["train"] + 1) if rows % n == 0), default=0)
     return chosen
 
@@ -3810,71 +3677,273 @@ def check_memory(config: Config, parts: Sequence[str]) -> list[str]:
     return [" ".join(shown)] if limit < math.inf else []
 
 
-def memory_table(config: Config) -> list[str]:
-    """For --describe: GiB of each part in bfloat16, and what each of CARD_SIZES computes at once."""
-    lines, plain = [], Memory(config, compiled=False)
-    for part, (bytes_of, wanted) in Memory(config).parts().items():
-        compiled, eager = (one / GIB for one in (bytes_of(wanted), plain.parts()[part][0](wanted)))
-        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.2f} plain_gib:{eager:.2f}")
-    for size in CARD_SIZES:
-        limit = usable_bytes(size * 10**9)
-        for memory in (Memory(config), plain):
-            chosen = " ".join(f"{part}:{n or 'none'}" for part, n in sequences_at_once(memory, limit).items())
-            lines.append(f"card_gb:{size} compiled:{int(memory.compiled)} usable_gib:{limit / GIB:.1f} {chosen}")
-    return lines
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta-learning
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Three ways to train for the weights that test-time steps lead to. FOMAML (#1501, #1502) adds the gradient after inner
+# steps to some training steps, Reptile (#294) moves toward the mean of adapted weights, the deployed objective takes
+# the evaluator's own steps on whole documents. All are episodes of `adaptation_step` and `outer_gradients`, first order
+# throughout: the derivative of the inner steps is left out. Nothing here is part of the model.
+
+
+class MetaRates:
+    """Meta-SGD (arXiv 1707.09835): a positive factor of the inner learning rate for each bank row.
+
+    They are exponentials, so they stay positive, learned by Adam without decay. One whose row is frozen has no gradient
+    and stays 1.
+    """
+
+    def __init__(self, model: GPT, config: Config):
+        banks = model.banks() if config.meta_sgd_enabled else {}
+        self.logs = {name: torch.zeros(len(bank), 1, 1, device=bank.device) for name, bank in banks.items()}
+        lr = config.meta_sgd_lr or config.scalar_lr
+        self.adam = torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
+
+    def factors(self) -> dict[str, Tensor]:
+        """By bank, (rows, 1, 1)."""
+        return {name: log.exp() for name, log in self.logs.items()}
+
+    def add_gradients(self, fast: FastWeights, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradients of the outer loss: a row's displacement is proportional to its factor."""
+        for name, g in gradients.items():
+            if (log := self.logs.get(name.split(".")[0])) is not None:
+                each = (g * (fast.used()[name] - fast.base[name])).sum((-2, -1)).sum(0).view_as(log)
+                log.grad = each if log.grad is None else log.grad + each
+
+    def step(self, scale: float) -> None:
+        """Average the gradients over the ranks and take a step at `scale` of the learning rate."""
+        if self.adam is None:
+            return
+        for log, g in zip(self.logs.values(), sum_over_ranks([log.grad for log in self.logs.values()]), strict=True):
+            log.grad = g / world_size()
+        self.adam.param_groups[0]["lr"] = scale * self.adam.defaults["lr"]
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(logs=self.logs, adam=self.adam.state_dict() if self.adam else {})
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        for name, log in self.logs.items():
+            log.copy_(saved["logs"][name])
+        if self.adam:
+            self.adam.load_state_dict(saved["adam"])
+
+    def report(self) -> dict[str, list[float]]:
+        """The factors by bank and row."""
+        return {name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()}
+
+
+def rates_text(factors: Mapping[str, Tensor]) -> str:
+    """For the log: the smallest and the largest factor of each bank; "" without any."""
+    return "".join(f" rates_{name}:{f.min().item():.3f}..{f.max().item():.3f}" for name, f in factors.items())
+
+
+def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
+    """What an objective's inner steps change: one set for all ranks (fomaml), or one for each task."""
+    c, ranks = config, world_size()
+    if objective == "deployed":  # the evaluator's own
+        fast = FastWeights(model, c, TTT_MODES[c.ttt_mode].adapts, math.ceil(c.meta_ttt_docs / ranks))
+        fast.moments.across_ranks = True
+        return fast
+    sgd = dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0, ttt_in_lr_mult=1.0,
+               ttt_out_lr_mult=1.0, ttt_layers="", ttt_freeze_blocks=c.meta_ttt_freeze_blocks)  # fmt: skip
+    if objective == "fomaml":
+        return FastWeights(model, replace(c, **sgd), "bank")
+    last_quarter = range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)
+    sgd |= dict(ttt_freeze_blocks=0, ttt_layers=c.reptile_layers or ",".join(map(str, last_quarter)))
+    return FastWeights(model, replace(c, **sgd), "mlp_up_bank mlp_down_bank", math.ceil(c.reptile_tasks / ranks))
+
+
+def outer_gradients(model: GPT, fast: FastWeights, rates: MetaRates, lesson: Lesson, nll_fn: Callable) -> Tensor:
+    """Add the gradients of weighted_nll to the parameters' and the rates', and return the loss.
+
+    The gradients at the fast values go to the parameters that these started from.
+    """
+    loss, values = weighted_nll(model, fast, lesson, nll_fn)
+    loss.backward()
+    gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
+    rates.add_gradients(fast, gradients)
+    for name, g in gradients.items():
+        if not name.endswith(("_bank.a", "_bank.b")):  # adapters start from nothing that is kept
+            p = model.get_parameter(name)
+            p.grad = g.sum(0) if p.grad is None else p.grad + g.sum(0)
+    return loss.detach()
+
+
+class Event(NamedTuple):
+    """A batch to score (lr None), or to adapt on: the first `count` of the sets `rows` take a step."""
+
+    lesson: Lesson
+    lr: float | None = None
+    rows: Any = slice(None)
+    count: int | None = None
+
+
+def episode(
+    model: GPT, fast: FastWeights, rates: MetaRates | None, events: Iterable[Event], nll_fn: Callable
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Go through the events: adapt the fast weights, and add outer gradients where a batch is scored.
+
+    Returns the weighted losses of the batches that were scored and adapted on, each before its step.
+    """
+    scored: list[Tensor] = []
+    adapted: list[Tensor] = []
+    for event in events:
+        fast.rows = event.rows
+        if event.lr is None:
+            scored.append(outer_gradients(model, fast, rates, event.lesson, nll_fn))
+            continue
+        adapted.append(adaptation_step(model, fast, event.lesson, event.lr, event.count, nll_fn))
+        if not fast.shared:
+            fast.moments.end_step()
+    return scored, adapted
+
+
+def split_task(ids: Tensor, targets: Tensor, split: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Support and query part of sequences (B, T): ids, targets and positions each, see META_TTT_SPLIT."""
+    B, T = ids.shape
+    positions, half = torch.arange(T, device=ids.device).expand(B, T), T // 2
+    if split == "batch":
+        return (ids[0::2], targets[0::2], positions[0::2]), (ids[1::2], targets[1::2], positions[1::2])
+    support = (ids[:, :half], targets[:, :half], positions[:, :half])
+    if split == "seq":
+        return support, (ids, targets[:, half:], positions[:, half:])
+    return support, (ids[:, half:], targets[:, half:], positions[:, : T - half])
+
+
+def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
+    """FOMAML's part of a step's batches: one micro-batch in all, the same sequences for any number of ranks."""
+    ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    every = config.grad_accum_total * (2 if config.meta_ttt_split == "batch" else 1)
+    if len(ids) % every:
+        raise UserError(
+            f"META_TTT_SPLIT={config.meta_ttt_split} takes one row in {config.grad_accum_total} (GRAD_ACCUM_TOTAL), "
+            f"and each process has {len(ids)} rows of a step: no multiple of {every}"
+        )
+    return ids[:: config.grad_accum_total], targets[:: config.grad_accum_total]
+
+
+def fomaml_step(
+    model: GPT, fast: FastWeights, rates: MetaRates, ids: Tensor, targets: Tensor, nll_fn: Callable = token_nll
+) -> tuple[Tensor | None, Tensor]:
+    """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a step.
+
+    ids, targets (B, T): this rank's sequences, as many on each. The outer loss counts META_TTT_LOSS_WEIGHT, whatever
+    the ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT more (#1502).
+    Returns this rank's outer loss before (None where it is not needed) and after.
+    """
+    c, delta, before = model.config, model.config.meta_ttt_delta_weight, None
+    support, query = split_task(ids, targets, c.meta_ttt_split)
+    fast.reset()
+    fast.set_factors(rates.factors())
+    if delta:
+        before = nll_fn(model, *query).mean()
+        (-delta * before).backward()
+    total = c.meta_ttt_loss_weight + delta
+    mean = torch.full(support[1].shape, 1 / support[1].numel() / world_size(), device=ids.device)
+    weight = torch.full(query[1].shape, total / query[1].numel(), device=ids.device)
+    inner = Event((*support, mean), 0.0 if c.meta_control else c.meta_ttt_inner_lr)
+    [loss], _ = episode(model, fast, rates, [inner] * c.meta_ttt_inner_steps + [Event((*query, weight))], nll_fn)
+    return before, loss / max(total, 1e-12)
+
+
+def sample_documents(
+    stream: TokenStream, count: int, config: Config, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` stretches of documents of over a chunk, as much of them as META_TTT_PIECES chunks take.
+
+    Each has a random place of the training text in it, so that long documents count as they do in training: it begins
+    with the BOS before that place, or there if none is near. Returns rows (count, length + 1) and the number of targets
+    of each (count,).
+    """
+    length, found = config.meta_ttt_pieces * config.piece_size, 0
+    rows, sizes = np.full((count, length + 1), BOS_ID, np.int64), np.zeros(count, np.int64)
+    for _ in range(1000 * count):
+        text = stream.read(int(generator.integers(len(stream))), 2 * length + 1)
+        borders = np.flatnonzero(text == BOS_ID)
+        begin = int(max(borders[borders <= length], default=length))
+        size = int(min(borders[borders > begin], default=len(text))) - begin
+        if (size := min(size, length)) > config.piece_size:
+            rows[found, : size + 1], sizes[found] = text[begin : begin + size + 1], size
+            found += 1
+            if found == count:
+                return rows, sizes
+    raise UserError(f"META_TTT_OBJECTIVE=deployed finds hardly a document of over {config.piece_size} tokens")
+
+
+def deployed_events(config: Config, rows: np.ndarray, sizes: np.ndarray, device: torch.device) -> Iterator[Event]:
+    """This rank's documents of rows (documents, length + 1) and sizes (documents,), chunk by chunk: score, adapt."""
+    c, size = config, config.piece_size
+    text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
+    low, share = np.arange(len(text)) * rows.shape[1], world_size() / int(sizes.sum())
+    text = text.flatten()
+    for first in range(0, int(sizes.max()), size):
+        scored, learned, lengths = piece_windows(low, low + ends, first, c)
+        context = int(lengths.min()) - size
+        yield Event(make_lesson(text, scored, np.full(len(low), share), size, context, device))
+        order = np.argsort(ends <= first + size, kind="stable")  # those that go on first, in document order
+        count = int((ends > first + size).sum())
+        lesson = make_lesson(text, learned.take(order), np.full(len(low), 1 / size), size, c.ttt_context, device)
+        lr = 0.0 if c.meta_control else c.ttt_lr
+        for _ in range(c.ttt_epochs if (sizes > first + size).any() else 0):
+            yield Event(lesson, lr, torch.from_numpy(order).to(device), count)
+
+
+def deployed_step(
+    model: GPT, fast: FastWeights, rates: MetaRates, rows: np.ndarray, sizes: np.ndarray, nll_fn: Callable = token_nll
+) -> Tensor:
+    """Add gradients of the loss of documents that are scored and adapted on as the evaluator does it.
+
+    rows (documents, length + 1) and sizes (documents,) are those of all ranks; each takes its part. Together they are
+    one group, in this order, whose moments begin from the prior. The banks are rounded by `fake_quantize`. Returns this
+    rank's part of the loss, of which the mean is the whole.
+    """
+    fast.set_factors(rates.factors())
+    with fake_quantized_banks(model):
+        fast.begin()
+        scored, _ = episode(model, fast, rates, deployed_events(model.config, rows, sizes, fast.device), nll_fn)
+    return torch.stack(scored).sum()
+
+
+def reptile_step(model: GPT, fast: FastWeights, rows: Tensor, nll_fn: Callable = token_nll) -> Tensor:
+    """Inner SGD from the same weights for each task, then a part of the way to their mean (arXiv 1803.02999).
+
+    rows (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same weights: it
+    is plain SGD on the same rows. Returns the mean loss of the first inner step.
+    """
+    c, (_, tasks, length) = model.config, rows.shape
+    positions = torch.arange(length - 1, device=rows.device).expand(tasks, -1)
+    weight = torch.full(positions.shape, 1 / (length - 1), device=rows.device)
+    events = [Event((part[:, :-1], part[:, 1:], positions, weight), c.reptile_inner_lr) for part in rows]
+    moved = [torch.zeros_like(base) for base in fast.base.values()]
+    losses = []
+    for loop in [[event] for event in events] if c.meta_control else [events]:
+        fast.reset()
+        losses += episode(model, fast, None, loop, nll_fn)[1]
+        for move, (name, base) in zip(moved, fast.base.items(), strict=True):
+            move += fast.values[name].mean(0) - base
+    *moved, first = sum_over_ranks([*moved, losses[0] / tasks])
+    with torch.no_grad():
+        for name, move in zip(fast.base, moved, strict=True):
+            model.get_parameter(name).add_(move, alpha=c.reptile_outer_lr / world_size())
+    return first / world_size()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-class RunLog:
-    """train.log, metrics.jsonl and standard output of rank 0; the other ranks say nothing."""
-
-    def __init__(self, folder: Path, iterations: int, name: str = "train.log"):
-        self.folder, self.iterations, self.name = folder, iterations, name
-
-    def line(self, text: str) -> None:
-        text = shown(text)
-        if rank() == 0:
-            with suppress(OSError):  # a terminal that is gone is no reason to lose a run
-                print(text, flush=True)
-            self._append(self.name, text)
-
-    def _append(self, name: str, text: str) -> None:
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # never through a link out of the folder
-            with open(os.open(self.folder / name, flags, 0o666), "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:  # nor is a full disk, until the artifact is to be written
-            with suppress(OSError):
-                print(f"WARNING: {self.folder / name}: {error.strerror}", file=sys.stderr, flush=True)
-
-    def forget_after(self, step: int) -> None:
-        """Drop what metrics.jsonl has from after the training step STEP, where the run goes on."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            rows = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a line that a full disk cut short
-                    rows.append(json.loads(line))
-            kept = [row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-
-    def step(self, step: int, seconds: float, also: Mapping[str, float] | None = None, **values: float) -> None:
-        """One line of the field's dialect, and the same as JSON with what is in ALSO."""
-        shown = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
-        times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-        self.line(f"step:{step}/{self.iterations} {shown} {times}")
-        if rank() == 0:
-            row = dict(step=step, seconds=seconds, **values, **(also or {}))
-            self._append("metrics.jsonl", json.dumps(row))
+# A run is a list of phases with one loop, `train`: training, then Reptile or the deployed meta-phase where they are on.
+# The loop owns the clock, validation, finite checks, logging and checkpoints; a phase is a step function and the state
+# that a checkpoint must hold. Batches and draws depend on the seed and the step alone, so that a run resumes on any
+# number of ranks, on a CPU bit for bit.
 
 
 @dataclass
 class Run:
-    """What every phase of a run needs: settings, folder, device and the checked data."""
+    """What every part of a run needs: settings, folder, device and the checked data."""
 
     config: Config
     device: torch.device
@@ -3893,16 +3962,17 @@ class Run:
         return read_validation(self.config, self.byte_table, self.tokenizer_sha256)[0]
 
     def score(self, model: GPT, stride: int, nll_fn: Callable = token_nll) -> Score:
-        """Score the validation tokens by windows of EVAL_SEQ_LEN, STRIDE apart."""
+        """Score the validation tokens by windows of EVAL_SEQ_LEN, `stride` apart."""
         plan = [Chunk(sliding_windows(len(self.val_tokens), self.config.eval_seq_len, stride))]
         return score(model, self.val_tokens, plan, self.byte_table, at_once(self.config)["score"], nll_fn)
 
 
 class Measured(NamedTuple):
-    """What a step did, the same on all ranks: its loss, and norms of gradients before clipping where there are some."""
+    """Loss and gradient norms (before clipping) of one step, identical on all ranks."""
 
     values: Tensor  # (1 + gradients,), on the device
     names: list[str]
+    lr_scale: float = 1.0
 
     @property
     def loss(self) -> Tensor:
@@ -3929,7 +3999,7 @@ class Clock:
         return self.total + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
     def step_done(self, step: int, measured: Measured) -> None:
-        """Check the last step that is certainly done, without a wait for STEP itself.
+        """Check the last step that is certainly done, without a wait for `step` itself.
 
         Raises FloatingPointError where its loss or a gradient was not finite.
         """
@@ -3956,11 +4026,11 @@ class Clock:
 
 
 def split_batch(config: Config) -> tuple[int, int]:
-    """Rows of a step for each rank, and the micro-batches it takes them in. UserError where that is not whole.
+    """Sequences of a step for each rank, and the micro-batches it takes them in. UserError where that is not whole.
 
-    There are more of them than GRAD_ACCUM_TOTAL asks for where the GPU holds fewer rows at once: the same step.
+    There are more micro-batches than GRAD_ACCUM_TOTAL asks for where the GPU holds fewer sequences: the same step.
     """
-    rows, ranks = config.train_batch_tokens // config.train_seq_len, world_size()
+    rows, ranks = config.step_seqs, world_size()
     if rows % ranks:
         raise UserError(f"{ranks} processes do not divide the {rows} rows of a step of TRAIN_BATCH_TOKENS")
     mine = rows // ranks
@@ -3968,10 +4038,10 @@ def split_batch(config: Config) -> tuple[int, int]:
 
 
 def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of step STEP: (rows, T) inputs and targets of its part of the step's rows."""
+    """This rank's micro-batches of a step: (rows, T) inputs and targets of its part of the step's sequences."""
     c = run.config
     rows, parts = split_batch(c)
-    first = step * (c.train_batch_tokens // c.train_seq_len) + rank() * rows
+    first = step * c.step_seqs + rank() * rows
     inputs, targets = run.train.rows(row_starts(c, len(run.train), first, rows), c.train_seq_len, run.device)
     return list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
 
@@ -4021,7 +4091,7 @@ class StopSignals:
         wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self.before = {number: signal.getsignal(number) for number in wanted}
         for number, before in self.before.items():
-            if before != signal.SIG_IGN:  # nohup's wish
+            if before != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, self._note)
         return self
 
@@ -4053,12 +4123,13 @@ class Progress:
 
     `done` has the steps of each finished phase, and the clock's seconds at its end. A checkpoint is written by rank 0
     for any number of ranks: the parts of the phase (whatever has a state_dict), the model, Meta-SGD's factors, the
-    clock. Nothing else changes from step to step: batches and draws depend on the seed and the step alone.
+    clock.
     """
 
     def __init__(self, run: Run, model: GPT, rates: MetaRates, clock: Any, signals: StopSignals, strict: Callable):
         self.run, self.model, self.rates, self.clock, self.signals = run, model, rates, clock, signals
         self.strict, self.done, self.resumed, self.saved = strict, {}, [], None
+        self.earlier_code: list[dict[str, Any]] = []  # hashes of other versions that trained up to a step
         self.phase, self.parts, self.first, self.checked, self.asked = "", {}, 0, 0.0, 0
         self.failure: Exception | None = None
         self.origin = dict(
@@ -4079,17 +4150,17 @@ class Progress:
         self.model.looped = saved["looped"]
         self.rates.load_state_dict(saved["rates"])
         phase = saved["phase"] or f"after {', '.join(self.done)}"
-        self.run.log.line(
-            f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
-        )
+        run.log.line(f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})")
         for name in MAY_CHANGE_ON_RESUME:
             if (then := saved["config"][name]) != (now := getattr(run.config, name)):
-                self.run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
+                run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
+        self.earlier_code = saved.get("earlier_code", [])
         if saved["code"] != self.origin["code"]:
-            self.run.log.line("WARNING: the code is not that which wrote the checkpoint")
+            self.earlier_code = [*self.earlier_code, dict(until_step=saved["step"], phase=phase, sha256=saved["code"])]
+            run.log.line("WARNING: the code is not that which wrote the checkpoint")
 
-    def begin(self, phase: str, **parts: Any) -> int:
-        """Begin PHASE, or go on with it: its PARTS are put where the checkpoint has them. Returns the steps done."""
+    def begin(self, phase: str, parts: Mapping[str, Any]) -> int:
+        """Begin a phase, or go on with it: its parts are put where the checkpoint has them. Returns the steps done."""
         self.phase, self.parts, self.checked = phase, parts, self.clock.seconds()
         if self.saved is None or self.saved["phase"] != phase:
             return 0
@@ -4099,7 +4170,7 @@ class Progress:
         return self.first
 
     def finish(self, step: int) -> None:
-        """The phase is done, with its STEP steps. It is kept, for whatever stops the export or the scoring."""
+        """The phase is done, with its steps. It is kept, for whatever stops the export or the scoring."""
         self.check_replicas(step)
         check_finite(f"after step {step}", dict(self.model.named_parameters()))
         self.done[self.phase] = [step, self.seconds()]
@@ -4116,22 +4187,17 @@ class Progress:
         self.asked = int(asked)
         return elapsed
 
-    def after_step(self, step: int) -> None:
-        """Write a checkpoint where it is due, and where any rank has to stop; then raise what `checkpoint` raises."""
-        every = self.run.config.checkpoint_every
-        self.checkpoint(step, due=every > 0 and step % every == 0)
-
     def checkpoint(self, step: int, due: bool) -> None:
-        """Write a checkpoint where it is DUE, or where any rank has to stop.
+        """Write a checkpoint where it is due, or where any rank has to stop.
 
         Raises Stopped for a signal, and the error of the rank whose data failed (on the others a UserError).
         """
-        if due or self.asked:
-            self.save(step)
+        saved = self.save(step) if due or self.asked else True
         if self.asked == DATA_FAILED:
             raise self.failure or UserError(f"stopped after step {step}: another process could not read its data")
         if self.asked:
-            self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}")
+            lost = "" if saved else ", WITHOUT a checkpoint of it"
+            self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}{lost}")
             raise Stopped(self.asked)
 
     @contextmanager
@@ -4153,15 +4219,15 @@ class Progress:
             raise RuntimeError(f"step {step}: the ranks differ in {', '.join(names)}")
 
     def check_loader(self, step: int, waited: float) -> None:
-        """Say so where it was WAITED for, in seconds, for much of the time since the last call."""
+        """Warn where training waited for data for much of the time since the last call."""
         now = self.clock.seconds()
         seconds, self.checked = now - self.checked, now
         if step > self.first + 10 and waited > 0.05 * seconds:
             share = f"{waited / seconds:.0%} of the last {seconds:.1f} s"
             self.run.log.line(f"WARNING: the loader kept training waiting for {share}")
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint, all ranks together; a disk that is full costs the checkpoint, not the run."""
+    def save(self, step: int) -> bool:
+        """Write the checkpoint, all ranks together. False where it could not be written: the run goes on."""
         self.clock.settle()
         self.check_replicas(step)
         self.clock.stop()
@@ -4170,6 +4236,7 @@ class Progress:
             **self.origin, phase=self.phase, step=step, done=self.done, seconds=self.clock.seconds(),
             strict=self.strict(), resumed=self.resumed, model=self.model.state_dict(), looped=self.model.looped,
             rates=self.rates.state_dict(), parts={name: part.state_dict() for name, part in self.parts.items()},
+            earlier_code=self.earlier_code,
         )  # fmt: skip
         path = self.run.folder / CHECKPOINT
 
@@ -4181,8 +4248,10 @@ class Progress:
                 return f"WARNING: no checkpoint: {error}"
             return f"checkpoint: step:{step} {path.stat().st_size} bytes {time.perf_counter() - began:.2f}s"
 
-        self.run.log.line(on_rank_0(write))
+        line = on_rank_0(write)
+        self.run.log.line(line)
         self.clock.start()
+        return line.startswith("checkpoint")
 
 
 def read_checkpoint(run: Run) -> dict[str, Any] | None:
@@ -4215,126 +4284,332 @@ def read_checkpoint(run: Run) -> dict[str, Any] | None:
 def train_step(
     loss_fn: Callable,
     model: GPT,
-    batches: list[tuple[Tensor, Tensor]],
-    optimizers: list[torch.optim.Optimizer],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    optimizers: Sequence[torch.optim.Optimizer],
     scale: float,
     momentum: float,
     round_banks: bool = False,
+    loss: Tensor | None = None,
 ) -> Measured:
-    """One optimiser step on micro-batches of equal size; returns the mean loss of all ranks.
+    """Take one optimizer step on micro-batches of equal size; returns the mean loss of all ranks and gradient norms.
 
-    The banks are cast, fused and, with ROUND_BANKS, rounded once for all micro-batches, whose gradients are added up
-    in float32. Gradients are averaged over micro-batches and ranks, added to those that are there (of a meta-step),
-    then clipped, so that the number of ranks changes nothing.
+    Gradients are averaged over micro-batches and ranks and added to those that are there (of a meta-step), then
+    clipped, so that the number of ranks changes nothing. loss: of a step without micro-batches, all of whose gradients
+    are there.
     """
-    total, banks = torch.zeros((), device=model.tok_emb.weight.device), model.banks()
-    if round_banks:  # straight through: the gradients are those of the banks (arXiv 1308.3432)
-        banks = {name: bank + (fake_quantize(bank, model.config) - bank.detach()) for name, bank in banks.items()}
-    fused = model.fuse(banks)
-    leaves = FusedBanks(*(part.detach().to(model.dtype).requires_grad_() for part in fused))
-    sums = [torch.zeros_like(part) for part in fused]
-    for input_ids, targets in batches:
-        loss = loss_fn(model, input_ids, targets, leaves) / len(batches)
-        loss.backward()
-        total += loss.detach()
-        for gradient, leaf in zip(sums, leaves, strict=True):
-            gradient += leaf.grad
-            leaf.grad = None
-    torch.autograd.backward(fused, sums)
-    return apply_gradients(model, optimizers, total, scale, momentum)
+    muon, adamw = optimizers
+    total = torch.zeros((), device=model.tok_emb.weight.device) if loss is None else loss
 
+    # Loss and backward. The banks are cast, fused and, with round_banks, rounded once for all micro-batches, whose
+    # gradients are added up in float32: in bfloat16 the last of many would be lost.
+    if batches:
+        banks = model.banks()
+        if round_banks:  # straight through: the gradients are those of the banks (arXiv 1308.3432)
+            banks = {name: bank + (fake_quantize(bank, model.config) - bank.detach()) for name, bank in banks.items()}
+        weights = model.weights(banks)
+        leaves = Weights(*(part.detach().to(model.dtype).requires_grad_() for part in weights))
+        sums = [torch.zeros_like(part) for part in weights]
+        for input_ids, targets in batches:
+            loss = loss_fn(model, input_ids, targets, leaves) / len(batches)
+            loss.backward()
+            total += loss.detach()
+            for gradient, leaf in zip(sums, leaves, strict=True):
+                gradient += leaf.grad
+                leaf.grad = None
+        torch.autograd.backward(weights, sums)
 
-def reduce_gradients(model: GPT, shares: list[Share], loss: Tensor) -> tuple[Measured, list[Tensor]]:
-    """Average the gradients and LOSS over the ranks: by rows for banks in SHARES, whole for the others.
-
-    Returns the measures, and the reduced gradients that this rank has. Nothing waits before all is on its way.
-    """
+    # Reduction: banks by rows, a reduce-scatter each; everything else in one all-reduce. Nothing waits before all is on
+    # its way.
     names = {p: name for name, p in model.named_parameters() if p.grad is not None}  # a later loop's scales have none
-    split = [share for share in shares if share.ranks > 1]
-    finish = [share.start_reduce() for share in split]
+    shares = [share for share in muon.shares if share.ranks > 1]
+    waits = [share.start_reduce() for share in shares]
     small = [p for p in names if p.grad is not None]
-    *reduced, loss = sum_over_ranks([*(p.grad for p in small), loss])
+    *reduced, total = sum_over_ranks([*(p.grad for p in small), total])
     for p, gradient in zip(small, reduced, strict=True):
         p.grad = gradient.div_(world_size())
-    for wait in finish:
+    for wait in waits:
         wait()
-    gradients = [*(share.gradient for share in split), *(p.grad for p in small)]
+
+    # Clip by the norm of the whole reduced gradient, of which each rank has its rows of the banks.
+    gradients = [*(share.gradient for share in shares), *(p.grad for p in small)]
     norms = torch.stack(torch._foreach_norm(gradients))
-    if split:
-        squares = norms[: len(split)].square()
+    if shares:
+        squares = norms[: len(shares)].square()
         dist.all_reduce(squares)
-        norms = torch.cat((squares.sqrt(), norms[len(split) :]))
-    told = ["train_loss", *(f"the gradient of {names[p]}" for p in [*(share.bank for share in split), *small])]
-    return Measured(torch.cat(((loss / world_size()).view(1), norms)), told), gradients
-
-
-def apply_gradients(
-    model: GPT, optimizers: list[torch.optim.Optimizer], loss: Tensor, scale: float, momentum: float
-) -> Measured:
-    """Average the gradients and LOSS over the ranks, clip, take a step.
-
-    The norm of what is clipped is known when all is reduced, so the small parameters' step is taken while the banks'
-    first updates are gathered, not while gradients are still on their way.
-    """
-    first, *others = optimizers
-    measured, gradients = reduce_gradients(model, getattr(first, "shares", []), loss)
+        norms = torch.cat((squares.sqrt(), norms[len(shares) :]))
     if limit := model.config.grad_clip_norm:
-        norm = torch.linalg.vector_norm(measured.values[1:])
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, (limit / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0))
+
+    # Muon, and AdamW while the banks' first updates are gathered.
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
             if "momentum" in group:
                 group["momentum"] = momentum
-
-    def step_others() -> None:
-        for optimizer in others:
-            optimizer.step()
-
-    first.step(step_others)
+    muon.step(meanwhile=adamw.step)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return measured
+    told = [f"the gradient of {names[p]}" for p in [*(share.bank for share in shares), *small]]
+    return Measured(torch.cat(((total / world_size()).view(1), norms)), ["train_loss", *told], scale)
+
+
+class Moment(NamedTuple):
+    """Where a phase is before a step: its number from 0, and `elapsed` of `budget` seconds (0: no clock).
+
+    left: the share of the phase that is left by steps or by the clock, whichever is less, with time for one more step.
+    """
+
+    step: int
+    elapsed: float
+    budget: float
+    left: float
+
+
+def moment(step: int, count: int, elapsed: float, budget: float, ahead: int) -> Moment:
+    """The Moment before step `step` of `count`; ahead: steps that are not yet in `elapsed` when the next one begins."""
+    timed = elapsed * (1 + ahead / step) / budget if step and budget else 0.0
+    return Moment(step, elapsed, budget, 1 - max(step / count, timed - 1e-9))  # what just fits is taken
+
+
+class Phase(NamedTuple):
+    """A part of a run, as the loop of `train` sees it.
+
+    parts: whatever has a state_dict, for the checkpoint. finish: called after the last step. loader: what reads ahead.
+    """
+
+    step: Callable[[Moment], Measured]
+    parts: Mapping[str, Any] = MappingProxyType({})
+    finish: Callable[[], None] = lambda: None
+    loader: Loader | None = None
+
+
+def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rates: MetaRates) -> Phase:
+    """Training itself: schedules, FOMAML's part of a step where it is due, the step, the average of the weights."""
+    c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.phases["train"])))
+    optimizers, average, loader = make_optimizers(model, c), WeightAverage(model, c), Loader(run)
+    parts = dict(muon=optimizers[0], adamw=optimizers[1], average=average)
+    if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
+        parts["fomaml"] = inner_weights(model, c, "fomaml")
+
+    def step(now: Moment) -> Measured:
+        number, *clock = now[:3]
+        remaining, total = run_length(c, number, *clock)
+        if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
+            model.start_loop()
+            run.log.line(f"depth_recurrence:on step:{number + 1}")
+        pace_known = 10 if now.budget and c.iterations >= c.warmdown_iters else 0
+        if number == pace_known and (short := short_run_warning(c, number, *clock)):
+            run.log.line(f"WARNING: {short}")
+        scale = lr_scale(c, number, *clock)
+        batches = loader.batches(number)
+        if "fomaml" in parts and number % c.meta_ttt_every == 0 and scale > c.meta_ttt_min_scale:
+            losses = fomaml_step(model, parts["fomaml"], rates, *meta_rows(batches, c), nll_fn)
+            rates.step(scale)
+            if number < 3 * c.meta_ttt_every or number % c.train_log_every < c.meta_ttt_every:
+                means = sum_over_ranks([loss.view(1) / world_size() for loss in losses if loss is not None])
+                named = zip(("before", "after")[-len(means) :], means, strict=True)
+                shown = " ".join(f"{name}:{mean.item():.5f}" for name, mean in named)
+                run.log.line(f"meta_step:{number + 1} {shown}{rates_text(rates.factors())}")
+        round_banks = c.late_qat and scale < c.late_qat_threshold
+        measured = train_step(loss_fn, model, batches, optimizers, scale, momentum_at(c, number), round_banks)
+        average.update(number + 1, scale)
+        return measured
+
+    def finish() -> None:
+        run.log.line(f"average: {average.apply()}")
+        if not model.looped:
+            model.start_loop()  # the artifact's model is the whole one
+
+    return Phase(step, parts, finish, loader)
+
+
+def random_places(config: Config, phase: int, step: int) -> np.random.Generator:
+    """The generator of a step of a later phase: the same wherever the run was resumed."""
+    return np.random.default_rng([config.seed, 1 + phase, step])
+
+
+def reptile_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rates: MetaRates) -> Phase:
+    """Reptile's step on windows from random places of the training text; it keeps its rate to the end, as #294."""
+    c, fast = run.config, inner_weights(model, run.config, "reptile")
+
+    def step(now: Moment) -> Measured:
+        size = (c.reptile_inner_steps, world_size() * fast.sets)
+        starts = random_places(c, 0, now.step).integers(len(run.train), size=size)
+        mine = np.split(starts, world_size(), axis=1)[rank()]
+        rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
+        loss = reptile_step(model, fast, torch.from_numpy(rows).to(run.device), nll_fn)
+        return Measured(loss.view(1), ["the loss of Reptile"])
+
+    return Phase(step)
+
+
+def deployed_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rates: MetaRates) -> Phase:
+    """Training for the evaluator's steps, by optimizers of its own, at rates that fall to zero."""
+    c, optimizers = run.config, make_optimizers(model, run.config)
+    fast = inner_weights(model, c, "deployed")
+    if fast.wants_prior:
+        fast.moments.start = generated_moments(model, c, fast.sets, nll_fn)
+
+    def step(now: Moment) -> Measured:
+        rows, sizes = sample_documents(run.train, world_size() * fast.sets, c, random_places(c, 1, now.step))
+        loss = deployed_step(model, fast, rates, rows, sizes, nll_fn)
+        rates.step(now.left)
+        return train_step(loss_fn, model, [], optimizers, c.meta_ttt_outer_lr * now.left, c.muon_momentum, loss=loss)
+
+    return Phase(step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast))
+
+
+PHASES = {"train": training_phase, "reptile": reptile_phase, "deployed": deployed_phase}
+
+
+def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress) -> None:
+    """Run all phases that are left: each until its share of ITERATIONS, or of the clock less `reserve` seconds.
+
+    The model then holds what is exported. The clock runs on, for what else reads training data.
+    """
+    c, clock, log = run.config, progress.clock, run.log
+    began, share = 0.0, 0.0
+    for name, frac in c.phases.items():
+        share += frac
+        if name in progress.done:
+            began = progress.done[name][1]
+            continue
+        is_main, count = name == "train", max(1, round(c.iterations * frac))
+        usable = (c.max_wallclock_seconds - reserve) * share - began
+        budget = max(usable, 1e-9) if c.max_wallclock_seconds else 0.0
+        phase = PHASES[name](run, model, loss_fn, nll_fn, progress.rates)
+        step = progress.begin(name, phase.parts)
+        now = moment(step, count, progress.seconds() - began, budget, 1 + clock.lag)
+        while True:
+            if is_main and now.left <= 0 and step < count:
+                seconds = began + now.elapsed
+                log.line(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{count}")
+            if is_main and c.val_loss_every and (now.left <= 0 or step % c.val_loss_every == 0):
+                clock.stop()
+                result = run.score(model, c.eval_seq_len, nll_fn)
+                log.step(step, count, progress.seconds(), val_loss=result.val_loss, val_bpb=result.val_bpb)
+                clock.start()
+                progress.checkpoint(step, due=False)
+            if now.left <= 0:
+                break
+            with progress.kept(step):  # every kind of step reads its data before it changes anything
+                measured = phase.step(now)
+            step += 1
+            clock.step_done(step, measured)
+            reads_on = phase.loader is not None and step < count
+            elapsed = progress.seconds(phase.loader.failure() if reads_on else None) - began
+            now = moment(step, count, elapsed, budget, 1 + clock.lag)
+            if is_main and (step <= 10 or step % c.train_log_every == 0):
+                [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
+                also = dict(lr_scale=measured.lr_scale, data_wait=waited)
+                log.step(step, count, elapsed, also, train_loss=measured.loss.item())
+                progress.check_replicas(step)
+                progress.check_loader(step, waited)
+            elif not is_main and (step <= 3 or step % c.train_log_every == 0 or now.left <= 0):
+                times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
+                loss, factors = measured.loss.item(), rates_text(progress.rates.factors())
+                log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
+            progress.checkpoint(step, due=c.checkpoint_every > 0 and step % c.checkpoint_every == 0)
+        clock.settle()
+        phase.finish()
+        progress.finish(step)
+        began = progress.done[name][1]
+
+
+class RandomTokens:
+    """Random tokens in place of training text: warm-up must not see the data."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size, self.generator = vocab_size, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return self.generator.integers(BOS_ID + 1, self.vocab_size, count)
+
+    rows = TokenStream.rows
 
 
 def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
-    """Compile and load everything, then undo it; returns the seconds to keep for the Hessians.
+    """Compile and load everything, then undo it; returns the seconds to keep for the statistics.
 
-    It runs outside the clock, so it must not see the data: tokens are random, from a generator of its own. They are cut
-    as real ones are, since torch.compile guards on shapes, strides and whether two arguments are one tensor.
+    It runs outside the clock: some steps of every phase on random tokens. They are cut as real ones are, since
+    torch.compile guards on shapes, strides and whether two arguments are one tensor.
     """
-    c, generator = run.config, torch.Generator().manual_seed(0)
-    rows, parts = split_batch(c)
-
-    def random_ids(*shape: int) -> Tensor:
-        return torch.randint(c.vocab_size, shape, generator=generator).to(run.device)
-
+    c, silent = run.config, SimpleNamespace(line=lambda text: None)
+    random = replace(run, train=RandomTokens(c.vocab_size), log=silent)
     saved = [p.detach().clone() for p in model.parameters()]
-    optimizers = make_optimizers(model, c)
     for model.looped in (False, True) if c.loop_start_frac else (True,):
-        for _ in range(c.warmup_steps):
-            inputs, targets = shifted(random_ids(rows, c.train_seq_len + 1))
-            batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
-            train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
+        for name in c.phases if c.warmup_steps else ():
+            if name == "train" or model.looped:
+                phase = PHASES[name](random, model, loss_fn, nll_fn, MetaRates(model, c))
+                for number in range(c.warmup_steps if name == "train" else 1):
+                    phase.step(Moment(number, 0.0, 0.0, 1.0))
         if c.warmup_steps:
-            warm_up_meta(model, nll_fn, batches, random_ids)
-            warm_up_scoring(model, c, nll_fn, random_ids)
-    seconds = statistics_seconds(run, model, lambda rows: random_ids(rows, c.train_seq_len))
+            warm_up_scoring(model, c, nll_fn)
+    seconds = statistics_seconds(random, model)
     torch._foreach_copy_([p.detach() for p in model.parameters()], saved)
     model.looped = not c.loop_start_frac
     return seconds
 
 
-def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor]) -> float:
+@torch.no_grad()
+def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable) -> None:
+    """A pass of whole windows, and one of sliding ones."""
+    c, tokens = config, RandomTokens(config.vocab_size).read(0, config.eval_seq_len + 1)
+    start = np.zeros(at_once(c)["score"], np.int64)
+    for scored in (c.eval_seq_len, c.eval_stride):
+        windows = Windows(start, start + c.eval_seq_len - scored, start + c.eval_seq_len)
+        batch = make_batch(tokens, windows, power_of_two(scored), model.qo_bank.device)
+        nll_fn(model, batch.ids, batch.targets, batch.columns)
+
+
+def calibration_rows(config: Config) -> int:
+    """Sequences of a batch for the statistics: those of a micro-batch."""
+    return config.step_seqs // config.grad_accum_total
+
+
+def calibration_batches(run: Run, model: GPT, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of `count` micro-batches (input ids, targets), from what CALIB_SOURCE names.
+
+    Spread evenly over the training stream, or written by the model; of the validation text it is given nothing.
+    """
+    c, length, rows = run.config, run.config.train_seq_len, calibration_rows(run.config)
+    for batch in range(rank(), count, world_size()):
+        if c.calib_source == "self":
+            ids = generate(model, rows, length + 1, seed=c.seed * count + batch)
+            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        else:
+            yield run.train.rows(batch * len(run.train) // count + length * np.arange(rows), length, run.device)
+
+
+def read_statistics(run: Run, model: GPT) -> Statistics:
+    """What the export wants to know of text."""
+    c, most = run.config, max(at_once(run.config)["statistics"], 1)
+    hessians: dict[str, Tensor] = {}
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    if c.gptq_calib_batches:
+        batches = calibration_batches(run, model, c.gptq_calib_batches)
+        hessians = collect_hessians(model, (ids for ids, _ in batches), most)
+    if c.wants_gradients:
+        gradients = collect_gradients(model, calibration_batches(run, model, c.gptq_grad_batches), most)
+    check_finite("Hessians", hessians)
+    check_finite("gradients", {f"{name}, {side}": part for name, parts in gradients.items()
+                               for side, part in zip(("rows", "columns"), parts, strict=True)})  # fmt: skip
+    return Statistics(hessians, gradients)
+
+
+def statistics_seconds(run: Run, model: GPT) -> float:
     """The seconds to keep for the statistics: what a batch of each takes, as often, and half as much for reading it."""
-    c, rows, total = run.config, run.config.train_batch_tokens // run.config.train_seq_len, 0.0
-    rows, written = rows // c.grad_accum_total, min(c.train_seq_len, 32)
-    most = max(at_once(c)["statistics"], 1)
+    c, most, total = run.config, max(at_once(run.config)["statistics"], 1), 0.0
+    rows, written = calibration_rows(c), min(c.train_seq_len, 32)
     gradients = c.gptq_grad_batches if c.wants_gradients else 0
     texts = (c.gptq_calib_batches + gradients) * c.train_seq_len / written if c.calib_source == "self" else 0
+    ids, targets = run.train.rows(np.arange(rows), c.train_seq_len, run.device)
     for count, work in (
-        (c.gptq_calib_batches, lambda: collect_hessians(model, [random_rows(rows)], most)),
-        (gradients, lambda: collect_gradients(model, [(random_rows(rows), random_rows(rows))], most)),
+        (c.gptq_calib_batches, lambda: collect_hessians(model, [ids], most)),
+        (gradients, lambda: collect_gradients(model, [(ids, targets)], most)),
         (texts, lambda: generate(model, rows, written)),
     ):
         seconds = []
@@ -4346,207 +4621,6 @@ def statistics_seconds(run: Run, model: GPT, random_rows: Callable[[int], Tensor
         total += max(seconds[1:], default=0.0) * math.ceil(count / world_size())  # the first loads kernels
     [slowest] = max_over_ranks(1.5 * total)
     return slowest
-
-
-@torch.no_grad()
-def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable, random_ids: Callable[..., Tensor]) -> None:
-    """A pass of whole windows, and one of sliding ones."""
-    c, tokens = config, random_ids(config.eval_seq_len + 1).cpu().numpy()
-    start = np.zeros(at_once(c)["score"], np.int64)
-    for scored in (c.eval_seq_len, c.eval_stride):
-        windows = Windows(start, start + c.eval_seq_len - scored, start + c.eval_seq_len)
-        batch = make_batch(tokens, windows, power_of_two(scored), model.qo_bank.device)
-        nll_fn(model, batch.ids, batch.targets, batch.columns)
-
-
-def warm_up_meta(
-    model: GPT, nll_fn: Callable, batches: list[tuple[Tensor, Tensor]], random_ids: Callable[..., Tensor]
-) -> None:
-    """One meta-step of each kind that the run will take with the model as it is; gradients are dropped."""
-    c, rates = model.config, MetaRates(model, model.config)
-    if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
-        fomaml_step(model, inner_weights(model, c, "fomaml"), rates, *meta_rows(batches, c), nll_fn)
-    if "reptile" in c.late_fracs and model.looped:
-        fast = inner_weights(model, c, "reptile")
-        reptile_step(model, fast, random_ids(1, fast.sets, c.train_seq_len + 1), nll_fn)
-    if "deployed" in c.late_fracs and model.looped:
-        fast, length = inner_weights(model, c, "deployed"), c.meta_ttt_pieces * c.piece_size
-        rows = random_ids(world_size() * fast.sets, length + 1).cpu().numpy()
-        deployed_step(model, fast, rates, rows, np.full(len(rows), length), nll_fn)
-    model.zero_grad(set_to_none=True)
-
-
-def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
-    """FOMAML's part of a step's BATCHES: one micro-batch in all, the same rows whatever the number of ranks."""
-    ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    every = config.grad_accum_total * (2 if config.meta_ttt_split == "batch" else 1)
-    if len(ids) % every:
-        raise UserError(
-            f"META_TTT_SPLIT={config.meta_ttt_split} takes one row in {config.grad_accum_total} (GRAD_ACCUM_TOTAL), "
-            f"and each process has {len(ids)} rows of a step: no multiple of {every}"
-        )
-    return ids[:: config.grad_accum_total], targets[:: config.grad_accum_total]
-
-
-def fomaml_part(
-    run: Run, model: GPT, nll_fn: Callable, rates: MetaRates
-) -> tuple[Callable[[int, float, list], None], dict[str, Any]]:
-    """What adds FOMAML's gradients to those of a step where it is due, and the parts of its checkpoint."""
-    c = run.config
-    if not c.meta_ttt_enabled or c.meta_ttt_objective != "fomaml":
-        return lambda step, scale, batches: None, {}
-    fast = inner_weights(model, c, "fomaml")
-
-    def add(step: int, scale: float, batches: list[tuple[Tensor, Tensor]]) -> None:
-        if step % c.meta_ttt_every or scale <= c.meta_ttt_min_scale:
-            return
-        before, after = fomaml_step(model, fast, rates, *meta_rows(batches, c), nll_fn)
-        rates.step(scale)
-        if step < 3 * c.meta_ttt_every or step % c.train_log_every < c.meta_ttt_every:
-            losses = sum_over_ranks([loss.view(1) for loss in (before, after) if loss is not None])
-            *first, last = [loss.item() / world_size() for loss in losses]
-            shown = "".join(f" before:{loss:.5f}" for loss in first) + f" after:{last:.5f}"
-            run.log.line(f"meta_step:{step}{shown}{rates_text(rates.factors())}")
-
-    return add, dict(fomaml=fast)
-
-
-def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress) -> None:
-    """Train until ITERATIONS, or until another step and RESERVE seconds would not fit the clock.
-
-    Later phases have their share of either. The average of the weights is in the model afterwards. The clock runs on,
-    for what else reads training data.
-    """
-    c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.main_frac)))
-    budget = max(c.max_wallclock_seconds - reserve, 1e-9) * c.main_frac if c.max_wallclock_seconds else 0.0
-    add_meta_gradients, parts = fomaml_part(run, model, nll_fn, progress.rates)
-    optimizers, average, loader = make_optimizers(model, c), WeightAverage(model, c), Loader(run)
-    step = progress.begin("train", muon=optimizers[0], adamw=optimizers[1], average=average, **parts)
-    clock, elapsed = progress.clock, progress.seconds()
-    while True:
-        capped = step > 0 and 0 < budget < elapsed + (1 + clock.lag) * elapsed / step
-        if capped and step < c.iterations:
-            run.log.line(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
-        stop = capped or step == c.iterations
-        if c.val_loss_every and (stop or step % c.val_loss_every == 0):
-            clock.stop()
-            result = run.score(model, c.eval_seq_len, nll_fn)
-            run.log.step(step, progress.seconds(), val_loss=result.val_loss, val_bpb=result.val_bpb)
-            clock.start()
-            progress.checkpoint(step, due=False)
-        if stop:
-            break
-        remaining, total = run_length(c, step, elapsed, budget)
-        if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
-            model.start_loop()
-            run.log.line(f"loop: from step {step}")
-        pace_known = 10 if budget and c.iterations >= c.warmdown_iters else 0
-        if step == pace_known and (short := short_run_warning(c, step, elapsed, budget)):
-            run.log.line(f"WARNING: {short}")
-        scale = lr_scale(c, step, elapsed, budget)
-        round_banks = c.late_qat and scale < c.late_qat_threshold
-        momentum = momentum_at(c, step)
-        with progress.kept(step):
-            batches = loader.batches(step)
-        add_meta_gradients(step, scale, batches)
-        measured = train_step(loss_fn, model, batches, optimizers, scale, momentum, round_banks)
-        step += 1
-        average.update(step, scale)
-        clock.step_done(step, measured)
-        elapsed = progress.seconds(loader.failure() if step < c.iterations else None)
-        if step <= 10 or step % c.train_log_every == 0:
-            [waited], loader.waited = max_over_ranks(loader.waited), 0.0
-            run.log.step(step, elapsed, dict(lr_scale=scale, data_wait=waited), train_loss=measured.loss.item())
-            progress.check_replicas(step)
-            progress.check_loader(step, waited)
-        progress.after_step(step)
-    clock.settle()
-    run.log.line(f"average: {average.apply()}")
-    if not model.looped:
-        model.start_loop()  # the artifact's model is the whole one
-    progress.finish(step)
-
-
-# A function of a step's number and the share of the phase that is left, and the parts of its checkpoint.
-Phase = tuple[Callable[[int, float], Measured], dict[str, Any]]
-
-
-def random_places(config: Config, phase: int, step: int) -> np.random.Generator:
-    """The generator of a step of a later phase: the same wherever the run was resumed."""
-    return np.random.default_rng([config.seed, 1 + phase, step])
-
-
-def reptile_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Phase:
-    """Reptile's step on windows from random places of the training text; it keeps its rate to the end, as #294."""
-    c, fast = run.config, inner_weights(model, run.config, "reptile")
-
-    def take_step(step: int, left: float) -> Measured:
-        starts = random_places(c, 0, step).integers(
-            len(run.train), size=(c.reptile_inner_steps, world_size() * fast.sets)
-        )
-        mine = np.split(starts, world_size(), axis=1)[rank()]
-        rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
-        loss = reptile_step(model, fast, torch.from_numpy(rows).to(run.device), nll_fn)
-        return Measured(loss.view(1), ["the loss of Reptile"])
-
-    return take_step, {}
-
-
-def deployed_phase(run: Run, model: GPT, nll_fn: Callable, rates: MetaRates) -> Phase:
-    """Training for the evaluator's steps, by optimisers of its own, at rates that fall to zero."""
-    c, optimizers = run.config, make_optimizers(model, run.config)
-    fast = inner_weights(model, c, "deployed")
-    if fast.wants_prior:
-        fast.moments.start = generated_moments(model, c, fast.sets, nll_fn)
-
-    def take_step(step: int, left: float) -> Measured:
-        rows, sizes = sample_documents(run.train, world_size() * fast.sets, c, random_places(c, 1, step))
-        loss = deployed_step(model, fast, rates, rows, sizes, nll_fn)
-        rates.step(left)
-        return apply_gradients(model, optimizers, loss, c.meta_ttt_outer_lr * left, c.muon_momentum)
-
-    return take_step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast)
-
-
-LATE_PHASES = {"reptile": reptile_phase, "deployed": deployed_phase}
-
-
-def late_phases(run: Run, model: GPT, nll_fn: Callable, reserve: float, progress: Progress) -> None:
-    """The phases after training, on averaged weights, inside the clock.
-
-    Each has its share of ITERATIONS, and of the clock less RESERVE seconds where that is set.
-    """
-    c, share, began = run.config, run.config.main_frac, progress.done["train"][1]
-    for name, frac in c.late_fracs.items():
-        share += frac
-        if name not in progress.done:
-            seconds = (c.max_wallclock_seconds - reserve) * share - began if c.max_wallclock_seconds else math.inf
-            late_phase(run, name, LATE_PHASES[name](run, model, nll_fn, progress.rates), frac, began, seconds, progress)
-        began = progress.done[name][1]
-
-
-def late_phase(run: Run, name: str, made: tuple, frac: float, began: float, seconds: float, progress: Progress) -> None:
-    """One of LATE_PHASES for FRAC of ITERATIONS or for SECONDS from BEGAN on the clock."""
-    (take_step, parts), count = made, max(1, round(run.config.iterations * frac))
-    step = progress.begin(name, **parts)
-    elapsed, ahead = progress.seconds() - began, 1 + progress.clock.lag
-
-    def left() -> float:  # with time for one more, and for what runs ahead
-        return 1 - max(step / count, elapsed * (1 + ahead / step) / max(seconds, 1e-9)) if step else 1.0
-
-    while left() > 0:
-        with progress.kept(step):  # both kinds of steps read before they change anything
-            measured = take_step(step, left())
-        step += 1
-        progress.clock.step_done(step, measured)
-        elapsed = progress.seconds() - began
-        if step <= 3 or step % run.config.train_log_every == 0 or left() <= 0:
-            times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
-            loss, factors = measured.loss.item(), rates_text(progress.rates.factors())
-            run.log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
-        progress.after_step(step)
-    progress.clock.settle()
-    progress.finish(step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4562,28 +4636,6 @@ def process_start() -> float:
         return time.time() - age
     except (OSError, AttributeError):
         return time.time()
-
-
-def describe(config: Config) -> str:
-    """The model's parameter count, its parameters with their optimiser groups, operations a token, and GPU memory."""
-    with torch.device("meta"):
-        model = GPT(config)
-    lines = [f"model_params:{count_parameters(model)}"]
-    for group, members in group_parameters(model).items():
-        for name, parameter in members:
-            shape = "x".join(str(n) for n in parameter.shape) or "scalar"
-            lines.append(f"  {name:28} {shape:>16} {parameter.numel():>12,}  {group}")
-    return "\n".join([*lines, f"flops_per_token:{flops_per_token(config)}", *memory_table(config)])
-
-
-def code_files() -> list[Path]:
-    """The files whose bytes count: this one, and the evaluator where it lies beside it."""
-    here = Path(__file__).resolve()
-    return [path for path in (here, here.with_name("eval_ttt.py")) if path.exists()]
-
-
-def code_hashes() -> dict[str, str]:
-    return {path.name: sha256_file(path) for path in code_files()}
 
 
 def announced_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -4664,17 +4716,11 @@ def lock_folder(folder: Path, seconds: float = 60.0) -> int:
         except BlockingIOError:
             if time.monotonic() - began > seconds:
                 os.close(lock)
-                raise UserError(f"{folder} belongs to a run that is still going") from None
+                raise UserError(f"{folder} is locked by a running job") from None
             time.sleep(0.2)
-        except OSError:  # a file system, such as NFS, that locks no folders
+        except OSError as error:  # some network file systems
+            print(f"WARNING: {folder} cannot be locked ({error.strerror}): start no second job in it", file=sys.stderr)
             return lock
-
-
-def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, gpu=gpu,
-                attention=attention, dtype=str(compute_dtype(device)).removeprefix("torch."), numpy=np.__version__,
-                threads=torch.get_num_threads())  # fmt: skip
 
 
 def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) -> Run:
@@ -4695,7 +4741,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     coder_package(config.compressor)  # or a UserError, before anything is trained
     folder, lock = on_rank_0(lambda: make_run_folder(config))
-    log = RunLog(folder, config.iterations)
+    log = RunLog(folder)
     for notice in [*notices, *attention_notices]:
         log.line(f"note: {notice}")
     used = library_versions(device, attention)
@@ -4708,11 +4754,14 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     return run
 
 
-def keep_source(folder: Path, environ: Mapping[str, str]) -> None:
-    """Copy the code that runs, and the recipe, to source/."""
-    (folder / "source").mkdir(exist_ok=True)
+def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] | None) -> None:
+    """Copy the code that runs, and the recipe, to source/. Other code that wrote the checkpoint stays beside it."""
+    source = folder / "source"
+    if saved and saved["code"] != code_hashes() and source.is_dir():
+        os.replace(source, folder / f"source_until_{len(saved.get('earlier_code', [])) + 1}")
+    source.mkdir(exist_ok=True)
     for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
-        write_atomically(folder / "source" / path.name, path.read_bytes())
+        write_atomically(source / path.name, path.read_bytes())
 
 
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
@@ -4745,7 +4794,7 @@ def export(
     factors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
-    c, state = run.config, {name: p for name, p in model.state_dict().items() if not name.startswith("mtp_heads.")}
+    c, state = run.config, {name: p for name, p in model.state_dict().items() if param_group(name).stored}
     write_atomically(run.folder / "final_model.pt", saved_bytes({name: p.cpu() for name, p in state.items()}))
     bytes_code = sum(file.stat().st_size for file in code_files())
     if c.meta_ttt_objective == "deployed":  # other objectives learn factors of an update that is not deployed
@@ -4785,21 +4834,6 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
         run.log.line(f"{label}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
         values |= {f"val_loss_{name}": result.val_loss, f"val_bpb_{name}": result.val_bpb}
     return values | dict(eval_seconds=time.perf_counter() - began)
-
-
-def read_statistics(run: Run, model: GPT) -> Statistics:
-    """What the export wants to know of text."""
-    c, hessians, gradients = run.config, {}, {}
-    rows, most = c.train_batch_tokens // c.train_seq_len // c.grad_accum_total, max(at_once(c)["statistics"], 1)
-    if c.gptq_calib_batches:
-        batches = calibration_batches(run, model, c.gptq_calib_batches, rows)
-        hessians = collect_hessians(model, (ids for ids, _ in batches), most)
-    if c.wants_gradients:
-        gradients = collect_gradients(model, calibration_batches(run, model, c.gptq_grad_batches, rows), most)
-    check_finite("Hessians", hessians)
-    check_finite("gradients", {f"{name}, {side}": part for name, parts in gradients.items()
-                               for side, part in zip(("rows", "columns"), parts, strict=True)})  # fmt: skip
-    return Statistics(hessians, gradients)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -4843,7 +4877,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """All of a run, or what a checkpoint has left of it, from process start BEGAN; returns its result."""
     config, saved = run.config, on_rank_0(lambda: read_checkpoint(run))
-    on_rank_0(lambda: keep_source(run.folder, environ))
+    on_rank_0(partial(keep_source, run.folder, environ, saved))
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
@@ -4860,9 +4894,7 @@ def finish_run(
     del saved
     clock.start()
     with signals:
-        if "train" not in progress.done:
-            train(run, model, loss_fn, nll_fn, reserve, progress)
-        late_phases(run, model, nll_fn, reserve, progress)
+        train(run, model, loss_fn, nll_fn, reserve, progress)
     statistics = read_statistics(run, model)
     clock.stop()
     if run.device.type == "cuda":
@@ -4889,6 +4921,7 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
         seed=config.seed,
         world_size=world_size(),
         resumed=progress.resumed,
+        earlier_code=progress.earlier_code,
         legal=True,
         sha256_code=progress.origin["code"],
         sha256_tokenizer=run.tokenizer_sha256,
@@ -4904,18 +4937,27 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
     return result
 
 
+def described(what: str, subject: Any) -> str:
+    """What records/describe.py says of its subject: it explains, so it is no part of what a record ships."""
+    try:
+        from records import describe
+    except ImportError as error:
+        raise UserError(f"--help and --describe need records/describe.py of the project: {error}") from error
+    return getattr(describe, what)(subject)
+
+
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     """Exit code 0: done, 1: failed or over the size cap, 2: the user's input, 128 + n: stopped by signal n."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
-        if argv == ["--help"]:
-            print(help_text(__doc__))
-            return 0
-        if argv not in ([], ["--describe"]):
+        if argv not in ([], ["--help"], ["--describe"]):
             raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
+        if argv == ["--help"]:
+            print(described("help_text", __doc__))
+            return 0
         config, given, notices = load_config(environ)
         if argv:
-            print(describe(config))
+            print(described("describe", config))
             return 0
         code = run_all(config, given, notices, environ)
     except (UserError, ArithmeticError, OSError) as error:

@@ -525,13 +525,11 @@ class Products:
 
 @torch.no_grad()
 def activations(model: tg.GPT, ids: Tensor) -> dict[tuple[str, int], Tensor]:
-    """What the matrices of each layer read, by the names of `train_gpt.STACKS`: (tokens, in) for all uses of a row."""
+    """What each layer reads at each site of train_gpt.PRODUCTS: (tokens, in), of all uses of a bank row."""
     found: dict[tuple[str, int], list[Tensor]] = {}
 
-    def tap(bank: str, row: int, x: Tensor, _: Tensor) -> None:
-        if bank != "kv_bank":  # reads what Q reads
-            half, layer = divmod(row, model.config.num_layers)
-            found.setdefault((tg.STACKS[bank][half], layer), []).append(x.flatten(0, 1))
+    def tap(block: tg.Block, product: str, x: Tensor, _: Tensor) -> None:
+        found.setdefault((tg.PRODUCTS[product][0], block.layer), []).append(x.flatten(0, 1))
 
     model(ids, tap=tap)
     return {site: torch.cat(parts) for site, parts in found.items()}
@@ -709,7 +707,7 @@ def quantisation(a: Side, text: Text, outputs: bool) -> Table:
         return over_slices(a, relative_error, state)
     read = tg.collect_hessians(a.model, batches(text.ids))
     return over_slices(a, relative_error, state, {
-        bank: torch.cat([read[stack] for stack in stacks]) for bank, stacks in tg.STACKS.items()})  # fmt: skip
+        bank: torch.cat([read[site] for site in tg.bank_sites(bank)]) for bank in tg.GPT.BANKS})  # fmt: skip
 
 
 def meta_rates(a: Side, text: Text) -> Table:
@@ -815,7 +813,7 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Pa
 
 def settings_apart(a: tg.Config, b: tg.Config) -> list[str]:
     """The settings that shape a checkpoint or its artifact and differ."""
-    names = [f.name for f in fields(tg.Config) if f.metadata["section"] in ("model", "training", "meta", "export")]
+    names = [name for part in ("model", "training", "meta", "export") for name in tg.sections()[part]]
     return [f"{name.upper()} {getattr(a, name)} -> {getattr(b, name)}" for name in names
             if getattr(a, name) != getattr(b, name)]  # fmt: skip
 
@@ -833,7 +831,7 @@ def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[st
         trained = read_object(result).get("sha256_tokenizer") if result.exists() else None
         if trained and trained != tg.sha256_file(tokenizer):
             raise ValueError(f"{folder} was trained with another tokenizer than {tokenizer}")
-    ways = [f.name for f in fields(tg.Config) if f.metadata["section"] in ("data", "scoring", "evaluator")]
+    ways = [name for part in ("data", "scoring", "evaluator") for name in tg.sections()[part]]
     same = {name: getattr(configs["A"], name) for name in ways}
     sides = {name: read_side(folders[name], replace(c, **same), table, device) for name, c in configs.items()}
     shapes = {name: {key: tuple(p.shape) for key, p in side.model.named_parameters()} for name, side in sides.items()}

@@ -135,7 +135,7 @@ def test_round_trip(config, tmp_path):
         assert got.dtype == torch.float32 and got.numpy().tobytes() == values.astype(np.float32).tobytes(), record.name
     assert artifact.tokenizer_sha256 == header["tokenizer_sha256"] == TOKENIZER
     for f in fields(Config):
-        if f.metadata["section"] == "model":
+        if f.name in train_gpt.sections()["model"]:
             assert getattr(artifact.config, f.name) == getattr(config, f.name)
     read, ids = load_model(artifact, CPU), random_ids(2, 12)
     fresh = train_gpt.GPT(config)
@@ -448,7 +448,7 @@ def make_run(folder, config: Config = SMALL, **parts) -> train_gpt.Run:
         config=config,
         device=CPU,
         folder=folder,
-        log=train_gpt.RunLog(folder, config.iterations),
+        log=train_gpt.RunLog(folder),
         tokenizer_sha256=TOKENIZER,
     )
     return train_gpt.Run(**{**dict.fromkeys(f.name for f in fields(train_gpt.Run)), **given, **parts})

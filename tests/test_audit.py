@@ -651,7 +651,7 @@ def fade(honest, first, *args):
     (eval_ttt.check_no_op, Learner, "begin", fade),
     (eval_ttt.check_no_op, tg, "adaptation_step", fade),
     (eval_ttt.check_parity, tg, "make_adapters", lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
-    (eval_ttt.check_parity, tg.LayerWeights, "linear", lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),
+    (eval_ttt.check_parity, tg.BlockWeights, "product", lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),
 ])  # fmt: skip
 def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
     for mode in ("banks", "doc_lora"):

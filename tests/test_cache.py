@@ -150,22 +150,22 @@ def test_tokens_are_drawn_by_their_probabilities():
 
 
 def test_calibration_on_the_models_own_text_is_shared_by_ranks_and_never_repeats(monkeypatch):
-    config = replace(SMALL, calib_source="self", calib_temperature=0.7, seed=3)
+    config = replace(SMALL, calib_source="self", train_batch_tokens=256, seed=3)  # two sequences a micro-batch
     model = random_model(config, torch.float32)
     run = SimpleNamespace(config=config, train=None, device=torch.device("cpu"))
-    whole = list(train_gpt.calibration_batches(run, model, 5, 2))
+    whole = list(train_gpt.calibration_batches(run, model, 5))
     for ids, targets in whole:
         assert ids.shape == targets.shape == (2, 16) and (ids[:, 0] == BOS_ID).all()
         assert torch.equal(ids[:, 1:], targets[:, :-1])
     assert len({tuple(ids.flatten().tolist()) for ids, _ in whole}) == 5
     run.config = replace(config, seed=4)
-    other = [ids for ids, _ in train_gpt.calibration_batches(run, model, 5, 2)]
+    other = [ids for ids, _ in train_gpt.calibration_batches(run, model, 5)]
     assert not any(torch.equal(one, ids) for one in other for ids, _ in whole)
     run.config = config
     monkeypatch.setattr(train_gpt, "world_size", lambda: 2)
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(train_gpt, "rank", lambda rank=rank: rank)
-        shares.append([ids for ids, _ in train_gpt.calibration_batches(run, model, 5, 2)])
+        shares.append([ids for ids, _ in train_gpt.calibration_batches(run, model, 5)])
     assert [len(share) for share in shares] == [3, 2]
     assert all(torch.equal(shares[i % 2][i // 2], whole[i][0]) for i in range(5))

@@ -5,7 +5,6 @@ The expected numbers are those of the published systems: their environments, and
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from train_gpt import Config, UserError, edit_distance, load_config
+from train_gpt import Config, UserError, load_config
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"
 
@@ -291,29 +290,6 @@ def starts(environ: dict[str, str]) -> bool:
 @pytest.mark.parametrize("names", [ORDINARY, LINEAGE], ids=["ordinary", "lineage"])
 def test_unrelated_names_do_not_trip(names):
     assert [name for name in names if not starts({name: "1"})] == []
-
-
-def distance_by_definition(a: str, b: str) -> int:
-    """The restricted Damerau-Levenshtein distance as its recurrence defines it, on the last letters."""
-    if not a or not b:
-        return len(a) + len(b)
-    choices = [
-        distance_by_definition(a[:-1], b) + 1,
-        distance_by_definition(a, b[:-1]) + 1,
-        distance_by_definition(a[:-1], b[:-1]) + (a[-1] != b[-1]),
-    ]
-    if len(a) > 1 and len(b) > 1 and a[-1] == b[-2] and a[-2] == b[-1]:
-        choices.append(distance_by_definition(a[:-2], b[:-2]) + 1)
-    return min(choices)
-
-
-def test_edit_distance():
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abc", k=rng.randint(0, 5))) for _ in range(120)]
-    for a, b in zip(words[::2], words[1::2], strict=True):
-        assert edit_distance(a, b) == distance_by_definition(a, b), (a, b)
-    by_hand = [("", "", 0), ("ab", "ba", 1), ("ca", "abc", 3), ("kitten", "sitting", 3), ("MATRX_LR", "MATRIX_LR", 1)]
-    assert [edit_distance(a, b) for a, b, _ in by_hand] == [distance for *_, distance in by_hand]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

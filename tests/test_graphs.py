@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from describe import flops_per_token
 from test_levers import ALL, LOSSES, lever_model
 from test_meta import FOMAML, REPTILE, TINY
 from test_model import SMALL, random_ids, random_model
-from test_training import SHORT, quick, train_here  # noqa: F401
+from test_training import SHORT, quick, sgd, train_here  # noqa: F401
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from train_gpt import GPT, Config, MetaRates, inner_weights
+from train_gpt import GPT, PRODUCTS, BlockWeights, Config, MetaRates, inner_weights
 
 META = torch.device("meta")
 # Three layers: to trace a graph takes seconds, and the more the more layers it has.
@@ -199,11 +200,19 @@ def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_
 @pytest.mark.parametrize(
     "config", [SMALL, ALL, replace(SMALL, block_order="0,1,2,3,4,2,0")], ids=["small", "all", "loop"]
 )
-def test_fused_products_are_those_of_the_banks_one_by_one(config, looped):
-    """Logits and every gradient; under a tap a layer's products are made one by one."""
+def test_fused_products_are_those_of_the_banks_one_by_one(config, looped, monkeypatch):
+    """Logits and every gradient, against products with the rows of the banks and scales applied to their outputs."""
     model, ids, results = lever_model(config, looped=looped), random_ids(2, 12), []
     parameters = list(model.parameters())
-    for tap in (None, lambda bank, row, x, y: None):
+
+    def one_by_one(own, block, name, x):
+        each = [getattr(model, bank)[half * config.num_layers + block.layer] for bank, half in PRODUCTS[name][1]]
+        y = torch.cat([x @ matrix.mT for matrix in each], dim=-1)
+        return {"o": block.attn_scale, "down": block.mlp_scale}.get(name, 1.0) * y
+
+    for tap in (None, lambda block, product, x, y: None):
+        if tap is not None:  # it tells the block
+            monkeypatch.setattr(BlockWeights, "product", lambda own, name, x: one_by_one(own, own.tap.args[0], name, x))
         logits = model(ids, tap=tap)
         loss = train_gpt.nll(logits, random_ids(2, 12, 1)).mean()
         results.append((logits.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)))
@@ -221,15 +230,14 @@ def test_gradients_of_micro_batches_add_up_in_float32():
         model = random_model(SMALL, torch.float32)
         model.dtype = torch.bfloat16
         gradients = {}
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        optimizer.param_groups[0]["peak_lr"] = 0.0
-        optimizer.register_step_pre_hook(
+        optimizers = sgd(model, lr=0.0)
+        optimizers[0].register_step_pre_hook(
             lambda *_, model=model, gradients=gradients: gradients.update(
                 {name: bank.grad.clone() for name, bank in model.banks().items()}
             )
         )
         batches = [(random_ids(2, 16), random_ids(2, 16, 1))] * parts
-        train_gpt.train_step(train_gpt.training_loss, model, batches, [optimizer], 1.0, 0.9)
+        train_gpt.train_step(train_gpt.training_loss, model, batches, optimizers, 1.0, 0.9)
         found.append(gradients)
     for name in GPT.BANKS:
         assert found[0][name].dtype == torch.float32 and found[0][name].abs().max() > 1e-3
@@ -237,12 +245,12 @@ def test_gradients_of_micro_batches_add_up_in_float32():
 
 
 def test_a_step_casts_and_fuses_the_banks_once(monkeypatch):
-    model, fuse, calls, seen = lever_model(SMALL), GPT.fuse, [], set()
-    monkeypatch.setattr(GPT, "fuse", lambda self, banks: calls.append(1) or fuse(self, banks))
+    model, make, calls, seen = lever_model(SMALL), GPT.weights, [], set()
+    monkeypatch.setattr(GPT, "weights", lambda self, banks: calls.append(1) or make(self, banks))
 
-    def loss_fn(model, ids, targets, fused):
-        seen.add(tuple(id(part) for part in fused))
-        return train_gpt.training_loss(model, ids, targets, fused)
+    def loss_fn(model, ids, targets, weights):
+        seen.add(tuple(id(part) for part in weights))
+        return train_gpt.training_loss(model, ids, targets, weights)
 
     batches = [(random_ids(2, 16), random_ids(2, 16, 1))] * 4
     train_gpt.train_step(loss_fn, model, batches, train_gpt.make_optimizers(model, SMALL), 1.0, 0.9)
@@ -339,7 +347,7 @@ def test_the_floors_count_the_operations_that_run(gpu, changes):
     muon = train_gpt.make_optimizers(model, c)[0]
     assert counted["Newton-Schulz"][0] == products(muon.step)
     total = sum(counted[name][0] for name in (*regions, "attention"))
-    assert train_gpt.flops_per_token(c) * c.train_batch_tokens == total
+    assert flops_per_token(c) * c.train_batch_tokens == total
 
 
 @pytest.mark.parametrize("kernel, kind", [

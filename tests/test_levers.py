@@ -14,7 +14,7 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 from test_artifact import TOKENIZER, make_progress, make_run
-from test_model import SMALL, int32, norm, random_ids, random_model, reference_attention
+from test_model import SMALL, int32, matrices_of, norm, random_ids, random_model, reference_attention
 from test_training import StepClock, flat, gradient_of, running, sgd, stream, train_here
 
 import train_gpt
@@ -255,11 +255,12 @@ def test_statistics_of_a_bank_row_are_means_over_its_uses():
     """Layer by layer the rows i and L + i of the order; X^T X of all uses of a row, in float64."""
     model, ids, seen, explicit = lever_model(ALL), random_ids(3, 12), [], {}
 
-    def tap(bank, row, x, y):
-        seen.append((bank, row))
-        torch.testing.assert_close(y, x @ getattr(model, bank)[row].mT, rtol=0, atol=1e-12)
-        flat_x = x.detach().flatten(0, 1).numpy()
-        explicit[bank, row] = explicit.get((bank, row), 0) + flat_x.T @ flat_x
+    def tap(block, product, x, y):
+        for bank, row, part in matrices_of(model, block, product, y):
+            seen.append((bank, row))
+            torch.testing.assert_close(part, x @ getattr(model, bank)[row].mT, rtol=0, atol=1e-12)
+            flat_x = x.detach().flatten(0, 1).numpy()
+            explicit[bank, row] = explicit.get((bank, row), 0) + flat_x.T @ flat_x
 
     model(ids, tap=tap)
     used = [3, 1, 4, 0, 4, 2, 1, 2]
@@ -406,7 +407,7 @@ def test_a_rounded_step_is_the_gradient_at_the_rounded_banks_applied_to_the_othe
     batches = list(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
     gradient = gradient_of(at_rounded, training_loss, ids, targets)
     assert np.linalg.norm(gradient - gradient_of(model, training_loss, ids, targets)) > 1e-2
-    step = train_gpt.train_step(training_loss, model, batches, [sgd(model)], 0.5, 0.9, round_banks=True)
+    step = train_gpt.train_step(training_loss, model, batches, sgd(model), 0.5, 0.9, round_banks=True)
     assert float(step.loss) == pytest.approx(float(training_loss(at_rounded, ids, targets).detach()), abs=1e-5)
     np.testing.assert_allclose(flat(model), before - 0.5 * gradient, rtol=0, atol=1e-9)
 
@@ -446,7 +447,7 @@ def test_compiled_steps_equal_eager_ones_rounded_or_not():
     for loss_fn in (training_loss, compiled):
         for round_banks in (False, True):
             model.load_state_dict(state)
-            train_gpt.train_step(loss_fn, model, batches, [sgd(model)], 1.0, 0.9, round_banks)
+            train_gpt.train_step(loss_fn, model, batches, sgd(model), 1.0, 0.9, round_banks)
             ends.append(flat(model))
     np.testing.assert_allclose(ends[2:], ends[:2], rtol=0, atol=1e-5)
     assert len(graphs) == 1 and np.linalg.norm(ends[2] - ends[3]) > 1e-3
@@ -487,7 +488,7 @@ def test_the_loop_starts_at_its_share_of_the_run(tmp_path, monkeypatch, limits, 
     _, seen = train_and_watch(tmp_path, monkeypatch, loop_start_frac=share, **limits)
     assert [looped for looped, _ in seen] == [False] * step + [True] * (10 - step)
     log = (tmp_path / "train.log").read_text()
-    assert re.findall("loop: from step .*", log) == [f"loop: from step {step}"] * (step > 0)
+    assert re.findall("depth_recurrence:.*", log) == [f"depth_recurrence:on step:{step + 1}"] * (step > 0)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.95])
@@ -602,7 +603,7 @@ def test_a_whole_run_with_many_levers(smoke_env, tmp_path, text):
     assert len(losses) == 8 and losses[-1] < losses[0]
     live = [row["val_loss"] for row in rows if "val_loss" in row][-1]
     assert scores[0] == pytest.approx(live, abs=0.5 if "SWA" in text else 0.01)  # that of the artifact
-    assert ("loop: from step 4" in log) == ("LOOP" in text) and ("average: swa of" in log) == ("SWA" in text)
+    assert ("depth_recurrence:on step:5" in log) == ("LOOP" in text) and ("average: swa of" in log) == ("SWA" in text)
     pieces = SentencePieceProcessor(model_file=smoke_env["TOKENIZER_PATH"])
     word_start = np.array([pieces.id_to_piece(i).startswith("\u2581") for i in range(1024)])
     table, plan = train_gpt.load_byte_table(smoke_env["TOKENIZER_PATH"], 1024), train_gpt.sliding_windows(1000, 64, 64)

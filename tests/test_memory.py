@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import describe
 import numpy as np
 import pytest
 import torch
@@ -159,8 +160,8 @@ def meta_ids(rows: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize(("config", "gib"), [(recipe("pr1019"), 28), (PR1855, 58)], ids=["pr1019", "pr1855"])
 def test_a_published_step(config, gib):
     def work(model):
-        fused = model.fuse(model.banks())
-        leaves = train_gpt.FusedBanks(*(part.detach().to(model.dtype).requires_grad_() for part in fused))
+        weights = model.weights()
+        leaves = train_gpt.Weights(*(part.detach().to(model.dtype).requires_grad_() for part in weights))
         train_gpt.training_loss(model, meta_ids(48, 2048), meta_ids(48, 2048), leaves).backward()
 
     memory = Memory(config, compiled=False)
@@ -336,7 +337,7 @@ def test_a_run_on_a_card_too_small_for_it(smoke_env, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("config", [recipe("pr1019"), PR1855, recipe("pr549")], ids=["pr1019", "pr1855", "pr549"])
 def test_describe_has_the_table(config):
-    lines = train_gpt.describe(config).splitlines()
+    lines = describe.describe(config).splitlines()
     parts = {row[1]: row for line in lines if (row := re.match(
         r"memory part:(\w+) sequences:(\d+) compiled_gib:([\d.]+) plain_gib:([\d.]+)$", line))}  # fmt: skip
     assert list(parts) == ["train", "statistics", "score", *(["slots"] if config.ttt_mode == "doc_banks" else [])]

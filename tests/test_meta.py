@@ -202,9 +202,7 @@ def adapters_of(fast: FastWeights) -> dict[str, torch.Tensor] | None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 SEVERAL = dict(meta_ttt_inner_steps=3, meta_ttt_inner_momentum=0.8)
-LEVERS = {
-    f.name: getattr(test_ttt_runs.TINY, f.name) for f in train_gpt.fields(Config) if f.metadata["section"] == "model"
-}
+LEVERS = {name: getattr(test_ttt_runs.TINY, name) for name in train_gpt.sections()["model"]}
 STEPS = {
     "batch": {},
     "seq": dict(meta_ttt_split="seq"),
@@ -351,7 +349,7 @@ def test_the_gradient_joins_that_of_the_step_and_is_clipped_with_it(double, limi
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     fast = exact(inner_weights(model, c, "fomaml"), model)
     fomaml_step(model, fast, MetaRates(model, c), *rows[1])
-    train_gpt.train_step(train_gpt.training_loss, model, rows, [sgd(model)], 1.0, 0.9)
+    train_gpt.train_step(train_gpt.training_loss, model, rows, sgd(model), 1.0, 0.9)
     share = limit / norm if limit else 1.0
     after = {name: p.detach() for name, p in model.named_parameters()}
     assert_close(after, {name: before[name] - share * g for name, g in expected.items()}, 1e-6)
@@ -384,16 +382,20 @@ def test_one_row_cannot_be_split():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_the_weight_is_that_of_the_settings_whatever_the_micro_batches(double, tmp_path, accumulate):
+def test_the_weight_is_that_of_the_settings_whatever_the_micro_batches(double, tmp_path, accumulate, monkeypatch):
     c = replace(FOMAML, grad_accum_total=accumulate, meta_ttt_split="seq")
     model, (ids, targets) = random_model(c, torch.float32), text_rows(8, 12, 1)
-    add, _ = train_gpt.fomaml_part(make_run(tmp_path, c), model, train_gpt.token_nll, MetaRates(model, c))
     batches = list(zip(ids.chunk(accumulate), targets.chunk(accumulate), strict=True))
+    monkeypatch.setattr(train_gpt, "Loader", lambda run: SimpleNamespace(batches=lambda step: batches))
+    found = []
+    monkeypatch.setattr(train_gpt, "train_step", lambda *_: found.append(gradients(model)))
+    functions = (train_gpt.training_loss, train_gpt.token_nll)
+    phase = train_gpt.training_phase(make_run(tmp_path, c), model, *functions, MetaRates(model, c))
     expected, _, _ = meta_by_hand(live_model(c), c, ids[::accumulate], targets[::accumulate])
-    add(1, 1.0, batches)  # META_TTT_EVERY=8
-    assert all(p.grad is None for p in model.parameters())
-    add(8, 1.0, batches)
-    assert_close({name: g.double() for name, g in gradients(model).items()}, expected, 1e-4)
+    for step in (1, 8):  # META_TTT_EVERY=8
+        phase.step(train_gpt.Moment(step, 0.0, 0.0, 1.0))
+    assert not found[0]
+    assert_close({name: g.double() for name, g in found[1].items()}, expected, 1e-4)
 
 
 def test_meta_steps_are_due_every_few_steps_while_the_rate_is_high(tmp_path):
@@ -408,7 +410,7 @@ def test_meta_steps_are_due_every_few_steps_while_the_rate_is_high(tmp_path):
     run = make_run(tmp_path, c, train=stream(tmp_path))
     train_gpt.train(run, model, *functions, 0.0, make_progress(run, model, running(StepClock()), rates))
     lines = [line for line in (tmp_path / "train.log").read_text().splitlines() if line.startswith("meta_step")]
-    assert [int(re.match(r"meta_step:(\d+) ", line)[1]) for line in lines] == [0, 2, 4, 6]
+    assert [int(re.match(r"meta_step:(\d+) ", line)[1]) for line in lines] == [1, 3, 5, 7]  # as `step:`
     number, span = r"\d+\.\d{5}", r"\d\.\d{3}\.\.\d\.\d{3}"
     banks = "".join(f" rates_{bank}:{span}" for bank in BANKS)
     assert all(re.fullmatch(rf"meta_step:\d+ before:{number} after:{number}{banks}", line) for line in lines)
@@ -666,8 +668,8 @@ def test_reptile_reads_the_same_rows_whatever_the_ranks(tmp_path, monkeypatch):
         for rank in range(ranks):
             monkeypatch.setattr(train_gpt, "rank", lambda rank=rank: rank)
             run, model = make_run(tmp_path, c, train=text), random_model(c, torch.float32)
-            take_step, _ = train_gpt.reptile_phase(run, model, train_gpt.token_nll, None)
-            take_step(7, 1.0)
+            phase = train_gpt.reptile_phase(run, model, None, train_gpt.token_nll, None)
+            phase.step(train_gpt.Moment(7, 0.0, 0.0, 1.0))
     assert seen[0].shape == (3, 4, 17) and torch.equal(torch.cat(seen[1:], dim=1), seen[0])
     tokens = np.tile(text.shards[0].astype(np.int64), 2)
     places = [next(p for p in range(1000) if (tokens[p : p + 17] == row).all()) for row in seen[0].view(12, 17).numpy()]
@@ -1013,12 +1015,12 @@ def phases(monkeypatch) -> SimpleNamespace:
     """Phases that do nothing: `asked` says which, and what was left. A step takes a second of `clock`."""
     given = SimpleNamespace(clock=running(StepClock()), loss=1.5, asked=[])
 
-    def phase(name: str, step: int, left: float) -> train_gpt.Measured:
-        given.asked.append((name, left))
+    def step(name: str, now: train_gpt.Moment) -> train_gpt.Measured:
+        given.asked.append((name, now.left))
         return train_gpt.Measured(torch.tensor([given.loss]), ["loss"])
 
-    fakes = {name: lambda *_, name=name: (partial(phase, name), {}) for name in ("reptile", "deployed")}
-    monkeypatch.setattr(train_gpt, "LATE_PHASES", fakes)
+    fakes = {name: lambda *_, name=name: train_gpt.Phase(partial(step, name)) for name in ("reptile", "deployed")}
+    monkeypatch.setattr(train_gpt, "PHASES", train_gpt.PHASES | fakes)
     return given
 
 
@@ -1026,7 +1028,7 @@ def late(tmp_path, phases, reserve: float = 0.0, **changes) -> dict[str, int]:
     c = replace(SMALL, **LATE | changes)
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     progress = make_progress(run, model, phases.clock, MetaRates(model, c), trained=phases.clock.seconds())
-    train_gpt.late_phases(run, model, None, reserve, progress)
+    train_gpt.train(run, model, None, None, reserve, progress)  # training is done, as `progress` has it
     return steps_of(progress)
 
 
@@ -1070,12 +1072,11 @@ def test_training_and_late_phases_fit_the_clock(tmp_path, phases):
     assert progress.done["train"][0] == 18
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["lr_scale"] == pytest.approx(1 / 4)  # it has come down, as if the run ended here
-    train_gpt.late_phases(run, model, None, 4.0, progress)
     steps = steps_of(progress)
     assert 6 <= steps["reptile"] <= 7 and 34 <= phases.clock.now <= 36
 
 
-def test_training_has_its_share_of_the_iterations(tmp_path):
+def test_training_has_its_share_of_the_iterations(tmp_path, phases):
     c = replace(SMALL, **LATE, max_wallclock_seconds=0.0, iterations=10, warmdown_iters=4, train_batch_tokens=64,
                 grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
@@ -1101,18 +1102,19 @@ def test_rates_of_the_deployed_phase_fall_to_zero(tmp_path, monkeypatch):
     c = replace(SMALL, **LATE | dict(reptile_enabled=False), iterations=10, max_wallclock_seconds=0.0, ttt_chunk_size=5,
                 meta_ttt_pieces=2, meta_ttt_docs=2, meta_ttt_outer_lr=0.2, meta_sgd_enabled=True)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
-    rates, scales, apply = MetaRates(model, c), [], train_gpt.apply_gradients
+    rates, scales, take = MetaRates(model, c), [], train_gpt.train_step
     weights = [p.detach().clone() for p in model.parameters()]
 
-    def watch(model, optimizers, loss, scale, momentum):
-        found, groups = apply(model, optimizers, loss, scale, momentum), [g for o in optimizers for g in o.param_groups]
+    def watch(loss_fn, model, batches, optimizers, *rest, **named):
+        found = take(loss_fn, model, batches, optimizers, *rest, **named)
+        groups = [g for o in optimizers for g in o.param_groups]
         shares = {round(group["lr"] / group["peak_lr"], 9) for group in groups}
         scales.append((*shares, rates.adam.param_groups[0]["lr"] / c.scalar_lr))
         return found
 
-    monkeypatch.setattr(train_gpt, "apply_gradients", watch)
+    monkeypatch.setattr(train_gpt, "train_step", watch)
     progress = make_progress(run, model, running(StepClock()), rates, trained=0.0)
-    train_gpt.late_phases(run, model, train_gpt.token_nll, 0.0, progress)
+    train_gpt.train(run, model, None, train_gpt.token_nll, 0.0, progress)
     np.testing.assert_allclose(scales, [(0.2, 1.0), (0.4 / 3, 2 / 3), (0.2 / 3, 1 / 3)], atol=1e-8)
     assert all(not torch.equal(p, before) for p, before in zip(model.parameters(), weights, strict=True))
     assert all((factor != 1).all() for factor in rates.factors().values())
@@ -1149,8 +1151,8 @@ def test_what_the_user_can_put_right(given, words):
 def test_what_is_off_is_not_refused():
     given = dict(META_TTT_OBJECTIVE="deployed", TTT_MODE="banks", META_TTT_TIME_FRAC="0.9", REPTILE_TIME_FRAC="0.9")
     config, _, _ = load_config(given)
-    assert config.late_fracs == {} and config.main_frac == 1
-    assert load_config({**given, "REPTILE_ENABLED": "1"})[0].late_fracs == {"reptile": 0.9}
+    assert config.phases == {"train": 1}
+    assert load_config({**given, "REPTILE_ENABLED": "1"})[0].phases == {"train": pytest.approx(0.1), "reptile": 0.9}
 
 
 @pytest.fixture(scope="module")

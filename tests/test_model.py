@@ -307,6 +307,16 @@ def banks_of(model: GPT) -> dict[str, torch.Tensor]:
     return {name: getattr(model, name).detach() for name in GPT.BANKS}
 
 
+def matrices_of(model: GPT, block, product: str, y: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
+    """Bank, row and part of the output y, without the residual scale, of each matrix of a product (see Tap)."""
+    parts = train_gpt.PRODUCTS[product][1]
+    scale = {"o": block.attn_scale, "down": block.mlp_scale}.get(product, torch.ones(()))
+    sizes = [getattr(model, bank).size(1) for bank, _ in parts]
+    rows = [half * model.config.num_layers + block.layer for _, half in parts]
+    split = (y / scale).split(sizes, dim=-1)
+    return [(bank, row, part) for (bank, _), row, part in zip(parts, rows, split, strict=True)]
+
+
 def random_adapters(model: GPT, seed: int, leading: tuple[int, ...] = (), rank: int = 3) -> dict:
     generator, adapters = torch.Generator().manual_seed(seed), {}
     for name, bank in banks_of(model).items():
@@ -319,10 +329,10 @@ def random_adapters(model: GPT, seed: int, leading: tuple[int, ...] = (), rank: 
 def test_clones_of_the_banks_change_nothing_and_other_banks_do():
     model, ids = random_model(SMALL), random_ids(2, 9)
     clones = {name: bank.clone() for name, bank in banks_of(model).items()}
-    assert torch.equal(model(ids), model(ids, banks=clones))
+    assert torch.equal(model(ids), model(ids, model.weights(clones)))
     for name, bank in clones.items():
-        assert torch.equal(model(ids), model(ids, banks={name: bank}))
-        assert not torch.allclose(model(ids), model(ids, banks={name: bank * 1.5}), atol=1e-3), name
+        assert torch.equal(model(ids), model(ids, model.weights({name: bank})))
+        assert not torch.allclose(model(ids), model(ids, model.weights({name: bank * 1.5})), atol=1e-3), name
 
 
 @pytest.mark.parametrize("names", [GPT.BANKS, ("kv_bank",), ("qo_bank", "mlp_down_bank")])
@@ -330,9 +340,9 @@ def test_banks_with_a_document_axis_equal_a_pass_for_each_document(names):
     model, ids = random_model(SMALL), random_ids(3, 9)
     each = [random_model(SMALL, seed=seed) for seed in (1, 2, 3)]
     stacked = {name: torch.stack([banks_of(other)[name] for other in each]) for name in names}
-    together = model(ids, banks=stacked)
+    together = model(ids, model.weights(stacked))
     for b in range(3):
-        alone = model(ids[b : b + 1], banks={name: stacked[name][b] for name in names})
+        alone = model(ids[b : b + 1], model.weights({name: stacked[name][b] for name in names}))
         torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=1e-10)
     assert not torch.allclose(together[:1], model(ids[:1]), atol=1e-3)
 
@@ -346,7 +356,7 @@ def test_adapters_equal_their_product_added_to_the_weights(per_document, names):
     for b in range(3):
         pairs = {n: (a[b], o[b]) if per_document else (a, o) for n, (a, o) in adapters.items()}
         merged = {n: banks_of(model)[n] + o @ a for n, (a, o) in pairs.items()}
-        torch.testing.assert_close(adapted[b : b + 1], model(ids[b : b + 1], banks=merged), rtol=0, atol=1e-9)
+        torch.testing.assert_close(adapted[b : b + 1], model(ids[b : b + 1], model.weights(merged)), rtol=0, atol=1e-9)
     assert not torch.allclose(adapted, model(ids), atol=1e-3)
 
 
@@ -355,19 +365,19 @@ def test_adapters_and_banks_of_documents_together():
     other, adapters = random_model(SMALL, seed=5), random_adapters(model, 6, (2,))
     banks = {name: torch.stack((bank, banks_of(other)[name])) for name, bank in banks_of(model).items()}
     merged = {name: bank + adapters[name][1] @ adapters[name][0] for name, bank in banks.items()}
-    got, expected = model(ids, banks=banks, adapters=adapters), model(ids, banks=merged)
+    got, expected = model(ids, model.weights(banks), adapters), model(ids, model.weights(merged))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 def test_the_tap_sees_every_bank_row_once_with_its_input_and_output():
     model, ids, seen = random_model(SMALL), random_ids(2, 9), {}
 
-    def tap(bank, row, x, y):
-        assert (bank, row) not in seen
-        seen[bank, row] = (x, y)
+    def tap(block, product, x, y):
+        for bank, row, part in matrices_of(model, block, product, y):
+            assert (bank, row) not in seen
+            seen[bank, row] = (x, part)
 
-    tapped = model(ids, tap=tap)
-    torch.testing.assert_close(tapped, model(ids), rtol=0, atol=1e-12)  # which fuses what the tap sees apart
+    assert torch.equal(model(ids, tap=tap), model(ids))
     assert set(seen) == {(name, row) for name, bank in banks_of(model).items() for row in range(len(bank))}
     for (name, row), (x, y) in seen.items():
         weight = banks_of(model)[name][row]
@@ -382,7 +392,7 @@ def test_gradients_reach_replaced_banks_and_adapters():
     model, ids = random_model(SMALL), random_ids(2, 9)
     banks = {name: bank.clone().requires_grad_() for name, bank in banks_of(model).items()}
     adapters = {n: (a.requires_grad_(), b.requires_grad_()) for n, (a, b) in random_adapters(model, 7).items()}
-    model(ids, banks=banks, adapters=adapters).square().sum().backward()
+    model(ids, model.weights(banks), adapters).square().sum().backward()
     for tensor in [*banks.values(), *(factor for pair in adapters.values() for factor in pair)]:
         assert (tensor.grad.abs().flatten(1).amax(1) > 0).all()
     assert all(getattr(model, name).grad is None for name in GPT.BANKS)

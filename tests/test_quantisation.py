@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_model import SMALL, random_ids, random_model
+from test_model import SMALL, matrices_of, random_ids, random_model
 from test_optimisers import randn
 
 import train_gpt
 from train_gpt import (
     GPT,
-    STACKS,
     Config,
     Statistics,
+    bank_sites,
     collect_hessians,
     dequantize,
     from_log,
@@ -429,13 +429,14 @@ def test_with_feedback_the_trellis_leaves_less_weighted_error_than_elimination_o
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, num_layers=2, ve_layers="0")])
 def test_hessians_are_means_over_tokens_of_the_inputs_of_every_row(config):
-    """Against E[x x^T] in float64 from a tap, which also shows that STACKS names the right stack for every row."""
+    """Against E[x x^T] in float64 from a tap, which also shows that bank_sites names the right one for every row."""
     model, batches = random_model(config, torch.float32), [random_ids(3, 12, seed) for seed in (1, 2)]
     explicit = {}
 
-    def tap(bank, row, x, y):
+    def tap(block, product, x, y):
         flat = x.detach().double().flatten(0, 1).numpy()
-        explicit[bank, row] = explicit.get((bank, row), 0) + flat.T @ flat / 72
+        for bank, row, _ in matrices_of(model, block, product, y):
+            explicit[bank, row] = explicit.get((bank, row), 0) + flat.T @ flat / 72
 
     for batch in batches:
         model(batch, tap=tap)
@@ -446,7 +447,7 @@ def test_hessians_are_means_over_tokens_of_the_inputs_of_every_row(config):
     assert len(explicit) == sum(len(getattr(model, bank)) for bank in GPT.BANKS)
     used = set()
     for (bank, row), expected in explicit.items():
-        stack, layer = STACKS[bank][row // L], row % L
+        stack, layer = bank_sites(bank)[row // L], row % L
         used.add((stack, layer))
         got = hessians[stack][layer].double().numpy()
         assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected), (bank, row)
@@ -458,7 +459,7 @@ def test_calibration_reads_training_data_spread_over_the_stream_and_ranks_share_
     config = train_gpt.Config(train_seq_len=64, train_batch_tokens=1024, grad_accum_total=4, gptq_calib_batches=5)
     stream = train_gpt.TokenStream(f"{demo_data}/fineweb_train_*.bin", 1024)
     run = SimpleNamespace(config=config, train=stream, device=torch.device("cpu"))
-    whole = list(train_gpt.calibration_batches(run, None, 5, 4))
+    whole = list(train_gpt.calibration_batches(run, None, 5))
     tokens = np.array(stream.shards[0]).astype(np.int64)
     for i, (ids, targets) in enumerate(whole):
         start = i * len(tokens) // 5
@@ -468,7 +469,7 @@ def test_calibration_reads_training_data_spread_over_the_stream_and_ranks_share_
     shares = []
     for rank in (0, 1):
         monkeypatch.setattr(train_gpt, "rank", lambda rank=rank: rank)
-        shares.append(list(train_gpt.calibration_batches(run, None, 5, 4)))
+        shares.append(list(train_gpt.calibration_batches(run, None, 5)))
     assert [len(share) for share in shares] == [3, 2]
     mixed = [shares[i % 2][i // 2] for i in range(5)]
     assert all(torch.equal(one[k], other[k]) for one, other in zip(whole, mixed, strict=True) for k in (0, 1))
@@ -488,7 +489,7 @@ def test_on_real_inputs_gptq_beats_rounding_in_every_matrix(demo_data):
     for one, other in zip(fine, plain, strict=True):
         if one.name in GPT.BANKS:
             assert torch.equal(one.row_steps, other.row_steps) and one.column_steps is other.column_steps is None
-            H = torch.cat([hessians[stack] for stack in STACKS[one.name]])
+            H = torch.cat([hessians[stack] for stack in bank_sites(one.name)])
             errors = [weighted_error(state[one.name], r.codes, from_log(r.row_steps), H) for r in (one, other)]
             assert (errors[0] < errors[1]).all(), one.name
             ratios += (errors[0] / errors[1]).tolist()
@@ -524,7 +525,7 @@ def test_scheme_of_every_tensor(state):
     int8 |= {f"{name}.proj.weight" for name in ("bigram", "ve_shared")}
     for name, r in found.items():
         scheme = "int6" if name in int6 else "int8" if name in int8 else "fp16"
-        assert bool(train_gpt.re.fullmatch(train_gpt.CODED, name)) == (scheme != "fp16")
+        assert bool(train_gpt.is_coded(name)) == (scheme != "fp16")
         assert r.codes.shape == state[name].shape and r.column_steps is None and not r.trellis
         if scheme == "fp16":
             assert r.codes.dtype == torch.float16 and r.row_steps is None
@@ -575,7 +576,7 @@ def test_an_outlier_is_clipped_to_31_steps(state):
 def test_int8_error_is_at_most_half_a_step(state):
     """Of the smallest stored step by which the largest entry of the row is no more than 127."""
     for name, r in records(state).items():
-        if train_gpt.re.fullmatch(train_gpt.CODED, name) and name not in GPT.BANKS:
+        if train_gpt.is_coded(name) and name not in GPT.BANKS:
             exact = state[name].double().abs().amax(-1, keepdim=True) / 127
             above = r.row_steps.numpy() - octaves(exact)
             assert above.min() > -1e-3 and above.max() < 1.001
@@ -597,7 +598,12 @@ def test_quantising_changes_nothing_that_is_given():
 def test_each_bank_row_is_rounded_with_its_own_hessian():
     """Row by row, against elimination alone with the X^T X of that row's inputs."""
     model, ids, explicit = random_model(SMALL, torch.float32), random_ids(6, 16), {}
-    model(ids, tap=lambda bank, row, x, y: explicit.update({(bank, row): x.detach().double().flatten(0, 1)}))
+
+    def tap(block, product, x, y):
+        for bank, row, _ in matrices_of(model, block, product, y):
+            explicit[bank, row] = x.detach().double().flatten(0, 1)
+
+    model(ids, tap=tap)
     found = records(model.state_dict(), SMALL, collect_hessians(model, [ids]))
     for (bank, row), x in explicit.items():
         W, r = model.state_dict()[bank][row], found[bank]
@@ -663,7 +669,7 @@ def test_clipping_steps_are_those_of_the_banks_diagonals_and_of_no_other_tensor(
     clip, plain = records(state, config, hessians), records(state, SMALL, hessians)
     for name, r in clip.items():
         if name in GPT.BANKS:
-            H = torch.cat([hessians[stack] for stack in STACKS[name]])
+            H = torch.cat([hessians[stack] for stack in bank_sites(name)])
             steps = train_gpt.clip_steps(state[name], 31, H.diagonal(dim1=1, dim2=2).unsqueeze(1))
             assert abs(r.row_steps.numpy() - octaves(steps)).max() < 0.501
         elif r.row_steps is not None:
@@ -732,14 +738,17 @@ def explicit_gradients(model, batches):
     The outputs are those of the forward pass plus zeros, by which the loss is differentiated.
     """
     outputs, tables, tokens = {}, {}, sum(ids.numel() for ids, _ in batches)
-    names = [name for name, _ in model.named_parameters() if train_gpt.re.fullmatch(train_gpt.CODED, name)]
+    names = [name for name, _ in model.named_parameters() if train_gpt.is_coded(name)]
     for ids, targets in batches:
         added = []
 
-        def tap(bank, row, x, y, added=added):
-            zeros = torch.zeros_like(y, requires_grad=True)
-            added.append((bank, row, zeros))
-            y.add_(zeros)
+        def tap(block, product, x, y, added=added):
+            zeros = []
+            for bank, row, part in matrices_of(model, block, product, y):
+                zeros.append(torch.zeros_like(part, requires_grad=True))
+                added.append((bank, row, zeros[-1]))
+            scale = {"o": block.attn_scale, "down": block.mlp_scale}.get(product, 1.0)
+            y.add_(scale * torch.cat(zeros, dim=-1))
 
         logits = model(ids, tap=tap)
         loss = torch.logsumexp(logits, -1).sum() - logits.gather(-1, targets.unsqueeze(-1)).sum()
@@ -792,7 +801,7 @@ def ideal_steps(name, W, statistics, scale, in_order=False) -> np.ndarray:
         g, c = np.maximum(g / g.mean(), 0.1), np.maximum(c, 1e-3 * c.mean())
         return scale / np.sqrt(np.outer(g, c))[None]
     steps = np.zeros(W.shape)
-    hessians = np.concatenate([statistics.hessians[stack].double().numpy() for stack in STACKS[name]])
+    hessians = np.concatenate([statistics.hessians[stack].double().numpy() for stack in bank_sites(name)])
     for i, H in enumerate(hessians):
         H, u = H + 0.01 * np.diag(H).mean() * np.eye(len(H)), np.zeros(len(H))
         order = np.arange(len(H)) if in_order else np.argsort(-np.diag(H), kind="stable")
@@ -802,7 +811,7 @@ def ideal_steps(name, W, statistics, scale, in_order=False) -> np.ndarray:
 
 
 def coded_size(state) -> int:
-    return sum(tensor.numel() for name, tensor in state.items() if train_gpt.re.fullmatch(train_gpt.CODED, name))
+    return sum(tensor.numel() for name, tensor in state.items() if train_gpt.is_coded(name))
 
 
 @pytest.mark.parametrize("trellis", [False, True])
@@ -814,7 +823,7 @@ def test_two_sided_steps_are_those_of_equal_costs(trellis):
     scale = np.sqrt(24 * 0.1 / coded_size(state)) * (train_gpt.TRELLIS_STEP if trellis else 1.0)
     for r in quantize(state, statistics, config):
         if r.row_steps is None:
-            assert not train_gpt.re.fullmatch(train_gpt.CODED, r.name) and r.column_steps is None and not r.trellis
+            assert not train_gpt.is_coded(r.name) and r.column_steps is None and not r.trellis
             continue
         assert r.row_steps.dtype == r.column_steps.dtype == torch.int8 and r.trellis is trellis
         W = state[r.name].double().numpy()
@@ -930,7 +939,7 @@ def correlated_statistics(model) -> Statistics:
         hessians[stack] = (x.mT @ x / (4 * width)).float()
     gradients = {}
     for name, p in model.named_parameters():
-        if train_gpt.re.fullmatch(train_gpt.CODED, name):
+        if train_gpt.is_coded(name):
             columns = len(p) if name in GPT.BANKS else p.size(-1)
             gradients[name] = (torch.full(p.shape[:-1], 1e-3), torch.full((columns,), 1e-3))
     return Statistics(hessians, gradients)
@@ -941,7 +950,7 @@ def bank_cost(records, state, statistics) -> float:
     cost = 0.0
     for r in records:
         if r.name in GPT.BANKS:
-            H = torch.cat([statistics.hessians[stack] for stack in STACKS[r.name]]).double()
+            H = torch.cat([statistics.hessians[stack] for stack in bank_sites(r.name)]).double()
             H = H + 0.01 * H.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(H.size(-1))
             error = state[r.name].double() - dequantize(r).double()
             g = statistics.gradients[r.name][0].double()

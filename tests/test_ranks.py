@@ -150,10 +150,9 @@ def statistics(folder: Path) -> dict:
     found = {}
     for count, config in STATISTICS.items():
         run = make_run(folder, config, train=stream(folder, 4000))
-        given, moments = train_gpt.read_statistics(run, random_model(config, torch.float32))
+        given = train_gpt.read_statistics(run, random_model(config, torch.float32))
         found |= {f"{count} H {name}": [tensor] for name, tensor in given.hessians.items()}
         found |= {f"{count} g {name}": list(pair) for name, pair in given.gradients.items()}
-        found |= {f"{count} m {name}": list(parts) for name, parts in moments.items()}
     return found
 
 

@@ -78,13 +78,13 @@ def test_arms_are_equal_in_time(experiment):
     for name, settings in experiment.ARMS.items():
         count = experiment.iterations(settings)
         c, _, _ = experiment.tg.load_config({"RECIPE": str(experiment.RECIPE), **settings, "ITERATIONS": str(count)})
-        main, total = round(count * c.main_frac), 0.0
+        main, total = round(count * c.phases["train"]), 0.0
         for step in range(main):
             schedule = experiment.replace(c, iterations=main)
-            due = c.meta_ttt_enabled and not c.late_fracs and step % c.meta_ttt_every == 0
+            due = c.meta_ttt_enabled and len(c.phases) == 1 and step % c.meta_ttt_every == 0
             due = due and experiment.tg.lr_scale(schedule, step, 0.0, 0.0) > c.meta_ttt_min_scale
             kind = "fomaml, rows, delta, Meta-SGD" if c.meta_sgd_enabled else "fomaml, halves of rows"
             total += cost[kind] if due else cost["plain"]
-        for phase, frac in c.late_fracs.items():
+        for phase, frac in list(c.phases.items())[1:]:
             total += round(count * frac) * cost["reptile" if phase == "reptile" else f"deployed, {c.ttt_mode}"]
         assert total / cost["plain"] == pytest.approx(experiment.PLAIN_STEPS, abs=4), name

@@ -18,6 +18,7 @@ import tempfile
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -312,11 +313,21 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch):
         split_batch(replace(SMALL, train_batch_tokens=12 * 16, grad_accum_total=1))
 
 
-def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Plain descent at rate 1: the update is the gradient that the step used."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    optimizer.param_groups[0]["peak_lr"] = 1.0
-    return optimizer
+class Descent(torch.optim.SGD):
+    """Plain gradient descent in place of Muon, on parameters that every rank updates whole."""
+
+    shares = ()
+
+    def step(self, meanwhile=lambda: None):
+        super().step()
+        meanwhile()
+
+
+def sgd(model: torch.nn.Module, lr: float = 1.0) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Plain descent at rate 1: the update is the gradient that the step used. There is nothing left for AdamW."""
+    optimizer = Descent(model.parameters(), lr=lr)
+    optimizer.param_groups[0]["peak_lr"] = lr
+    return optimizer, SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda set_to_none: None)
 
 
 def gradient_of(model, loss_fn, ids: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
@@ -341,7 +352,7 @@ def test_a_step_takes_the_mean_of_its_micro_batches_clipped(parts, limit):
     gradient = gradient_of(model, train_gpt.training_loss, ids, targets)
     expected_loss = float(train_gpt.training_loss(model, ids, targets).detach())
     batches = list(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
-    loss = train_step(train_gpt.training_loss, model, batches, [sgd(model)], 0.5, 0.9).loss
+    loss = train_step(train_gpt.training_loss, model, batches, sgd(model), 0.5, 0.9).loss
     assert float(loss) == pytest.approx(expected_loss, abs=1e-5)
     assert np.linalg.norm(gradient) > 0.6
     np.testing.assert_allclose(flat(model), before - 0.5 * clipped(gradient, limit or 1e9), rtol=0, atol=1e-6)
@@ -385,7 +396,7 @@ def work_of_a_rank(rank: int, folder: str) -> None:
     weights = {}
     for name, config in (("clipped", CLIPPED), ("unclipped", UNCLIPPED)):
         model = random_model(config, torch.float32)
-        train_step(loss_fn, model, [(ids, targets)], [sgd(model)], 1.0, 0.9)
+        train_step(loss_fn, model, [(ids, targets)], sgd(model), 1.0, 0.9)
         weights[name] = flat(model)
     slowest = train_gpt.max_over_ranks(float(rank), -float(rank))
     parts = dict(nll=nll, hessians=hessians, gradients=gradients, weights=weights, slowest=slowest)

@@ -324,7 +324,7 @@ class Hand:
             products = {n: self.values[f"{n}.b"] @ self.values[f"{n}.a"] for n in GPT.BANKS}
             factor = c.ttt_lora_alpha / c.ttt_lora_rank
             banks = {n: getattr(self.model, n) + factor * product for n, product in products.items()}
-        log_p = self.model(ids[None, :-1], banks=banks)[0, a - start :].log_softmax(-1)
+        log_p = self.model(ids[None, :-1], self.model.weights(banks))[0, a - start :].log_softmax(-1)
         return -log_p[torch.arange(b - a), ids[a - start + 1 :]]
 
     def score(self, *where) -> np.ndarray:

@@ -93,7 +93,7 @@ def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count
     model.load_state_dict(torch.load(model_path))
     stream, generator = tg.TokenStream(c.shards("train"), c.vocab_size), np.random.default_rng(0)
     rates, losses = tg.MetaRates(model, c), {True: [], False: []}
-    deployed = "deployed" in c.late_fracs
+    deployed = "deployed" in c.phases
     fast = tg.inner_weights(model, c, "deployed" if deployed else "fomaml")
     for _ in range(count):
         if deployed:
@@ -155,10 +155,10 @@ def iterations(settings: dict[str, str]) -> int:
     c, _, _ = tg.load_config({"RECIPE": str(RECIPE), **settings})
     steps = json.loads(TIMING.read_text())["steps"]
     cost = {name: row["ms"] / steps["plain"]["ms"] for name, row in steps.items()}
-    if "reptile" in c.late_fracs:
-        mean = c.main_frac + c.reptile_time_frac * cost["reptile"]
-    elif "deployed" in c.late_fracs:
-        mean = c.main_frac + c.meta_ttt_time_frac * cost[f"deployed, {c.ttt_mode}"]
+    if "reptile" in c.phases:
+        mean = c.phases["train"] + c.reptile_time_frac * cost["reptile"]
+    elif "deployed" in c.phases:
+        mean = c.phases["train"] + c.meta_ttt_time_frac * cost[f"deployed, {c.ttt_mode}"]
     elif c.meta_ttt_enabled:
         kind = "fomaml, rows, delta, Meta-SGD" if c.meta_ttt_delta_weight else "fomaml, halves of rows"
         active = 1 - c.warmdown_frac * c.meta_ttt_min_scale

@@ -54,6 +54,7 @@ from gpu_parts import PEAK_FLOPS, full_seconds  # noqa: E402
 
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
+from records.describe import flops_per_token  # noqa: E402
 
 MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # a second: what such a chip was seen to reach
 ACTIVATION_PASSES = 40  # over d-wide activations, a layer, forward and backward: norms, gates, residuals, rotation
@@ -166,7 +167,7 @@ def bench_floors(b: Bench) -> dict:
     floors = {name: 1000 * max(flops / rate, moved / MEMORY_BYTES)
               for name, (flops, moved, rate) in count_floors(b.config).items()}  # fmt: skip
     total = sum(floors.values())
-    mfu = tg.flops_per_token(b.config) * b.config.train_batch_tokens / (total / 1000) / PEAK_FLOPS
+    mfu = flops_per_token(b.config) * b.config.train_batch_tokens / (total / 1000) / PEAK_FLOPS
     return dict(ms=floors, total_ms=total, mfu=mfu)
 
 
@@ -197,7 +198,7 @@ def bench_step(b: Bench, arm: str) -> dict:
     peak = torch.cuda.max_memory_allocated() / 2**20 if b.device.type == "cuda" else 0.0
     return dict(attention=attention, ms_per_step=1000 * together / count, ms_alone=1000 * float(np.median(times)),
                 ms_min=1000 * min(times), ms_max=1000 * max(times), steps=count, tokens_per_second=rate,
-                mfu=tg.flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
+                mfu=flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
                 data_wait_ms=1000 * loader.waited / (3 + 2 * count), last_loss=losses[-1].item())  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
     ids = torch.randint(c.vocab_size, (B, T), device=b.device)
     q, k, v = random(B, T, c.num_heads, c.head_dim), *(random(B, T, c.num_kv_heads, c.head_dim) for _ in "kv")
-    fused = model.fuse(model.banks())._asdict()
+    fused = model.weights()._asdict()
     matrices = {name: part[0].detach().to(model.dtype).requires_grad_() for name, part in fused.items()}
 
     def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
         return torch.cat((x @ qkv.mT, x @ out.mT), dim=-1)
 
     def block(x: Tensor, x0: Tensor) -> Tensor:
-        weights = tg.LayerWeights(matrices, {}, None, model.blocks[0])
+        weights = tg.BlockWeights(matrices, {})
         return model.blocks[0](x, x0, weights, model.places(ids, x), None, None)
 
     def head(x: Tensor) -> Tensor:
@@ -357,7 +358,7 @@ def bench_export(b: Bench) -> dict:
     """Seconds of the statistics, of rounding and of coding, and the artifact's bytes, for weights as initialised."""
     (_, model), c = b.model(), b.config
     run = SimpleNamespace(config=c, train=b.stream, device=b.device)
-    statistics_seconds, (statistics, _) = b.timed(lambda: tg.read_statistics(run, model))
+    statistics_seconds, statistics = b.timed(lambda: tg.read_statistics(run, model))
     rounding_seconds, records = b.timed(lambda: tg.quantize(model.state_dict(), statistics, c))
     result = dict(batches=c.gptq_calib_batches, gradient_batches=c.gptq_grad_batches * c.wants_gradients,
                   statistics_seconds=statistics_seconds, rounding_seconds=rounding_seconds)  # fmt: skip

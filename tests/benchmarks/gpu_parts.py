@@ -206,6 +206,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     ctx.result.pop("so_far", None)
     tg, _ = load_modules()
     config, _, _ = tg.load_config(environ)
+    flops = importlib.import_module("records.describe").flops_per_token(config)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row for row in steps if "train_loss" in row]
     late = [row for row in losses if row["step"] >= losses[-1]["step"] // 2]
@@ -218,7 +219,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     return {key: result[key] for key in kept if key in result} | dict(
         clock_seconds=seconds,
         ms_per_step_late=1000 * pace,
-        mfu=tg.flops_per_token(config) * result["tokens_per_second"] / PEAK_FLOPS,
+        mfu=flops * result["tokens_per_second"] / PEAK_FLOPS,
         start_seconds=when(lines, "seed:"),
         compile_seconds=between(lines, "seed:", CLOCK_STARTS),
         export_seconds=between(lines, "average:", "Total submission size"),
@@ -509,7 +510,7 @@ def part_quantization(ctx: Context) -> None:
 
     base = bpb(model)
     ctx.put(weights_bpb=base, targets=len(tokens) - 1, curve=[])
-    statistics, _ = tg.read_statistics(run, model)
+    statistics = tg.read_statistics(run, model)
     for loss in (1e-3,) if ctx.rehearse else (1e-3, 3e-4, 3e-3, 1e-2):
         settings = tg.replace(config, quant_steps="two_sided", quant_loss=loss)
         began = time.perf_counter()

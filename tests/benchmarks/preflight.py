@@ -131,12 +131,8 @@ class Preflight:
             took, _ = self.bench.timed(lambda first=2 + done, count=count: [step(first + i) for i in range(count)])
             done, total = done + count, total + tg.max_over_ranks(took)[0]
         self.put(timed_steps=done, ms_per_step=1000 * total / done)
-        run = SimpleNamespace(config=c, device=self.device, train=self.bench.stream)
-
-        def random_rows(rows: int) -> torch.Tensor:
-            return torch.randint(c.vocab_size, (rows, c.train_seq_len), device=self.device)
-
-        self.put(statistics_seconds=tg.statistics_seconds(run, model, random_rows))
+        run = SimpleNamespace(config=c, device=self.device, train=tg.RandomTokens(c.vocab_size))
+        self.put(statistics_seconds=tg.statistics_seconds(run, model))
         if self.on_gpu:
             peak, total = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
             self.put(peak_gib=tg.max_over_ranks(peak / 2**30)[0], card_gib=total / 2**30)

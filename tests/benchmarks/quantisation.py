@@ -17,7 +17,6 @@ import argparse
 import json
 import lzma
 import math
-import re
 import sys
 import tempfile
 import time
@@ -119,7 +118,7 @@ class Weights:
             stream = tg.TokenStream(config.shards("train"), config.vocab_size)
             parts = dict.fromkeys(f.name for f in tg.fields(tg.Run))
             run = tg.Run(**parts | dict(config=config, device=torch.device("cpu"), train=stream))
-            self.found[source] = tg.read_statistics(run, self.model)[0]
+            self.found[source] = tg.read_statistics(run, self.model)
         return self.found[source]
 
     def bpb(self, state: dict[str, Tensor]) -> float:
@@ -270,7 +269,7 @@ def random_problem(config: tg.Config) -> tuple[dict[str, Tensor], tg.Statistics]
     generator = torch.Generator().manual_seed(0)
     model = tg.GPT(config)
     state = {name: torch.randn(p.shape, generator=generator) * 0.15 for name, p in model.state_dict().items()}
-    widths = {stack: getattr(model, name).size(-1) for name in tg.GPT.BANKS for stack in tg.STACKS[name]}
+    widths = {stack: getattr(model, name).size(-1) for name in tg.GPT.BANKS for stack in tg.bank_sites(name)}
     hessians = {}
     for stack, width in widths.items():
         mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator) / width**0.5
@@ -279,7 +278,7 @@ def random_problem(config: tg.Config) -> tuple[dict[str, Tensor], tg.Statistics]
         hessians[stack] = inputs.mT @ inputs / inputs.size(1)
     gradients = {}
     for name, p in state.items():
-        if re.fullmatch(tg.CODED, name):
+        if tg.is_coded(name):
             columns = p.shape[0] if name in tg.GPT.BANKS else p.shape[1]
             gradients[name] = (torch.rand(p.shape[:-1], generator=generator).exp(), torch.ones(columns))
     return state, tg.Statistics(hessians, gradients)
@@ -290,7 +289,7 @@ def timing(arguments: argparse.Namespace) -> dict[str, Any]:
     config, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "QUANT_STEPS": "fixed"})
     state, statistics = random_problem(config)
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
-    stacked = {name: torch.cat([statistics.hessians[s] for s in tg.STACKS[name]]) for name in tg.GPT.BANKS}
+    stacked = {name: torch.cat([statistics.hessians[s] for s in tg.bank_sites(name)]) for name in tg.GPT.BANKS}
     factor = [
         (name, i, tg.make_feedback(stacked[name][i : i + 1], 0.01))
         for name in stacked

@@ -272,10 +272,10 @@ def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
     graphs: list[list[Kernel]] = []
     with imagined_gpu(graphs), FakeTensorMode():
         model = tg.GPT(config, torch.bfloat16, opaque, np.zeros(config.vocab_size, bool))
-        leaves = [part.detach().to(torch.bfloat16).requires_grad_() for part in model.fuse(model.banks())]
+        leaves = [part.detach().to(torch.bfloat16).requires_grad_() for part in model.weights()]
         ids, targets = (torch.zeros(rows, config.train_seq_len, dtype=torch.long) for _ in range(2))
         loss = torch.compile(tg.training_loss, dynamic=False, fullgraph=True)
-        loss(model, ids, targets, tg.FusedBanks(*leaves)).backward()
+        loss(model, ids, targets, tg.Weights(*leaves)).backward()
     assert len(graphs) == 2, f"{len(graphs)} graphs"
     return dict(zip(("forward", "backward"), graphs, strict=True))
 

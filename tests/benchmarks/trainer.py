@@ -502,7 +502,7 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
     _, parts = tg.split_batch(c)
     inputs, targets = tg.shifted(random_ids(c.train_batch_tokens // c.train_seq_len, c.train_seq_len + 1).to(device))
     batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
-    phase = next(iter(c.late_fracs), "fomaml" if c.meta_ttt_enabled else None)
+    phase = next(iter(c.phases.keys() - {"train"}), "fomaml" if c.meta_ttt_enabled else None)
     fast = phase and tg.inner_weights(model, c, phase)
     length = c.meta_ttt_pieces * c.piece_size
     documents, sizes = random_ids(c.meta_ttt_docs, length + 1).numpy(), np.full(c.meta_ttt_docs, length)
@@ -513,7 +513,7 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
             tg.reptile_step(model, fast, tasks, nll_fn)
         elif phase == "deployed":
             loss = tg.deployed_step(model, fast, rates, documents, sizes, nll_fn)
-            tg.apply_gradients(model, optimizers, loss, 0.1, c.muon_momentum)
+            tg.train_step(loss_fn, model, [], optimizers, 0.1, c.muon_momentum, loss=loss)
         else:
             if phase == "fomaml":
                 tg.fomaml_step(model, fast, rates, *tg.meta_rows(batches, c), nll_fn)
