@@ -437,8 +437,8 @@ def parse_value(f: Field, text: str) -> Any:
 
 
 def likely_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is a near miss of: one letter in eight may differ."""
-    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.87)), None)
+    """The known name that `name` is a near miss of, where over four fifths of the letters agree."""
+    return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.81)), None)
 
 
 def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
@@ -1715,7 +1715,9 @@ class GPT(nn.Module):
 
     def weights(self, banks: Mapping[str, Tensor] | None = None) -> Weights:
         """What forward passes read of the four banks (banks: others, by name) and of the blocks' residual scales."""
-        qo, kv, up, down = (self.banks() | dict(banks or {})).values()
+        given = self.banks() | dict(banks or {})
+        assert [*given] == [*self.BANKS], "a bank that nothing would use"
+        qo, kv, up, down = given.values()
         L, rows = self.config.num_layers, [block.layer for block in self.used_blocks()]
         lead = torch.broadcast_shapes(qo.shape[:-3], kv.shape[:-3])
         qo, kv = (bank.expand(*lead, *bank.shape[-3:]) for bank in (qo, kv))
@@ -1728,7 +1730,8 @@ class GPT(nn.Module):
     def scales(self, name: str) -> Tensor:
         """attn_scale or mlp_scale of every application, (..., A, d, 1); adapted ones are (B, 1, d) each."""
         each = [torch.atleast_2d(getattr(block, name)) for block in self.used_blocks()]
-        return torch.cat(each, dim=-2).unsqueeze(-1)
+        lead = torch.broadcast_shapes(*(scale.shape[:-2] for scale in each))
+        return torch.cat([scale.expand(*lead, 1, -1) for scale in each], dim=-2).unsqueeze(-1)
 
     def block_weights(self, weights: Weights, adapters: Adapters, tap: Tap | None) -> list[BlockWeights]:
         """Those of each application, in `dtype`. An adapter of a bank row serves all applications of that row."""

@@ -260,7 +260,9 @@ def test_a_contradiction_is_named_beside_a_misspelt_name():
         ("WARMDWON_ITRES", "WARMDOWN_ITERS"),
         ("BIGRAM_BUKETS", "BIGRAM_BUCKETS"),
         ("LAWA_ENABLE", "LAWA_ENABLED"),
-        ("SEDE", "SEED"),
+        ("SED", "SEED"),
+        ("EMBD_R", "EMBED_LR"),
+        ("MAX_WALCLOK_SECOND", "MAX_WALLCLOCK_SECONDS"),
         ("SEEDS", "SEED"),
         ("DEVCE", "DEVICE"),
         ("MIN_RL", "MIN_LR"),
@@ -275,7 +277,7 @@ def test_misspelt_names_are_refused_and_can_be_excused(name, meant):
     assert name in problems({name: "1", "IGNORE_ENV": "OTHER"})
 
 
-@pytest.mark.parametrize("name", ["SEXX", "DEVYZE", "MN_R", "EMBD_R", "MAX_WALCLOK_SECOND", "seeed", "ITERAONSXY"])
+@pytest.mark.parametrize("name", ["SEXX", "DEVYZE", "MN_R", "seeed", "ITERAONSXY"])
 def test_names_further_away_are_somebody_elses(name):
     assert load_config({name: "1"})[0] == Config()
 

@@ -733,4 +733,5 @@ def test_the_backend_of_a_gpu_is_named(allowed):
 @pytest.mark.parametrize("given", [{"banks": {"qo": torch.zeros(1)}}, {"adapters": {"lm_head": (torch.zeros(1),) * 2}}])
 def test_a_replacement_under_a_wrong_name_is_an_error(given):
     with pytest.raises(AssertionError, match="nothing would use"):
-        random_model(SMALL)(torch.tensor([[1, 2, 3]]), **given)
+        model = random_model(SMALL)
+        model(torch.tensor([[1, 2, 3]]), model.weights(given.get("banks")), given.get("adapters"))
