@@ -333,7 +333,7 @@ CHEATS: dict[str, tuple[Callable, str]] = {
     "the tail scored 32 times": (patched(eval_ttt, "evaluate", tail_again), "T4"),
     "the leading space counted twice": (space_twice, "T9"),
     "smear over document borders": (patched(tg.SmearGate, "forward", without_borders), "T1b"),  # a check of `embed`
-    "bigram over document borders": (patched(tg, "ngram_rows", without_borders), "T1b"),
+    "bigram over document borders": (patched(tg, "bigram_rows", without_borders), "T1b"),
     "windows one token over document borders": (
         BORDERS,
         "T1",
@@ -469,7 +469,7 @@ def test_probes_are_everywhere_and_of_every_kind(setup, text):
 READINGS = {
     "causal": (dict(ttt_mode="doc_banks", ttt_moments="own"), ["documents share nothing"]),
     "causal: ": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw"), ["not even where documents end", "share nothing"]),
-    "causal:": (dict(ttt_mode="phased", ttt_moments="artifact", ttt_warm_start_a=True), ["the base", "input sides"]),
+    "causal:": (dict(ttt_mode="phased", ttt_moments="own", ttt_warm_start_a=True), ["the base", "input sides"]),
     "causal: of": (dict(ttt_mode="doc_banks", ttt_moments="prefix"), ["share second moments"]),
     "shared statistics: ": (dict(ttt_mode="doc_banks", ttt_moments="shared"), ["squared gradients"]),
     "knows the end: ": (dict(ttt_mode="none"), ["end of the text", "share the context of windows"]),

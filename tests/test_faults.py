@@ -248,7 +248,7 @@ STEPS = 24
 LATE = dict(  # everything that has a state of its own; ten steps of training, four of Reptile, six for deployment
     ITERATIONS="20", DATA_ORDER="shuffled", BLOCK_ORDER="0,1,2,1", LOOP_START_FRAC="0.4", WARMDOWN_ITERS="6",
     SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.9", LATE_QAT="1", LATE_QAT_THRESHOLD="0.5", CAUTIOUS_MUON="1",
-    ENCODER_LR_MULT="0.5", META_SGD_ENABLED="1", META_SGD_LR="0.1", META_TTT_ENABLED="1",
+    DECODER_LR_MULT="0.5", META_SGD_ENABLED="1", META_SGD_LR="0.1", META_TTT_ENABLED="1",
     META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3", META_TTT_DOCS="4", META_TTT_PIECES="3",
     REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
 )  # fmt: skip
@@ -808,7 +808,7 @@ def test_moved_data_and_what_comes_after_training_may_differ(settings, stopped, 
     (tmp_path / "t.model").write_bytes(Path(settings["TOKENIZER_PATH"]).read_bytes())
     (tmp_path / "v.bin").write_bytes(Path(settings["VAL_FILES"]).read_bytes())
     changes = dict(TRAIN_FILES="moved/part_*.bin", TOKENIZER_PATH="t.model", VAL_FILES="v.bin", EVAL_BATCH_SEQS="3",
-                   ATTENTION="sdpa", USE_COMPILE="0", COMPRESSOR="lzma", EVAL_STRIDE="16")  # fmt: skip
+                   ATTENTION="sdpa", USE_COMPILE="0", COMPRESSOR="ans", EVAL_STRIDE="16")  # fmt: skip
     assert train_gpt.main([], settings | changes) == 0
     log = (run / "train.log").read_text()
     for name, value in changes.items():

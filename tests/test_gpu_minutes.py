@@ -292,6 +292,36 @@ def test_what_the_folder_lacks_is_named(tmp_path, demo_data, wheels, damage, wor
         gpu_stage.unpack(tmp_path / "stage", tmp_path / "work")
 
 
+def test_a_stage_without_a_wheel_for_the_gpu_machine_says_so(tmp_path, demo_data, wheels):
+    """The fixture has zstandard for this Python, and constriction for another one."""
+    here, carried = f"{sys.version_info.major}.{sys.version_info.minor}", tmp_path / "stage/wheels"
+    for python, lacking in ((here, {"constriction"}), ("3.99", {"constriction", "zstandard"})):
+        told = gpu_stage.prepare(tmp_path / "stage", demo_data, wheels=wheels, python=python, tokens=1000, tuning=20)
+        warnings = [line for line in told.splitlines() if line.startswith("WARNING")]
+        assert len(warnings) == len(lacking) and all(str(carried) in line for line in warnings)
+        for name in lacking:
+            wanted = f"{name}=={gpu_stage.pins()[name]} for cp{python.replace('.', '')}"
+            assert any(wanted in line for line in warnings)
+
+
+@pytest.mark.parametrize("carried, coder", [("constriction zstandard", "ans"), ("constriction", "ans"),
+                                            ("zstandard", "zstd"), ("", None)])  # fmt: skip
+def test_artifacts_are_coded_by_what_the_stage_carries(tmp_path, monkeypatch, carried, coder):
+    """On an image that has neither package; where the stage lacks both too, the wheels are named."""
+    for name in carried.split():
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    if coder is None:
+        wheels = rf"constriction==\S+ or zstandard==\S+ for cp3{sys.version_info.minor} "
+        with pytest.raises(gpu_stage.StageError, match=wheels):
+            gpu_minutes.choose_coder(tmp_path)
+        return
+    found, notes = gpu_minutes.choose_coder(tmp_path)
+    lacking = {"constriction", "zstandard"} - {*carried.split()}
+    assert found == coder and lacking <= {note.split()[0] for note in notes}
+    assert not {note.split()[0] for note in notes} & {*carried.split()}
+
+
 def test_shards_survive_a_big_endian_reading():
     tokens = array("H", [1, 258, 65535])
     assert np.frombuffer(gpu_stage.shard_bytes(tokens), "<u2")[512:].tolist() == tokens.tolist()

@@ -177,7 +177,7 @@ def test_every_parameter_has_one_group_with_its_rate_and_decay(tied):
     assert found == {name: row for name, row in expected.items() if row[0] is not None}
 
 
-DEPTH = dict(encoder_lr_mult=0.25, decoder_lr_mult=3.0)
+DEPTH = dict(decoder_lr_mult=3.0)
 
 
 def test_every_parameter_of_the_levers_has_one_group_with_its_rate_and_decay():
@@ -187,7 +187,7 @@ def test_every_parameter_of_the_levers_has_one_group_with_its_rate_and_decay():
     expected |= {"memory_tokens": (0.003, 0.25), "skip_gates": (0.002, 0.0), "word_start_boost": (0.002, 0.0)}
     for n in range(8):
         for part in ("attn_scale", "mlp_scale", "resid_mix", "attn.q_gain", "mlp.scale", "mlp.bias"):
-            expected[f"blocks.{n}.{part}"] = (0.002 * (0.25 if n < 4 else 3.0), 0.0)
+            expected[f"blocks.{n}.{part}"] = (0.002 * (1 if n < 4 else 3.0), 0.0)
     assert found_groups(GPT(replace(ALL, **RATES, **DEPTH, **LOSSES))) == expected
 
 
@@ -201,7 +201,7 @@ def test_banks_take_the_rate_of_the_half_of_their_first_use():
     for name in (*GPT.BANKS, "mtp_heads.1.weight"):
         p = model.get_parameter(name)
         for i, W in enumerate(p.detach().view(-1, *p.shape[-2:]).numpy()):
-            lr = 0.001 * (1 if name.startswith("mtp") else 3.0 if i % 5 == 2 else 0.25)
+            lr = 0.001 * (3.0 if i % 5 == 2 and name in GPT.BANKS else 1)
             update = svd_oracle(p.grad.view(-1, *W.shape)[i : i + 1])[0] * np.sqrt(max(1, W.shape[0] / W.shape[1]))
             start = before[name].view(-1, *W.shape)[i].numpy()
             np.testing.assert_allclose(W, start * (1 - lr * 0.5) - lr * update, rtol=0, atol=1e-7)

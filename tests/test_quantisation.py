@@ -1,6 +1,7 @@
 """GPTQ against a dense float64 elimination and on real inputs; Hessians, steps and the scheme of each tensor."""
 
 import math
+import sys
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -8,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_model import SMALL, matrices_of, random_ids, random_model
 from test_optimisers import randn
 
 import train_gpt
 from train_gpt import (
     GPT,
-    Config,
     Statistics,
     bank_sites,
     collect_hessians,
@@ -24,6 +25,9 @@ from train_gpt import (
     quantise,
     quantize,
 )
+
+sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+import quantisation
 
 
 def random_problem(n: int, out: int, width: int, samples: int, seed: int = 0):
@@ -369,7 +373,7 @@ def entropy(codes: np.ndarray) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-@pytest.mark.parametrize("block", [Config().gptq_block_size, 128])
+@pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("sigma", [1.5, 2.0, 3.0, 8.0])
 def test_the_trellis_errs_half_a_decibel_less_than_uniform_rounding_of_the_same_entropy(sigma, block):
     """Gaussian weights, entropy of single codes; by theory 8 states gain about 0.9 dB of the 1.53 there are."""
@@ -621,15 +625,15 @@ def test_matrix_bits_are_those_of_the_banks_alone(state, bits):
             assert 0.9 * largest <= abs(r.codes.int()).max() <= largest, name
 
 
-def test_fixed_steps_are_one_over_31_in_every_row_of_a_bank(state):
-    """As near as eighths of an octave come; tables keep the steps of their largest entries."""
-    found = records(state, replace(SMALL, quant_steps="fixed"))
+def test_the_rivals_fixed_scales_are_one_over_31_in_every_row_of_a_bank(state):
+    """Those of #1019 in the benchmark; as near as eighths of an octave come. Tables keep theirs."""
+    plans = quantisation.with_fixed_scales(train_gpt.plan_rounding(state, Statistics(), SMALL))
     plain = records(state)
-    for name, r in found.items():
-        if name in GPT.BANKS:
+    for r in train_gpt.round_all(state, plans, SMALL):
+        if r.name in GPT.BANKS:
             assert (r.row_steps == round(8 * np.log2(1 / 31))).all()
         elif r.row_steps is not None:
-            assert torch.equal(r.row_steps, plain[name].row_steps)
+            assert torch.equal(r.row_steps, plain[r.name].row_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -970,7 +974,7 @@ def bank_bits(records) -> float:
 @pytest.mark.parametrize("trellis", [False, True])
 def test_on_correlated_inputs_rounding_costs_what_its_own_model_says(trellis):
     """QUANT_LOSS, by the share of the banks among the weights: the steps fit the order in which columns are taken."""
-    config = replace(CORRELATED, quant_trellis=trellis, gptq_block_size=128)
+    config = replace(CORRELATED, quant_trellis=trellis)
     model = random_model(config, torch.float32)
     state, statistics = model.state_dict(), correlated_statistics(model)
     share = sum(state[name].numel() for name in GPT.BANKS) / coded_size(state)

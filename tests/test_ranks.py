@@ -50,8 +50,8 @@ STEPPED = {  # rows of the banks: twice or once as many as layers
     "five layers": CLIPPED,
     "four layers": replace(CLIPPED, num_layers=4),
     "one layer, fewer rows than ranks": replace(CLIPPED, num_layers=1, ve_layers="0", xsa_last_n=1),
-    "cautious, rates by depth, single matrices": replace(CLIPPED, cautious_muon=True, encoder_lr_mult=0.25,
-                                                         decoder_lr_mult=3.0, mtp_num_heads=2),
+    "cautious, rates by depth, single matrices": replace(CLIPPED, cautious_muon=True, decoder_lr_mult=3.0,
+                                                         mtp_num_heads=2),
     "unclipped": replace(SMALL, grad_clip_norm=0.0),
 }  # fmt: skip
 RATES = dict(matrix_lr=0.02, scalar_lr=0.01, tied_embed_lr=0.01, muon_wd=0.1, adam_wd=0.1)
@@ -141,7 +141,7 @@ CHANGES = [("qo_bank", "one bit"), ("smear.gate", "one bit"), ("ve_shared.scale"
 
 STATISTICS = {  # batches: a multiple of no number of ranks, and fewer than four
     count: replace(SMALL, gptq_calib_batches=count, gptq_grad_batches=count, train_batch_tokens=8 * 16,
-                   grad_accum_total=2, ttt_moments="artifact", ttt_mode="doc_banks", ttt_chunk_size=4)
+                   grad_accum_total=2)
     for count in (5, 3)
 }  # fmt: skip
 

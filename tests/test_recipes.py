@@ -100,8 +100,7 @@ REFUSED = {  # of these variables, those of parts that are not here
 # calibration was on other text. A threshold, a number of steps or a block is left out where it would have no effect.
 INERT = dict(late_qat=False, swa_enabled=False)
 NOISE = dict(warmdown_shape="cosine", warmdown_frac=0.68, swa_enabled=False) | {
-    name: getattr(Config, name)
-    for name in ("warmdown_iters", "late_qat_threshold", "gptq_calib_batches", "gptq_block_size")
+    name: getattr(Config, name) for name in ("warmdown_iters", "late_qat_threshold", "gptq_calib_batches")
 }
 CORRECTED = dict(
     pr549=INERT, pr1501=NOISE, pr1501_no_meta=NOISE, pr1502=NOISE, pr494=dict(swa_threshold=Config.swa_threshold)

@@ -23,7 +23,7 @@ from train_gpt import BOS_ID, MetaRates, deployed_step, inner_weights
 
 # Two plain blocks: half the time of TINY, which has every lever.
 PLAIN = dict(num_layers=2, block_order="", model_dim=16, mlp_mult=2.0, ve_enabled=False, xsa_last_n=1,
-             bigram_vocab_size=0, num_memory_tokens=0, unet_skips=False, skip_gates=False, trigram=False,
+             bigram_vocab_size=0, num_memory_tokens=0, unet_skips=False, skip_gates=False,
              pos_conditional_bigram=False, word_start_boost=False)  # fmt: skip
 PRIOR = dict(ttt_prior_seqs=3, ttt_prior_chunks=1)
 LORA = dict(ttt_mode="doc_lora", ttt_lr=0.3)
@@ -64,7 +64,6 @@ CAUSAL = {
     "more slots than rows": (MANY, dict(ttt_slots=20, ttt_chunk_size=4, **PRIOR)),
     "more slots than rows, groups, context": (MANY + MANY[:14], dict(ttt_slots=20, ttt_groups=2, ttt_context=4)),
     "windows side by side, two epochs": (FEW, dict(eval_stride=12, ttt_epochs=2, ttt_lr=0.005, **PRIOR)),
-    "moments of training": (FEW, dict(ttt_moments="artifact", ttt_lr=1e-3)),
     "own moments": (FEW, dict(PRIOR, ttt_moments="own")),
     "momentum": (FEW, dict(**SGD, ttt_context=7)),
     "momentum, more slots than rows": (MANY, dict(**SGD, ttt_slots=20, ttt_lr=0.003)),
@@ -111,18 +110,10 @@ def changed_losses(setup: Setup, tokens: np.ndarray) -> list[int]:
     return counts
 
 
-def causal_setup(changes: dict) -> Setup:
-    stored = None
-    if changes.get("ttt_moments") == "artifact":
-        text = torch.from_numpy(text_of([20], 5).astype(np.int64))[None]
-        stored = train_gpt.collect_moments(plain_setup().load(), [text], plain_setup().config).stored()
-    return setup_of(stored, **PLAIN | changes)
-
-
 @pytest.mark.parametrize("lengths, changes", CAUSAL.values(), ids=CAUSAL)
 def test_no_loss_depends_on_what_stands_later(lengths, changes):
     """Bit for bit; at a border of phases the base learns from earlier documents only, so it holds there too."""
-    setup, tokens = causal_setup(changes), text_of(lengths)
+    setup, tokens = plain_setup(**changes), text_of(lengths)
     batches = {len(list(train_gpt.batches_of(chunk, train_gpt.SLOT_ROWS))) for chunk in setup.plan(tokens)}
     assert (max(batches) == 2) == (setup.config.ttt_slots > train_gpt.SLOT_ROWS)
     assert changed_losses(setup, tokens) == [0] * len(cuts_of(tokens))
@@ -431,30 +422,27 @@ NO_PRIOR = {
     "low rank": dict(PRIOR, **LORA),
     "phased": dict(PRIOR, **PHASED),
     "momentum": dict(PRIOR, **SGD),
-    "moments of training": dict(PRIOR, ttt_moments="artifact"),
 }
 
 
 @pytest.mark.parametrize("changes", NO_PRIOR.values(), ids=NO_PRIOR)
 def test_who_has_no_prior(changes, monkeypatch):
-    """Nothing is generated, and the sums begin with nothing but what the artifact brought."""
+    """Nothing is generated, and the sums begin with nothing."""
     monkeypatch.setattr(train_gpt, "generate", lambda *_: pytest.fail("generated"))
-    setup = causal_setup(changes)
-    for start in priors(setup, text_of(FEW), monkeypatch):
-        assert bool(start.any()) == (setup.config.ttt_moments == "artifact")
+    assert not any(start.any() for start in priors(plain_setup(**changes), text_of(FEW), monkeypatch))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ----------------------------------------------------------------------------------------------------------------------
 
-REFUSED = {"TTT_LR_SCHEDULE": "cosine", "TTT_TOP_FRAC": "0.5", "TTT_LOSS_POWER": "1"}
+REFUSED = {"TTT_LR_SCHEDULE": "cosine", "TTT_TOP_FRAC": "0.5"}
 
 
 @pytest.mark.parametrize("mode", [mode for mode in train_gpt.TTT_MODES if mode != "none"])
 @pytest.mark.parametrize("name, value", REFUSED.items())
 def test_what_depends_on_other_documents_is_refused(artifact, capsys, mode, name, value):
-    """By documents: the length of the text, the losses of other documents. By flat chunks all three are settings."""
+    """By documents: the length of the text, the losses of other documents. By flat chunks both are settings."""
     given = {"TTT_MODE": mode, name: value}
     if not train_gpt.TTT_MODES[mode][0]:
         train_gpt.load_config(given)

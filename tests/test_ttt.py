@@ -18,7 +18,7 @@ from train_gpt import GPT, TTT_MODES, Chunk, Config, FastWeights, Ledger, Ledger
 ALL = TTT_MODES["all"][1]
 LEVERS = replace(
     SMALL, num_memory_tokens=2, word_start_boost=True, star_relu=True, skip_gates=True, tie_embeddings=False,
-    block_order="0,1,2,1,3,4", trigram=True, pos_conditional_bigram=True,
+    block_order="0,1,2,1,3,4", pos_conditional_bigram=True,
 )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,12 +247,12 @@ class Moments:
     """Mean squared gradients as the settings describe them: row and column means of matrices, else every entry.
 
     By flat chunks a running mean that forgets with TTT_BETA2; by documents a plain mean over the prior, the document
-    itself and (prefix) those that stand earlier. Stored moments stay as they are.
+    itself and (prefix) those that stand earlier.
     """
 
-    def __init__(self, config: Config, stored: dict[str, list[torch.Tensor]] | None = None, prior=()):
-        self.config, self.fixed, self.steps = config, stored is not None, 0
-        self.means = {name: [part.double() for part in parts] for name, parts in (stored or {}).items()}
+    def __init__(self, config: Config, prior=()):
+        self.config, self.steps = config, 0
+        self.means: dict[str, list[torch.Tensor]] = {}
         self.seen = [(-1, each) for each in prior]  # document, parts by name
 
     @staticmethod
@@ -273,8 +273,6 @@ class Moments:
 
     def observe(self, gradients: dict[str, torch.Tensor], document: int | None = None) -> None:
         """Of one set of weights for everything, or of a document with its number."""
-        if self.fixed:
-            return
         self.steps, new = self.steps + 1, self.all_parts(gradients)
         if document is not None:
             self.seen.append((document, new))
@@ -305,8 +303,7 @@ class Hand:
         self.model.dtype, self.low_rank = torch.float64, learns == "adapters"
         own = {n: p for n, p in self.model.named_parameters() if learns == ALL or n in GPT.BANKS}
         start = train_gpt.make_adapters(model, config) if self.low_rank else own
-        self.start = {name: tensor.detach().double().clone() for name, tensor in start.items()}
-        start = {name: tensor.clone() for name, tensor in self.start.items()} if self.low_rank else start
+        start = {name: tensor.double() for name, tensor in start.items()}
         self.values = {name: tensor.requires_grad_() for name, tensor in start.items()}
         self.optimizer = self.make_optimizer(list(self.values.values()))
 
@@ -351,7 +348,6 @@ class Hand:
         self.optimizer.step()
         for name, value in self.values.items():
             value.copy_(before[name] + self.rate(name) * (value - before[name]))
-            value.add_(c.ttt_pull * (self.start[name] - value))
 
     def rate(self, name: str) -> torch.Tensor:
         c, bank, rate = self.config, name.split(".")[0], torch.ones_like(self.values[name])
@@ -382,9 +378,9 @@ def model_of(config: Config, seed: int = 0) -> GPT:
     return model.requires_grad_(False)
 
 
-def fast_of(model: GPT, config: Config, learns: str, sets: int | None, moments: dict | None = None) -> FastWeights:
+def fast_of(model: GPT, config: Config, learns: str, sets: int | None) -> FastWeights:
     """Fast weights of a float64 model, held in float64 and not float32, so that many digits can be compared."""
-    fast, own = FastWeights(model, config, learns, sets, moments), dict(model.named_parameters())
+    fast, own = FastWeights(model, config, learns, sets), dict(model.named_parameters())
     assert {value.dtype for value in fast.values.values()} == {torch.float32}
     fast.base = {name: own.get(name, base).detach().double() for name, base in fast.base.items()}
     fast.values = {name: torch.stack([fast.base[name]] * len(value)) for name, value in fast.values.items()}
@@ -459,8 +455,6 @@ STEPS = {
     "adamw without momentum": dict(ttt_optimizer="adamw", ttt_beta2=0.9),
     "precond": dict(),
     "precond, own moments": dict(ttt_moments="own"),
-    "precond, moments of training": dict(ttt_moments="artifact"),
-    "pull": dict(ttt_pull=0.2),
     "frozen blocks": dict(ttt_freeze_blocks=2),
     "rates of the MLP": dict(ttt_in_lr_mult=0.5, ttt_out_lr_mult=3.0, ttt_optimizer="adamw", ttt_weight_decay=0.3),
 }
@@ -472,13 +466,9 @@ LEARN = [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]  # 
 def test_steps_of_documents_equal_steps_by_hand(changes, learns):
     """Documents side by side against each by itself; of the moments each has those of the documents before it."""
     config, lr = replace(LEVERS, **changes), 0.01
-    model, stored, fixed = model_of(config), None, config.ttt_moments == "artifact"
+    model, moments = model_of(config), Moments(config)
     tolerance = 1e-5 if config.ttt_optimizer == "adamw" else 1e-7  # its corrections of the bias are float32
-    if fixed:
-        shapes = FastWeights(model, config, learns).base
-        stored = {name: [p + 0.01 for p in Moments.parts(name, base)] for name, base in shapes.items()}
-    moments = Moments(config, stored)
-    fast = fast_of(model, config, learns, 3, copy.deepcopy(stored))
+    fast = fast_of(model, config, learns, 3)
     fast.begin()
     hands = [Hand(model, config, learns, moments) for _ in range(3)]
     for number, weights in enumerate(LEARN):
@@ -565,48 +555,28 @@ def test_a_warm_start_keeps_the_input_sides(warm):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Moments of training
+# The prior of the second moments
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["doc_banks", "doc_lora"])
-@pytest.mark.parametrize("size, context, clip", [(5, 0, 0.0), (5, 3, 0.3), (16, 0, 2.0), (99, 0, 2.0)])
-def test_moments_are_means_over_pieces(mode, size, context, clip):
-    config = replace(LEVERS, ttt_mode=mode, ttt_chunk_size=size, ttt_context=context, ttt_grad_clip=clip)
-    model, batches, gradients = model_of(config), [random_ids(2, 17, seed) for seed in (1, 2)], []
-    for text in torch.cat(batches).numpy():
-        for a in range(0, 16, size):
-            hand, b = Hand(model, config, TTT_MODES[mode][1]), min(a + size, 16)
-            gradients.append(hand.gradients(hand.losses(text, max(0, a - context), a, b).mean()))
-    found = train_gpt.collect_moments(model, batches, config).stored()
-    assert set(found) == set(gradients[0])
+@pytest.mark.parametrize("size, context, clip", [(5, 0, 0.0), (5, 3, 0.3), (16, 0, 2.0)])
+def test_the_prior_is_a_mean_over_chunks_of_generated_text(size, context, clip):
+    """Of three sequences of two chunks each, in batches of two and one; a chunk counts as much as 7 scored ones."""
+    config = replace(LEVERS, ttt_chunk_size=size, ttt_context=context, ttt_grad_clip=clip, ttt_prior_seqs=3,
+                     ttt_prior_chunks=2, ttt_prior_weight=7.0)  # fmt: skip
+    model, gradients = model_of(config), []
+    for text in train_gpt.generate(model, 3, 2 * size + 1).numpy():
+        for a in (0, size):
+            hand = Hand(model, config, ALL)
+            gradients.append(hand.gradients(hand.losses(text, max(0, a - context), a, a + size).mean()))
+    prior = train_gpt.generated_moments(model, config, 2)
+    assert float(prior[-1]) == 7 * 6
+    found = FastWeights(model, config, ALL, 2).named(prior[None, :-1] / prior[-1])
+    expected = Moments.mean([Moments.all_parts(each) for each in gradients])
+    assert found.keys() == expected.keys()
     for name, parts in found.items():
-        each = [Moments.parts(name, g[name]) for g in gradients]
-        for part, values in zip(parts, zip(*each, strict=True), strict=True):
-            torch.testing.assert_close(part.double(), sum(values) / len(values), rtol=1e-4, atol=1e-12, msg=name)
-
-
-def test_no_mode_no_moments():
-    assert train_gpt.collect_moments(model_of(SMALL), [random_ids(2, 17)], replace(SMALL, ttt_mode="none")) is None
-
-
-@pytest.mark.parametrize("smallest, tolerance", [(2.0**-32, 0.01), (2.0**-99, 0.025)])
-def test_moments_survive_the_artifact(tmp_path, smallest, tolerance):
-    model, generator, given = random_model(LEVERS, torch.float32), torch.Generator().manual_seed(0), {}
-    for name, p in model.named_parameters():
-        shapes = [part.shape for part in Moments.parts(name, p.detach())]
-        given[name] = [smallest ** torch.rand(shape, generator=generator) for shape in shapes]
-    given["kv_bank"][0][0] = 0.0
-    records = train_gpt.quantize(
-        model.state_dict() | train_gpt.learned_tensors(given, {}), train_gpt.Statistics(), LEVERS
-    )
-    (tmp_path / "a").write_bytes(train_gpt.encode_artifact(LEVERS, records, "hash"))
-    artifact = train_gpt.read_artifact(tmp_path / "a")
-    assert set(artifact.state) == set(model.state_dict()) and set(artifact.moments) == set(given)
-    for name, parts in given.items():
-        for part, read in zip(parts, artifact.moments[name], strict=True):
-            torch.testing.assert_close(read, part, rtol=tolerance, atol=1e-29, msg=name)
-    train_gpt.load_model(artifact, torch.device("cpu"), word_start=TABLE.has_leading_space)
+        for part, mean in zip(parts, expected[name], strict=True):
+            torch.testing.assert_close(part[0].double(), mean, rtol=1e-4, atol=1e-12, msg=name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from conftest import run_ranks
 from test_cli import snapshot, write_shard
-from test_model import random_ids, random_model
+from test_model import random_model
 from test_scoring import TABLE, TOKENS
 from test_ttt import ALL, LEVERS, Hand, Moments, counted, in_slots, rows, spans
 
@@ -35,14 +35,10 @@ TINY = replace(LEVERS, num_layers=3, block_order="0,1,2,1", ve_layers="1", xsa_l
 SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9)
 
 
-def setup_of(moments=None, **changes) -> Setup:
+def setup_of(**changes) -> Setup:
     config = replace(TINY, **changes)
-    artifact = Artifact(config, random_model(config, torch.float32).state_dict(), "hash", moments or {})
+    artifact = Artifact(config, random_model(config, torch.float32).state_dict(), "hash")
     return Setup(config, artifact, CPU, train_gpt.sdpa_attention, TABLE, train_gpt.token_nll)
-
-
-def moments_of(mode: str) -> dict[str, list[torch.Tensor]]:
-    return train_gpt.collect_moments(setup_of().load(), [random_ids(4, 17)], replace(TINY, ttt_mode=mode)).stored()
 
 
 @pytest.fixture
@@ -58,11 +54,6 @@ def exact(monkeypatch):
 
 def cosine(config, number: int, count: int) -> float:
     return (1 + math.cos(math.pi * number / (count - 1))) / 2 if config.ttt_lr_schedule == "cosine" else 1.0
-
-
-def hardness(config, nll: np.ndarray, seen: np.ndarray) -> float:
-    """What TTT_LOSS_POWER makes of a row's losses, SEEN being all that could be learned from so far."""
-    return (nll.mean() / seen.mean()) ** config.ttt_loss_power
 
 
 def flat_by_hand(setup: Setup, tokens: np.ndarray, learns: str) -> np.ndarray:
@@ -81,18 +72,15 @@ def flat_by_hand(setup: Setup, tokens: np.ndarray, learns: str) -> np.ndarray:
             for first in range(0, len(learned), c.ttt_batch_seqs):
                 some = learned[first : first + c.ttt_batch_seqs]
                 sums = [hand.losses(tokens, max(0, a - c.ttt_context), a, b).sum() for a, b in some]
-                sums = [hardness(c, nll[a:b], nll[:end]) * x for (a, b), x in zip(some, sums, strict=True)]
                 hand.step(sum(sums) / sum(b - a for a, b in some), c.ttt_lr * cosine(c, number, len(chunks)))
     return nll
 
 
-def documents_by_hand(
-    setup: Setup, tokens: np.ndarray, learns: str, stored: dict | None = None, prior: tuple = ()
-) -> np.ndarray:
+def documents_by_hand(setup: Setup, tokens: np.ndarray, learns: str, prior: tuple = ()) -> np.ndarray:
     """Step by step of each group, document by document; each begins with the artifact's weights."""
     c, nll, size = setup.config, np.full(len(tokens) - 1, np.nan), setup.config.ttt_chunk_size
     for group in range(c.ttt_groups):
-        moments, hands = Moments(c, stored, prior), {}
+        moments, hands = Moments(c, prior), {}
         for step in in_slots(spans(tokens)[group :: c.ttt_groups], c.ttt_slots, size):
             goes_on = []
             for (low, high), number in sorted(step.values()):
@@ -119,8 +107,7 @@ FLAT = {
     "cosine": dict(ttt_mode="all", ttt_lr_schedule="cosine", **SGD),
     "two epochs of small steps": dict(ttt_mode="all", ttt_epochs=2, ttt_batch_seqs=1, **SGD),
     "context, unclipped": dict(ttt_mode="all", ttt_context=3, ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
-    "pull, frozen block": dict(ttt_mode="all", ttt_pull=0.1, ttt_freeze_blocks=1, **SGD),
-    "by loss": dict(ttt_mode="all", ttt_loss_power=2.0, ttt_grad_clip=0.0, **SGD | dict(ttt_lr=0.003)),
+    "frozen block": dict(ttt_mode="all", ttt_freeze_blocks=1, **SGD),
 }
 
 
@@ -177,32 +164,12 @@ def test_documents_with_a_prior_equal_a_loop_by_hand(groups, form, exact):
     assert abs(got - without).max() > 0.02
 
 
-def test_documents_with_moments_of_training_equal_a_loop_by_hand(exact):
-    stored = moments_of("doc_banks")
-    setup = setup_of(stored, ttt_moments="artifact", ttt_lr=1e-3)
-    expected = documents_by_hand(setup, TOKENS, ALL, stored)
-    np.testing.assert_allclose(evaluate(setup, TOKENS).nll, expected, rtol=0, atol=2e-5)
-
-
-def test_adapters_with_moments_of_training_take_small_steps():
-    """In training their output sides are zero, so that their input sides have no gradient there."""
-    setup, moved = setup_of(moments_of("doc_lora"), ttt_mode="doc_lora", ttt_moments="artifact", ttt_lr=1e-3), []
-
-    def observe(model, learner, *_):
-        pairs = zip(learner.fast.values.values(), learner.fast.base.values(), strict=True)
-        moved.append(max(float((value - base).abs().max()) for value, base in pairs))
-
-    evaluate(setup, TOKENS, observe)
-    assert 1e-4 < max(moved) < 1  # six steps of 1e-3
-
-
-TOGETHER = [SGD, dict(ttt_moments="artifact", ttt_lr=1e-3), dict(ttt_mode="doc_lora", **SGD)]
+TOGETHER = [SGD, dict(ttt_moments="own", ttt_lr=1e-3), dict(ttt_mode="doc_lora", **SGD)]
 
 
 @pytest.mark.parametrize("changes", TOGETHER, ids=str)
 def test_documents_at_once_equal_one_at_a_time(changes, exact):
-    stored = moments_of("doc_banks") if changes.get("ttt_moments") else None
-    scores = [evaluate(setup_of(stored, **changes, ttt_slots=count), TOKENS).nll for count in (1, 2, 3, 4, 50)]
+    scores = [evaluate(setup_of(**changes, ttt_slots=count), TOKENS).nll for count in (1, 2, 3, 4, 50)]
     for score in scores[1:]:
         np.testing.assert_allclose(score, scores[0], rtol=0, atol=1e-5)
 
@@ -273,7 +240,7 @@ RANKS = {
     "doc_lora": dict(ttt_mode="doc_lora", ttt_lr=0.1, ttt_batch_seqs=2, **SGD),
     "warm start": dict(ttt_mode="doc_lora", ttt_lr=0.1, ttt_batch_seqs=2, ttt_warm_start_a=True, **SGD),
     "all": dict(ttt_mode="all", ttt_batch_seqs=3, **SGD),
-    "banks by loss": dict(ttt_mode="banks", ttt_top_frac=0.5, ttt_loss_power=1.0, ttt_chunk_tokens=36),
+    "banks by loss": dict(ttt_mode="banks", ttt_top_frac=0.5, ttt_chunk_tokens=36),
     "lora": dict(ttt_mode="lora", ttt_lr=0.1, **SGD),
     "phased": dict(ttt_mode="phased", ttt_batch_seqs=2, phased_ttt_prefix_docs=2, phased_ttt_num_phases=1),
     "two_pass": dict(ttt_mode="all", ttt_protocol="two_pass", **SGD),
@@ -408,7 +375,7 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def work(env, tmp_path_factory) -> Path:
     """A folder in which the smoke recipe was trained for a moment, as RUN_ID=run."""
-    short = dict(ITERATIONS="6", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_MOMENTS="artifact")
+    short = dict(ITERATIONS="6", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0")
     folder = tmp_path_factory.mktemp("work")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -712,8 +679,6 @@ REFUSED = {
     "invalid by documents": (dict(TTT_PROTOCOL="two_pass"), ["TTT_PROTOCOL=two_pass"]),
     "PPM by documents": (dict(PPM_ALPHA="0.5"), ["PPM_ALPHA"]),
     "unknown mode": (dict(TTT_MODE="slot"), ["TTT_MODE='slot'"]),
-    "no moments": (dict(MODEL_PATH="final_model.pt", TTT_MOMENTS="artifact"), ["TTT_MOMENTS=artifact"]),
-    "other moments": (dict(TTT_MODE="doc_lora", TTT_MOMENTS="artifact"), ["TTT_MOMENTS=artifact"]),
 }
 
 

@@ -71,7 +71,6 @@ DEPLOYED_ARMS = ("control", "deployed_banks", "deployed_lora")
 WAYS_OF = {
     **{arm: {"doc_banks": {}} for arm in ARMS},
     **{arm: WAYS for arm in ("none", *DEPLOYED_ARMS)},
-    "exp106": {"doc_banks": {"TTT_META_RATES": "0"}, "with_factors": {}},  # #1502 did not use them
 }
 PLAIN_STEPS = 800  # of the arm that does nothing else; the others take as many as their meta-steps leave time for
 KEPT = ("train.log", "result.json", "eval_ttt.log", "eval_ttt.json", "documents.csv")
@@ -95,15 +94,17 @@ def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count
     rates, losses = tg.MetaRates(model, c), {True: [], False: []}
     deployed = "deployed" in c.phases
     fast = tg.inner_weights(model, c, "deployed" if deployed else "fomaml")
+    if deployed and fast.wants_prior:
+        fast.moments.start = tg.generated_moments(model, c, fast.sets)
     for _ in range(count):
         if deployed:
             task = tg.sample_documents(stream, 1, c, generator)
         else:
-            rows = c.train_batch_tokens // c.train_seq_len
-            task = stream.rows(int(generator.integers(len(stream))), rows, c.train_seq_len, torch.device("cpu"))
+            rows = c.train_seq_len * np.arange(c.train_batch_tokens // c.train_seq_len)
+            task = stream.rows(generator.integers(len(stream)) + rows, c.train_seq_len, torch.device("cpu"))
         for control in (True, False):
-            step = tg.deployed_step if deployed else tg.fomaml_step
-            found = step(model, replace(c, meta_control=control), fast, rates, *task)
+            model.config = replace(c, meta_control=control)
+            found = (tg.deployed_step if deployed else tg.fomaml_step)(model, fast, rates, *task)
             losses[control].append((found if deployed else found[1]).item())
     moved = np.array(losses[False]) - np.array(losses[True])
     return dict(mean=float(moved.mean()), error=float(moved.std(ddof=1) / count**0.5), tasks=count)

@@ -1,4 +1,4 @@
-"""Bytes and seconds of the coders of int6 codes: zstd by level and number of threads, lzma, ans.
+"""Bytes and seconds of the coders of int6 codes: zstd by level and number of threads, and ans.
 
     python tests/benchmarks/coders.py --artifact runs/NAME/final_model.int6.ptz   codes of a trained model
     python tests/benchmarks/coders.py                                             27 M Gaussian codes, pr1019's shapes
@@ -88,8 +88,7 @@ def compare(codes: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
         frames = zstd_frames(codes, counts, level, **how)
         return b"".join([struct.pack(f"<{tg.NUM_WIDTHS}I", *map(len, frames)), *frames])
 
-    for coder in ("ans", "lzma"):
-        add(coder, lambda coder=coder: tg.encode_codes(codes, counts, coder))
+    add("ans", lambda: tg.encode_codes(codes, counts, "ans"))
     for level in LEVELS:
         add("zstd", lambda level=level: zstd(level), level=level)
     add("zstd", lambda: zstd(tg.ZSTD_LEVEL, threads=THREADS), level=tg.ZSTD_LEVEL, threads=THREADS)

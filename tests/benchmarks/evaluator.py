@@ -37,15 +37,14 @@ MODES = {  # name: settings, step sizes to choose from
     "all, sgd as #549": (dict(ttt_mode="all", **SGD, **CHUNK), (0.002, 0.005, 0.02)),
     "banks, sgd as #549": (dict(ttt_mode="banks", **SGD, **CHUNK), (0.002, 0.005, 0.02, 0.05)),
     "all, adamw as #456": (dict(ttt_mode="all", **ADAMW, **CHUNK), (2e-5, 1e-4, 5e-4, 1e-3)),
-    "all, precond": (dict(ttt_mode="all", ttt_pull=0.001, **CHUNK), (1e-4, 3e-4, 1e-3)),
-    "all, precond, small chunks": (dict(ttt_mode="all", ttt_pull=0.001, **SMALL), (1e-4, 3e-4, 1e-3, 2e-3)),
-    "  hardest half": (dict(ttt_mode="all", ttt_pull=0.001, **SMALL, ttt_top_frac=0.5), (1e-4, 3e-4, 1e-3)),
+    "all, precond": (dict(ttt_mode="all", **CHUNK), (1e-4, 3e-4, 1e-3)),
+    "all, precond, small chunks": (dict(ttt_mode="all", **SMALL), (1e-4, 3e-4, 1e-3, 2e-3)),
+    "  hardest half": (dict(ttt_mode="all", **SMALL, ttt_top_frac=0.5), (1e-4, 3e-4, 1e-3)),
     "lora": (dict(ttt_mode="lora", **SMALL, **ADAMW), (1e-4, 1e-3, 3e-3, 1e-2)),
     "doc_lora": (dict(ttt_mode="doc_lora", **ADAMW), (1e-3, 3e-3, 1e-2, 3e-2)),
     "phased": (dict(ttt_mode="phased", phased_ttt_prefix_docs=24, **ADAMW), (1e-3, 3e-3, 1e-2, 3e-2)),
     "doc_banks, sgd": (dict(ttt_mode="doc_banks", ttt_optimizer="sgd"), (0.03, 0.1, 0.3)),
     "doc_banks, precond": (dict(ttt_mode="doc_banks"), (5e-4, 1e-3, 2e-3, 3e-3, 5e-3)),
-    "  stored moments": (dict(ttt_mode="doc_banks", ttt_moments="artifact"), (5e-4, 1e-3, 2e-3, 3e-3)),
     "  pieces of 64": (dict(ttt_mode="doc_banks", ttt_chunk_size=64), (5e-4, 1e-3, 2e-3, 3e-3)),
     "  pieces of 32": (dict(ttt_mode="doc_banks", ttt_chunk_size=32), (5e-4, 1e-3, 2e-3)),
     "  left context 128": (dict(ttt_mode="doc_banks", ttt_context=128), (1e-3, 2e-3, 3e-3)),
@@ -134,8 +133,6 @@ def bench_modes(setup: ev.Setup, tokens: np.ndarray, tuning: int, out: Path, mod
 
     results = {}
     for name, (settings, rates) in modes.items():
-        if settings.get("ttt_moments") == "artifact" and not setup.artifact.moments:
-            continue
         tuned = {lr: run(name, "tuning", {**settings, "ttt_lr": lr})["gain_bpb"] for lr in rates}
         best = max(tuned, key=lambda lr: tuned[lr])
         found = run(name, "report", {**settings, "ttt_lr": best})

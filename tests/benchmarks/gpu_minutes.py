@@ -405,11 +405,17 @@ def can_import(name: str, site: Path) -> bool:
 
 
 def choose_coder(site: Path) -> tuple[str, list[str]]:
-    """The coder that the artifact can have here, and what is missing: ans takes 2 s for 27 M weights, zstd 48."""
-    coder = "ans" if can_import("constriction", site) else "zstd" if can_import("zstandard", site) else "lzma"
-    notes = [] if coder == "ans" else [f"constriction cannot be imported, so artifacts are coded with {coder}"]
-    if not can_import("zstandard", site):
-        notes.append("zstandard cannot be imported: carry its wheel if the trainer asks for it")
+    """The coder that the artifact can have here, and notes about what is missing. StageError where there is none."""
+    lacking = [name for name in gpu_stage.WHEELS if not can_import(name, site)]
+    if len(lacking) == len(gpu_stage.WHEELS):
+        wheels = " or ".join(f"{name}=={gpu_stage.pins()[name]}" for name in lacking)
+        tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        raise gpu_stage.StageError(
+            f"nothing here codes artifacts: neither {' nor '.join(lacking)} can be imported. "
+            f"Put a wheel of {wheels} for {tag} into wheels/ of the carried folder, or install it."
+        )
+    coder = "zstd" if "constriction" in lacking else "ans"
+    notes = [f"{name} cannot be imported; artifacts are coded with {coder}" for name in lacking]
     missing = [name for name in REQUIRED if not can_import(name, site)]
     notes += [f"{name} cannot be imported; what still runs: {REQUIRED[name] or 'nothing'}" for name in missing]
     return coder, notes

@@ -35,7 +35,7 @@ TUNING_DOCUMENTS = 200  # weblab's convention: documents 0 to 199 tune, the rest
 MAX_TRAIN_TOKENS = 64_000_000
 MAX_BYTES = 60 << 20  # repository and folder together
 SMALL_TOKENS = dict(train=1_000_000, val=40_000)  # for runs of seconds
-WHEELS = ("zstandard", "constriction")  # the pinned packages that a bare GPU image lacks
+WHEELS = ("constriction", "zstandard")  # the coders' packages, the fast one first: a bare GPU image lacks both
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -100,18 +100,18 @@ def tokenize(train: Path, val: Path, tokenizer: Path, out: Path) -> None:
         raise StageError(f"data/prepare.py failed on {train} and {val}: see its message above")
 
 
-def fetch_wheels(folder: Path, python: str) -> list[str]:
-    """Download the pinned wheels for CPython `python` ("3.12") and x86-64 Linux; returns the names that failed."""
-    pins = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-    folder.mkdir(parents=True, exist_ok=True)
-    failed = []
+def pins() -> dict[str, str]:
+    """The version of every package in requirements.txt."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+
+
+def fetch_wheels(folder: Path, python: str) -> None:
+    """Download the pinned wheels for CPython `python` ("3.12") and x86-64 Linux, as far as that succeeds."""
     for name in WHEELS:
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", "-d", str(folder)]
-        command += [part for platform in PLATFORMS for part in ("--platform", platform)] + [f"{name}=={pins[name]}"]
-        if subprocess.run(command).returncode:
-            failed.append(name)
-    return failed
+        command += [part for platform in PLATFORMS for part in ("--platform", platform)]
+        subprocess.run([*command, f"{name}=={pins()[name]}"])
 
 
 def tree_bytes() -> int:
@@ -167,19 +167,21 @@ def prepare(
         if not tokenizer.is_file():
             raise StageError(f"{tokenizer} is missing. Name the tokenizer of the shards with --tokenizer FILE.")
         counts = pack(shards, tokenizer, out, tokens, tuning)
+    carried, tag = out / "wheels", "cp" + python.replace(".", "")
+    carried.mkdir(exist_ok=True)
     if wheels is None:
-        failed = fetch_wheels(out / "wheels", python)
+        fetch_wheels(carried, python)
     else:
-        failed = [name for name in WHEELS if not list(wheels.glob(f"{name}-*.whl"))]
-        (out / "wheels").mkdir(exist_ok=True)
         for name in WHEELS:
             for path in wheels.glob(f"{name}-*.whl"):
-                shutil.copyfile(path, out / "wheels" / path.name)
+                shutil.copyfile(path, carried / path.name)
+    lacking = [name for name in WHEELS if not any(fits_python(path, tag) for path in carried.glob(f"{name}-*.whl"))]
     files = {name: dict(sha256=sha256(out / name), tokens=counts.get(name)) for name in (*counts, "tokenizer.model")}
     (out / "stage.json").write_text(json.dumps(dict(version=1, files=files), indent=1))
     size, tree = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()), tree_bytes()
     lines = [f"{name}: {count:,} tokens" for name, count in counts.items()]
-    lines += [f"wheel missing: {name}. Runs fall back to another coder without it." for name in failed]
+    lines += [f"WARNING: {carried} has no wheel of {name}=={pins()[name]} for {tag}. Artifacts need one of "
+              f"{' and '.join(WHEELS)}: put it there, unless the GPU machine has it." for name in lacking]  # fmt: skip
     lines.append(f"{out}: {size / 2**20:.1f} MiB, repository {tree / 2**20:.1f} MiB, limit {MAX_BYTES >> 20} MiB")
     if size + tree > MAX_BYTES:
         raise StageError("\n".join([*lines, "too large together: lower --tokens"]))

@@ -42,13 +42,17 @@ TWO = dict(quant_steps="two_sided")
 
 
 class Pipeline(NamedTuple):
-    """Settings, the one that is varied and its values, and the packer of a rival's codes; None: our artifact."""
+    """Settings, the one that is varied and its values, and the packer of a rival's codes; None: our artifact.
+
+    fixed: every bank row has the scale of `with_fixed_scales`.
+    """
 
     settings: dict[str, Any]
     varied: str
     values: tuple[float, ...]
     pack: Callable[[bytes], bytes] | None = None
     ours: bool = False
+    fixed: bool = False
 
 
 def brotli_11(data: bytes) -> bytes:
@@ -64,7 +68,7 @@ def lzma_9(data: bytes) -> bytes:
 
 
 PIPELINES = {
-    "step 1/31, lzma-9 (#1019)": Pipeline(dict(quant_steps="fixed"), "factor", (0.7, 1, 1.4, 2, 2.8), lzma_9),
+    "step 1/31, lzma-9 (#1019)": Pipeline({}, "factor", (0.7, 1, 1.4, 2, 2.8), lzma_9, fixed=True),
     "int6 by row, zstd-22": Pipeline(dict(matrix_clip_sigmas=4.0), "matrix_bits", (3, 4, 5, 6, 7), zstd_22),
     "k sigma, brotli-11": Pipeline({}, "matrix_clip_sigmas", SIGMAS, brotli_11),
     "k sigma, tables 12 sigma, brotli-11": Pipeline(
@@ -74,7 +78,6 @@ PIPELINES = {
         dict(embed_clip_sigmas=20.0), "matrix_clip_sigmas", SIGMAS, brotli_11
     ),
     "two-sided, zstd": Pipeline(TWO, "quant_loss", LOSSES, ours=True),
-    "two-sided, lzma": Pipeline(dict(TWO, compressor="lzma"), "quant_loss", LOSSES, ours=True),
     "two-sided, ans": Pipeline(dict(TWO, compressor="ans"), "quant_loss", LOSSES, ours=True),
     "two-sided, trellis, zstd": Pipeline(dict(TWO, quant_trellis=True), "quant_loss", LOSSES, ours=True),
     "two-sided, trellis, ans": Pipeline(
@@ -130,6 +133,12 @@ class Weights:
         return score.val_bpb
 
 
+def with_fixed_scales(plans: dict[str, tg.Plan]) -> dict[str, tg.Plan]:
+    """The plans with a scale of 1/31 for every bank row, as #1019 has them."""
+    return {name: plan._replace(row_step=torch.full_like(plan.row_step, 1 / 31)) if name in tg.GPT.BANKS else plan
+            for name, plan in plans.items()}  # fmt: skip
+
+
 def rival_bytes(records: list[tg.Record], pack: Callable[[bytes], bytes]) -> int:
     """Bytes of codes in the order of the weights, and of their float16 scales and all other tensors, packed apart."""
     codes = b"".join(r.codes.numpy().tobytes() for r in records if r.row_steps is not None)
@@ -148,6 +157,8 @@ def point(weights: Weights, pipeline: Pipeline, value: float, base: float) -> di
     config = replace(weights.config, **{"quant_steps": "sigmas", **pipeline.settings, **settings})
     began = time.perf_counter()
     plans = tg.plan_rounding(weights.state, weights.statistics(config.calib_source), config)
+    if pipeline.fixed:
+        plans = with_fixed_scales(plans)
     if pipeline.pack is not None and config.quant_steps != "two_sided":
         plans = {name: plan for name, plan in plans.items() if ".proj." not in name}  # float16 there
     records = tg.round_all(weights.state, plans, config, factor)
@@ -286,7 +297,7 @@ def random_problem(config: tg.Config) -> tuple[dict[str, Tensor], tg.Statistics]
 
 def timing(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of rounding, coding and reading 27 M codes, and of text by the model itself with and without a cache."""
-    config, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "QUANT_STEPS": "fixed"})
+    config, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "QUANT_STEPS": "sigmas"})
     state, statistics = random_problem(config)
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
     stacked = {name: torch.cat([statistics.hessians[s] for s in tg.bank_sites(name)]) for name in tg.GPT.BANKS}
@@ -301,13 +312,13 @@ def timing(arguments: argparse.Namespace) -> dict[str, Any]:
             plain_loop(state[name][i], U[0], order[0], torch.full((state[name].size(1),), 1 / 31), 31)
 
     found["plain_loop"], _ = timed(loop, 1)
-    found["plan"], plans = timed(lambda: tg.plan_rounding(state, statistics, config))
+    found["plan"], plans = timed(lambda: with_fixed_scales(tg.plan_rounding(state, statistics, config)))
     banks = {name: plan for name, plan in plans.items() if name in tg.GPT.BANKS}
     found["round"], _ = timed(lambda: tg.round_all({name: state[name] for name in banks}, banks, config))
     print(json.dumps(found), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for trellis in (False, True):
-            for coder in ("zstd", "lzma", "ans"):
+            for coder in ("zstd", "ans"):
                 ours = replace(
                     config, quant_steps="two_sided", quant_loss=0.002, compressor=coder, quant_trellis=trellis
                 )
