@@ -557,7 +557,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     recipe, problems = read_recipe(environ["RECIPE"], known) if environ.get("RECIPE") else ({}, [])
     ours = {name: text for name, text in environ.items() if name in known}
     given = lineage_names(recipe, problems, notices) | lineage_names(ours, problems, notices)
-    excused = {*known, "RECIPE", "IGNORE_ENV", *environ.get("IGNORE_ENV", "").split(",")}
+    excused = {*known, "RECIPE", "OMP_NUM_THREADS", "IGNORE_ENV", *environ.get("IGNORE_ENV", "").split(",")}
     for name in environ:
         if name not in excused and re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and (near := likely_name(name, known)):
             problems.append(f"{name} is set, did you mean {near}? (IGNORE_ENV={name} if not)")
