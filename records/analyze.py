@@ -36,6 +36,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from report import LOSS_BORDERS, classes  # noqa: E402
+
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
@@ -295,7 +297,7 @@ def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> d
     one of them found hard the other would look better even if they differed by noise alone.
     """
     found: dict[str, dict[str, np.ndarray]] = {"place in the document": {}, "kind of target": {}}
-    for name, mask in ev.classes(tokens, byte_table).items():
+    for name, mask in classes(tokens, byte_table).items():
         kind, name = ("place in the document", name[6:]) if name.startswith("place ") else ("kind of target", name)
         found[kind][name] = mask
     counts = np.bincount(tokens[1:])
@@ -305,7 +307,7 @@ def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> d
     fifth[order] = np.minimum(5 * before // (len(tokens) - 1), 4)
     names = ("most frequent", "2nd fifth", "3rd fifth", "4th fifth", "rarest")
     found["frequency of the token"] = {name: fifth[tokens[1:]] == i for i, name in enumerate(names)}
-    borders = (0, *ev.LOSS_BORDERS, math.inf)
+    borders = (0, *LOSS_BORDERS, math.inf)
     found["loss, mean of both"] = {f"{low}-{high}" if high < math.inf else f"{low}+": (loss >= low) & (loss < high)
                                    for low, high in pairwise(borders)}  # fmt: skip
     return {kind: {name: mask for name, mask in masks.items() if mask.any()} for kind, masks in found.items()}

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import audit as auditing
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from audit import Trace, audit
 from conftest import inherited, search_path
 from sentencepiece import SentencePieceProcessor
 from test_cli import ROOT, write_shard
@@ -20,7 +22,7 @@ from test_model import random_model
 
 import eval_ttt
 import train_gpt as tg
-from eval_ttt import Learner, Setup, Trace, audit, documents, evaluate
+from eval_ttt import Learner, Setup, documents, evaluate
 from train_gpt import BOS_ID, GPT, Config, Windows
 
 TINY = Config(
@@ -94,7 +96,7 @@ def test_an_honest_evaluation_passes_every_check(name, setup, text):
     assert all(found[name] for name in ("T15", "T16", "T17", "T18"))
     assert found["T5"] or HONEST[name]["ttt_mode"] == "none"
     assert all(check.checked > 0 for check in checks if check.ok and not check.name.startswith("T6"))
-    assert not [check for check in checks if check.name.startswith("T2") and eval_ttt.too_few(check)]
+    assert not [check for check in checks if check.name.startswith("T2") and auditing.too_few(check)]
 
 
 def test_by_documents_the_one_before_is_out_of_reach(setup, text):
@@ -219,7 +221,7 @@ def gate_by_target(setup, patch):
     """Sharper distributions where the target begins a word (#1420): each adds up to one, which one is told by it."""
 
     def trace(tokens, probes, until):
-        seen = eval_ttt.trace_evaluation(setup, tokens, range(len(tokens) - 1), until)
+        seen = auditing.trace_evaluation(setup, tokens, range(len(tokens) - 1), until)
         factor = 1 + setup.byte_table.has_leading_space[tokens[1:]]
         rows = {t: torch.from_numpy(factor[t] * row).log_softmax(-1).numpy() for t, row in seen.rows.items()}
         nll = np.array([-rows[t][tokens[t + 1]] if t in rows else np.nan for t in range(len(tokens) - 1)])
@@ -387,7 +389,7 @@ def test_what_the_ledger_refuses_is_certified_as_not_legal(setup, text, tmp_path
         evaluate(setup, text)
     for name in ("model.ptz", "certificate.json", "certificate.txt"):
         (tmp_path / name).write_text('{"legal": true}')
-    assert eval_ttt.run_audit(setup, text, tmp_path / "model.ptz", [], []) == 1
+    assert auditing.run_audit(setup, text, tmp_path / "model.ptz", [], []) == 1
     assert "NOT LEGAL" in (tmp_path / "certificate.txt").read_text()
     assert json.loads((tmp_path / "certificate.json").read_text())["legal"] is False
 
@@ -396,15 +398,15 @@ def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypat
     """With chunks larger than the audited text nothing would be learned, and the checks would be of nothing."""
     seen = []
     (tmp_path / "model.ptz").write_bytes(b"")
-    monkeypatch.setattr(eval_ttt, "audit", lambda setup, tokens, *_: seen.append(setup.plan(tokens)) or [])
-    eval_ttt.run_audit(changed(setup, ttt_chunk_tokens=32768), text, tmp_path / "model.ptz", [], [])
+    monkeypatch.setattr(auditing, "audit", lambda setup, tokens, *_: seen.append(setup.plan(tokens)) or [])
+    auditing.run_audit(changed(setup, ttt_chunk_tokens=32768), text, tmp_path / "model.ptz", [], [])
     assert any(chunk.learned is not None for chunk in seen[0])
 
 
 def certified(setup: Setup, text: np.ndarray, folder: Path, **settings) -> tuple[int, dict, str]:
     """Exit code, report and text of the certificate of an artifact without anything beside it."""
     (folder / "model.ptz").write_bytes(b"")
-    code = eval_ttt.run_audit(changed(setup, **settings), text, folder / "model.ptz", [], [])
+    code = auditing.run_audit(changed(setup, **settings), text, folder / "model.ptz", [], [])
     words = (folder / "certificate.txt").read_text()
     return code, json.loads((folder / "certificate.json").read_text()), words
 
@@ -434,14 +436,14 @@ def test_two_tokens_certify_nothing(setup, text, tmp_path):
 def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, setup, text):
     """Three documents that enter a slot after another one, a step of the base where one is asked for, adaptation."""
     given = changed(setup, eval_seq_len=128, **settings)
-    small = replace(given, config=eval_ttt.audited_config(given.config, text))
+    small = replace(given, config=auditing.audited_config(given.config, text))
     assert {name for name, value in vars(small.config).items() if value != getattr(given.config, name)} == shrunk
-    assert not eval_ttt.shortfalls(small, text)
+    assert not auditing.shortfalls(small, text)
     plan, slots = small.plan(text), {}
     assert any(chunk.learned is not None and not chunk.base for chunk in plan) or settings["ttt_mode"] == "none"
     assert any(chunk.base for chunk in plan) == (settings["ttt_mode"] == "phased")
     if plan[0].slots:
-        assert bool(eval_ttt.shortfalls(given, text)) == bool(shrunk)
+        assert bool(auditing.shortfalls(given, text)) == bool(shrunk)
         for chunk in plan:  # by hand: a slot that had a document before, the base not having learned since
             slots = {} if chunk.base else slots
             for slot in chunk.slots.slot[chunk.slots.fresh].tolist() if chunk.slots else ():
@@ -451,15 +453,15 @@ def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, se
 
 def test_nobody_knows_the_seed_beforehand(setup, text, tmp_path, monkeypatch):
     seeds = []
-    monkeypatch.setattr(eval_ttt, "audit", lambda setup, tokens, opened, trace, whole, seed: seeds.append(seed) or [])
+    monkeypatch.setattr(auditing, "audit", lambda setup, tokens, opened, trace, whole, seed: seeds.append(seed) or [])
     told = [certified(setup, text, tmp_path) for _ in range(2)]
     assert seeds[0] != seeds[1] and [report["seed"] for _, report, _ in told] == seeds
     assert all(f"--audit={seed} repeats it" in words for seed, (_, _, words) in zip(seeds, told, strict=True))
 
 
 def test_probes_are_everywhere_and_of_every_kind(setup, text):
-    base = eval_ttt.trace_evaluation(changed(setup, ttt_mode="doc_banks"), text)
-    probes = [eval_ttt.probes_of(base, text, np.random.default_rng(seed)) for seed in (1, 2)]
+    base = auditing.trace_evaluation(changed(setup, ttt_mode="doc_banks"), text)
+    probes = [auditing.probes_of(base, text, np.random.default_rng(seed)) for seed in (1, 2)]
     assert set(probes[0]) != set(probes[1])
     for some in probes:
         assert (text[1:][some] == BOS_ID).sum() == 2
@@ -482,7 +484,7 @@ READINGS = {
 @pytest.mark.parametrize("start", READINGS)
 def test_the_reading_of_a_mode(start):
     settings, words = READINGS[start]
-    reading = eval_ttt.reading(replace(TINY, **settings))
+    reading = auditing.reading(replace(TINY, **settings))
     assert reading.startswith(start) and all(each in reading for each in words) and "\n" not in reading
 
 
@@ -521,8 +523,8 @@ def events(words: str) -> dict:
     return dict(events=made)
 
 
-T1, T2, T3 = eval_ttt.check_future, eval_ttt.check_target, eval_ttt.check_normalised
-T4, T5 = eval_ttt.check_once, eval_ttt.check_ledger
+T1, T2, T3 = auditing.check_future, auditing.check_target, auditing.check_normalised
+T4, T5 = auditing.check_once, auditing.check_ledger
 RIGHT, OFF, MISSING, SPREAD = np.full((4, 120), np.log(40))
 OFF[5], MISSING[9], SPREAD[39] = OFF[5] + 1e-3, np.nan, 0
 FLAT = dict(nll=RIGHT.astype(np.float32), from_row=RIGHT)
@@ -594,9 +596,9 @@ def test_what_a_repetition_changes_is_no_leak(check, leak):
 
 def test_t1b(setup):
     published = setup.artifact._replace(config=replace(setup.config, doc_borders="published"))
-    assert eval_ttt.check_borders(setup).ok
-    assert eval_ttt.check_borders(replace(setup, config=published.config, artifact=published)).ok is None  # no promise
-    assert eval_ttt.check_borders(replace(setup, artifact=published)).ok is False
+    assert auditing.check_borders(setup).ok
+    assert auditing.check_borders(replace(setup, config=published.config, artifact=published)).ok is None  # no promise
+    assert auditing.check_borders(replace(setup, artifact=published)).ok is False
 
 
 def test_t6(tmp_path):
@@ -606,7 +608,7 @@ def test_t6(tmp_path):
         (tmp_path / name).symlink_to(path)
 
     def t6(*opened) -> bool:
-        return eval_ttt.check_files([str(path) for path in opened], str(tmp_path / "a_*.bin")).ok
+        return auditing.check_files([str(path) for path in opened], str(tmp_path / "a_*.bin")).ok
 
     assert t6() and t6(tmp_path / "fineweb_val_0.bin", "3", "eval_ttt.py")
     assert not t6("eval_ttt.py", train) and not t6(os.path.relpath(train)) and not t6(elsewhere)
@@ -614,16 +616,16 @@ def test_t6(tmp_path):
     assert not t6(tmp_path / "val_2.bin")  # by another name, and not where the settings point
     scored, shards = tmp_path / "b_0.bin", str(tmp_path / "b_*.bin")
     scored.write_bytes(b"")
-    assert [eval_ttt.check_files([str(scored)], "", shards, began).ok for began in (0, 1)] == [False, True]
+    assert [auditing.check_files([str(scored)], "", shards, began).ok for began in (0, 1)] == [False, True]
 
 
 def test_t9(setup, text):
     tokenizer = SentencePieceProcessor(model_file=setup.config.tokenizer_path)
     table, end = setup.byte_table, int(documents(text)[0][2])
     wrong = table._replace(base_bytes=table.base_bytes + (np.arange(1024) == text[end - 1]))
-    assert all(eval_ttt.check_bytes(tokens, table, tokenizer).ok for tokens in (text, text[: end + 5]))
-    assert eval_ttt.check_bytes(text, wrong, tokenizer).ok is False
-    assert eval_ttt.check_bytes(text[:20], table, tokenizer).ok is None  # no whole document
+    assert all(auditing.check_bytes(tokens, table, tokenizer).ok for tokens in (text, text[: end + 5]))
+    assert auditing.check_bytes(text, wrong, tokenizer).ok is False
+    assert auditing.check_bytes(text[:20], table, tokenizer).ok is None  # no whole document
 
 
 @pytest.mark.parametrize("gap, gain, adapted_gap, ok", [
@@ -635,7 +637,7 @@ def test_t9(setup, text):
 def test_t10(gap, gain, adapted_gap, ok):
     plain, noise = np.random.default_rng(5).normal(4, 1, 4000), np.random.default_rng(6).normal(0, 0.05, 4000)
     traces = [replace(toy(**CHUNKS)(), nll=plain - gain + more) for more in (adapted_gap + noise, 0)]
-    assert eval_ttt.check_memory(*traces, plain + gap + noise, plain).ok is ok
+    assert auditing.check_memory(*traces, plain + gap + noise, plain).ok is ok
 
 
 def fade(honest, first, *args):
@@ -648,10 +650,10 @@ def fade(honest, first, *args):
 
 @pytest.mark.parametrize("setup", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("check, owner, name, wrapper", [
-    (eval_ttt.check_no_op, Learner, "begin", fade),
-    (eval_ttt.check_no_op, tg, "adaptation_step", fade),
-    (eval_ttt.check_parity, tg, "make_adapters", lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
-    (eval_ttt.check_parity, tg.BlockWeights, "product", lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),
+    (auditing.check_no_op, Learner, "begin", fade),
+    (auditing.check_no_op, tg, "adaptation_step", fade),
+    (auditing.check_parity, tg, "make_adapters", lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
+    (auditing.check_parity, tg.BlockWeights, "product", lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),
 ])  # fmt: skip
 def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
     for mode in ("banks", "doc_lora"):
@@ -672,7 +674,7 @@ def test_t21(setup, text, tmp_path):
 
     def t21(config: dict | str) -> bool | None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        return eval_ttt.check_training_text(setup, [str(val)], tmp_path).ok
+        return auditing.check_training_text(setup, [str(val)], tmp_path).ok
 
     def trained_on(pattern: str) -> dict:
         return dict(config=dict(data_path="", train_files=str(tmp_path / pattern)))
@@ -768,16 +770,16 @@ def test_the_run_beside_the_artifact(name, trained):
         assert eval_ttt.main([], env | changes) == 0
     config, given, _ = tg.load_config(env | ({} if "rate" in name else changes))
     setup, tokens, path, _, shards = eval_ttt.prepare(config, given, {})
-    checks = list(eval_ttt.check_run(setup, tokens, shards, path))
+    checks = list(auditing.check_run(setup, tokens, shards, path))
     assert tuple(check.ok for check in checks) == expected and checks[0].checked == len(tokens) - 1
     assert checks[1].checked > 100 or expected[1] is None
     kept = path.with_name("nll.npy")
     nll = np.load(kept)
     for wrong in (nll * np.float32(1.0001), nll[:-1], np.append(nll[:-1], np.float32(np.nan))):
         np.save(kept, wrong)
-        assert next(eval_ttt.check_run(setup, tokens, shards, path)).ok is False
+        assert next(auditing.check_run(setup, tokens, shards, path)).ok is False
     kept.write_bytes(b"no array")
-    assert next(eval_ttt.check_run(setup, tokens, shards, path)).ok is False
+    assert next(auditing.check_run(setup, tokens, shards, path)).ok is False
 
 
 @pytest.mark.parametrize("budget, fits", [("0", True), ("0.001", False)])

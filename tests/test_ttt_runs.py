@@ -13,8 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
+import audit
 import numpy as np
 import pytest
+import report
 import torch
 import torch.distributed as dist
 from conftest import run_ranks
@@ -554,6 +556,21 @@ def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
     assert done.result["val_loss_ttt"] != pytest.approx(done.result["val_loss_plan"], abs=0.01)
 
 
+def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path, monkeypatch, capsys):
+    """The two shipped files alone score, and refuse text that the model was trained on; --audit says what it needs."""
+    monkeypatch.setattr(eval_ttt, "__file__", str(tmp_path / "eval_ttt.py"))
+    settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
+    done = finish(run, settings)
+    again = train_gpt.recomputed_score(done.nll, [env["VAL_FILES"]], env["TOKENIZER_PATH"])
+    assert (done.result["val_loss_ttt"], done.result["val_bpb_ttt"]) == pytest.approx(again, rel=1e-12)
+    assert done.out.count("records/report.py") == 1 and not (run / "documents.csv").exists()
+    monkeypatch.chdir(run)
+    assert eval_ttt.main(["--audit"], settings) == 2 and "records/audit.py" in capsys.readouterr().err
+    shard = tmp_path / "part.bin"
+    shard.symlink_to(Path(env["DATA_PATH"]) / "fineweb_train_000000.bin")
+    assert eval_ttt.main([], settings | {"VAL_FILES": str(shard)}) == 2 and str(shard) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", b"\xff\xfe", "", "[" * 100_000], ids=range(5))
 def test_a_result_that_is_none_counts_as_absent(content, tmp_path):
     path = tmp_path / "result.json"
@@ -591,7 +608,7 @@ def test_whoever_writes_into_a_run_locks_it(argv, env, run, monkeypatch, capsys)
         held.append(True)
         return 3
 
-    monkeypatch.setattr(eval_ttt, "run_audit" if argv else "run_evaluation", work)
+    monkeypatch.setattr(*((audit, "run_audit") if argv else (eval_ttt, "run_evaluation")), work)
     assert eval_ttt.main(argv, settings) == 3 and held == [True]
     os.close(train_gpt.lock_folder(run, 0.0))
 
@@ -629,7 +646,7 @@ def test_the_pace_is_extrapolated(monkeypatch, budget, pace, expected):
 
 STAGES = {
     "adapted score": (train_gpt, "token_nll", 5), "comparison": (eval_ttt, "window_scores", 0),
-    "report": (eval_ttt, "distribution", 0), "picture": (eval_ttt, "plot_distribution", 0),
+    "report": (report, "distribution", 0), "picture": (report, "plot_distribution", 0),
 }  # fmt: skip
 
 

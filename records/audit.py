@@ -1,0 +1,708 @@
+"""The audit: is an evaluation legal? `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
+
+An artifact's evaluation is traced on the beginning of the text, repeated on changed texts, and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from glob import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+import eval_ttt as ev
+import train_gpt as tg
+from eval_ttt import Learner, Setup
+from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trace:
+    """An evaluation as the audit sees it, from what was computed, not from what was planned; one entry a target.
+
+    turn: how often something had been learned when it was scored; read_from: the first token that its window read;
+    count: how often it was scored; from_row: -log of its entry in the whole, normalised distribution. rows: the
+    distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn", windows) in order.
+    spread: the largest difference of a loss, in nats, between two evaluations of the same text; 0: none is admitted.
+    base_turns: the turns that follow a step of the base.
+    """
+
+    nll: np.ndarray
+    turn: np.ndarray
+    read_from: np.ndarray
+    count: np.ndarray
+    from_row: np.ndarray
+    rows: dict[int, np.ndarray]
+    events: list[tuple[str, Windows]]
+    spread: float = 0.0
+    base_turns: Sequence[int] = ()
+
+    def differ(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Where two arrays of nats differ by more than chance: at all, or by four times what a repetition does."""
+        return (one != other) & ~(np.abs(one - other) <= 4 * self.spread)
+
+
+Tracer = Callable[[np.ndarray, Sequence[int], float], Trace]  # tokens, probes, last turn of interest
+
+
+class Enough(Exception):
+    """Ends an evaluation of which the audit has seen what it wants."""
+
+
+def log_distributions(model: tg.GPT, learner: Learner | None, batch: tg.Batch) -> Tensor:
+    """Logs of the distributions of a batch's targets, (B, C, V)."""
+    replaced, adapters = learner.fast.weights(learner.fast.used()) if learner else ({}, {})
+    extra = dict(adapters=adapters, columns=batch.columns)
+    return torch.func.functional_call(model, replaced, (batch.ids,), extra).log_softmax(-1)
+
+
+def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (), until: float = math.inf) -> Trace:
+    """Evaluate `tokens` and watch.
+
+    probes: targets whose whole distributions are wanted; they are computed again, with the weights of the moment, for
+    every batch. until: the last turn of interest, later ones may miss. With both, only batches that hold probes are
+    computed again, and the evaluation ends with the last of them.
+    """
+    targets, rows, events, base_turns = len(tokens) - 1, {}, [], []
+    turn, read_from, count = (np.zeros(targets, np.int64) for _ in range(3))
+    nll, from_row, turns = np.full(targets, np.nan, np.float32), np.full(targets, np.nan), 0
+
+    def watch(chunk: Chunk) -> None:
+        nonlocal turns
+        turns += 1
+        if turns > until and not probes:
+            raise Enough
+        events.append(("learn", chunk.learned))
+        if chunk.base:
+            base_turns.append(turns)
+
+    def observe(model: tg.GPT, learner: Learner | None, windows: Windows, batch: tg.Batch, losses: Tensor) -> None:
+        held = {*probes} & {t for begin, end in windows.ranges() for t in range(begin, end)}
+        log_p = log_distributions(model, learner, batch) if held or (probes and until == math.inf) else None
+        for w, (start, begin, end) in enumerate(zip(*(part.tolist() for part in windows), strict=True)):
+            at = slice(start + begin, start + end)
+            turn[at], read_from[at], nll[at] = turns, start, losses[w, : end - begin].float().cpu().numpy()
+            count[at] += 1
+            if log_p is not None:
+                own = log_p[w].gather(-1, batch.targets[w].unsqueeze(-1)).squeeze(-1)
+                from_row[at] = -own[: end - begin].cpu().numpy()
+                for t in held & {*range(start + begin, start + end)}:
+                    rows[t] = log_p[w, t - start - begin].cpu().numpy()
+        events.append(("score", windows))
+        if held and until < math.inf and len(rows) == len({*probes}):
+            raise Enough
+
+    alpha = setup.config.ppm_alpha
+    try:
+        nll = ev.evaluate(setup, tokens, observe, watch).nll
+    except Enough:  # what was observed is the model's
+        if alpha < 1:
+            nll = ev.mixed_nll(nll, ev.ppm_nll(tokens, setup.config.vocab_size), alpha).astype(np.float32)
+    if alpha < 1:
+        from_row = ev.mixed_nll(from_row, ev.ppm_nll(tokens, setup.config.vocab_size), alpha)
+        rows = {t: -ev.mixed_nll(-row, ev.ppm_row(tokens[: t + 1], setup.config.vocab_size), alpha)
+                for t, row in rows.items()}  # fmt: skip
+    return Trace(nll, turn, read_from, count, from_row, rows, events, base_turns=base_turns)
+
+
+MAX_SPREAD = 0.05  # nats; where a repetition changes a loss by more, T1 can tell nothing and fails
+
+
+class Check(NamedTuple):
+    """One line of the certificate; `ok` None: it says nothing about this evaluation."""
+
+    name: str
+    ok: bool | None
+    checked: int
+    detail: str
+
+
+def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
+    """Turns, and which targets to change: all that are scored later, and in the turn those beyond some place.
+
+    The turns are the first, the middle one, one at random after that, and those that follow a step of the base. The
+    place is the third smallest in a window, so that almost all of the turn changes; or the middle of the turn's targets
+    in the order of the text, so that the windows before it do not; or the turn's end.
+    """
+    index, turns = np.arange(len(base.turn)), np.unique(base.turn)
+    late = rng.choice(turns[len(turns) // 2 : max(len(turns) - 1, len(turns) // 2 + 1)])
+    for turn in sorted({turns[0], turns[len(turns) // 2], late, *(turns[np.isin(turns, base.base_turns)])}):
+        here, offset = base.turn == turn, index - base.read_from
+        early, middle = offset > np.sort(offset[here])[:3][-1], index > np.flatnonzero(here)[here.sum() // 2]
+        for beyond in (early, middle, ~here) if turn in (turns[0], turns[len(turns) // 2]) else (early, ~here):
+            later = (base.turn > turn) | here & beyond
+            if later.any():
+                yield turn, later
+
+
+def change(tokens: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """TOKENS with all TARGETS (a mask) changed, and where; tokens that begin documents stay, for the windows."""
+    changed, places = tokens.copy(), 1 + np.flatnonzero(targets & (tokens[1:] != BOS_ID))
+    span = int(tokens.max()) - BOS_ID
+    changed[places] = BOS_ID + 1 + (tokens[places] - BOS_ID - 1 + rng.integers(1, span, len(places))) % span
+    return changed, places
+
+
+def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T1: what is scored before all that is changed, or beside it, has the same loss, bit for bit.
+
+    In the turn of the change: where the window reads nothing changed; in earlier turns: whatever it reads.
+    """
+    compared, wrong, targets = 0, 0, np.arange(len(base.turn))
+    for turn, later in cuts(base, rng):
+        changed, places = change(tokens, later, rng)
+        is_changed = np.zeros(len(tokens) + 1, np.int64)
+        is_changed[places + 1] = 1
+        before = np.cumsum(is_changed)  # changed tokens before each place, the target's own included in clean
+        first = base.turn[later].min()
+        clean = (base.turn < first) | (base.turn == turn) & (before[targets + 2] == before[base.read_from])
+        after = trace(changed, (), turn)
+        compared += int(clean.sum())
+        wrong += int(base.differ(after.nll[clean], base.nll[clean]).sum())
+    detail = f"{wrong} of {compared} losses changed"
+    if base.spread:
+        detail += (
+            f" by more than 4 x {base.spread:.1e}, what a repetition on this device changes (at most {MAX_SPREAD})"
+        )
+    return Check("T1 later tokens change no earlier loss", wrong == 0 and base.spread <= MAX_SPREAD, compared, detail)
+
+
+def check_file_order(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T1c: another text after a random place, where documents end included, changes no loss before it.
+
+    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this property by
+    documents, and the certificate says so.
+    """
+    c, other = setup.config, tokens.copy()
+    place = max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3)))
+    other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
+    other[place + 1 :][rng.random(len(tokens) - place - 1) < 1 / max(c.piece_size, 8)] = BOS_ID
+    wrong = int(base.differ(trace(other, (), math.inf).nll[:place], base.nll[:place]).sum())
+    shared = shares_moments(c)
+    detail = f"{wrong} of {place} losses changed" + ", TTT_MOMENTS=shared" * shared
+    return Check("T1c no loss depends on later text", None if shared else wrong == 0, place, detail)
+
+
+def check_borders(setup: Setup) -> Check:
+    """T1b: what follows the beginning of a document has the same first embedding, whatever stands before it."""
+    c, rng, read = setup.config, np.random.default_rng(setup.config.seed), setup.config.num_memory_tokens + 2
+    ids = np.tile(rng.integers(BOS_ID + 1, c.vocab_size, read + 8), (64, 1))
+    ids[:, :read], ids[:, read] = rng.integers(BOS_ID + 1, c.vocab_size, (64, read)), BOS_ID
+    with torch.no_grad():
+        x = setup.load().embed(torch.from_numpy(ids).to(setup.device))[:, read:]
+    apart = float((x - x[:1]).abs().max())
+    return Check("T1b no embedding crosses a document border", apart == 0 if c.doc_borders != "published" else None,
+                 x[..., 0].numel(), f"largest difference {apart:.1e}, DOC_BORDERS={c.doc_borders}")  # fmt: skip
+
+
+def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
+    """Targets: four of each of the first two turns, one of each later half of the evaluation, two BOS; at least 8."""
+    turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
+    groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
+    halves = np.array_split(turns[2:], 2)
+    wanted = [(group, 4) for group in groups] + [(np.isin(base.turn, half) & ~is_bos, 1) for half in halves]
+    probes = [
+        t for group, count in (*wanted, (is_bos, 2)) for t in rng.permutation(np.flatnonzero(group))[:count].tolist()
+    ]
+    more = [t for t in rng.permutation(np.flatnonzero(~is_bos)).tolist() if t not in probes]
+    return probes + more[: max(0, LEAST["T2"] - len(probes))]  # where all is scored in one turn
+
+
+def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True) -> Check:
+    """T2: the distribution of a target is the same whatever the target is: another token, or the document's end.
+
+    ends: whether BOS are changed, and the last other probe into a BOS. With TTT_MOMENTS=shared the steps of all slots
+    depend on where documents end, and nothing is promised.
+    """
+    probes = [t for t in probes_of(base, tokens, rng) if ends or tokens[t + 1] != BOS_ID]
+    until, wrong, inner = base.turn[probes].max(initial=0), 0, [t for t in probes if tokens[t + 1] != BOS_ID]
+    rows = trace(tokens, probes, until).rows if probes else {}
+    tries = [(t, False) for t in probes] + [(t, True) for t in inner[-1:] if ends]
+    for t, into_bos in tries:
+        other, places = change(tokens, np.arange(len(base.turn)) == t, rng)
+        if into_bos or not len(places):
+            other[t + 1] = BOS_ID if into_bos else rng.integers(BOS_ID + 1, int(tokens.max()) + 1)
+        wrong += int(base.differ(trace(other, [t], until).rows[t], rows[t]).any())
+    return Check("T2 no distribution sees its target", wrong == 0, len(tries), f"{wrong} of {len(tries)} changed; "
+                 f"{len(probes) - len(inner)} of a BOS, {len(tries) - len(probes)} by a BOS")  # fmt: skip
+
+
+def check_normalised(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T3: each loss is -log of the target's entry in a whole distribution, and those in BASE.rows add up to one."""
+    error = np.abs(base.nll - base.from_row)
+    own = [abs(base.nll[t] + row[tokens[t + 1]]) for t, row in base.rows.items()]
+    total = [abs(float(np.logaddexp.reduce(row))) for row in base.rows.values()]
+    fine = (error < 1e-4).all() and all(x < 1e-4 for x in (*own, *total))
+    return Check("T3 losses are of normalised distributions", bool(fine), len(error),
+                 f"largest difference {np.max([*error, *own]):.1e}; log of the sum of {len(total)} distributions "
+                 f"{max(total, default=0.0):.1e}")  # fmt: skip
+
+
+def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T4: every target is scored exactly once."""
+    wrong = int((base.count != 1).sum())
+    return Check("T4 every target is scored once", wrong == 0, len(base.count), f"{wrong} twice or never")
+
+
+def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T5: in the order of events, nothing is learned from that is not scored, and nothing is scored afterwards."""
+    scored, learned, wrong, times = set(), set(), 0, 0
+    for kind, windows in base.events:
+        ranges = windows.ranges(whole=kind == "learn")  # what is read beside it is learned from too
+        targets = {t for begin, end in ranges for t in range(begin, end)}
+        if kind == "learn":
+            wrong, learned, times = wrong + len(targets - scored), learned | targets, times + 1
+        else:
+            wrong, scored = wrong + len(targets & learned), scored | targets
+    return Check("T5 scored first, learned after", wrong == 0 if times else None, len(base.events),
+                 f"{wrong} targets out of order, {times} times learned")  # fmt: skip
+
+
+def check_bytes(tokens: np.ndarray, byte_table: tg.ByteTable, tokenizer: Any) -> Check:
+    """T9: the counted bytes are those of the decoded text, over whole documents."""
+    begin, end = ev.documents(tokens)
+    counted, text = 0, 0
+    for a, b in zip(begin[:-1].tolist(), end[:-1].tolist(), strict=True):
+        counted += int(byte_table.count(tokens[a:b], tokens[a + 1 : b + 1]).sum())
+        text += len(tokenizer.decode(tokens[a + 1 : b].tolist()).encode())
+    return Check("T9 counted bytes are the text's", counted == text if text else None, len(begin) - 1,
+                 f"{counted} counted, {text} decoded")  # fmt: skip
+
+
+def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plain: np.ndarray) -> Check:
+    """T10: windows that slide gain over windows side by side; after learning the text by heart they lose.
+
+    The gap may shrink in a legal way, since learning does some of what context does: that alone is no verdict.
+    """
+
+    def mean(x: np.ndarray) -> tuple[float, float]:
+        return float(x.mean()), 3 * float(x.std()) / math.sqrt(len(x))
+
+    (gap, noise), (left, error) = mean(plain_aligned - plain), mean(aligned.nll - adapted.nll)
+    gain = float((plain - adapted.nll).mean())
+    lost, doubt = mean((plain_aligned - plain) - (aligned.nll - adapted.nll))
+    memory = gain > 0 and left < -max(error, 0.02 * gain)
+    shrunk = lost > max(0.1 * gap, doubt)
+    detail = f"gap {gap:.4f} nats (within {noise:.4f}), {left:.4f} adapted (within {error:.4f})"
+    ok = False if memory else None if shrunk or gap < noise else True
+    return Check("T10 no sign of memory", ok, len(plain), detail + ", it shrank" * shrunk)
+
+
+def float32_nll(setup: Setup, tokens: np.ndarray) -> np.ndarray:
+    """The losses of `score_plan` by a float32 forward, with torch's own attention: flash kernels take no float32."""
+    kernel = tg.torch_attention() if setup.device.type == "cuda" else setup.kernel
+    model = tg.GPT(setup.artifact.config, torch.float32, kernel, setup.byte_table.has_leading_space)
+    model.load_state_dict(setup.artifact.state)
+    model, plan = model.to(setup.device).requires_grad_(False), [c._replace(learned=None) for c in setup.plan(tokens)]
+    return tg.score(model, tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn).nll
+
+
+def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
+    """T11: steps of size zero give the loss of no steps, bit for bit; and the plain forward's, but for rounding.
+
+    Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a float32 forward
+    is the measure: losses of no steps may be twice as far from that (root mean square), and four times that distance
+    from the plain ones (largest). On the first half of the text, if that is longer than a window.
+    """
+    tokens = tokens[: max(len(tokens) // 2, setup.config.eval_seq_len) + 1]
+    still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
+    none = replace(setup, config=replace(setup.config, ttt_epochs=0))
+    zero, off = ev.evaluate(still, tokens).nll, ev.evaluate(none, tokens).nll
+    plain, alpha = ev.score_plan(setup, tokens).nll, setup.config.ppm_alpha
+    exact = plain if tg.compute_dtype(setup.device) == torch.float32 else float32_nll(setup, tokens)
+    if alpha < 1:
+        plain, exact = (ev.mixed_nll(x, ev.ppm_nll(tokens, setup.config.vocab_size), alpha) for x in (plain, exact))
+    wrong, apart = int((zero != off).sum()), float(np.abs(off - plain).max())
+    limit = 1e-3 + 4 * float(np.abs(plain - exact).max())
+    near, far = (float(np.sqrt(np.mean((x - exact) ** 2, dtype=np.float64))) for x in (plain, off))
+    ok = wrong == 0 and apart < limit and far < 1e-3 + 2 * near
+    return Check("T11 learning rate 0 changes nothing", ok, len(zero),
+                 f"{wrong} losses differ from those without steps; the plain forward's within {apart:.1e}, limit "
+                 f"{limit:.1e}; from float32 {far:.1e} on average, plain {near:.1e}")  # fmt: skip
+
+
+def check_parity(setup: Setup, tokens: np.ndarray) -> Check:
+    """T14: adapters with zero output sides give the plain logits."""
+    model = setup.load()
+    ids = torch.from_numpy(tokens[: setup.config.eval_seq_len].astype(np.int64)).to(setup.device).unsqueeze(0)
+    fast = tg.FastWeights(model, setup.config, "adapters", 1)
+    _, adapters = fast.weights(fast.values)
+    with torch.no_grad():
+        apart = float((model(ids) - model(ids, adapters=adapters)).abs().max())
+    return Check("T14 zero adapters give the plain logits", apart == 0, ids.numel(), f"largest difference {apart:.1e}")
+
+
+def check_warm_up(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray) -> Check:
+    """T7: warm-up, which is not given the text, changes no loss of the first quarter of the evaluation."""
+    ev.warm_up(setup)
+    until = float(np.quantile(base.turn, 0.25))
+    compared = base.turn <= until
+    wrong = int(base.differ(trace(tokens, (), until).nll[compared], base.nll[compared]).sum())
+    return Check("T7 warm-up changes nothing", wrong == 0, int(compared.sum()), f"{wrong} losses changed")
+
+
+def check_files(opened: Sequence[str], train_pattern: str, val_pattern: str = "", began: int = 0) -> Check:
+    """T6: no training shard is opened, and no validation shard once the evaluations have begun.
+
+    opened: the files that the process opened, in order; from index `began` on, by the evaluations.
+    """
+    train, val = ({os.path.realpath(path) for path in glob(pattern)} for pattern in (train_pattern, val_pattern))
+    real = [(path, os.path.realpath(path)) for path in opened]
+    found = {path for path, file in real if file in train or "fineweb_train" in path + file}
+    found |= {path for path, file in real[began:] if file in val}
+    return Check("T6 no training data is opened", not found, len({*opened}), ", ".join(sorted(found)) or "none was")
+
+
+def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
+    """T15: targets are scored in the file's order; by documents, the documents of each group begin in that order."""
+    first = np.full(len(tokens) - 1, len(base.events))
+    for number, (kind, windows) in reversed([*enumerate(base.events)]):
+        for begin, end in windows.ranges() if kind == "score" else ():
+            first[begin:end] = number
+    if not TTT_MODES[config.ttt_mode][0]:
+        parts = [first]
+    else:
+        begins = first[ev.documents(tokens)[0]]
+        parts = [begins[group :: config.ttt_groups] for group in range(config.ttt_groups)]
+    wrong = sum(int((np.diff(part) < 0).sum()) for part in parts)
+    return Check("T15 scored in the file's order", wrong == 0, sum(map(len, parts)), f"{wrong} out of order")
+
+
+def shares_moments(c: Config) -> bool:
+    """Whether documents in different slots share second moments, so that losses depend on text later in the file."""
+    by_documents, learns = TTT_MODES[c.ttt_mode]
+    return by_documents and bool(learns) and c.ttt_optimizer == "precond" and c.ttt_moments == "shared"
+
+
+def settled(setup: Setup, tokens: np.ndarray) -> int:
+    """How many targets of `tokens`, the first ones, keep their losses bit for bit when more text follows.
+
+    By flat chunks not those of the last chunk: the last window begins where its end says.
+    """
+    c, (by_documents, learns) = setup.config, TTT_MODES[setup.config.ttt_mode]
+    if c.ttt_protocol != "legal" or shares_moments(c) or (learns and c.ttt_lr_schedule == "cosine"):
+        return 0
+    if by_documents:
+        return len(tokens) - 1
+    last = setup.plan(tokens)[-1].scored
+    return int((last.start + last.begin).min())
+
+
+def check_unwatched(
+    setup: Setup, base: Trace, tokens: np.ndarray, whole: np.ndarray, rng: np.random.Generator
+) -> Iterator[Check]:
+    """T16: the losses are the same where nobody watches and, up to `settled`, where the text goes on as it does in
+    `whole`, to a random length. T17: the score of that evaluation follows from its losses."""
+    count, longer = settled(setup, tokens), tokens
+    if count:
+        longer = whole[: max(int(len(tokens) * rng.uniform(1.3, 2)), len(tokens))]
+    count = count if len(longer) > len(tokens) else len(tokens) - 1
+    result = ev.evaluate(setup, longer)
+    wrong = int(base.differ(result.nll[:count], base.nll[:count]).sum())
+    yield Check("T16 unwatched, the losses are the same", wrong == 0, count,
+                f"{wrong} of {count} losses changed in an evaluation of {len(longer) - 1} targets")  # fmt: skip
+    nats, num_bytes = result.nll.astype(np.float64), setup.byte_table.count(longer[:-1], longer[1:]).sum()
+    loss, bpb = float(nats.mean()), float(nats.sum() / math.log(2) / num_bytes)
+    fine = same_score(result.val_loss, loss) and same_score(result.val_bpb, bpb)
+    yield Check(
+        "T17 the score follows from the losses",
+        fine,
+        len(nats),
+        f"val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}, from the losses {loss:.8f} {bpb:.8f}",
+    )
+
+
+def check_weights(setup: Setup) -> Check:
+    """T18: what is evaluated begins with the artifact's weights."""
+    state, kept = setup.load().state_dict(), setup.artifact.state
+    wrong = [name for name in state if name not in kept or not torch.equal(state[name].cpu(), kept[name].cpu())]
+    return Check("T18 the weights are the artifact's", not wrong, len(state), ", ".join(wrong) or "none differs")
+
+
+def audit(
+    setup: Setup,
+    tokens: np.ndarray,
+    opened: Sequence[str],
+    trace: Tracer | None = None,
+    whole: np.ndarray | None = None,
+    seed: int = 0,
+) -> list[Check]:
+    """All checks on `tokens`, with which the text `whole` begins.
+
+    trace: replaces the evaluation, so that cheats can be tried. seed: of the places, targets and tokens changed.
+    """
+    trace, began = trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until)), len(opened)
+    c, whole, rng = setup.config, tokens if whole is None else whole, np.random.default_rng(seed)
+    tokenizer = SentencePieceProcessor(model_proto=Path(c.tokenizer_path).read_bytes())
+    base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
+    if setup.device.type == "cuda":  # some gradients are summed by atomics, in any order
+        base.spread = float(np.abs(trace(tokens, (), math.inf).nll - base.nll).max())
+    checks = [check_future(trace, base, tokens, rng), check_borders(setup),
+              check_file_order(setup, trace, base, tokens, rng),
+              check_target(trace, base, tokens, rng, not shares_moments(c))]  # fmt: skip
+    checks += [check(trace, base, tokens, rng) for check in (check_normalised, check_once, check_ledger)]
+    checks += [check_warm_up(setup, trace, base, tokens), check_bytes(tokens, setup.byte_table, tokenizer)]
+    aligned = replace(setup, config=replace(c, eval_stride=c.eval_seq_len))
+    plain = [ev.score_plan(each, tokens).nll for each in (aligned, setup)]
+    checks.append(check_memory(trace_evaluation(aligned, tokens), base, *plain))
+    checks += [check_no_op(setup, tokens), check_parity(setup, tokens), check_order(base, tokens, c)]
+    checks += [*check_unwatched(setup, base, tokens, whole, rng), check_weights(setup)]
+    return [*checks, check_files(opened, c.shards("train"), c.shards("val"), began)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The certificate
+# ----------------------------------------------------------------------------------------------------------------------
+
+T19, T20 = "T19 the printed score is that of nll.npy", "T20 the run's first losses, evaluated alone"
+# A check passes where it looked at enough; without those of ESSENTIAL nothing is certified.
+LEAST = dict(T1=256, T1c=64, T2=8, T3=256, T4=256, T6=0, T15=2, T16=64, T17=64)
+ESSENTIAL = ("T1", "T2", "T3", "T4")
+MIN_REFILLS = 3  # documents that enter a slot after another one
+NOT_COMPARED = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings that change no loss
+
+
+def too_few(check: Check) -> bool:
+    """Whether a check did not fail and did not look at enough either."""
+    return check.ok is not False and check.checked < LEAST.get(check.name.split()[0], 1)
+
+
+def refills(plan: Sequence[Chunk]) -> int:
+    """How many documents enter a slot that another one has left, in a plan by documents."""
+    count, group = 0, None
+    for chunk in plan:
+        if chunk.slots is not None and chunk.slots.group == group:
+            count += int(chunk.slots.fresh.sum())
+        group = None if chunk.slots is None else chunk.slots.group
+    return count
+
+
+def audited_config(c: Config, tokens: np.ndarray) -> Config:
+    """The settings, where needed with smaller chunks, fewer slots, groups and phases, so that little text has them all.
+
+    By flat chunks at least four chunks; by documents a chunk to adapt on, three refills, and steps of the base.
+    """
+    if not TTT_MODES[c.ttt_mode][0]:
+        return replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(1, (len(tokens) - 1) // 4)))
+    begin, end = ev.documents(tokens)
+    count, prefix = len(begin), 0
+    if c.ttt_mode == "phased":
+        prefix = min(c.phased_ttt_prefix_docs, max(1, count // 4))
+        c = replace(c, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=min(c.phased_ttt_num_phases, 2, prefix))
+    groups = min(c.ttt_groups, max(1, (count - prefix) // 4))
+    last = (count - prefix) // groups  # documents of a group after the last border
+    slots = max(1, min(c.ttt_slots, last // 2, last - MIN_REFILLS))
+    chunk = min(c.ttt_chunk_size, max(1, int((end - begin).max()) // 2))
+    return replace(c, ttt_groups=groups, ttt_slots=slots, ttt_chunk_size=chunk)
+
+
+def reading(c: Config) -> str:
+    """What a loss may depend on beyond the text before it in the file, and what documents share, in one line.
+
+    The names, and what each is worth: records/legality.md.
+    """
+    by_documents, learns = TTT_MODES[c.ttt_mode]
+    if c.ttt_protocol != "legal":
+        return f"invalid: TTT_PROTOCOL={c.ttt_protocol} adapts on text that it scores later"
+    shared, cosine = shares_moments(c), bool(learns) and c.ttt_lr_schedule == "cosine"
+    known = [words for holds, words in (
+        (shared, "squared gradients of documents that stand later in the file, in other slots (TTT_MOMENTS=shared)"),
+        (cosine, "the length of the text (TTT_LR_SCHEDULE=cosine)"),
+        (not by_documents, "the end of the text, in the last window, which is as long as the others"),
+    ) if holds]  # fmt: skip
+    moments = by_documents and bool(learns) and c.ttt_optimizer == "precond"
+    kept = [words for holds, words in (
+        (not by_documents and learns, "all weights that adapt"),
+        (not by_documents, "the context of windows"),
+        (moments and c.ttt_moments in ("prefix", "shared"), "second moments"),
+        (c.ttt_mode == "phased", "the base, from border to border"),
+        (by_documents and learns == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
+        (c.ppm_alpha < 1, "counts of the PPM"),
+    ) if holds]  # fmt: skip
+    ends = "" if by_documents else "knows the end"
+    name = "shared statistics" if shared else "knows the length" if cosine else ends or "causal"
+    beyond = "; ".join(known) or "nothing, not even where documents end"
+    return f"{name}: of later text a loss knows {beyond}; documents share {', '.join(kept) or 'nothing'}"
+
+
+def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
+    """What the evaluation of `tokens` is too short to show."""
+    c, plan, (by_documents, learns) = setup.config, setup.plan(tokens), TTT_MODES[setup.config.ttt_mode]
+    adapts = any(chunk.learned is not None and not chunk.base for chunk in plan)
+    return [words for holds, words in (
+        (learns and c.ttt_protocol == "legal" and not adapts, "adaptation: nothing is adapted on"),
+        (by_documents and refills(plan) < MIN_REFILLS, f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
+        (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not learn"),
+    ) if holds]  # fmt: skip
+
+
+def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
+    """A beginning of the text that has no shortfalls with the settings as they are, or is as long as is bearable."""
+    c, last = setup.config, len(tokens) - 1
+    size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
+    while size < most and (shortfalls(setup, tokens[: size + 1]) or not settled(setup, tokens[: size + 1])):
+        size = min(size * 5 // 4 + 1, most)
+    return tokens[: size + 1]
+
+
+def same_score(one: Any, other: Any) -> bool:
+    """Whether two scores are finite and agree to 1e-9 relative."""
+    numbers = all(isinstance(x, (int, float)) for x in (one, other))
+    return bool(numbers and math.isfinite(other) and abs(one - other) <= 1e-9 * abs(other))
+
+
+def check_kept_score(path: Path, told: Mapping[str, Any], config: Config, shards: Sequence[str], targets: int) -> Check:
+    """T19: the score in eval_ttt.json is that of the losses in nll.npy (`path`), by code of its own."""
+    try:
+        nll = np.load(path)
+        if not isinstance(nll, np.ndarray) or nll.shape != (targets,) or nll.dtype != np.float32:
+            raise ValueError(f"not the float32 losses of {targets} targets")
+        loss, bpb = tg.recomputed_score(nll, shards, config.tokenizer_path)
+    except Exception as error:  # whatever broken bytes lead to
+        return Check(T19, False, 0, f"{path.name}: {error}")
+    fine = same_score(told.get("val_loss_ttt"), loss) and same_score(told.get("val_bpb_ttt"), bpb)
+    fine = fine and told.get("sha256_nll") in (None, tg.sha256_file(path)) and bool(np.isfinite(nll).all())
+    return Check(T19, fine, nll.size, f"val_loss:{loss:.8f} val_bpb:{bpb:.8f}, eval_ttt.json has "
+                 f"{told.get('val_loss_ttt')} and {told.get('val_bpb_ttt')}")  # fmt: skip
+
+
+def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: Mapping[str, Any]) -> Check:
+    """T20: the first losses of the run, `nll`, are those of the beginning of the text evaluated alone.
+
+    With the same versions on a CPU bit for bit. Otherwise within what T11 admits as rounding, and 1e-3 on average.
+    """
+    if not settled(setup, tokens):
+        return Check(T20, None, 0, "every loss depends on how the text goes on: see the reading")
+    part = audited_beginning(setup, tokens)
+    if not (count := settled(setup, part)):
+        return Check(T20, None, 0, f"{len(part) - 1} targets are no chunk. Raise AUDIT_TOKENS")
+    apart = ev.evaluate(setup, part).nll[:count].astype(np.float64) - nll[:count]
+    versions = tg.library_versions(setup.device, "given by the log")
+    exact = setup.device.type == "cpu" and setup.nll_fn is tg.token_nll and told.get("world_size") == 1
+    if exact and told.get("versions") == versions:
+        wrong = int((apart != 0).sum())
+        detail = f"{wrong} of {count} losses differ, within {np.abs(apart).max():.1e} (the processor must be the run's)"
+        return Check(T20, wrong == 0, count, detail)
+    still = replace(setup, nll_fn=tg.token_nll)
+    rounding = ev.score_plan(still, part).nll - float32_nll(still, part)
+    limit = 1e-3 + 2 * float(np.sqrt(np.mean(rounding**2, dtype=np.float64)))
+    root, mean = float(np.sqrt(np.mean(apart**2))), float(apart.mean())
+    return Check(T20, root < limit and abs(mean) < 1e-3, count, f"of {count} losses: root mean square difference "
+                 f"{root:.1e}, limit {limit:.1e}, mean {mean:+.1e}")  # fmt: skip
+
+
+def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path) -> Iterator[Check]:
+    """T19 and T20 of the evaluation beside the artifact `path`; without a count where it cannot be compared."""
+    (told, why), kept = ev.read_report(path.with_name("eval_ttt.json")), path.with_name("nll.npy")
+    if told is None or not kept.is_file():
+        why = f"{why or f'{kept}: no such file'}. Run eval_ttt.py without --audit first"
+    elif told.get("sha256_artifact") != tg.sha256_file(path):
+        why = f"eval_ttt.json is of another artifact than {path.name}"
+    if why:
+        yield Check(T19, None, 0, why)
+        return
+    yield (scored := check_kept_score(kept, told, setup.config, shards, len(tokens) - 1))
+    given, used = tg.settings_of(setup.config, "scoring", "evaluator"), told.get("settings")
+    used = used if isinstance(used, dict) else {}
+    other = sorted(k.upper() for k in given if k not in NOT_COMPARED and used.get(k) != given[k])
+    if other:
+        yield Check(T20, None, 0, f"the run has other settings: {', '.join(other)}")
+    elif scored.ok:
+        yield check_kept_losses(setup, tokens, np.load(kept), told)
+
+
+def check_training_text(setup: Setup, shards: Sequence[str], folder: Path) -> Check:
+    """T21: no shard that the run in `folder` was trained on is a validation shard."""
+    return Check("T21 not trained on the validation text", *ev.trained_on_other_text(setup.config, shards, folder))
+
+
+def certificate_text(report: Mapping[str, Any], first: str) -> str:
+    lines = [
+        first,
+        f"  reading: {report['reading']}",
+        f"  seed: {report['seed']} (--audit={report['seed']} repeats it)",
+    ]
+    if report["audited_settings"]:
+        lines.append("  audited with " + " ".join(f"{k.upper()}={v}" for k, v in report["audited_settings"].items()))
+    lines += [f"  not audited: {words}" for words in report["not_audited"]]
+    for check in report["checks"]:
+        verdict = {True: "pass", False: "FAIL", None: "none"}[check["ok"]]
+        lines.append(f"  {verdict}  {check['name']:45} {check['detail']} ({check['checked']} checked)")
+    lines += [f"  sha256 {name} {value}" for name, value in report["sha256"].items()]
+    return tg.shown("\n".join([*lines, f"  {report['seconds']:.1f}s"])) + "\n"
+
+
+def run_checks(
+    setup: Setup, small: Config, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int
+) -> tuple[list[Check], list[str]]:
+    """All checks, those of `audit` with the settings `small`, and what they leave out."""
+    part, beside = tokens[: small.audit_tokens + 1], [*check_run(setup, tokens, shards, path)]
+    inner = replace(setup, config=small, nll_fn=tg.token_nll)  # as the checks compute it
+    if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        inner = replace(inner, kernel=tg.torch_attention())
+    try:
+        checks = [*audit(inner, part, opened, None, tokens, seed), *beside]
+    except tg.LedgerError as error:
+        checks = [Check("T4 T5 the ledger", False, 0, str(error)), *beside]
+    checks.append(check_training_text(setup, shards, path.parent))  # may read training shards: after T6
+    few = [check for check in checks if too_few(check)]
+    checks = [check._replace(ok=None) if check in few else check for check in checks]
+    return checks, [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
+
+
+def run_audit(
+    setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int | None = None
+) -> int:
+    """Run the checks, print the certificate and write it; exit code 0 where nothing failed and enough was checked.
+
+    seed: of what is changed in the text; None: one that nobody knows beforehand.
+    """
+    c, began = setup.config, time.time()
+    seed, small = secrets.randbits(32) if seed is None else seed, audited_config(c, tokens[: c.audit_tokens + 1])
+    for name in ("certificate.json", "certificate.txt"):  # what an earlier audit left says nothing of this one
+        path.with_name(name).unlink(missing_ok=True)
+    checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)
+    passed = {check.name.split()[0] for check in checks if check.ok}
+    failed = c.ttt_protocol != "legal" or any(check.ok is False for check in checks)
+    legal = not failed and passed.issuperset(ESSENTIAL)
+    verdict = "legal as far as audited" if left_out else "legal"
+    verdict = "NOT LEGAL" if failed else verdict if legal else "NOT CERTIFIED, too little was audited"
+    hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(c.tokenizer_path)}
+    if any(check.name == T19 and check.checked for check in checks):
+        hashes["nll.npy"] = tg.sha256_file(path.with_name("nll.npy"))
+    hashes |= {Path(name).name: tg.sha256_file(name) for name in [*tg.code_files(), *shards]}
+    settings, audited = asdict(c), asdict(small)
+    report = dict(
+        legal=legal,
+        targets=min(c.audit_tokens, len(tokens) - 1),
+        reading=reading(c),
+        not_audited=left_out,
+        seed=seed,
+        checks=[check._asdict() for check in checks],
+        sha256=hashes,
+        settings=settings,
+        audited_settings={name: value for name, value in audited.items() if value != settings[name]},
+        seconds=time.time() - began,
+    )
+    text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
+                            f"TTT_MODE={c.ttt_mode} TTT_PROTOCOL={c.ttt_protocol}: {verdict}")  # fmt: skip
+    print(text, end="", flush=True)
+    tg.write_atomically(path.with_name("certificate.json"), json.dumps(report, indent=1).encode())
+    tg.write_atomically(path.with_name("certificate.txt"), text.encode())
+    return 0 if report["legal"] else 1
