@@ -259,7 +259,10 @@ class Learner:
 
 @dataclass
 class Setup:
-    """What an evaluation needs, the text apart: so that warm-up cannot see it, and the audit can change it."""
+    """What an evaluation needs, the text apart: so that warm-up cannot see it, and the audit can change it.
+
+    versions: of Python, torch, the device and the attention kernel, with the same keys as in the trainer's log.
+    """
 
     config: Config
     artifact: tg.Artifact
@@ -267,6 +270,7 @@ class Setup:
     kernel: tg.AttentionFn
     byte_table: tg.ByteTable
     nll_fn: Callable
+    versions: dict[str, Any] = field(default_factory=dict)
     priors: dict = field(default_factory=dict)  # the same dict in every copy: see `prior`
 
     def prior(self, model: tg.GPT) -> Tensor:
@@ -443,6 +447,8 @@ def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
 
 
 REPORTS = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "documents.csv", "distribution.json", "distribution.png")
+CERTIFICATE = "certificate.json"  # of the audit
+CHANGE_NO_LOSS = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings
 
 
 def records_module(name: str) -> ModuleType | None:
@@ -465,6 +471,23 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     except (OSError, ValueError, RecursionError) as error:
         return None, f"{path} cannot be read: {error}"
     return (content, "") if isinstance(content, dict) else (None, f"{path} is no JSON object")
+
+
+def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
+    """File name of the certificate in `folder` that calls the evaluation with this `result` legal, or None.
+
+    It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same settings.
+    """
+    found = read_report(folder / CERTIFICATE)[0] or {}
+    objects = [found.get("sha256"), found.get("settings")]
+    objects += [result.get(key) for key in ("sha256_code", "sha256_shards", "settings")]
+    if found.get("legal") is not True or not all(isinstance(each, dict) for each in objects):
+        return None
+    hashes, settings, code, shards, used = objects
+    wanted = dict(artifact=result.get("sha256_artifact"), tokenizer=result.get("sha256_tokenizer"), **code | shards)
+    wanted |= {"nll.npy": result.get("sha256_nll")} if "nll.npy" in hashes else {}
+    same = all(settings.get(name) == value for name, value in used.items() if name not in CHANGE_NO_LOSS)
+    return CERTIFICATE if same and wanted.items() <= hashes.items() else None
 
 
 def trained_on_other_text(config: Config, shards: Sequence[str], folder: Path) -> tuple[bool | None, int, str]:
@@ -492,6 +515,17 @@ def weights_of(path: Path) -> str:
     return "float" if path.suffix == ".pt" else "int6"
 
 
+def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
+    """The state dict in a final_model.pt. UserError, in one line, for a file that does not hold this model's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tg.GPT(config).load_state_dict(state)
+    except Exception as error:  # torch, pickle and zip raise errors of many types for broken bytes
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"MODEL_PATH={path} does not hold the weights of this model: {why[:400]}") from error
+    return state
+
+
 def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Artifact, Path]:
     """The configuration with the artifact's model in it, the artifact, and its path.
 
@@ -503,12 +537,7 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
     if not config.model_path and not config.run_id:
         raise UserError("MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one")
     if weights_of(path) == "float":
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            tg.GPT(config).load_state_dict(state)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"MODEL_PATH={path}: {error}") from error
-        return config, tg.Artifact(config, state, tg.sha256_file(config.tokenizer_path)), path
+        return config, tg.Artifact(config, read_weights(path, config), tg.sha256_file(config.tokenizer_path)), path
     artifact = tg.read_artifact(path)
     model = tg.settings_of(artifact.config, "model")
     wrong = [f"{name.upper()}={given[name]}, but {value} in the artifact" for name, value in model.items()
@@ -535,9 +564,12 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
         )
     tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
     nll_fn = tg.maybe_compile(tg.token_nll, config, device)
-    setup = Setup(config, artifact, device, kernel, byte_table, nll_fn)
+    versions = tg.library_versions(device, attention)
     if attention == "sdpa":
-        attention = f"sdpa, by torch's {tg.attention_backend(config, kernel, device)} kernel"
+        versions["attention_backend"] = tg.attention_backend(config, kernel, device)
+    setup = Setup(config, artifact, device, kernel, byte_table, nll_fn, versions)
+    if "attention_backend" in versions:
+        attention = f"sdpa, by torch's {versions['attention_backend']} kernel"
     return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
 
 
@@ -573,6 +605,9 @@ def run_scores(
 ) -> dict[str, Any]:
     """Warm up, score with adaptation, then the scores to compare it with; writes nll.npy and the reports.
 
+    `eval_seconds` means the same as in the trainer's result: seconds to load the artifact and make the headline score
+    from it, compilation and warm-up included, the scores that it is compared with left out. Here the headline is the
+    adapted score, and loading begins with the process.
     Raises FloatingPointError where a loss is not finite, ArithmeticError where the score is not that of the losses.
     """
     c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
@@ -686,8 +721,9 @@ def run_evaluation(
         sha256_code=tg.code_hashes(),
         sha256_shards={Path(shard).name: tg.sha256_file(shard) for shard in shards},
         trainer=trained,
-        versions=tg.library_versions(setup.device, "given by the log"),
+        versions=setup.versions,
     )
+    result["audit"] = tg.on_rank_0(lambda: legal_certificate(path.parent, result))
     log.line("RESULT " + json.dumps(result))
     if tg.rank() == 0:
         tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(result, indent=1).encode())

@@ -474,7 +474,6 @@ T19, T20 = "T19 the printed score is that of nll.npy", "T20 the run's first loss
 LEAST = dict(T1=256, T1c=64, T2=8, T3=256, T4=256, T6=0, T15=2, T16=64, T17=64)
 ESSENTIAL = ("T1", "T2", "T3", "T4")
 MIN_REFILLS = 3  # documents that enter a slot after another one
-NOT_COMPARED = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings that change no loss
 
 
 def too_few(check: Check) -> bool:
@@ -586,9 +585,8 @@ def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: M
     if not (count := settled(setup, part)):
         return Check(T20, None, 0, f"{len(part) - 1} targets are no chunk. Raise AUDIT_TOKENS")
     apart = ev.evaluate(setup, part).nll[:count].astype(np.float64) - nll[:count]
-    versions = tg.library_versions(setup.device, "given by the log")
     exact = setup.device.type == "cpu" and setup.nll_fn is tg.token_nll and told.get("world_size") == 1
-    if exact and told.get("versions") == versions:
+    if exact and told.get("versions") == setup.versions:
         wrong = int((apart != 0).sum())
         detail = f"{wrong} of {count} losses differ, within {np.abs(apart).max():.1e} (the processor must be the run's)"
         return Check(T20, wrong == 0, count, detail)
@@ -613,7 +611,7 @@ def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Pat
     yield (scored := check_kept_score(kept, told, setup.config, shards, len(tokens) - 1))
     given, used = tg.settings_of(setup.config, "scoring", "evaluator"), told.get("settings")
     used = used if isinstance(used, dict) else {}
-    other = sorted(k.upper() for k in given if k not in NOT_COMPARED and used.get(k) != given[k])
+    other = sorted(k.upper() for k in given if k not in ev.CHANGE_NO_LOSS and used.get(k) != given[k])
     if other:
         yield Check(T20, None, 0, f"the run has other settings: {', '.join(other)}")
     elif scored.ok:
@@ -660,6 +658,14 @@ def run_checks(
     return checks, [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
 
 
+def name_certificate(path: Path) -> None:
+    """Set `audit` in the eval_ttt.json beside the artifact `path`: the certificate, if that calls the run legal."""
+    told, _ = ev.read_report(path.with_name("eval_ttt.json"))
+    if told and told.get("sha256_artifact") == tg.sha256_file(path):
+        told["audit"] = ev.legal_certificate(path.parent, told)
+        tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(told, indent=1).encode())
+
+
 def run_audit(
     setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int | None = None
 ) -> int:
@@ -669,7 +675,7 @@ def run_audit(
     """
     c, began = setup.config, time.time()
     seed, small = secrets.randbits(32) if seed is None else seed, audited_config(c, tokens[: c.audit_tokens + 1])
-    for name in ("certificate.json", "certificate.txt"):  # what an earlier audit left says nothing of this one
+    for name in (ev.CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
         path.with_name(name).unlink(missing_ok=True)
     checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)
     passed = {check.name.split()[0] for check in checks if check.ok}
@@ -697,6 +703,7 @@ def run_audit(
     text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
                             f"TTT_MODE={c.ttt_mode} TTT_PROTOCOL={c.ttt_protocol}: {verdict}")  # fmt: skip
     print(text, end="", flush=True)
-    tg.write_atomically(path.with_name("certificate.json"), json.dumps(report, indent=1).encode())
+    tg.write_atomically(path.with_name(ev.CERTIFICATE), json.dumps(report, indent=1).encode())
     tg.write_atomically(path.with_name("certificate.txt"), text.encode())
+    name_certificate(path)
     return 0 if report["legal"] else 1

@@ -62,6 +62,11 @@ def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
     return Run(path, facts, log, text, trained, evaluated, settings, given)
 
 
+def without_audit(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A result without the key that an audit fills in after the line was logged."""
+    return {key: value for key, value in result.items() if key != "audit"}
+
+
 def read_run(folder: Path) -> Run:
     """Read a run's files. Refused where they are not those of a finished run."""
     if not folder.is_dir():
@@ -75,7 +80,8 @@ def read_run(folder: Path) -> Run:
         run = read_logs(folder, [folder / name for name in ("train.log", *evaluated[:1])], folder / "certificate.txt")
     except ValueError as error:
         raise Refused(f"{folder}: {error}") from error
-    if other := [name for name, said in read.items() if said not in run.facts.results]:
+    logged = [without_audit(result) for result in run.facts.results]
+    if other := [name for name, said in read.items() if without_audit(said) not in logged]:
         raise Refused(f"{folder}: no RESULT line of its logs is what {', '.join(other)} says")
     return run
 

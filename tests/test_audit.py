@@ -743,6 +743,34 @@ def test_audit_as_a_user(mode, protocol, code, trained):
     assert report["sha256"]["artifact"] == tg.sha256_file(env["MODEL_PATH"])
     result = json.loads((folder / "runs/run/eval_ttt.json").read_text())
     assert report["sha256"]["nll.npy"] == result["sha256_nll"] == tg.sha256_file(folder / "runs/run/nll.npy")
+    assert result["audit"] == (None if code else "certificate.json") and result["legal"] is not bool(code)
+
+
+def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
+    """An evaluation that is repeated keeps its certificate; one with other settings, losses or code has none."""
+    folder, env = trained
+    run = folder / "runs/run"
+    env = env | dict(TTT_MODE="none", AUDIT_TOKENS="300")
+
+    def named(**changes) -> str | None:
+        assert eval_ttt.main([], env | changes) == 0
+        result = json.loads((run / "eval_ttt.json").read_text())
+        assert json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT ")) == result
+        return result["audit"]
+
+    (run / "certificate.json").unlink(missing_ok=True)
+    assert named() is None
+    config, given, _ = tg.load_config(env)
+    setup, tokens, path, _, shards = eval_ttt.prepare(config, given, {})
+    assert auditing.run_audit(setup, tokens, path, shards, []) == 0
+    assert json.loads((run / "eval_ttt.json").read_text())["audit"] == "certificate.json"
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert named() == named(EVAL_BUDGET_SECONDS="9999") == "certificate.json"
+    assert named(EVAL_STRIDE="16") is None
+    for key, value in (("legal", False), ("sha256", {**certificate["sha256"], "eval_ttt.py": "0" * 64}),
+                       ("sha256", {**certificate["sha256"], "nll.npy": "0" * 64}), ("settings", 3)):  # fmt: skip
+        (run / "certificate.json").write_text(json.dumps(certificate | {key: value}))
+        assert named() is None
 
 
 BESIDE_IT = {

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from dataclasses import replace
@@ -433,6 +434,7 @@ def test_what_the_result_says(evaluated, env):
     assert result["sha256_shards"] == {"fineweb_val_000000.bin": train_gpt.sha256_file(env["VAL_FILES"])}
     assert result["settings"]["ttt_chunk_size"] == 32 and "iterations" not in result["settings"]
     assert result["sha256_nll"] == train_gpt.sha256_file(folder / "nll.npy") and result["weights"] == "int6"
+    assert result["versions"] == trainer["versions"] and result["audit"] is None
 
 
 def test_losses_and_documents_agree_with_the_score(evaluated):
@@ -710,6 +712,27 @@ def test_what_the_user_can_put_right(env, run, monkeypatch, capsys, changes, wor
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and "RESULT" not in captured.out and snapshot(run) == before
     assert all(word in captured.err for word in words)
+
+
+def saved(value: object) -> bytes:
+    blob = io.BytesIO()
+    torch.save(value, blob)
+    return blob.getvalue()
+
+
+BROKEN = {
+    "text": b"no weights\n", "empty": b"", "another object": saved([1, torch.zeros(3)]), "a number": saved(3),
+    "another model": saved({"weight": torch.zeros(3)}), "a program": pickle.dumps(os.system),
+    "a zip without data": b"PK\x05\x06" + bytes(18), "cut off": saved(torch.zeros(3000))[:5000],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_weights_that_cannot_be_read_end_with_2_and_a_line(content, env, run, capsys):
+    (run / "broken.pt").write_bytes(content)
+    assert eval_ttt.main([], env | {"MODEL_PATH": str(run / "broken.pt")}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: MODEL_PATH={run / 'broken.pt'} ") and error.count("\n") == 1
 
 
 def test_arguments(capsys):
