@@ -13,6 +13,7 @@ imported where they are present. Shapes as in train_gpt.py.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import importlib
 import io
@@ -25,11 +26,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -133,51 +135,170 @@ def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Learning from what is scored
+# Test-time training
 # ----------------------------------------------------------------------------------------------------------------------
 
+# Adaptation decides what is scored with which weights and makes batches of scored text; a trainer holds the weights and
+# has three methods. So TTT_MODE=path.py:Class replaces the trainer and nothing of what makes a score legal.
+# By documents a rank owns whole groups; by flat chunks the ranks share a step's rows, and their weights stay alike.
 
-class Learner:
-    """What `score` asks of an adaptation: losses under the weights of the moment, and to learn from a scored chunk."""
 
-    def __init__(self, model: tg.GPT, setup: Setup, plan: Sequence[Chunk], on_learn: Callable[[Chunk], None]):
-        config, artifact = setup.config, setup.artifact
-        by_documents, learns = TTT_MODES[config.ttt_mode]
-        self.model, self.config, self.nll_fn, self.chunks = model, config, setup.nll_fn, len(plan)
-        self.rows, self.number, self.base, self.group = setup.batch_seqs(), 0, None, None
-        self.on_learn = on_learn
-        self.fast = tg.FastWeights(model, config, learns, config.ttt_slots if by_documents else None)
-        self.fast.set_factors(artifact.factors)
-        if by_documents and self.fast.wants_prior and any(chunk.learned is not None for chunk in plan):
-            self.fast.moments.start = setup.prior(model)
-        if config.ttt_mode == "phased":
-            sgd = dict(ttt_optimizer="sgd", ttt_lr=config.global_ttt_lr, ttt_momentum=config.global_ttt_momentum)
-            self.base = tg.FastWeights(model, replace(config, **sgd), TTT_MODES["all"][1])
+class TTTMode(NamedTuple):
+    """What a TTT_MODE means. adapts: groups of parameters, adapters, a class of one's own, or "" for nothing."""
+
+    by_documents: bool
+    adapts: str
+
+
+def mode_of(config: Config) -> TTTMode:
+    """The mode that TTT_MODE names; path.py:Class adapts by documents."""
+    return TTTMode(*TTT_MODES.get(config.ttt_mode, (True, config.ttt_mode)))
+
+
+class Plugin(NamedTuple):
+    """The class that TTT_MODE=path.py:Class names, and the file that it is from."""
+
+    trainer: type
+    name: str
+    source: bytes
+
+
+def load_plugin(path: Path, name: str) -> Plugin:
+    """Run the file at `path` and take the class `name` from it. UserError where that fails."""
+    module = sys.modules["ttt_mode"] = ModuleType("ttt_mode")  # registered, for dataclasses of the file
+    try:
+        source = path.read_bytes()
+        exec(compile(source, str(path), "exec"), module.__dict__)
+        trainer = getattr(module, name)
+        missing = [method for method in ("reset", "weights", "adapt") if not callable(getattr(trainer, method, None))]
+    except Exception as error:  # whatever the file does
+        raise UserError(f"TTT_MODE={path}:{name}: {type(error).__name__}: {error}") from error
+    if missing or path.name in tg.code_hashes():
+        wrong = f"it has no {', '.join(missing)}" if missing else "the file's name is that of a shipped program"
+        raise UserError(f"TTT_MODE={path}:{name}: {wrong}. See the README for an example")
+    return Plugin(trainer, path.name, source)
+
+
+class ScoredBatch(NamedTuple):
+    """Scored text to adapt on: by documents a chunk for each of `slots`, by flat chunks the rows of a step.
+
+    text: ids (B, T), targets, columns and weights of their losses (B, C); 0 for rows that fill the batch. rows: slots
+    whose weights the B rows use, those of `slots` first. lr: of this step, which must scale with it. last: no other
+    batch belongs to the step. gradients: of the loss, by weights as `weights` returns them, (len(slots), ...) each.
+    """
+
+    text: tg.Lesson
+    slots: Tensor | slice
+    rows: Tensor | slice
+    lr: float
+    last: bool
+    gradients: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def stand_in(config: Config) -> Config:
+    """The settings for rules and memory, which train_gpt.py derives: for a class of one's own those of doc_banks."""
+    return config if config.ttt_mode in TTT_MODES else replace(config, ttt_mode="doc_banks")
+
+
+class TestTimeTrainer:
+    """The built-in modes: steps of TTT_OPTIMIZER on one set of weights for each slot, or on one for all.
+
+    A class of one's own is made with model and config, adapts by documents, and needs `reset`, `weights` and `adapt`.
+    """
+
+    def __init__(self, model: tg.GPT, config: Config, nll_fn: Callable, factors: Mapping[str, Tensor]):
+        (by_documents, adapts), self.model, self.config, self.nll_fn = mode_of(config), model, config, nll_fn
+        self.fast = tg.FastWeights(model, config, adapts, config.ttt_slots if by_documents else None)
+        self.fast.set_factors(factors)
+
+    def begin_group(self, group: int) -> None:
+        """Reset all slots; second moments go on where this group of documents stopped. Optional."""
+        self.fast.begin(group)
+
+    def reset(self, slots: Tensor) -> None:
+        """Documents begin in these slots: back to the artifact's weights."""
+        self.fast.reset(slots, self.config.ttt_warm_start_a)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights of all slots, (slots, ...) float32 by parameter, or by BANK.a and BANK.b for adapters."""
+        return self.fast.values
+
+    def adapt(self, batch: ScoredBatch) -> None:
+        """One step on scored text."""
+        self.fast.rows, count = batch.rows, None if self.fast.shared else len(batch.slots)
+        tg.adaptation_step(self.model, self.fast, batch.text, batch.lr, count, self.nll_fn)
+        if batch.last and not self.fast.shared:
+            self.fast.moments.end_step()
+
+
+class SlotWeights(tg.FastWeights):
+    """A trainer's weights as `token_nll` takes them: `rows` are the slots in use, or all."""
+
+    def __init__(self, config: Config, shared: bool):
+        self.config, self.shared, self.rows, self.values = config, shared, slice(None), {}
+
+
+class Adaptation:
+    """What `score` asks for: losses under the weights of the moment, and to adapt on a scored chunk."""
+
+    def __init__(self, model: tg.GPT, setup: Setup, plan: Sequence[Chunk], on_adapt: Callable[[Chunk], None]):
+        c, by_documents = setup.config, mode_of(setup.config).by_documents
+        self.model, self.config, self.nll_fn, self.chunks, self.on_adapt = model, c, setup.nll_fn, len(plan), on_adapt
+        self.batch_rows, self.number, self.group, self.base = setup.batch_seqs(), 0, None, None
+        self.in_use = SlotWeights(c, not by_documents)
+        if c.ttt_mode not in TTT_MODES:
+            if setup.plugin is None:
+                raise UserError(f"TTT_MODE={c.ttt_mode}: a class is taken from the environment of eval_ttt.py only")
+            self.trainer = setup.plugin.trainer(model, c)
+            return
+        self.trainer = TestTimeTrainer(model, c, self.nll_fn, setup.artifact.factors)
+        if by_documents and self.trainer.fast.wants_prior and any(chunk.learned is not None for chunk in plan):
+            self.trainer.fast.moments.start = setup.prior(model)
+        if c.ttt_mode == "phased":
+            sgd = dict(ttt_optimizer="sgd", ttt_lr=c.global_ttt_lr, ttt_momentum=c.global_ttt_momentum)
+            self.base = TestTimeTrainer(model, replace(c, ttt_mode="all", **sgd), self.nll_fn, {})
 
     def begin(self, number: int, chunk: Chunk) -> None:
         """Reset the slots in which a document begins; all of them where another group does."""
         self.number = number
-        if chunk.slots is None:
-            self.group = None
-            return
-        if chunk.slots.group != self.group:
-            self.group = chunk.slots.group
-            self.fast.begin(self.group)
-        if chunk.slots.fresh.any():
-            self.fast.reset(self.on_device(chunk.slots.slot[chunk.slots.fresh]), self.config.ttt_warm_start_a)
+        group, fresh = (chunk.slots.group, chunk.slots.slot[chunk.slots.fresh]) if chunk.slots else (None, ())
+        if group is not None and group != self.group:
+            if hasattr(self.trainer, "begin_group"):
+                self.trainer.begin_group(group)
+            else:
+                self.trainer.reset(self.on_device(np.arange(self.config.ttt_slots)))
+        self.group = group
+        if len(fresh):
+            self.trainer.reset(self.on_device(fresh))
 
     def select(self, chunk: Chunk, index: np.ndarray) -> None:
         """Use the weights of the windows `index` of a chunk, and any others to fill a batch."""
         if chunk.slots is not None:
             used = chunk.slots.slot[index]
             others = np.setdiff1d(np.arange(self.config.ttt_slots), used)
-            self.fast.rows = self.on_device(np.append(used, others)[: self.rows])
+            self.in_use.rows = self.on_device(np.append(used, others)[: self.batch_rows])
+
+    def replacements(self) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """The weights in use, as arguments of `token_nll`: parameters that are replaced, and adapters."""
+        self.in_use.values = self.trainer.weights()
+        return self.in_use.weights(self.in_use.used())
 
     def token_nll(self, model: tg.GPT, ids: Tensor, targets: Tensor, columns: Tensor) -> Tensor:
-        return self.nll_fn(model, ids, targets, columns, *self.fast.weights(self.fast.used()))
+        return self.nll_fn(model, ids, targets, columns, *self.replacements())
+
+    def gradients(self, text: tg.Lesson, rows: Tensor, count: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of the loss of `text` by the first `count` of the `rows` of `values` (slots, ...); by documents."""
+        self.in_use.rows, self.in_use.values = rows, values
+        loss, leaves = tg.weighted_nll(self.model, self.used, text, self.nll_fn)
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        return {name: gradient[:count] for name, gradient in zip(leaves, found, strict=True)}
 
     def on_device(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.device, non_blocking=True)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.qo_bank.device
 
     def lr(self) -> float:
         share = self.number / max(self.chunks - 1, 1) if self.config.ttt_lr_schedule == "cosine" else 0.0
@@ -185,71 +306,68 @@ class Learner:
 
     def learn(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
         """TTT_EPOCHS over a chunk: by documents SLOT_ROWS of them at a time, else TTT_BATCH_SEQS rows a step."""
-        self.on_learn(chunk)
+        self.on_adapt(chunk)
         weight = None if chunk.slots else self.row_weights(chunk.learned, nll)
         for _ in range(self.config.ttt_epochs):
             if chunk.slots:
                 self.step_documents(tokens, chunk)
             else:
-                self.pass_over(tokens, chunk.learned, weight, self.base if chunk.base else self.fast)
+                self.pass_over(tokens, chunk.learned, weight, self.base if chunk.base else self.trainer)
         if chunk.base:
             with torch.no_grad():
-                for name, value in self.base.values.items():
+                for name, value in self.base.weights().items():
                     self.model.get_parameter(name).copy_(value[0])
 
     def step_documents(self, tokens: np.ndarray, chunk: Chunk) -> None:
         """A step of every document that goes on, each on its own chunk."""
         c, windows = self.config, chunk.learned
-        learns = np.flatnonzero(windows.end > windows.begin)
-        for first in range(0, len(learns), self.rows):
-            index = learns[first : first + self.rows]
+        goes_on = np.flatnonzero(windows.end > windows.begin)
+        for first in range(0, len(goes_on), self.batch_rows):
+            index = goes_on[first : first + self.batch_rows]
             self.select(chunk, index)
-            weight = np.where(np.arange(self.rows) < len(index), 1 / c.piece_size, 0.0)
-            part = (windows.take(np.resize(index, self.rows)), weight, c.piece_size, c.ttt_context, self.device)
-            tg.adaptation_step(self.model, self.fast, tg.make_lesson(tokens, *part), self.lr(), len(index), self.nll_fn)
-        self.fast.moments.end_step()
+            rows, count, last = self.in_use.rows, len(index), first + self.batch_rows >= len(goes_on)
+            weight = np.where(np.arange(self.batch_rows) < count, 1 / c.piece_size, 0.0)
+            part = windows.take(np.resize(index, self.batch_rows))
+            text = tg.make_lesson(tokens, part, weight, c.piece_size, c.ttt_context, self.device)
+            gradients = partial(self.gradients, text, rows, count)
+            self.trainer.adapt(ScoredBatch(text, rows[:count], rows, self.lr(), last, gradients))
 
-    def pass_over(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, fast: tg.FastWeights) -> None:
+    def pass_over(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer) -> None:
         """Steps of shared weights on the rows that count, TTT_BATCH_SEQS each."""
         rows, size = np.flatnonzero(weight), self.config.ttt_batch_seqs
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
-            self.step(tokens, windows.take(part), weight[part], fast)
+            self.step(tokens, windows.take(part), weight[part], trainer)
 
-    def step(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, fast: tg.FastWeights) -> None:
+    def step(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer) -> None:
         """One step of shared weights on rows that the ranks share; weight (rows,)."""
-        learned = np.maximum(windows.end - windows.begin, 0)
-        per_target = weight / learned.sum()
-        mine = np.array_split(np.arange(len(learned)), tg.world_size())[tg.rank()]
-        rows = self.config.ttt_batch_seqs if fast is self.base else len(learned)  # documents end anywhere: one shape
+        c, count, is_base = self.config, len(weight), trainer is self.base
+        per_target = weight / np.maximum(windows.end - windows.begin, 0).sum()
+        mine = np.array_split(np.arange(count), tg.world_size())[tg.rank()]
+        rows = c.ttt_batch_seqs if is_base else count  # documents end anywhere: one shape
         padded = np.resize(mine if len(mine) else 0, math.ceil(rows / tg.world_size()))
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
-        c = self.config
-        context, lr = (0, fast.config.ttt_lr) if fast is self.base else (c.ttt_context, self.lr())
-        lesson = tg.make_lesson(tokens, windows.take(padded), per_target, c.eval_seq_len, context, self.device)
-        tg.adaptation_step(self.model, fast, lesson, lr, None, self.nll_fn)
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.qo_bank.device
+        context, lr = (0, c.global_ttt_lr) if is_base else (c.ttt_context, self.lr())
+        text = tg.make_lesson(tokens, windows.take(padded), per_target, c.eval_seq_len, context, self.device)
+        trainer.adapt(ScoredBatch(text, slice(None), slice(None), lr, True, dict))
 
     def row_weights(self, windows: Windows, nll: Tensor) -> np.ndarray:
         """How much each row counts, (rows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves out.
 
         The legal form of error-guided adaptation (#294 chose windows by the loss of all of the text, before scoring).
         """
-        c, learned = self.config, (windows.end > windows.begin).astype(np.float64)
+        c, adapts = self.config, (windows.end > windows.begin).astype(np.float64)
         if c.ttt_top_frac == 1:
-            return learned
+            return adapts
         sums = torch.stack([nll[begin:end].sum() for begin, end in windows.ranges()]).double()
         if tg.world_size() > 1:  # each rank holds the losses of its own windows
             dist.all_reduce(sums)
-        index, count = np.flatnonzero(learned), (windows.end - windows.begin)[learned > 0]
+        index, count = np.flatnonzero(adapts), (windows.end - windows.begin)[adapts > 0]
         loss = sums.cpu().numpy() / count
         kept = np.argsort(-loss, kind="stable")[: math.ceil(c.ttt_top_frac * len(loss))]
-        learned[:] = 0.0
-        learned[index[kept]] = 1.0
-        return learned
+        adapts[:] = 0.0
+        adapts[index[kept]] = 1.0
+        return adapts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,6 +380,7 @@ class Setup:
     """What an evaluation needs, the text apart: so that warm-up cannot see it, and the audit can change it.
 
     versions: of Python, torch, the device and the attention kernel, with the same keys as in the trainer's log.
+    plugin: where TTT_MODE names a class of one's own.
     """
 
     config: Config
@@ -271,6 +390,7 @@ class Setup:
     byte_table: tg.ByteTable
     nll_fn: Callable
     versions: dict[str, Any] = field(default_factory=dict)
+    plugin: Plugin | None = None
     priors: dict = field(default_factory=dict)  # the same dict in every copy: see `prior`
 
     def prior(self, model: tg.GPT) -> Tensor:
@@ -290,14 +410,19 @@ class Setup:
         return model.requires_grad_(False)
 
     def plan(self, tokens: np.ndarray) -> list[Chunk]:
-        if TTT_MODES[self.config.ttt_mode][0]:
+        if mode_of(self.config).by_documents:
             return document_plan(tokens, self.config)
         return flat_plan(len(tokens), self.config)
 
     def batch_seqs(self) -> int:
         """Windows in a batch, as many as the GPU holds."""
-        by_documents = TTT_MODES[self.config.ttt_mode][0]
-        return max(tg.at_once(self.config)["slots" if by_documents else "score"], 1)
+        by_documents = mode_of(self.config).by_documents
+        return max(tg.at_once(stand_in(self.config))["slots" if by_documents else "score"], 1)
+
+    def code_hashes(self) -> dict[str, str]:
+        """SHA-256 of the files that count, by name: the two programs, and that of the class in TTT_MODE."""
+        own = {self.plugin.name: hashlib.sha256(self.plugin.source).hexdigest()} if self.plugin else {}
+        return tg.code_hashes() | own
 
 
 def score_plan(setup: Setup, tokens: np.ndarray) -> tg.Score:
@@ -310,24 +435,22 @@ def evaluate(
     setup: Setup,
     tokens: np.ndarray,
     observe: Callable | None = None,
-    on_learn: Callable[[Chunk], None] = lambda chunk: None,
+    on_adapt: Callable[[Chunk], None] = lambda chunk: None,
     progress: Callable[[int], None] = lambda number: None,
-    learns: bool = True,
+    adapts: bool = True,
 ) -> tg.Score:
-    """The score of TOKENS as the settings say; without LEARNS, that of the same plan before any step.
+    """The score of `tokens` as the settings say; without `adapts`, that of the same plan before any step.
 
-    OBSERVE is called as by `score`, with the model and the learner before; ON_LEARN with a chunk before it is learned
-    from; PROGRESS with the number of each of this rank's chunks before it is scored.
+    observe: called as by `score`, after the model and the adaptation. on_adapt: called with a chunk before it is
+    adapted on. progress: called with the number of each of this rank's chunks before it is scored.
     """
     c, model, plan = setup.config, setup.load(), setup.plan(tokens)
-    plan = plan if learns else [chunk._replace(learned=None) for chunk in plan]
-    learner = None
-    if c.ttt_mode != "none":
-        learner = Learner(model, setup, plan, on_learn)
+    plan = plan if adapts else [chunk._replace(learned=None) for chunk in plan]
+    adaptation = None if c.ttt_mode == "none" else Adaptation(model, setup, plan, on_adapt)
     if c.ttt_protocol != "legal":
-        plan = learn_first(setup, model, learner, tokens, plan)
-    seen = None if observe is None else (lambda *args: observe(model, learner, *args))
-    how = (setup.byte_table, setup.batch_seqs(), setup.nll_fn, learner, seen, progress)
+        plan = adapt_first(setup, model, adaptation, tokens, plan)
+    seen = None if observe is None else (lambda *args: observe(model, adaptation, *args))
+    how = (setup.byte_table, setup.batch_seqs(), setup.nll_fn, adaptation, seen, progress)
     result = tg.score(model, tokens, plan, *how)
     if c.ppm_alpha == 1:
         return result
@@ -336,10 +459,12 @@ def evaluate(
     return result._replace(nll=nll, val_loss=loss, val_bpb=result.val_bpb / result.val_loss * loss)
 
 
-def learn_first(setup: Setup, model: tg.GPT, learner: Learner, tokens: np.ndarray, plan: list[Chunk]) -> list[Chunk]:
-    """INVALID, kept to be reproduced: learn from the text before it is scored; the plan that then scores it.
+def adapt_first(
+    setup: Setup, model: tg.GPT, adaptation: Adaptation, tokens: np.ndarray, plan: list[Chunk]
+) -> list[Chunk]:
+    """INVALID, kept to be reproduced: adapt on the text before it is scored; returns the plan that then scores it.
 
-    adapt_first learns from all of it (#398, #442, #494), two_pass from the rows that a first pass found hardest (#296).
+    adapt_first takes all of it (#398, #442, #494), two_pass the rows that a first pass found hardest (#296).
     """
     c = setup.config
     rows = rows_over(0, len(tokens) - 1, c.eval_seq_len, 0)
@@ -347,10 +472,10 @@ def learn_first(setup: Setup, model: tg.GPT, learner: Learner, tokens: np.ndarra
         first = tg.score(model, tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn).nll
         loss = np.array([first[begin:end].mean() for begin, end in rows.ranges()])
         rows = rows.take(np.sort(np.argsort(-loss)[: math.ceil(c.ttt_top_frac * len(loss))]))
-    learner.on_learn(Chunk(rows, rows))
-    learner.chunks = c.ttt_epochs
-    for learner.number in range(c.ttt_epochs):
-        learner.pass_over(tokens, rows, np.ones(len(rows.start)), learner.fast)
+    adaptation.on_adapt(Chunk(rows, rows))
+    adaptation.chunks = c.ttt_epochs
+    for adaptation.number in range(c.ttt_epochs):
+        adaptation.pass_over(tokens, rows, np.ones(len(rows.start)), adaptation.trainer)
     return [chunk._replace(learned=None) for chunk in plan]
 
 
@@ -360,7 +485,7 @@ def warm_up(setup: Setup) -> None:
     A document of a window and a target has every shape; each rank that owns a group gets one.
     """
     c = setup.config
-    if TTT_MODES[c.ttt_mode][0]:
+    if mode_of(c).by_documents:
         count, size = 2 * min(c.ttt_groups, tg.world_size()), c.eval_seq_len + 1
         setup = replace(setup, config=replace(c, phased_ttt_prefix_docs=count // 2, phased_ttt_num_phases=1))
     else:
@@ -547,16 +672,29 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
     return replace(config, **model), artifact, path
 
 
-def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]):
+def load_settings(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str], Plugin | None]:
+    """What tg.load_config returns, and the class that TTT_MODE=path.py:Class names.
+
+    Such a TTT_MODE stands in the environment itself: recipes, logs and folders of runs come from anybody, and
+    train_gpt.py, which reads those, knows the built-in modes only.
+    """
+    mode = environ.get("TTT_MODE", "")
+    if not (named := re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", mode)):
+        return *tg.load_config(environ), None
+    config, given, notices = tg.load_config({**environ, "TTT_MODE": "doc_banks"})
+    return replace(config, ttt_mode=mode), given | {"ttt_mode": mode}, notices, load_plugin(Path(named[1]), named[2])
+
+
+def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str], plugin: Plugin | None = None):
     """Everything that can be wrong with the input is found here: setup, validation tokens, path of the model."""
     device = tg.start_ranks(config, environ)
     attention, kernel, notices = tg.choose_attention(config.attention, device)
     config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
     step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1)  # of no interest here
-    problems = tg.inconsistencies(replace(config, **step))
+    problems = tg.inconsistencies(replace(stand_in(config), **step))
     if problems:
         raise UserError("\n".join(problems))
-    memory = tg.check_memory(config, ("score", "slots"))
+    memory = tg.check_memory(stand_in(config), ("score", "slots"))
     byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
         raise UserError(
@@ -567,7 +705,7 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     versions = tg.library_versions(device, attention)
     if attention == "sdpa":
         versions["attention_backend"] = tg.attention_backend(config, kernel, device)
-    setup = Setup(config, artifact, device, kernel, byte_table, nll_fn, versions)
+    setup = Setup(config, artifact, device, kernel, byte_table, nll_fn, versions, plugin)
     if "attention_backend" in versions:
         attention = f"sdpa, by torch's {versions['attention_backend']} kernel"
     return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
@@ -626,8 +764,8 @@ def run_scores(
     if compiled:
         warm_up_windows(setup)
     scores = {"ttt": adapted, **window_scores(setup, tokens)}
-    by_documents = TTT_MODES[c.ttt_mode][0]  # then by the learner, whose graphs are there
-    scores["plan"] = evaluate(setup, tokens, learns=False) if by_documents else scores["sliding"]
+    by_documents = mode_of(c).by_documents  # then with the trainer's weights, whose graphs are there
+    scores["plan"] = evaluate(setup, tokens, adapts=False) if by_documents else scores["sliding"]
     weights = weights_of(path)
     for name, dialect in (("roundtrip", f"final_{weights}_roundtrip"), ("sliding", f"final_{weights}_sliding_window"),
                           ("plan", "same_plan_without_ttt"), ("ttt", label)):  # fmt: skip
@@ -649,16 +787,15 @@ def run_scores(
                          fits_budget=not c.eval_budget_seconds or seconds <= c.eval_budget_seconds)  # fmt: skip
 
 
-def run_all(
-    config: Config, given: Mapping[str, Any], notices: list[str], argv: Sequence[str], environ: Mapping[str, str]
-) -> int:
+def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Prepare, lock the folder of the model, then audit or score; returns the exit code."""
     began, opened = tg.process_start(), []
     if argv and (audit := records_module("audit")) is None:
         raise UserError("--audit needs records/audit.py beside eval_ttt.py: run it in the repository, not in a record")
     if argv:
         sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
-    setup, tokens, path, more, shards = prepare(config, given, environ)
+    config, given, notices, plugin = load_settings(environ)
+    setup, tokens, path, more, shards = prepare(config, given, environ, plugin)
     if argv and tg.world_size() > 1:
         raise UserError("--audit runs in one process")
     lock, holds = tg.on_rank_0(lambda: tg.lock_folder(path.parent, 0.0)), tg.rank() == 0  # afterwards all are rank 0
@@ -696,17 +833,21 @@ def run_evaluation(
         log.line(f"WARNING: {why}. It counts as absent.")
     for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
         log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
-    by_documents = TTT_MODES[c.ttt_mode][0]
+    by_documents = mode_of(c).by_documents
     slots = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots" if by_documents else "the file's"
     log.line(f"evaluation order: {slots}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
     if setup.artifact.factors:
         log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
     if c.ttt_protocol != "legal":
-        log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} learns from what it scores later: THIS SCORE IS INVALID")
+        log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID")
+    if setup.plugin and tg.rank() == 0:
+        (path.parent / "source").mkdir(exist_ok=True)
+        tg.write_atomically(path.parent / "source" / setup.plugin.name, setup.plugin.source)
     result = run_scores(setup, tokens, path, log, began, shards)
     if not result["fits_budget"]:
         log.line(f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")
     bytes_code = sum(file.stat().st_size for file in tg.code_files())
+    bytes_code += len(setup.plugin.source) if setup.plugin else 0
     sizes = dict(bytes_code=bytes_code, bytes_model=path.stat().st_size, bytes_total=bytes_code + path.stat().st_size)
     result |= dict(
         **sizes,
@@ -718,7 +859,7 @@ def run_evaluation(
         settings=tg.settings_of(c, "scoring", "evaluator"),
         sha256_artifact=tg.sha256_file(path),
         sha256_tokenizer=setup.artifact.tokenizer_sha256,
-        sha256_code=tg.code_hashes(),
+        sha256_code=setup.code_hashes(),
         sha256_shards={Path(shard).name: tg.sha256_file(shard) for shard in shards},
         trainer=trained,
         versions=setup.versions,
@@ -740,8 +881,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
             return 0
         if argv and not (len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])):
             raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
-        config, given, notices = tg.load_config(environ)
-        return run_all(config, given, notices, argv, environ)
+        return run_all(argv, environ)
     except (UserError, ArithmeticError, OSError) as error:
         print(f"error: {tg.shown(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1

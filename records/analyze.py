@@ -641,14 +641,14 @@ def trace(a: Side, text: Text) -> Table:
 
 
 @torch.no_grad()
-def chunk_losses(learner: ev.Learner, text: Text, chunk: tg.Chunk) -> tuple[np.ndarray, np.ndarray]:
-    """Targets that a chunk scores, and their nats under the learner's weights of the moment."""
+def chunk_losses(adaptation: ev.Adaptation, text: Text, chunk: tg.Chunk) -> tuple[np.ndarray, np.ndarray]:
+    """Targets that a chunk scores, and their nats under the adaptation's weights of the moment."""
     losses, targets = [], []
-    for index, width, length in tg.batches_of(chunk, learner.rows):
-        part, padded = chunk.scored.take(index), chunk.scored.take(np.resize(index, learner.rows))
-        batch = tg.make_batch(text.tokens, padded, width, learner.device, length)
-        learner.select(chunk, index)
-        found = learner.token_nll(learner.model, batch.ids, batch.targets, batch.columns).double().cpu().numpy()
+    for index, width, length in tg.batches_of(chunk, adaptation.batch_rows):
+        part, padded = chunk.scored.take(index), chunk.scored.take(np.resize(index, adaptation.batch_rows))
+        batch = tg.make_batch(text.tokens, padded, width, adaptation.device, length)
+        adaptation.select(chunk, index)
+        found = adaptation.token_nll(adaptation.model, batch.ids, batch.targets, batch.columns).double().cpu().numpy()
         row, column = np.nonzero(batch.counts[: len(index)])
         targets.append((part.start + part.begin)[row] + column)
         losses.append(found[row, column])
@@ -666,18 +666,18 @@ def along_step(a: Side, text: Text) -> Table:
     if len(plan) < 2 or plan[0].learned is None or (plan[0].slots and plan[1].slots.group != plan[0].slots.group):
         return {}  # nothing is learned, or nothing comes next
     model = deepcopy(a.model).requires_grad_(False)
-    learner = ev.Learner(model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None)
-    learner.begin(0, plan[0])
-    learner.learn(text.tokens, plan[0], torch.zeros(0))
-    fast, table, document = learner.fast, {}, documents_of(text.tokens)
+    adaptation = ev.Adaptation(model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None)
+    adaptation.begin(0, plan[0])
+    adaptation.learn(text.tokens, plan[0], torch.zeros(0))
+    fast, table, document = adaptation.trainer.fast, {}, documents_of(text.tokens)
     moved = {name: value - fast.base[name] for name, value in fast.values.items()}
     for number, name in ((1, "what comes next"), (0, "what was learned")):
-        learner.begin(number, plan[number])
+        adaptation.begin(number, plan[number])
         losses = []
         for step in STEPS:
             for key, value in fast.values.items():
                 value.copy_(fast.base[key] + step * moved[key])
-            targets, found = chunk_losses(learner, text, plan[number])
+            targets, found = chunk_losses(adaptation, text, plan[number])
             losses.append(found)
         changes = [clustered(found - losses[0], document[targets]) for found in losses]
         table[name] = {f"{step:g}": change for step, change in zip(STEPS, changes, strict=True)}

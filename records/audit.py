@@ -23,7 +23,7 @@ from torch import Tensor
 
 import eval_ttt as ev
 import train_gpt as tg
-from eval_ttt import Learner, Setup
+from eval_ttt import Adaptation, Setup, mode_of
 from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ class Enough(Exception):
     """Ends an evaluation of which the audit has seen what it wants."""
 
 
-def log_distributions(model: tg.GPT, learner: Learner | None, batch: tg.Batch) -> Tensor:
+def log_distributions(model: tg.GPT, adaptation: Adaptation | None, batch: tg.Batch) -> Tensor:
     """Logs of the distributions of a batch's targets, (B, C, V)."""
-    replaced, adapters = learner.fast.weights(learner.fast.used()) if learner else ({}, {})
+    replaced, adapters = adaptation.replacements() if adaptation else ({}, {})
     extra = dict(adapters=adapters, columns=batch.columns)
     return torch.func.functional_call(model, replaced, (batch.ids,), extra).log_softmax(-1)
 
@@ -91,9 +91,9 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
         if chunk.base:
             base_turns.append(turns)
 
-    def observe(model: tg.GPT, learner: Learner | None, windows: Windows, batch: tg.Batch, losses: Tensor) -> None:
+    def observe(model: tg.GPT, adaptation: Any, windows: Windows, batch: tg.Batch, losses: Tensor) -> None:
         held = {*probes} & {t for begin, end in windows.ranges() for t in range(begin, end)}
-        log_p = log_distributions(model, learner, batch) if held or (probes and until == math.inf) else None
+        log_p = log_distributions(model, adaptation, batch) if held or (probes and until == math.inf) else None
         for w, (start, begin, end) in enumerate(zip(*(part.tolist() for part in windows), strict=True)):
             at = slice(start + begin, start + end)
             turn[at], read_from[at], nll[at] = turns, start, losses[w, : end - begin].float().cpu().numpy()
@@ -374,7 +374,7 @@ def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
     for number, (kind, windows) in reversed([*enumerate(base.events)]):
         for begin, end in windows.ranges() if kind == "score" else ():
             first[begin:end] = number
-    if not TTT_MODES[config.ttt_mode][0]:
+    if not mode_of(config).by_documents:
         parts = [first]
     else:
         begins = first[ev.documents(tokens)[0]]
@@ -383,10 +383,15 @@ def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
     return Check("T15 scored in the file's order", wrong == 0, sum(map(len, parts)), f"{wrong} out of order")
 
 
+def has_moments(c: Config) -> bool:
+    """Whether each document has second moments: of a class of one's own nothing is known."""
+    by_documents, adapts = mode_of(c)
+    return c.ttt_mode in TTT_MODES and by_documents and bool(adapts) and c.ttt_optimizer == "precond"
+
+
 def shares_moments(c: Config) -> bool:
     """Whether documents in different slots share second moments, so that losses depend on text later in the file."""
-    by_documents, learns = TTT_MODES[c.ttt_mode]
-    return by_documents and bool(learns) and c.ttt_optimizer == "precond" and c.ttt_moments == "shared"
+    return has_moments(c) and c.ttt_moments == "shared"
 
 
 def settled(setup: Setup, tokens: np.ndarray) -> int:
@@ -394,8 +399,8 @@ def settled(setup: Setup, tokens: np.ndarray) -> int:
 
     By flat chunks not those of the last chunk: the last window begins where its end says.
     """
-    c, (by_documents, learns) = setup.config, TTT_MODES[setup.config.ttt_mode]
-    if c.ttt_protocol != "legal" or shares_moments(c) or (learns and c.ttt_lr_schedule == "cosine"):
+    c, (by_documents, adapts) = setup.config, mode_of(setup.config)
+    if c.ttt_protocol != "legal" or shares_moments(c) or (adapts and c.ttt_lr_schedule == "cosine"):
         return 0
     if by_documents:
         return len(tokens) - 1
@@ -496,7 +501,7 @@ def audited_config(c: Config, tokens: np.ndarray) -> Config:
 
     By flat chunks at least four chunks; by documents a chunk to adapt on, three refills, and steps of the base.
     """
-    if not TTT_MODES[c.ttt_mode][0]:
+    if not mode_of(c).by_documents:
         return replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(1, (len(tokens) - 1) // 4)))
     begin, end = ev.documents(tokens)
     count, prefix = len(begin), 0
@@ -515,22 +520,22 @@ def reading(c: Config) -> str:
 
     The names, and what each is worth: records/legality.md.
     """
-    by_documents, learns = TTT_MODES[c.ttt_mode]
+    by_documents, adapts = mode_of(c)
     if c.ttt_protocol != "legal":
         return f"invalid: TTT_PROTOCOL={c.ttt_protocol} adapts on text that it scores later"
-    shared, cosine = shares_moments(c), bool(learns) and c.ttt_lr_schedule == "cosine"
+    shared, cosine = shares_moments(c), bool(adapts) and c.ttt_lr_schedule == "cosine"
     known = [words for holds, words in (
         (shared, "squared gradients of documents that stand later in the file, in other slots (TTT_MOMENTS=shared)"),
         (cosine, "the length of the text (TTT_LR_SCHEDULE=cosine)"),
         (not by_documents, "the end of the text, in the last window, which is as long as the others"),
     ) if holds]  # fmt: skip
-    moments = by_documents and bool(learns) and c.ttt_optimizer == "precond"
     kept = [words for holds, words in (
-        (not by_documents and learns, "all weights that adapt"),
+        (not by_documents and adapts, "all weights that adapt"),
         (not by_documents, "the context of windows"),
-        (moments and c.ttt_moments in ("prefix", "shared"), "second moments"),
+        (has_moments(c) and c.ttt_moments in ("prefix", "shared"), "second moments"),
         (c.ttt_mode == "phased", "the base, from border to border"),
-        (by_documents and learns == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
+        (by_documents and adapts == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
+        (c.ttt_mode not in TTT_MODES, f"what {c.ttt_mode} keeps when a slot is reset"),
         (c.ppm_alpha < 1, "counts of the PPM"),
     ) if holds]  # fmt: skip
     ends = "" if by_documents else "knows the end"
@@ -541,10 +546,10 @@ def reading(c: Config) -> str:
 
 def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
     """What the evaluation of `tokens` is too short to show."""
-    c, plan, (by_documents, learns) = setup.config, setup.plan(tokens), TTT_MODES[setup.config.ttt_mode]
-    adapts = any(chunk.learned is not None and not chunk.base for chunk in plan)
+    c, plan, (by_documents, adapts) = setup.config, setup.plan(tokens), mode_of(setup.config)
+    adapted_on = any(chunk.learned is not None and not chunk.base for chunk in plan)
     return [words for holds, words in (
-        (learns and c.ttt_protocol == "legal" and not adapts, "adaptation: nothing is adapted on"),
+        (adapts and c.ttt_protocol == "legal" and not adapted_on, "adaptation: nothing is adapted on"),
         (by_documents and refills(plan) < MIN_REFILLS, f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
         (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not learn"),
     ) if holds]  # fmt: skip
@@ -686,7 +691,7 @@ def run_audit(
     hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(c.tokenizer_path)}
     if any(check.name == T19 and check.checked for check in checks):
         hashes["nll.npy"] = tg.sha256_file(path.with_name("nll.npy"))
-    hashes |= {Path(name).name: tg.sha256_file(name) for name in [*tg.code_files(), *shards]}
+    hashes |= setup.code_hashes() | {Path(shard).name: tg.sha256_file(shard) for shard in shards}
     settings, audited = asdict(c), asdict(small)
     report = dict(
         legal=legal,

@@ -651,6 +651,9 @@ def check_settings(record: Record) -> Iterator[Finding]:
         if other:
             shown = ", ".join(f"{key} {first[key]} and {own[key]}" for key in other)
             yield "fail", f"{record.runs[0].name} and {run.name} have different settings: {shown}"
+    for run in record.runs:
+        if ".py:" in (mode := run.settings.get("ttt_mode", "")):
+            yield "fail", f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py"
     yield "pass", f"{len(record.runs[0].settings) if record.runs else 0} settings are the same in all logs"
 
 

@@ -25,7 +25,7 @@ FIXED = ("scorer", "task", "budget")  # alike in all lines, else their scores co
 SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch", "score",
           "Run.val_tokens", "Run.score", "score_artifact", "ByteTable", "load_byte_table", "read_validation",
           "Config.shards", "SIZE_CAP", "BOS_ID", "score_plan", "evaluate", "Setup.plan")  # fmt: skip
-BORDER = ("Config", "GPT", "load_model", "read_artifact", "Learner", "TTT_MODES")  # what experiments are about
+BORDER = ("Config", "GPT", "load_model", "read_artifact", "Adaptation", "TTT_MODES")  # what experiments are about
 
 
 def names_used(definition: ast.AST) -> set[str]:

@@ -22,7 +22,7 @@ from test_model import random_model
 
 import eval_ttt
 import train_gpt as tg
-from eval_ttt import Learner, Setup, documents, evaluate
+from eval_ttt import Adaptation, Setup, documents, evaluate
 from train_gpt import BOS_ID, GPT, Config, Windows
 
 TINY = Config(
@@ -331,7 +331,7 @@ CHEATS: dict[str, tuple[Callable, str]] = {
         patched(eval_ttt, "evaluate", beginning_first),
         "T1",
     ),  # T1 must cut after a few targets
-    "learning from three targets beyond": (patched(Learner, "step", step_beyond), "T1"),  # in each turn that it cuts
+    "learning from three targets beyond": (patched(Adaptation, "step", step_beyond), "T1"),  # in each turn that it cuts
     "the tail scored 32 times": (patched(eval_ttt, "evaluate", tail_again), "T4"),
     "the leading space counted twice": (space_twice, "T9"),
     "smear over document borders": (patched(tg.SmearGate, "forward", without_borders), "T1b"),  # a check of `embed`
@@ -346,7 +346,7 @@ CHEATS: dict[str, tuple[Callable, str]] = {
     "learns first if nobody observes": (learns_first_if(lambda tokens, observe: observe is None), "T16"),
     "learns first if the text is long": (learns_first_if(lambda tokens, observe: len(tokens) > LONG), "T16"),
     "the base learns from the next documents": (
-        patched(Learner, "pass_over", next_documents, ttt_mode="phased", global_ttt_lr=0.1),
+        patched(Adaptation, "pass_over", next_documents, ttt_mode="phased", global_ttt_lr=0.1),
         "T1",
     ),
     "documents in the order of their loss": (
@@ -643,14 +643,14 @@ def test_t10(gap, gain, adapted_gap, ok):
 def fade(honest, first, *args):
     """The weights change with every chunk, or with every step whatever its size."""
     honest(first, *args)
-    fast = first.fast if isinstance(first, Learner) else args[0]
+    fast = first.trainer.fast if isinstance(first, Adaptation) else args[0]
     for value in fast.values.values():
         value.mul_(0.9).add_(1e-2)
 
 
 @pytest.mark.parametrize("setup", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"], indirect=True)
 @pytest.mark.parametrize("check, owner, name, wrapper", [
-    (auditing.check_no_op, Learner, "begin", fade),
+    (auditing.check_no_op, Adaptation, "begin", fade),
     (auditing.check_no_op, tg, "adaptation_step", fade),
     (auditing.check_parity, tg, "make_adapters", lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
     (auditing.check_parity, tg.BlockWeights, "product", lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),

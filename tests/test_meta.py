@@ -1131,13 +1131,13 @@ def test_a_whole_run(env, tmp_path, monkeypatch, settings, late_steps, steps):
     stored = rates if "deployed" in late_steps else {}
     assert_close({name: f.flatten() for name, f in artifact.factors.items()},
                  {name: torch.tensor(row) for name, row in stored.items()}, 0.02)  # fmt: skip
-    used, learner = [], eval_ttt.Learner.__init__
+    used, learner = [], eval_ttt.Adaptation.__init__
 
     def watch(self, *args):
         learner(self, *args)
-        used.append(self.fast.rates)
+        used.append(self.trainer.fast.rates)
 
-    monkeypatch.setattr(eval_ttt.Learner, "__init__", watch)
+    monkeypatch.setattr(eval_ttt.Adaptation, "__init__", watch)
     monkeypatch.chdir(tmp_path)
     assert eval_ttt.main([], {**env, **settings, "TTT_FREEZE_BLOCKS": "0"}) == 0
     scores = json.loads((folder / "eval_ttt.json").read_text())

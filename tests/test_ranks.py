@@ -158,21 +158,21 @@ def statistics(folder: Path) -> dict:
 
 def adaptation(name: str) -> tuple[np.ndarray, list[str]]:
     """The losses of an evaluation and, where all ranks learn one thing, a hash of it before each chunk."""
-    setup, learners, hashes, init = setup_of(**ADAPTATIONS[name]), [], [], eval_ttt.Learner.__init__
+    setup, learners, hashes, init = setup_of(**ADAPTATIONS[name]), [], [], eval_ttt.Adaptation.__init__
 
     def keep(self, *args) -> None:
         init(self, *args)
         learners.append(self)
 
     def note(number: int) -> None:
-        tensors = [value for learner in learners for value in learner.fast.values.values()]
+        tensors = [value for learner in learners for value in learner.trainer.weights().values()]
         hashes.append(sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest())
 
-    eval_ttt.Learner.__init__ = keep
+    eval_ttt.Adaptation.__init__ = keep
     try:
         nll = eval_ttt.evaluate(setup, TOKENS, progress=note).nll
     finally:
-        eval_ttt.Learner.__init__ = init
+        eval_ttt.Adaptation.__init__ = init
     return nll, hashes if setup.config.ttt_mode in ("all", "banks", "lora") else []
 
 

@@ -203,7 +203,7 @@ def scores_and_prior(changes: dict) -> tuple[np.ndarray, torch.Tensor]:
     """Losses of the evaluation, and the prior that its learner had."""
     learners = []
     found = evaluate(plain_setup(**changes), text_of(MANY), lambda model, learner, *_: learners.append(learner))
-    return found.nll, learners[0].fast.moments.start if learners else torch.zeros(0)
+    return found.nll, learners[0].trainer.fast.moments.start if learners else torch.zeros(0)
 
 
 def work_of_a_rank(rank: int, folder: str) -> None:

@@ -571,7 +571,7 @@ def test_the_hash_of_the_scorer():
         ("matrix_lr: float", "matrix_lr : float"),
         ("class Muon(", "class Muon2("),  # training is what experiments change
         ("def rms_norm(", "def rms_norm2("),
-        ("class Learner:", "class Learner:\n    more = 1\n"),
+        ("class Adaptation:", "class Adaptation:\n    more = 1\n"),
     )
     for old, new in (
         ("total / math.log(2) / num_bytes", "total / math.log(2) / num_bytes / 2"),

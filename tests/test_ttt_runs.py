@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import audit
+import check
 import numpy as np
 import pytest
 import report
@@ -28,7 +30,7 @@ from test_ttt import ALL, LEVERS, Hand, Moments, counted, in_slots, rows, spans
 
 import eval_ttt
 import train_gpt
-from eval_ttt import Learner, Setup, evaluate, score_plan
+from eval_ttt import Adaptation, Setup, evaluate, score_plan
 from train_gpt import TTT_MODES, Artifact, Chunk
 
 ROOT, CPU = Path(__file__).resolve().parent.parent, torch.device("cpu")
@@ -275,6 +277,57 @@ def test_two_ranks_get_the_score_of_one(ranks, name, exact):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A mode of one's own
+# ----------------------------------------------------------------------------------------------------------------------
+
+[EXAMPLE] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def plugged(honest: Setup, source: str, folder: Path, name: str = "SignSGD") -> Setup:
+    """An evaluation with the class `name` of a file with this source."""
+    (folder / "sign.py").write_text(source)
+    plugin, settings = eval_ttt.load_plugin(folder / "sign.py", name), dict(ttt_mode=f"{folder / 'sign.py'}:{name}")
+    return replace(honest, config=replace(honest.config, **settings), plugin=plugin)
+
+
+def test_the_example_is_short():
+    body = EXAMPLE[EXAMPLE.index("class ") :].strip().splitlines()
+    assert len([line for line in body if line.strip()]) <= 20
+
+
+def test_the_example_equals_a_loop_by_hand(tmp_path, exact):
+    """Each document by itself: score a chunk, then a step by the sign of the gradient."""
+    honest = setup_of(ttt_lr=1e-3)
+    c, tokens = honest.config, TOKENS
+    got = evaluate(plugged(honest, EXAMPLE, tmp_path), tokens).nll
+    expected = np.full(len(tokens) - 1, np.nan)
+    for low, high in spans(tokens):
+        model = honest.load()
+        banks = {name: p for name, p in model.named_parameters() if name.endswith("_bank")}
+        for first in range(low, high, c.ttt_chunk_size):
+            end = min(first + c.ttt_chunk_size, high)
+            left = max(low, min(first + c.ttt_chunk_size - c.eval_seq_len, first))
+            expected[first:end] = losses(model, tokens, left, first, end).detach()
+            if end == high:
+                break
+            for bank in banks.values():
+                bank.requires_grad_()
+            mean = losses(model, tokens, first, first, end).mean()
+            found = torch.autograd.grad(mean, list(banks.values()))
+            for bank, gradient in zip(banks.values(), found, strict=True):
+                bank.requires_grad_(False).sub_(c.ttt_lr * gradient.sign())
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+    assert np.abs(got - evaluate(setup_of(ttt_lr=1e-3, ttt_epochs=0), tokens).nll).max() > 0.01
+
+
+def losses(model: train_gpt.GPT, tokens: np.ndarray, left: int, first: int, end: int) -> torch.Tensor:
+    """Nats of the targets from `first` to `end`, reading from `left`."""
+    ids = torch.from_numpy(tokens[left : end + 1].astype(np.int64)).unsqueeze(0)
+    logits = model(ids[:, :-1]).double().log_softmax(-1)[0, first - left :]
+    return -logits.gather(-1, ids[0, first - left + 1 :].unsqueeze(-1)).squeeze(-1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What is learned from
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -282,13 +335,13 @@ def test_two_ranks_get_the_score_of_one(ranks, name, exact):
 @pytest.fixture
 def learned(monkeypatch) -> list[list[int]]:
     """The targets of each step that weigh something, filled while an evaluation runs."""
-    steps, step = [], Learner.step
+    steps, step = [], Adaptation.step
 
     def spy(self, tokens, windows, weight, fast):
         steps.append(counted(windows.take(np.flatnonzero(weight))))
         return step(self, tokens, windows, weight, fast)
 
-    monkeypatch.setattr(Learner, "step", spy)
+    monkeypatch.setattr(Adaptation, "step", spy)
     return steps
 
 
@@ -712,6 +765,32 @@ def test_what_the_user_can_put_right(env, run, monkeypatch, capsys, changes, wor
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and "RESULT" not in captured.out and snapshot(run) == before
     assert all(word in captured.err for word in words)
+
+
+def test_a_mode_of_ones_own_as_a_user(env, run, tmp_path, capsys):
+    """Bytes, hash, copy and settings tell of the file; recipes, logs and other programs cannot name one."""
+    (tmp_path / "sign.py").write_text(EXAMPLE)
+    mode, artifact = f"{tmp_path / 'sign.py'}:SignSGD", str(run / "final_model.int6.ptz")
+    done = finish(run, env | dict(MODEL_PATH=artifact, TTT_MODE=mode))
+    trained = json.loads((run / "result.json").read_text())
+    assert done.result["bytes_code"] == trained["bytes_code"] + len(EXAMPLE.encode())
+    digest = train_gpt.sha256_file(tmp_path / "sign.py")
+    assert done.result["sha256_code"] == trained["sha256_code"] | {"sign.py": digest}
+    assert (run / "source" / "sign.py").read_text() == EXAMPLE
+    assert done.result["settings"]["ttt_mode"] == mode and f"  TTT_MODE={mode} (given)" in done.out.splitlines()
+    assert math.isfinite(done.result["ttt_gain_bpb"]) and done.result["ttt_gain_bpb"] != 0
+    record = check.read_record(run)
+    assert any(v.rule == "settings" and v.status == "fail" and mode in v.evidence for v in check.check(record))
+    recipe = tmp_path / "other.env"
+    recipe.write_text(f"TTT_MODE={mode}\n")
+    assert eval_ttt.main([], env | dict(MODEL_PATH=artifact, RECIPE=str(recipe))) == 2
+    with pytest.raises(train_gpt.UserError, match="TTT_MODE"):
+        train_gpt.load_config(env | dict(TTT_MODE=mode))
+    config = replace(train_gpt.load_config(env)[0], ttt_mode=mode)
+    with pytest.raises(train_gpt.UserError, match="environment"):
+        eval_ttt.Adaptation(SimpleNamespace(), SimpleNamespace(config=config, nll_fn=None, plugin=None,
+                                                               batch_seqs=lambda: 1), [], print)  # fmt: skip
+    capsys.readouterr()
 
 
 def saved(value: object) -> bytes:

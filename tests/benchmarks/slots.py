@@ -83,7 +83,7 @@ def score_forms(models: list[str], environ: Mapping[str, str], documents: int, o
             if (digest, form, count) in done:
                 continue
             changed = replace(setup, config=replace(setup.config, **changes))
-            result = ev.evaluate(changed, tokens, learns=form != "no adaptation")
+            result = ev.evaluate(changed, tokens, adapts=form != "no adaptation")
             row = dict(model=Path(path).parent.name, sha256=digest, form=form, documents=count,
                        targets=len(tokens) - 1, val_bpb=result.val_bpb, val_loss=result.val_loss,
                        ttt_lr=config.ttt_lr, seconds=round(result.seconds, 1))  # fmt: skip
