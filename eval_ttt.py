@@ -1,14 +1,14 @@
-"""Score an artifact on the validation text, plain and with test-time training: every target first scored, then learned.
+"""Score an artifact on the validation text, without and with test-time training on tokens that have been scored.
 
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
-    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit     the checks of legality, with a certificate
-    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7   the same with the seed 7, not a random one
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit     check legality, write a certificate
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7   the same with seed 7, not a random one
     python eval_ttt.py --help                                                every setting, its default and unit
 
-The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans, learning,
-evaluation, the mixture with an order-1 PPM, main. The audit and the reports are records/audit.py and records/report.py,
-imported where they are present. Shapes as in train_gpt.py.
+The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans, test-time
+training, mixture with PPM, evaluation, inputs, results and main. The audit and the reports are records/audit.py and
+records/report.py, imported where they are present. Shapes as in train_gpt.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
@@ -45,9 +45,12 @@ from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, UserError, Windows
 # Plans
 # ----------------------------------------------------------------------------------------------------------------------
 
+# A plan is a list of chunks: windows that are scored, then windows that are adapted on. It follows from the settings
+# and from where documents begin, before any loss is known, so that nothing that is scored can choose what is scored.
+
 
 def rows_over(begin: int, end: int, length: int, context: int) -> Windows:
-    """Windows that cover the targets from BEGIN to END, LENGTH each, reading CONTEXT tokens more to the left."""
+    """Windows of `length` targets that cover [begin, end), each with `context` more tokens to its left."""
     first = np.arange(begin, end, length)
     start = np.maximum(first - context, 0)
     return Windows(start, first - start, np.minimum(first + length, end) - start)
@@ -56,7 +59,7 @@ def rows_over(begin: int, end: int, length: int, context: int) -> Windows:
 def flat_plan(num_tokens: int, config: Config) -> list[Chunk]:
     """Sliding windows in the order of the text, in chunks of TTT_CHUNK_TOKENS by their first scored target.
 
-    The weights learn from a chunk's targets once, in rows of EVAL_SEQ_LEN, before the next one; not from the last.
+    Each chunk but the last is adapted on after it is scored, in windows of EVAL_SEQ_LEN.
     """
     windows = tg.sliding_windows(num_tokens, config.eval_seq_len, config.eval_stride)
     first = windows.start + windows.begin
@@ -77,10 +80,10 @@ def documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assign_slots(chunks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first step and the slot of documents of so many chunks, (documents,) each.
+    """First step and slot of each document, (documents,) each; chunks: how many each document has.
 
-    They enter in their order; a slot takes the next one in the step after its last one has ended. So where a document
-    stands depends on the lengths of earlier ones only.
+    Documents enter in their order; a free slot takes the next one. So slot and step of a document depend on the lengths
+    of earlier documents only.
     """
     free, found = [(0, slot) for slot in range(slots)], []
     for count in chunks.tolist():
@@ -92,7 +95,7 @@ def assign_slots(chunks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray
 
 
 def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) -> list[Chunk]:
-    """The steps of a group of documents with targets from low to high: the next chunk of the document in each slot."""
+    """Steps of a group of documents with targets [low, high): the next chunk of the document in each slot."""
     size = config.piece_size
     count = -(-(high - low) // size)
     first, slot = assign_slots(count, config.ttt_slots)
@@ -114,8 +117,8 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
 def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
     """Documents in slots: TTT_GROUPS groups, one after another, each of every TTT_GROUPS-th document of the text.
 
-    TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders, at each of which all slots run empty and the base learns from all
-    documents before it; borders beyond the last document are left out.
+    TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders. At each of them all slots run empty, and the base adapts on all
+    documents before it. Borders beyond the last document are left out.
     """
     c, (begin, end), plan, borders = config, documents(tokens), [], []
     if c.ttt_mode == "phased":
@@ -305,7 +308,7 @@ class Adaptation:
         return self.config.ttt_lr * (1 + math.cos(math.pi * share)) / 2
 
     def learn(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
-        """TTT_EPOCHS over a chunk: by documents SLOT_ROWS of them at a time, else TTT_BATCH_SEQS rows a step."""
+        """Adapt for TTT_EPOCHS on a scored chunk: SLOT_ROWS documents, or TTT_BATCH_SEQS windows, at a time."""
         self.on_adapt(chunk)
         weight = None if chunk.slots else self.row_weights(chunk.learned, nll)
         for _ in range(self.config.ttt_epochs):
@@ -333,14 +336,14 @@ class Adaptation:
             self.trainer.adapt(ScoredBatch(text, rows[:count], rows, self.lr(), last, gradients))
 
     def pass_over(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer) -> None:
-        """Steps of shared weights on the rows that count, TTT_BATCH_SEQS each."""
+        """Steps of shared weights on the windows with a weight, TTT_BATCH_SEQS each."""
         rows, size = np.flatnonzero(weight), self.config.ttt_batch_seqs
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             self.step(tokens, windows.take(part), weight[part], trainer)
 
     def step(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer) -> None:
-        """One step of shared weights on rows that the ranks share; weight (rows,)."""
+        """One step of shared weights on windows that the ranks share; weight (windows,)."""
         c, count, is_base = self.config, len(weight), trainer is self.base
         per_target = weight / np.maximum(windows.end - windows.begin, 0).sum()
         mine = np.array_split(np.arange(count), tg.world_size())[tg.rank()]
@@ -352,9 +355,9 @@ class Adaptation:
         trainer.adapt(ScoredBatch(text, slice(None), slice(None), lr, True, dict))
 
     def row_weights(self, windows: Windows, nll: Tensor) -> np.ndarray:
-        """How much each row counts, (rows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves out.
+        """Weight of each window, (windows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves out.
 
-        The legal form of error-guided adaptation (#294 chose windows by the loss of all of the text, before scoring).
+        The legal form of error-guided adaptation: #294 chose windows by the loss of the whole text, before scoring it.
         """
         c, adapts = self.config, (windows.end > windows.begin).astype(np.float64)
         if c.ttt_top_frac == 1:
@@ -371,8 +374,55 @@ class Adaptation:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Mixture with PPM
+# ----------------------------------------------------------------------------------------------------------------------
+
+# An order-1 PPM that counts as it goes, mixed into the model's distribution with weight 1 - PPM_ALPHA: #398's negative
+# result, kept because mixtures of this kind return. It is computed for the whole text at once: counts before a target
+# depend on earlier tokens only, and both distributions add up to one, so that their mixture does.
+
+
+def seen_before(key: np.ndarray) -> np.ndarray:
+    """How often each entry of `key` occurs before its own position."""
+    order = np.argsort(key, kind="stable")
+    groups = np.flatnonzero(np.diff(key[order], prepend=key[order[0]] - 1))
+    rank = np.arange(len(key)) - np.repeat(groups, np.diff(np.append(groups, len(key))))
+    return rank[np.argsort(order, kind="stable")]
+
+
+def ppm_nll(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Nats of each target under a normalized PPM-C of orders 1 and 0 that counts as it goes, without exclusions.
+
+    An order gives count / (total + distinct) and passes distinct / (total + distinct) on; the rest is uniform.
+    """
+    previous, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
+    probability, escape = np.zeros(len(target)), np.ones(len(target))
+    for context in (previous, np.zeros_like(previous)):
+        count = seen_before(context * vocab_size + target)
+        total = seen_before(context)
+        order = np.argsort(context, kind="stable")
+        new = (count == 0)[order].astype(np.int64)
+        before = np.cumsum(new) - new  # distinct successors before, over all contexts
+        first = np.flatnonzero(total[order] == 0)
+        distinct = np.empty_like(before)
+        distinct[order] = before - np.repeat(before[first], np.diff(np.append(first, len(order))))
+        mass = np.maximum(total + distinct, 1)
+        probability += escape * count / mass
+        escape *= np.where(total > 0, distinct / mass, 1.0)
+    return -np.log(probability + escape / vocab_size)
+
+
+def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
+    """-log(alpha * exp(-nll) + (1 - alpha) * exp(-ppm)), a mixture of two normalized distributions."""
+    return -np.logaddexp(np.log(alpha) - nll, np.log(1 - alpha) - ppm)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------------------
+
+# `evaluate` is the adapted score, a function of the setup and the text: the audit calls it with altered texts, warm-up
+# with random ones. It loads the model anew each time, since a mode may change its weights.
 
 
 @dataclass
@@ -394,18 +444,16 @@ class Setup:
     priors: dict = field(default_factory=dict)  # the same dict in every copy: see `prior`
 
     def prior(self, model: tg.GPT) -> Tensor:
-        """Generated moments, made once for an artifact and its settings: the audit evaluates some thirty times."""
-        key = (
-            id(self.artifact.state),
-            replace(self.config, ttt_lr=0.0, global_ttt_lr=0.0, ttt_epochs=1, eval_stride=1),
-        )
+        """Second moments of generated text, computed once: an audit evaluates about 30 times."""
+        no_matter = dict(ttt_lr=0.0, global_ttt_lr=0.0, ttt_epochs=1, eval_stride=1)
+        key = id(self.artifact.state), replace(self.config, **no_matter)
         if key not in self.priors:  # the state is kept beside it, so that no other one gets its id
             made = tg.generated_moments(model, self.config, self.batch_seqs(), self.nll_fn)
             self.priors[key] = (made, self.artifact.state)
         return self.priors[key][0]
 
     def load(self) -> tg.GPT:
-        """A fresh model: some ways of learning change it."""
+        """A fresh model: some modes change its weights."""
         model = tg.load_model(self.artifact, self.device, self.kernel, self.byte_table.has_leading_space)
         return model.requires_grad_(False)
 
@@ -480,9 +528,9 @@ def adapt_first(
 
 
 def warm_up(setup: Setup) -> None:
-    """Compile and load all that the adapted score needs, on random documents from a generator of its own.
+    """Compile and load everything that the adapted score needs, on random tokens.
 
-    A document of a window and a target has every shape; each rank that owns a group gets one.
+    A document of one window and one target has every shape; each rank that owns a group gets one.
     """
     c = setup.config
     if mode_of(c).by_documents:
@@ -496,9 +544,9 @@ def warm_up(setup: Setup) -> None:
 
 
 def warm_up_windows(setup: Setup) -> None:
-    """Compile what `window_scores` needs: on random tokens, a batch with the first window and, on each rank, another.
+    """Compile everything that `window_scores` needs, on random tokens: two batches, on each rank.
 
-    The first window of a sliding score has EVAL_SEQ_LEN targets, so that its batch has a shape of its own.
+    The first window of a sliding score has EVAL_SEQ_LEN targets, so its batch has a shape of its own.
     """
     c = setup.config
     size = c.eval_seq_len + c.eval_stride * tg.world_size() * (c.eval_batch_seqs + 1) + 1
@@ -507,7 +555,7 @@ def warm_up_windows(setup: Setup) -> None:
 
 
 def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
-    """The artifact's scores without adaptation: windows side by side, and sliding."""
+    """The artifact's scores without adaptation: non-overlapping and sliding windows."""
     c, scores, size = setup.config, {}, max(tg.at_once(setup.config)["score"], 1)
     for name, stride in (("roundtrip", c.eval_seq_len), ("sliding", c.eval_stride)):
         windows = [Chunk(tg.sliding_windows(len(tokens), c.eval_seq_len, stride))]
@@ -516,68 +564,15 @@ def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A mixture with PPM, for the negative result of #398
+# Inputs
 # ----------------------------------------------------------------------------------------------------------------------
 
-
-def seen_before(key: np.ndarray) -> np.ndarray:
-    """How often each entry of KEY has occurred before its place."""
-    order = np.argsort(key, kind="stable")
-    groups = np.flatnonzero(np.diff(key[order], prepend=key[order[0]] - 1))
-    rank = np.arange(len(key)) - np.repeat(groups, np.diff(np.append(groups, len(key))))
-    return rank[np.argsort(order, kind="stable")]
-
-
-def ppm_nll(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Nats of each target under PPM-C of orders 1 and 0 that learns as it goes, without exclusions; normalised.
-
-    An order gives count / (total + distinct) and passes distinct / (total + distinct) on, at last evenly to all tokens.
-    """
-    previous, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
-    probability, escape = np.zeros(len(target)), np.ones(len(target))
-    for context in (previous, np.zeros_like(previous)):
-        count = seen_before(context * vocab_size + target)
-        total = seen_before(context)
-        order = np.argsort(context, kind="stable")
-        new = (count == 0)[order].astype(np.int64)
-        before = np.cumsum(new) - new  # distinct successors before, counted through all groups
-        first = np.flatnonzero(total[order] == 0)
-        distinct = np.empty_like(before)
-        distinct[order] = before - np.repeat(before[first], np.diff(np.append(first, len(order))))
-        mass = np.maximum(total + distinct, 1)
-        probability += escape * count / mass
-        escape *= np.where(total > 0, distinct / mass, 1.0)
-    return -np.log(probability + escape / vocab_size)
-
-
-def ppm_row(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Nats of every token after `tokens` under that PPM, (V,), from counts of its own."""
-    probability, escape = np.zeros(vocab_size), 1.0
-    for successors in (tokens[1:][tokens[:-1] == tokens[-1]], tokens[1:]):
-        count = np.bincount(successors, minlength=vocab_size)
-        distinct = np.count_nonzero(count)
-        probability += escape * count / max(count.sum() + distinct, 1)
-        escape *= distinct / (count.sum() + distinct) if distinct else 1.0
-    return -np.log(probability + escape / vocab_size)
-
-
-def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
-    """-log(alpha * exp(-nll) + (1 - alpha) * exp(-ppm)), both normalised, so their mixture is."""
-    return -np.logaddexp(np.log(alpha) - nll, np.log(1 - alpha) - ppm)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-REPORTS = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "documents.csv", "distribution.json", "distribution.png")
-CERTIFICATE = "certificate.json"  # of the audit
-CHANGE_NO_LOSS = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings
+# Whatever a user can get wrong is found here, before a score is begun. A record's folder has train_gpt.py and this file
+# only: modules of records/ are imported where they are present. Files beside the artifact may come from anybody.
 
 
 def records_module(name: str) -> ModuleType | None:
-    """records/NAME.py beside this file, imported; None where it is absent, as in a record."""
+    """Import records/`name`.py from beside this file. None where it is absent, as in a record."""
     path = Path(__file__).resolve().parent / "records" / f"{name}.py"
     if not path.is_file():
         return None
@@ -588,7 +583,7 @@ def records_module(name: str) -> ModuleType | None:
 
 
 def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """A JSON object that another command wrote; None, and why, where there is none."""
+    """The JSON object in a file and "", or None and why there is none."""
     try:
         if not path.is_file():
             return None, f"{path}: no such file"
@@ -598,27 +593,10 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     return (content, "") if isinstance(content, dict) else (None, f"{path} is no JSON object")
 
 
-def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
-    """File name of the certificate in `folder` that calls the evaluation with this `result` legal, or None.
-
-    It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same settings.
-    """
-    found = read_report(folder / CERTIFICATE)[0] or {}
-    objects = [found.get("sha256"), found.get("settings")]
-    objects += [result.get(key) for key in ("sha256_code", "sha256_shards", "settings")]
-    if found.get("legal") is not True or not all(isinstance(each, dict) for each in objects):
-        return None
-    hashes, settings, code, shards, used = objects
-    wanted = dict(artifact=result.get("sha256_artifact"), tokenizer=result.get("sha256_tokenizer"), **code | shards)
-    wanted |= {"nll.npy": result.get("sha256_nll")} if "nll.npy" in hashes else {}
-    same = all(settings.get(name) == value for name, value in used.items() if name not in CHANGE_NO_LOSS)
-    return CERTIFICATE if same and wanted.items() <= hashes.items() else None
-
-
 def trained_on_other_text(config: Config, shards: Sequence[str], folder: Path) -> tuple[bool | None, int, str]:
-    """Whether no shard that the run in `folder` was trained on is one of `shards`; None: that cannot be told.
+    """Whether the run in `folder` was trained on none of `shards` (None: unknown), its number of shards, and why.
 
-    With it the number of training shards, and why. Check T21 of the audit; a normal evaluation refuses such text.
+    Check T21 of the audit. A normal evaluation refuses an artifact that was trained on the validation text.
     """
     trained, why = read_report(folder / "config.json")
     settings = (trained or {}).get("config")
@@ -636,12 +614,12 @@ def trained_on_other_text(config: Config, shards: Sequence[str], folder: Path) -
 
 
 def weights_of(path: Path) -> str:
-    """How the labels of scores name the weights in `path`: float as trained, or an artifact's."""
+    """Label of the weights in `path`: float for a final_model.pt, int6 for an artifact."""
     return "float" if path.suffix == ".pt" else "int6"
 
 
 def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
-    """The state dict in a final_model.pt. UserError, in one line, for a file that does not hold this model's."""
+    """The state dict in a final_model.pt. One-line UserError for a file without this model's weights."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         tg.GPT(config).load_state_dict(state)
@@ -652,10 +630,10 @@ def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
 
 
 def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Artifact, Path]:
-    """The configuration with the artifact's model in it, the artifact, and its path.
+    """The settings with the artifact's model settings, the artifact, and its path.
 
-    final_model.pt holds weights only, so the settings must describe the model then. UserError where the settings
-    contradict the artifact, or where there is none.
+    final_model.pt holds weights only, so the settings must describe its model. UserError where there is no artifact or
+    the settings contradict it.
     """
     config = replace(config, mtp_num_heads=0)  # a part of training
     path = Path(config.model_path or f"runs/{config.run_id}/final_model.int6.ptz")
@@ -686,20 +664,18 @@ def load_settings(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], l
 
 
 def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str], plugin: Plugin | None = None):
-    """Everything that can be wrong with the input is found here: setup, validation tokens, path of the model."""
+    """Check all input; returns setup, validation tokens, path of the model, lines for the log, and shards."""
     device = tg.start_ranks(config, environ)
     attention, kernel, notices = tg.choose_attention(config.attention, device)
     config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
-    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1)  # of no interest here
+    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1)  # training does not matter here
     problems = tg.inconsistencies(replace(stand_in(config), **step))
     if problems:
         raise UserError("\n".join(problems))
     memory = tg.check_memory(stand_in(config), ("score", "slots"))
     byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
-        raise UserError(
-            f"TOKENIZER_PATH={config.tokenizer_path} is not the tokenizer that the artifact was trained with"
-        )
+        raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: the artifact was trained with another tokenizer")
     tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
     nll_fn = tg.maybe_compile(tg.token_nll, config, device)
     versions = tg.library_versions(device, attention)
@@ -711,8 +687,18 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Results and main
+# ----------------------------------------------------------------------------------------------------------------------
+
+# Files of an earlier evaluation are deleted first and eval_ttt.json is written last, so that a folder never mixes
+# two evaluations. The printed score is derived again from nll.npy, shards and tokenizer before it is believed.
+
+REPORTS = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "documents.csv", "distribution.json", "distribution.png")
+
+
 class Budget:
-    """Says early, and once, when the evaluation will not fit EVAL_BUDGET_SECONDS."""
+    """Warns once, and early, that the evaluation will take longer than EVAL_BUDGET_SECONDS."""
 
     def __init__(self, config: Config, began: float, log: tg.RunLog, plan_length: int):
         self.config, self.began, self.log, self.chunks = config, began, log, plan_length
@@ -741,11 +727,11 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
 def run_scores(
     setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, began: float, shards: Sequence[str]
 ) -> dict[str, Any]:
-    """Warm up, score with adaptation, then the scores to compare it with; writes nll.npy and the reports.
+    """Compute the adapted score, then the scores to compare it with; write nll.npy and the reports.
 
-    `eval_seconds` means the same as in the trainer's result: seconds to load the artifact and make the headline score
-    from it, compilation and warm-up included, the scores that it is compared with left out. Here the headline is the
-    adapted score, and loading begins with the process.
+    `eval_seconds` means the same as in the trainer's result: seconds from loading the artifact to its headline score,
+    with compilation and warm-up, without the scores to compare it with. Here the headline is the adapted score, and
+    loading begins with the process.
     Raises FloatingPointError where a loss is not finite, ArithmeticError where the score is not that of the losses.
     """
     c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
@@ -809,6 +795,20 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             os.close(lock)
 
 
+def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterator[str]:
+    """The head of the log: settings, those given marked, and what is scored in which order."""
+    c = setup.config
+    for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
+        yield f"  {name.upper()}={value}" + (" (given)" if name in given else "")
+    by_documents = mode_of(c).by_documents
+    order = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots" if by_documents else "the file's"
+    yield f"evaluation order: {order}; targets:{targets} world_size:{tg.world_size()}"
+    if setup.artifact.factors:
+        yield f"Meta-SGD factors of the learning rate, by bank row:{tg.rates_text(setup.artifact.factors)}"
+    if c.ttt_protocol != "legal":
+        yield f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID"
+
+
 def run_evaluation(
     setup: Setup,
     tokens: np.ndarray,
@@ -825,21 +825,13 @@ def run_evaluation(
         raise UserError(detail)
     log = tg.RunLog(path.parent, "eval_ttt.log")
     if tg.rank() == 0:
-        for name in REPORTS:  # what an earlier evaluation left is no score of this
+        for name in REPORTS:
             (path.parent / name).unlink(missing_ok=True)
-    for notice in notices:
-        log.line(f"note: {notice}")
+    notices = [f"note: {notice}" for notice in notices]
     if path.with_name("result.json").exists() and trained is None:
-        log.line(f"WARNING: {why}. It counts as absent.")
-    for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
-        log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
-    by_documents = mode_of(c).by_documents
-    slots = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots" if by_documents else "the file's"
-    log.line(f"evaluation order: {slots}; targets:{len(tokens) - 1} world_size:{tg.world_size()}")
-    if setup.artifact.factors:
-        log.line(f"Meta-SGD's factors of the step size, by bank row:{tg.rates_text(setup.artifact.factors)}")
-    if c.ttt_protocol != "legal":
-        log.line(f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID")
+        notices.append(f"WARNING: {why}. It counts as absent.")
+    for line in [*notices, *setup_lines(setup, given, len(tokens) - 1)]:
+        log.line(line)
     if setup.plugin and tg.rank() == 0:
         (path.parent / "source").mkdir(exist_ok=True)
         tg.write_atomically(path.parent / "source" / setup.plugin.name, setup.plugin.source)
@@ -864,7 +856,8 @@ def run_evaluation(
         trainer=trained,
         versions=setup.versions,
     )
-    result["audit"] = tg.on_rank_0(lambda: legal_certificate(path.parent, result))
+    audit = records_module("audit")
+    result["audit"] = tg.on_rank_0(lambda: audit.legal_certificate(path.parent, result)) if audit else None
     log.line("RESULT " + json.dumps(result))
     if tg.rank() == 0:
         tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(result, indent=1).encode())

@@ -1,6 +1,7 @@
-"""The audit: is an evaluation legal? `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
+"""Audit: check that an evaluation is legal. `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
 
-An artifact's evaluation is traced on the beginning of the text, repeated on changed texts, and compared.
+The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are compared.
+Checks T1 to T21 look at what was computed, not at the plan; records/legality.md says what each mode knows in advance.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Trace:
     """An evaluation as the audit sees it, from what was computed, not from what was planned; one entry a target.
 
     turn: how often something had been learned when it was scored; read_from: the first token that its window read;
-    count: how often it was scored; from_row: -log of its entry in the whole, normalised distribution. rows: the
+    count: how often it was scored; from_row: -log of its entry in the whole, normalized distribution. rows: the
     distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn", windows) in order.
     spread: the largest difference of a loss, in nats, between two evaluations of the same text; 0: none is admitted.
     base_turns: the turns that follow a step of the base.
@@ -69,6 +70,17 @@ def log_distributions(model: tg.GPT, adaptation: Adaptation | None, batch: tg.Ba
     replaced, adapters = adaptation.replacements() if adaptation else ({}, {})
     extra = dict(adapters=adapters, columns=batch.columns)
     return torch.func.functional_call(model, replaced, (batch.ids,), extra).log_softmax(-1)
+
+
+def ppm_row(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Nats of every token after `tokens` under that PPM, (V,), from counts of its own."""
+    probability, escape = np.zeros(vocab_size), 1.0
+    for successors in (tokens[1:][tokens[:-1] == tokens[-1]], tokens[1:]):
+        count = np.bincount(successors, minlength=vocab_size)
+        distinct = np.count_nonzero(count)
+        probability += escape * count / max(count.sum() + distinct, 1)
+        escape *= distinct / (count.sum() + distinct) if distinct else 1.0
+    return -np.log(probability + escape / vocab_size)
 
 
 def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (), until: float = math.inf) -> Trace:
@@ -115,7 +127,7 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
             nll = ev.mixed_nll(nll, ev.ppm_nll(tokens, setup.config.vocab_size), alpha).astype(np.float32)
     if alpha < 1:
         from_row = ev.mixed_nll(from_row, ev.ppm_nll(tokens, setup.config.vocab_size), alpha)
-        rows = {t: -ev.mixed_nll(-row, ev.ppm_row(tokens[: t + 1], setup.config.vocab_size), alpha)
+        rows = {t: -ev.mixed_nll(-row, ppm_row(tokens[: t + 1], setup.config.vocab_size), alpha)
                 for t, row in rows.items()}  # fmt: skip
     return Trace(nll, turn, read_from, count, from_row, rows, events, base_turns=base_turns)
 
@@ -151,7 +163,7 @@ def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarra
 
 
 def change(tokens: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """TOKENS with all TARGETS (a mask) changed, and where; tokens that begin documents stay, for the windows."""
+    """The tokens with all `targets` (a mask) changed, and where. BOS stays, since windows follow from it."""
     changed, places = tokens.copy(), 1 + np.flatnonzero(targets & (tokens[1:] != BOS_ID))
     span = int(tokens.max()) - BOS_ID
     changed[places] = BOS_ID + 1 + (tokens[places] - BOS_ID - 1 + rng.integers(1, span, len(places))) % span
@@ -242,13 +254,13 @@ def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
                  f"{len(probes) - len(inner)} of a BOS, {len(tries) - len(probes)} by a BOS")  # fmt: skip
 
 
-def check_normalised(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T3: each loss is -log of the target's entry in a whole distribution, and those in BASE.rows add up to one."""
+def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T3: each loss is -log of the target's entry in a whole distribution, and those in base.rows add up to one."""
     error = np.abs(base.nll - base.from_row)
     own = [abs(base.nll[t] + row[tokens[t + 1]]) for t, row in base.rows.items()]
     total = [abs(float(np.logaddexp.reduce(row))) for row in base.rows.values()]
     fine = (error < 1e-4).all() and all(x < 1e-4 for x in (*own, *total))
-    return Check("T3 losses are of normalised distributions", bool(fine), len(error),
+    return Check("T3 losses are of normalized distributions", bool(fine), len(error),
                  f"largest difference {np.max([*error, *own]):.1e}; log of the sum of {len(total)} distributions "
                  f"{max(total, default=0.0):.1e}")  # fmt: skip
 
@@ -460,7 +472,7 @@ def audit(
     checks = [check_future(trace, base, tokens, rng), check_borders(setup),
               check_file_order(setup, trace, base, tokens, rng),
               check_target(trace, base, tokens, rng, not shares_moments(c))]  # fmt: skip
-    checks += [check(trace, base, tokens, rng) for check in (check_normalised, check_once, check_ledger)]
+    checks += [check(trace, base, tokens, rng) for check in (check_normalized, check_once, check_ledger)]
     checks += [check_warm_up(setup, trace, base, tokens), check_bytes(tokens, setup.byte_table, tokenizer)]
     aligned = replace(setup, config=replace(c, eval_stride=c.eval_seq_len))
     plain = [ev.score_plan(each, tokens).nll for each in (aligned, setup)]
@@ -478,6 +490,8 @@ T19, T20 = "T19 the printed score is that of nll.npy", "T20 the run's first loss
 # A check passes where it looked at enough; without those of ESSENTIAL nothing is certified.
 LEAST = dict(T1=256, T1c=64, T2=8, T3=256, T4=256, T6=0, T15=2, T16=64, T17=64)
 ESSENTIAL = ("T1", "T2", "T3", "T4")
+CERTIFICATE = "certificate.json"
+CHANGE_NO_LOSS = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings
 MIN_REFILLS = 3  # documents that enter a slot after another one
 
 
@@ -616,7 +630,7 @@ def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Pat
     yield (scored := check_kept_score(kept, told, setup.config, shards, len(tokens) - 1))
     given, used = tg.settings_of(setup.config, "scoring", "evaluator"), told.get("settings")
     used = used if isinstance(used, dict) else {}
-    other = sorted(k.upper() for k in given if k not in ev.CHANGE_NO_LOSS and used.get(k) != given[k])
+    other = sorted(k.upper() for k in given if k not in CHANGE_NO_LOSS and used.get(k) != given[k])
     if other:
         yield Check(T20, None, 0, f"the run has other settings: {', '.join(other)}")
     elif scored.ok:
@@ -663,11 +677,29 @@ def run_checks(
     return checks, [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
 
 
+def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
+    """File name of the certificate in `folder` that calls the evaluation with this `result` legal, or None.
+
+    It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same settings.
+    """
+    found = ev.read_report(folder / CERTIFICATE)[0] or {}
+    objects = [found.get("sha256"), found.get("settings")]
+    objects += [result.get(key) for key in ("sha256_code", "sha256_shards", "settings")]
+    if found.get("legal") is not True or not all(isinstance(each, dict) for each in objects):
+        return None
+    hashes, settings, code, shards, used = objects
+    own = {"artifact": result.get("sha256_artifact"), "tokenizer": result.get("sha256_tokenizer")}
+    wanted = own | code | shards
+    wanted |= {"nll.npy": result.get("sha256_nll")} if "nll.npy" in hashes else {}
+    same = all(settings.get(name) == value for name, value in used.items() if name not in CHANGE_NO_LOSS)
+    return CERTIFICATE if same and wanted.items() <= hashes.items() else None
+
+
 def name_certificate(path: Path) -> None:
     """Set `audit` in the eval_ttt.json beside the artifact `path`: the certificate, if that calls the run legal."""
     told, _ = ev.read_report(path.with_name("eval_ttt.json"))
     if told and told.get("sha256_artifact") == tg.sha256_file(path):
-        told["audit"] = ev.legal_certificate(path.parent, told)
+        told["audit"] = legal_certificate(path.parent, told)
         tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(told, indent=1).encode())
 
 
@@ -680,7 +712,7 @@ def run_audit(
     """
     c, began = setup.config, time.time()
     seed, small = secrets.randbits(32) if seed is None else seed, audited_config(c, tokens[: c.audit_tokens + 1])
-    for name in (ev.CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
+    for name in (CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
         path.with_name(name).unlink(missing_ok=True)
     checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)
     passed = {check.name.split()[0] for check in checks if check.ok}
@@ -708,7 +740,7 @@ def run_audit(
     text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
                             f"TTT_MODE={c.ttt_mode} TTT_PROTOCOL={c.ttt_protocol}: {verdict}")  # fmt: skip
     print(text, end="", flush=True)
-    tg.write_atomically(path.with_name(ev.CERTIFICATE), json.dumps(report, indent=1).encode())
+    tg.write_atomically(path.with_name(CERTIFICATE), json.dumps(report, indent=1).encode())
     tg.write_atomically(path.with_name("certificate.txt"), text.encode())
     name_certificate(path)
     return 0 if report["legal"] else 1

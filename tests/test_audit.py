@@ -320,10 +320,10 @@ CHEATS: dict[str, tuple[Callable, str]] = {
     "296, two passes": (settings(ttt_protocol="two_pass", ttt_top_frac=0.5), "T1 T5"),
     "rescored, the minimum kept": (minimum(shown=True), "T1 T4 T5"),
     "rescored out of sight, the minimum kept": (minimum(shown=False), "T1 T3"),
-    "a delta optimised on scored positions": (patched(tg, "nll", delta_of_logits), "T1 T3"),
-    "a delta optimised in the forward": (patched(GPT, "forward", delta_in_forward), "T1 T2"),
+    "a delta optimized on scored positions": (patched(tg, "nll", delta_of_logits), "T1 T3"),
+    "a delta optimized in the forward": (patched(GPT, "forward", delta_in_forward), "T1 T2"),
     "the target in a hash key": (IN_THE_KEY, "T3"),
-    "an unnormalised cache mixture": (MASS_ADDED, "T3"),
+    "an unnormalized cache mixture": (MASS_ADDED, "T3"),
     "a mixture with a ppm of too much mass": (HEAVY_PPM, "T3"),  # T3 must add up whole rows of the mixture
     "a gate that looks at the target": (gate_by_target, "T2"),  # T2 needs several targets, changed at random
     "warm-up on validation tokens, kept": (warm_up_kept, "T7"),
@@ -523,7 +523,7 @@ def events(words: str) -> dict:
     return dict(events=made)
 
 
-T1, T2, T3 = auditing.check_future, auditing.check_target, auditing.check_normalised
+T1, T2, T3 = auditing.check_future, auditing.check_target, auditing.check_normalized
 T4, T5 = auditing.check_once, auditing.check_ledger
 RIGHT, OFF, MISSING, SPREAD = np.full((4, 120), np.log(40))
 OFF[5], MISSING[9], SPREAD[39] = OFF[5] + 1e-3, np.nan, 0
