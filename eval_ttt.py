@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -146,16 +147,9 @@ def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
 # By documents a rank owns whole groups; by flat chunks the ranks share a step's rows, and their weights stay alike.
 
 
-class TTTMode(NamedTuple):
-    """What a TTT_MODE means. adapts: groups of parameters, adapters, a class of one's own, or "" for nothing."""
-
-    by_documents: bool
-    adapts: str
-
-
-def mode_of(config: Config) -> TTTMode:
+def mode_of(config: Config) -> tg.TTTMode:
     """The mode that TTT_MODE names; path.py:Class adapts by documents."""
-    return TTTMode(*TTT_MODES.get(config.ttt_mode, (True, config.ttt_mode)))
+    return TTT_MODES.get(config.ttt_mode, tg.TTTMode(by_documents=True, adapts=config.ttt_mode))
 
 
 class Plugin(NamedTuple):
@@ -292,7 +286,7 @@ class Adaptation:
     def gradients(self, text: tg.Lesson, rows: Tensor, count: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of the loss of `text` by the first `count` of the `rows` of `values` (slots, ...); by documents."""
         self.in_use.rows, self.in_use.values = rows, values
-        loss, leaves = tg.weighted_nll(self.model, self.used, text, self.nll_fn)
+        loss, leaves = tg.weighted_nll(self.model, self.in_use, text, self.nll_fn)
         found = torch.autograd.grad(loss, list(leaves.values()))
         return {name: gradient[:count] for name, gradient in zip(leaves, found, strict=True)}
 
@@ -556,7 +550,7 @@ def warm_up_windows(setup: Setup) -> None:
 
 def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
     """The artifact's scores without adaptation: non-overlapping and sliding windows."""
-    c, scores, size = setup.config, {}, max(tg.at_once(setup.config)["score"], 1)
+    c, scores, size = setup.config, {}, max(tg.at_once(stand_in(setup.config))["score"], 1)
     for name, stride in (("roundtrip", c.eval_seq_len), ("sliding", c.eval_stride)):
         windows = [Chunk(tg.sliding_windows(len(tokens), c.eval_seq_len, stride))]
         scores[name] = tg.score(setup.load(), tokens, windows, setup.byte_table, size, setup.nll_fn)
@@ -621,7 +615,9 @@ def weights_of(path: Path) -> str:
 def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
     """The state dict in a final_model.pt. One-line UserError for a file without this model's weights."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that no torch wrote
+            state = torch.load(path, map_location="cpu", weights_only=True)
         tg.GPT(config).load_state_dict(state)
     except Exception as error:  # torch, pickle and zip raise errors of many types for broken bytes
         why = " ".join(f"{type(error).__name__}: {error}".split())

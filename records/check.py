@@ -651,9 +651,6 @@ def check_settings(record: Record) -> Iterator[Finding]:
         if other:
             shown = ", ".join(f"{key} {first[key]} and {own[key]}" for key in other)
             yield "fail", f"{record.runs[0].name} and {run.name} have different settings: {shown}"
-    for run in record.runs:
-        if ".py:" in (mode := run.settings.get("ttt_mode", "")):
-            yield "fail", f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py"
     yield "pass", f"{len(record.runs[0].settings) if record.runs else 0} settings are the same in all logs"
 
 
@@ -1129,6 +1126,8 @@ def check_legality(record: Record) -> Iterator[Finding]:
             yield "fail", run.headline.line
         if run.result.get("legal") is False:
             yield "fail", f'{run.name}: RESULT has "legal": false'
+        if ".py:" in (mode := run.settings.get("ttt_mode", "")):
+            yield "fail", f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py"
         if run.headline and "ttt" in run.headline.label and record.kind != "log" and not certified:
             yield "warn", f"no certificate of an audit, so score-first is the log's word: {run.headline.line}"
     yield from check_certificates(record)

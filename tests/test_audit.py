@@ -750,7 +750,7 @@ def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
     """An evaluation that is repeated keeps its certificate; one with other settings, losses or code has none."""
     folder, env = trained
     run = folder / "runs/run"
-    env = env | dict(TTT_MODE="none", AUDIT_TOKENS="300")
+    env = env | dict(TTT_MODE="none", AUDIT_TOKENS="700")
 
     def named(**changes) -> str | None:
         assert eval_ttt.main([], env | changes) == 0
