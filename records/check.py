@@ -33,7 +33,7 @@ from statistics import mean, pstdev, stdev
 from typing import Any, NamedTuple
 
 import zstandard
-from evidence import check_certificates, check_losses, trained_on_validation
+from evidence import check_certificates, check_losses, object_of, trained_on_validation
 from runfiles import escape, read_object, sha256_file
 from scipy import stats
 
@@ -1126,7 +1126,8 @@ def check_legality(record: Record) -> Iterator[Finding]:
             yield "fail", run.headline.line
         if run.result.get("legal") is False:
             yield "fail", f'{run.name}: RESULT has "legal": false'
-        if ".py:" in (mode := run.settings.get("ttt_mode", "")):
+        modes = [str(object_of(result, "settings").get("ttt_mode")) for result in run.results]
+        for mode in (mode for mode in modes if ".py:" in mode):
             yield "fail", f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py"
         if run.headline and "ttt" in run.headline.label and record.kind != "log" and not certified:
             yield "warn", f"no certificate of an audit, so score-first is the log's word: {run.headline.line}"
