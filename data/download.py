@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import httpx
+from formats import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -35,7 +36,6 @@ from huggingface_hub.utils import disable_progress_bars
 from prepare import escaped
 from tqdm import tqdm
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")  # val_bytes: bytes of each validation token
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # tries for a file, and seconds before the second one
 

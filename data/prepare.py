@@ -50,12 +50,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import sentencepiece as spm
+from formats import BOS_ID, HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, shard_header
 from tqdm import tqdm
 
-SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 SHARD_NAME, SHARD_FILE = "fineweb_{split}_{index:06d}.bin", r"fineweb_(train|val)_\d+\.bin"
 MANIFEST_VERSION = 1
-PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 SPLITS = ("train", "val")
 
@@ -764,7 +764,7 @@ class ShardWriter:
     def _append(self, tokens: np.ndarray) -> None:
         if self._stream is None:
             self._stream = self._files.enter_context(atomic_file(self._path()))
-            self._stream.write(bytes(4 * HEADER_INTS))
+            self._stream.write(bytes(HEADER_BYTES))
         self._stream.write(tokens.astype("<u2").tobytes())
         self._tokens += len(tokens)
         self._documents += int((tokens == BOS_ID).sum())
@@ -775,10 +775,8 @@ class ShardWriter:
         """Give the open shard its header and its final name; nothing happens where none is open."""
         if self._stream is None:
             return
-        header = np.zeros(HEADER_INTS, dtype="<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, self._tokens
         self._stream.seek(0)
-        self._stream.write(header.tobytes())
+        self._stream.write(shard_header(self._tokens))
         self._files.close()
         path = self._path()
         entry = {"file": path.name, "split": self._split, "tokens": self._tokens, "documents": self._documents}
@@ -984,7 +982,7 @@ def list_shards(folder: Path, split: str) -> dict[Path, int]:
     shards = {}
     for path in paths:
         size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        start, count = 4 * HEADER_INTS, int(header[2]) if len(header) == HEADER_INTS else 0
+        start, count = HEADER_BYTES, int(header[2]) if len(header) == HEADER_INTS else 0
         if count < 1 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != start + 2 * count:
             raise InputError(f"{path}: not a shard: {size} bytes, header {header[:3].tolist()}")
         shards[path] = count
@@ -1066,7 +1064,7 @@ def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
     """Yield the tokens of the shards, uint16, at most CHUNK_TOKENS at a time; not mapped, so that memory is bounded."""
     for path, count in shards.items():
         with path.open("rb") as stream:
-            stream.seek(4 * HEADER_INTS)
+            stream.seek(HEADER_BYTES)
             while count > 0:
                 chunk = np.fromfile(stream, "<u2", min(count, CHUNK_TOKENS))
                 if not len(chunk):

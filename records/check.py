@@ -37,7 +37,9 @@ from evidence import check_certificates, check_losses, object_of, trained_on_val
 from runfiles import escape, read_object, sha256_file
 from scipy import stats
 
-SIZE_CAP = 16_000_000  # bytes of code and model, decimal
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from formats import ARTIFACT_MAGIC, CHALLENGE_BYTES, PUBLISHED, SIZE_CAP, Published
+
 TIME_LIMIT = 600.0  # seconds, of training and of evaluation
 MARGIN_NATS = 0.005  # what a record must gain
 P_WRITTEN, P_APPLIED = 0.01, 0.25  # of the written rule; of the maintainers' passes from 2026-04-28
@@ -47,27 +49,7 @@ VAL_DOCUMENTS = 50_000
 RATIO_TOLERANCE = 2e-4  # relative; a tail cut to whole windows moves tokens per byte by up to 1e-4
 EXPORT_TOLERANCE = 0.02  # relative; other exports of all documents differ by less in their tokens
 TAIL_TOKENS = 8192  # more than any cut to whole windows drops
-ARTIFACT_MAGIC = b"PGOLFQ6\0"  # of train_gpt.py's container: magic, uint32 version, SHA-256 of the rest
 UNPACK_LIMIT = 1 << 28  # bytes read of a compressed file
-
-
-class Published(NamedTuple):
-    """A validation set of the field: tokenizer, tokens with the tail, and tokens per byte by the field's counting."""
-
-    name: str
-    tokens: int
-    tokens_per_byte: float
-
-
-PUBLISHED = (
-    Published("sp1024", 62_021_846, 0.41052),
-    Published("sp1024 (the first baseline's export)", 63_779_840, 0.40945),
-    Published("sp4096", 45_508_608, 0.30125),
-    Published("sp4096", 45_514_752, 0.30125),
-    Published("sp8192", 40_540_802, 0.26834),
-    Published("sp8192 caseops", 47_853_344, 0.31674),  # 151,080,645 bytes over all targets
-)
-CHALLENGE_BYTES = (151_000_000, 151_100_000)  # of the challenge's validation text, by any tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading a log

@@ -479,7 +479,3 @@ def test_export_writes_a_plain_state_dict_and_counts_every_byte(tmp_path, monkey
         monkeypatch.setattr(train_gpt, "SIZE_CAP", cap)
         assert train_gpt.export(make_run(tmp_path), model, Statistics())["fits"] is fits
     assert "over the cap" in (tmp_path / "train.log").read_text()
-
-
-def test_the_cap_is_decimal():
-    assert train_gpt.SIZE_CAP == 16_000_000

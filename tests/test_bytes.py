@@ -13,6 +13,7 @@ import numpy as np
 import prepare
 import pytest
 import sentencepiece as spm
+from formats import CHALLENGE_BYTES, PUBLISHED, TEXT_BYTES
 from test_data import write_shard
 
 import train_gpt
@@ -228,17 +229,9 @@ def test_a_space_that_the_tokenizer_adds_itself_is_not_counted(train_tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("tokens", "text_bytes"),
-    [
-        (62_021_846, 151_080_891),
-        (45_508_608, 151_080_891),
-        (45_514_752, 151_080_891),
-        (40_540_802, 151_080_891),
-        (47_853_344, 151_080_645),
-    ],
-)
-def test_fingerprint_of_published_validation_sets(tokens, text_bytes):
+@pytest.mark.parametrize("known", [known for known in PUBLISHED if known.num_bytes], ids=lambda known: known.tokens)
+def test_fingerprint_of_published_validation_sets(known):
+    tokens, text_bytes = known.tokens, known.num_bytes
     check_fingerprint(tokens, text_bytes, "")
     for wrong in (round(1.01 * text_bytes), round(0.99 * text_bytes)):
         with pytest.raises(UserError, match=f"{tokens}.*{(tokens - 1) / wrong:.5f}"):
@@ -246,10 +239,13 @@ def test_fingerprint_of_published_validation_sets(tokens, text_bytes):
         check_fingerprint(tokens + 1, wrong, "")  # a size that nobody published has no fingerprint
 
 
-@pytest.mark.parametrize("num_bytes", [150_638_137, 155_770_000, 182_800_000, 30_500_000])
+FOREIGN_BYTES = (150_638_137, CHALLENGE_BYTES[0] - 1, CHALLENGE_BYTES[1] + 1, 155_770_000, 182_800_000, 30_500_000)
+
+
+@pytest.mark.parametrize("num_bytes", FOREIGN_BYTES)
 def test_a_folder_that_claims_the_challenge_has_its_bytes(num_bytes):
     """151,073,604 to 151,080,891 by the field's ways of counting; 155.8 million in the first baseline's export."""
-    for right in (151_073_604, 151_080_891):
+    for right in (151_073_604, TEXT_BYTES, *CHALLENGE_BYTES):
         check_fingerprint(60_000_000, right, "data/datasets/fineweb10B_sp2048/fineweb_val_*.bin")
     with pytest.raises(UserError, match=f"{num_bytes} bytes"):
         check_fingerprint(60_000_000, num_bytes, "data/datasets/fineweb10B_sp2048/fineweb_val_*.bin")

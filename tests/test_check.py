@@ -8,7 +8,6 @@ import lzma
 import math
 import os
 import pickle
-import struct
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from formats import PUBLISHED, SIZE_CAP, shard_header
 
 import train_gpt
 
@@ -165,7 +165,7 @@ def test_a_published_claim_of_significance_is_recomputed(capsys):
 # ----------------------------------------------------------------------------------------------------------------------
 
 RATIO = 0.41052084  # tokens per byte of the sp1024 validation set
-TARGETS, MODEL = 62_021_845, "final_model.int6.ptz"
+TARGETS, MODEL = PUBLISHED[0].tokens - 1, "final_model.int6.ptz"
 SCORES = {42: (1.1386, 1.1151, 1.1088), 1337: (1.1380, 1.1145, 1.1082), 2025: (1.1391, 1.1155, 1.1094)}
 TRAINER = b'"""The trainer."""\nimport torch\n\n\ndef main():\n    print(torch.__version__)\n'
 EVALUATOR = b'"""The evaluator."""\nimport train_gpt\n\n\ndef main():\n    train_gpt.main()\n'
@@ -440,7 +440,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "JSON broken": (cut("submission.json", "}"), "json", "submission.json is not a JSON object"),
     "no README": (remove("README.md"), "files", "README.md"),
     "no trainer": (remove("train_gpt.py"), "files", "train_gpt.py"),
-    "over the cap by a byte": (resize(16_000_001), "sizes", "16000001 bytes (in the log), 1 over"),
+    "over the cap by a byte": (resize(SIZE_CAP + 1), "sizes", "16000001 bytes (in the log), 1 over"),
     "sizes do not add up": (misadd, "sizes", "is not 1234567"),
     "size in RESULT against a line": (edit("train_seed42.log", "zstd: ", "zstd: 1"), "log", "RESULT has bytes_model"),
     "600.1 s of training": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 600.1'), "train time",
@@ -474,7 +474,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"), "code", "train_gpt.py as shipped is not what"),
     "more code shipped than counted": (put("train_gpt.py", TRAINER + b"# more\n"), "sizes", "the log counts"),
     "data in the README": (lambda files: files.update({
-        "train_gpt.py": TRAINER + b'\nopen("README.md")\n', "README.md": files["README.md"] + bytes(16_000_000)}),
+        "train_gpt.py": TRAINER + b'\nopen("README.md")\n', "README.md": files["README.md"] + bytes(SIZE_CAP)}),
         "sizes", "with README.md, which the programs name or import"),
     "code that is not counted": (lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}),
                                  "sizes", "tricks.py"),
@@ -546,12 +546,12 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
         *(rescore(seed, 1 / 1.1) for seed in SCORES), manifest(1.1))], "bytes", "sp1024 has 0.41052"),
     "manifest with more bytes than published": (lambda files: manifest(1.1)(files), "bytes", "manifest.json has 0.373"),
     "a large file that is read": (lambda files: files.update({
-        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(16_000_000)}), "sizes",
+        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(SIZE_CAP)}), "sizes",
         "with weights.bin, which the programs name or import"),
     "a large module that is imported": (lambda files: files.update({
-        "train_gpt.py": IMPORTING, "tricks.so": bytes(16_000_000)}), "sizes", "with tricks.so, which"),
+        "train_gpt.py": IMPORTING, "tricks.so": bytes(SIZE_CAP)}), "sizes", "with tricks.so, which"),
     "a large module by its name": (lambda files: files.update({
-        "eval_ttt.py": EVALUATOR + b"__import__('tricks')\n", "tricks.pyc": bytes(16_000_000)}), "sizes", "tricks.pyc"),
+        "eval_ttt.py": EVALUATOR + b"__import__('tricks')\n", "tricks.pyc": bytes(SIZE_CAP)}), "sizes", "tricks.pyc"),
     "trained on the validation shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/fineweb_val_*.bin"
                                               " (given)\n  MATRIX_LR"), "validation set", "are validation shards"),
     "trained on all shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/*.bin (given)\n  MATRIX_LR"),
@@ -662,8 +662,8 @@ def test_what_is_only_warned_of(tmp_path, name):
 
 def test_the_cap_itself_fits(tmp_path):
     files = good_files()
-    resize(16_000_000)(files)
-    edit_json(bytes_total=16_000_000)(files)
+    resize(SIZE_CAP)(files)
+    edit_json(bytes_total=SIZE_CAP)(files)
     verdicts = check.check(check.read_record(write(tmp_path / "2026-12-01_Full", files)))
     assert {v.status for v in verdicts if v.rule == "sizes"} == {"pass"}
 
@@ -975,17 +975,11 @@ def test_our_own_programs_have_no_illegal_shape(name):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_constants_are_the_trainers():
-    assert (check.SIZE_CAP, check.ARTIFACT_MAGIC) == (train_gpt.SIZE_CAP, train_gpt.ARTIFACT_MAGIC)
-    ours = {known.tokens: known.tokens_per_byte for known in check.PUBLISHED}
-    assert ours.items() >= train_gpt.PUBLISHED_VAL.items()
-
-
 def test_a_run_of_the_trainer_and_the_evaluator_passes(demo_data, smoke_env, run_trainer, tmp_path, capsys):
     for split, tokens in (("train", 20_000), ("val", 2_000)):
-        header = struct.pack("<256i", 20240520, 1, tokens, *[0] * 253)
         shard = (demo_data / f"fineweb_{split}_000000.bin").read_bytes()
-        (tmp_path / f"fineweb_{split}_000000.bin").write_bytes(header + shard[1024 : 1024 + 2 * tokens])
+        content = shard_header(tokens) + shard[1024 : 1024 + 2 * tokens]
+        (tmp_path / f"fineweb_{split}_000000.bin").write_bytes(content)
     env = smoke_env | {"DATA_PATH": str(tmp_path), "ITERATIONS": "3", "TTT_MODE": "none", "OMP_NUM_THREADS": "1"}
     assert run_trainer(env).returncode == 0
     run = tmp_path / "runs" / "run"

@@ -11,7 +11,6 @@ import io
 import json
 import math
 import re
-import struct
 import subprocess
 import sys
 from dataclasses import fields
@@ -24,6 +23,7 @@ import pytest
 import sentencepiece as spm
 import torch
 from conftest import inherited, search_path
+from formats import shard_header
 from test_model import SMALL, random_model
 
 import train_gpt
@@ -51,7 +51,7 @@ def find(pattern: str, log: str) -> list[tuple[str, ...]]:
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    path.write_bytes(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.astype("<u2").tobytes())
+    path.write_bytes(shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -346,10 +346,6 @@ def test_exactly_at_the_cap_it_fits(tmp_path, monkeypatch, cap, fits):
     log = SimpleNamespace(line=lambda _: None)
     run = SimpleNamespace(folder=tmp_path, config=Config(), tokenizer_sha256="", log=log)
     assert train_gpt.export(run, random_model(SMALL, torch.float32), train_gpt.Statistics())["fits"] is fits
-
-
-def test_the_cap_is_decimal():
-    assert train_gpt.SIZE_CAP == 16_000_000
 
 
 def test_a_model_half_written_never_has_its_final_name(tmp_path, monkeypatch):

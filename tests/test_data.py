@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import formats
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from train_gpt import (
 )
 
 VOCAB = 1024
+SHARED = ("SHARD_MAGIC", "SHARD_VERSION", "BOS_ID", "SIZE_CAP", "ARTIFACT_MAGIC")
 
 
 def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
@@ -35,6 +37,23 @@ def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, cou
     header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
     path.write_bytes(header + struct.pack(f"<{len(tokens)}H", *tokens))
     return path
+
+
+def test_the_constants_of_the_tools_are_the_trainers():
+    """And those of the published format, spelled out here: what writes and what reads could both be wrong."""
+    assert (formats.SHARD_MAGIC, formats.SHARD_VERSION, formats.HEADER_BYTES) == (20240520, 1, 1024)
+    assert (formats.BOS_ID, formats.SIZE_CAP) == (1, 16_000_000)
+    for ours, theirs in (("HEADER_BYTES", "SHARD_HEADER_BYTES"), *((n, n) for n in SHARED)):
+        assert getattr(formats, ours) == getattr(train_gpt, theirs)
+    comparable = {known.tokens: known.tokens_per_byte for known in formats.PUBLISHED if known.num_bytes}
+    assert comparable == train_gpt.PUBLISHED_VAL
+    for known in formats.PUBLISHED:
+        if known.num_bytes:
+            assert (known.tokens - 1) / known.num_bytes == pytest.approx(known.tokens_per_byte, rel=2e-4)
+
+
+def test_a_header_is_256_little_endian_numbers(tmp_path):
+    assert formats.shard_header(70_000) == struct.pack("<256i", 20240520, 1, 70_000, *[0] * 253)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

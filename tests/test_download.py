@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import download
 import pytest
+from formats import SHARD_MAGIC, shard_header
 from huggingface_hub import constants
 
 REPO, COMMIT = "owner/export", "a" * 40
@@ -20,8 +21,8 @@ FOLDER = "datasets/datasets/fineweb10B_sp1024"
 
 
 def shard(first: int, tokens: int) -> bytes:
-    header = struct.pack("<256i", 20240520, 1, tokens, *[0] * 253)
-    return header + struct.pack(f"<{tokens}H", *(((first + i) % 1000) + 4 for i in range(tokens)))
+    numbers = (((first + i) % 1000) + 4 for i in range(tokens))
+    return shard_header(tokens) + struct.pack(f"<{tokens}H", *numbers)
 
 
 class Repository:
@@ -231,7 +232,7 @@ def test_wrong_hash_is_refused(hub: Repository, tmp_path: Path, capsys: pytest.C
 
 def test_bad_shard_header_is_refused(hub: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{FOLDER}/fineweb_train_000000.bin"
-    hub.files[name] = struct.pack("<256i", 20240521, 1, 500, *[0] * 253) + bytes(1000)
+    hub.files[name] = struct.pack("<i", SHARD_MAGIC + 1) + shard_header(500)[4:] + bytes(1000)
     assert run(tmp_path) == 1
     assert "20240521" in capsys.readouterr().err
     assert "datasets/fineweb10B_sp1024/fineweb_train_000000.bin" not in contents(tmp_path)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from formats import shard_header
 from sentencepiece import SentencePieceProcessor
 from test_artifact import TOKENIZER, make_progress, make_run
 from test_model import SMALL, int32, matrices_of, norm, random_ids, random_model, reference_attention
@@ -584,8 +585,7 @@ TRAINING = """
 def test_a_whole_run_with_many_levers(smoke_env, tmp_path, text):
     """Eight steps of the smoke recipe, scored on a thousand tokens; exit code 0 is asserted on the way."""
     tokens = np.array(train_gpt.open_shard(smoke_env["DATA_PATH"] + "/fineweb_val_000000.bin"))[:1000]
-    header = np.array([20240520, 1, len(tokens)] + [0] * 253, "<i4")
-    (tmp_path / "val.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    (tmp_path / "val.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
     short = {"ITERATIONS": "8", "VAL_LOSS_EVERY": "8", "VAL_FILES": str(tmp_path / "val.bin")}
     settings = dict(word.split("=") for word in text.split())
     folder = train_here({**smoke_env, **short, **settings}, tmp_path)

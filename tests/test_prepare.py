@@ -24,6 +24,7 @@ import runfiles
 import sentencepiece as spm
 import zstandard
 from conftest import search_path
+from formats import shard_header
 
 SP_SPACE = "\u2581"
 HOSTILE = [
@@ -599,8 +600,8 @@ def test_shards_stay_where_the_manifest_cannot_be_written(
 def write_shards(folder: Path, split: str, tokens: list[int], sizes: int) -> None:
     for index, start in enumerate(range(0, len(tokens), sizes)):
         part = tokens[start : start + sizes]
-        header = struct.pack("<256i", 20240520, 1, len(part), *[0] * 253)
-        (folder / f"fineweb_{split}_{index:06d}.bin").write_bytes(header + struct.pack(f"<{len(part)}H", *part))
+        content = shard_header(len(part)) + struct.pack(f"<{len(part)}H", *part)
+        (folder / f"fineweb_{split}_{index:06d}.bin").write_bytes(content)
 
 
 def split_at_bos(tokens: list[int]) -> list[list[int]]:

@@ -25,6 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import inherited, run_ranks
+from formats import shard_header
 from test_artifact import make_progress, make_run
 from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
@@ -58,9 +59,7 @@ def quick(demo_data, tmp_path_factory) -> dict[str, str]:
     """Settings of the smoke recipe on one thread, with a validation text of 2,000 tokens."""
     folder = tmp_path_factory.mktemp("val")
     tokens = np.array(train_gpt.open_shard(str(demo_data / "fineweb_val_000000.bin")))[:2000]
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    (folder / "val.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    (folder / "val.bin").write_bytes(shard_header(len(tokens)) + tokens.tobytes())
     return {
         "RECIPE": str(ROOT / "records/recipes/smoke.env"),
         "DATA_PATH": str(demo_data),
@@ -278,10 +277,8 @@ def test_the_clock_does_not_count_pauses(monkeypatch):
 
 
 def stream(folder: Path, count: int = 1000) -> train_gpt.TokenStream:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, count
     tokens = np.random.default_rng(0).integers(0, 40, count).astype("<u2")
-    (folder / "train.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    (folder / "train.bin").write_bytes(shard_header(count) + tokens.tobytes())
     return train_gpt.TokenStream(str(folder / "train.bin"), 40)
 
 

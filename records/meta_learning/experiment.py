@@ -34,7 +34,9 @@ from scipy import stats
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE, TIMING = HERE / "small.env", HERE / "timing.json"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from formats import shard_header  # noqa: E402
+
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
@@ -141,9 +143,7 @@ def split_data(shards: Path, out: Path) -> None:
             (folder / path.name).unlink(missing_ok=True)
             (folder / path.name).symlink_to(path.resolve())
         text = np.ascontiguousarray(tokens[begin[first] : begin[last] + 1], "<u2")
-        header = np.zeros(256, "<i4")
-        header[:3] = tg.SHARD_MAGIC, 1, len(text)
-        (folder / "fineweb_val_000000.bin").write_bytes(header.tobytes() + text.tobytes())
+        (folder / "fineweb_val_000000.bin").write_bytes(shard_header(len(text)) + text.tobytes())
 
 
 def documents(data: Path, part: str) -> Path:

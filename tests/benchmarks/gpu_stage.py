@@ -29,8 +29,9 @@ from array import array
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1
-BOS_ID = 1
+sys.path.insert(0, str(ROOT / "data"))
+from formats import BOS_ID, HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, shard_header  # noqa: E402
+
 TUNING_DOCUMENTS = 200  # weblab's convention: documents 0 to 199 tune, the rest reports
 MAX_TRAIN_TOKENS = 64_000_000
 MAX_BYTES = 60 << 20  # repository and folder together
@@ -55,8 +56,9 @@ def read_tokens(path: Path, limit: int | None = None) -> array:
     """The first `limit` tokens of a shard (all: None). StageError where it is none."""
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
-        if len(header) < HEADER_BYTES or struct.unpack("<2i", header[:8]) != (MAGIC, VERSION):
-            raise StageError(f"{path} is no token shard: magic and version are not {MAGIC} and {VERSION}")
+        if len(header) < HEADER_BYTES or struct.unpack("<2i", header[:8]) != (SHARD_MAGIC, SHARD_VERSION):
+            expected = f"{SHARD_MAGIC} and {SHARD_VERSION}"
+            raise StageError(f"{path} is no token shard: magic and version are not {expected}")
         tokens = array("H", file.read() if limit is None else file.read(2 * limit))
     if sys.byteorder == "big":
         tokens.byteswap()
@@ -65,7 +67,7 @@ def read_tokens(path: Path, limit: int | None = None) -> array:
 
 def shard_bytes(tokens: array) -> bytes:
     """A whole shard: header and little-endian uint16 tokens."""
-    header = struct.pack("<3i", MAGIC, VERSION, len(tokens)).ljust(HEADER_BYTES, b"\0")
+    header = shard_header(len(tokens))
     if sys.byteorder == "big":
         tokens = array("H", tokens)
         tokens.byteswap()

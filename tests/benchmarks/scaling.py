@@ -46,7 +46,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from formats import shard_header  # noqa: E402
+
 import train_gpt as tg  # noqa: E402
 
 DATA = {"DATA_PATH": str(ROOT / "data/demo"), "TOKENIZER_PATH": str(ROOT / "data/demo/tokenizer.model")}
@@ -60,9 +62,7 @@ SETTLED = 4  # first step that is timed
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    path.write_bytes(shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
 
 
 def clean_environment() -> dict[str, str]:
