@@ -1,15 +1,16 @@
-"""Build the demo corpus: the English text that ships with every CPython, without downloading anything.
+"""Build the demo corpus from the English text that ships with every CPython, without downloading anything.
 
     python data/demo.py [--out data/demo]
 
-A document is either the docstrings of one module of the standard library, in the order of the file, or one topic of
-the language reference behind Python's help(). The files are parsed, never imported or run. A paragraph of 80 or more
-characters is kept only where it first appears, since topics quote each other; so validation text is not in the
-training text. Training documents of more than 5,000 bytes are cut between paragraphs, and all are shuffled so that
-neither neighbors of one module nor parts of one document stand together. The result has the format of prepare.py, with
-a tokenizer of 1,024 pieces. The text depends on the Python version: modules that distributions package separately are
-left out, and so is whatever is not a module of the standard library. Distributions that patch docstrings (Debian:
-`site`) get a slightly different corpus. Where DIR already holds the corpus of this Python, it is kept.
+A document is either the docstrings of one module of the standard library, in file order, or one topic of the
+language reference behind Python's help(). The files are parsed, never imported or run. A paragraph of 80 or
+more characters is kept only at its first occurrence, because topics quote each other; this keeps validation
+text out of the training text. Training documents of more than 5,000 bytes are split between paragraphs. All
+documents are shuffled so that neither neighboring modules nor parts of one document are adjacent. The output
+has the format of prepare.py, with a tokenizer of 1,024 pieces. The text depends on the Python version.
+Modules that distributions package separately are left out, and so is everything outside the standard library.
+Distributions that patch docstrings (Debian: `site`) get a slightly different corpus. If DIR already holds the
+corpus of this Python, it is kept.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from pathlib import Path
 from prepare import InputError, Job, describe, escaped, prepare, sha256_of
 
 NAME, VOCAB_SIZE, SEED = "demo", 1024, 1337
-TEXT_VERSION = 2  # in the manifest: a corpus of another version is built anew
+TEXT_VERSION = 2  # in the manifest: a corpus of another version is rebuilt
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-# Debian and Fedora have these in packages of their own or leave them out, so not every machine has their text.
+# Debian and Fedora package these separately or leave them out, so not every machine has their text.
 OPTIONAL_MODULES = {
     *("tkinter", "turtle", "turtledemo", "idlelib", "lib2to3", "distutils", "ensurepip", "venv", "msilib", "macholib")
 }
 TOPICS_FILE = "pydoc_data/topics.py"
 MIN_DOCUMENT_CHARACTERS, MIN_REPEATED_CHARACTERS = 200, 80
-VAL_SHARE, VAL_MIN_BYTES, VAL_MAX_BYTES = 0.05, 150_000, 250_000
-VAL_MAX_DOCUMENT_BYTES = 15_000  # one long document would otherwise be half of the validation text
-MAX_PART_BYTES = 5_000  # of training text: smoke.env reads 50,000 bytes in all
+VAL_FRACTION, VAL_MIN_BYTES, VAL_MAX_BYTES = 0.05, 150_000, 250_000
+VAL_MAX_DOCUMENT_BYTES = 15_000  # otherwise one long document could be half of the validation text
+MAX_PART_BYTES = 5_000  # small, because smoke.env reads only 50,000 bytes of training text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ MAX_PART_BYTES = 5_000  # of training text: smoke.env reads 50,000 bytes in all
 
 
 def parse_file(path: Path) -> ast.Module | None:
-    """Return the syntax tree of a Python file, or None where it cannot be parsed."""
+    """Return the syntax tree of a Python file, or None if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old files have escapes that newer versions warn about
@@ -59,7 +60,7 @@ def parse_file(path: Path) -> ast.Module | None:
 
 
 def docstrings(tree: ast.Module) -> list[str]:
-    """Return the docstrings of a module, its classes and functions, in the order of the file, each one once."""
+    """Return the distinct docstrings of a module, its classes and functions, in file order."""
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found: dict[str, int] = {}
     for node in ast.walk(tree):
@@ -69,7 +70,7 @@ def docstrings(tree: ast.Module) -> list[str]:
 
 
 def help_topics(tree: ast.Module) -> list[str]:
-    """Return the texts of the literal dictionary `topics` of a module, in its order."""
+    """Return the values of the literal dictionary `topics` of a module, in order."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(target, ast.Name) and target.id == "topics" for target in targets):
@@ -78,9 +79,9 @@ def help_topics(tree: ast.Module) -> list[str]:
 
 
 def raw_documents(library: Path, modules: Container[str] | None = None) -> Iterator[str]:
-    """Yield the docstrings of each module below `library`, in the order of the paths, then the help topics.
+    """Yield the docstrings of each module below `library`, in path order, then the help topics.
 
-    Where `modules` is given, files and folders at the top that are not among them are left out.
+    If `modules` is given, top-level files and folders with other names are left out.
     """
     for name in sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py")):
         parts = name.removesuffix(".py").split("/")
@@ -93,7 +94,7 @@ def raw_documents(library: Path, modules: Container[str] | None = None) -> Itera
 
 
 def without_repeats(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts without paragraphs that stood in an earlier one, and without those then too short."""
+    """Yield the texts without paragraphs of earlier texts; skip texts that are then too short."""
     seen: set[str] = set()
     for text in texts:
         kept = []
@@ -109,17 +110,17 @@ def without_repeats(texts: Iterable[str]) -> Iterator[str]:
 
 
 def draw(text: str, purpose: str) -> float:
-    """Return a number in [0, 1) that depends on nothing else, so that one changed document moves no other."""
+    """Return a number in [0, 1) from a hash of the arguments, so changing one document moves no other."""
     return int.from_bytes(sha256(f"{SEED} {purpose}\n{text}".encode()).digest()[:8], "big") / 2**64
 
 
 def demo_documents(library: Path, modules: Container[str] | None = None) -> tuple[list[str], list[str]]:
-    """Return the training and the validation documents, shuffled; InputError where `library` has no Python sources."""
+    """Return shuffled training and validation documents. InputError if `library` has no Python sources."""
     documents = sorted(set(without_repeats(raw_documents(library, modules))), key=lambda text: draw(text, "split"))
     if not documents:
-        raise InputError(f"{library}: no Python sources with docstrings; this Python ships without its library's text")
+        raise InputError(f"{library}: no Python sources with docstrings: this Python ships without library sources")
     sizes = [len(document.encode()) for document in documents]
-    target = min(max(VAL_SHARE * sum(sizes), VAL_MIN_BYTES), VAL_MAX_BYTES)
+    target = min(max(VAL_FRACTION * sum(sizes), VAL_MIN_BYTES), VAL_MAX_BYTES)
     train, val, val_bytes = [], [], 0
     for document, size in zip(documents, sizes, strict=True):
         if val_bytes < target and size <= VAL_MAX_DOCUMENT_BYTES:
@@ -131,7 +132,7 @@ def demo_documents(library: Path, modules: Container[str] | None = None) -> tupl
 
 
 def spread(documents: Iterable[str]) -> list[str]:
-    """Cut long documents and shuffle the parts, those of one document at equal distances over all of the text."""
+    """Split long documents and shuffle the parts; those of one document are spaced evenly over the text."""
     placed = []
     for document in documents:
         parts, first = cut(document), draw(document, "order")
@@ -140,13 +141,13 @@ def spread(documents: Iterable[str]) -> list[str]:
 
 
 def cut(document: str) -> list[str]:
-    """Return the document in parts of similar size, at most MAX_PART_BYTES but where one paragraph is longer."""
+    """Split a document into parts of similar size, at most MAX_PART_BYTES unless one paragraph is longer."""
     total = len(document.encode())
-    share = total / -(-total // MAX_PART_BYTES)
+    part_bytes = total / -(-total // MAX_PART_BYTES)
     parts, size = [[]], 0
     for paragraph in document.split("\n\n"):
         more = len(paragraph.encode()) + 2
-        if parts[-1] and (size >= share or size + more > MAX_PART_BYTES + 2):
+        if parts[-1] and (size >= part_bytes or size + more > MAX_PART_BYTES + 2):
             parts, size = [*parts, []], 0
         parts[-1].append(paragraph)
         size += more
@@ -159,9 +160,9 @@ def cut(document: str) -> list[str]:
 
 
 def existing_demo(out: Path) -> dict | None:
-    """Return the manifest in `out` where it is this Python's demo corpus and every file of it is intact.
+    """Return the manifest in `out` if it is this Python's demo corpus and all its files are intact.
 
-    Raises InputError where the folder holds another data set, which must not be replaced.
+    Raises InputError if the folder holds another dataset, which must not be replaced.
     """
     path = out / "manifest.json"
     if not path.exists():
@@ -173,13 +174,13 @@ def existing_demo(out: Path) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a manifest ({error!r}); remove the folder or choose another --out") from error
     if name != NAME:
-        raise InputError(f'{out}: holds the data set "{name}"; choose another --out')
+        raise InputError(f'{out}: contains the dataset "{name}"; choose another --out')
     intact = all((out / file).exists() and sha256_of(out / file) == digest for file, digest in hashes.items())
     return manifest if intact and made_from == (platform.python_version(), TEXT_VERSION) else None
 
 
 def build_demo(out: Path) -> dict:
-    """Build the demo corpus of the running Python in `out`, replacing an older one, and return its manifest."""
+    """Build the demo corpus of the running Python in `out`, replace an older one, and return its manifest."""
     train, val = demo_documents(Path(sysconfig.get_paths()["stdlib"]), sys.stdlib_module_names)
     with tempfile.TemporaryDirectory() as folder:
         files = {"train": Path(folder, "train.jsonl"), "val": Path(folder, "val.jsonl")}
@@ -200,7 +201,7 @@ def build_demo(out: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
+    """Run the command line; return 0, 1 for a failure, 2 for a user error."""
     parser = argparse.ArgumentParser(description="Build the demo corpus from the text that ships with Python.")
     parser.add_argument("--out", type=Path, default=Path("data/demo"), metavar="DIR", help="default: data/demo")
     options = parser.parse_args(arguments)

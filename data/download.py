@@ -2,10 +2,11 @@
 
     python data/download.py --variant sp1024 [--train-shards 80] [--repo OWNER/NAME] [--out data]
 
-All validation shards and the first --train-shards training shards of the variant go to DIR/datasets/FOLDER/, where
-FOLDER is the published one (fineweb10B_sp1024), and the tokenizer to DIR/tokenizers/. A file gets its name there only
-after its size, its hash and its shard header have been checked; one that is there already is kept only if it passes the
-same check. Interrupted downloads resume. DIR/datasets/FOLDER/source.json, written last, says where the files are from.
+All validation shards and the first --train-shards training shards of the variant go to DIR/datasets/FOLDER/,
+where FOLDER is the published folder name (fineweb10B_sp1024), and the tokenizer goes to DIR/tokenizers/. A
+file gets its final name only after its size, hash and shard header have been checked; an existing file is
+kept only if it passes the same checks. Interrupted downloads resume. DIR/datasets/FOLDER/source.json, written
+last, records the origin of the files.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from prepare import escaped
 from tqdm import tqdm
 
 SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")  # val_bytes: bytes of each validation token
-ATTEMPTS, FIRST_PAUSE = 4, 1.0  # tries for a file, and seconds before the second one
+ATTEMPTS, FIRST_PAUSE = 4, 1.0  # attempts per file, seconds before the second attempt
 
 
 class UserError(ValueError):
-    """Something the user can correct: the repository, the variant, the number of shards or the folder."""
+    """User error: a bad repository, variant, number of shards or folder. Exit code 2."""
 
 
 class DownloadError(RuntimeError):
-    """The network failed, or what arrived is not what the repository lists."""
+    """Network failure, or downloaded content that differs from the repository's listing. Exit code 1."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ class DownloadError(RuntimeError):
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the repository lists it; small ones have a git blob id (SHA-1) in place of a SHA-256."""
+    """A file in the repository's listing; small files have a git blob id (SHA-1) instead of a SHA-256."""
 
     path: str
     size: int
@@ -72,9 +73,10 @@ class RemoteFile:
 
 
 class Hub:
-    """One repository at one commit. HF_ENDPOINT and HF_TOKEN in the environment work as usual.
+    """One Hugging Face repository at one commit; reads HF_ENDPOINT and HF_TOKEN from the environment.
 
-    Raises UserError where the repository or the revision does not exist, DownloadError where the hub does not answer.
+    Raises UserError if the repository or the revision does not exist, DownloadError if the hub does not
+    respond.
     """
 
     def __init__(self, repo: str, repo_type: str, revision: str | None) -> None:
@@ -89,7 +91,7 @@ class Hub:
             raise UserError(f"{repo_type} {repo}, revision {revision or 'default'}: not found ({reason})") from error
         except (httpx.HTTPError, OSError) as error:
             raise DownloadError(
-                f"{repo}: the hub does not answer ({error}); check the connection, try again"
+                f"{repo}: the hub does not respond ({error}). Check the connection and try again."
             ) from error
         self.files = [
             RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
@@ -98,7 +100,7 @@ class Hub:
         ]
 
     def fetch(self, file: RemoteFile, staging: Path, restart: bool) -> Path:
-        """Download a file below `staging`, from where an earlier try stopped unless `restart`; return its path."""
+        """Download a file below `staging`, resuming an earlier attempt unless `restart`; return its path."""
         return Path(
             hf_hub_download(
                 self.repo,
@@ -113,14 +115,14 @@ class Hub:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Choice of files
+# File selection
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
     """Return the repository's folder of a variant's shards: `fineweb10B_sp1024` is variant `sp1024`.
 
-    Raises UserError, with the variants that exist, where there is none or more than one.
+    Raises UserError if no folder or more than one matches; the message lists the variants that exist.
     """
     start = f"{prefix.strip('/')}/".lstrip("/")
     folders = sorted({file.folder for file in files if SHARD_FILE.fullmatch(file.name) and file.path.startswith(start)})
@@ -128,7 +130,7 @@ def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
     labels = {folder: name.split("_", 1)[-1] for folder, name in names.items()}
     matching = [folder for folder in folders if variant in (labels[folder], names[folder])]
     if len(matching) > 1:
-        raise UserError(f'variant "{variant}" is in several folders, choose one by --prefix: {", ".join(matching)}')
+        raise UserError(f'variant "{variant}" is in several folders: {", ".join(matching)}. Choose one with --prefix.')
     if not matching:
         available = ", ".join(sorted(set(labels.values()))) or "none"
         raise UserError(f'no variant "{variant}"; available: {available}')
@@ -136,7 +138,7 @@ def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
 
 
 def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -> list[RemoteFile]:
-    """Return all validation files of a folder and its first `train_shards` training shards, in this order."""
+    """Return all validation files of a folder, then its first `train_shards` training shards."""
     kinds: dict[str, list[RemoteFile]] = {"train": [], "val": [], "val_bytes": []}
     for file in sorted(files, key=lambda file: file.path):
         if file.folder == folder and (match := SHARD_FILE.fullmatch(file.name)):
@@ -149,7 +151,7 @@ def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -
 
 
 def nearest(files: Iterable[RemoteFile], folder: str, pattern: str) -> list[RemoteFile]:
-    """Return the files that match a relative path pattern in the closest of the folders that enclose `folder`."""
+    """Return the files that match a relative path pattern in the nearest parent of `folder` that has any."""
     for parent in PurePosixPath(folder).parents:
         start = "" if parent.as_posix() == "." else f"{parent.as_posix()}/"
         found = [
@@ -163,7 +165,7 @@ def nearest(files: Iterable[RemoteFile], folder: str, pattern: str) -> list[Remo
 
 
 def choose_tokenizer(files: list[RemoteFile], folder: str, manifest: dict) -> list[RemoteFile]:
-    """Return the tokenizer's files: those the published manifest names, else those with the variant's number."""
+    """Return the tokenizer files: those the published manifest names, else those with the variant's size."""
     candidates = nearest(files, folder, r"tokenizers/[^/]+")
     name = PurePosixPath(folder).name
     specs = {entry.get("name"): entry for entry in manifest.get("tokenizers", [])}
@@ -176,7 +178,7 @@ def choose_tokenizer(files: list[RemoteFile], folder: str, manifest: dict) -> li
 
 
 def published_entry(manifest: dict, name: str) -> dict:
-    """Return what a published manifest says about a data set, or an empty object."""
+    """Return the entry of a dataset in a published manifest, or an empty object."""
     return next((entry for entry in manifest.get("datasets", []) if entry.get("name") == name), {})
 
 
@@ -195,11 +197,11 @@ def digest_of(path: Path, algorithm: str = "sha256", prefix: bytes = b"") -> str
 
 
 def shard_tokens(path: Path) -> int:
-    """Return a shard's number of tokens; DownloadError where its header or its size is wrong."""
+    """Return the number of tokens in a shard. DownloadError if its header or size is wrong."""
     with path.open("rb") as stream:
         header = stream.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES:
-        raise DownloadError(f"{path.name}: {len(header)} bytes, shorter than a shard's header")
+        raise DownloadError(f"{path.name}: {len(header)} bytes, shorter than a shard header")
     magic, version, tokens = struct.unpack("<3i", header[:12])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise DownloadError(
@@ -212,7 +214,7 @@ def shard_tokens(path: Path) -> int:
 
 
 def check_content(path: Path, file: RemoteFile, sha256: str) -> None:
-    """Compare a local file, of known SHA-256, with the listing; DownloadError where size, hash or header differ."""
+    """Compare a file of known SHA-256 with the listing. DownloadError if size, hash or header differ."""
     size = path.stat().st_size
     if size != file.size:
         raise DownloadError(f"{file.path}: {size} bytes, the repository lists {file.size}")
@@ -227,7 +229,7 @@ def check_content(path: Path, file: RemoteFile, sha256: str) -> None:
 
 
 class HashCache:
-    """SHA-256 of local files, remembered in a JSON file for as long as size and modification time stay the same."""
+    """SHA-256 of local files, cached in a JSON file and keyed by size and modification time."""
 
     def __init__(self, path: Path, trusted: bool) -> None:
         self._path = path
@@ -236,10 +238,10 @@ class HashCache:
             try:
                 self._entries = json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
-                self._entries = {}  # it only saves time
+                self._entries = {}  # a broken cache only costs time
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file, reading it only where it is new or changed."""
+        """Return the SHA-256 of a file; read it only if it is new or changed."""
         status, key = path.stat(), path.resolve().as_posix()
         entry = self._entries.get(key)
         if not entry or entry[:2] != [status.st_size, status.st_mtime_ns]:
@@ -247,7 +249,7 @@ class HashCache:
         return self._entries[key][2]
 
     def save(self) -> None:
-        """Write the remembered hashes."""
+        """Write the cached hashes."""
         write_json(self._path, self._entries)
 
 
@@ -270,7 +272,7 @@ def write_json(path: Path, content: object) -> None:
 
 @dataclass
 class Plan:
-    """Where each chosen file goes, split into those already there and those to fetch."""
+    """Destinations of the selected files, split into existing files and files to download."""
 
     folder: str
     shards_at: Path
@@ -283,9 +285,9 @@ class Plan:
 
 
 def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: HashCache) -> Plan:
-    """Choose the files and check which of them are already there.
+    """Select the files and check which of them already exist.
 
-    Raises UserError where the folder holds shards that are not this repository's: the trainer would mix them in.
+    Raises UserError if the folder holds shards of another repository: the trainer would read them too.
     """
     folder = find_folder(hub.files, options.variant, options.prefix)
     shards_at = options.out / "datasets" / PurePosixPath(folder).name
@@ -298,15 +300,13 @@ def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: Hash
         if path in wanted:
             continue
         if path.name not in listed or not is_intact(path, listed[path.name], cache):
-            raise UserError(
-                f"{path}: not a file of {hub.repo} at {hub.commit[:12]}; move it away or choose another --out"
-            )
+            raise UserError(f"{path}: not a file of {hub.repo} at {hub.commit[:12]}. Move it or choose another --out.")
         kept[path] = listed[path.name]
     return Plan(folder, shards_at, kept, {path: file for path, file in wanted.items() if path not in kept})
 
 
 def is_intact(path: Path, file: RemoteFile, cache: HashCache) -> bool:
-    """Tell whether a local file is there and is the listed one."""
+    """Return whether a local file exists and matches the listing."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     try:
@@ -317,7 +317,7 @@ def is_intact(path: Path, file: RemoteFile, cache: HashCache) -> bool:
 
 
 def fetch_checked(hub: Hub, file: RemoteFile, staging: Path) -> Path:
-    """Download a file, check it and return its path below `staging`; DownloadError after several failed tries."""
+    """Download and check a file; return its path below `staging`. DownloadError after ATTEMPTS failures."""
     restart, failure = False, ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -329,16 +329,16 @@ def fetch_checked(hub: Hub, file: RemoteFile, staging: Path) -> Path:
         except (DownloadError, httpx.HTTPError, OSError) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
-            # A lost connection is worth resuming; wrong content, or a range the server refuses, is not.
+            # Resume after a lost connection; restart after wrong content or a range that the server refuses.
             status = getattr(getattr(error, "response", None), "status_code", None)
             restart = status == 416 or not isinstance(error, httpx.HTTPError)
             failure = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     (staging / file.path).unlink(missing_ok=True)
-    raise DownloadError(f"{file.path}: {failure} ({ATTEMPTS} tries); run the command again to resume")
+    raise DownloadError(f"{file.path}: {failure} ({ATTEMPTS} attempts). Run the command again to resume.")
 
 
 def fetch_all(hub: Hub, plan: Plan, staging: Path, workers: int, cache: HashCache) -> None:
-    """Download the missing files in parallel, each to its final name once it has been checked."""
+    """Download the missing files in parallel; rename each to its final name after its check."""
     _check_space(staging, plan.missing_bytes)
     progress = tqdm(desc="downloading", total=plan.missing_bytes, unit="B", unit_scale=True, disable=None)
     with progress, ThreadPoolExecutor(workers) as pool:
@@ -360,11 +360,11 @@ def _check_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DownloadError(f"{folder}: {needed:,} bytes to download, {free:,} bytes free on the disk")
+        raise DownloadError(f"{folder}: not enough disk space: {needed:,} bytes to download, {free:,} bytes free")
 
 
 def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
-    """Return the repository's own manifest of the variant, always of this commit, or an empty object."""
+    """Return the repository's manifest of the variant at this commit, or an empty object."""
     folder = find_folder(hub.files, options.variant, options.prefix)
     found = nearest(hub.files, folder, r"manifest\.json")
     if not found:
@@ -379,7 +379,7 @@ def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
 
 
 def source_record(hub: Hub, plan: Plan, options: argparse.Namespace, manifest: dict, cache: HashCache) -> dict:
-    """Return the content of source.json: where every file in place comes from, and what it is."""
+    """Return the content of source.json: origin, size and hash of every file in the folder."""
     files = []
     for path, file in sorted((plan.kept | plan.missing).items()):
         tokens = shard_tokens(path) if SHARD_FILE.fullmatch(path.name) else None
@@ -398,7 +398,7 @@ def source_record(hub: Hub, plan: Plan, options: argparse.Namespace, manifest: d
 
 
 def kept_overlap(source: Path, record: dict) -> dict:
-    """Return what prepare.py --overlap wrote into `source`, where the files are still those of `record`."""
+    """Return the entry of prepare.py --overlap in `source` if the files are still those of `record`."""
     try:
         before = json.loads(source.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -408,14 +408,14 @@ def kept_overlap(source: Path, record: dict) -> dict:
 
 
 def download(options: argparse.Namespace) -> str:
-    """Do what the command line asks for and return one line that says what was done, or what would be."""
+    """Run the download, or the dry run, and return one line that summarizes it."""
     hub = Hub(options.repo, options.repo_type, options.revision)
     work = options.out / ".download"
     cache = HashCache(work / "hashes.json", trusted=not options.verify)
     manifest = read_manifest(hub, options)
     plan = make_plan(hub, options, manifest, cache)
-    place = escaped(f"{hub.repo} at {hub.commit[:12]}, {plan.folder}")
-    summary = f"{place}: {len(plan.kept)} files kept, {len(plan.missing)} files, "
+    origin = escaped(f"{hub.repo} at {hub.commit[:12]}, {plan.folder}")
+    summary = f"{origin}: {len(plan.kept)} files kept, {len(plan.missing)} files, "
     if options.dry_run:
         lines = [f"{file.size:>13,}  {escaped(str(path))}" for path, file in plan.missing.items()]
         return "\n".join([*lines, f"{summary}{plan.missing_bytes:,} bytes to download"])
@@ -441,15 +441,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Download published token shards and their tokenizer.")
     parser.add_argument("--variant", required=True, metavar="NAME", help="for example sp1024")
-    parser.add_argument("--repo", default="willdepueoai/parameter-golf", metavar="OWNER/NAME", help="on the hub")
+    parser.add_argument("--repo", default="willdepueoai/parameter-golf", metavar="OWNER/NAME", help="hub repository")
     parser.add_argument("--repo-type", choices=("dataset", "model"), default="dataset", help="default: dataset")
-    parser.add_argument("--prefix", default="", metavar="FOLDER", help="look only below this folder of the repository")
+    parser.add_argument("--prefix", default="", metavar="FOLDER", help="search only this repository folder")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
-    parser.add_argument("--train-shards", type=int, default=80, metavar="N", help="the first N of them (default: 80)")
+    parser.add_argument("--train-shards", type=int, default=80, metavar="N", help="first N shards (default: 80)")
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
-    parser.add_argument("--workers", type=int, default=8, metavar="N", help="files at a time (default: 8)")
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="parallel downloads (default: 8)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded and stop")
-    parser.add_argument("--verify", action="store_true", help="hash files that are there again, as if never seen")
+    parser.add_argument("--verify", action="store_true", help="rehash existing files, ignoring the cache")
     options = parser.parse_args(arguments)
     if options.train_shards < 0 or options.workers < 1:
         parser.error("--train-shards must be at least 0 and --workers at least 1")
@@ -457,9 +457,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
+    """Run the command line; return 0, 1 for a failure, 2 for a user error."""
     options = parse_arguments(arguments)
-    disable_progress_bars()  # ours shows the whole
+    disable_progress_bars()  # our own bar shows the total
     try:
         print(download(options))
     except UserError as error:

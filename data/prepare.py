@@ -3,18 +3,20 @@
     python data/prepare.py INPUT [INPUT ...] --out DIR
     python data/prepare.py --overlap FOLDER
 
-Inputs are .txt files (one document each), .jsonl files (one JSON object a line, its text under --text-key), either of
-them compressed (.gz, .xz, .zst), or folders of such files. DIR receives
+Inputs are .txt files (one document each), .jsonl files (one JSON object per line, its text under --text-key),
+plain or compressed (.gz, .xz, .zst), or folders of such files. Written to DIR:
 
     tokenizer.model             SentencePiece BPE, trained on a sample of the training documents, or the one given
     fineweb_train_%06d.bin      256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
-    fineweb_val_%06d.bin        little-endian uint16 tokens; BOS (id 1) stands before each document, nothing after it
+    fineweb_val_%06d.bin        little-endian uint16 tokens; BOS (id 1) precedes each document, nothing follows it
     manifest.json               counts and hashes of all of the above; written last, so its presence means "complete"
 
-The second command counts the validation documents of a folder that occur inside its training shards (count_overlap).
+The second command counts the validation documents of a folder that occur in its training shards
+(count_overlap).
 
-The input is read twice: first all of it is checked, counted and sampled, then it is encoded. Memory stays constant
-however long the input is, and the output does not depend on the number of worker processes.
+The input is read twice: the first pass checks, counts and samples all of it, the second encodes it. Memory
+use does not depend on the length of the input, and the output does not depend on the number of worker
+processes.
 """
 
 from __future__ import annotations
@@ -66,21 +68,22 @@ OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
     ".zst": lambda path: open_zst(path),
 }
 FORMATS = (".txt", ".jsonl")
-# C0, DEL, C1, soft hyphen, what turns the direction of text, separators, surrogates, BOM
+# C0, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
 class InputError(ValueError):
-    """Something the user can correct: the text, the tokenizer, the folder or the options."""
+    """User error in the text, the tokenizer, the folder or the options. Exit code 2."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One preparation: what goes in, where it goes, and how it is cut.
+    """The inputs, output folder and split of one preparation.
 
-    Validation documents are `val_inputs` where given, else the first `val_docs` documents where given, else the share
-    `val_fraction` of the documents, chosen by a hash of their text so that equal documents fall on the same side.
+    Validation documents are `val_inputs` if given, else the first `val_docs` documents if given, else the
+    fraction `val_fraction` of the documents, selected by a hash of their text so that equal documents go to
+    the same split.
     """
 
     inputs: tuple[Path, ...]
@@ -97,11 +100,11 @@ class Job:
     tokenizer_sample_bytes: int = 64_000_000
     seed: int = 1337
     overwrite: bool = False
-    entries: dict[str, Any] = field(default_factory=dict)  # further ones of the manifest
+    entries: dict[str, Any] = field(default_factory=dict)  # added to the manifest
 
     def __post_init__(self) -> None:
         if not 320 <= self.vocab_size <= 65536:
-            raise InputError(f"--vocab-size must lie between 320 and 65536, not {self.vocab_size}")
+            raise InputError(f"--vocab-size must be between 320 and 65536, not {self.vocab_size}")
         if not 0 <= self.val_fraction < 1:
             raise InputError(f"--val-fraction must be at least 0 and below 1, not {self.val_fraction}")
         if self.val_docs is not None and self.val_docs < 0:
@@ -132,29 +135,30 @@ class Document(NamedTuple):
 
 
 def import_zstandard() -> Any:
-    """The package that .zst files need, and nothing else. InputError where it cannot be imported."""
+    """Return the zstandard module, which only .zst files need. InputError if it cannot be imported."""
     try:
         import zstandard
     except ImportError as error:
         raise InputError(
-            f".zst files need the package zstandard: {error}. Install it (pip install zstandard), or decompress them."
+            f".zst files need the package zstandard: {error}. Install it (pip install zstandard) or decompress them."
         ) from None
     return zstandard
 
 
 class FrameReader(io.RawIOBase):
-    """Decompressed content of a file of one or more frames (zst) or streams (xz), with zero bytes between if `padded`.
+    """Decompressed content of a file of one or more frames (zst) or streams (xz).
 
-    `new_frame` returns a decompressor, which raises `error` for damaged data. Raises EOFError where the last frame is
-    cut short, OSError where one is damaged. The packages' own readers take the beginning of such a file for all of it:
-    zstandard's where the last frame is cut short, lzma's where padding or a damaged header follows a stream.
+    `new_frame` returns a decompressor, which raises `error` for damaged data; `padded` allows zero bytes
+    between frames. Raises EOFError if the last frame is truncated, OSError if a frame is damaged. The readers
+    of the packages silently return only the beginning of such a file: zstandard's if the last frame is
+    truncated, lzma's if padding or a damaged header follows a stream.
     """
 
-    CHUNK = 1 << 12  # compressed bytes at a time; what they expand to is held in memory, 7,000 times as much at worst
+    CHUNK = 1 << 12  # compressed bytes per read; they expand to at most 7,000 times as much in memory
 
     def __init__(self, path: Path, new_frame: Callable[[], Any], error: type[Exception], padded: bool = False) -> None:
         self._file, self._new_frame, self._error, self._padded = path.open("rb"), new_frame, error, padded
-        self._frame: Any = None  # the decompressor of the frame that is being read
+        self._frame: Any = None  # decompressor of the current frame
         self._compressed = self._plain = b""
         self._frames = self._padding = 0
 
@@ -196,7 +200,7 @@ class FrameReader(io.RawIOBase):
 
 
 def open_xz(path: Path) -> BinaryIO:
-    """Open an .xz file of one or more streams, padding between and after them included."""
+    """Open an .xz file of one or more streams, with or without padding between and after them."""
     new_frame = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
     return io.BufferedReader(FrameReader(path, new_frame, lzma.LZMAError, padded=True), 1 << 20)
 
@@ -210,20 +214,20 @@ def open_zst(path: Path) -> BinaryIO:
 
 @dataclass
 class LeftOut:
-    """What of the input does not become tokens: `files` with the reason, empty documents, blank lines of .jsonl."""
+    """Skipped input: `files` with the reason, empty documents, blank lines of .jsonl."""
 
     files: list[tuple[Path, str]] = field(default_factory=list)
     empty_documents: int = 0
     blank_lines: int = 0
 
     def describe(self) -> str:
-        """Return one line for each kind of thing that was left out, the files by name; empty where nothing was."""
+        """Return one line per kind of skipped input, with the file names; empty if nothing was skipped."""
         counts = ((self.empty_documents, "empty documents"), (self.blank_lines, "blank lines"))
         lines = [f"note: {count} {what} skipped" for count, what in counts if count]
         if self.files:
             names = [f"{escaped(str(path))} ({reason})" for path, reason in self.files[:50]]
             more = f", and {len(self.files) - 50} more" if len(self.files) > 50 else ""
-            lines.append(f"note: {len(self.files)} files or links left out: {', '.join(names)}{more}")
+            lines.append(f"note: {len(self.files)} files or links skipped: {', '.join(names)}{more}")
         return "\n".join(lines)
 
     def counts(self) -> dict[str, int]:
@@ -232,7 +236,7 @@ class LeftOut:
 
 
 def escaped(text: str) -> str:
-    """Return a name or message with bytes that are not UTF-8 and what a terminal does not show as \\xNN or \\uNNNN."""
+    """Return `text` with non-UTF-8 bytes and nonprinting characters as \\xNN or \\uNNNN."""
 
     def code(match: re.Match) -> str:
         number = ord(match[0])
@@ -243,7 +247,7 @@ def escaped(text: str) -> str:
 
 
 def split_suffix(path: Path) -> tuple[str, str] | None:
-    """Return (format, compression) of a file name, for example (".jsonl", ".gz"), or None if it is not supported."""
+    """Return (format, compression) of a file name, such as (".jsonl", ".gz"), or None if unsupported."""
     name = Path(path.name.lower())
     compression = name.suffix if name.suffix in OPENERS else ""
     kind = Path(name.stem if compression else name).suffix
@@ -251,10 +255,11 @@ def split_suffix(path: Path) -> tuple[str, str] | None:
 
 
 def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[Path]:
-    """Return the input files in order: files as given, folders recursively and sorted, links in them followed.
+    """Return the input files in order: files as given; folders recursively, sorted, following links.
 
-    What is in a folder and is not read is added to `left_out`. Raises InputError for what does not exist, cannot be
-    read, has an unsupported extension, or comes twice; a link to a file that is read anyway is left out.
+    Skipped entries of a folder are added to `left_out`, including a link to a file that is read anyway.
+    Raises InputError for an input that does not exist, cannot be read, has an unsupported extension, or is
+    given twice.
     """
     left_out = left_out or LeftOut()
     found: list[tuple[Path, bool]] = []
@@ -269,7 +274,7 @@ def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[
         elif split_suffix(path) is None:
             raise InputError(f"{path}: unsupported extension; supported are .txt and .jsonl, plain or .gz, .xz, .zst")
         elif not path.is_file():
-            raise InputError(f"{path}: not a regular file; it is read twice. Write its content to a file.")
+            raise InputError(f"{path}: not a regular file; the input is read twice. Write its content to a file.")
         else:
             found.append((path, False))
     targets = [path.resolve() for path, _ in found]
@@ -279,7 +284,7 @@ def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[
     files = []
     for target, (path, linked) in zip(targets, found, strict=True):
         if linked and counts[target]:
-            left_out.files.append((path, "a link to a file that is read already"))
+            left_out.files.append((path, "link to a file that is already an input"))
         else:
             files.append(path)
             counts[target] += linked
@@ -289,16 +294,16 @@ def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[
 
 
 def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
-    """Yield the input files below a folder, and whether a link leads to each; add the others to `left_out`.
+    """Yield each input file below a folder and whether a link led to it; add the others to `left_out`.
 
-    A folder is entered once, and before any link to it. Raises InputError for folders and links that cannot be read.
+    A folder is read once, before any link to it. Raises InputError for folders and links that cannot be read.
     """
     entered = set(root.resolve().parents)
     folders, links = [(root, False)], []
     while folders or links:
         folder, linked = folders.pop() if folders else links.pop()
         if folder.resolve() in entered:
-            left_out.files.append((folder, "a folder that is read already or leads back to the input"))
+            left_out.files.append((folder, "folder that was already read, or link back into the input"))
             continue
         entered.add(folder.resolve())
         try:
@@ -309,8 +314,8 @@ def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
             try:
                 mode = path.stat().st_mode
             except OSError as error:
-                if split_suffix(path) or not path.suffix:  # a file of text, or what may be a folder of them
-                    raise InputError(f"{path}: cannot be read: {error.strerror}. Mend or remove it.") from error
+                if split_suffix(path) or not path.suffix:  # a text file, or possibly a folder of text files
+                    raise InputError(f"{path}: cannot be read: {error.strerror}. Fix or remove it.") from error
                 left_out.files.append((path, error.strerror))
                 continue
             if stat.S_ISDIR(mode):
@@ -324,18 +329,18 @@ def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
 
 
 def read_texts(path: Path, text_key: str = "text", left_out: LeftOut | None = None) -> Iterator[tuple[str, bytes]]:
-    """Yield (text, UTF-8 bytes) of every document of one input file, the empty ones included.
+    """Yield (text, UTF-8 bytes) of every document of one input file, including empty ones.
 
-    Blank lines of .jsonl are counted in `left_out`; byte order marks before a line are dropped (Windows programs write
-    them, and concatenation leaves them inside). Raises InputError, with the file's name and the line, for text that is
-    not UTF-8, a line that is not a JSON object with one string under `text_key`, and for a damaged, truncated or empty
-    compressed file.
+    Blank lines of .jsonl are counted in `left_out`. Byte order marks before a line are dropped: Windows
+    programs write them, and concatenating files leaves them in the middle. Raises InputError, with file name
+    and line, for text that is not UTF-8, a line that is not a JSON object with exactly one string under
+    `text_key`, and a damaged, truncated or empty compressed file.
     """
     left_out = left_out or LeftOut()
     kind, compression = split_suffix(path) or ("", "")
-    assert kind, f"{path} did not pass list_inputs"
+    assert kind, f"{path}: not from list_inputs"
     try:
-        if compression and path.stat().st_size == 0:  # gzip and FrameReader would take it for an empty text
+        if compression and path.stat().st_size == 0:  # gzip and FrameReader would return an empty text
             raise EOFError("0 bytes, not a compressed file")
         with OPENERS[compression](path) as stream:
             if kind == ".txt":
@@ -366,7 +371,7 @@ def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[st
         record = json.loads(content)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, deep nesting
+    except (ValueError, RecursionError) as error:  # a number with more than 4,300 digits, deep nesting
         raise InputError(f"{path}, line {number}: cannot be parsed ({error})") from error
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
@@ -374,7 +379,7 @@ def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[st
     if content.count(f'"{text_key}"') > 1:
         pairs = json.loads(content, object_pairs_hook=list)
         if sum(key == text_key for key, _ in pairs) > 1:  # json.loads keeps the last one
-            raise InputError(f'{path}, line {number}: the key "{text_key}" comes more than once')
+            raise InputError(f'{path}, line {number}: the key "{text_key}" occurs more than once')
     try:
         return text, text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -383,7 +388,7 @@ def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[st
 
 
 def read_documents(job: Job, left_out: LeftOut | None = None) -> Iterator[Document]:
-    """Yield every document that is not empty, with its split; what is left out is added to `left_out`."""
+    """Yield every nonempty document with its split; skipped input is added to `left_out`."""
     left_out = left_out or LeftOut()
     for paths in (job.val_inputs, job.inputs):
         count = 0
@@ -397,7 +402,7 @@ def read_documents(job: Job, left_out: LeftOut | None = None) -> Iterator[Docume
                 else:
                     left_out.empty_documents += 1
             if count == before:
-                left_out.files.append((path, "no text in it"))
+                left_out.files.append((path, "no text"))
 
 
 def _choose_split(job: Job, index: int, utf8: bytes) -> str:
@@ -415,14 +420,14 @@ def _choose_split(job: Job, index: int, utf8: bytes) -> str:
 
 
 class Sampler:
-    """A uniform random sample of text passages, bounded in bytes and the same for the same texts and seed."""
+    """Uniform random sample of text passages, bounded in bytes and deterministic given texts and seed."""
 
-    PASSAGE = 16_000  # characters; SentencePiece's BPE trainer cannot take a word of 65,536 or more
+    PASSAGE = 16_000  # characters; SentencePiece's BPE trainer fails on a word of 65,536 or more
 
     def __init__(self, budget: int, seed: int) -> None:
         self._budget, self._bytes, self._index = budget, 0, 0
         self._random = random.Random(seed)
-        self._heap: list[tuple[float, int, str]] = []  # the passage with the largest draw on top, as a negative number
+        self._heap: list[tuple[float, int, str]] = []  # (-draw, ...): the largest draw on top
 
     def add(self, text: str) -> None:
         """Offer a text to the sample."""
@@ -438,13 +443,13 @@ class Sampler:
                 self._bytes -= len(heapq.heappop(self._heap)[2].encode())
 
     def passages(self) -> list[str]:
-        """Return the sampled passages in the order of the text."""
+        """Return the sampled passages in text order."""
         return [passage for _, _, passage in sorted(self._heap, key=lambda entry: entry[1])]
 
 
 @dataclass
 class Survey:
-    """What the first pass found: documents and UTF-8 bytes of each split, a training sample, what was left out."""
+    """Result of the first pass: documents and UTF-8 bytes per split, a training sample, skipped input."""
 
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     text_bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -453,9 +458,9 @@ class Survey:
 
 
 def survey(job: Job) -> Survey:
-    """Read, check and count all the input, and sample the training documents where a tokenizer has to be trained.
+    """Read, check and count the whole input; sample the training documents if a tokenizer must be trained.
 
-    Raises InputError where the input is damaged, empty, or leaves one side of the split without documents.
+    Raises InputError if the input is damaged or empty, or if one split would have no documents.
     """
     found = Survey()
     sampler = Sampler(job.tokenizer_sample_bytes, job.seed)
@@ -474,12 +479,12 @@ def survey(job: Job) -> Survey:
 def _check_split(job: Job, found: Survey) -> None:
     total = sum(found.documents.values())
     if total == 0:
-        raise InputError(f"the input holds no text: {found.left_out.empty_documents} documents, all of them empty")
+        raise InputError(f"the input contains no text: {found.left_out.empty_documents} documents, all empty")
     if found.documents["train"] == 0:
-        raise InputError(f"no training documents: all {total} fell into validation; lower --val-docs or --val-fraction")
+        raise InputError(f"no training documents: all {total} are validation; lower --val-docs or --val-fraction")
     if found.documents["val"] == 0 and job.wants_validation:
         raise InputError(
-            f"no validation documents: all {total} fell into training; "
+            f"no validation documents: all {total} are training; "
             "use --val-docs, a larger --val-fraction or --val-input (--val-fraction 0 for a training split only)"
         )
 
@@ -488,7 +493,7 @@ def _check_split(job: Job, found: Survey) -> None:
 # Tokenizer
 # ----------------------------------------------------------------------------------------------------------------------
 
-SEGMENT = 1 << 16  # characters that SentencePiece encodes at once; it takes about 100 bytes of memory for each
+SEGMENT = 1 << 16  # characters per SentencePiece call, which takes about 100 bytes of memory per character
 HOSTILE_TEXT = (
     " \t  leading, double  and trailing spaces \r\n\n\n \x00\x01\x7f\ufeff<s></s><unk><pad><0x41> \ufb01 \u212b "
     "e\u0301 \u0301\u0327 \u2585 \u2047 \u00a0\u3000\u200d\u2028 0123 \u6f22\u5b57\U0001f600\U0001f3fd \U0010ffff  "
@@ -498,8 +503,8 @@ HOSTILE_TEXT = (
 def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
     """Train a lossless SentencePiece BPE of exactly `vocab_size` pieces and return its serialized model.
 
-    Ids: pad 0, bos 1, eos 2, unk 3, then the 256 bytes, then learned pieces. Raises InputError where the text is too
-    small for that many pieces.
+    Ids: pad 0, bos 1, eos 2, unk 3, then the 256 bytes, then learned pieces. Raises InputError if the text is
+    too small for that many pieces.
     """
     sentences = _trainable(passages, vocab_size)
     model = io.BytesIO()
@@ -532,15 +537,16 @@ def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
 
 
 def _trainable(passages: list[str], vocab_size: int) -> list[str]:
-    """Cut the text at characters that are to become byte tokens: rare ones, and those the trainer cannot take.
+    """Split the text at characters that become byte tokens: rare ones, and those the trainer cannot handle.
 
-    It reserves tab, U+2585 and NUL and would take a literal U+2581 for a space. Characters with pieces of their own
-    cover 99.9 % of the text, or fill half of the learned pieces: scripts of many characters need room for merges too.
+    The trainer reserves tab, U+2585 and NUL and reads a literal U+2581 as a space. Characters with their own
+    piece cover 99.9 % of the text or take half of the learned pieces, whichever is fewer: scripts with many
+    characters need pieces for merges too.
     """
     counts: Counter[str] = Counter()
     for passage in passages:
         counts.update(passage)
-    common, missing = " ", 0.999 * counts.total()  # the space always: else it would be encoded as U+2581's bytes
+    common, missing = " ", 0.999 * counts.total()  # always the space: else it becomes U+2581's bytes
     for character, count in counts.most_common((vocab_size - 260) // 2):
         if missing > 0 and character not in f"\0\t{SPACE}\u2585":
             common += character
@@ -550,7 +556,7 @@ def _trainable(passages: list[str], vocab_size: int) -> list[str]:
 
 
 def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
-    """Return the tokenizer of a serialized model; InputError unless it fits the shards (BOS id 1, 16-bit ids)."""
+    """Return the tokenizer of a serialized model. InputError unless BOS is id 1 and ids fit in 16 bits."""
     try:
         sp = spm.SentencePieceProcessor(model_proto=model)
         bos_id, vocab_size = sp.bos_id(), sp.vocab_size()
@@ -566,9 +572,9 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
 def encode(sp: spm.SentencePieceProcessor, text: str) -> list[int]:
     """Return the token ids of a text, without BOS.
 
-    With a tokenizer that keeps every character (identity normalisation, no dummy prefix, byte fallback) this is
-    lossless: SentencePiece alone would turn a literal U+2581 into a space, so its three bytes are encoded instead. With
-    any other tokenizer it is plain sp.encode.
+    Lossless with a tokenizer that keeps every character (identity normalization, no dummy prefix, byte
+    fallback): SentencePiece alone would turn a literal U+2581 into a space, so its three bytes are encoded
+    instead. With any other tokenizer this is plain sp.encode.
     """
     if len(text) <= SEGMENT and SPACE not in text:
         return sp.encode(text)
@@ -584,7 +590,7 @@ def encode(sp: spm.SentencePieceProcessor, text: str) -> list[int]:
 
 
 def _segments(text: str) -> Iterator[str]:
-    """Cut a long text before spaces that follow something else: no learned piece crosses such a place."""
+    """Split a long text before a space that follows a non-space: no learned piece crosses that boundary."""
     start = 0
     while len(text) - start > SEGMENT:
         stop = start + SEGMENT
@@ -596,9 +602,9 @@ def _segments(text: str) -> Iterator[str]:
 
 
 def is_lossless(sp: spm.SentencePieceProcessor) -> bool:
-    """Tell whether `encode` keeps every byte of any text, by encoding hostile strings and putting them together again.
+    """Return whether `encode` keeps every byte of any text, tested by a round trip of adversarial strings.
 
-    Where it is true, a token stands for `token_bytes(sp)[id]` bytes, and these add up to the text's bytes exactly.
+    If so, a token stands for `token_bytes(sp)[id]` bytes, and these add up exactly to the bytes of the text.
     """
     text = f"{SPACE}{HOSTILE_TEXT}{SPACE}{SPACE} {SPACE}"
     return _keeps_text(sp) and _detokenize(sp, encode(sp, text)) == text.encode()
@@ -623,7 +629,7 @@ def _piece_bytes(sp: spm.SentencePieceProcessor, token: int) -> bytes:
 
 
 def token_bytes(sp: spm.SentencePieceProcessor) -> np.ndarray:
-    """Return, for each token id of a lossless tokenizer, how many bytes of text it stands for (int64)."""
+    """Return the bytes of text that each token id of a lossless tokenizer stands for (int64)."""
     return np.array([len(_piece_bytes(sp, token)) for token in range(sp.vocab_size())], dtype=np.int64)
 
 
@@ -632,7 +638,7 @@ def token_bytes(sp: spm.SentencePieceProcessor) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------------------------------
 
 BATCH_CHARACTERS = 1 << 20
-_worker_tokenizer: spm.SentencePieceProcessor | None = None  # one for each process, set by _start_worker
+_worker_tokenizer: spm.SentencePieceProcessor | None = None  # one per process, set by _start_worker
 
 
 class Batch(NamedTuple):
@@ -656,12 +662,12 @@ def make_batches(documents: Iterable[Document]) -> Iterator[Batch]:
 
 
 def encode_batch(sp: spm.SentencePieceProcessor, batch: Batch) -> np.ndarray:
-    """Return the tokens of a batch as uint16, BOS before each document."""
+    """Return the tokens of a batch as uint16, with BOS before each document."""
     return np.concatenate([np.array([BOS_ID, *encode(sp, text)], dtype="<u2") for text in batch.texts])
 
 
 def encode_batches(model: bytes, batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield every batch with its tokens, in order, encoded by `workers` processes (in this one if it is 1)."""
+    """Yield every batch with its tokens, in order, encoded by `workers` processes (in this process if 1)."""
     if workers == 1:
         sp = spm.SentencePieceProcessor(model_proto=model)
         for batch in batches:
@@ -669,7 +675,7 @@ def encode_batches(model: bytes, batches: Iterable[Batch], workers: int) -> Iter
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(model,)) as pool:
-        # A bounded window: the executor's own map would read the whole input ahead of the workers.
+        # Bounded prefetch: the executor's own map would read the whole input ahead of the workers.
         window: deque = deque()
         try:
             for batch in batches:
@@ -692,7 +698,7 @@ def _start_worker(model: bytes) -> None:
 
 
 def _end_with_parent() -> None:
-    """Without this, workers would wait for work for ever where the parent was killed."""
+    """Exit when the parent does: otherwise workers of a killed parent would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -711,10 +717,10 @@ def _encode_in_worker(batch: Batch) -> np.ndarray:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path` that takes its name at the end, or vanishes where an error ends the block."""
+    """Open a temporary file beside `path`: renamed to `path` at the end of the block, deleted on an error."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as stream:  # never through a link that stands there
+        with temporary.open("xb") as stream:  # never through an existing link
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -733,10 +739,10 @@ def sha256_of(path: Path) -> str:
 
 
 class ShardWriter:
-    """Writes one split's tokens as shards of `shard_tokens` tokens, the last one shorter.
+    """Writer of one split's tokens as shards of `shard_tokens` tokens, the last one shorter.
 
-    `shards` lists the finished ones as they stand in the manifest. `byte_counts` are the bytes of each token id, or
-    None where the tokenizer is not lossless.
+    `shards` holds the manifest entries of the finished shards. `byte_counts` are the bytes of each token id,
+    or None if the tokenizer is not lossless.
     """
 
     def __init__(self, out: Path, split: str, shard_tokens: int, byte_counts: np.ndarray | None) -> None:
@@ -753,7 +759,7 @@ class ShardWriter:
         self._files.__exit__(*error)
 
     def write(self, tokens: np.ndarray) -> None:
-        """Append tokens, finishing shards as they fill up."""
+        """Append tokens and finish each shard that is full."""
         while len(tokens):
             room = self._shard_tokens - self._tokens
             self._append(tokens[:room])
@@ -772,7 +778,7 @@ class ShardWriter:
             self._text_bytes += int(self._byte_counts[tokens].sum())
 
     def finish(self) -> None:
-        """Give the open shard its header and its final name; nothing happens where none is open."""
+        """Write the header of the open shard and give it its final name; no-op if none is open."""
         if self._stream is None:
             return
         self._stream.seek(0)
@@ -789,9 +795,9 @@ class ShardWriter:
 
 
 def earlier_output(job: Job) -> list[Path]:
-    """Return what earlier preparations left in the job's folder, unfinished files included, the manifest first.
+    """Return earlier output in the job's folder, including unfinished files, the manifest first.
 
-    A tokenizer that the job itself takes from there is not among them.
+    A tokenizer in that folder that this job uses is not included.
     """
     pattern = re.compile(r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?")
     found = sorted(path for path in job.out.glob("*") if pattern.fullmatch(path.name))
@@ -805,16 +811,17 @@ def earlier_output(job: Job) -> list[Path]:
 
 
 def prepare(job: Job) -> dict:
-    """Do a job and return its manifest.
+    """Run a job and return its manifest.
 
-    Raises InputError for what the user can correct. After that or any other exception before the last shard is done, no
-    file of this job is left; shards that are done stay, even where the manifest cannot be written. An earlier
-    preparation in the same folder is only replaced with `overwrite`, and only once all the input is found good.
+    Raises InputError for user errors. After any exception before the last shard is complete, no file of this
+    job is left. Once all shards are complete they stay, even if the manifest cannot be written. An earlier
+    preparation in the same folder is replaced only with `overwrite`, and only after the whole input has
+    passed its checks.
     """
     earlier = earlier_output(job)
     if earlier and not job.overwrite:
-        raise InputError(f"{job.out}: holds {earlier[0].name} already; --overwrite replaces it")
-    list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # nothing twice, nothing on both sides
+        raise InputError(f"{job.out}: already contains {earlier[0].name}. Replace it with --overwrite.")
+    list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # no file twice or in both splits
     given = _read_model(job.tokenizer) if job.tokenizer else None
     found = survey(job)
     if left_out := found.left_out.describe():
@@ -833,7 +840,7 @@ def prepare(job: Job) -> dict:
     try:
         write_json(job.out / "manifest.json", manifest)
     except OSError as error:
-        raise OSError(f"{job.out}: all shards are done, but manifest.json cannot be written: {error}") from error
+        raise OSError(f"{job.out}: all shards are complete, but manifest.json cannot be written: {error}") from error
     return manifest
 
 
@@ -842,7 +849,7 @@ def _read_model(path: Path) -> bytes:
         model = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if not model:  # SentencePiece ends the process over it
+    if not model:  # SentencePiece would abort the process
         raise InputError(f"{path}: an empty file, not a SentencePiece model")
     load_tokenizer(model, str(path))
     return model
@@ -877,7 +884,7 @@ def _write_tokens(job: Job, model: bytes, found: Survey) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically; what UTF-8 cannot express becomes JSON escapes."""
+    """Write a JSON file atomically; characters that UTF-8 cannot encode become JSON escapes."""
     with atomic_file(path) as stream:
         stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
@@ -902,7 +909,7 @@ def _write_shards(job: Job, model: bytes, byte_counts: np.ndarray | None, total_
 
 
 def _total(split: str, shards: list[dict], found: Survey) -> dict:
-    """Add up a split's shards and compare them with what the first pass found in the text."""
+    """Add up a split's shards and compare the totals with those of the first pass."""
     own = [shard for shard in shards if shard["split"] == split]
     counted = {key: sum(shard[key] or 0 for shard in own) for key in ("documents", "text_bytes", "tokens")}
     expected = {"documents": found.documents[split], "text_bytes": found.text_bytes[split]}
@@ -910,7 +917,7 @@ def _total(split: str, shards: list[dict], found: Survey) -> dict:
         lossy = key == "text_bytes" and any(shard[key] is None for shard in own)
         if counted[key] != number and not lossy:
             raise InputError(
-                f"{split}: {number} {key} at the first reading, {counted[key]} encoded; did a file change?"
+                f"{split}: {number} {key} in the first pass, {counted[key]} encoded. Did an input file change?"
             )
     return {**counted, **expected}
 
@@ -919,20 +926,21 @@ def _total(split: str, shards: list[dict], found: Survey) -> dict:
 # Overlap of validation and training shards
 # ----------------------------------------------------------------------------------------------------------------------
 
-# Validation text is looked up in the training shards by 64-bit hashes of 32-token spans, taken at every position of the
-# training tokens and at every 32nd of a document: at 2,000,000 spans and 8,000,000,000 positions 0.001 are wrong hits.
+# Validation text is looked up in the training shards by 64-bit hashes of 32-token spans, taken at every
+# position of the training tokens and at every 32nd position of a document. Expected false hits at 2,000,000
+# spans and 8,000,000,000 positions: 0.001.
 SPAN, CHUNK_TOKENS = 32, 1 << 20
-MARGIN = 8  # tokens: the first and the last word of a document are tokenized otherwise inside a longer text
+MARGIN = 8  # tokens: the first and last words of a document are tokenized differently inside a longer text
 
 
 def count_overlap(folder: Path) -> dict:
-    """Count the validation documents of a folder that occur inside its training shards, and record that.
+    """Count the validation documents of a folder that occur in its training shards, and write the counts.
 
-    Of a document of 48 or more tokens the first and the last 8 are left out; what remains, or all of it, is covered by
-    32-token spans. It is inside if all its spans occur anywhere in the training tokens, and touched if one does. A
-    document of fewer than 32 tokens is inside, and touched, if a training document equals it. The result goes into
-    manifest.json under "overlap", or into source.json where that stands alone. Memory: 2 bytes for each validation
-    token, 64 bytes for each span, and 100 MB. InputError where shards are missing or are none.
+    A document is covered by 32-token spans; of a document of 48 or more tokens the first and last 8 are left
+    out. It is inside if all its spans occur anywhere in the training tokens, and touched if one does. A
+    document of fewer than 32 tokens is inside, and touched, if a training document equals it. The counts go
+    into manifest.json under "overlap", or into source.json if there is no manifest. Memory: 2 bytes per
+    validation token, 64 bytes per span, and 100 MB. InputError if shards are missing or malformed.
     """
     record = next((folder / name for name in ("manifest.json", "source.json") if (folder / name).exists()), None)
     content = read_record(record) if record else {}
@@ -940,7 +948,7 @@ def count_overlap(folder: Path) -> dict:
     tokens = np.concatenate([*read_chunks(val)])
     starts, lengths = document_bounds(tokens)
     if not len(starts):
-        raise InputError(f"{folder}: the validation shards hold no document: {len(tokens)} tokens, BOS is id {BOS_ID}")
+        raise InputError(f"{folder}: no document in the validation shards: {len(tokens)} tokens, BOS is id {BOS_ID}")
     owners, hashes = span_hashes(tokens, starts, lengths)
     keys, inverse = np.unique(hashes, return_inverse=True)
     found = find_hashes(train, keys, bool((lengths < SPAN).any()))[inverse]
@@ -964,7 +972,7 @@ def count_overlap(folder: Path) -> dict:
 
 
 def read_record(path: Path) -> dict:
-    """Return the object in manifest.json or source.json. InputError where it is none."""
+    """Return the JSON object in manifest.json or source.json. InputError if it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -975,7 +983,7 @@ def read_record(path: Path) -> dict:
 
 
 def list_shards(folder: Path, split: str) -> dict[Path, int]:
-    """Return the shards of a split, in order, and their numbers of tokens. InputError where one is no shard."""
+    """Return the shards of a split with their token counts, in order. InputError for a malformed shard."""
     paths = sorted(path for path in folder.glob(f"fineweb_{split}_*.bin") if re.fullmatch(SHARD_FILE, path.name))
     if not paths:
         raise InputError(f"{folder}: no {SHARD_NAME.format(split=split, index=0)} in this folder")
@@ -990,7 +998,7 @@ def list_shards(folder: Path, split: str) -> dict[Path, int]:
 
 
 def document_bounds(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where documents begin, behind their BOS, and their lengths in tokens; empty ones are left out."""
+    """Return the first position of each nonempty document, after its BOS, and its length in tokens."""
     starts = np.flatnonzero(tokens == BOS_ID) + 1
     lengths = np.diff(starts, append=len(tokens) + 1) - 1
     return starts[lengths > 0], lengths[lengths > 0]
@@ -998,12 +1006,12 @@ def document_bounds(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def token_hashes() -> np.ndarray:
-    """Return a random number for each token id, uint64, the same in every run."""
+    """Return a random number for each token id, uint64, identical in every run."""
     return np.random.default_rng(SPAN).integers(1 << 64, size=1 << 16, dtype=np.uint64)
 
 
 def rolling_hashes(tokens: np.ndarray) -> np.ndarray:
-    """Return the hash of every 32 consecutive tokens, uint64: a polynomial modulo 2**64, by doubling the span."""
+    """Return the hash of every 32 consecutive tokens, uint64: a polynomial modulo 2**64, by doubling."""
     hashes, factor, width = token_hashes()[tokens], 0x9E3779B97F4A7C15, 1
     while width < SPAN:
         hashes = hashes[:-width] * np.uint64(factor) + hashes[width:]
@@ -1020,7 +1028,7 @@ def short_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
 
 
 def span_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which document each span belongs to, and the hash of the span; see count_overlap for the spans."""
+    """Return the document index and the hash of each span; count_overlap defines the spans."""
     margin = np.where(lengths >= SPAN + 2 * MARGIN, MARGIN, 0)
     first, last = starts + margin, starts + lengths - margin - SPAN
     counts = np.where(lengths < SPAN, 1, -(-(last - first) // SPAN) + 1)
@@ -1038,8 +1046,8 @@ def span_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
 
 
 def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.ndarray:
-    """Return which of the sorted `keys` occur in the shards, as spans or, where `short` is set, as whole documents."""
-    bits = min(26, max(16, len(keys).bit_length() + 5))  # a table of 1 byte an entry, one entry in 32 set
+    """Return which of the sorted `keys` occur in the shards, as spans or, if `short`, as whole documents."""
+    bits = min(26, max(16, len(keys).bit_length() + 5))  # a table of 1 byte per entry, one entry in 32 set
     table, shift = np.zeros(1 << bits, bool), np.uint64(64 - bits)
     table[keys >> shift] = True
     found = np.zeros(len(keys), bool)
@@ -1047,7 +1055,7 @@ def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.nd
         kept = np.zeros(0, "<u2")
         for chunk in itertools.chain(read_chunks(shards), [np.array([BOS_ID], "<u2")]):  # the BOS ends a short document
             tokens = np.concatenate([kept, chunk])
-            kept = tokens[-SPAN - 1 :]  # a span, or BOS, a short document and BOS, may lie across chunks
+            kept = tokens[-SPAN - 1 :]  # a span, or BOS, a short document and BOS, may cross chunks
             hashes = rolling_hashes(tokens)
             if short:
                 starts, lengths = document_bounds(tokens[:-1])
@@ -1061,14 +1069,14 @@ def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.nd
 
 
 def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
-    """Yield the tokens of the shards, uint16, at most CHUNK_TOKENS at a time; not mapped, so that memory is bounded."""
+    """Yield the tokens of the shards, uint16, at most CHUNK_TOKENS at a time; not mapped, to bound memory."""
     for path, count in shards.items():
         with path.open("rb") as stream:
             stream.seek(HEADER_BYTES)
             while count > 0:
                 chunk = np.fromfile(stream, "<u2", min(count, CHUNK_TOKENS))
                 if not len(chunk):
-                    raise InputError(f"{path}: has become shorter while it was read")
+                    raise InputError(f"{path}: the file became shorter while it was read")
                 count -= len(chunk)
                 yield chunk
 
@@ -1079,7 +1087,7 @@ def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
 
 
 def describe(manifest: dict) -> str:
-    """Return one line of text for each split of a manifest."""
+    """Return one line of text per split of a manifest."""
     lines = []
     for split, total in manifest["splits"].items():
         ratio = f", {total['text_bytes'] / total['tokens']:.4f} bytes/token" if total["tokens"] else ""
@@ -1092,7 +1100,7 @@ def describe_overlap(overlap: dict, seconds: float) -> str:
     """Return two lines of text for the result of count_overlap."""
     rate = f"{overlap['train_tokens']:,} training tokens in {seconds:.2f} s, {overlap['train_tokens'] / seconds:,.0f}"
     return (
-        f"overlap: {overlap['documents_inside']:,} of {overlap['documents']:,} validation documents occur inside the "
+        f"overlap: {overlap['documents_inside']:,} of {overlap['documents']:,} validation documents occur in the "
         f"training shards, {overlap['documents_touched']:,} share a span of {SPAN} tokens with them; "
         f"{overlap['documents_short']:,} documents of fewer than {SPAN} tokens were compared whole\n"
         f"overlap: {overlap['spans_found']:,} of {overlap['spans']:,} spans found; {rate} tokens/s; "
@@ -1101,7 +1109,7 @@ def describe_overlap(overlap: dict, seconds: float) -> str:
 
 
 def core_count() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -1114,26 +1122,34 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
         "--overlap",
         type=Path,
         metavar="FOLDER",
-        help="only count FOLDER's validation documents inside its training shards",
+        help="only count FOLDER's validation documents that occur in its training shards",
     )
-    parser.add_argument("--name", help="name of the data set in the manifest (default: the folder's)")
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="where .jsonl objects have their text")
+    parser.add_argument("--name", help="dataset name in the manifest (default: name of the folder)")
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in .jsonl objects")
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--vocab-size", type=int, default=1024, help="pieces of the new tokenizer (default: 1024)")
     tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE.model", help="use this SentencePiece model instead")
     split = parser.add_mutually_exclusive_group()
-    split.add_argument("--val-docs", type=int, metavar="N", help="the first N documents are for validation")
-    split.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="by hash of the text (0.02)")
+    split.add_argument("--val-docs", type=int, metavar="N", help="use the first N documents for validation")
+    split.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="split by hash (default: 0.02)")
     split.add_argument("--val-input", type=Path, nargs="+", default=[], metavar="PATH", help="separate validation text")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="default: 100000000")
-    parser.add_argument("--tokenizer-sample-bytes", type=int, default=64_000_000, metavar="N", help="default: 64000000")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens per shard (default: 100000000)"
+    )
+    parser.add_argument(
+        "--tokenizer-sample-bytes",
+        type=int,
+        default=64_000_000,
+        metavar="N",
+        help="bytes of text that the tokenizer is trained on (default: 64000000)",
+    )
     parser.add_argument("--workers", type=int, default=core_count(), metavar="N", help="processes (default: all cores)")
-    parser.add_argument("--seed", type=int, default=1337, help="of the split by hash and of the tokenizer's sample")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the hash split and the tokenizer sample")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier preparation in DIR")
     options = vars(parser.parse_args(arguments))
     if overlap := options.pop("overlap"):
         if options["inputs"] or options["out"]:
-            parser.error("--overlap goes without INPUT and --out")
+            parser.error("--overlap takes neither INPUT nor --out")
         return overlap
     if not options["inputs"] or not options["out"]:
         parser.error("INPUT and --out are required, or --overlap")
@@ -1143,7 +1159,7 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return 0, 1 for a failure, 2 for something the user can correct."""
+    """Run the command line; return 0, 1 for a failure, 2 for a user error."""
     try:
         job = parse_arguments(arguments)
         if isinstance(job, Path):

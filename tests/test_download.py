@@ -317,4 +317,4 @@ def test_unknown_repository_and_silent_hub(
     assert "owner/nothing" in capsys.readouterr().err
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert run(tmp_path) == 1
-    assert "check the connection" in capsys.readouterr().err
+    assert "Check the connection" in capsys.readouterr().err

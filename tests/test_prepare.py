@@ -354,12 +354,12 @@ def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', 'bad.jsonl, line 2: no string under the key "text"'),
         ("bad.jsonl", b'{"text": 3}\n', "bad.jsonl, line 1: no string"),
         ("bad.jsonl", b'["text"]\n', "bad.jsonl, line 1: no string"),
-        ("bad.jsonl", b'{"text": "a", "m": 1, "text": "b"}\n', 'line 1: the key "text" comes more than once'),
+        ("bad.jsonl", b'{"text": "a", "m": 1, "text": "b"}\n', 'line 1: the key "text" occurs more than once'),
         ("bad.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "bad.jsonl, line 1: cannot be parsed"),
         ("bad.jsonl", b"[" * 100_000 + b"\n", "bad.jsonl, line 1: cannot be parsed"),
         ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b\\ud800"}\n', "bad.jsonl, line 3: lone surrogate U+D800"),
         ("bad.jsonl", b"", "no text"),
-        ("bad.jsonl", b'{"text": ""}\n', "1 documents, all of them empty"),
+        ("bad.jsonl", b'{"text": ""}\n', "1 documents, all empty"),
         ("bad.csv", b"a,b\n", "unsupported extension"),
         ("bad.jsonl.gz", b"not gzip", "bad.jsonl.gz: cannot be read"),
         ("bad.jsonl.xz", b"not xz", "bad.jsonl.xz: cannot be read"),
@@ -534,7 +534,7 @@ def test_what_holds_no_text_is_counted(texts: list[str], tmp_path: Path, capsys)
     assert documents_in(tmp_path / "out", "train") == [*texts[:200], "after a mark", "\ufeff"]
     error = capsys.readouterr().err
     assert "3 empty documents skipped" in error and "4 blank lines skipped" in error
-    assert all(f"{folder / name} (no text in it)" in error for name in ("empty.txt", "blank.jsonl", "empty.jsonl"))
+    assert all(f"{folder / name} (no text)" in error for name in ("empty.txt", "blank.jsonl", "empty.jsonl"))
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["left_out"] == {"files": 3, "empty_documents": 3, "blank_lines": 4}
 
@@ -587,7 +587,7 @@ def test_shards_stay_where_the_manifest_cannot_be_written(
             assert run([source], tmp_path / "full") == 1
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "all shards are done, but manifest.json cannot be written" in capsys.readouterr().err
+    assert "all shards are complete, but manifest.json cannot be written" in capsys.readouterr().err
     assert snapshot(tmp_path / "full") == {name: good[name] for name in good if name != "manifest.json"}
     assert run([source], tmp_path / "full", "--overwrite") == 0 and set(snapshot(tmp_path / "full")) == set(good)
 
@@ -658,7 +658,7 @@ def test_overlap_of_text_goes_into_the_record(
     before = json.loads((folder / "manifest.json").read_text())
     assert prepare.main(["--overlap", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "overlap: 3 of 5 validation documents occur inside" in out and "tokens/s; written to manifest.json" in out
+    assert "overlap: 3 of 5 validation documents occur in the" in out and "tokens/s; written to manifest.json" in out
     after = json.loads((folder / "manifest.json").read_text())
     overlap = after.pop("overlap")
     assert after == before and not list(folder.glob("*.tmp"))
