@@ -1,13 +1,13 @@
-"""Check a record folder, a log or a run against the rules of the contest, from its files and nothing else.
+"""Check a record folder, a run or a log against the contest rules, using only its files.
 
     python records/check.py records/track_10min_16mb/2026-12-01_Name [--against FOLDER] [--json]
     python records/check.py runs/NAME [--data FOLDER --tokenizer FILE]
     python records/check.py train_seed42.log
 
-Every number is derived again: steps, times, sizes, scores, seeds, tokens per byte, significance. Each rule says pass,
-warn or fail with the line or file it rests on. Where nll.npy is there, the score is derived from it again; val_bpb too,
-where shards and tokenizer are at hand: by the log's paths inside this repository, or by the options. Exit code 0:
-passed, warnings allowed; 1: failed; 2: the user's input.
+Every number is recomputed: steps, times, sizes, scores, seeds, tokens per byte, significance. Each rule
+reports pass, warn or fail with the line or file that supports it. If nll.npy exists, val_loss is recomputed
+from it. If shards and tokenizer are available too, by the log's paths inside this repository or by the
+options, so is val_bpb. Exit codes: 0 passed (warnings allowed), 1 failed, 2 user error.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 from formats import ARTIFACT_MAGIC, CHALLENGE_BYTES, PUBLISHED, SIZE_CAP, Published
 
-TIME_LIMIT = 600.0  # seconds, of training and of evaluation
-MARGIN_NATS = 0.005  # what a record must gain
-P_WRITTEN, P_APPLIED = 0.01, 0.25  # of the written rule; of the maintainers' passes from 2026-04-28
+TIME_LIMIT = 600.0  # seconds, for training and for evaluation
+MARGIN_NATS = 0.005  # gain required of a record, nats per token
+P_WRITTEN, P_APPLIED = 0.01, 0.25  # p of the written rule; p that the maintainers accepted from 2026-04-28
 MIN_SEEDS = 3
-LEAKY_SHARDS = 1499  # of the export that leaves 10,000 documents to validation and trains on the other 40,000
+LEAKY_SHARDS = 1499  # of an export with 10,000 validation documents that trains on the other 40,000
 VAL_DOCUMENTS = 50_000
-RATIO_TOLERANCE = 2e-4  # relative; a tail cut to whole windows moves tokens per byte by up to 1e-4
-EXPORT_TOLERANCE = 0.02  # relative; other exports of all documents differ by less in their tokens
-TAIL_TOKENS = 8192  # more than any cut to whole windows drops
-UNPACK_LIMIT = 1 << 28  # bytes read of a compressed file
+RATIO_TOLERANCE = 2e-4  # relative; dropping a partial last window changes tokens per byte by up to 1e-4
+EXPORT_TOLERANCE = 0.02  # relative; token counts of other exports of all documents differ by less
+TAIL_TOKENS = 8192  # more than dropping a partial last window loses
+UNPACK_LIMIT = 1 << 28  # bytes read from a compressed file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading a log
@@ -58,10 +58,10 @@ UNPACK_LIMIT = 1 << 28  # bytes read of a compressed file
 NUM = r"(?:[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)"
 INT = r"\d[\d,]*"
 AT_STEP = r"(?:step:)?(?P<steps>\d+)/\d+ "
-LINES = tuple(  # of every dialect, each anchored to the line's start; the last line that matches counts
+LINES = tuple(  # of all log formats, anchored to the start of a line; the last matching line counts
     (where, re.compile(pattern))
     for where, pattern in (
-        # anywhere: settings stand before model_params in some dialects and after it in others
+        # anywhere: settings precede model_params in some formats and follow it in others
         ("any", r" *seed: ?(?P<seed>\d+)$"),
         ("any", r"(?:train_loader:dataset:(?P<dataset>\S+) )? *train_shards: ?(?P<train_shards>\d+)"),
         ("any", r"val_loader:\S* pattern=\S+ tokens:(?P<val_tokens>\d+)"),
@@ -69,7 +69,7 @@ LINES = tuple(  # of every dialect, each anchored to the line's start; the last 
         ("any", r"evaluation order: .*targets:(?P<val_tokens>\d+)"),
         ("any", r"(?:val_bpb:enabled \S+ | *)tokenizer_path[=:] ?(?P<tokenizer>[^\s\"'(]+)$"),
         ("any", r"model_params: ?(?P<model_params>\d+)"),
-        # only after model_params: before it a log may hold the source of its program
+        # only after model_params: before it a log may contain the program's source
         ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM}(?: \S+)*? (?:train_time|t): ?(?P<train_ms>{NUM})ms"),
         ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM} train_time: ?(?P<train_minutes>{NUM})m\b"),  # from #1218 on
         ("body", rf"{AT_STEP}val_loss: ?{NUM} val_bpb: ?{NUM}(?: train_time: ?(?P<train_ms>{NUM})ms)?"),
@@ -90,13 +90,11 @@ SCORE_LINE = re.compile(
     rf"(?P<label>[A-Za-z][\w +.-]*?)(?: stride:\d+)? val_loss: ?(?P<loss>{NUM}) val_bpb: ?(?P<bpb>{NUM})"
     rf"(?: stride:\d+)?(?: eval_time: ?(?P<ms>{NUM})ms| time: ?(?P<s>{NUM})s)?"
 )
-STAMP = re.compile(r"(?:\[[^\]]*\]:? ?|\d+\.\d+ |\d{4}-\d\d-\d\d[T ][\d:.,]+Z? )*")  # rank, epoch or date before a line
-SETTING = re.compile(r" +(?P<key>\w+)(?:=|: )(?P<value>.*?)(?: \(given\))?$")  # this repository's, and from #1218 on
-PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$")  # the baseline's settings: names and values on a few lines
-OWN_SETTINGS = re.compile(
-    r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE
-)  # each run has its own
-IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights that are not the artifact's
+STAMP = re.compile(r"(?:\[[^\]]*\]:? ?|\d+\.\d+ |\d{4}-\d\d-\d\d[T ][\d:.,]+Z? )*")  # rank, time
+SETTING = re.compile(r" +(?P<key>\w+)(?:=|: )(?P<value>.*?)(?: \(given\))?$")  # ours, from #1218 on
+PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$")  # the baseline's settings: name:value pairs on a few lines
+OWN_SETTINGS = re.compile(r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE)  # per-run settings
+IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights other than the artifact's
 NO_RESULT = re.compile(r"diagnostic|" + IN_MEMORY.pattern, re.IGNORECASE)
 RESULT_SCORES = (("ttt", "legal_ttt"), ("sliding", "final_int6_sliding_window"), ("roundtrip", "final_int6_roundtrip"))
 COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total", "train_shards",
@@ -105,7 +103,7 @@ COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_
 
 @dataclass
 class Score:
-    """One scored evaluation: nats per token, bits per byte, seconds (None: not said), decimals printed."""
+    """One evaluation: nats per token, bits per byte, seconds (None: not logged), printed decimals."""
 
     label: str
     val_loss: float
@@ -121,11 +119,12 @@ class Score:
 
 @dataclass
 class LogFacts:
-    """What the logs of one training run say, its evaluator's included; None where they do not say it.
+    """Facts from the logs of one training run and its evaluator; None if the logs lack a fact.
 
-    `train_seconds` is the contest's clock: RESULT's, else the training loop's. `eval_seconds` is the headline's pass,
-    `eval_all_seconds` every pass over the artifact and compilation too. `bytes_code` is the code as counted,
-    `bytes_source` before packing. `evidence` has the line of each fact, `conflicts` what contradicts itself.
+    `train_seconds` is the contest clock: from RESULT, else from the training loop. `eval_seconds` is the pass
+    of the headline score, `eval_all_seconds` includes all passes over the artifact and compilation.
+    `bytes_code` is the code as counted, `bytes_source` before packing. `evidence` has the line of each fact,
+    `conflicts` the contradictions.
     """
 
     paths: list[Path]
@@ -170,12 +169,12 @@ class LogFacts:
         return self.headline.val_loss if self.headline else None
 
     def cite(self, key: str) -> str:
-        """The line that a fact rests on."""
+        """Return the line that supports a fact."""
         return self.evidence.get(key) or f"{self.name}: RESULT {key}"
 
 
 def read_log(path: str | Path, *more: str | Path) -> LogFacts:
-    """What a log says; with MORE, what the logs of one training run say. ValueError where one cannot be read."""
+    """Read a log, with `more` the other logs of the same training run. ValueError if one cannot be read."""
     facts, found = LogFacts([Path(path), *map(Path, more)]), {}
     for each in facts.paths:
         try:
@@ -207,7 +206,7 @@ def read_log(path: str | Path, *more: str | Path) -> LogFacts:
 
 
 def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> None:
-    """Collect what the lines of one log say; of a line that a progress bar overwrote, what was left standing counts."""
+    """Collect the facts of one log; of a line overwritten by a progress bar, only the final text counts."""
     lines = [STAMP.sub("", line.rstrip().rpartition("\r")[2], count=1) for line in text.split("\n")]
     start = next((i for i, line in enumerate(lines) if re.match(r"model_params: ?\d", line)), 0)
     for index, line in enumerate(lines):
@@ -216,7 +215,7 @@ def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> N
             try:
                 facts.results.append(json.loads(line.removeprefix("RESULT ")))
             except ValueError:
-                facts.conflicts.append(f"{cited}: not JSON, so cut off or altered")
+                facts.conflicts.append(f"{cited}: not JSON, so truncated or altered")
         elif body and (scored := SCORE_LINE.match(line)):
             add_score(facts.scores, scored, cited)
         else:
@@ -233,7 +232,7 @@ def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> N
             facts.settings[match["key"].lower()] = match["value"]
         elif "steps" not in found and body and PAIRS.match(line):
             facts.settings |= dict(pair.split(":", 1) for pair in line.split(" "))
-    blocks = re.split(r"(?m)^={20,}$", "\n".join(lines))  # between rulers the baseline prints its program
+    blocks = re.split(r"(?m)^={20,}$", "\n".join(lines))  # the baseline prints its program between rulers
     programs = (b for b in blocks if b.count("\n") > 50 and re.search(r"(?m)^(import|from) \w", b))
     facts.source_sha256 += [hashlib.sha256(program.strip().encode()).hexdigest() for program in programs]
 
@@ -243,7 +242,7 @@ def number(text: str) -> float:
 
 
 def add_score(scores: list[Score], match: re.Match, cited: str) -> None:
-    """Append a score, or join it to the same evaluation printed before with more or fewer digits."""
+    """Append a score, or merge it with the same evaluation printed earlier with other digits."""
     seconds = number(match["ms"]) / 1000 if match["ms"] else number(match["s"]) if match["s"] else None
     decimals = len(match["bpb"].partition(".")[2])
     new = Score(match["label"].strip(), number(match["loss"]), number(match["bpb"]), seconds, decimals, cited)
@@ -258,7 +257,7 @@ def add_score(scores: list[Score], match: re.Match, cited: str) -> None:
 
 
 def fold_results(facts: LogFacts) -> dict[str, Any]:
-    """The trainer's RESULT with what the evaluator's replaces; the evaluator's carries the trainer's when alone."""
+    """Merge the evaluator's RESULT into the trainer's; a lone evaluator's RESULT contains the trainer's."""
     for result in facts.results:
         broken = [k for k in (*COUNTS, "train_seconds", "eval_seconds") if k in result and not is_number(result[k])]
         facts.conflicts += [f"{facts.name}: RESULT has {key} {result.pop(key)!r}" for key in broken]
@@ -269,7 +268,7 @@ def fold_results(facts: LogFacts) -> dict[str, Any]:
     trained = trained or evaluated.get("trainer") or {}
     if trained.get("sha256_artifact", evaluated.get("sha256_artifact")) != evaluated.get("sha256_artifact"):
         facts.conflicts.append(
-            f"{facts.name}: the evaluator scored another artifact than the trainer's (sha256_artifact)"
+            f"{facts.name}: the evaluator scored another artifact than the trainer wrote (sha256_artifact)"
         )
     kept = re.compile("val_|bytes_|eval_seconds|sha256_artifact")
     legal = bool(evaluated.get("legal") and trained.get("legal", True))
@@ -277,7 +276,7 @@ def fold_results(facts: LogFacts) -> dict[str, Any]:
 
 
 def choose_headline(facts: LogFacts, found: Mapping[str, Any]) -> None:
-    """The last score of the artifact; a label that repeats an earlier one's values is an alias of that."""
+    """Choose the last score of the artifact; a label with the values of an earlier one is its alias."""
     for name, label in RESULT_SCORES:
         loss, bpb = facts.result.get(f"val_loss_{name}"), facts.result.get(f"val_bpb_{name}")
         if not facts.scores and loss is not None and bpb is not None:
@@ -300,7 +299,7 @@ def choose_headline(facts: LogFacts, found: Mapping[str, Any]) -> None:
 
 
 def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
-    """Where the RESULT line says something else than the log's own lines."""
+    """Yield the differences between the RESULT line and other lines of the log."""
     result, name = facts.result, facts.name
     for key in ("seed", "model_params", "bytes_code", "bytes_model", "bytes_total"):
         if key in result and found.get(key) is not None and result[key] != int(found[key]):
@@ -324,7 +323,10 @@ def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass
 class Record:
-    """A record folder, a run of this repository, or a lone log. `claims` are submission.json, its floats as Decimal."""
+    """A record folder, a run of this repository, or a single log.
+
+    `claims` is submission.json with floats as Decimal.
+    """
 
     path: Path
     kind: str  # "folder", "run" or "log"
@@ -341,12 +343,12 @@ class Record:
     tokenizer: Path | None = None
 
     def values(self, fact: str) -> list[Any]:
-        """A fact of every run that says it, in the runs' order; numbers that are none are left out."""
+        """Return the finite values of a fact, in the order of the runs."""
         return [value for run in self.runs if (value := getattr(run, fact)) is not None and math.isfinite(value)]
 
 
 def read_record(path: str | Path) -> Record:
-    """Read a record folder, a run folder or a log. ValueError where there is none of them."""
+    """Read a record folder, a run folder or a log. ValueError if `path` is none of these."""
     path = Path(path)
     if path.is_file():
         return Record(path, "log", [read_log(path)])
@@ -374,7 +376,7 @@ def read_record(path: str | Path) -> Record:
 
 
 def read_claims(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The JSON object of a file; empty, with a problem more, where there is none."""
+    """Return the JSON object of a file; if there is none, append a problem and return an empty object."""
     try:
         return read_object(path, decimals=True)
     except ValueError as error:
@@ -383,7 +385,7 @@ def read_claims(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def gather_runs(paths: Iterable[Path]) -> list[LogFacts]:
-    """One LogFacts a training run: an evaluator's log joins the trainer's of its artifact, else of its seed."""
+    """Return one LogFacts per training run: evaluator logs join the trainer log of their artifact or seed."""
     logs = [log for log in map(read_log, paths) if log.paths[0].suffix == ".log" or log.scores or log.steps]
     runs = [log for log in logs if "steps" in log.evidence or not log.scores]
     for log in [log for log in logs if "steps" not in log.evidence and log.scores]:
@@ -409,7 +411,7 @@ def file_seed(log: LogFacts) -> int | None:
 
 
 class Test(NamedTuple):
-    """A one-sided test that the new scores are lower."""
+    """Result of a one-sided test that the new scores are lower."""
 
     name: str
     t: float
@@ -421,33 +423,33 @@ class Test(NamedTuple):
 
 
 def welch(new: Sequence[float], old: Sequence[float]) -> Test:
-    """Two samples of unequal variance, in any unit."""
+    """Run Welch's t-test on two samples, in any unit."""
     result = stats.ttest_ind(new, old, equal_var=False, alternative="less")
     return Test("Welch", float(result.statistic), float(result.df), float(result.pvalue))
 
 
 def paired(new: Mapping[int, float], old: Mapping[int, float]) -> Test:
-    """The seeds that both have, pair by pair."""
+    """Run a paired t-test on the seeds that both have."""
     seeds = sorted(new.keys() & old.keys())
     result = stats.ttest_rel([new[s] for s in seeds], [old[s] for s in seeds], alternative="less")
-    return Test(f"{len(seeds)} pairs of a seed", float(result.statistic), float(result.df), float(result.pvalue))
+    return Test(f"{len(seeds)} pairs of seeds", float(result.statistic), float(result.df), float(result.pvalue))
 
 
 def one_sample(scores: Sequence[float], threshold: float) -> Test:
-    """One sample against a threshold in the same unit."""
+    """Run a one-sample t-test against a threshold in the same unit."""
     result = stats.ttest_1samp(scores, threshold, alternative="less")
     return Test(f"against {threshold:.5f}", float(result.statistic), float(result.df), float(result.pvalue))
 
 
 def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
-    """How much lower NEW's mean is than OLD's, in nats a token and in bpb, and tests of the bpb.
+    """Return the gain of `new` over `old` in nats per token and in bpb, and tests of the bpb.
 
-    Welch's, one sample against OLD's mean less the margin, and paired where two seeds or more are in both. ValueError
-    where either record has fewer than two scores.
+    The tests are Welch's, one-sample against the mean of `old` less the margin, and paired if both share at
+    least two seeds. ValueError if either record has fewer than two scores.
     """
     ours, theirs = new.values("val_bpb"), old.values("val_bpb")
     if min(len(ours), len(theirs)) < 2:
-        raise ValueError(f"{new.path.name} and {old.path.name} must have two scores each to be compared")
+        raise ValueError(f"{new.path.name} and {old.path.name} need at least two scores each for a comparison")
     gain, factor = mean(theirs) - mean(ours), nats_per_bpb(new)
     seeds = [{run.seed: run.val_bpb for run in record.runs if run.headline} for record in (new, old)]
     pairs = [paired(*seeds)] if len(seeds[0].keys() & seeds[1].keys()) > 1 else []
@@ -455,7 +457,7 @@ def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
 
 
 def nats_per_bpb(record: Record) -> float:
-    """Nats a token of one bit per byte, by a record's own scores."""
+    """Return the nats per token of one bit per byte, from a record's own scores."""
     return math.log(2) / mean(run.headline.tokens_per_byte for run in record.runs if run.headline)
 
 
@@ -463,11 +465,11 @@ def nats_per_bpb(record: Record) -> float:
 # Rules on files and claims
 # ----------------------------------------------------------------------------------------------------------------------
 
-Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence
+Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence for it
 REQUIRED_KEYS = {"name": str, "author": str, "github_id": str, "date": str, "val_bpb": (int, Decimal)}
 USUAL_KEYS = ("blurb", "bytes_total", "track", "seeds", "val_loss")
-SCORE_DECIMALS = {"val_bpb": 4, "val_loss": 4}  # a score with fewer digits is meant to be exact
-SEED_CLAIMS = (  # key of a seed's entry in submission.json, fact, factor, tolerance beyond the digits given
+SCORE_DECIMALS = {"val_bpb": 4, "val_loss": 4}  # a score with fewer digits counts as exact
+SEED_CLAIMS = (  # key of a seed's entry in submission.json, fact, factor, tolerance beyond the given digits
     ("val_bpb", "val_bpb", 1, 0),
     ("val_loss", "val_loss", 1, 0),
     ("artifact_bytes", "bytes_total", 1, 0),
@@ -480,7 +482,7 @@ SEED_CLAIMS = (  # key of a seed's entry in submission.json, fact, factor, toler
     ("eval_time_ms", "eval_seconds", 1000, 50),
     ("ttt_time_ms", "eval_seconds", 1000, 50),
 )
-MEAN_CLAIMS = (  # key of submission.json, fact, what the seeds' values make
+MEAN_CLAIMS = (  # key of submission.json, fact, function of the seeds' values
     ("val_bpb", "val_bpb", mean),
     ("val_loss", "val_loss", mean),
     ("val_bpb_std", "val_bpb", stdev),
@@ -501,13 +503,13 @@ def is_number(value: Any) -> bool:
 
 
 def agrees(claim: Any, value: float, slack: float = 0.0, decimals: int = 0) -> bool:
-    """Whether a claim is a value rounded to the digits that the claim gives, or to DECIMALS if they are more."""
+    """Return whether a claim is `value` rounded to the claim's digits, or to `decimals` if that is more."""
     digits = claim.as_tuple().exponent if isinstance(claim, Decimal) else 0
     return abs(float(claim) - value) <= 0.501 * 10.0 ** min(digits, -decimals) + slack
 
 
 def seed_claims(record: Record) -> dict[int, dict[str, Any]]:
-    """The entries of submission.json for single seeds."""
+    """Return the per-seed entries of submission.json."""
     for entries in (record.claims.get("seed_results"), record.claims.get("seeds")):
         if isinstance(entries, dict):
             return {int(k): v for k, v in entries.items() if k.isdigit() and isinstance(v, dict)}
@@ -523,13 +525,13 @@ def check_files(record: Record) -> Iterator[Finding]:
     names, folder = {p.name for p in record.path.iterdir()}, record.path.resolve().name
     for name in ("README.md", "submission.json", "train_gpt.py"):
         if name not in names:
-            yield "fail", f"{name} is not in {folder}/"
+            yield "fail", f"{folder}/ has no {name}"
     if not record.runs:
         yield "fail", f"no training log in {folder}/"
     if not re.fullmatch(r"\d{4}-(0\d|1[0-2])-([0-2]\d|3[01])_.+", folder):
-        yield "fail", f"{folder} is not YYYY-MM-DD_Description"
+        yield "fail", f"the folder name {folder} does not have the form YYYY-MM-DD_Description"
     elif re.search(r"[^\w.+,=-]", folder):
-        yield "warn", f"{folder!r} holds spaces or signs"
+        yield "warn", f"the folder name {folder!r} contains spaces or special characters"
     yield "pass", ", ".join(sorted(names))
 
 
@@ -539,14 +541,14 @@ def check_json(record: Record) -> Iterator[Finding]:
         if not isinstance(record.claims.get(key), kind) or isinstance(record.claims[key], bool):
             yield "fail", f"submission.json: {key} is {record.claims.get(key, 'missing')}"
     if not re.match(r"\d{4}-\d\d-\d\d", str(record.claims.get("date", "2026-01-01"))):
-        yield "fail", f"submission.json: date {record.claims['date']} is not ISO"
+        yield "fail", f"submission.json: date {record.claims['date']} is not an ISO date"
     if missing := [key for key in USUAL_KEYS if key not in record.claims]:
         yield "warn", f"submission.json lacks usual keys: {', '.join(missing)}"
     yield "pass", f"submission.json: {len(record.claims)} keys"
 
 
 def check_claims(record: Record) -> Iterator[Finding]:
-    """Each number of submission.json is the logs', rounded to the digits that it gives."""
+    """Check each number of submission.json against the logs, rounded to its digits."""
     claims, entries, by_seed = record.claims, seed_claims(record), {run.seed: run for run in record.runs}
     for seed, entry in entries.items():
         for key, fact, factor, slack in SEED_CLAIMS:
@@ -570,38 +572,39 @@ def check_claims(record: Record) -> Iterator[Finding]:
 def compare_claim(key: str, claim: Any, values: list[float], combine: Callable, lost: list[int]) -> Finding:
     derived, decimals = f"{combine.__name__} {combine(values):.10g} of {len(values)}", SCORE_DECIMALS.get(key, 0)
     if agrees(claim, combine(values), 0, decimals) or (key == "bytes_total" and agrees(claim, mean(values))):
-        return "pass", f"{key} {claim}: the logs' {derived}"
+        return "pass", f"{key} {claim}: logs give {derived}"
     if combine is stdev and agrees(claim, pstdev(values)):
-        return "warn", f"{key} {claim} is the population's deviation; the sample's is {stdev(values):.6f}"
+        return "warn", f"{key} {claim} is the population standard deviation; the sample one is {stdev(values):.6f}"
     if lost:
-        return "warn", f"{key} {claim} cannot be derived: seeds {lost} have no log; the others' {derived}"
+        return "warn", f"{key} {claim} cannot be recomputed: seeds {lost} have no log; the others give {derived}"
     if combine is not stdev and any(agrees(claim, value, 0, decimals) for value in values):
-        return "warn", f"{key} {claim} is one seed's; the logs' {derived}"
-    return "fail", f"{key} is {claim} in submission.json, the logs' {derived}"
+        return "warn", f"{key} {claim} is the value of a single seed; logs give {derived}"
+    return "fail", f"{key} is {claim} in submission.json; logs give {derived}"
 
 
 def check_seeds(record: Record) -> Iterator[Finding]:
     runs, claimed = record.runs, claimed_seeds(record)
     seeds = sorted({run.seed for run in runs} - {None})
     if len(seeds) < MIN_SEEDS:
-        yield "fail", f"{len(seeds)} distinct seeds in the logs, {MIN_SEEDS} are needed: {seeds}"
+        yield "fail", f"{len(seeds)} distinct seeds in the logs, at least {MIN_SEEDS} are required: {seeds}"
     for seed, count in Counter(run.seed for run in runs).items():
         if count > 1:
-            yield "fail", f"seed {seed} twice, with other scores: {', '.join(r.name for r in runs if r.seed == seed)}"
+            names = ", ".join(run.name for run in runs if run.seed == seed)
+            yield "fail", f"seed {seed} occurs twice, with different scores: {names}"
     for bpb, count in Counter(record.values("val_bpb")).items():
         if count > 1:
             names = ", ".join(run.name for run in runs if run.val_bpb == bpb)
-            yield "fail", f"the same score {bpb:.8f} under several seeds, so a copy: {names}"
+            yield "fail", f"several seeds have the same score {bpb:.8f}, so one is a copy: {names}"
     for run in runs:
         if file_seed(run) not in (None, run.seed):
             yield "fail", f"{run.name} is named for seed {file_seed(run)}, but {run.cite('seed')}"
     yield from (("warn", copy) for copy in record.copies)
     if len(set(claimed)) < len(claimed):
-        yield "fail", f"submission.json has a seed twice: {claimed}"
+        yield "fail", f"submission.json lists a seed twice: {claimed}"
     if lost := sorted(set(claimed) - set(seeds)):
-        yield "fail", f"submission.json has seeds {lost}, but no log has: {seeds}"
+        yield "fail", f"submission.json lists seeds {lost}, but the logs have {seeds}"
     if claimed and (more := sorted(set(seeds) - set(claimed))):
-        yield "warn", f"submission.json leaves out seeds {more} that have logs: were the others chosen?"
+        yield "warn", f"submission.json omits seeds {more} that have logs: were the best seeds selected?"
     yield "pass", f"seeds {seeds}"
 
 
@@ -616,13 +619,13 @@ def check_log(record: Record) -> Iterator[Finding]:
     for run in record.runs:
         yield from (("fail", conflict) for conflict in run.conflicts)
         if missing := [key for key in WANTED if getattr(run, key) is None]:
-            yield "warn", f"{run.name}: no line gives {', '.join(missing)}"
+            yield "warn", f"{run.name}: the log does not report {', '.join(missing)}"
         if run.headline is None:
-            yield "fail", f"{run.name}: no final scored line"
+            yield "fail", f"{run.name}: no line with a final score"
         elif not 0 < run.headline.val_bpb < math.inf:
             yield "fail", run.headline.line
         else:
-            also = "".join(f"; {label} repeats {first}, an alias" for label, first in run.aliases.items())
+            also = "".join(f"; {label} is an alias of {first}" for label, first in run.aliases.items())
             yield "pass", run.headline.line + also
 
 
@@ -637,7 +640,7 @@ def check_settings(record: Record) -> Iterator[Finding]:
 
 
 def check_code(record: Record) -> Iterator[Finding]:
-    """One code in all logs, and the shipped files are it."""
+    """Check that all logs have the same code and that the shipped files are that code."""
     hashed = [(run.name, r["sha256_code"]) for run in record.runs for r in run.results if "sha256_code" in r]
     shipped = {p.name: sha256_file(p) for p in record.code}
     for name, code in hashed:
@@ -648,14 +651,14 @@ def check_code(record: Record) -> Iterator[Finding]:
                 what = "as shipped is not what" if file in shipped else "is not shipped, but"
                 yield "fail", f"{file} {what} ran in {name} (sha256 {code[file][:12]}..)"
     if len({tuple(run.source_sha256) for run in record.runs if run.source_sha256}) > 1:
-        yield "fail", "the source that the logs print changed between seeds"
+        yield "fail", "the source printed in the logs changed between seeds"
     if len(set(record.values("bytes_source"))) > 1:
         yield "fail", "code changed between seeds: " + "; ".join(run.cite("bytes_source") for run in record.runs)
-    yield "pass", f"{len(hashed)} logs name one code, size {sorted(set(record.values('bytes_source')))}"
+    yield "pass", f"{len(hashed)} logs have the same code, size {sorted(set(record.values('bytes_source')))}"
 
 
 def counted_files(record: Record) -> list[Path]:
-    """The shipped files that count: those that RESULT hashes, else train_gpt.py; and what they import."""
+    """Return the shipped files that count: those hashed in RESULT, else train_gpt.py, and their imports."""
     named = {n for run in record.runs for r in run.results for n in r.get("sha256_code", ())} or {"train_gpt.py"}
     files, names = {p.name: p for p in record.code}, sorted(named)
     for name in names:
@@ -665,10 +668,10 @@ def counted_files(record: Record) -> list[Path]:
 
 
 def read_files(record: Record) -> tuple[list[Path], list[Path]]:
-    """Files beside the programs that count too, because these import or name them; and all the others.
+    """Return the files that count too, because the programs import or name them, and all other files.
 
-    Neither has the programs themselves and artifacts that the logs hash. Logs, pages, claims and certificates are in
-    the first where a program names them, and in neither otherwise.
+    Neither list contains the programs themselves or artifacts hashed in the logs. Logs, pages,
+    submission.json and certificates are in the first list if a program names them, otherwise in neither.
     """
     place = record.path / "source" if record.kind == "run" else record.path
     programs, scored = counted_files(record), {run.result.get("sha256_artifact") for run in record.runs}
@@ -692,7 +695,7 @@ def read_files(record: Record) -> tuple[list[Path], list[Path]]:
 
 
 def strings(tree: ast.Module) -> list[str]:
-    """The string literals of a program, but for docstrings and other statements that only are one."""
+    """Return the string literals of a program, except docstrings and other bare string statements."""
     bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in bare]
     texts = [text for text in found if isinstance(text, str | bytes)]
@@ -700,7 +703,7 @@ def strings(tree: ast.Module) -> list[str]:
 
 
 def check_sizes(record: Record) -> Iterator[Finding]:
-    """Sizes in the log add up, are the files', and stay under the cap in every way of adding."""
+    """Check that logged sizes add up, match the files, and stay under the cap however they are counted."""
     files = counted_files(record)
     shipped = sum(p.stat().st_size for p in files)
     used, others = read_files(record)
@@ -711,18 +714,18 @@ def check_sizes(record: Record) -> Iterator[Finding]:
     for run in record.runs:
         code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
         if None in (code, model, total):
-            yield "warn", f"{run.name}: no line gives the size of {'code' if code is None else 'the model'}"
+            yield "warn", f"{run.name}: the log does not report the size of {'code' if code is None else 'the model'}"
             continue
         sums = {"in the log": total, "code and model in the log": code + model}
         if code + model != total:
-            yield "fail", f"{code} + {model} is not {total}: {run.cite('bytes_total')}"
+            yield "fail", f"{code} + {model} != {total}: {run.cite('bytes_total')}"
         if run.bytes_source not in (None, code):
-            yield "warn", f"counted packed, shipped are {shipped or run.bytes_source}: {run.cite('bytes_code')}"
+            yield "warn", f"counted packed, but shipped with {shipped or run.bytes_source}: {run.cite('bytes_code')}"
         elif files:
             sums["code as shipped and model"] = shipped + model
             if shipped != code:
                 names = ", ".join(p.name for p in files)
-                yield "fail", f"{names} have {shipped} bytes, the log counts {code}: {run.cite('bytes_code')}"
+                yield "fail", f"{names} have {shipped} bytes, but the log counts {code}: {run.cite('bytes_code')}"
         if used:
             ways = f"with {', '.join(p.name for p in used)}, which the programs name or import"
             sums[ways] = (shipped or code) + model + sum(p.stat().st_size for p in used)
@@ -735,14 +738,14 @@ def check_sizes(record: Record) -> Iterator[Finding]:
 def check_train_time(record: Record) -> Iterator[Finding]:
     for run in record.runs:
         if run.train_seconds is None:
-            yield "warn", f"{run.name}: no line gives the time of training"
+            yield "warn", f"{run.name}: the log does not report the training time"
             continue
         own_clock = "train_seconds" in run.result
         cited = f"{run.train_seconds:.3f} s: {f'{run.name}: RESULT' if own_clock else run.cite('train_ms')}"
         over = run.train_seconds - TIME_LIMIT
         late = over + (run.hessian_seconds or 0)
         if over > 0 and not own_clock and run.stopped and over <= 2 * (run.step_avg_ms or 0) / 1000:
-            yield "warn", f"over {TIME_LIMIT:.0f} s by the loop's last steps, as in merged records: {cited}"
+            yield "warn", f"over {TIME_LIMIT:.0f} s by at most two steps, as in merged records: {cited}"
         elif over > 0:
             yield "fail", f"over {TIME_LIMIT:.0f} s: {cited}"
         elif late > 0:
@@ -754,9 +757,9 @@ def check_train_time(record: Record) -> Iterator[Finding]:
 def check_eval_time(record: Record) -> Iterator[Finding]:
     for run in record.runs:
         if run.eval_seconds is None:
-            yield "warn", f"{run.name}: no line gives the time of evaluation"
+            yield "warn", f"{run.name}: the log does not report the evaluation time"
             continue
-        cited = f"{run.eval_seconds:.1f} s, with every pass and compilation {run.eval_all_seconds:.1f} s: {run.name}"
+        cited = f"{run.eval_seconds:.1f} s, with all passes and compilation {run.eval_all_seconds:.1f} s: {run.name}"
         status = "fail" if run.eval_seconds > TIME_LIMIT else "warn" if run.eval_all_seconds > TIME_LIMIT else "pass"
         yield status, f"over {TIME_LIMIT:.0f} s: {cited}" if status != "pass" else cited
 
@@ -767,7 +770,7 @@ def check_eval_time(record: Record) -> Iterator[Finding]:
 
 
 def published(run: LogFacts) -> Published | None:
-    """The published validation set that a log's number of tokens stands for, else its tokenizer's."""
+    """Return the published validation set with a log's number of tokens, or else with its tokenizer."""
     if run.val_tokens is None:
         return by_tokenizer(run)
     near = [p for p in PUBLISHED if 0 <= p.tokens - run.val_tokens <= TAIL_TOKENS]
@@ -781,14 +784,14 @@ def by_tokenizer(run: LogFacts) -> Published | None:
 
 
 def own_ratio(record: Record) -> float | None:
-    """Tokens per byte of the validation text, by a manifest.json of data/prepare.py."""
+    """Return the tokens per byte of the validation text, from a manifest.json of data/prepare.py."""
     splits = record.manifest.get("splits")
     val = splits.get("val") if isinstance(splits, dict) else None
     return val["tokens"] / val["text_bytes"] if val and val.get("text_bytes") and val.get("tokens") else None
 
 
 def check_bytes(record: Record) -> Iterator[Finding]:
-    """Tokens per byte, which follow from a score's two units, are those of the validation set."""
+    """Check the tokens per byte implied by a score's two units against the validation set."""
     rows = [(run, s) for run in record.runs for s in run.scores if 0 < min(s.val_loss, s.val_bpb) < math.inf]
     for run, score in rows:
         known, ratio, own = published(run), score.tokens_per_byte, own_ratio(record)
@@ -798,59 +801,59 @@ def check_bytes(record: Record) -> Iterator[Finding]:
         if abs(ratio / expected - 1) > RATIO_TOLERANCE + rounding:
             tokens = run.val_tokens or (known.tokens if known else 0)
             counted = f"{tokens / ratio:,.0f} bytes were counted instead of {tokens / expected:,.0f}"
-            yield "fail", f"{ratio:.5f} tokens per byte, {source} has {expected:.5f}: {counted}: {score.line}"
+            yield "fail", f"{ratio:.5f} tokens per byte, but {source} has {expected:.5f}: {counted}: {score.line}"
         elif score is run.headline:
             shown = f"{ratio:.5f} tokens per byte: {run.name}"
             yield ("pass", f"{source} has {shown}") if known or own else ("warn", f"nothing to compare with {shown}")
         if score is run.headline:
-            old_log = record.kind == "log" and known  # the first baseline's, which nobody can mend
+            old_log = record.kind == "log" and known  # the first baseline's log can no longer be corrected
             for status, told in challenge_bytes(run, known, ratio, rounding):
                 yield "warn" if old_log else status, told
             if known and own and abs(own / expected - 1) > RATIO_TOLERANCE:
-                yield "fail", f"manifest.json has {own:.5f} tokens per byte, {known.name} has {expected:.5f}"
+                yield "fail", f"manifest.json has {own:.5f} tokens per byte, but {known.name} has {expected:.5f}"
 
 
 def challenge_bytes(run: LogFacts, known: Published | None, ratio: float, rounding: float) -> Iterator[Finding]:
-    """Whether a set that is the challenge's, by its number of tokens or its folder's name, has that many bytes."""
+    """Check the bytes of a validation set that is the challenge's by its number of tokens or folder name."""
     claims = known or "fineweb10B" in f"{run.dataset} {run.settings.get('data_path')} {run.settings.get('val_files')}"
     if not claims or run.val_tokens is None:
         return
     count, (low, high) = run.val_tokens / ratio, CHALLENGE_BYTES
     if not low * (1 - rounding) <= count <= high * (1 + rounding):
         told = f"{run.val_tokens} tokens of {known.name if known else run.dataset or 'fineweb10B'}"
-        yield "fail", f"{told} are {count:,.0f} bytes, the challenge's text has {low:,} to {high:,}: {run.name}"
+        yield "fail", f"{told} are {count:,.0f} bytes, but the challenge's text has {low:,} to {high:,}: {run.name}"
 
 
 def check_validation(record: Record) -> Iterator[Finding]:
-    """All of the validation set is scored and none of it was trained on, as far as logs can tell."""
+    """Check that the whole validation set is scored and none of it was trained on, as far as logs show."""
     shards = [s for s in record.manifest.get("shards") or () if isinstance(s, dict)]
     train, val = ({s.get("sha256") for s in shards if s.get("split") == split} for split in ("train", "val"))
     if both := train & val - {None}:
-        yield "fail", f"manifest.json has a shard on both sides: {sorted(map(str, both))}"
+        yield "fail", f"manifest.json has a shard in both splits: {sorted(map(str, both))}"
     for run in record.runs:
         yield from trained_on_validation(record, run)
         known, named = published(run), by_tokenizer(run)
         if run.train_shards == LEAKY_SHARDS:
             yield "fail", f"an export that trains on 40,000 validation documents: {run.cite('train_shards')}"
         if known and run.val_documents not in (None, VAL_DOCUMENTS):
-            yield "fail", f"a part of the {VAL_DOCUMENTS} validation documents: {run.cite('val_documents')}"
+            yield "fail", f"only part of the {VAL_DOCUMENTS} validation documents: {run.cite('val_documents')}"
         if re.fullmatch(r"0?\.\d+", run.settings.get("val_doc_fraction", "1.0")):
             yield "fail", f"{run.name}: val_doc_fraction {run.settings['val_doc_fraction']}"
         if named and (not known or known.name.split(" (")[0] != named.name):
             what = f"{known.name}'s" if known else f"not the {named.tokens:,}"
             other_export = not known and abs(run.val_tokens / named.tokens - 1) < EXPORT_TOLERANCE
-            told = f"{what} validation tokens under the tokenizer of {named.name}: {run.cite('val_tokens')}"
+            told = f"{what} validation tokens with the tokenizer of {named.name}: {run.cite('val_tokens')}"
             yield "warn" if other_export else "fail", told
         elif known and known.name != known.name.split(" (")[0]:
             yield "warn", f"{known.name}, not comparable with later scores: {run.cite('val_tokens')}"
         elif run.val_tokens is None or not known:
-            yield "warn", f"no published validation set, or its size is not said: {run.name}"
+            yield "warn", f"not a published validation set, or its size is not logged: {run.name}"
         else:
             yield "pass", f"{known.name}: {run.cite('val_tokens')}"
 
 
 def check_units(record: Record) -> Iterator[Finding]:
-    """No number of one unit stands for the other: 0.005 nats a token is fewer bits per byte."""
+    """Check that nats per token and bits per byte are not confused: 0.005 nats is fewer bits per byte."""
     if not record.values("val_bpb") or not all(0 < loss < math.inf for loss in record.values("val_loss")):
         return
     factor, claims = nats_per_bpb(record), record.claims
@@ -865,27 +868,27 @@ def check_units(record: Record) -> Iterator[Finding]:
         error = [10.0 ** Decimal(value).as_tuple().exponent for value in (bpb, nats)]
         if all(abs(float(nats) - float(bpb) * f) > error[1] + f * error[0] for f in allowed):
             confused = any(math.isclose(float(nats), float(bpb) * f, rel_tol=0.03) for f in (1, math.log(2)))
-            told = f"a bit per byte is {factor:.4f} nats a token here: {shown}"
+            told = f"one bit per byte is {factor:.4f} nats per token here: {shown}"
             yield ("fail", f"units confused, {told}") if confused else ("warn", f"units do not agree, {told}")
-    margin = f"0.005 nats a token are {MARGIN_NATS / factor:.5f} bpb here"
+    margin = f"0.005 nats per token are {MARGIN_NATS / factor:.5f} bpb here"
     for match in re.finditer(r".{0,60}0\.005\s*(?:val_)?bpb.{0,40}", text, re.IGNORECASE):
         yield "warn", f"{margin}: {match[0].strip()}"
     yield "pass", f"{margin}; {len(pairs)} pairs of units agree"
 
 
 def check_significance(record: Record, against: Record) -> Iterator[Finding]:
-    """The gain over the record to beat, and the statistics that submission.json claims."""
+    """Check the gain over the record to beat, and the statistics claimed in submission.json."""
     nats, bpb, tests = compare(record, against)
     shown = f"{nats:.5f} nats = {bpb:.5f} bpb better than {against.path.name}; {'; '.join(map(str, tests))}"
     if nats >= MARGIN_NATS and tests[0].p < P_WRITTEN:
         yield "pass", shown
     elif nats > 0 and tests[0].p < P_APPLIED:
-        yield "warn", f"short of {MARGIN_NATS} nats at p<{P_WRITTEN}, but p<{P_APPLIED}, as applied later: {shown}"
+        yield "warn", f"short of {MARGIN_NATS} nats at p<{P_WRITTEN}, but p<{P_APPLIED}, as accepted later: {shown}"
     else:
         yield "fail", shown
     for key, value in (("t_statistic", tests[0].t), ("welch_df", tests[0].df), ("p_value", tests[0].p)):
         if is_number(record.claims.get(key)) and not agrees(record.claims[key], value):
-            yield "fail", f"{key} is {record.claims[key]} in submission.json, Welch gives {value:.6g}"
+            yield "fail", f"{key} is {record.claims[key]} in submission.json; Welch's test gives {value:.6g}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -910,7 +913,7 @@ UNPACKERS = (
 
 
 def unpack(blob: bytes) -> Iterator[bytes]:
-    """What each compressor that can read a blob makes of it."""
+    """Yield the output of every decompressor that accepts a blob."""
     for unpacker in UNPACKERS:
         try:
             yield unpacker(blob)
@@ -919,12 +922,12 @@ def unpack(blob: bytes) -> Iterator[bytes]:
 
 
 def bytes_of(text: str | bytes) -> bytes:
-    """A literal in which each character is a byte; see pack.py."""
+    """Return the bytes of a literal in which each character is a byte; see pack.py."""
     return text if isinstance(text, bytes) else text.encode("latin-1")
 
 
 def parse_python(path: Path) -> tuple[ast.Module | None, str]:
-    """The syntax tree of a program, or of the program packed in it; None and the reason where there is none."""
+    """Return the syntax tree of a program, or of the program packed in it; None and the reason on failure."""
     return parse_source(path.read_bytes(), path.name)
 
 
@@ -948,13 +951,13 @@ def parse_source(source: bytes, name: str) -> tuple[ast.Module | None, str]:
 
 
 def called(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
-    """Line, last name and node of every call."""
+    """Return line, function name and node of every call."""
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
     return [(call.lineno, getattr(call.func, "attr", getattr(call.func, "id", "")), call) for call in calls]
 
 
 def names_in(*trees: ast.AST) -> set[str]:
-    """The variables and attributes that code mentions."""
+    """Return the variable and attribute names in code."""
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))
     return {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
 
@@ -970,19 +973,19 @@ def inputs_of(call: ast.Call) -> set[str]:
 
 
 def quiet_calls(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
-    """The calls under no_grad or inference_mode."""
+    """Return the calls under no_grad or inference_mode."""
     blocks = (node for node in ast.walk(tree) if isinstance(node, ast.With) and names_in(*node.items) & QUIET)
     return [call for block in blocks for call in called(block)]
 
 
 def scoring_lines(tree: ast.AST, scorers: Iterable[str] = ()) -> list[int]:
-    """Lines that compute losses without gradients, or call SCORERS, which do."""
+    """Return the lines that compute losses without gradients, or that call one of `scorers`, which do."""
     quiet = [line for line, name, _ in quiet_calls(tree) if SCORING_CALL.search(name)]
     return quiet + [line for line, name, _ in called(tree) if name in scorers]
 
 
 def made_from(function: ast.AST, sources: set[str]) -> set[str]:
-    """The variables of a function that depend on SOURCES."""
+    """Return the variables of a function that depend on `sources`."""
     made, before = set(sources), set()
     while made != before:
         before = set(made)
@@ -996,7 +999,7 @@ def made_from(function: ast.AST, sources: set[str]) -> set[str]:
 
 
 def learning_lines(function: ast.AST, sources: set[str], scorers: Iterable[str] = ()) -> list[int]:
-    """Lines that take gradients, in the innermost loop, of losses of what depends on SOURCES (none: of anything)."""
+    """Return lines that take gradients, in the innermost loop, of losses on `sources` (empty: on any)."""
     made, quiet = made_from(function, sources), {id(call) for _, _, call in quiet_calls(function)}
     loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))]
     takes = {id(loop): [line for line, name, _ in called(loop) if name in GRADIENTS] for loop in loops}
@@ -1010,7 +1013,7 @@ def learning_lines(function: ast.AST, sources: set[str], scorers: Iterable[str] 
 
 
 def find_shapes(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and meaning of each shape of code that reviewers reject."""
+    """Yield line and meaning of each code pattern that reviewers reject."""
     functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     scorers = {f.name for f in functions if names_in(*f.decorator_list) & QUIET}
     scorers |= {f.name for f in functions if scoring_lines(f) and not learning_lines(f, set())}
@@ -1020,37 +1023,37 @@ def find_shapes(tree: ast.Module) -> Iterator[tuple[int, str]]:
         xor = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor)
         if xor or (isinstance(node, ast.Call) and called(node)[0][1] == "bitwise_xor"):
             for name in sorted(filter(TARGET_NAME.match, names_in(node)))[:1]:
-                yield node.lineno, f"n-gram cache: a hash key of {name!r}, the token to be predicted"
+                yield node.lineno, f"n-gram cache: a hash of {name!r}, the token to be predicted"
     for line, name, call in called(tree):
         if CALIBRATION_CALL.search(name) and (val := sorted(filter(VAL_NAME.match, inputs_of(call)))):
-            yield line, f"calibration on the validation set: {name} is given {val[0]}"
+            yield line, f"calibration on the validation set: {name} receives {val[0]}"
         if name == "exec" and {inner for _, inner, _ in called(call)} & {"open", "read_text", "read_bytes"}:
             yield line, "uncounted code: exec of another file"
 
 
 def learning_shapes(function: ast.FunctionDef, scorers: set[str]) -> Iterator[tuple[int, str]]:
-    """What a function that is given validation tokens learns from them in the wrong order."""
+    """Yield the ways in which a function adapts on its validation tokens in the wrong order."""
     arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
     val = {a.arg for a in arguments if VAL_NAME.match(a.arg)}
     learned = learning_lines(function, val, scorers)
     if val and learned and not any(line < learned[0] for line in scoring_lines(function, scorers)):
-        yield learned[0], f"adapts first: {function.name} learns from {min(val)} before it scores it"
+        yield learned[0], f"adapts first: {function.name} adapts on {min(val)} before scoring it"
     for loop in (n for n in ast.walk(function) if isinstance(n, ast.For) and val):
         repeats = any(re.search("epoch|pass", name) for name in names_in(loop.target, loop.iter))
         inside = range(loop.lineno, (loop.end_lineno or 0) + 1)
         if repeats and scoring_lines(loop, scorers) and any(line in inside for line in learned):
-            yield loop.lineno, f"several passes: {function.name} scores {min(val)} in every epoch that learns from it"
+            yield loop.lineno, f"several passes: {function.name} scores {min(val)} in every epoch that adapts on it"
     for node in ast.walk(function) if val or re.match("eval|score|slot", function.name) else ():
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, calls = node.targets[0].id, called(node.value)
             free = any(k.arg == "requires_grad" for _, _, call in calls for k in call.keywords)
             free = free or bool({"Parameter", "requires_grad_"} & {call for _, call, _ in calls})
             if free and CHANGE_NAME.search(name) and any(line > node.lineno for line in learned):
-                yield node.lineno, f"SLOT: {function.name} optimises {name!r} on what it scores"
+                yield node.lineno, f"SLOT: {function.name} optimizes {name!r} on the targets it scores"
 
 
 def check_tree(record: Record) -> Iterator[Finding]:
-    """The syntax tree of the programs: evidence about structure, neither a proof nor an acquittal."""
+    """Check the syntax trees of the programs: this is evidence, not proof, in either direction."""
     for path in record.code:
         tree, problem = parse_python(path)
         if tree is None:  # nested quotes in f-strings need Python 3.12
@@ -1058,8 +1061,8 @@ def check_tree(record: Record) -> Iterator[Finding]:
             continue
         yield from (("fail", f"{path.name}:{line}: {meaning}") for line, meaning in find_shapes(tree))
         if path.name in ("train_gpt.py", "eval_ttt.py") and (network := sorted(imports(tree) & NETWORK)):
-            yield "warn", f"{path.name} imports {', '.join(network)}: evaluation may download nothing"
-    yield "pass", f"no known illegal shape in {', '.join(path.name for path in record.code) or 'no program'}"
+            yield "warn", f"{path.name} imports {', '.join(network)}: evaluation must not use the network"
+    yield "pass", f"no known illegal pattern in {', '.join(path.name for path in record.code) or 'no program'}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1068,7 +1071,7 @@ def check_tree(record: Record) -> Iterator[Finding]:
 
 
 def is_pickle(blob: bytes, packed: bool = True) -> bool:
-    """Whether a file is a pickle: plain, zipped as torch saves it, or (PACKED) compressed."""
+    """Return whether a file is a pickle: plain, zipped by torch.save, or (if `packed`) compressed."""
     if blob[:1] == b"\x80" and blob[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return True
     if blob[:4] == b"PK\x03\x04":
@@ -1077,31 +1080,31 @@ def is_pickle(blob: bytes, packed: bool = True) -> bool:
 
 
 def check_artifact(record: Record) -> Iterator[Finding]:
-    """What the logs scored, unaltered, and read without executing anything."""
+    """Check that artifacts are those that the logs scored, unaltered, and readable without running code."""
     scored = {run.result["sha256_artifact"]: run for run in record.runs if "sha256_artifact" in run.result}
     for digest in scored:
         if len(same := [run.name for run in record.runs if run.result.get("sha256_artifact") == digest]) > 1:
-            yield "fail", f"the same artifact {str(digest)[:12]}.. under several seeds: {', '.join(same)}"
+            yield "fail", f"several seeds have the same artifact {str(digest)[:12]}..: {', '.join(same)}"
     for path in record.artifacts:
         blob = path.read_bytes()
         size, digest = len(blob), hashlib.sha256(blob).hexdigest()
         if blob.startswith(ARTIFACT_MAGIC):
-            first = blob[8:12] == b"\1\0\0\0"  # the version; from the second on its number and the coder count too
+            first = blob[8:12] == b"\1\0\0\0"  # from version 2 on, the checksum covers version and coder too
             body, kept = (blob[44:], blob[12:44]) if first else (blob[8:16] + blob[48:], blob[16:48])
             if hashlib.sha256(body).digest() != kept:
-                yield "fail", f"{path.name}: the checksum does not match, so the file is cut off or altered"
+                yield "fail", f"{path.name}: the checksum does not match, so the file is truncated or altered"
         elif is_pickle(blob):
-            yield "fail" if scored else "warn", f"{path.name} is a pickle: to read it executes what it says"
+            yield "fail" if scored else "warn", f"{path.name} is a pickle: reading it can execute code"
         if scored and digest not in scored:
-            yield "fail", f"{path.name} is not what the logs scored (sha256 {digest[:12]}..)"
+            yield "fail", f"{path.name} is not the artifact that the logs scored (sha256 {digest[:12]}..)"
         models = [scored[digest].bytes_model] if digest in scored else record.values("bytes_model")
         if models and size not in models:
-            yield "fail", f"{path.name} has {size} bytes, the logs count {models}"
+            yield "fail", f"{path.name} has {size} bytes, but the logs count {models}"
         yield "pass", f"{path.name}: {size} bytes, sha256 {digest[:12]}.."
 
 
 def check_legality(record: Record) -> Iterator[Finding]:
-    """No score that calls itself invalid; certificates of an audit are good, and of this code and these artifacts."""
+    """Check that no score is labeled invalid and that certificates are legal and match code and artifacts."""
     certified = any(re.fullmatch(r"certificate.*\.(txt|json)", path.name) for path in record.files)
     for run in record.runs:
         if run.headline and run.headline.label.startswith("invalid"):
@@ -1112,7 +1115,7 @@ def check_legality(record: Record) -> Iterator[Finding]:
         for mode in (mode for mode in modes if ".py:" in mode):
             yield "fail", f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py"
         if run.headline and "ttt" in run.headline.label and record.kind != "log" and not certified:
-            yield "warn", f"no certificate of an audit, so score-first is the log's word: {run.headline.line}"
+            yield "warn", f"no certificate of an audit, so score-first rests on the log alone: {run.headline.line}"
     yield from check_certificates(record)
 
 
@@ -1121,7 +1124,7 @@ def check_legality(record: Record) -> Iterator[Finding]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 EVERY = ("folder", "run", "log")
-RULES = (  # name, the kinds of record it applies to, function
+RULES = (  # name, kinds of record it applies to, function
     ("files", ("folder",), check_files),
     ("json", ("folder",), check_json),
     ("log", EVERY, check_log),
@@ -1156,7 +1159,7 @@ COLUMNS = (  # heading, fact, format
 
 
 class Verdict(NamedTuple):
-    """What a rule found: status "pass", "warn" or "fail", and the line or file that it rests on."""
+    """Result of a rule: status "pass", "warn" or "fail", and the line or file that supports it."""
 
     rule: str
     status: str
@@ -1164,9 +1167,9 @@ class Verdict(NamedTuple):
 
 
 def check(record: Record, against: Record | None = None) -> list[Verdict]:
-    """Every rule that applies; of a rule with faults only the faults. AGAINST: the record to beat.
+    """Return the verdicts of all rules that apply; if a rule has faults, only the faults.
 
-    In the non-record track times and seeds are only warned of.
+    `against` is the record to beat. In the non-record track, faults in times and seeds are warnings.
     """
     findings = [(name, rule(record)) for name, kinds, rule in RULES if record.kind in kinds]
     if against is not None:
@@ -1183,12 +1186,12 @@ def check(record: Record, against: Record | None = None) -> list[Verdict]:
 
 
 def status_of(verdicts: Iterable[Verdict]) -> str:
-    """The worst status of all: "fail", "warn" or "pass"."""
+    """Return the worst status: "fail", "warn" or "pass"."""
     return min((verdict.status for verdict in verdicts), key=("fail", "warn", "pass").index, default="pass")
 
 
 def report(record: Record, verdicts: Sequence[Verdict]) -> str:
-    """The derived numbers as a table, then the verdicts, the worst last."""
+    """Return the recomputed numbers as a table, then the verdicts, the worst last."""
     lines = [str(record.path), " ".join(f"{heading:>10}" for heading, _, _ in COLUMNS) + "  score, log"]
     for run in record.runs:
         values = [(getattr(run, fact), form) for _, fact, form in COLUMNS]
@@ -1204,9 +1207,9 @@ def report(record: Record, verdicts: Sequence[Verdict]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="record folders, run folders or logs")
-    parser.add_argument("--against", type=Path, help="the record to beat: a folder with its logs")
-    parser.add_argument("--data", type=Path, help="folder of the validation shards; default: by the log's settings")
-    parser.add_argument("--tokenizer", type=Path, help="the tokenizer's model; default: by the log's settings")
+    parser.add_argument("--against", type=Path, help="record to beat: a folder with its logs")
+    parser.add_argument("--data", type=Path, help="folder of the validation shards; default: from the log's settings")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer model; default: from the log's settings")
     parser.add_argument("--json", action="store_true", help="print facts and verdicts as JSON")
     arguments = parser.parse_args(argv)
     try:

@@ -1,7 +1,8 @@
-"""What lies beside the logs: the losses of all targets, certificates of audits, and the validation text itself.
+"""Rules for the files beside the logs: per-target losses, audit certificates, and the validation text.
 
-The score is derived again from nll.npy, shards and tokenizer. Nothing here is of train_gpt.py's scorer: a fault there
-must not hide itself. check.py runs these as rules. `record` is its Record, `run` one of its LogFacts.
+The score is recomputed from nll.npy, shards and tokenizer. No code is shared with train_gpt.py's scorer, so
+that a bug there cannot hide itself. check.py runs these rules; `record` is its Record, `run` one of its
+LogFacts.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import numpy as np
 from runfiles import is_below, read_object, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-9  # relative, between two derivations of a score
-PROBE = " a  b\n\tc\u3000\ufb01 \u00e9\u2460\U0001f642"  # a tokenizer that gives it back loses no byte
-ESSENTIAL = ("T1", "T2", "T3", "T4")  # the checks without which an audit certifies nothing
+TOLERANCE = 1e-9  # relative, between two computations of a score
+PROBE = " a  b\n\tc\u3000\ufb01 \u00e9\u2460\U0001f642"  # a tokenizer that round-trips it is lossless
+ESSENTIAL = ("T1", "T2", "T3", "T4")  # checks that every audit must pass
 AUDITS_MAY_CHANGE = {"audit_tokens", "eval_budget_seconds", "model_path", "eval_batch_seqs"}
-# Certificates without `audited_settings` have these as the audit shrank them.
+# In certificates without `audited_settings`, these have the smaller values that the audit used.
 AUDITS_SHRINK = {"ttt_chunk_tokens", "ttt_slots", "ttt_groups", "ttt_chunk_size", "phased_ttt_prefix_docs",
                  "phased_ttt_num_phases"}  # fmt: skip
 
-Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence
+Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence for it
 
 
 def evaluation(run: Any) -> dict[str, Any]:
-    """The evaluator's RESULT of a run, empty where there is none."""
+    """Return the evaluator's RESULT of a run, empty if there is none."""
     return next((result for result in reversed(run.results) if "val_bpb_ttt" in result), {})
 
 
@@ -44,50 +45,50 @@ def object_of(result: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def data_folder(record: Any, run: Any) -> Path:
-    """Where the validation shards are: --data, else by the log's settings. ValueError for places we do not read."""
+    """Return the validation folder: --data, else from the log. ValueError if it may not be read."""
     if record.data:
         return record.data
     return allowed(record, named_folder(run), "--data FOLDER")
 
 
 def named_folder(run: Any) -> Path:
-    """Where the validation shards were, by the log's settings."""
+    """Return the folder of the validation shards according to the log's settings."""
     named = run.settings.get("val_files")
     return Path(named).parent if named else Path(run.settings.get("data_path") or "")
 
 
 def allowed(record: Any, path: Path, option: str) -> Path:
-    """`path`, which a log names. ValueError outside of the record, this repository and the working folder."""
+    """Return `path`, named by a log. ValueError outside record, repository and working folder."""
     if str(path) in ("", ".") or not is_below(path, record.path, ROOT, Path.cwd()):
-        raise ValueError(f"the log's {path} is outside of this repository and not read: {option} says where it is")
+        raise ValueError(f"the log names {path}, which is outside this repository and not read. Pass {option}.")
     return path
 
 
 def text_files(record: Any, run: Any) -> tuple[list[Path], Path]:
-    """The validation shards and the tokenizer, by the hashes of RESULT. ValueError where they are not at hand."""
+    """Return validation shards and tokenizer that match RESULT's hashes. ValueError if unavailable."""
     result = evaluation(run)
     shards, folder = object_of(result, "sha256_shards"), data_folder(record, run)
     if not shards or "sha256_tokenizer" not in result:
-        raise ValueError("RESULT has no sha256_shards and sha256_tokenizer, as older versions")
+        raise ValueError("RESULT has no sha256_shards and sha256_tokenizer (older version)")
     tokenizer = record.tokenizer or allowed(record, Path(run.settings.get("tokenizer_path") or ""), "--tokenizer FILE")
     wanted = [*((folder / Path(name).name, digest) for name, digest in sorted(shards.items())),
               (tokenizer, result["sha256_tokenizer"])]  # fmt: skip
     for path, digest in wanted:
         if not path.is_file() or sha256_file(path) != digest:
-            raise ValueError(f"{path} is not there, or not what was scored (sha256 {str(digest)[:12]}..)")
+            raise ValueError(f"{path} is missing, or is not the file that was scored (sha256 {str(digest)[:12]}..)")
     return [path for path, _ in wanted[:-1]], tokenizer
 
 
 def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
-    """Targets of the shards and the bytes they stand for, by the field's rule. ValueError for what cannot be read.
+    """Return the targets of the shards and their bytes, by the field's rule. ValueError for unreadable files.
 
-    Every piece counts as it is spelled, a leading space included, except behind a control token. A byte piece is one
-    byte. Of a lossless tokenizer every space is one of the text.
+    Every piece counts its spelled bytes; a leading space counts unless a control token precedes it. A byte
+    piece is one byte. With a lossless tokenizer every space counts.
     """
     try:
         import sentencepiece
 
-        if not (model := tokenizer.read_bytes()):  # the library ends the process at its first use
+        if not (model := tokenizer.read_bytes()):  # SentencePiece would abort the process at first use
             raise ValueError("the tokenizer is an empty file")
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         texts = [np.fromfile(path, "<u2", offset=1024) for path in shards]
@@ -108,7 +109,7 @@ def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
 
 
 def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
-    """Shards that are scored and trained on, by the paths in the log, and by content where they can be read."""
+    """Find shards both trained on and scored, by the paths in the log and, if readable, by content."""
     pattern, held_out = run.settings.get("train_files") or "", object_of(evaluation(run), "sha256_shards")
     names = [Path(name).name for name in held_out]
     if wrong := [name for name in names if "fineweb_train" in name]:
@@ -116,7 +117,7 @@ def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
     if not pattern:
         return
     own = Path(pattern).name
-    known = run.settings.get("val_files") or run.settings.get("data_path")  # else the names are all there is
+    known = run.settings.get("val_files") or run.settings.get("data_path")  # else only names can be compared
     wanted = abspath(pattern) if known else own or "/"
     named = [name for name in names if Path(abspath(named_folder(run)), name).match(wanted)]
     if named or own.startswith("fineweb_val") or pattern == run.settings.get("val_files"):
@@ -139,7 +140,7 @@ def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
 
 
 def check_losses(record: Any) -> Iterator[Finding]:
-    """The printed scores and those of RESULT are what follows from nll.npy, shards and tokenizer."""
+    """Check the printed scores and those of RESULT against nll.npy, shards and tokenizer."""
     paths = [path for path in record.files if re.fullmatch(r"nll.*\.npy", path.name)]
     told = [run for run in record.runs if evaluation(run)]
     for path in paths if told else ():
@@ -153,7 +154,7 @@ def check_losses(record: Any) -> Iterator[Finding]:
             yield "warn", f"{path.name}: {told_not}"
         yield from score_again(record, (own or told)[0], path)
     if told and not paths and record.kind == "run":
-        yield "warn", "no nll.npy, so the score is the log's word"
+        yield "warn", "no nll.npy, so the score rests on the log alone"
 
 
 def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
@@ -161,11 +162,11 @@ def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
         losses = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(losses, np.ndarray):
             raise ValueError("no array")
-    except Exception as error:  # whatever broken bytes lead to
+    except Exception as error:  # damaged files can raise anything
         yield "fail", f"{path.name} cannot be read: {error}"
         return
     if losses.ndim != 1 or losses.dtype not in (np.float32, np.float64) or not losses.size:
-        yield "fail", f"{path.name} has shape {losses.shape} and type {losses.dtype}, not the losses of targets"
+        yield "fail", f"{path.name} has shape {losses.shape} and type {losses.dtype}, not one loss per target"
         return
     total = float(np.sum(losses, dtype=np.float64))
     yield from same_score(run, "loss", total / len(losses), path)
@@ -174,18 +175,18 @@ def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
     try:
         targets, num_bytes = count_bytes(*text_files(record, run))
     except ValueError as error:
-        yield "warn", f"val_bpb is not derived again: {error}"
+        yield "warn", f"val_bpb is not recomputed: {error}"
         return
     if targets != len(losses):
         yield "fail", f"{path.name} has {len(losses)} losses, the shards have {targets} targets"
     elif num_bytes < 1:
-        yield "fail", f"the {targets} targets of the shards stand for no byte of text"
+        yield "fail", f"the {targets} targets of the shards stand for 0 bytes of text"
     else:
         yield from same_score(run, "bpb", total / math.log(2) / num_bytes, path)
 
 
 def same_score(run: Any, unit: str, value: float, path: Path) -> Iterator[Finding]:
-    """Compare with RESULT to TOLERANCE, and with the lines of the adapted score to the digits that they have."""
+    """Compare with RESULT to TOLERANCE, and with the lines of the adapted score to their printed digits."""
     key, faults = f"val_{unit}_ttt", []
     told = evaluation(run).get(key)
     if not isinstance(told, int | float) or not abs(told - value) <= TOLERANCE * abs(value):
@@ -195,8 +196,8 @@ def same_score(run: Any, unit: str, value: float, path: Path) -> Iterator[Findin
         slack = 0.501 * 10.0**-score.decimals + TOLERANCE * abs(value)
         if re.match("(legal|invalid)_ttt", score.label) and not abs(printed - value) <= slack:
             faults.append(f"the log has {score.line}")
-    yield from (("fail", f"{fault}, but {path.name} makes {value:.12g}") for fault in faults)
-    yield "pass", f"val_{unit} {value:.10f} is that of {path.name}"
+    yield from (("fail", f"{fault}, but {path.name} gives {value:.12g}") for fault in faults)
+    yield "pass", f"val_{unit} {value:.10f} matches {path.name}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,7 @@ def same_score(run: Any, unit: str, value: float, path: Path) -> Iterator[Findin
 
 
 def check_certificates(record: Any) -> Iterator[Finding]:
-    """Certificates say legal, after checks of something, of the artifact, code, text and settings that were scored."""
+    """Check that certificates say legal, with passed checks, for what was scored."""
     names = re.compile(r"certificate.*\.(txt|json)")
     stems = sorted({path.with_suffix("") for path in record.files if names.fullmatch(path.name)})
     certified = set()
@@ -214,19 +215,19 @@ def check_certificates(record: Any) -> Iterator[Finding]:
         certified.add(artifact)
         yield from (("fail", f"{stem.name}: {fault}") for fault in faults)
         yield from (("warn", f"{stem.name}: {doubt}") for doubt in doubts)
-        yield "pass", f"{stem.name}: legal, of artifact {str(artifact)[:12]}.."
+        yield "pass", f"{stem.name}: legal, for artifact {str(artifact)[:12]}.."
     for run in record.runs if stems else ():
         if run.result.get("sha256_artifact", next(iter(certified))) not in certified:
-            yield "fail", f"{run.name}: no certificate is of its artifact, though there are of others"
+            yield "fail", f"{run.name}: no certificate for its artifact, though other artifacts have one"
 
 
 def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], list[str]]:
-    """The artifact's hash of a certificate, its faults, and what it leaves open."""
-    text, data = Path(f"{stem}.txt"), Path(f"{stem}.json")  # with_suffix would replace the .seed1 of a name
+    """Return a certificate's artifact hash, its faults, and its open questions."""
+    text, data = Path(f"{stem}.txt"), Path(f"{stem}.json")  # with_suffix would replace a name's .seed1
     faults = text_faults(record, text) if text in record.files else []
     try:
         if not data.exists():
-            raise ValueError(f"no {stem.name}.json, which says what was audited: put it beside the text")
+            raise ValueError(f"no {stem.name}.json, which lists what was audited: put it beside {stem.name}.txt")
         found = read_object(data, "legal", "targets", "checks", "sha256", "settings")
     except ValueError as error:
         return None, [*faults, str(error)], []
@@ -237,37 +238,37 @@ def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], li
     if isinstance(left := found.get("not_audited"), list):
         doubts += [f"not audited: {', '.join(map(str, left))}"] if left else []
     else:
-        doubts.append("of an older version, which does not say what was not audited")
+        doubts.append("of an older version, which does not list what was not audited")
     scored = [run for run in record.runs if "sha256_artifact" in run.result]
     own = [run for run in scored if run.result["sha256_artifact"] == artifact]
     if scored and not own:
-        faults.append("of another artifact than the logs scored")
+        faults.append("for another artifact than the one the logs scored")
     for run in own[:1]:
         faults += differences(run, found)
         if (told := evaluation(run)) and "nll.npy" not in hashes:
             doubts.append(f"does not name the losses of {run.name}: audit after the evaluation")
         lacking = [key for key in ("sha256_nll", "sha256_shards", "settings") if told and key not in told]
-        doubts += [f"not compared, as RESULT has no {', '.join(lacking)}, as older versions"] if lacking else []
+        doubts += [f"not compared, because RESULT has no {', '.join(lacking)} (older version)"] if lacking else []
     return artifact, faults, doubts
 
 
 def text_faults(record: Any, path: Path) -> list[str]:
-    """What certificate.txt itself says against the record."""
+    """Return what certificate.txt itself holds against the record."""
     lines = path.read_text(errors="replace").splitlines() or [""]
     faults = [] if re.search(": legal( as far as audited)?$", lines[0]) else lines[:1]
     faults += [line.strip() for line in lines if line.startswith("  FAIL ")]
     hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
     shipped = {path.name: sha256_file(path) for path in record.code}
-    faults += [f"of another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
+    faults += [f"for another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
     scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
     other = bool(scored) and hashes.get("artifact") not in scored
-    return faults + (["of another artifact than the logs scored"] if other else [])
+    return faults + (["for another artifact than the one the logs scored"] if other else [])
 
 
 def check_faults(checks: Any) -> list[str]:
-    """Checks of an audit that failed, that passed on nothing, or that are not there."""
+    """Return checks of an audit that failed, that passed with nothing checked, or that are missing."""
     if not isinstance(checks, list) or not all(isinstance(each, dict) for each in checks):
-        return ["its checks are no list of objects"]
+        return ["its checks are not a list of objects"]
     faults = [f"{each.get('name')} failed" for each in checks if each.get("ok") is False]
     for each in (each for each in checks if each.get("ok") is True):
         count = each.get("checked")
@@ -279,13 +280,13 @@ def check_faults(checks: Any) -> list[str]:
 
 
 def differences(run: Any, found: Mapping[str, Any]) -> list[str]:
-    """How a certificate differs from the evaluation it stands beside: hashes, settings, number of targets."""
+    """Return how a certificate differs from its evaluation: hashes, settings, number of targets."""
     told = evaluation(run) or run.result
     hashes, settings = object_of(found, "sha256"), object_of(found, "settings")
     wanted = object_of(told, "sha256_code") | object_of(told, "sha256_shards")
     wanted |= {"tokenizer": told["sha256_tokenizer"]} if "sha256_tokenizer" in told else {}
     wanted |= {"nll.npy": told["sha256_nll"]} if {"sha256_nll"} <= told.keys() and "nll.npy" in hashes else {}
-    faults = [f"does not name {name}" if name not in hashes else f"of another {name}"
+    faults = [f"does not name {name}" if name not in hashes else f"for another {name}"
               for name, digest in wanted.items() if hashes.get(name) != digest]  # fmt: skip
     free = AUDITS_MAY_CHANGE | (set() if "audited_settings" in found else AUDITS_SHRINK)
     apart = [f"{name} {settings.get(name)}, scored with {value}" for name, value in object_of(told, "settings").items()
@@ -293,5 +294,5 @@ def differences(run: Any, found: Mapping[str, Any]) -> list[str]:
     faults += [f"audited with {', '.join(apart)}"] if apart else []
     targets = found["targets"]
     if isinstance(targets, bool) or not isinstance(targets, int) or not 1 <= targets <= (run.val_tokens or targets):
-        faults.append(f"targets is {targets}, of {run.val_tokens} that were scored")
+        faults.append(f"targets is {targets}, but {run.val_tokens} were scored")
     return faults

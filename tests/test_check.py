@@ -441,7 +441,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "no README": (remove("README.md"), "files", "README.md"),
     "no trainer": (remove("train_gpt.py"), "files", "train_gpt.py"),
     "over the cap by a byte": (resize(SIZE_CAP + 1), "sizes", "16000001 bytes (in the log), 1 over"),
-    "sizes do not add up": (misadd, "sizes", "is not 1234567"),
+    "sizes do not add up": (misadd, "sizes", "!= 1234567"),
     "size in RESULT against a line": (edit("train_seed42.log", "zstd: ", "zstd: 1"), "log", "RESULT has bytes_model"),
     "600.1 s of training": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 600.1'), "train time",
                             "over 600 s: 600.100 s"),
@@ -452,15 +452,15 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "two seeds": (remove("train_seed42.log", "eval_ttt_seed42.log"), "seeds", "2 distinct seeds"),
     "duplicate seed": (edit("train_seed42.log", "seed:42", "seed:1337"), "log", 'RESULT has seed 42'),
     "duplicate seed, everywhere": (lambda files: [edit("train_seed42.log", *pair)(files) for pair in (
-        ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "seed 1337 twice"),
+        ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "seed 1337 occurs twice"),
     "duplicate seed in JSON": (edit_json(seeds=[42, 42, 1337]), "seeds", "a seed twice"),
-    "seed without a log": (edit_json(seeds=[42, 1337, 7]), "seeds", "seeds [7], but no log has"),
+    "seed without a log": (edit_json(seeds=[42, 1337, 7]), "seeds", "seeds [7], but the logs have"),
     "log named for another seed": (lambda files: files.update({"train_seed7.log": files.pop("train_seed42.log")}),
                                    "seeds", "train_seed7.log + eval_ttt_seed42.log is named for seed 7"),
     "score copied to another seed": (as_seed(2025, 42), "seeds", "the same score 1.10880000"),
     "no final line": (lambda files: [fault(files) for fault in (cut("train_seed42.log", "final_int6"),
                                                                 remove("eval_ttt_seed42.log"))],
-                      "log", "train_seed42.log: no final scored line"),
+                      "log", "train_seed42.log: no line with a final score"),
     "RESULT cut off": (edit("train_seed42.log", '"seed": 42}', '"se'), "log", "not JSON"),
     "RESULT against a line's loss": (edit("eval_ttt_seed42.log", "ttt_exact val_loss:1", "ttt_exact val_loss:2"), "log",
                                      "RESULT has val_loss_ttt"),
@@ -484,13 +484,13 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "part of the validation set": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:12404369"),
                                    "validation set", "not the 62,021,846"),
     "tokens of another tokenizer": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:40540801"),
-                                    "validation set", "sp8192's validation tokens under the tokenizer of sp1024"),
+                                    "validation set", "sp8192's validation tokens with the tokenizer of sp1024"),
     "bpb given as nats": (edit_json(delta_nats=-0.0051, delta_bpb=-0.0051), "units", "units confused"),
     "units mixed up in README": (put("README.md", b"better by 0.0043 BPB = 0.0030 nats"), "units", "0.0030 nats"),
     "pickle for an artifact": (put(MODEL, saved_by_torch()), "artifact", "is a pickle"),
     "compressed pickle": (put(MODEL, lzma.compress(pickle.dumps({"w": 1}))), "artifact", "is a pickle"),
-    "artifact cut off": (put(MODEL, artifact(42)[:-1]), "artifact", "cut off or altered"),
-    "artifact of no log": (put(MODEL, artifact(43)), "artifact", "not what the logs scored"),
+    "artifact cut off": (put(MODEL, artifact(42)[:-1]), "artifact", "truncated or altered"),
+    "artifact of no log": (put(MODEL, artifact(43)), "artifact", "not the artifact that the logs scored"),
     "adapt-first evaluator": (put("eval_ttt.py", ADAPT_FIRST), "syntax tree", "eval_ttt.py:6: adapts first"),
     "program that does not compile": (put("train_gpt.py", b"def main(:\n"), "syntax tree", "does not compile"),
     "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"), "legality", "invalid_ttt_exact"),
@@ -505,7 +505,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "certificate of broken JSON": (cut("certificate_seed42.json", "checks"), "legality", "not a JSON object"),
     "one certificate for three seeds": (remove(*(f"certificate_seed{seed}.{end}" for seed in (1337, 2025)
                                                  for end in ("txt", "json"))), "legality",
-                                        "eval_ttt_seed2025.log: no certificate is of its artifact"),
+                                        "eval_ttt_seed2025.log: no certificate for its artifact"),
     "one line of text": (lambda files: [fault(files) for fault in (
         remove("certificate_seed42.json"), put("certificate_seed42.txt", b"certificate: legal"))],
         "legality", "no certificate_seed42.json"),
@@ -525,7 +525,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "an essential check that says nothing": (edit_certificate(checks=[
         dict(name=name, ok=name != "T2" or None, checked=9) for name in ESSENTIAL]), "legality", "T2 did not pass"),
     "no check at all": (edit_certificate(checks=[]), "legality", "no check passed"),
-    "checks of another shape": (edit_certificate(checks={"T1": True}), "legality", "no list of objects"),
+    "checks of another shape": (edit_certificate(checks={"T1": True}), "legality", "not a list of objects"),
     "audit without the targets": (edit_certificate(targets=None), "legality", "lacks targets"),
     "audit of more than was scored": (edit_certificate(targets=TARGETS + 1), "legality", f"targets is {TARGETS + 1}"),
     "audit of nothing": (edit_certificate(targets=0), "legality", "targets is 0"),
@@ -615,9 +615,9 @@ def test_a_folder_with_a_wrong_name(tmp_path, name):
 
 DOUBTS = {
     "usual key missing": (edit_json(track=None), "json", "track"),
-    "best seed's score": (edit_json(val_bpb=1.1082), "claims", "one seed's"),
+    "best seed's score": (edit_json(val_bpb=1.1082), "claims", "a single seed"),
     "population's deviation": (edit_json(val_bpb_std=round(float(np.std([row[2] for row in SCORES.values()])), 6)),
-                               "claims", "population's"),
+                               "claims", "population standard deviation"),
     "a log twice": (lambda files: files.update({
         "copy.log": files["train_seed42.log"] + b"\n" + files["eval_ttt_seed42.log"]}), "seeds", "repeats"),
     "a log's seed not claimed": (edit_json(seeds=[42, 1337]), "seeds", "[2025] that have logs"),
@@ -781,7 +781,7 @@ def test_minutes_and_packed_code(tmp_path):
     assert (facts.bytes_source, facts.bytes_code, facts.bytes_total) == (122168, 27610, 15932897)
     assert facts.headline is None  # a diagnostic is no result
     verdicts = check.check(check.read_record(tmp_path / "train_seed42.log"))
-    assert any("no final scored line" in v.evidence for v in verdicts if v.status == "fail")
+    assert any("no line with a final score" in v.evidence for v in verdicts if v.status == "fail")
     assert any("counted packed" in v.evidence for v in verdicts if v.status == "warn")
 
 
@@ -803,7 +803,7 @@ def test_the_source_that_a_log_prints_is_its_code(tmp_path):
         (tmp_path / f"train_seed{seed}.log").write_text(text)
     (tmp_path / "train_seed42.log").unlink()
     verdicts = check.check(check.read_record(tmp_path))
-    assert any(v.rule == "code" and "the logs print changed" in v.evidence for v in verdicts)
+    assert any(v.rule == "code" and "printed in the logs changed" in v.evidence for v in verdicts)
 
 
 SILENT = (b"", b"\n\n", b"\x00\xff\xfe" * 100, b"hello\n", b"RESULT {\n", b'RESULT {"seed": "x"}\n',

@@ -72,7 +72,7 @@ def told(verdicts: list[check.Verdict], status: str, rule: str = "losses") -> st
 def test_the_score_is_that_of_the_losses(made):
     verdicts = made.write()
     assert not told(verdicts, "fail") and not told(verdicts, "warn")
-    assert f"val_bpb {made.result['val_bpb_ttt']:.10f} is that of nll.npy" in told(verdicts, "pass")
+    assert f"val_bpb {made.result['val_bpb_ttt']:.10f} matches nll.npy" in told(verdicts, "pass")
 
 
 @pytest.mark.parametrize("unit", ["loss", "bpb"])
@@ -127,16 +127,16 @@ def test_what_holds_no_losses(made, array):
 
 def test_a_text_that_is_not_at_hand_is_said(made, tmp_path, monkeypatch):
     (made.shards[1]).write_bytes(made.shards[0].read_bytes())
-    assert "fineweb_val_000001.bin is not there, or not what was scored" in told(made.write(), "warn")
+    assert "fineweb_val_000001.bin is missing, or is not the file that was scored" in told(made.write(), "warn")
     write_shard(made.shards[1], made.tokens[1234:])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # now the log's paths lead out of record, repository and working folder
     verdicts = made.write()
-    assert "is not read: --tokenizer FILE" in (words := told(verdicts, "warn")) or "--data FOLDER" in words
+    assert "not read. Pass --tokenizer FILE" in (words := told(verdicts, "warn")) or "--data FOLDER" in words
     made.options = (made.data, made.data / "tokenizer.model")
     assert "val_bpb" in told(made.write(), "pass") and not told(made.write(), "warn")
     made.result["sha256_shards"] = {"../a/nll.npy": "0" * 64}
-    assert "is not there, or not what was scored" in told(made.write(), "warn")
+    assert "is missing, or is not the file that was scored" in told(made.write(), "warn")
 
 
 def test_a_missing_file_of_losses_is_said(made):
