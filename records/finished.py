@@ -1,4 +1,4 @@
-"""Finished runs: read from their logs, and judged whether together they can be a record."""
+"""Read finished runs from their logs, and check whether together they can be a record."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TEXT_TOLERANCE = 1e-3  # bpb; trainer and evaluator differ by far less on the sa
 
 
 class Refused(Exception):
-    """The runs or the folder made of them break rules; the arguments are the reasons."""
+    """Runs, or the folder made from them, that break rules; the arguments are the reasons."""
 
 
 @dataclass
 class Run:
-    """A finished run, by its logs: their text joined, RESULT lines, and settings as text, the evaluator's last.
+    """A finished run: joined text of its logs, RESULT lines, settings as text (the evaluator's win).
 
-    `evaluated` is empty where eval_ttt.py did not run.
+    `evaluated` is empty if eval_ttt.py did not run.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Run:
 
 
 def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
-    """The run at PATH. Refused where its LOGS are not those of a finished run of this repository."""
+    """Return the run at `path`. Refused if `logs` are not those of a finished run of this repository."""
     facts = check.read_log(*logs)
     log = "\n".join(each.read_bytes().decode().rstrip("\n") for each in logs) + "\n"
     trained, evaluated = (
@@ -57,7 +57,7 @@ def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
         wanted = ("settings", "world_size", "sha256_artifact", "val_bpb_roundtrip", "ttt_gain_bpb")
         unsaid += [f"{key} of the evaluation" for key in wanted if key not in evaluated]
     if unsaid := unsaid + [key for key in ("vocab_size", "eval_seq_len") if key not in settings[0]]:
-        raise Refused(f"{path}: no line of its log says {', '.join(unsaid)}")
+        raise Refused(f"{path}: its log does not report {', '.join(unsaid)}")
     text = certificate.read_text() if certificate.exists() else ""
     return Run(path, facts, log, text, trained, evaluated, settings, given)
 
@@ -68,12 +68,12 @@ def without_audit(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's files. Refused where they are not those of a finished run."""
+    """Read a run's files. Refused if they are not those of a finished run."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     evaluated = [name for name in ("eval_ttt.log", "eval_ttt.json") if any(folder.glob("eval_ttt.*"))]
     if missing := [n for n in ("train.log", "result.json", "source", *evaluated) if not (folder / n).exists()]:
-        raise Refused(f"{folder} did not finish: it has no {', '.join(missing)}")
+        raise Refused(f"{folder} is not a finished run: no {', '.join(missing)}")
     try:
         read = {"result.json": read_result(folder / "result.json")}
         read |= {name: read_object(folder / name) for name in evaluated[1:]}
@@ -82,12 +82,12 @@ def read_run(folder: Path) -> Run:
         raise Refused(f"{folder}: {error}") from error
     logged = [without_audit(result) for result in run.facts.results]
     if other := [name for name, said in read.items() if without_audit(said) not in logged]:
-        raise Refused(f"{folder}: no RESULT line of its logs is what {', '.join(other)} says")
+        raise Refused(f"{folder}: no RESULT line of its logs matches {', '.join(other)}")
     return run
 
 
 def own_faults(run: Run, track: str) -> list[str]:
-    """What breaks a rule in one run: every fault that check.py finds, and scores of another text."""
+    """Return the faults of one run: those that check.py finds, and scores of different texts."""
     record = check.read_record(run.path)
     record.claims = {"track": track}
     faults = [f"{v.rule}: {v.evidence}" for v in check.check(record) if v.status == "fail"]
@@ -100,7 +100,7 @@ def own_faults(run: Run, track: str) -> list[str]:
 
 
 def differences(runs: Sequence[Run], kind: str, what: Callable[[Run], Mapping[str, Any]]) -> list[str]:
-    """How WHAT differs between the first run and the others, but for names that each run has its own values of."""
+    """Return how the values of `what` differ between the first run and the others, except per-run names."""
     found, first = [], what(runs[0])
     for run in runs[1:]:
         other = what(run)
@@ -111,7 +111,7 @@ def differences(runs: Sequence[Run], kind: str, what: Callable[[Run], Mapping[st
 
 
 def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
-    """The runs, by seed. Refused with every reason that they are no record."""
+    """Return the runs, sorted by seed. Refused with every reason why they cannot be a record."""
     reasons, runs = [], []
     for folder in folders:
         try:
@@ -122,14 +122,14 @@ def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
     runs.sort(key=lambda run: run.seed)
     for before, run in pairwise(runs):
         if before.seed == run.seed:
-            reasons.append(f"seed {run.seed} twice: {before.path} and {run.path}")
+            reasons.append(f"seed {run.seed} occurs twice: {before.path} and {run.path}")
     for digest in dict.fromkeys(run.trained["sha256_artifact"] for run in runs):
         same = [run for run in runs if run.trained["sha256_artifact"] == digest]
         if len({run.seed for run in same}) > 1:
             paths = ", ".join(str(run.path) for run in same)
-            reasons.append(f"the same artifact under seeds {', '.join(str(run.seed) for run in same)}: {paths}")
+            reasons.append(f"seeds {', '.join(str(run.seed) for run in same)} have the same artifact: {paths}")
     if (distinct := len({run.seed for run in runs})) < check.MIN_SEEDS:
-        reasons.append(f"{distinct} finished runs of distinct seeds, {check.MIN_SEEDS} are needed")
+        reasons.append(f"{distinct} finished runs with distinct seeds; at least {check.MIN_SEEDS} are needed")
     if runs:
         reasons += differences(runs, "code", lambda run: run.trained["sha256_code"])
         reasons += differences(runs, "settings", lambda run: run.settings[0])

@@ -1,6 +1,7 @@
-"""How a run of train_gpt.py is started, watched, ended with whoever started it, and told to a tracker.
+"""Start a run of train_gpt.py, watch it, stop it when its parent dies, and log it to an experiment tracker.
 
-`records/sweep.py` and its ledger start all their runs here. TRACK=trackio or TRACK=wandb logs each there too.
+`records/sweep.py` and its ledger start all their runs here. TRACK=trackio or TRACK=wandb also logs each run
+there.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from runfiles import METRIC, create, escape, read_result
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = (ROOT / "train_gpt.py", ROOT / "eval_ttt.py")
-POLL = 0.2  # seconds between two looks at a run
-ANY_RUN = dict(seed=0, run_id="")  # in the place of what each run has its own of
+POLL = 0.2  # seconds between polls of a run
+ANY_RUN = dict(seed=0, run_id="")  # replaces the per-run settings in hashes
 
-# A run is the child of this guard, which ends it when its own input closes: by us, or by our death, even by SIGKILL.
-# Launcher and run have a session of their own; torchrun's workers each have one too, so it gets the time to end them.
+# A run is a child of this guard, which stops it when the guard's stdin closes: when we close it, or when we
+# die, even by SIGKILL. Launcher and run have their own session. torchrun's workers have one each too, so
+# torchrun gets time to stop them.
 GUARD = """
 import os, select, signal, subprocess, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -49,7 +51,7 @@ sys.exit(run.returncode if run.returncode >= 0 else 128 - run.returncode)
 
 
 class Crash(RuntimeError):
-    """A run ended without a result."""
+    """A run that ended without a result."""
 
 
 def digest(*parts: Any) -> str:
@@ -57,7 +59,7 @@ def digest(*parts: Any) -> str:
 
 
 def trainer() -> ModuleType:
-    """train_gpt.py of this tree. Crash where it cannot be imported: who iterates on it breaks it now and then."""
+    """Import train_gpt.py of this tree. Crash if that fails, as it may while somebody edits it."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     try:
@@ -67,13 +69,13 @@ def trainer() -> ModuleType:
 
 
 def config_hash(environ: Mapping[str, str]) -> str:
-    """Hash of the settings, but for seed and name, and of the code that reads them. ValueError for a wrong setting."""
+    """Hash the settings, except seed and run id, and the code that parses them. ValueError if one is bad."""
     tg = trainer()
     return digest(asdict(tg.load_config(environ)[0]) | ANY_RUN, [tg.sha256_file(path) for path in PROGRAMS])
 
 
 def finished_result(folder: Path) -> dict[str, Any]:
-    """result.json with what sweeps and ledger need of it. ValueError that says what is missing."""
+    """Return result.json with the keys that sweeps and the ledger need. ValueError names missing keys."""
     return read_result(folder / "result.json", "bytes_total", "fits")
 
 
@@ -84,10 +86,11 @@ def train(
     logs: Path,
     watch: Callable[[Path], None] = lambda folder: None,
 ) -> dict[str, Any]:
-    """result.json of a run, which is started unless it is there; a folder that an earlier start left half stays.
+    """Return result.json of a run, starting the run if there is none.
 
-    So does one whose result.json lacks something: a line says what, and the run is started beside it.
-    WATCH is called every POLL seconds with the run's folder; what it raises ends the run. Crash where no result comes.
+    The folder of an unfinished run is kept. So is one whose result.json lacks a key: a note names the key,
+    and the run is started again in another folder. `watch` is called with the run folder every POLL seconds;
+    an exception from it stops the run. Crash if the run produces no result.
     """
     for attempt in itertools.count(1):
         folder, result = Path("runs") / (run_id if attempt == 1 else f"{run_id}_start{attempt}"), {}
@@ -98,7 +101,7 @@ def train(
                 result = finished_result(folder)
                 break
             except ValueError as error:
-                print(f"note: {error}; the run is started again", file=sys.stderr, flush=True)
+                print(f"note: {error}; starting the run again", file=sys.stderr, flush=True)
     if started := not result:
         logs.mkdir(parents=True, exist_ok=True)
         output = logs / f"{folder.name}.out"
@@ -127,23 +130,23 @@ def train(
 
 
 TRACKERS = ("trackio", "wandb")
-TRACKING = threading.Lock()  # they know one run at a time
+TRACKING = threading.Lock()  # trackers support one active run at a time
 
 
 def tracker(environ: Mapping[str, str]) -> ModuleType | None:
-    """The package that TRACK asks for. ValueError where it is another than TRACKERS, or not installed."""
+    """Import the package that TRACK names. ValueError if it is not in TRACKERS or not installed."""
     if not (name := environ.get("TRACK")):
         return None
     if name not in TRACKERS:
-        raise ValueError(f"TRACK={name}: {' or '.join(TRACKERS)}")
+        raise ValueError(f"TRACK={name}: must be {' or '.join(TRACKERS)}")
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"TRACK={name} asks for a package that is missing, pip install {name}: {error}") from error
+        raise ValueError(f"TRACK={name}: the package is not installed ({error}). pip install {name}") from error
 
 
 def track(name: str, environ: Mapping[str, str], result: Mapping[str, Any]) -> None:
-    """Log the settings and the numbers of a run where TRACK asks for it; what goes wrong with that is only told."""
+    """Log settings and numbers of a run to the tracker that TRACK names; an error there is only a note."""
     if package := tracker(environ):
         config = asdict(trainer().load_config(environ)[0])
         numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
@@ -153,4 +156,4 @@ def track(name: str, environ: Mapping[str, str], result: Mapping[str, Any]) -> N
                 package.log(numbers)
                 package.finish()
         except Exception as error:
-            print(f"note: {package.__name__} did not take {name}: {error!r}", file=sys.stderr)
+            print(f"note: {package.__name__} did not log {name}: {error!r}", file=sys.stderr)

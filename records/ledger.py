@@ -1,4 +1,4 @@
-"""The ledger of single experiments that `records/sweep.py one` writes: its lines, and what makes them comparable."""
+"""The ledger of experiments of `records/sweep.py one`, and the hashes that keep its lines comparable."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from typing import Any
 from launch import ANY_RUN, METRIC, PROGRAMS, ROOT, Crash, digest, train, trainer
 
 COLUMNS = ("date", "commit", "config", "bpb", "bytes", "seconds", "verdict", "note", "scorer", "task", "budget", "run")
-DIGITS = 6  # of the bpb in a line: a score is compared as it will stand there
-FIXED = ("scorer", "task", "budget")  # alike in all lines, else their scores could not be compared
+DIGITS = 6  # decimals of the bpb in a line; scores are compared after rounding to them
+FIXED = ("scorer", "task", "budget")  # must be equal in all lines, or their scores are not comparable
 SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch", "score",
           "Run.val_tokens", "Run.score", "score_artifact", "ByteTable", "load_byte_table", "read_validation",
           "Config.shards", "SIZE_CAP", "BOS_ID", "score_plan", "evaluate", "Setup.plan")  # fmt: skip
-BORDER = ("Config", "GPT", "load_model", "read_artifact", "Adaptation", "TTT_MODES")  # what experiments are about
+BORDER = ("Config", "GPT", "load_model", "read_artifact", "Adaptation", "TTT_MODES")  # may change
 
 
 def names_used(definition: ast.AST) -> set[str]:
-    """The names that a definition reads and does not bind, X of tg.X among them, annotations left out."""
+    """Return the names that a definition reads but does not bind, with X of tg.X, without annotations."""
     noted = [getattr(node, name, None) for node in ast.walk(definition) for name in ("annotation", "returns")]
     left_out = {id(part) for note in noted if note is not None for part in ast.walk(note)}
     nodes = [node for node in ast.walk(definition) if id(node) not in left_out]
@@ -41,7 +41,7 @@ def names_used(definition: ast.AST) -> set[str]:
 
 
 def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """The names that a module defines, methods as Class.name."""
+    """Yield the names that a module defines, methods as Class.name, with their syntax trees."""
     for node in tree.body:
         for target in getattr(node, "targets", [getattr(node, "target", node)]):
             yield getattr(target, "id", getattr(target, "name", "")), node
@@ -50,7 +50,7 @@ def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
 
 
 def without_docstrings(definition: ast.AST) -> str:
-    """Its syntax tree as text."""
+    """Return the syntax tree of a definition as text, without docstrings."""
     for node in ast.walk(definition):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
@@ -58,9 +58,9 @@ def without_docstrings(definition: ast.AST) -> str:
 
 
 def scorer_hash(*sources: str) -> str:
-    """Hash of the syntax trees of SCORER and of whatever of the SOURCES those use, short of BORDER.
+    """Hash the syntax trees of SCORER and of everything in `sources` that it uses, up to BORDER.
 
-    Docstrings, comments and layout do not count. SyntaxError or ValueError for what is no Python.
+    Docstrings, comments and layout are ignored. SyntaxError or ValueError if a source is not valid Python.
     """
     found: dict[str, list[ast.AST]] = {}  # a second definition of a name replaces the first: both count
     for name, node in (pair for source in sources for pair in definitions(ast.parse(source))):
@@ -74,7 +74,7 @@ def scorer_hash(*sources: str) -> str:
 
 
 def commit(root: Path) -> str:
-    """The tree's commit, a + behind it where tracked files differ from it; - without git or repository."""
+    """Return the commit of the tree, followed by + if tracked files differ; - without git or a repository."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -86,20 +86,20 @@ def commit(root: Path) -> str:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The lines of a ledger. ValueError where it has other columns than ours."""
+    """Return the lines of a ledger. ValueError if its columns differ from COLUMNS."""
     if not path.exists() or not path.stat().st_size:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: its columns are {reader.fieldnames}, not {COLUMNS}: start another --ledger")
+            raise ValueError(f"{path}: columns are {reader.fieldnames}, not {COLUMNS}. Start another --ledger.")
         return list(reader)
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a line, after a head where there is none; other processes wait."""
+    """Append a line, writing the header first if the file is new; a lock makes other processes wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # no link: a line goes into this file or none
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # never write through a link
     with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         head = "" if path.stat().st_size else "\t".join(COLUMNS) + "\n"
@@ -107,23 +107,24 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def refuse_changes(path: Path, line: Mapping[str, Any]) -> None:
-    """ValueError where LINE is not of the kind of the ledger's first line with a score."""
+    """Raise ValueError if `line` is not comparable with the ledger's first line that has a score."""
     first = next((old for old in read(path) if old["verdict"] != "crash"), line)
     for key in FIXED:
         if line[key] != first[key]:
-            raise ValueError(f"{key} is {line[key]}, and {first[key]} in the first line with a score of {path}: such "
-                             "scores cannot be compared; put it back, or start another --ledger")  # fmt: skip
+            raise ValueError(f"{key} is {line[key]}, but {first[key]} in the first line with a score of {path}: the "
+                             "scores are not comparable. Undo the change or start another --ledger.")  # fmt: skip
 
 
 def is_best(bpb: float, lines: Sequence[Mapping[str, str]]) -> bool:
-    """Whether `bpb`, with the digits that a line has, is below that of every line kept."""
+    """Return whether `bpb`, rounded as in a line, is below every kept line."""
     return all(round(bpb, DIGITS) < float(old["bpb"]) for old in lines if old["verdict"] == "keep")
 
 
 def what_is_tried(environ: Mapping[str, str]) -> dict[str, str]:
-    """Hashes for a line: scoring code; task (validation text, tokenizer, windows, seed); settings.
+    """Return the hashes of a line: scoring code; task (validation text, tokenizer, windows, seed); settings.
 
-    ValueError for a wrong setting, OSError for a missing file, Crash where the programs are broken.
+    ValueError for a bad setting, OSError for a missing file, Crash if the programs cannot be parsed or
+    imported.
     """
     try:
         scorer = scorer_hash(*(path.read_text(encoding="utf-8") for path in PROGRAMS))
@@ -137,20 +138,20 @@ def what_is_tried(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def experiment(note: str, seconds: int, launcher: Sequence[str], environ: Mapping[str, str], path: Path) -> int:
-    """Run the working tree for SECONDS of training and append a line to the ledger at PATH; returns the exit code.
+    """Train the working tree for `seconds`, append a line to the ledger at `path`, return the exit code.
 
-    ValueError, and no line, where scorer, task or budget are not those of the ledger's first line with a score.
+    ValueError, and no line, if scorer, task or budget differ from the ledger's first line with a score.
     """
     if not note.strip() or re.search(r"[\t\r\n]", note) or seconds < 1:
-        raise ValueError(f"--note {note!r}: one line, without tabs, on what was changed and why; --seconds from 1")
+        raise ValueError(f"--note {note!r}: must be one line without tabs, with --seconds at least 1")
     line = dict.fromkeys(COLUMNS, "-") | dict(note=note, budget=str(seconds), commit=commit(ROOT))
     line |= dict(date=f"{datetime.now():%Y-%m-%dT%H:%M:%S}", verdict="crash")
     line["run"] = f"one_{len(read(path)):03d}_{line['date'].replace(':', '-')}"
     environ, began = {**environ, "MAX_WALLCLOCK_SECONDS": str(seconds)}, time.monotonic()
 
     def watch(folder: Path) -> None:
-        if time.monotonic() - began > 4 * seconds + 600:  # export and scoring have taken leave of their senses
-            raise Crash(f"{folder}: not done after {4 * seconds + 600} s")
+        if time.monotonic() - began > 4 * seconds + 600:  # export or scoring hangs
+            raise Crash(f"{folder}: not finished after {4 * seconds + 600} s")
 
     try:
         line |= what_is_tried(environ)

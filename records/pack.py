@@ -1,22 +1,25 @@
-"""Write the programs as they are shipped: without comments, names shortened, compressed, still one file each.
+"""Pack the programs for submission: strip comments, shorten names, compress; each stays one file.
 
     python records/pack.py --out DIR [FILES...]     default: train_gpt.py and eval_ttt.py
 
-DIR receives for each NAME.py the packed program under that name, which runs and is imported like the readable one, and
-that one as NAME_readable.py. Code counts into the 16,000,000 bytes, and what it leaves is for weights.
+For each NAME.py, DIR receives the packed program under that name, which runs and imports like the readable
+one, and the readable one as NAME_readable.py. Code counts toward the 16,000,000 bytes; every byte saved is
+available for weights.
 
-A packed file is a Latin-1 source with one string literal: a character is a byte of the compressed program, and only
-those that a literal cannot hold are escaped. Measured on 2026-11-21 (python-minifier 3.4.0; LZMA with its best lc, lp,
-pb), train_gpt.py and eval_ttt.py together, then 209,781 bytes readable and 113,310 minified:
+A packed file is a Latin-1 source with one string literal: each character is one byte of the compressed
+program, and only characters that a literal cannot hold are escaped. Measured on 2026-11-21 (python-minifier
+3.4.0; LZMA with its best lc, lp, pb) on train_gpt.py and eval_ttt.py together, then 209,781 bytes readable
+and 113,310 minified:
 
-    bz2, Latin-1          38,914   the form chosen
-    LZMA, Latin-1         39,613   as .lzma; raw LZMA2, whose filter must be spelled out: 39,667
-    zip                   42,369   Python runs a zip file whatever its name, but imports nothing from train_gpt.py
+    bz2, Latin-1          38,914   chosen
+    LZMA, Latin-1         39,613   as .lzma; raw LZMA2, which needs an explicit filter: 39,667
+    zip                   42,369   Python runs a zip file of any name, but cannot import it as train_gpt.py
     bz2, base 85          47,996
     LZMA, base 85         48,844
     bz2, not minified     55,815   Latin-1
 
-Tracebacks give function and line of the minified source but do not show it: that would take 96 bytes a file.
+Tracebacks name function and line of the minified source but do not show it: that would take 96 bytes per
+file.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ UNPACK = b"#coding:l1\nimport bz2\nexec(bz2.decompress(%s.encode('l1')))"  # l1:
 
 
 class PackError(ValueError):
-    """What the user can put right: a file, the folder, a missing package."""
+    """User error: a bad file or folder, or a missing package. Exit code 2."""
 
 
 def without_docstrings(source: str) -> str:
-    """SOURCE without comments and the docstrings of functions and classes; the module's stays, --help prints it."""
+    """Remove comments and docstrings, except the module's, which --help prints."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
@@ -51,12 +54,13 @@ def without_docstrings(source: str) -> str:
 
 
 def minify(source: str) -> str:
-    """A shorter program that does the same.
+    """Return a shorter equivalent program.
 
-    Names that another file or a keyword argument may use stay: globals, attributes, arguments. So do annotations in
-    class bodies, which dataclasses and NamedTuples read, and the module's docstring. String literals are not hoisted
-    into variables: that shortens the text but not what it compresses to. On every Python the result is the same, and
-    for 3.10: the library itself would, from 3.12 on, write quotes into f-strings that older ones cannot read.
+    Names that another file or a keyword argument may use are kept: globals, attributes, arguments. So are
+    annotations in class bodies, which dataclasses and NamedTuples read, and the module's docstring. String
+    literals are not hoisted into variables: that shortens the text but not its compressed size. The result is
+    the same on every Python version and runs on 3.10: from 3.12 on, the library would write nested quotes
+    into f-strings, which older versions reject.
     """
     try:
         import python_minifier as library
@@ -74,10 +78,10 @@ def minify(source: str) -> str:
 
 
 def literal(blob: bytes) -> bytes:
-    """A string literal, in Latin-1 source, of the characters whose numbers are BLOB's bytes.
+    """Return a string literal, in Latin-1 source, whose characters are the bytes of `blob`.
 
-    NUL ends a source, and a carriage return is read as a newline: both are escaped, as are backslashes, and the quotes
-    of which three in a row could arise.
+    NUL ends a source file and a carriage return is read as a newline, so both are escaped; so are
+    backslashes, and quotes that could form a triple quote.
     """
     text = blob.replace(b"\\", rb"\\").replace(b"\r", rb"\r")
     text = re.sub(rb"\0(?=[0-7])", rb"\\x00", text).replace(b"\0", rb"\0")
@@ -85,18 +89,18 @@ def literal(blob: bytes) -> bytes:
 
 
 def pack(source: str) -> bytes:
-    """A file that does what SOURCE would in its place, with the same globals, __name__ and __file__.
+    """Return a file that behaves like `source`, with the same globals, __name__ and __file__.
 
-    SOURCE is stored as UTF-8, so no line of it may declare another encoding.
+    `source` is stored as UTF-8, so it must not declare another encoding.
     """
     return UNPACK % literal(bz2.compress(source.encode()))
 
 
 def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
-    """Write PATH packed and readable into OUT; returns its bytes readable, minified, packed."""
+    """Write `path` packed and readable into `out`; return its bytes readable, minified and packed."""
     target = out / path.name
     if target.resolve() == path.resolve():
-        raise PackError(f"{path} would be overwritten: choose another folder")
+        raise PackError(f"{path} would be overwritten. Choose another folder.")
     try:
         small = minify(path.read_text(encoding="utf-8"))
         out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +114,7 @@ def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=PROGRAMS, help="default: train_gpt.py, eval_ttt.py")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the packed files")
+    parser.add_argument("--out", required=True, type=Path, help="output folder")
     arguments = parser.parse_args()
     try:
         sizes = {path.name: pack_file(path, arguments.out) for path in arguments.files}

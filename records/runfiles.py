@@ -1,8 +1,8 @@
-"""Files of runs and records: written without following links, read with a line of what is wrong, shown without escapes.
+"""Read and write files of runs and records without following planted links or printing control characters.
 
-Folders of runs and records may come from strangers. Whatever the tools write goes through `write_file` or `create`, so
-that a link planted under a predictable name is never written through. Reading follows links, except where a file is
-copied into a record.
+Folders of runs and records may come from untrusted sources. All tools write through `write_file` or `create`,
+which never write through a link planted under a predictable name. Reading follows links, except when a file
+is copied into a record.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from pathlib import Path
 from typing import IO, Any
 
 METRIC = "val_bpb_sliding"
-# C0 but for tab and newline, DEL, C1, soft hyphen, what turns the direction of text, separators, surrogates, BOM
+# C0 except tab and newline, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
 )
 
 
 def escape(text: str, keep: str = "") -> str:
-    r"""`text` with control characters, tab and newline as \uXXXX, which JSON reads too; those of `keep` stay."""
+    r"""Return `text` with control characters, tab and newline as \uXXXX (valid in JSON), except those in `keep`."""
     for character in set("\t\n") - set(keep):
         text = text.replace(character, f"\\u{ord(character):04x}")
     return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def escape_lines(text: object) -> str:
-    """`text` for a terminal or a page: its lines stay, control characters are escaped."""
+    """Return `text` for a terminal or a page: control characters escaped, line breaks kept."""
     return escape(str(text), keep="\t\n")
 
 
 def open_new(folder: Path) -> tuple[Path, IO[bytes]]:
-    """A new file of a random name in `folder`, open for writing."""
+    """Create a file with a random name in `folder`, open for writing."""
     path = folder / f".{secrets.token_hex(8)}.tmp"
     return path, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
 
 
 def create(path: Path) -> IO[bytes]:
-    """Open an empty file in the place of `path`. What stood there, a link too, is replaced, never opened."""
+    """Open an empty file at `path`. An existing file or link there is replaced, never opened."""
     temporary, file = open_new(path.parent)
     try:
         os.replace(temporary, path)
@@ -57,7 +57,7 @@ def create(path: Path) -> IO[bytes]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write `content` under a random name beside `path`, then rename: `path` is never half-written."""
+    """Write `content` under a random name beside `path`, then rename it to `path`, so the write is atomic."""
     temporary, file = open_new(path.parent)
     try:
         with file:
@@ -71,14 +71,14 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
-    """Write a matplotlib figure by `write_file`, in the format that the suffix of `path` names."""
+    """Write a matplotlib figure with `write_file`, in the format given by the suffix of `path`."""
     picture = BytesIO()
     figure.savefig(picture, format=path.suffix[1:] or "png", **options)
     write_file(path, picture.getvalue())
 
 
 def links(folder: Path) -> Iterator[Path]:
-    """Whatever below `folder` is neither a folder nor a plain file: links, also to folders, pipes, devices."""
+    """Yield the entries below `folder` that are neither folders nor regular files: links, pipes, devices."""
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
             if not stat.S_ISDIR(mode := path.lstat().st_mode) and not stat.S_ISREG(mode):
@@ -86,15 +86,15 @@ def links(folder: Path) -> Iterator[Path]:
 
 
 def read_plain(path: Path) -> bytes:
-    """The bytes of a plain file. OSError for a link, ValueError for a pipe or a device."""
+    """Return the bytes of a regular file. OSError for a link, ValueError for a pipe or a device."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path} is not a plain file")
+            raise ValueError(f"{path} is not a regular file")
         return file.read()
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal, read a MiB at a time."""
+    """Return the SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -103,16 +103,16 @@ def sha256_file(path: Path) -> str:
 
 
 def is_below(path: str | Path, *roots: str | Path) -> bool:
-    """Whether `path`, without `..` but with its links as they are, is one of `roots` or below it."""
+    """Return whether `path`, with `..` removed and links unresolved, is one of `roots` or below one."""
     place = Path(os.path.abspath(path))
     return any(place.is_relative_to(os.path.abspath(root)) for root in roots)
 
 
 def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any]:
-    """The JSON object of a file, its floats as Decimal where `decimals`.
+    """Return the JSON object of a file, with floats as Decimal if `decimals`.
 
-    Raises a one-line ValueError for anything else. So too where it lacks one of `keys`, and for a link to a pipe or a
-    device.
+    Raises a one-line ValueError for anything else, for an object that lacks one of `keys`, and for a link to
+    a pipe or a device.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -128,7 +128,7 @@ def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any
 
 
 def read_result(path: Path, *keys: str) -> dict[str, Any]:
-    """result.json of a finished run, with its sliding score and `keys`. ValueError that says what is missing."""
+    """Return result.json of a finished run, with its sliding score and `keys`. ValueError if any is missing."""
     result = read_object(path)
     numbers = {key for key in (METRIC, *keys) if key.startswith(("val_", "bytes_")) or key == "steps"}
     missing = [key for key in (METRIC, *keys) if key not in result]
