@@ -121,7 +121,8 @@ def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
     TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders. At each of them all slots run empty, and the base adapts on all
     documents before it. Borders beyond the last document are left out.
     """
-    c, (begin, end), plan, borders = config, documents(tokens), [], []
+    c, (begin, end) = config, documents(tokens)
+    plan, borders = [], []
     if c.ttt_mode == "phased":
         phases = c.phased_ttt_num_phases
         borders = sorted({c.phased_ttt_prefix_docs * (k + 1) // phases for k in range(phases)})
@@ -204,7 +205,8 @@ class TestTimeTrainer:
     """
 
     def __init__(self, model: tg.GPT, config: Config, nll_fn: Callable, factors: Mapping[str, Tensor]):
-        (by_documents, adapts), self.model, self.config, self.nll_fn = mode_of(config), model, config, nll_fn
+        self.model, self.config, self.nll_fn = model, config, nll_fn
+        by_documents, adapts = mode_of(config)
         self.fast = tg.FastWeights(model, config, adapts, config.ttt_slots if by_documents else None)
         self.fast.set_factors(factors)
 
@@ -232,7 +234,8 @@ class SlotWeights(tg.FastWeights):
     """A trainer's weights as `token_nll` takes them: `rows` are the slots in use, or all."""
 
     def __init__(self, config: Config, shared: bool):
-        self.config, self.shared, self.rows, self.values = config, shared, slice(None), {}
+        self.config, self.shared = config, shared
+        self.rows, self.values = slice(None), {}
 
 
 class Adaptation:
@@ -240,8 +243,9 @@ class Adaptation:
 
     def __init__(self, model: tg.GPT, setup: Setup, plan: Sequence[Chunk], on_adapt: Callable[[Chunk], None]):
         c, by_documents = setup.config, mode_of(setup.config).by_documents
-        self.model, self.config, self.nll_fn, self.chunks, self.on_adapt = model, c, setup.nll_fn, len(plan), on_adapt
-        self.batch_rows, self.number, self.group, self.base = setup.batch_seqs(), 0, None, None
+        self.model, self.config, self.nll_fn = model, c, setup.nll_fn
+        self.chunks, self.batch_rows, self.on_adapt = len(plan), setup.batch_seqs(), on_adapt
+        self.number, self.group, self.base = 0, None, None
         self.in_use = SlotWeights(c, not by_documents)
         if c.ttt_mode not in TTT_MODES:
             if setup.plugin is None:
@@ -646,7 +650,7 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
     return replace(config, **model), artifact, path
 
 
-def load_settings(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str], Plugin | None]:
+def load_settings(environ: Mapping[str, str]) -> tuple[tuple[Config, dict[str, Any], list[str]], Plugin | None]:
     """What tg.load_config returns, and the class that TTT_MODE=path.py:Class names.
 
     Such a TTT_MODE stands in the environment itself: recipes, logs and folders of runs come from anybody, and
@@ -654,13 +658,26 @@ def load_settings(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], l
     """
     mode = environ.get("TTT_MODE", "")
     if not (named := re.fullmatch(r"(.+\.py):([A-Za-z_]\w*)", mode)):
-        return *tg.load_config(environ), None
+        return tg.load_config(environ), None
     config, given, notices = tg.load_config({**environ, "TTT_MODE": "doc_banks"})
-    return replace(config, ttt_mode=mode), given | {"ttt_mode": mode}, notices, load_plugin(Path(named[1]), named[2])
+    settings = replace(config, ttt_mode=mode), given | {"ttt_mode": mode}, notices
+    return settings, load_plugin(Path(named[1]), named[2])
 
 
-def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str], plugin: Plugin | None = None):
-    """Check all input; returns setup, validation tokens, path of the model, lines for the log, and shards."""
+class Inputs(NamedTuple):
+    """An evaluation's input: its setup, validation tokens (uint16), path of the model, notices to log, shards."""
+
+    setup: Setup
+    tokens: np.ndarray
+    path: Path
+    notices: list[str]
+    shards: list[str]
+
+
+def prepare(
+    config: Config, given: Mapping[str, Any], environ: Mapping[str, str], plugin: Plugin | None = None
+) -> Inputs:
+    """Check and load all input. UserError for whatever the user can get wrong."""
     device = tg.start_ranks(config, environ)
     attention, kernel, notices = tg.choose_attention(config.attention, device)
     config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
@@ -680,7 +697,7 @@ def prepare(config: Config, given: Mapping[str, Any], environ: Mapping[str, str]
     setup = Setup(config, artifact, device, kernel, byte_table, nll_fn, versions, plugin)
     if "attention_backend" in versions:
         attention = f"sdpa, by torch's {versions['attention_backend']} kernel"
-    return setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards
+    return Inputs(setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -697,8 +714,8 @@ class Budget:
     """Warns once, and early, that the evaluation will take longer than EVAL_BUDGET_SECONDS."""
 
     def __init__(self, config: Config, began: float, log: tg.RunLog, plan_length: int):
-        self.config, self.began, self.log, self.chunks = config, began, log, plan_length
-        self.first = time.time()
+        self.config, self.log, self.chunks = config, log, plan_length
+        self.began, self.first = began, time.time()
         self.said = not config.eval_budget_seconds
 
     def __call__(self, number: int) -> None:
@@ -720,9 +737,7 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
         )
 
 
-def run_scores(
-    setup: Setup, tokens: np.ndarray, path: Path, log: tg.RunLog, began: float, shards: Sequence[str]
-) -> dict[str, Any]:
+def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     """Compute the adapted score, then the scores to compare it with; write nll.npy and the reports.
 
     `eval_seconds` means the same as in the trainer's result: seconds from loading the artifact to its headline score,
@@ -730,6 +745,7 @@ def run_scores(
     loading begins with the process.
     Raises FloatingPointError where a loss is not finite, ArithmeticError where the score is not that of the losses.
     """
+    setup, tokens, path = inputs[:3]
     c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
     compiled = setup.nll_fn is not tg.token_nll
     if compiled:
@@ -761,7 +777,8 @@ def run_scores(
         array = io.BytesIO()
         np.save(array, adapted.nll)
         tg.write_atomically(kept, array.getvalue())
-    tg.on_rank_0(lambda: tg.check_score(adapted.val_loss, adapted.val_bpb, np.load(kept), shards, c.tokenizer_path))
+    text = inputs.shards, c.tokenizer_path
+    tg.on_rank_0(lambda: tg.check_score(adapted.val_loss, adapted.val_bpb, np.load(kept), *text))
     sha256_nll = tg.on_rank_0(lambda: tg.sha256_file(kept))
     result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
     return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, sha256_nll=sha256_nll,
@@ -776,16 +793,18 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         raise UserError("--audit needs records/audit.py beside eval_ttt.py: run it in the repository, not in a record")
     if argv:
         sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
-    config, given, notices, plugin = load_settings(environ)
-    setup, tokens, path, more, shards = prepare(config, given, environ, plugin)
+    (config, given, notices), plugin = load_settings(environ)
+    inputs = prepare(config, given, environ, plugin)
     if argv and tg.world_size() > 1:
         raise UserError("--audit runs in one process")
-    lock, holds = tg.on_rank_0(lambda: tg.lock_folder(path.parent, 0.0)), tg.rank() == 0  # afterwards all are rank 0
+    holds = tg.rank() == 0  # when the process group is gone, every rank is rank 0
+    lock = tg.on_rank_0(lambda: tg.lock_folder(inputs.path.parent, 0.0))
     try:
         if argv:
             seed = argv[0].partition("=")[2]
-            return audit.run_audit(setup, tokens, path, shards, opened, int(seed) if seed else None)
-        return run_evaluation(setup, tokens, path, shards, given, [*notices, *more], began)
+            setup, tokens, path = inputs[:3]
+            return audit.run_audit(setup, tokens, path, inputs.shards, opened, int(seed) if seed else None)
+        return run_evaluation(inputs, given, [*notices, *inputs.notices], began)
     finally:
         if holds:
             os.close(lock)
@@ -805,16 +824,9 @@ def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterato
         yield f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID"
 
 
-def run_evaluation(
-    setup: Setup,
-    tokens: np.ndarray,
-    path: Path,
-    shards: Sequence[str],
-    given: Mapping[str, Any],
-    notices: Sequence[str],
-    began: float,
-) -> int:
-    """Score the model of `path`, log it and write eval_ttt.json; returns the exit code."""
+def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[str], began: float) -> int:
+    """Score the model, log it and write eval_ttt.json; returns the exit code."""
+    setup, path, shards = inputs.setup, inputs.path, inputs.shards
     c, (trained, why) = setup.config, tg.on_rank_0(lambda: read_report(path.with_name("result.json")))
     other_text, _, detail = tg.on_rank_0(lambda: trained_on_other_text(c, shards, path.parent))
     if other_text is False:
@@ -826,12 +838,12 @@ def run_evaluation(
     notices = [f"note: {notice}" for notice in notices]
     if path.with_name("result.json").exists() and trained is None:
         notices.append(f"WARNING: {why}. It counts as absent.")
-    for line in [*notices, *setup_lines(setup, given, len(tokens) - 1)]:
+    for line in [*notices, *setup_lines(setup, given, len(inputs.tokens) - 1)]:
         log.line(line)
     if setup.plugin and tg.rank() == 0:
         (path.parent / "source").mkdir(exist_ok=True)
         tg.write_atomically(path.parent / "source" / setup.plugin.name, setup.plugin.source)
-    result = run_scores(setup, tokens, path, log, began, shards)
+    result = run_scores(inputs, log, began)
     if not result["fits_budget"]:
         log.line(f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")
     bytes_code = sum(file.stat().st_size for file in tg.code_files())

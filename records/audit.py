@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from evidence import object_of
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
@@ -90,7 +91,8 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
     every batch. until: the last turn of interest, later ones may miss. With both, only batches that hold probes are
     computed again, and the evaluation ends with the last of them.
     """
-    targets, rows, events, base_turns = len(tokens) - 1, {}, [], []
+    targets, rows = len(tokens) - 1, {}
+    events, base_turns = [], []
     turn, read_from, count = (np.zeros(targets, np.int64) for _ in range(3))
     nll, from_row, turns = np.full(targets, np.nan, np.float32), np.full(targets, np.nan), 0
 
@@ -273,7 +275,8 @@ def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Ge
 
 def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
     """T5: in the order of events, nothing is learned from that is not scored, and nothing is scored afterwards."""
-    scored, learned, wrong, times = set(), set(), 0, 0
+    scored, learned = set(), set()
+    wrong, times = 0, 0
     for kind, windows in base.events:
         ranges = windows.ranges(whole=kind == "learn")  # what is read beside it is learned from too
         targets = {t for begin, end in ranges for t in range(begin, end)}
@@ -305,7 +308,8 @@ def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plai
     def mean(x: np.ndarray) -> tuple[float, float]:
         return float(x.mean()), 3 * float(x.std()) / math.sqrt(len(x))
 
-    (gap, noise), (left, error) = mean(plain_aligned - plain), mean(aligned.nll - adapted.nll)
+    gap, noise = mean(plain_aligned - plain)
+    left, error = mean(aligned.nll - adapted.nll)
     gain = float((plain - adapted.nll).mean())
     lost, doubt = mean((plain_aligned - plain) - (aligned.nll - adapted.nll))
     memory = gain > 0 and left < -max(error, 0.02 * gain)
@@ -560,7 +564,8 @@ def reading(c: Config) -> str:
 
 def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
     """What the evaluation of `tokens` is too short to show."""
-    c, plan, (by_documents, adapts) = setup.config, setup.plan(tokens), mode_of(setup.config)
+    c, plan = setup.config, setup.plan(tokens)
+    by_documents, adapts = mode_of(c)
     adapted_on = any(chunk.learned is not None and not chunk.base for chunk in plan)
     return [words for holds, words in (
         (adapts and c.ttt_protocol == "legal" and not adapted_on, "adaptation: nothing is adapted on"),
@@ -683,16 +688,13 @@ def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
     It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same settings.
     """
     found = ev.read_report(folder / CERTIFICATE)[0] or {}
-    objects = [found.get("sha256"), found.get("settings")]
-    objects += [result.get(key) for key in ("sha256_code", "sha256_shards", "settings")]
-    if found.get("legal") is not True or not all(isinstance(each, dict) for each in objects):
-        return None
-    hashes, settings, code, shards, used = objects
-    own = {"artifact": result.get("sha256_artifact"), "tokenizer": result.get("sha256_tokenizer")}
-    wanted = own | code | shards
+    hashes, settings = object_of(found, "sha256"), object_of(found, "settings")
+    wanted = {"artifact": result.get("sha256_artifact"), "tokenizer": result.get("sha256_tokenizer")}
+    wanted |= object_of(result, "sha256_code") | object_of(result, "sha256_shards")
     wanted |= {"nll.npy": result.get("sha256_nll")} if "nll.npy" in hashes else {}
-    same = all(settings.get(name) == value for name, value in used.items() if name not in CHANGE_NO_LOSS)
-    return CERTIFICATE if same and wanted.items() <= hashes.items() else None
+    used = {name: value for name, value in object_of(result, "settings").items() if name not in CHANGE_NO_LOSS}
+    same = wanted.items() <= hashes.items() and used.items() <= settings.items()
+    return CERTIFICATE if same and found.get("legal") is True else None
 
 
 def name_certificate(path: Path) -> None:
