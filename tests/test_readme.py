@@ -1,114 +1,269 @@
-"""Every command of the READMEs runs: as it stands, or on small inputs, or with --describe where it needs GPUs."""
+"""Every command of the READMEs runs, with the options that stand there, on files and sizes that take seconds.
 
-import os
+Files exist under the names that the READMEs use. A Case adds arguments and settings that make a command
+small; the last of two equal options counts. torchrun's options go through its own parser, then one process
+runs the rest. A program that takes more than ten seconds even so only parses its command line.
+"""
+
+from __future__ import annotations
+
+import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import check
 import pytest
+import submit
+import zstandard
 from conftest import ROOT
+from test_download import FOLDER, hub, shard  # noqa: F401
+from test_gpu_minutes import entry, wheels  # noqa: F401
+from test_submit import SEEDS, env, made, start  # noqa: F401
+from test_sweep import STAND_IN
+from torch.distributed.run import get_args_parser
 
-TRAIN_SMOKE = "RECIPE=records/recipes/smoke.env python train_gpt.py"
-GPU_SMOKE = "python tests/benchmarks/gpu.py --quick --arms plain --recipe records/recipes/smoke.env"
-CHECKS = (  # what the README says, what is run (None: that), exit code, and a word of the output
-    (r"torchrun --standalone --nproc_per_node=\d train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
-    (r"(RUN_ID=.*|.*--nnodes=2 .*)train_gpt.py", "python train_gpt.py --describe", 0, "27067484"),
-    (r"make (demo|test|rehearse)", "make -n demo test test-slow rehearse", 0, "train_gpt.py"),  # CI runs them for real
-    (r"torchrun .*gpu_minutes.py --preflight", "python tests/benchmarks/gpu_minutes.py --help", 0, "--preflight"),
-    (r"python tests/benchmarks/gpu_minutes.py .*", "python tests/benchmarks/gpu_minutes.py --list", 0, "step_compiled"),
-    (r"python data/download.py .*", None, 1, "error:"),  # the arguments are right, the network is closed
-    (
-        r"python data/prepare.py FILE_OR_FOLDER --out data/mine",
-        "python data/prepare.py text --out mine",
-        0,
-        "train: 40",
-    ),
-    (r"python data/prepare.py .*", None, 2, "no such file"),  # the arguments are right, the files are the reader's
-    (r"DATA_PATH=data/mine TOKENIZER_PATH=data/mine/tokenizer.model python train_gpt.py", TRAIN_SMOKE, 0, "RESULT"),
-    (r"python train_gpt.py --(help|describe)", None, 0, "model"),
-    (r"python data/demo.py", None, 0, "kept"),
-    (r".*python eval_ttt.py.*", "python eval_ttt.py --help", 0, "TTT_MODE"),
-    (r".*torchrun .* eval_ttt.py", "python eval_ttt.py --help", 0, "TTT_MODE"),
-    (r"python records/submit.py .*", "python records/submit.py --help", 0, "--against"),
-    (r"python records/sweep.py run .*", "python records/sweep.py run --help", 0, "--storage"),
-    (r"python records/sweep.py .*", "python records/sweep.py --help", 0, "ledger"),
-    (r"python records/check.py .*", "python records/check.py --help", 0, "--against"),
-    (r"python tests/benchmarks/evaluator.py .*", "python tests/benchmarks/evaluator.py --help", 0, "--model"),
-    (r"python tests/benchmarks/quantisation.py .*", "python tests/benchmarks/quantisation.py --help", 0, "--timing"),
-    (r"python records/pack.py --out DIR", None, 0, "together"),
-    (r"python tests/benchmarks/trainer.py .*", "python tests/benchmarks/trainer.py --help", 0, "--out"),
-    (r"python tests/benchmarks/scaling.py .*", "python tests/benchmarks/scaling.py --help", 0, "--soak"),
-    (r"python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out .*", GPU_SMOKE, 0, "BENCH {"),
-    (r"python tests/benchmarks/traffic.py", "python tests/benchmarks/traffic.py --help", 0, "--kernels"),
-    (r"python tests/benchmarks/quality.py .*", "python tests/benchmarks/quality.py --help", 0, "--seconds"),
-)
+PAGES = ("README.md", "data/README.md", "records/README.md")
+SMOKE = "records/recipes/smoke.env"
+SHORT = dict(ITERATIONS="2", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0")
+RECORD = "track_10min_16mb/2026-12-01_Ours"
+ADAPT = dict(TTT_CHUNK_SIZE="32", TTT_LR="0.002")
+STAND_IN_RUNS = f"--launcher '{sys.executable} stand_in.py'"  # in milliseconds
+
+
+class Case(NamedTuple):
+    """How a command of a README is run."""
+
+    pattern: str  # that its whole line matches
+    said: str  # in its output
+    code: int = 0
+    more: str = ""  # arguments behind its own
+    settings: Mapping[str, str] = {}
+    swap: Mapping[str, str] = {}  # words of the line -> what stands in their place
+
+
+def parsed(pattern: str) -> Case:
+    """A command that is parsed and not run: argparse knows all its options and misses none."""
+    return Case(pattern, "error: unrecognized arguments: --no-such-option\n", 2, "--no-such-option")
+
+
+CASES = (  # the first whose pattern matches
+    Case(r".*make (demo|test|rehearse)", ".venv/bin/python "),  # what it would run; CI runs it
+    Case(r"RECIPE=\S+pr1019.env torchrun .*train_gpt.py", "27067484", more="--describe"),  # no small model
+    parsed(r"RECIPE=\S+ torchrun .*gpu_minutes.py.*"),  # 40 s with two processes: test_gpu_minutes.py
+    Case(r"RUN_ID=\S+ .*torchrun .*train_gpt.py", "RESULT {", settings=SHORT),
+    Case(r"DATA_PATH=\S+ .*python train_gpt.py", "RESULT {", settings=SHORT,
+         swap={"data/mine": "data/demo"}),
+    Case(r".*python train_gpt.py --(help|describe)", "model"),
+    Case(r".*python eval_ttt.py --audit", "NOT CERTIFIED, too little was audited", 1,
+         settings=ADAPT | {"AUDIT_TOKENS": "40"}, swap={"demo.env": "smoke.env"}),
+    Case(r".*eval_ttt.py", "legal_ttt_exact", settings=ADAPT, swap={"demo.env": "smoke.env"}),
+    Case(r"python data/demo.py", "kept"),
+    Case(r"python data/prepare.py --overlap FOLDER", "documents"),
+    Case(r"python data/prepare.py .*--tokenizer.*", "train: 40", more="--val-docs 2 --workers 1"),
+    Case(r"python data/prepare.py .*--val-input.*", "train: 42", more="--vocab-size 320 --workers 1"),
+    Case(r"python data/prepare.py .*", "train: 40", more="--val-docs 2 --vocab-size 320 --workers 1"),
+    Case(r"python data/download.py .*--dry-run", "bytes to download", more="--out downloads"),
+    Case(r"python data/download.py .*", "bytes downloaded", more="--out downloads", swap={"COMMIT": "main"}),
+    Case(r"python records/pack.py --out DIR", "together", swap={"DIR": "packed"}),
+    Case(r"python records/check.py runs/.*", "0 faults"),
+    Case(r"python records/check.py .*", "bpb better than OTHER_FOLDER", 1, swap={"TRACK/FOLDER": RECORD}),
+    Case(r"python records/submit.py --table", "records/README.md", more="--out records"),
+    Case(r"python records/submit.py --regenerate.*", "0 faults",
+         swap={"TRACK/FOLDER": RECORD, "[": "", "]": ""}),
+    Case(r"python records/submit.py .*--require-significance", "refused: A gain of 0.005 nats", 1,
+         swap={"against FOLDER": "against 1.1"}),
+    Case(r"python records/submit.py .*", "0 faults", more="--out .",
+         swap={"against FOLDER": "against 9.5", "FILE": "what.md"}),
+    Case(r"python records/analyze.py nll .*", "gain of B over A"),
+    Case(r"python records/analyze.py weights .*", "cosine of the weights", more="--rows 2 --only cosines"),
+    Case(r"python records/analyze.py runs/.*", "curve.png", swap={"<RUN_ID>": "NAME", "[...]": "runs/A"}),
+    Case(r"python records/sweep.py run .*pr398.toml.*", "trials.csv",
+         more=f"--sampler random --trials 1 --seeds 1 {STAND_IN_RUNS}"),
+    Case(r".*python records/sweep.py run .*--trials 20 .*", "trials.csv", more="--trials 1", settings=SHORT,
+         swap={"demo.env": "smoke.env"}),
+    Case(r".*python records/sweep.py run .*", "trials.csv", more=f"--trials 1 {STAND_IN_RUNS}"),
+    Case(r"python records/sweep.py compare .*", "paired t-test", more=f"--seeds 1,2 {STAND_IN_RUNS}",
+         swap={"records/recipes/": ""}),
+    Case(r".*python records/sweep.py one .*", "verdict=keep", more=STAND_IN_RUNS),
+    Case(r"python tests/benchmarks/gpu_minutes.py --prepare .*", "stage",
+         more="--wheels wheels --tokens 2000 --tuning 1", swap={"--val TEXT": "--val val.jsonl"}),
+    Case(r"python tests/benchmarks/gpu_minutes.py --stage .*", "stage is missing", 2),  # minutes of a GPU
+    Case(r"python tests/benchmarks/gpu_minutes.py --page .*", "| 711 |"),
+    parsed(r"python tests/benchmarks/trainer.py .*"),  # half a minute with --quick
+    Case(r"python tests/benchmarks/evaluator.py .*", "BENCH {",
+         more="--quick --seq-len 64 --modes 'banks, sgd as'"),
+    Case(r"python tests/benchmarks/quantisation.py --run .*", "BENCH {",
+         more="--quick --targets 300 --only 'k sigma, brotli'"),
+    parsed(r"python tests/benchmarks/quantisation.py --timing .*"),  # 27 M weights
+    parsed(r"python tests/benchmarks/scaling.py .*"),  # a minute with --quick
+    Case(r"python tests/benchmarks/gpu.py .*", "BENCH {", more=f"--quick --arms plain --recipe {SMOKE}"),
+    parsed(r"python tests/benchmarks/traffic.py.*"),  # test_graphs.py runs it
+    parsed(r"python tests/benchmarks/quality.py .*"),  # both programs, which other lines run
+)  # fmt: skip
 
 
 def commands() -> list[str]:
-    """The indented lines of the READMEs that start programs, without their comments."""
-    lines = [
-        line
-        for name in ("README.md", "data/README.md", "records/README.md")
-        for line in (ROOT / name).read_text().splitlines()
-    ]
-    found = [
-        line.split("  #")[0].strip() for line in lines if re.match(r"    (\w+=\S+ )*(python|torchrun|make) ", line)
-    ]
+    """The lines and spans of code in the READMEs that start programs, without their comments."""
+    start, found = r"(?:\w+=\S+ )*(?:python|torchrun|make) ", []
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        found += [line.split("  #")[0].strip() for line in re.findall(rf"(?m)^    ({start}.*)", text)]
+        found += [" ".join(span.split()) for span in re.findall(rf"`({start}[^`]*)`", text)]
     return list(dict.fromkeys(found))
 
 
+def case_of(command: str) -> Case:
+    return next(case for case in CASES if re.fullmatch(case.pattern, command))
+
+
 @pytest.fixture
-def checkout(tmp_path, demo_data):
-    """A folder that looks like the root of the project, in which what the commands write stays."""
-    for entry in ROOT.iterdir():
-        if entry.name not in (".git", ".venv", "runs"):
-            (tmp_path / entry.name).symlink_to(entry)
-    (tmp_path / "text").mkdir()
-    for n in range(42):
-        words = " ".join(f"{chr(97 + (n * k) % 26) * (k % 7 + 1)}{n * k}" for k in range(300))
-        (tmp_path / "text" / f"{n}.txt").write_text(f"Document {n}. {words}\n")
+def checkout(tmp_path, demo_data) -> Path:
+    """A folder that looks like the root of the project; what programs write into it stays in it."""
+    for each in ROOT.iterdir():
+        if each.name in ("data", "records"):
+            (tmp_path / each.name).mkdir()
+            for inner in each.iterdir():
+                (tmp_path / each.name / inner.name).symlink_to(inner)
+        elif each.name not in (".git", ".venv", "runs"):
+            (tmp_path / each.name).symlink_to(each)
     return tmp_path
 
 
-def run_here(line: str, checkout: Path, monkeypatch, capsys) -> tuple[int, str]:
-    """Run `NAME=value ... python PROGRAM ARGUMENTS` in this process; return its exit code and what it printed."""
-    words = shlex.split(line)
-    program = words.index("python") + 1
-    for word in words[: program - 1]:
-        monkeypatch.setenv(*word.split("=", 1))
-    monkeypatch.chdir(checkout)
-    monkeypatch.setattr(sys, "argv", words[program:])
-    monkeypatch.setattr(sys, "path", [str((checkout / words[program]).parent), *sys.path])
-    try:
-        runpy.run_path(words[program], run_name="__main__")
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    said = capsys.readouterr()
-    return code, said.out + said.err
+@pytest.fixture
+def readers_files(checkout, demo_data) -> None:
+    """Texts, tokenizers, recipes and a report under the names that the READMEs give a reader's own."""
+    texts = []
+    for n in range(42):
+        words = " ".join(f"{chr(97 + (n * k) % 26) * (k % 7 + 1)}{n * k}" for k in range(300))
+        texts.append(f"Document {n}. {words}\n")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (checkout / "corpus.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    for name in ("docs_selected.jsonl", "val.jsonl"):
+        (checkout / name).write_text(lines)
+    for name in ("FILE_OR_FOLDER", "TEXT", "train"):
+        (checkout / name).mkdir()
+        (checkout / name / "texts.jsonl").write_text(lines)
+    (checkout / "DIR").symlink_to(demo_data)
+    for name in ("FILE", "fineweb_1024_bpe.model"):
+        (checkout / name).symlink_to(demo_data / "tokenizer.model")
+    for name, rate in (("A", 0.03), ("B", 0.04)):
+        (checkout / f"{name}.env").write_text((ROOT / SMOKE).read_text() + f"MATRIX_LR={rate}\n")
+    report = dict(rehearsal=True, calls=[dict(date="2027-01-01 10:00", seconds=9, used_seconds=8)],
+                  parts=dict(probe=entry(gpu="a card", matmul_tflops=711.0)))  # fmt: skip
+    (checkout / "runs/gpu_minutes").mkdir(parents=True)
+    (checkout / "runs/gpu_minutes/gpu_minutes.json").write_text(json.dumps(report))
+    (checkout / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+    (checkout / "what.md").write_text("Fewer steps.\n")
+
+
+def leave_out_the_scan(monkeypatch) -> None:
+    """Let records/submit.py check a record without the scan of its programs, which check.py does too."""
+    monkeypatch.setattr(check, "RULES", tuple(rule for rule in check.RULES if rule[0] != "syntax tree"))
+
+
+@pytest.fixture(scope="module")
+def record(made, tmp_path_factory) -> Path:  # noqa: F811
+    """A record folder of the three runs."""
+    out = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_the_scan(patch)
+        patch.setattr(submit, "smoke_start", lambda *_: None)
+        done = start([made / str(seed) for seed in SEEDS], out)
+    assert done.code == 0, done.err
+    return next(out.glob("track_*/*"))
+
+
+@pytest.fixture
+def run(checkout, readers_files, env, request, monkeypatch, capsys):  # noqa: F811
+    """A function that runs a command in `checkout`, in this process, and returns its exit code and output."""
+
+    def lay_out(command: str) -> None:
+        """What takes seconds to make, or a copy, where the command reads it."""
+        if re.search(r"runs/(A\b|NAME|<RUN_ID>)", command):
+            for name, seed in (("A", "7"), ("B", "42"), ("C", "1337"), ("NAME", "7")):
+                shutil.copytree(request.getfixturevalue("made") / seed, checkout / "runs" / name)
+        if "records/TRACK" in command:
+            for name in (f"records/{RECORD}", "OTHER_FOLDER"):
+                shutil.copytree(request.getfixturevalue("record"), checkout / name)
+        if "submit.py" in command:
+            leave_out_the_scan(monkeypatch)
+        if "--overlap FOLDER" in command:
+            shutil.copytree(checkout / "DIR", checkout / "FOLDER")
+        if "--prepare" in command:
+            request.getfixturevalue("wheels")
+        if "download.py" in command:
+            files = request.getfixturevalue("hub").files
+            name = re.search(r"--repo (\S+)", command)
+            monkeypatch.setattr("test_download.REPO", name[1] if name else "willdepueoai/parameter-golf")
+            for folder in (FOLDER, FOLDER.replace("1024", "8192")):
+                names = ["fineweb_val_000000.bin", *(f"fineweb_train_{index:06d}.bin" for index in range(80))]
+                files.update((f"{folder}/{name}", shard(1, 20)) for name in names)
+
+    def run(command: str, case: Case) -> tuple[int, str]:
+        lay_out(command)
+        for options in re.findall(r"torchrun((?: --[^\s\"]+)+)", command):
+            get_args_parser().parse_args([*options.split(), "program.py"])
+        for old, new in case.swap.items():
+            command = command.replace(old, new)
+        command = re.sub(r"\btorchrun (--\S+ )+(?=\S+\.py)", "python ", command)
+        words = shlex.split(f"{command} {case.more}")
+        if "make" in words:
+            made_by = ["make", "-n", *words[words.index("make") + 1 :]]
+            done = subprocess.run(made_by, cwd=checkout, capture_output=True, text=True)
+            return done.returncode, done.stdout + done.stderr
+        program = words.index("python") + 1
+        own = dict(word.split("=", 1) for word in words[: program - 1])
+        for name, value in {**env, "OMP_NUM_THREADS": "1", **case.settings, **own}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(checkout)
+        monkeypatch.setattr(sys, "argv", words[program:])
+        monkeypatch.setattr(sys, "path", [str((checkout / words[program]).parent), *sys.path])
+        try:
+            runpy.run_path(words[program], run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        said = capsys.readouterr()
+        return code, said.out + said.err + "".join(page.read_text() for page in checkout.glob("PAGE.md"))
+
+    return run
 
 
 @pytest.mark.parametrize("command", commands())
-def test_command(command, checkout, monkeypatch, capsys):
-    """What only prints runs in this process: the start of another, with torch, takes 2 s."""
-    plain = re.sub(r"^(RECIPE=\S+ )", "", command)
-    replacement, code, word = next(check[1:] for check in CHECKS if re.fullmatch(check[0], plain))
-    shown = re.sub(re.escape(plain) + "$", replacement, command) if replacement else command
-    shown = shown.replace("--out mine", "--out mine --val-docs 2 --vocab-size 320")
-    if re.search(r"python \S+ (run )?--(help|list|describe)$", shown):
-        found, said = run_here(shown, checkout, monkeypatch, capsys)
-        assert found == code and word in said, said
-        return
-    line = re.sub(r"\bpython\b(?! -)", sys.executable, shown, count=1)
-    env = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = subprocess.run(line, shell=True, env=env, cwd=checkout, capture_output=True, text=True, timeout=300)
-    assert result.returncode == code, result.stdout + result.stderr
-    assert word in result.stdout + result.stderr
+def test_command(run, command):
+    case = case_of(command)
+    code, said = run(command, case)
+    assert code == case.code and case.said in said, said
 
 
-def test_every_kind_of_command_is_there():
-    for pattern, *_ in CHECKS:
-        assert any(re.search(pattern, command) for command in commands()), pattern
+def test_every_case_is_of_a_command():
+    assert {case_of(command).pattern for command in commands()} == {case.pattern for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("program", "right", "wrong"),
+    [
+        ("prepare.py train/", "--val-input", "--val-inputs"),
+        ("sweep.py compare", "--seeds", "--seed-list"),
+        ("trainer.py --levers", "--levers", "--lever-all"),  # only parsed
+        ("--nproc_per_node=8 train_gpt.py", "--nproc_per_node", "--nprocs"),  # torchrun's own
+        ("eval_ttt.py --audit", "--audit", "--audits"),
+        ("eval_ttt.py --audit", "MODEL_PATH", "MODEL_PAHT"),
+    ],
+)
+def test_a_wrong_option_is_noticed(run, program, right, wrong):
+    command = next(command for command in commands() if program in command)
+    case = case_of(command)
+    try:
+        code, said = run(command.replace(right, wrong, 1), case)
+    except SystemExit as stop:
+        code, said = stop.code, ""
+    assert code == 2 and not (case.code == 2 and case.said in said)
