@@ -1,19 +1,20 @@
-"""Build a record folder from finished runs, check it, and start its program; or write its pages again; or list all.
+"""Build a record folder from finished runs and check it; or regenerate its pages; or list all records.
 
     python records/submit.py runs/A runs/B runs/C --name Name --track track_10min_16mb [--against FOLDER] [...]
     python records/submit.py --regenerate records/TRACK/FOLDER [--run-its-code]
     python records/submit.py --table
 
-The runs are three or more of one code, one set of settings and distinct seeds. Where eval_ttt.py scored them, that is
-submitted, else the trainer's sliding score. records/TRACK/DATE_NAME/ gets README.md, submission.json, logs, the code
-that ran and requirements.txt; every number is of a RESULT line or a file, scores to the eight decimals that logs print.
-It appears only if all of it passed records/check.py, and if train_gpt.py --describe ran in it. That is skipped, with a
-note, for code that is not this repository's byte for byte, unless --run-its-code is given: the runs may be a
-stranger's. --against is a record folder, or the mean bpb that one published; the comparison is reported whatever it
-shows, unless --require-significance refuses what does not improve by 0.005 nats at p < 0.01. --regenerate makes
-README.md and submission.json of such a folder from its logs again; author, name and so on are those of its
-submission.json where the options do not say others. It starts nothing unless --run-its-code is given.
-Exit code 0: written; 1: refused, every reason said; 2: the user's input.
+The runs must be three or more with the same code and settings and distinct seeds. The submitted score is that
+of eval_ttt.py if it ran, else the trainer's sliding score. records/TRACK/DATE_NAME/ gets README.md,
+submission.json, logs, the code that ran and requirements.txt. Every number comes from a RESULT line or a
+file; scores have the eight decimals that logs print. The folder appears only if it passes records/check.py
+and if train_gpt.py --describe runs in it. The latter is skipped, with a note, for code that is not
+byte-identical to this repository's, unless --run-its-code is given: the runs may come from an untrusted
+source. --against is a record folder, or a published mean bpb. The comparison is reported whatever it shows;
+with --require-significance a gain below 0.005 nats or without p < 0.01 is refused. --regenerate rewrites
+README.md and submission.json of such a folder from its logs; author, name and so on come from its
+submission.json unless options override them. It starts no code unless --run-its-code is given. Exit codes: 0
+written, 1 refused (all reasons are printed), 2 user error.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ from runfiles import escape, escape_lines, links, read_object, read_plain, sha25
 ROOT = Path(__file__).resolve().parent.parent
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
 MARKERS = ("<!-- records: begin -->", "<!-- records: end -->")
-PER_RUN = ("run_id", "seed", "model_path")  # the loop of the README's command sets them
-DATA = ("data_path", "tokenizer_path", "val_files")  # the evaluator reads them but its log does not say them
+PER_RUN = ("run_id", "seed", "model_path")  # set by the loop in the README's command
+DATA = ("data_path", "tokenizer_path", "val_files")  # read by the evaluator but not in its log
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -52,28 +53,28 @@ DATA = ("data_path", "tokenizer_path", "val_files")  # the evaluator reads them 
 
 
 class Comparison(NamedTuple):
-    """How much lower than OTHER's mean the runs' is, nats a bit per byte, and tests of the gain less a margin."""
+    """Gain in bpb over the mean of `other`, nats per token of one bpb, tests of the gain less a margin."""
 
     other: str
     bpb: float
     factor: float
-    rows: list[tuple[str, float, check.Test]]  # what is tested, the margin in bpb, the test
+    rows: list[tuple[str, float, check.Test]]  # title, margin in bpb, test
 
     @property
     def shown(self) -> bool:
-        """Whether the gain is what the contest asks of a record, by Welch's test too where the other has scores."""
+        """Return whether the gain meets the contest's rule, by Welch's test too if `other` has scores."""
         return all(test.p < check.P_WRITTEN for name, _, test in self.rows if "pairs" not in name)
 
     def verdict(self) -> str:
         tests = "; ".join(f"{name}: p = {test.p:.2g}" for name, _, test in self.rows if "pairs" not in name)
-        told = f"A gain of {check.MARGIN_NATS} nats a token at p < {check.P_WRITTEN} is"
+        told = f"A gain of {check.MARGIN_NATS} nats per token at p < {check.P_WRITTEN} is"
         return f"{told} {'' if self.shown else 'not '}shown ({tests})."
 
 
 def compare(runs: Sequence[Run], against: str) -> Comparison:
-    """Compare with a record folder: by its logs, or by submission.json's mean where they have fewer than two scores.
+    """Compare with a record folder: by its logs, or by submission.json's mean if they have under two scores.
 
-    AGAINST may be a published mean in bpb instead. ValueError where it is neither.
+    `against` may also be a published mean in bpb. ValueError if it is neither.
     """
     ours = check.Record(Path("this"), "folder", [run.facts for run in runs])
     factor, scores, tests = check.nats_per_bpb(ours), ours.values("val_bpb"), []
@@ -86,7 +87,7 @@ def compare(runs: Sequence[Run], against: str) -> Comparison:
         name = published = against
     threshold = float(published) if re.fullmatch(r"\d*\.?\d+", str(published)) else 0.0
     if threshold <= 0:
-        raise ValueError(f"--against {against}: neither a folder with scores nor a mean in bpb")
+        raise ValueError(f"--against {against}: must be a record folder with scores or a mean in bpb")
     margin = check.MARGIN_NATS / factor
     rows = [(test.name, 0.0, test) for test in tests if not test.name.startswith("against")]
     for title, less in (("one sample against the mean", 0.0), (f"the same less {check.MARGIN_NATS} nats", margin)):
@@ -95,12 +96,12 @@ def compare(runs: Sequence[Run], against: str) -> Comparison:
 
 
 def rounded(value: float) -> float | None:
-    """Four significant digits; None for what JSON has no number for."""
+    """Round to four significant digits; None for infinities and NaN, which JSON cannot express."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def comparison_keys(comparison: Comparison) -> dict[str, Any]:
-    """What submission.json says of it; a negative delta is a gain."""
+    """Return the comparison entry of submission.json; a negative delta is a gain."""
     deltas = dict(delta_bpb=round(-comparison.bpb, 8), delta_nats=round(-comparison.bpb * comparison.factor, 8))
     entry = dict(against=comparison.other, **deltas, nats_per_bpb=round(comparison.factor, 6))
     entry |= dict(margin_nats=check.MARGIN_NATS, significant=comparison.shown, tests=[])
@@ -111,7 +112,7 @@ def comparison_keys(comparison: Comparison) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the folder says
+# Content of the folder
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +133,7 @@ def hardware(run: Run) -> str:
 
 
 def submission(runs: Sequence[Run], about: Mapping[str, str], comparison: Comparison | None) -> dict[str, Any]:
-    """The object of submission.json."""
+    """Return the object of submission.json."""
     versions, facts = runs[0].trained["versions"], [run.facts for run in runs]
 
     def over(combine: Callable, fact: str, digits: int) -> float:
@@ -154,17 +155,17 @@ def submission(runs: Sequence[Run], about: Mapping[str, str], comparison: Compar
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first row is its head."""
+    """Return a Markdown table; the first row is its header."""
     lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
-COLUMNS = (  # of the README's table: heading, key of a seed's entry, format
+COLUMNS = (  # of the README's table: heading, key in a seed's entry, format
     ("steps", "steps", ",.0f"),
     ("ms/step", "step_avg_ms", ".2f"),
     ("sliding, bpb", "val_bpb_sliding", ".8f"),
     ("adapted, bpb", "val_bpb_ttt", ".8f"),
-    ("its gain, bpb", "ttt_gain_bpb", ".8f"),
+    ("gain of TTT, bpb", "ttt_gain_bpb", ".8f"),
     ("submitted, nats", "val_loss", ".8f"),
     ("model, bytes", "bytes_model", ",.0f"),
     ("with code, bytes", "artifact_bytes", ",.0f"),
@@ -185,32 +186,32 @@ def seed_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def comparison_text(comparison: Comparison | None) -> str:
     if comparison is None:
-        return f"None was made, so a gain of {check.MARGIN_NATS} nats a token over any record is not shown."
+        return f"No comparison was made, so a gain of {check.MARGIN_NATS} nats per token over a record is not shown."
     rows = [["test, one-sided", "gain, nats", "gain, bpb", "t", "df", "p"]]
     for name, margin, test in comparison.rows:
         bpb = comparison.bpb - margin
         rows.append([name, f"{bpb * comparison.factor:.6f}", f"{bpb:.6f}", f"{test.t:.2f}", f"{test.df:.2f}",
                      f"{test.p:.2g}"])  # fmt: skip
-    told = f"A bit per byte is {comparison.factor:.6f} nats a token here; t, df and p are the same in either unit."
+    told = f"One bit per byte is {comparison.factor:.6f} nats per token here; t, df and p do not depend on the unit."
     return f"Against {comparison.other}. {comparison.verdict()} {told}\n\n{markdown(rows)}"
 
 
 def compliance(runs: Sequence[Run]) -> str:
-    """The four conditions of validity and the limits, each with what it rests on."""
+    """Return the four conditions of validity and the limits, each with its evidence."""
     run, facts = runs[0], [run.facts for run in runs]
     c = run.settings[0] | run.evaluated.get("settings", {})
     learns = bool(run.evaluated) and c["ttt_mode"] != "none"
-    how = f"TTT_MODE={c['ttt_mode']}, TTT_PROTOCOL={c['ttt_protocol']}" if learns else "nothing learns at evaluation"
+    how = f"TTT_MODE={c['ttt_mode']}, TTT_PROTOCOL={c['ttt_protocol']}" if learns else "no adaptation at evaluation"
     audits = [f"seed {r.seed}: {r.certificate.splitlines()[0]}" for r in runs if r.certificate]
     mixes = bool(run.evaluated) and float(c["ppm_alpha"]) != 1
     mixed = f", mixed with an order-1 PPM (PPM_ALPHA={c['ppm_alpha']})" if mixes else ""
     return "\n".join([
-        "1. Causal: a target's loss depends on the artifact, read back from disk, and on the tokens before it. "
-        + (f"Audits: {'; '.join(audits)}." if audits else "No certificate of an audit lies with the runs."),
-        f"2. Normalised: a softmax over all {c['vocab_size']} tokens{mixed}, fixed before the target is seen.",
+        "1. Causal: a target's loss depends on the artifact, read from disk, and on the tokens before it. "
+        + (f"Audits: {'; '.join(audits)}." if audits else "The runs have no audit certificate."),
+        f"2. Normalized: a softmax over {c['vocab_size']} tokens{mixed}, fixed before the target is seen.",
         f"3. Score before update: {how}; every RESULT line says legal.",
         f"4. One pass: each of the {facts[0].val_tokens or 'validation'} targets is scored once; the scorer's ledger"
-        " raises where one is scored twice, or learned from before it is scored.",
+        " raises an error if one is scored twice, or adapted on before it is scored.",
         "",
         f"Bytes: {max(f.bytes_total for f in facts):,} at most, code and model, of {check.SIZE_CAP:,}. Training:"
         f" {max(f.train_seconds for f in facts):.1f} s at most; evaluation: {max(f.eval_seconds for f in facts):.1f} s"
@@ -219,16 +220,16 @@ def compliance(runs: Sequence[Run]) -> str:
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The settings of train_gpt.py as environment variables, but for those of a single run.
+    """Return the settings of train_gpt.py as environment variables, except those of a single run.
 
-    A log may name anything, PYTHONPATH and LD_PRELOAD too: what is no field of Config is left out.
+    A log may name any variable, such as PYTHONPATH or LD_PRELOAD, so only fields of Config are kept.
     """
     own = {field.name for field in fields(trainer().Config)}
     return {name.upper(): value for name, value in given.items() if name in own and name not in PER_RUN}
 
 
 def command(runs: Sequence[Run]) -> str:
-    """The shell lines that make the runs again, with the settings that the first was given."""
+    """Return the shell lines that reproduce the runs, with the settings given to the first."""
     run = runs[0]
 
     def start(program: str, own: str, given: Mapping[str, str], processes: int) -> str:
@@ -258,18 +259,18 @@ def readme(claims: Mapping[str, Any], runs: Sequence[Run], comparison: Compariso
         "Compliance": compliance(runs),
         "Command": f"    {command(runs)}".replace("\n", "\n    "),
         "Environment": "\n".join(f"{hardware(runs[0])}: {each}." for each in sorted(used)),
-        "Files": f"The code that ran, by SHA-256: {code}. Logs: training, then evaluation where separate.",
+        "Files": f"The code that ran, with SHA-256: {code}. Logs: training, then evaluation if separate.",
     }
     return escape_lines("\n\n".join([
         f"# {claims['name']}: val_bpb {bpb:.5f} ({n}-seed mean)",
-        f"**{bpb:.8f} bpb / {nats:.8f} nats a token** (`{label}`; mean of {n} seeds, std {spread}) | "
+        f"**{bpb:.8f} bpb / {nats:.8f} nats per token** (`{label}`; mean of {n} seeds, std {spread}) | "
         f"**{claims['bytes_total']:,} bytes** at most | {claims['hardware']}",
         *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
     ]) + "\n")  # fmt: skip
 
 
 def requirements(versions: Mapping[str, Any]) -> str:
-    """The project's requirements, with the versions that ran where RESULT says them."""
+    """Return the project's requirements, with the versions that ran if RESULT has them."""
     text = (ROOT / "requirements.txt").read_text()
     for name in ("torch", "numpy"):
         version = re.match(r"[\w.]*", str(versions[name]))[0]  # without the local part, +cu128
@@ -278,15 +279,15 @@ def requirements(versions: Mapping[str, Any]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Building the folder, and the table of all
+# Building the folder and the table of records
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def write_pages(folder: Path, runs: Sequence[Run], about: Mapping[str, str], against: str, significant: bool) -> None:
-    """submission.json and README.md. Refused where the gain over AGAINST must be SIGNIFICANT and is not."""
+    """Write submission.json and README.md. Refused if `significant` is set and the gain is not."""
     comparison = compare(runs, against) if against else None
     if significant and comparison is None:
-        raise ValueError("--require-significance: --against says over what")
+        raise ValueError("--require-significance needs --against")
     if significant and not comparison.shown:
         raise Refused(comparison.verdict())
     claims = submission(runs, about, comparison)
@@ -296,7 +297,7 @@ def write_pages(folder: Path, runs: Sequence[Run], about: Mapping[str, str], aga
 
 
 def write_rest(folder: Path, runs: Sequence[Run]) -> None:
-    """The code that ran, logs, certificates, and requirements.txt."""
+    """Write the code that ran, logs, certificates, and requirements.txt."""
     for path in sorted((runs[0].path / "source").iterdir()):
         write_file(folder / path.name, read_plain(path))
     for run in runs:
@@ -309,7 +310,7 @@ def write_rest(folder: Path, runs: Sequence[Run]) -> None:
 
 
 def smoke_start(folder: Path, run: Run) -> None:
-    """Let the folder's trainer describe the model of the settings that RUN was given. Refused where it cannot."""
+    """Run --describe of the folder's trainer with the settings of `run`. Refused if it fails."""
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
     kept |= environment(run.given[0]) | {"PYTHONDONTWRITEBYTECODE": "1"}
     words = [sys.executable, "train_gpt.py", "--describe"]
@@ -321,22 +322,22 @@ def smoke_start(folder: Path, run: Run) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether all files of `folder` that Python can run or import are this repository's, byte for byte."""
+    """Return whether all files of `folder` that Python can run or import are byte-identical to ours."""
     code = [path for path in folder.iterdir() if path.name.endswith(tuple(all_suffixes()))]
     own = {path.name: sha256_file(path) for path in ROOT.glob("*.py")}
     return all(own.get(path.name) == sha256_file(path) for path in code)
 
 
 def refuse_links(folder: Path) -> None:
-    """Refused where `folder` holds links, pipes or devices: what is copied must be what lies in it."""
+    """Raise Refused if `folder` holds links, pipes or devices, because only regular files may be copied."""
     if found := sorted(links(folder)):
         raise Refused(*(f"{path} is a link or a special file. Replace it with a regular file." for path in found))
 
 
 def verify(folder: Path, run: Run, run_code: bool) -> list[check.Verdict]:
-    """What check.py says of `folder`. Refused for a fault, or where with `run_code` the trainer does not start.
+    """Return check.py's verdicts. Refused for a fault, or if with `run_code` the trainer does not start.
 
-    Without `run_code` a line says that nothing was started.
+    Without `run_code` a note says that no code was started.
     """
     verdicts = check.check(check.read_record(folder))
     if faults := [f"{v.rule}: {v.evidence}" for v in verdicts if v.status == "fail"]:
@@ -344,12 +345,12 @@ def verify(folder: Path, run: Run, run_code: bool) -> list[check.Verdict]:
     if run_code:
         smoke_start(folder, run)
     else:
-        print(f"note: no program of {escape(folder.name)} was started; --run-its-code starts train_gpt.py --describe")
+        print(f"note: no code of {escape(folder.name)} was run; --run-its-code runs train_gpt.py --describe")
     return verdicts
 
 
 def describe(arguments: argparse.Namespace, known: Mapping[str, Any]) -> dict[str, str]:
-    """What only a person knows of a record: the options, else what is KNOWN. ValueError without a name."""
+    """Return what only the author knows: from the options, else from `known`. ValueError without a name."""
     what = arguments.what if arguments.what is not None else str(known.get("technique_summary") or "")
     if arguments.what is not None and os.path.isfile(what):
         what = Path(what).read_text()
@@ -358,19 +359,19 @@ def describe(arguments: argparse.Namespace, known: Mapping[str, Any]) -> dict[st
     about = {key: str(known.get(key) or "") for key in ("author", "github_id", "name", "date", "track")}
     about |= {key: getattr(arguments, key) for key in about if getattr(arguments, key, None) is not None}
     if not about["name"]:
-        raise ValueError("folders of runs and --name are needed")
+        raise ValueError("run folders and --name are required")
     return about | dict(technique_summary=what.strip(), track=about["track"].removeprefix("track_"))
 
 
 def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
-    """Build, check and start the record beside its place, then put it there; returns the folder and its verdicts."""
+    """Build and check the record in a temporary folder, then move it; return the folder and its verdicts."""
     about = describe(arguments, dict(track=TRACKS[0], date=f"{date.today()}"))
     name, track = re.sub(r"\s+", "_", about["name"]), f"track_{about['track']}"
     if not re.fullmatch(r"[\w.+,=-]+", name):
-        raise ValueError(f"--name {about['name']!r}: letters, digits, spaces and _ . + , = - only")
+        raise ValueError(f"--name {about['name']!r}: must consist of letters, digits, spaces and _ . + , = -")
     place = arguments.out / track / f"{about['date']}_{name}"
     if place.exists():
-        raise ValueError(f"{place} is there already: choose another name")
+        raise ValueError(f"{place} already exists. Choose another name.")
     for path in filter(Path.is_dir, arguments.runs):
         refuse_links(path)
     runs = read_runs(arguments.runs, track)
@@ -387,9 +388,9 @@ def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
 
 
 def named_record(against: str, records: Path) -> str:
-    """The folder of the record that a submission.json names, below `records`, or a mean in bpb as it is.
+    """Return the folder below `records` of a record named by submission.json, or a mean in bpb unchanged.
 
-    ValueError for anything else: the name is a stranger's, and no other folder is read for it.
+    ValueError for anything else: the name is untrusted, and it must not make us read another folder.
     """
     if re.fullmatch(r"\d*\.?\d+", against):
         return against
@@ -398,18 +399,18 @@ def named_record(against: str, records: Path) -> str:
         folder = track / against
         if folder.is_dir() and folder.resolve().is_relative_to(records):
             return str(folder)
-    raise ValueError(f"comparison.against is {against}: neither a folder of {records}/track_* nor a mean in bpb")
+    raise ValueError(f"comparison.against is {against}: must be a folder of {records}/track_* or a mean in bpb")
 
 
 def regenerate(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
-    """Write README.md and submission.json of a record of ours again, from its logs; returns as `submit`."""
+    """Rewrite README.md and submission.json of a record from its logs; return the same as `submit`."""
     place = arguments.regenerate.resolve()
     refuse_links(place)
     known = read_object(place / "submission.json", decimals=True) if (place / "submission.json").exists() else {}
     logs = {path: path.with_name(path.name.replace("train", "certificate")).with_suffix(".txt")
             for path in place.glob("train_seed*.log")}  # fmt: skip
     if not logs:
-        raise ValueError(f"{place}: no folder with logs of the name train_seed*.log")
+        raise ValueError(f"{place}: no folder with logs named train_seed*.log")
     runs = sorted((read_logs(path, [path], audit) for path, audit in logs.items()), key=lambda run: run.seed)
     about = describe(arguments, dict(track=place.parent.name, date=place.name[:10]) | known)
     before = known.get("comparison")
@@ -429,7 +430,7 @@ def regenerate(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]
 
 
 def table(records: Path) -> str:
-    """All records, the best of each track first; a number that a submission.json lacks is a dash."""
+    """Return the table of all records, the best of each track first; a missing number is a dash."""
     found = []
     for path in records.glob("track_*/*/submission.json"):
         claims, folder = check.read_claims(path, []), path.parent
@@ -446,11 +447,11 @@ def table(records: Path) -> str:
 
 
 def write_table(records: Path) -> Path:
-    """Put the table between the markers of RECORDS/README.md. ValueError where they are not there."""
+    """Write the table between the markers of `records`/README.md. ValueError if they are missing."""
     path = records / "README.md"
     text = path.read_text() if path.exists() else ""
     if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
-        raise ValueError(f"{path} has no place for the table: {MARKERS[0]} and {MARKERS[1]}, once each, in this order")
+        raise ValueError(f"{path}: must contain the lines {MARKERS[0]} and {MARKERS[1]}, once each, in this order")
     head, tail = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
     write_file(path, f"{head}{MARKERS[0]}\n\n{table(records)}\n\n{MARKERS[1]}{tail}".encode())
     return path
@@ -460,17 +461,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("runs", nargs="*", type=Path, default=[], help="folders of finished runs")
-    what.add_argument("--regenerate", type=Path, metavar="FOLDER", help="write a record's pages from its logs again")
+    what.add_argument("--regenerate", type=Path, metavar="FOLDER", help="rewrite a record's pages from its logs")
     what.add_argument("--table", action="store_true", help="write the table of all records into OUT/README.md")
     parser.add_argument("--run-its-code", action="store_true", help="start the folder's train_gpt.py --describe")
-    parser.add_argument("--name", help="of the record; its folder is DATE_NAME")
+    parser.add_argument("--name", help="record name; the folder is DATE_NAME")
     parser.add_argument("--track", choices=TRACKS, help=f"default: {TRACKS[0]}")
-    parser.add_argument("--author", help="who submits it")
+    parser.add_argument("--author", help="name of the author")
     parser.add_argument("--github", dest="github_id", help="GitHub id of the author")
-    parser.add_argument("--what", metavar="FILE|TEXT", help="what changed; its first line is the blurb")
-    parser.add_argument("--against", metavar="FOLDER|BPB", help="the record to compare with, or its published mean")
-    parser.add_argument("--require-significance", action="store_true", help="refuse what does not show that gain")
-    parser.add_argument("--out", type=Path, default=ROOT / "records", help="folder of the tracks")
+    parser.add_argument("--what", metavar="FILE|TEXT", help="what changed; the first line is the blurb")
+    parser.add_argument("--against", metavar="FOLDER|BPB", help="record to compare with, or its published mean")
+    parser.add_argument("--require-significance", action="store_true", help="refuse without a shown gain")
+    parser.add_argument("--out", type=Path, default=ROOT / "records", help="parent folder of the tracks")
     arguments = parser.parse_args(argv)
     try:
         if arguments.table:

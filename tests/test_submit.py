@@ -183,7 +183,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_lines(record):
     nats = [evaluated["val_loss_ttt"] for _, evaluated in record.results.values()]
     assert float(rows["mean"][3]) == pytest.approx(mean(adapted), abs=1.1e-8)
     assert float(rows["std"][3]) == pytest.approx(stdev(adapted), abs=2e-8)
-    head = re.search(r"\*\*([\d.]+) bpb / ([\d.]+) nats a token\*\*", record.readme)
+    head = re.search(r"\*\*([\d.]+) bpb / ([\d.]+) nats per token\*\*", record.readme)
     assert [float(text) for text in head.groups()] == pytest.approx([mean(adapted), mean(nats)], abs=1.1e-8)
 
 
@@ -193,9 +193,9 @@ def table_rows(text: str) -> list[list[str]]:
 
 def test_what_the_readme_says(record):
     # fmt: off
-    for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalised", "3. Score before",
+    for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized", "3. Score before",
                  "4. One pass: each of the 399 targets", "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
-                 "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats a token at p < 0.01 is not shown (one "):
+                 "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats per token at p < 0.01 is not shown (one "):
         assert said in record.readme
     # fmt: on
 
@@ -238,8 +238,8 @@ def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
     claims, readme = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
     scores = [round(last_result(run / "train.log")["val_bpb_sliding"], 8) for run in runs]
     assert claims["val_bpb"] == pytest.approx(mean(scores), abs=5.1e-9) and claims["track"] == "non_record_16mb"
-    assert "0.005 nats a token over any record is not shown" in readme and "comparison" not in claims
-    assert "nothing learns at evaluation" in readme and "eval_ttt.py \\" not in readme and "## What" not in readme
+    assert "0.005 nats per token over a record is not shown" in readme and "comparison" not in claims
+    assert "no adaptation at evaluation" in readme and "eval_ttt.py \\" not in readme and "## What" not in readme
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,14 +267,14 @@ def illegal(run: Path) -> None:
 
 
 REFUSED = {  # what is done to the run of seed 42, words of the reason
-    "failed": (lambda run: (run / "result.json").unlink(), "42 did not finish: it has no result.json"),
-    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 did not finish: it has no eval_ttt.json"),
-    "no log": (lambda run: (run / "train.log").unlink(), "it has no train.log"),
+    "failed": (lambda run: (run / "result.json").unlink(), "42 is not a finished run: no result.json"),
+    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 is not a finished run: no eval_ttt.json"),
+    "no log": (lambda run: (run / "train.log").unlink(), "not a finished run: no train.log"),
     "a part of a result": (lambda run: (run / "result.json").write_text('{"fits": true}'), "lacks val_bpb_sliding"),
     "cut JSON": (lambda run: (run / "result.json").write_text("{"), "result.json is not a JSON object: Expecting"),
-    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "no line of its log says seed, world"),
-    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "no line of its log says world_size"),
-    "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "is what result.json says"),
+    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "its log does not report seed, world"),
+    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "its log does not report world_size"),
+    "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "matches result.json"),
     "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
     "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
                           "42: train time: over 600 s: 600.100 s"),
@@ -289,12 +289,12 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
         run.with_name("7") / "certificate.json", run / "certificate.json"), "another artifact"),
     "the artifact of another seed": (lambda run: change(
         run, train_gpt.sha256_file(run / "final_model.int6.ptz"),
-        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")), "the same artifact under seeds 7, 42"),
+        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")), "seeds 7, 42 have the same artifact"),
     "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)), "nll.npy"),
     "other code": (recode, "differ in code: train_gpt.py "),
     "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
                           "42: code: eval_ttt.py as shipped is not what ran"),
-    "no code": (lambda run: shutil.rmtree(run / "source"), "42 did not finish: it has no source"),
+    "no code": (lambda run: shutil.rmtree(run / "source"), "42 is not a finished run: no source"),
     "other settings": (lambda run: change(run, "MATRIX_LR=0.025", "MATRIX_LR=0.5"),
                        "differ in settings: matrix_lr 0.025 and 0.5"),
     "other evaluation": (lambda run: change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "eval_ttt.*"),
@@ -302,7 +302,8 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
     "not evaluated": (lambda run: [path.unlink() for path in run.glob("eval_ttt.*")], "differ in evaluation"),
     "other text": (lambda run: change(run, r'(?s)\A(.*?"val_bpb_roundtrip": )[\d.]+', r"\g<1>9.5", "eval_ttt.*"),
                    "42: log: trainer and evaluator scored different texts, val_bpb_roundtrip is "),
-    "another seed's": (lambda run: shutil.rmtree(run) or shutil.copytree(run.with_name("7"), run), "seed 7 twice"),
+    "another seed's": (lambda run: shutil.rmtree(run) or shutil.copytree(run.with_name("7"), run),
+                       "seed 7 occurs twice"),
 }  # fmt: skip
 
 
@@ -322,7 +323,11 @@ def test_refused(runs, tmp_path, no_tree, fault, words):
 
 def test_too_few_and_the_same_run_twice(runs, tmp_path, no_tree):
     done = start([*runs[:2], runs[0]], tmp_path / "out")
-    assert done.code == 1 and "seed 7 twice: " in done.err and "2 finished runs of distinct seeds, 3 are" in done.err
+    assert (
+        done.code == 1
+        and "seed 7 occurs twice: " in done.err
+        and "2 finished runs with distinct seeds; at least 3" in done.err
+    )
 
 
 def test_every_reason_is_said(runs, tmp_path, no_tree):
@@ -330,17 +335,17 @@ def test_every_reason_is_said(runs, tmp_path, no_tree):
     resize(runs[1])
     (runs[2] / "result.json").unlink()
     done = start(runs, tmp_path / "out")
-    for said in ("7: legality", "42: sizes", "1337 did not finish", "2 finished runs of distinct seeds"):
+    for said in ("7: legality", "42: sizes", "1337 is not a finished run", "2 finished runs with distinct seeds"):
         assert said in done.err
 
 
 INPUT = {
     "name with a slash": (["--name", "../x"], "--name '../x'"),
-    "nothing to compare with": (["--against", "absent"], "--against absent: neither"),
-    "no score": (["--against", "nan"], "--against nan: neither"),
-    "no name": (["--name", ""], "--name are needed"),
+    "nothing to compare with": (["--against", "absent"], "--against absent: must be"),
+    "no score": (["--against", "nan"], "--against nan: must be"),
+    "no name": (["--name", ""], "--name are required"),
     "no such text": (["--what", "notes/what.md"], "--what notes/what.md: no such file"),
-    "significant against nothing": (["--require-significance"], "--against says over what"),
+    "significant against nothing": (["--require-significance"], "needs --against"),
 }
 
 
@@ -364,7 +369,7 @@ def test_an_absent_run(runs, tmp_path, no_tree):
 def test_nothing_is_overwritten(record, made):
     before = snapshot(record.out)
     done = start([made / str(seed) for seed in SEEDS], record.out)
-    assert done.code == 2 and "is there already" in done.err and snapshot(record.out) == before
+    assert done.code == 2 and "already exists" in done.err and snapshot(record.out) == before
 
 
 @pytest.mark.parametrize("stage", ["readme", "smoke_start", "requirements"])
@@ -439,7 +444,7 @@ def test_what_a_person_says_can_be_changed(record, copy, no_start):
     assert regenerate(copy).code == 0 and snapshot(copy) == before  # finds the other record by its name
     shutil.rmtree(old)
     done = regenerate(copy)
-    assert done.code == 2 and "2026-01-02_Old: neither a folder" in done.err and snapshot(copy) == before
+    assert done.code == 2 and "2026-01-02_Old: must be a folder" in done.err and snapshot(copy) == before
 
 
 def altered(folder: Path) -> None:
@@ -451,7 +456,7 @@ UNWRITTEN = {  # what is done to the record, exit code, words
     "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1, "refused: seeds: 2 distinct seeds"),
     "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1, "refused: code: train_gpt.py"),
     "another program's log": (lambda folder: write_logs(folder / "logs", {42: 1.2}) and shutil.copy(
-        folder / "logs/train_seed42.log", folder), 1, "train_seed42.log: no line of its log says seed"),
+        folder / "logs/train_seed42.log", folder), 1, "train_seed42.log: its log does not report seed"),
     "no logs": (lambda folder: [path.unlink() for path in folder.glob("*.log")], 2, "no folder with logs"),
     "no name": (lambda folder: (folder / "submission.json").unlink(), 2, "--name"),
 }  # fmt: skip
@@ -498,7 +503,7 @@ def test_a_strangers_runs_are_started_only_when_asked(runs, tmp_path, no_tree, s
     for run in runs:
         spoil(run)
     done = start(runs, tmp_path / "out")
-    assert done.code == 0 and len(starts) == own and ("note: no program" in done.out) == (not own), done.err
+    assert done.code == 0 and len(starts) == own and ("note: no code" in done.out) == (not own), done.err
     done = start(runs, tmp_path / "again", "--run-its-code")
     assert done.code == 0 and len(starts) == own + 1 and "note:" not in done.out
 
@@ -531,7 +536,7 @@ def test_a_comparison_reads_nothing_outside_the_records(copy, tmp_path, no_start
     if against in (7, []):  # a mean, and nothing
         assert done.code == 0
     else:
-        assert done.code == 2 and "neither a folder of" in done.err and "\x1b" not in done.err
+        assert done.code == 2 and "must be a folder of" in done.err and "\x1b" not in done.err
         assert snapshot(copy) == before
 
 
@@ -606,7 +611,7 @@ def test_statistics_against_scipy(tmp_path):
         ours, theirs = unit * np.array(PR1019), unit * np.array(PR549)
         expected = {
             "Welch": stats.ttest_ind(ours, theirs, equal_var=False, alternative="less"),
-            "2 pairs of a seed": stats.ttest_rel(ours[:2], theirs[:2], alternative="less"),
+            "2 pairs of seeds": stats.ttest_rel(ours[:2], theirs[:2], alternative="less"),
             "one sample against the mean": stats.ttest_1samp(ours, theirs.mean(), alternative="less"),
             "the same less 0.005 nats": stats.ttest_1samp(ours, theirs.mean() - unit * margin, alternative="less"),
         }
@@ -642,7 +647,7 @@ def test_a_published_mean(tmp_path):
         assert found.rows[0][2][1:] == pytest.approx((known.statistic, known.df, known.pvalue))
         assert len(found.rows) == 2 and found.bpb == pytest.approx(1.1194 - mean(PR1019))
     (tmp_path / "one/submission.json").unlink()
-    with pytest.raises(ValueError, match="neither a folder with scores"):
+    with pytest.raises(ValueError, match="must be a record folder with scores"):
         submit.compare(ours, folder)
 
 
@@ -664,7 +669,7 @@ def test_significance_is_the_margin_passed_in_nats(tmp_path):
 
 def test_a_gain_that_is_not_shown_is_refused_when_it_is_required(runs, tmp_path, no_tree, no_start):
     for against, code, said in (
-        ("3.5", 1, "refused: A gain of 0.005 nats a token at p < 0.01 is not shown"),
+        ("3.5", 1, "refused: A gain of 0.005 nats per token at p < 0.01 is not shown"),
         ("9", 0, ""),
     ):
         done = start(runs, tmp_path / "out", "--against", against, "--require-significance")
@@ -720,7 +725,7 @@ def test_a_page_without_a_place_for_the_table(tmp_path, text):
         (tmp_path / "README.md").write_text(text.format(*submit.MARKERS))
     before = snapshot(tmp_path)
     done = quiet(submit.main, ["--table", "--out", str(tmp_path)])
-    assert done.code == 2 and "has no place for the table" in done.err and snapshot(tmp_path) == before
+    assert done.code == 2 and "must contain the lines" in done.err and snapshot(tmp_path) == before
 
 
 def test_the_page_of_this_repository_is_up_to_date():
