@@ -1,14 +1,15 @@
-"""What runs did, how two scores of the same text differ, and how two trained models differ.
+"""Plot runs, compare two scores of the same text, or compare two trained models.
 
     python records/analyze.py runs/demo_seed1337 [runs/...] [--out curve.png]
     python records/analyze.py nll runs/A runs/B [--out DIR]
     python records/analyze.py weights runs/A runs/B [--null runs/C] [--out DIR]
 
-The first prints a table of finished runs and draws their curves. `nll` compares the losses of the same targets by two
-runs, or by one with and without adaptation: evaluate it twice, keep the first nll.npy under another name, and give both
-files; TTT_EPOCHS=0 scores the same plan without. `weights` compares two checkpoints; with --null, a repeat of A with
-its settings and another seed or the same, each number stands beside that of A and the repeat. All write text, JSON and
-a picture, to the first folder unless --out names another place. Exit code 0: done, 2: the user's input.
+The first prints a table of finished runs and plots their curves. `nll` compares the losses of the same
+targets from two runs, or from one run with and without adaptation: evaluate it twice, keep the first nll.npy
+under another name, and pass both files; TTT_EPOCHS=0 scores the same windows without adaptation. `weights`
+compares two checkpoints. --null is a repeat of A with the same settings and the same or another seed; each
+number then stands beside the one for A and the repeat. All write text, JSON and a plot, to the first folder
+or to --out. Exit codes: 0 done, 2 user error.
 """
 
 from __future__ import annotations
@@ -47,52 +48,53 @@ ROWS = (  # key of result.json, label, format
     ("val_bpb_roundtrip", "bpb, int6 artifact, non-overlapping", "{:.4f}"),
     ("val_bpb_sliding", "bpb, int6 artifact, sliding", "{:.4f}"),
     ("val_bpb_ttt", "bpb, test-time training", "{:.4f}"),
-    ("ttt_gain_bpb", "  its gain over the same plan", "{:.4f}"),
+    ("ttt_gain_bpb", "  gain over the same windows", "{:.4f}"),
     ("bytes_model", "artifact bytes", "{:,}"),
     ("bytes_total", "with code (cap 16,000,000)", "{:,}"),
     ("train_seconds", "contest clock, s", "{:.1f}"),
     ("strict_seconds", "process start to result, s", "{:.1f}"),
 )
-BLOCK = 2048  # targets, of the blocks that stand for independent parts where documents do not
-MIN_DOCUMENTS = 20  # with fewer, errors are by blocks
+BLOCK = 2048  # targets per block, the cluster for standard errors if there are too few documents
+MIN_DOCUMENTS = 20  # with fewer documents, standard errors are clustered by block
 NLL_NOTES = {
-    "the gain, nats a target": "By what is taken as independent; parts below by the first. ± is a standard error, "
-    "from and to are 95 % intervals: of these weights, on text like this. Another seed of training moves the gain too: "
-    "compare trainings by seeds, with sweep.py compare.",
-    "loss, mean of both": "In nats. Sorted by one of the scores, the other would look better where that one is high.",
+    "the gain, nats a target": "By the cluster used for errors; the tables below use the first. ± is a standard error, "
+    "from and to are 95 % intervals: for these weights, on text like this. The training seed changes the gain too: "
+    "compare trainings over seeds, with sweep.py compare.",
+    "loss, mean of both": "In nats. Binned by the loss of one model, the other would look better in the high bins "
+    "(regression to the mean).",
 }
-RESAMPLES = 2000  # of the bootstrap
-TOP = 8  # leading singular directions: one in so many of the smaller side
-FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the way from A to the other model
-STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # times the evaluator's own
-CURVATURE_ROWS = 8  # for the Hessian, the first of the sample
-BATCH_TOKENS = 2048  # at a time: second derivatives keep every attention matrix
+RESAMPLES = 2000  # bootstrap resamples
+TOP = 8  # the leading 1 / TOP of the singular directions are compared
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the line from A to the other model
+STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # multiples of the evaluator's step
+CURVATURE_ROWS = 8  # sequences for the Hessian, the first of the sample
+BATCH_TOKENS = 2048  # per batch: second derivatives keep every attention matrix
 LANCZOS, PROBES = 24, 16  # Hessian-vector products for the eigenvalues and for the trace
-SHOWN = (2, 4, 8, 16, LANCZOS)  # steps of Lanczos that are reported
+SHOWN = (2, 4, 8, 16, LANCZOS)  # reported Lanczos steps
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Numbers with their errors
+# Estimates with standard errors
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
-    """A number, and what each independent unit (document, row, probe) adds to its error; none: it is exact."""
+    """A number and the influence of each independent unit (document, sequence, probe); no units: exact."""
 
     value: float
     influence: np.ndarray = np.zeros(0)
 
     @property
     def error(self) -> float | None:
-        """The standard error, robust to any dependence within a unit; None where there are not two units."""
+        """Return the cluster-robust standard error; None with fewer than two units."""
         n = len(self.influence)
         return math.sqrt(n / (n - 1) * float((self.influence**2).sum())) if n > 1 else None
 
     def less(self, other: Estimate) -> Estimate:
-        """The difference of two estimates by the same units: what both have in common cancels, also in the error."""
+        """Return the difference of two estimates over the same units, with the paired error."""
         return Estimate(self.value - other.value, self.influence - other.influence)
 
     def interval(self) -> tuple[float, float] | None:
-        """95 % by Student's t with one degree of freedom less than there are units."""
+        """Return the 95 % interval by Student's t with (number of units - 1) degrees of freedom."""
         half = None if self.error is None else self.error * float(stats.t.ppf(0.975, len(self.influence) - 1))
         return None if half is None else (self.value - half, self.value + half)
 
@@ -104,10 +106,10 @@ Table = dict[str, dict[str, Estimate]]  # row -> column -> number
 
 
 def clustered(x: np.ndarray, units: np.ndarray) -> Estimate:
-    """The mean of X, with the error of a mean over units of unequal size: targets of one unit depend on each other.
+    """Return the mean of `x` with its cluster-robust error, for units of unequal size.
 
-    UNITS are their numbers. With S_g and n_g the sum and count of unit g, its influence is (S_g - n_g mean) / N
-    (Liang and Zeger 1986; for evaluations arXiv 2411.00640).
+    `units` has the unit index of each entry. With S_g and n_g the sum and count of unit g, its influence is
+    (S_g - n_g mean) / N (Liang and Zeger 1986; for evaluations arXiv 2411.00640).
     """
     _, units = np.unique(units, return_inverse=True)
     mean = float(x.mean(dtype=np.float64))
@@ -116,7 +118,7 @@ def clustered(x: np.ndarray, units: np.ndarray) -> Estimate:
 
 
 def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of X when whole units are drawn with replacement."""
+    """Return the 95 % percentile interval of the mean of `x` from a bootstrap over whole units."""
     sums, counts, rng = np.bincount(units, x), np.bincount(units), np.random.default_rng(seed)
     drawn = (rng.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
     low, high = np.quantile([sums[index].sum() / counts[index].sum() for index in drawn], (0.025, 0.975))
@@ -129,9 +131,9 @@ def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, f
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """result.json, with the evaluator's scores where it has run, and the lines of metrics.jsonl of a run.
+    """Return result.json, with the evaluator's scores if it ran, and the lines of metrics.jsonl.
 
-    ValueError for a folder that holds no finished run.
+    ValueError if the folder has no finished run.
     """
     try:
         result = read_result(folder / "result.json")
@@ -142,44 +144,44 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
         if bad := [i for i, row in enumerate(metrics, 1) if not isinstance(row, dict) or "seconds" not in row]:
-            raise ValueError(f"line {bad[0]} of metrics.jsonl says no seconds")
+            raise ValueError(f"line {bad[0]} of metrics.jsonl has no time in seconds")
     except (ValueError, OSError) as error:
-        raise ValueError(f"{folder} holds no finished run: {error}") from error
+        raise ValueError(f"{folder} has no finished run: {error}") from error
     return result, metrics
 
 
 def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.Config:
-    """The settings of a run, the evaluator's own where it has run; DATA and TOKENIZER: where the text is now.
+    """Return the settings of a run, with the evaluator's if it ran; `data` and `tokenizer` override paths.
 
-    ValueError where there is no config.json, or one with settings that this version does not know.
+    ValueError if there is no config.json, or if it has settings unknown to this version.
     """
     try:
         settings = dict(read_object(folder / "config.json", "config")["config"])
         if (folder / "eval_ttt.json").exists():
             settings |= read_object(folder / "eval_ttt.json", "settings")["settings"]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder} is no folder of a run: {error}") from error
+        raise ValueError(f"{folder} is not a run folder: {error}") from error
     if unknown := sorted(set(settings) - {f.name for f in fields(tg.Config)}):
         raise ValueError(f"{folder}/config.json: unknown settings {', '.join(unknown)}, written by another version")
     settings |= dict(data_path=str(data), val_files="") if data else {}
     settings |= dict(tokenizer_path=str(tokenizer)) if tokenizer else {}
-    return tg.Config(**settings | dict(mtp_num_heads=0))  # a part of training
+    return tg.Config(**settings | dict(mtp_num_heads=0))  # MTP heads are used in training only
 
 
 def read_text(config: tg.Config) -> tuple[np.ndarray, list[str], tg.ByteTable]:
-    """The validation tokens, the shards they are from, and the byte table; UserError where they do not fit."""
+    """Return the validation tokens, their shards, and the byte table. UserError if they do not match."""
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     return *tg.read_validation(config, table, tg.sha256_file(config.tokenizer_path)), table
 
 
 def documents_of(tokens: np.ndarray) -> np.ndarray:
-    """The number of each target's document, (targets,)."""
+    """Return the document index of each target, (targets,)."""
     begin, end = ev.documents(tokens)
     return np.repeat(np.arange(len(begin)), end - begin)
 
 
 def table_text(title: str, note: str, tables: Mapping[str, Table], form: str) -> str:
-    """TABLES as one, with a line for each row and each name of a table."""
+    """Return `tables` as one text table, with a line per row and table name."""
     rows = list(dict.fromkeys(row for each in tables.values() for row in each))
     columns = list(dict.fromkeys(column for each in tables.values() for row in each.values() for column in row))
     body = [["", "", *columns]]
@@ -201,7 +203,7 @@ def as_json(table: Table) -> dict[str, Any]:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
-    """A figure of WIDTH x HEIGHT inches, which needs no screen, and its axes one after the other."""
+    """Return a figure of `width` x `height` inches for a headless backend, and its flattened axes."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -210,7 +212,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 
 def write_report(given: argparse.Namespace, text: str, report: Any, paint: Callable[[Path], None]) -> None:
-    """Print TEXT, and write it with the JSON and the picture to --out, or to A's folder."""
+    """Print `text`, and write it with the JSON and the plot to --out or to the folder of A."""
     folder = given.out or (given.a if given.a.is_dir() else given.a.parent)
     folder.mkdir(parents=True, exist_ok=True)
     stem, text = folder / given.command, escape_lines(text)
@@ -227,7 +229,7 @@ def write_report(given: argparse.Namespace, text: str, report: Any, paint: Calla
 
 
 def table(results: dict[str, dict]) -> str:
-    """One column a run, one row a figure."""
+    """Return the table of runs: one column per run, one row per number."""
     names = list(results)
     width = max(14, *(len(name) for name in names))
     lines = [" " * 38 + "".join(f"{name:>{width + 2}}" for name in names)]
@@ -238,21 +240,21 @@ def table(results: dict[str, dict]) -> str:
 
 
 def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
-    """Training loss and validation bpb against seconds of training; the artifact's sliding score as a dotted line."""
+    """Plot training loss and validation bpb against training time; the artifact's sliding score is dotted."""
     figure, (left, right) = new_figure(1, 2, 10, 4)
     for number, (name, (result, metrics)) in enumerate(runs.items()):
         for axis, key in ((left, "train_loss"), (right, "val_bpb")):
             points = [(row["seconds"], row[key]) for row in metrics if key in row]
             axis.plot([x for x, _ in points], [y for _, y in points], color=f"C{number}", label=Path(name).name)
         right.axhline(result["val_bpb_sliding"], color=f"C{number}", linestyle=":")
-    left.set(xlabel="seconds of training", ylabel="training loss, nats per token")
-    right.set(xlabel="seconds of training", ylabel="validation bits per byte (dotted: artifact, sliding)")
+    left.set(xlabel="training time, s", ylabel="training loss, nats per token")
+    right.set(xlabel="training time, s", ylabel="validation bits per byte (dotted: artifact, sliding)")
     left.legend()
     save_figure(figure, path, dpi=120)
 
 
 def curves(given: argparse.Namespace) -> None:
-    """The table of several runs, their curves as a picture, and both as JSON beside it."""
+    """Print the table of several runs and write their curves as a plot and as JSON."""
     runs = {str(folder): read_run(folder) for folder in given.runs}
     path = given.out or given.runs[0] / "curve.png"
     draw(runs, path)
@@ -268,18 +270,18 @@ def curves(given: argparse.Namespace) -> None:
 
 
 def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
-    """The two nll arrays, (targets,), with the text they are losses of. ValueError where the three do not fit."""
+    """Return the two nll arrays, (targets,), and their text. ValueError if the three do not match."""
     paths = [path / "nll.npy" if path.is_dir() else path for path in (given.a, given.b)]
     folders = [path.parent for path in paths if (path.parent / "config.json").exists()]
     if not folders:
-        raise ValueError(f"neither {given.a} nor {given.b} is in a run's folder, whose config.json says what it scored")
+        raise ValueError(f"neither {given.a} nor {given.b} is in a run folder, and config.json names the scored text")
     tokens, shards, byte_table = read_text(read_config(folders[0], given.data, given.tokenizer))
     losses = []
     for path in paths:
         try:
             losses.append(np.load(path))
         except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no nll.npy of eval_ttt.py: {error}") from error
+            raise ValueError(f"{path} is not an nll.npy of eval_ttt.py: {error}") from error
         if losses[-1].shape != (len(tokens) - 1,) or not np.isfinite(losses[-1]).all():
             raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in {', '.join(shards)}, "
                              "or not all finite")  # fmt: skip
@@ -291,10 +293,10 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
 
 
 def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> dict[str, dict[str, np.ndarray]]:
-    """Masks over the targets by place, kind, frequency and LOSS: kind of bucket -> its name -> (targets,).
+    """Return masks over targets by position, kind, frequency and loss: kind of bucket -> name -> (targets,).
 
-    Frequencies are those of this text, in fifths of its targets. LOSS is the mean of both scores: among targets that
-    one of them found hard the other would look better even if they differed by noise alone.
+    Frequencies are those of this text, in fifths of its targets. `loss` is the mean of both models: binned by
+    the loss of one model, the other would look better in the high bins even if they differed by noise alone.
     """
     found: dict[str, dict[str, np.ndarray]] = {"place in the document": {}, "kind of target": {}}
     for name, mask in classes(tokens, byte_table).items():
@@ -314,16 +316,16 @@ def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> d
 
 
 def independent_units(tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What could be taken as independent, the first being what is taken: name -> number of each target's unit."""
+    """Return the clusters for standard errors, the one in use first: name -> unit index of each target."""
     place, document = np.arange(len(tokens) - 1), documents_of(tokens)
     found = {f"{document[-1] + 1} documents": document, f"{place[-1] // BLOCK + 1} blocks of {BLOCK}": place // BLOCK}
     if document[-1] + 1 < MIN_DOCUMENTS:
         found = dict(reversed(found.items()))
-    return found | {f"{len(place)} targets: too small, neighbours depend": place}
+    return found | {f"{len(place)} targets: too small, neighbors correlate": place}
 
 
 def compare_nll(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, Table]:
-    """The gain of B over A in nats a target, A less B: as a mean, with its errors, and where it is."""
+    """Return the gain of B over A (A - B) in nats per target: its mean, its errors, and its breakdown."""
     gain, units = a.astype(np.float64) - b, independent_units(tokens)
     first, errors = next(iter(units.values())), {}
     for name, labels in units.items():
@@ -346,7 +348,7 @@ def compare_nll(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg
 
 
 def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, title: str, path: Path) -> None:
-    """The gain in each bucket with two standard errors, by document, and adding up over the text."""
+    """Plot the gain in each bucket with two standard errors, by document, and accumulated over the text."""
     figure, axes = new_figure(2, 3, 15, 8)
     _, *parts = report.items()
     for axis, (kind, table) in zip(axes, parts, strict=False):
@@ -354,14 +356,14 @@ def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, 
         found = [cells["gain"] for cells in table.values()]
         errors = [2 * (each.error or 0.0) for each in found]
         axis.bar(names, [each.value for each in found], yerr=errors, capsize=3, color="C0", ecolor="0.3")
-        axis.set(xlabel=f"{kind}; share of the whole gain", ylabel="gain of B, nats a target ± 2 standard errors")
+        axis.set(xlabel=f"{kind}; percent of the total gain", ylabel="gain of B, nats per target ± 2 standard errors")
         axis.tick_params(axis="x", labelsize=8)
     document = documents_of(tokens)
     axes[4].scatter(np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6)
-    axes[4].set(xscale="log", xlabel="targets of the document", ylabel="gain of B, nats a target")
+    axes[4].set(xscale="log", xlabel="targets in the document", ylabel="gain of B, nats per target")
     places = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
     axes[5].plot(places, np.cumsum(gain)[places])
-    axes[5].set(xlabel="targets, in the order of the text", ylabel="nats gained so far")
+    axes[5].set(xlabel="targets, in text order", ylabel="cumulative gain, nats")
     for axis in axes:
         axis.axhline(0, color="black", linewidth=0.8)
     figure.suptitle(title)
@@ -374,7 +376,7 @@ def nll(given: argparse.Namespace) -> None:
     gain, num_bytes = a.astype(np.float64) - b, int(byte_table.count(tokens[:-1], tokens[1:]).sum())
     report, sums = compare_nll(a, b, tokens, byte_table), np.bincount(documents_of(tokens), gain)
     bits = float(gain.sum()) / math.log(2) / num_bytes
-    head = [f"A {given.a}", f"B {given.b}", f"gain of B over A: {gain.mean():+.5f} nats a target, {bits:+.5f} bits per "
+    head = [f"A {given.a}", f"B {given.b}", f"gain of B over A: {gain.mean():+.5f} nats/target, {bits:+.5f} bits per "
             f"byte of {num_bytes:,}; B is better in {(sums > 0).sum()} of {len(sums)} documents"]  # fmt: skip
     parts = [table_text(kind, NLL_NOTES.get(kind, ""), {"": table}, ".5f") for kind, table in report.items()]
     about = dict(a=str(given.a), b=str(given.b), targets=len(gain), bytes=num_bytes, gain_bpb=bits)
@@ -384,17 +386,17 @@ def nll(given: argparse.Namespace) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Two models: what is measured
+# Two models: analyses
 # ----------------------------------------------------------------------------------------------------------------------
 
-MATRICES = (  # name, bank, and whether its rows come after the L rows of another
+MATRICES = (  # name, bank, whether its rows are the second L rows of the bank
     ("Q", "qo_bank", 0), ("O", "qo_bank", 1), ("K", "kv_bank", 0), ("V", "kv_bank", 1), ("up", "mlp_up_bank", 0),
     ("down", "mlp_down_bank", 0),
 )  # fmt: skip
 
 
 class Side(NamedTuple):
-    """A trained model: float32 weights, how it is evaluated, and its artifact (None: why stands in `missing`)."""
+    """A trained model: float32 weights, evaluation setup, artifact (None: `missing` has the reason)."""
 
     folder: Path
     model: tg.GPT
@@ -404,7 +406,7 @@ class Side(NamedTuple):
 
 
 class Text(NamedTuple):
-    """What is measured on: the validation tokens, and of them a sample of rows, ids and targets (rows, T) each."""
+    """The validation tokens and a sample of sequences from them, ids and targets (rows, T) each."""
 
     tokens: np.ndarray
     ids: Tensor
@@ -413,7 +415,7 @@ class Text(NamedTuple):
 
 
 def read_side(folder: Path, config: tg.Config, table: tg.ByteTable, device: torch.device) -> Side:
-    """The checkpoint of a run, computed in float32 on any device, and what its artifact adds. UserError without one."""
+    """Load the checkpoint of a run in float32, and any artifact. UserError without a checkpoint."""
     config, weights, _ = ev.read_model(replace(config, model_path=str(folder / "final_model.pt")), {})
     rounded, missing = None, ""
     try:
@@ -429,42 +431,42 @@ def read_side(folder: Path, config: tg.Config, table: tg.ByteTable, device: torc
 
 
 def sample_rows(tokens: np.ndarray, rows: int, length: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (ROWS, LENGTH) each, of different windows of the text, which are drawn by SEED."""
+    """Return inputs and targets, (rows, length) each, of distinct windows of the text sampled with `seed`."""
     windows = (len(tokens) - 1) // length
     if not 2 <= rows <= windows:
-        raise ValueError(f"--rows {rows}: from 2 to {windows}, the rows of {length} tokens in the validation text")
+        raise ValueError(f"--rows {rows}: must be 2 to {windows}, the number of {length}-token sequences in the text")
     start = length * np.sort(np.random.default_rng(seed).choice(windows, rows, replace=False))
     part = torch.from_numpy(tokens[start[:, None] + np.arange(length + 1)].astype(np.int64)).to(device)
     return part[:, :-1], part[:, 1:]
 
 
 def batches(rows: Tensor) -> tuple[Tensor, ...]:
-    """ROWS (rows, T) in parts of some BATCH_TOKENS tokens, of whole rows."""
+    """Split `rows` (rows, T) into batches of about BATCH_TOKENS tokens."""
     return rows.split(max(1, BATCH_TOKENS // rows.size(1)))
 
 
 @torch.no_grad()
 def row_losses(model: tg.GPT, text: Text) -> np.ndarray:
-    """Nats of the sample's targets, (rows, T) but for the places of memory tokens."""
+    """Return the nats of the sample's targets, (rows, T) without the positions of memory tokens."""
     pairs = zip(batches(text.ids), batches(text.targets), strict=True)
     losses = torch.cat([tg.token_nll(model, ids, targets) for ids, targets in pairs])
     return losses[:, model.config.num_memory_tokens :].double().cpu().numpy()
 
 
 def row_mean(losses: np.ndarray) -> Estimate:
-    """The mean of losses (rows, T), rows being independent."""
+    """Return the mean of losses (rows, T), clustered by row."""
     return clustered(losses.flatten(), np.repeat(np.arange(len(losses)), losses.shape[1]))
 
 
 def slices(state: Mapping[str, Tensor], config: tg.Config) -> Iterator[tuple[str, str, Tensor]]:
-    """Name, layer and float64 matrix (out, in) of every row of the banks."""
+    """Yield name, layer and float64 matrix (out, in) of every bank row."""
     for name, bank, second in MATRICES:
         for layer in range(config.num_layers):
             yield name, str(layer), state[bank][second * config.num_layers + layer].detach().double()
 
 
 def over_slices(a: Side, number: Callable[..., float], *states: Mapping[str, Tensor]) -> Table:
-    """NUMBER of each bank row of A and the same rows of STATES: matrix -> layer -> number."""
+    """Apply `number` to each bank row of A and the same rows of `states`: matrix -> layer -> number."""
     found: Table = {name: {} for name, _, _ in MATRICES}
     for rows in zip(*(slices(state, a.model.config) for state in (a.model.state_dict(), *states)), strict=True):
         name, layer, _ = rows[0]
@@ -477,7 +479,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 
 
 def cosines(a: Side, b: Side, text: Text) -> Table:
-    """Cosine of each matrix of A with B's; of unrelated ones 0 to within 1 / sqrt(numbers)."""
+    """Return the cosine of each matrix of A with B's; of unrelated matrices 0 to within 1 / sqrt(entries)."""
     found = over_slices(a, cosine, b.model.state_dict())
     ours, theirs = (torch.cat([p.detach().double().flatten() for name, p in side.model.named_parameters()
                                if name not in tg.GPT.BANKS]) for side in (a, b))  # fmt: skip
@@ -485,10 +487,10 @@ def cosines(a: Side, b: Side, text: Text) -> Table:
 
 
 def overlap(one: Tensor, other: Tensor, right: bool) -> float:
-    """Mean squared cosine of the principal angles between the leading singular subspaces (Bjorck and Golub 1973).
+    """Return the mean squared cosine of the principal angles of singular subspaces (Bjorck and Golub 1973).
 
-    Of the RIGHT (input) or left (output) singular vectors, one in TOP of them. Subspaces of dimension k drawn blindly
-    in n dimensions have k / n.
+    The subspaces are spanned by the leading 1 / TOP of the right (input) or left (output) singular vectors.
+    Random subspaces of dimension k in n dimensions have k / n.
     """
     k = max(1, min(one.shape) // TOP)
     (u, _, vh), (x, _, yh) = (torch.linalg.svd(matrix, full_matrices=False) for matrix in (one, other))
@@ -497,7 +499,7 @@ def overlap(one: Tensor, other: Tensor, right: bool) -> float:
 
 
 def subspaces(a: Side, b: Side, text: Text, right: bool) -> Table:
-    """The overlap of every matrix, and by chance."""
+    """Return the overlap of every matrix, and the overlap by chance."""
     found = over_slices(a, partial(overlap, right=right), b.model.state_dict())
     for name, bank, _ in MATRICES:
         _, out, width = getattr(a.model, bank).shape
@@ -506,20 +508,20 @@ def subspaces(a: Side, b: Side, text: Text, right: bool) -> Table:
 
 
 class Products:
-    """Sums over tokens of x, y, x x^T, y y^T and x y^T, from which linear CKA follows."""
+    """Sums over tokens of x, y, x x^T, y y^T and x y^T, for linear CKA."""
 
     def __init__(self) -> None:
         self.count, self.sums = 0, None
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """x (tokens, p) and y (tokens, q) of the same tokens."""
+        """Add x (tokens, p) and y (tokens, q) of the same tokens."""
         x, y = x.double(), y.double()
         new = [x.sum(0), y.sum(0), x.mT @ x, y.mT @ y, x.mT @ y]
         self.sums = new if self.sums is None else [old + part for old, part in zip(self.sums, new, strict=True)]
         self.count += len(x)
 
     def cka(self) -> float:
-        """|Y^T X|^2 / (|X^T X| |Y^T Y|) of the centred activations, in Frobenius norms (arXiv 1905.00414)."""
+        """Return |Y^T X|^2 / (|X^T X| |Y^T Y|), centered, in Frobenius norms (arXiv 1905.00414)."""
         x, y, xx, yy, xy = self.sums
         xx, yy, xy = (s - torch.outer(p, q) / self.count for s, p, q in ((xx, x, x), (yy, y, y), (xy, x, y)))
         return float(xy.square().sum() / (xx.norm() * yy.norm()).clamp(min=1e-300))
@@ -538,7 +540,7 @@ def activations(model: tg.GPT, ids: Tensor) -> dict[tuple[str, int], Tensor]:
 
 
 def cka(a: Side, b: Side, text: Text) -> Table:
-    """Linear CKA of the activations of A and B on the same tokens: blind to rotations, so to permutations of units."""
+    """Return linear CKA of A and B on the same tokens; rotations and permutations of units do not matter."""
     products: dict[tuple[str, int], Products] = {}
     for ids in batches(text.ids):
         ours, theirs = (activations(side.model, ids) for side in (a, b))
@@ -551,7 +553,7 @@ def cka(a: Side, b: Side, text: Text) -> Table:
 
 
 def path_loss(a: Side, b: Side, text: Text) -> Table:
-    """Loss at (1 - t) A + t B, all parameters, and what it is above the straight line between both ends' losses."""
+    """Return the loss at (1 - t) A + t B, all parameters, and its excess over interpolated losses."""
     ours, theirs = (dict(side.model.named_parameters()) for side in (a, b))
     between, losses = deepcopy(a.model), []
     for t in FRACTIONS:
@@ -568,9 +570,9 @@ def path_loss(a: Side, b: Side, text: Text) -> Table:
 
 
 def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
-    """v -> H v for the Hessian of the mean training loss in all parameters, laid end to end.
+    """Return v -> H v for the Hessian of the mean training loss in all parameters, flattened.
 
-    Of the first CURVATURE_ROWS rows, a batch at a time, twice through autograd (Pearlmutter 1994).
+    Uses the first CURVATURE_ROWS sequences, batch by batch, with double backward (Pearlmutter 1994).
     """
     parameters = list(model.parameters())
     ids, targets = (batches(rows[:CURVATURE_ROWS]) for rows in (text.ids, text.targets))
@@ -579,7 +581,7 @@ def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
         total, count = torch.zeros_like(v), sum(map(len, ids))
         parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
         for some, theirs in zip(ids, targets, strict=True):
-            with sdpa_kernel(SDPBackend.MATH):  # the only one that has second derivatives
+            with sdpa_kernel(SDPBackend.MATH):  # the only backend with second derivatives
                 loss = tg.training_loss(model, some, theirs) * (len(some) / count)
                 first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
                 along = sum((g * part).sum() for g, part in zip(first, parts, strict=True))
@@ -591,10 +593,11 @@ def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
 
 
 def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """After each step the smallest and the largest Ritz value, and the residual of each: an eigenvalue is that near.
+    """Return the smallest and largest Ritz value after each step, and their residuals.
 
-    Each vector is orthogonalised against all before it (Golub and Van Loan, section 10.3). START (n,). Ends early where
-    the vectors span a space that the matrix maps into itself.
+    A residual bounds the distance to an eigenvalue. Each vector is orthogonalized against all previous ones
+    (Golub and Van Loan, section 10.3). `start` is (n,). Stops early when the vectors span an invariant
+    subspace.
     """
     basis, diagonal, beside, found = [start / start.norm()], [], [], []
     for _ in range(min(steps, len(start))):
@@ -612,13 +615,13 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> l
 
 
 def normal_numbers(model: tg.GPT, seed: int) -> Tensor:
-    """One for each parameter, the same for all models of the same shapes, on every device."""
+    """Return one normal number per parameter, equal for all models of the same shapes and on every device."""
     count = sum(p.numel() for p in model.parameters())
     return torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()))
 
 
 def eigenvalues(a: Side, text: Text) -> Table:
-    """The smallest and the largest eigenvalue of the Hessian, as Lanczos closes in on them."""
+    """Return the Lanczos estimates of the smallest and the largest eigenvalue of the Hessian, by step."""
     found = lanczos(hessian_product(a.model, text), normal_numbers(a.model, text.seed), LANCZOS)
     table: Table = {}
     for end, name in enumerate(("smallest", "largest")):
@@ -628,7 +631,7 @@ def eigenvalues(a: Side, text: Text) -> Table:
 
 
 def trace(a: Side, text: Text) -> Table:
-    """The Hessian's trace as the mean of z^T H z for random signs z (Hutchinson 1990), and its parts by parameters."""
+    """Return the Hessian's trace by parameter group: mean z^T H z over random signs z (Hutchinson 1990)."""
     product, parameters = hessian_product(a.model, text), dict(a.model.named_parameters())
     groups = [name if name in tg.GPT.BANKS else "no bank" for name in parameters]
     draws: dict[str, list[float]] = {name: [] for name in ("all", *tg.GPT.BANKS, "no bank")}
@@ -656,15 +659,15 @@ def chunk_losses(adaptation: ev.Adaptation, text: Text, chunk: tg.Chunk) -> tupl
 
 
 def along_step(a: Side, text: Text) -> Table:
-    """How the loss changes along the evaluator's first step: from the first chunk, of it and of the next.
+    """Return the change of the loss along the evaluator's first step, on the first chunk and on the next.
 
-    By documents a chunk is the first of each of the first TTT_SLOTS documents of a group. Every row counts the same,
-    one pass.
+    In the per-document modes a chunk is the first chunk of each of the first TTT_SLOTS documents of a group.
+    All sequences have equal weight, in one pass.
     """
     c = replace(a.setup.config, ttt_epochs=1, ttt_top_frac=1.0)
     plan = a.setup.plan(text.tokens) if c.ttt_mode != "none" else []
     if len(plan) < 2 or plan[0].learned is None or (plan[0].slots and plan[1].slots.group != plan[0].slots.group):
-        return {}  # nothing is learned, or nothing comes next
+        return {}  # no adaptation, or no next chunk
     model = deepcopy(a.model).requires_grad_(False)
     adaptation = ev.Adaptation(model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None)
     adaptation.begin(0, plan[0])
@@ -685,7 +688,7 @@ def along_step(a: Side, text: Text) -> Table:
 
 
 def rounding(a: Side, text: Text) -> Table:
-    """What the artifact's rounding adds to the loss of the sample."""
+    """Return the loss of the sample before and after quantization."""
     if a.rounded is None:
         return {}
     model = deepcopy(a.model)
@@ -695,13 +698,13 @@ def rounding(a: Side, text: Text) -> Table:
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor | None = None) -> float:
-    """|W - Q| / |W| in Frobenius norm; with H (in, in) = E[x x^T] the same of the outputs, |(W - Q) x| / |W x|."""
+    """Return |W - Q| / |W|, Frobenius; with H (in, in) = E[x x^T], that of outputs: |(W - Q) x| / |W x|."""
     error, whole = (float((M * (M if H is None else M @ H)).sum()) for M in (W - Q, W))
     return math.sqrt(max(error, 0.0) / max(whole, 1e-300))
 
 
-def quantisation(a: Side, text: Text, outputs: bool) -> Table:
-    """Relative error of every matrix that the artifact rounded, or of its OUTPUTS for what A's layers read."""
+def quantization_error(a: Side, text: Text, outputs: bool) -> Table:
+    """Return the relative error of every quantized matrix, or of its `outputs` on inputs of A's layers."""
     if a.rounded is None:
         return {}
     state = {name: a.rounded.state[name].to(a.setup.device) for name in tg.GPT.BANKS}
@@ -713,7 +716,7 @@ def quantisation(a: Side, text: Text, outputs: bool) -> Table:
 
 
 def meta_rates(a: Side, text: Text) -> Table:
-    """Meta-SGD's factors of the step size, which the artifact holds."""
+    """Return the Meta-SGD learning rate factors stored in the artifact."""
     factors = a.setup.artifact.factors
     found: Table = {}
     for name, bank, second in MATRICES if factors else ():
@@ -728,7 +731,7 @@ def meta_rates(a: Side, text: Text) -> Table:
 
 
 class Analysis(NamedTuple):
-    """What is measured of a pair of models, or (`pair` False) of each; how it is said, and why there may be nothing."""
+    """An analysis of a pair of models, or of each model (`pair` False), and how it is printed."""
 
     measure: Callable[..., Table]
     pair: bool
@@ -742,43 +745,43 @@ ANALYSES = {
     "cosines": Analysis(cosines, True, "cosine of the weights, by layer", "0: unrelated"),
     "outputs": Analysis(
         partial(subspaces, right=False), True, "overlap of leading left singular subspaces (outputs), by layer",
-        f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: the same. Muon leaves flat spectra, "
-        "so where the cut falls is partly noise."),
+        f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: identical. Muon leaves flat spectra, "
+        "so which directions are leading is partly noise."),
     "inputs": Analysis(
         partial(subspaces, right=True), True, "overlap of leading right singular subspaces (inputs), by layer"),
     "cka": Analysis(
-        cka, True, "linear CKA of what the matrices read, by layer",
-        "1: the same but for a rotation (so for a permutation of units) and a scale."),
+        cka, True, "linear CKA of the inputs of the matrices, by layer",
+        "1: equal up to a rotation (including a permutation of units) and a scale."),
     "path": Analysis(
-        path_loss, True, "loss on the straight path, by the share of the way, nats a token",
-        "All parameters. Permutations of hidden units and heads are not removed: runs of different seeds meet a "
+        path_loss, True, "loss under linear interpolation, by fraction of the other model, nats per token",
+        "All parameters. Permutations of hidden units and heads are not removed: runs with different seeds have a "
         "barrier whatever their settings.", ".4f"),
     "eigenvalues": Analysis(
-        eigenvalues, False, "the Hessian's extreme eigenvalues, by steps of Lanczos",
-        f"Of the mean training loss of the first {CURVATURE_ROWS} rows, in all parameters.", ".4g"),
+        eigenvalues, False, "extreme eigenvalues of the Hessian, by Lanczos step",
+        f"Of the mean training loss of the first {CURVATURE_ROWS} sequences, in all parameters.", ".4g"),
     "trace": Analysis(
-        trace, False, "the Hessian's trace, by group of parameters",
-        f"Of the same loss; {PROBES} probes, the same for all models; errors are over probes, not over text.", ".4g"),
+        trace, False, "trace of the Hessian, by parameter group",
+        f"Of the same loss; {PROBES} probes, equal for all models; errors are over probes, not over text.", ".4g"),
     "step": Analysis(
-        along_step, False, "change of the loss along the evaluator's first step, by multiples of it, nats a target",
-        "A's evaluator settings for all.", ".4f", "TTT_MODE=none, or too little text: nothing is learned"),
-    "rounding": Analysis(rounding, False, "loss of weights and artifact, nats a token", "", ".5f", "no artifact"),
+        along_step, False, "change of the loss along the evaluator's first step, by multiple, nats per target",
+        "All with A's evaluator settings.", ".4f", "TTT_MODE=none, or too little text to adapt"),
+    "rounding": Analysis(rounding, False, "loss of weights and artifact, nats per token", "", ".5f", "no artifact"),
     "rounded_weights": Analysis(
-        partial(quantisation, outputs=False), False, "error of rounding, |W - Q| / |W|, by layer",
-        "Large where it costs little: steps follow the loss, and later columns make up for earlier ones.", ".4f",
+        partial(quantization_error, outputs=False), False, "quantization error, |W - Q| / |W|, by layer",
+        "Large where it costs little: scales follow the loss, and GPTQ's later columns compensate earlier ones.", ".4f",
         "no artifact"),
     "rounded_outputs": Analysis(
-        partial(quantisation, outputs=True), False, "the same of the outputs, |(W - Q) x| / |W x|, by layer", "", ".4f",
+        partial(quantization_error, outputs=True), False, "output error, |(W - Q) x| / |W x|, by layer", "", ".4f",
         "no artifact"),
     "meta_rates": Analysis(
-        meta_rates, False, "Meta-SGD's factors of the step size, by layer", empty="META_SGD_ENABLED was off"),
+        meta_rates, False, "Meta-SGD learning rate factors, by layer", empty="META_SGD_ENABLED was off"),
 }  # fmt: skip
-ASIDE = ("chance", "barrier", "residual", "loss")  # columns and rows that are not drawn
+ASIDE = ("chance", "barrier", "residual", "loss")  # columns and rows that are not plotted
 STYLES = {"A": "-", "B": "--", "null": ":", "A to B": "--", "A to null": ":"}
 
 
 def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
-    """Pairs as they are; of single models A's numbers and what the others' are greater by; residuals as they are."""
+    """Return pairs unchanged; of single models, A's numbers and the differences from A (not of residuals)."""
     shown = {name: table for name, table in found.items() if table}
     if not analysis.pair and "A" in shown:
         first = shown.pop("A")
@@ -790,17 +793,17 @@ def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
 
 
 def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Path) -> None:
-    """A panel for each analysis of a curve: colours are rows, dashes are models or pairs."""
+    """Plot one panel per analysis: colors are rows, line styles are models or pairs."""
     curves = {key: found for key, found in report.items() if key != "rounding" and any(found.values())}
     columns, rows = min(len(curves), 3) or 1, math.ceil(len(curves) / 3) or 1
     figure, axes = new_figure(rows, columns, 6 * columns, 4.2 * rows + 0.5)
     for axis, (key, found) in zip(axes, curves.items(), strict=False):
         for name, table in found.items():
-            for colour, (row, cells) in enumerate((row, cells) for row, cells in table.items() if row not in ASIDE):
+            for color, (row, cells) in enumerate((row, cells) for row, cells in table.items() if row not in ASIDE):
                 points = {column: cell for column, cell in cells.items() if column not in ASIDE}
                 errors = [2 * (cell.error or 0.0) for cell in points.values()]
                 label = row if table is next(each for each in found.values() if each) else None
-                axis.errorbar(list(points), [cell.value for cell in points.values()], errors, color=f"C{colour}",
+                axis.errorbar(list(points), [cell.value for cell in points.values()], errors, color=f"C{color}",
                               linestyle=STYLES[name], marker=".", capsize=2, label=label)  # fmt: skip
         if ANALYSES[key].pair and key != "path":  # similarities
             axis.set_ylim(min(axis.get_ylim()[0], -0.05), 1.05)
@@ -821,12 +824,12 @@ def settings_apart(a: tg.Config, b: tg.Config) -> list[str]:
 
 
 def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[str, Side], np.ndarray]:
-    """A, B and the null, which are evaluated as A is, and the text. ValueError where they cannot be compared."""
+    """Return A, B and null, all with A's evaluation settings, and the text. ValueError if not comparable."""
     folders = dict(A=given.a, B=given.b) | (dict(null=given.null) if given.null else {})
     configs = {name: read_config(folder, given.data, given.tokenizer) for name, folder in folders.items()}
     tokens, _, table = read_text(configs["A"])
     if given.null and (apart := settings_apart(configs["A"], configs["null"])):
-        raise ValueError(f"--null {given.null} is no repeat of {given.a}: {', '.join(apart)}")
+        raise ValueError(f"--null {given.null} is not a repeat of {given.a}: {', '.join(apart)}")
     tokenizer = Path(configs["A"].tokenizer_path)
     for folder in folders.values():
         result = folder / "result.json"
@@ -845,7 +848,7 @@ def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[st
 
 
 def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[str]:
-    """What is compared, and on what."""
+    """Return the header lines: the models compared and the sample."""
     config, lines = sides["A"].setup.config, []
     for name, side in sides.items():
         theirs = side.setup.config
@@ -854,19 +857,19 @@ def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[s
         lines[-1] += "" if name == "A" else f": {apart}; SEED {config.seed} -> {theirs.seed}"
         lines += [f"     {side.missing}"] if side.missing else []
     if not given.null:
-        lines.append("no --null: how far a repeat of A would be from A is not known, so nothing here is an effect")
+        lines.append("no --null: the variation between repeats of A is unknown, so no difference here shows an effect")
     elif (sides["B"].setup.config.seed == config.seed) != (sides["null"].setup.config.seed == config.seed):
-        lines.append("only one of B and null has A's seed: what the same first weights have in common is no effect of "
-                     "settings, nor is its lack")  # fmt: skip
-    return [*lines, f"sample: {given.rows} rows of {config.train_seq_len} tokens of the validation text, drawn by "
-            f"--seed {given.seed}; ± is a standard error over rows, documents or probes; float32"]  # fmt: skip
+        lines.append("only one of B and null has A's seed: similarity from equal initial weights, or its absence, is "
+                     "not an effect of settings")  # fmt: skip
+    return [*lines, f"sample: {given.rows} sequences of {config.train_seq_len} tokens of the validation text, --seed "
+            f"{given.seed}; ± is a standard error over sequences, documents or probes; float32"]  # fmt: skip
 
 
 def weights(given: argparse.Namespace) -> None:
-    """Compare two checkpoints by every analysis, each number beside that of a repeat."""
+    """Compare two checkpoints with every analysis, each number beside that of a repeat."""
     wanted = given.only.split(",") if given.only else list(ANALYSES)
     if unknown := [key for key in wanted if key not in ANALYSES]:
-        raise ValueError(f"--only {', '.join(unknown)}: there are {', '.join(ANALYSES)}")
+        raise ValueError(f"--only {', '.join(unknown)}: unknown; known are {', '.join(ANALYSES)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sides, tokens = read_sides(given, device)
     a, others = sides["A"], {f"A to {name}": side for name, side in sides.items() if name != "A"}
@@ -893,21 +896,21 @@ COMMANDS = {"curves": curves, "nll": nll, "weights": weights}
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = commands.add_parser("curves", help="table and curves of runs; what folders alone stand for")
+    runs = commands.add_parser("curves", help="table and curves of runs (the default command)")
     runs.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    runs.add_argument("--out", type=Path, help="the picture; default: curve.png in the first folder")
-    losses = commands.add_parser("nll", help="the losses of the same targets")
-    models = commands.add_parser("weights", help="two checkpoints")
-    for each, what in ((losses, "a run's folder, or an nll.npy"), (models, "a run's folder")):
+    runs.add_argument("--out", type=Path, help="plot file; default: curve.png in the first folder")
+    losses = commands.add_parser("nll", help="compare the losses of the same targets")
+    models = commands.add_parser("weights", help="compare two checkpoints")
+    for each, what in ((losses, "run folder or nll.npy"), (models, "run folder")):
         each.add_argument("a", type=Path, metavar="A", help=what)
         each.add_argument("b", type=Path, metavar="B", help=what)
         each.add_argument("--data", type=Path, help="folder of the validation shards; default: A's DATA_PATH")
         each.add_argument("--tokenizer", type=Path, help="default: A's TOKENIZER_PATH")
-        each.add_argument("--out", type=Path, help="folder for text, JSON and picture; default: that of A")
-    models.add_argument("--null", type=Path, help="a repeat of A: the same settings, another seed or the same")
-    models.add_argument("--rows", type=int, default=32, help="rows of the sample; default: 32")
-    models.add_argument("--seed", type=int, default=0, help="of the sample, the probes and the start; default: 0")
-    models.add_argument("--only", help=f"a comma list of {', '.join(ANALYSES)}; default: all")
+        each.add_argument("--out", type=Path, help="folder for text, JSON and plot; default: folder of A")
+    models.add_argument("--null", type=Path, help="repeat of A: same settings, same or another seed")
+    models.add_argument("--rows", type=int, default=32, help="sequences in the sample; default: 32")
+    models.add_argument("--seed", type=int, default=0, help="seed of the sample and the probes; default: 0")
+    models.add_argument("--only", help=f"comma list of {', '.join(ANALYSES)}; default: all")
     return parser
 
 

@@ -261,7 +261,7 @@ def test_sampled_rows_are_windows_of_the_text():
         assert (
             any(text[at : at + 8] == [*row, next_row[-1]] for at in range(0, len(text), 7)) and row[1:] == next_row[:-1]
         )
-    with pytest.raises(ValueError, match="--rows 1000: from 2 to"):
+    with pytest.raises(ValueError, match="--rows 1000: must be 2 to"):
         analyze.sample_rows(TOKENS, 1000, 7, 1, CPU)
 
 
@@ -387,7 +387,7 @@ def test_rounding_against_the_tensors():
     model, text = random_model(SMALL, torch.float32), text_of()
     state = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     side = side_of(model, rounded=Artifact(SMALL, state, "hash"))
-    by_weights, by_outputs = (analyze.quantisation(side, text, outputs) for outputs in (False, True))
+    by_weights, by_outputs = (analyze.quantization_error(side, text, outputs) for outputs in (False, True))
     read, L = analyze.activations(model, text.ids), SMALL.num_layers
     for (name, bank, second), stack in zip(analyze.MATRICES, ("attn_in", "attn_out", "attn_in", "attn_in", "mlp_in",
                                                               "mlp_mid"), strict=True):  # fmt: skip
@@ -434,7 +434,7 @@ def test_a_model_and_itself(few):
                 float(word.split("±")[0]) for line in lines if "B - A" in line for word in line.split("A", 1)[1].split()
             ]
             assert table and numbers and not any(numbers if key != "eigenvalues" else numbers[:2] + numbers[3:5]), key
-    assert values(analyze.quantisation(side, text_of(), True)) == [0] * 30
+    assert values(analyze.quantization_error(side, text_of(), True)) == [0] * 30
 
 
 def test_differences_are_what_the_others_have_more():
@@ -539,14 +539,14 @@ def test_runs_that_cannot_be_compared(make_run, tmp_path, capsys):
     no_model = make_run("no_model")
     (no_model / "final_model.pt").unlink()
     for argv, message in (
-        ((a, other, "--null", other), "is no repeat of .*MUON_WD 0.04 -> 0.1"),
+        ((a, other, "--null", other), "is not a repeat of .*MUON_WD 0.04 -> 0.1"),
         ((a, wide), r"different tensors: qo_bank \(4, 16, 16\) -> \(4, 24, 24\)"),
-        ((a, empty), "empty is no folder of a run"),
+        ((a, empty), "empty is not a run folder"),
         ((a, unknown), "unknown settings no_such_setting"),
         ((a, no_model), "final_model.pt"),
         ((a, foreign), "foreign was trained with another tokenizer than .*tokenizer.model"),
-        ((a, other, "--only", "cka,kca"), "--only kca: there are cosines"),
-        ((a, other, "--rows", "1"), "--rows 1: from 2 to"),
+        ((a, other, "--only", "cka,kca"), "--only kca: unknown; known are cosines"),
+        ((a, other, "--rows", "1"), "--rows 1: must be 2 to"),
         ((a, other, "--data", empty), "no shards match"),
         ((a, other, "--tokenizer", empty), "TOKENIZER_PATH=.*empty"),
     ):
@@ -571,7 +571,7 @@ def test_losses_of_two_runs(make_run, demo_data, tmp_path, capsys, few):
     code, text = said(capsys, "nll", a, b)
     losses = [np.load(folder / "nll.npy").astype(float) for folder in (a, b)]
     gain = (losses[0] - losses[1]).mean()
-    assert code == 0 and f"gain of B over A: {gain:+.5f} nats a target" in text and plotted(a / "nll.png")
+    assert code == 0 and f"gain of B over A: {gain:+.5f} nats/target" in text and plotted(a / "nll.png")
     assert f"{documents} documents" in text and "sweep.py compare" in text
     report = strict_json(a / "nll.json")
     assert report["gain_bpb"] == pytest.approx(gain * report["targets"] / np.log(2) / report["bytes"])
@@ -589,11 +589,11 @@ def test_losses_that_cannot_be_compared(make_run, tmp_path, capsys):
     np.save(loose, np.zeros(5, np.float32))
     (b / "eval_ttt.json").write_text(json.dumps(dict(settings={}, sha256_shards={"fineweb_val_000000.bin": "0" * 64})))
     for argv, message in (
-        ((loose, loose), "whose config.json says what it scored"),
+        ((loose, loose), "config.json names the scored text"),
         ((a, loose), f"shape (5,), but {len(np.load(a / 'nll.npy'))} targets"),
         ((a, b), "scored fineweb_val_000000.bin, which are not"),
-        ((a, a / "config.json"), "is no nll.npy"),
-        ((a, tmp_path / "missing"), "is no nll.npy"),
+        ((a, a / "config.json"), "is not an nll.npy"),
+        ((a, tmp_path / "missing"), "is not an nll.npy"),
     ):
         code, text = said(capsys, "nll", *argv)
         assert code == 2 and message in text, text
@@ -611,7 +611,7 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
     code, _ = said(capsys, "--out", tmp_path / "picture.png", b)
     assert code == 0 and plotted(tmp_path / "picture.png")
     code, text = said(capsys, tmp_path / "missing")
-    assert code == 2 and "missing holds no finished run" in text
+    assert code == 2 and "missing has no finished run" in text
     (a / "outside").write_text("kept")
     for name in ("curve.png", "curve.json"):
         (a / name).unlink()
