@@ -1,16 +1,17 @@
-"""Sweeps of the trainer's settings, a paired comparison of two of them, and a ledger of single experiments.
+"""Sweep the trainer's settings, compare two settings on paired seeds, or log one experiment in a ledger.
 
     python records/sweep.py run SPACE.toml [--set NAME=8,11,13] [--set MATRIX_LR=0.01..0.1:log] [--trials 40]
         [--launcher "torchrun --standalone --nproc_per_node=8"] [--seeds 1,2] [--workers 4 --gpus 0,1,2,3]
     python records/sweep.py compare A.env B.env --seeds 1,2,3,4
     python records/sweep.py one --note "what changed and why" [--seconds 300]
 
-A trial is one setting, run for each seed; its value is the artifact's sliding val_bpb, the mean over the seeds. The
-same command goes on after an interruption and runs what is missing; several machines share a study by --storage URL.
-SPACE.toml: recipe (a path from the file's folder), seeds, sampler, trials, prune; [space] with NAME = value, [values]
-or {low, high, log}; [rows] with NAME = {settings that belong together}. Settings of the environment override the
-recipe's, those of the space both. TRACK=trackio or TRACK=wandb logs every run there too. Exit code 0: done, 1: a run
-failed or the sweep was stopped, 2: the user's input. records/README.md has the rules for experiments by `one`.
+A trial is one point of the search space, run on each seed; its value is the mean sliding val_bpb of the
+artifacts. After an interruption the same command continues and runs only what is missing. Several machines
+share a study through --storage URL. SPACE.toml: recipe (path relative to the file), seeds, sampler, trials,
+prune; [space] with NAME = value, [values] or {low, high, log}; [rows] with NAME = {settings that are changed
+together}. The environment overrides the recipe, and the space overrides both. TRACK=trackio or TRACK=wandb
+also logs every run there. Exit codes: 0 done, 1 a run failed or the sweep was stopped, 2 user error.
+records/README.md has the rules for experiments with `one`.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ VAL_LINE = re.compile(r"^step:(\d+)/(\d+) val_loss:\S+ val_bpb:(\S+)", re.MULTIL
 
 
 class Stopped(Exception):
-    """The user ends the sweep."""
+    """The user stopped the sweep."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The space
+# Search space
 # ----------------------------------------------------------------------------------------------------------------------
 
-SAMPLERS = {  # grid draws nothing, but Optuna wants one
-    "tpe": partial(optuna.samplers.TPESampler, constant_liar=True),  # workers see what the others are trying
+SAMPLERS = {  # grid samples nothing, but Optuna requires a sampler
+    "tpe": partial(optuna.samplers.TPESampler, constant_liar=True),  # workers see the other workers' trials
     "random": optuna.samplers.RandomSampler,
     "grid": optuna.samplers.RandomSampler,
 }
@@ -76,7 +77,7 @@ SPACE_KEYS = dict(recipe=str, seeds=list, sampler=str, trials=int, prune=int, sp
 
 
 class Space(NamedTuple):
-    """What is swept: settings with their values or range, `row` among them where there are rows of settings."""
+    """The search space: settings with their values or range, and `row` if there are rows of settings."""
 
     name: str
     recipe: str
@@ -88,12 +89,12 @@ class Space(NamedTuple):
     prune: int
 
     def settings(self, point: Mapping[str, Any]) -> dict[str, str]:
-        """The environment variables of a point."""
+        """Return the environment variables of a point."""
         own = {name: as_text(value) for name, value in point.items() if name != "row"}
         return own | self.rows.get(point.get("row", ""), {})
 
     def grid(self) -> Iterator[dict[str, str]]:
-        """Every point of a space without ranges, once."""
+        """Yield every point of a space without ranges, once."""
         values = itertools.product(*(kind.choices for kind in self.kinds.values()))
         return (dict(zip(self.kinds, each, strict=True)) for each in values)
 
@@ -103,15 +104,15 @@ def as_text(value: Any) -> str:
 
 
 def ends(kind: BaseDistribution) -> list[Any]:
-    """The values of a setting, or the ends of its range."""
+    """Return the values of a setting, or the ends of its range."""
     return list(kind.choices) if isinstance(kind, CategoricalDistribution) else [kind.low, kind.high]
 
 
 def parse_set(text: str) -> tuple[str, Any]:
-    """NAME=a,b,c or NAME=low..high[:log] as a space file would have it."""
+    """Parse NAME=a,b,c or NAME=low..high[:log] into the form of a space file."""
     name, _, values = text.partition("=")
     if not values:
-        raise ValueError(f"--set {text}: NAME=value,value or NAME=low..high or NAME=low..high:log")
+        raise ValueError(f"--set {text}: must be NAME=value,value or NAME=low..high or NAME=low..high:log")
     if match := re.fullmatch(r"([^,:]+?)\.\.([^,:]+)(:log)?", values):
         try:
             low, high = (int(end) if re.fullmatch(r"-?\d+", end) else float(end) for end in match.groups()[:2])
@@ -122,29 +123,29 @@ def parse_set(text: str) -> tuple[str, Any]:
 
 
 def distribution(name: str, value: Any) -> BaseDistribution:
-    """What a space file says of a setting: a value, several, or {low, high, log}. ValueError for anything else."""
+    """Return the distribution of an entry: a value, a list, or {low, high, log}. ValueError for others."""
     if isinstance(value, dict):
         bounds = [value.get(end) for end in ("low", "high")]
         if not set(value) <= {"low", "high", "log"} or not all(isinstance(end, int | float) for end in bounds):
-            raise ValueError(f"{name}: a range is {{low, high, log}}, not {value}")
+            raise ValueError(f"{name}: a range must be {{low, high, log}}, not {value}")
         if not bounds[0] < bounds[1] or (value.get("log") and bounds[0] <= 0):
-            raise ValueError(f"{name}: a range has its low below high, and above 0 where it is logarithmic: {value}")
+            raise ValueError(f"{name}: a range needs low < high, and low > 0 if log: {value}")
         return (IntDistribution if all(isinstance(end, int) for end in bounds) else FloatDistribution)(**value)
     values = [as_text(each) for each in (value if isinstance(value, list) else [value])]
     if not values or len(set(values)) < len(values):
-        raise ValueError(f"{name}: no value, or one twice")
+        raise ValueError(f"{name}: needs at least one value and no duplicates")
     return CategoricalDistribution(values)
 
 
 def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any]) -> Space:
-    """The space of a file with what the command line adds. ValueError for what it cannot mean."""
+    """Return the space of a file and the command line. ValueError if they are invalid."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if unknown := sorted(set(table) - set(SPACE_KEYS)):
-        raise ValueError(f"{path}: unknown {', '.join(unknown)}; there are {', '.join(SPACE_KEYS)}")
-    if wrong := [f"{key} is no {kind.__name__}" for key, kind in SPACE_KEYS.items() if key in table
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known are {', '.join(SPACE_KEYS)}")
+    if wrong := [f"{key} is not a {kind.__name__}" for key, kind in SPACE_KEYS.items() if key in table
                  and not isinstance(table[key], kind)]:  # fmt: skip
         raise ValueError(f"{path}: {', '.join(wrong)}")
     table |= {key: given[key] for key in ("seeds", "sampler", "trials", "prune") if given.get(key) is not None}
@@ -157,13 +158,13 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
     distinct = {seed for seed in seeds if isinstance(seed, int)}
     trials, prune = table.get("trials", points if sampler == "grid" else 20), table.get("prune", 5)
     for wrong, said in (
-        (sampler not in SAMPLERS, f"sampler {sampler}: {', '.join(SAMPLERS)}"),
-        (all(kind.single() for kind in kinds.values()), "nothing to sweep: several values, a range, or rows"),
-        (sampler == "grid" and ranges, f"a grid needs values, and {', '.join(ranges)} has a range"),
-        (sampler == "grid" and trials != points, f"the grid has {points} points: leave --trials out, or no grid"),
-        (trials < 1 or prune < 0, f"trials from 1, prune from 0, not {trials} and {prune}"),
-        (not seeds or len(distinct) < len(seeds), f"seeds {seeds}: whole numbers, one at least, each once"),
-        ("row" in kinds and not set(ends(kinds["row"])) <= set(rows), f"row: there are {', '.join(rows) or 'none'}"),
+        (sampler not in SAMPLERS, f"sampler {sampler}: must be one of {', '.join(SAMPLERS)}"),
+        (all(kind.single() for kind in kinds.values()), "nothing to sweep: give several values, a range, or rows"),
+        (sampler == "grid" and ranges, f"a grid needs values, but {', '.join(ranges)} has a range"),
+        (sampler == "grid" and trials != points, f"the grid has {points} points: omit --trials or the grid sampler"),
+        (trials < 1 or prune < 0, f"trials must be at least 1 and prune at least 0, not {trials} and {prune}"),
+        (not seeds or len(distinct) < len(seeds), f"seeds {seeds}: must be distinct integers, at least one"),
+        ("row" in kinds and not set(ends(kinds["row"])) <= set(rows), f"row: known are {', '.join(rows) or 'none'}"),
     ):
         if wrong:
             raise ValueError(said)
@@ -173,23 +174,24 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
 
 
 def check_space(space: Space, environ: Mapping[str, str]) -> None:
-    """ValueError, naming every problem, for a name or value that the trainer would refuse.
+    """Raise ValueError, listing every problem, for names or values that the trainer would reject.
 
-    Of a grid every point is tried; else every value for itself, and the first of each together.
+    For a grid every point is checked; otherwise every value alone, and the first values of all settings
+    together.
     """
     tg, problems, own = trainer(), [], [pair for row in space.rows.values() for pair in row.items()]
     by_name = {f.name.upper(): f for f in fields(tg.Config)}
     for name, value in [(name, end) for name, kind in space.kinds.items() if name != "row" for end in ends(kind)] + own:
         try:
             if name in ("SEED", "RUN_ID"):
-                raise ValueError(f"{name}: the sweep's own")
+                raise ValueError(f"{name}: set by the sweep itself")
             if name not in by_name:
                 near = tg.likely_name(name, set(by_name))
-                raise ValueError(f"{name} is no setting" + (f", did you mean {near}?" if near else ""))
+                raise ValueError(f"{name} is not a setting" + (f", did you mean {near}?" if near else ""))
             tg.parse_value(by_name[name], as_text(value))
         except ValueError as error:
             problems.append(str(error))
-    problems += [f"{name} is swept, and in a row too" for name in space.kinds.keys() & dict(own).keys()]
+    problems += [f"{name} is both swept and in a row" for name in space.kinds.keys() & dict(own).keys()]
     first = {name: ends(kind)[0] for name, kind in space.kinds.items()}
     for point in [] if problems else space.grid() if space.sampler == "grid" else [first]:
         try:
@@ -197,23 +199,24 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
         except tg.UserError as error:
             problems.append(f"{point}: {error}")
     if problems:
-        raise ValueError("the space has problems:\n" + "\n".join(f"  {p}" for p in dict.fromkeys(problems)))
+        raise ValueError("invalid search space:\n" + "\n".join(f"  {p}" for p in dict.fromkeys(problems)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A sweep
+# Sweep
 # ----------------------------------------------------------------------------------------------------------------------
 #
-# A study has a ticket for every point, or for every trial whose point the sampler chooses. An attempt at a ticket is a
-# trial of Optuna: whoever turns it from waiting to running runs it. A ticket whose last attempt was lost gets another,
-# with the same point and the same runs, of which those that have a result are not run again. Several processes may add
-# the same attempt; the first in the study counts, the others wait for ever.
+# A study has one ticket per grid point, or per trial whose point the sampler chooses. An attempt at a ticket
+# is an Optuna trial; the process that changes it from waiting to running runs it. If the last attempt at a
+# ticket was lost, the ticket gets another attempt with the same point and the same run names; runs that have
+# a result are not repeated. Several processes may add the same attempt; the first in the study counts, the
+# others stay waiting forever.
 
-SEED_STEPS = 10_000_000  # intermediate values of the second seed stand at this step and after it
+SEED_STEPS = 10_000_000  # step offset of the intermediate values of each further seed
 
 
 def open_storage(url: str, grace: int) -> optuna.storages.RDBStorage:
-    """The database; tried again while another process makes the tables of a new one. ValueError where it cannot be."""
+    """Open the database, retrying while another process creates its tables. ValueError if that fails."""
     engine = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else None
     for left in range(3, -1, -1):
         try:
@@ -225,19 +228,19 @@ def open_storage(url: str, grace: int) -> optuna.storages.RDBStorage:
 
 
 def lost(trial: FrozenTrial) -> bool:
-    """Whether its run was killed or stopped: it failed without saying why."""
+    """Return whether the run of a trial was killed or stopped: it failed without a reason."""
     return trial.state == TrialState.FAIL and "why" not in trial.user_attrs
 
 
 class Sweep:
-    """A study, opened or made, and what is needed to run its trials."""
+    """An opened or newly created study, with everything needed to run its trials."""
 
     def __init__(self, space: Space, environ: Mapping[str, str], launcher: Sequence[str], storage: str, grace: int):
         self.space, self.environ, self.launcher = space, environ, launcher
-        self.points = list(space.grid()) if space.sampler == "grid" else [{}] * space.trials  # {}: the sampler chooses
+        self.points = list(space.grid()) if space.sampler == "grid" else [{}] * space.trials  # {}: by the sampler
         self.folder, self.stop, self.lock = Path("runs") / space.name, threading.Event(), threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = URL.create("sqlite", database=str(self.folder / "study.db"))  # quotes what a URL would take apart
+        own = URL.create("sqlite", database=str(self.folder / "study.db"))  # escapes special characters
         self.storage = open_storage(storage or own.render_as_string(), grace)
         pruner = optuna.pruners.MedianPruner(space.prune) if space.prune else optuna.pruners.NopPruner()
         self.study = optuna.create_study(storage=self.storage, study_name=space.name, sampler=SAMPLERS[space.sampler](),
@@ -246,30 +249,30 @@ class Sweep:
         self.study.set_user_attr("space", self.identity())
 
     def identity(self) -> str:
-        """Hash of what all trials of a study have in common; the number of sampled trials may grow."""
+        """Hash what all trials of a study have in common; the number of sampled trials may grow."""
         base = {name: ends(kind)[0] for name, kind in self.space.kinds.items()}
         common = self.space._replace(name="", recipe="", trials=0)
         return digest(common, config_hash({**self.environ, **self.space.settings(base)}))
 
     def check_identity(self) -> None:
         if self.study.user_attrs.get("space", told := self.identity()) != told:
-            raise ValueError(f"study {self.space.name} was begun with another space, base or code: put that back, "
-                             "or choose another --study")  # fmt: skip
+            raise ValueError(f"study {self.space.name} was started with another space, base or code. Restore them "
+                             "or choose another --study.")  # fmt: skip
 
     def attempts(self) -> dict[int, list[FrozenTrial]]:
-        """The trials of each ticket, by attempt; of one that was added twice the first."""
+        """Return the trials of each ticket by attempt; of duplicates only the first."""
         found: dict[int, dict[int, FrozenTrial]] = {}
         for trial in self.study.get_trials(deepcopy=False):
             found.setdefault(trial.user_attrs["ticket"], {}).setdefault(trial.user_attrs["attempt"], trial)
         return {ticket: [own[attempt] for attempt in sorted(own)] for ticket, own in found.items()}
 
     def last_attempts(self) -> list[FrozenTrial]:
-        """Of each ticket that this process wants; of one with more trials than that, others may be lost."""
+        """Return the last attempt at each ticket of this process, ignoring further tickets of the study."""
         found = self.attempts()
         return [found[ticket][-1] for ticket in range(len(self.points))]
 
     def claim(self) -> Trial | None:
-        """A ticket's trial that is now ours, or None where no ticket is new, waiting or lost."""
+        """Claim and return a trial, or None if no ticket is new, waiting or lost."""
         optuna.storages.fail_stale_trials(self.study)
         found = self.attempts()
         for ticket, point in enumerate(self.points):
@@ -277,16 +280,16 @@ class Sweep:
             if not tried or lost(tried[-1]):
                 known = [trial.params for trial in tried if len(trial.params) == len(self.space.kinds)]
                 self.study.enqueue_trial([point, *known][-1], dict(ticket=ticket, attempt=len(tried)))
-                tried = self.attempts()[ticket]  # not ours where another process was first to add it
+                tried = self.attempts()[ticket]  # may be another process's trial
             if tried[-1].state == TrialState.WAITING:
-                self.storage.record_heartbeat(tried[-1]._trial_id)  # first: one that dies after it must be found
+                self.storage.record_heartbeat(tried[-1]._trial_id)  # first, so that a later crash is detected
                 with suppress(UpdateFinishedTrialError):
                     if self.storage.set_trial_state_values(tried[-1]._trial_id, TrialState.RUNNING):
                         return Trial(self.study, tried[-1]._trial_id)
         return None
 
     def work(self, gpus: str) -> None:
-        """Run trials until none is left, here or elsewhere; an error ends the other workers too."""
+        """Run trials until none is left in any process; an error stops the other workers too."""
         try:
             while not self.stop.is_set():
                 self.check_identity()
@@ -297,13 +300,13 @@ class Sweep:
                 elif all(trial.state.is_finished() and not lost(trial) for trial in self.last_attempts()):
                     return
                 else:
-                    self.stop.wait(1)  # another process has them; should it die, they are ours
+                    self.stop.wait(1)  # other processes run them; we take over if one dies
         except BaseException:
             self.stop.set()
             raise
 
     def run_trial(self, trial: Trial, devices: Mapping[str, str]) -> None:
-        """Run the point of a trial for each seed and tell the study how it ended."""
+        """Run the point of a trial on each seed and record the outcome in the study."""
         point = {name: trial._suggest(name, kind) for name, kind in self.space.kinds.items()}
         name, settings = f"{self.space.name}_{trial.user_attrs['ticket']:03d}", self.space.settings(point)
         value, said = None, str(settings)
@@ -316,15 +319,15 @@ class Sweep:
                 state, value, said = TrialState.PRUNED, steps[max(steps)], f"pruned {settings}"
             except (Crash, ValueError, Stopped) as error:
                 state, said = TrialState.FAIL, str(error) or "stopped"
-                if not self.stop.wait(1):  # what stops us may reach the run before us
+                if not self.stop.wait(1):  # a signal that stops us may reach the run first
                     trial.set_user_attr("why", said)
             self.storage.set_trial_state_values(trial._trial_id, state, None if value is None else [value])
         except UpdateFinishedTrialError:
-            said = "given up while it ran: --grace is too short for this machine"
+            said = "declared lost while it ran: --grace is too short for this machine"
         print(f"trial {name}: {said}", flush=True)
 
     def run_seeds(self, trial: Trial, name: str, environ: Mapping[str, str]) -> float:
-        """The mean score of a setting over the seeds."""
+        """Return the mean score of a setting over the seeds."""
         results, settings = [], config_hash(environ)
         for index, seed in enumerate(self.space.seeds):
             watch, own = self.watcher(trial, index * SEED_STEPS), {**environ, "SEED": str(seed)}
@@ -334,7 +337,7 @@ class Sweep:
         return mean(result[METRIC] for result in results)
 
     def watcher(self, trial: Trial, offset: int) -> Callable[[Path], None]:
-        """A function for `train` that shows signs of life, reports val_bpb lines, and ends what is to be ended."""
+        """Return a callback for `train` that sends heartbeats, reports val_bpb, stops or prunes the run."""
         due, read = 0.0, 0
 
         def watch(folder: Path) -> None:
@@ -348,7 +351,7 @@ class Sweep:
             new = log.read_text(errors="replace")[read:].rpartition("\n")[0] if log.exists() else ""
             read += len(new)
             for step, last, bpb in VAL_LINE.findall(new):
-                if 0 < int(step) < int(last):  # before the first step all are alike, after the last nothing is saved
+                if 0 < int(step) < int(last):  # all are equal at step 0; the last step saves nothing
                     trial.report(float(bpb), offset + int(step))
                     if trial.should_prune():
                         raise optuna.TrialPruned
@@ -356,12 +359,13 @@ class Sweep:
         return watch
 
     def run(self, workers: int, gpus: Sequence[str]) -> int:
-        """Run all trials with WORKERS threads, each with its share of the GPUs, then report; returns the exit code."""
-        share = len(gpus) // workers
+        """Run all trials in `workers` threads, each with its own GPUs, report, and return the exit code."""
+        per_worker = len(gpus) // workers
         handlers = {n: signal.signal(n, lambda *_: self.stop.set()) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(self.work, (",".join(gpus[share * w : share * (w + 1)]) for w in range(workers))))
+                own = (",".join(gpus[per_worker * w : per_worker * (w + 1)]) for w in range(workers))
+                list(pool.map(self.work, own))
         finally:
             self.stop.set()
             for number, handler in handlers.items():
@@ -373,7 +377,7 @@ class Sweep:
 
 
 def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> None:
-    """Print the trials, best first, and write them as trials.csv. That of a pruned one is its last val_bpb."""
+    """Print the trials, best first, and write them to trials.csv. A pruned trial has its last val_bpb."""
     order, rows = ("complete", "pruned", "running", "waiting", "fail"), []
     for ticket, trial in trials.items():
         results = trial.user_attrs.get("results", [])
@@ -399,7 +403,7 @@ def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> Non
 
 
 def draw(study: optuna.Study, folder: Path) -> None:
-    """parallel_coordinate.png and importance.png, or a line that says what they lack."""
+    """Write parallel_coordinate.png and importance.png, or print why there are none."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -407,7 +411,7 @@ def draw(study: optuna.Study, folder: Path) -> None:
 
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len({trial.value for trial in trials}) < 2:
-        print("no pictures: they need two finished trials of different value")
+        print("no plots: they need two finished trials with different values")
         return
     swept = [name for name in trials[0].params if not trials[0].distributions[name].single()]
     for name, plot in (
@@ -417,18 +421,18 @@ def draw(study: optuna.Study, folder: Path) -> None:
         figure = plot(study, params=swept).figure
         save_figure(figure, folder / f"{name}.png", dpi=120, bbox_inches="tight")
         matplotlib.pyplot.close(figure)
-        print(f"picture: {folder / name}.png")
+        print(f"plot: {folder / name}.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Two settings
+# Paired comparison
 # ----------------------------------------------------------------------------------------------------------------------
 
-ALPHA, POWER = 0.01, 0.8  # of the smallest effect that a comparison sees
+ALPHA, POWER = 0.01, 0.8  # of the smallest detectable effect
 
 
 class Paired(NamedTuple):
-    """Differences B less A by seed: mean, 95 % interval, two-sided p, and the smallest effect that n of them see."""
+    """Differences B - A paired by seed: mean, 95 % interval, two-sided p, smallest detectable effect."""
 
     n: int
     mean: float
@@ -439,7 +443,7 @@ class Paired(NamedTuple):
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
-    """Student's paired test of B against A; `visible` is found at ALPHA with probability POWER, at this spread."""
+    """Run the paired t-test of B against A; `visible` is the effect with power POWER at level ALPHA."""
     differences = [y - x for x, y in zip(a, b, strict=True)]
     n, middle, error = len(differences), mean(differences), stdev(differences) / sqrt(len(differences))
     if error == 0:
@@ -450,25 +454,25 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
 
 
 def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Run both settings for each seed, then say what the differences say; nothing is said before all have run."""
+    """Run both settings on each seed, then print the test; no result is printed before all runs are done."""
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {seeds}: two at least, each once")
+        raise ValueError(f"--seeds {seeds}: must be at least two distinct seeds")
     (a, b), arms = (path.stem for path in files), [{**environ, "RECIPE": str(path)} for path in files]
     keys = [config_hash(arm) for arm in arms]
     if keys[0] == keys[1]:
-        raise ValueError(f"{files[0]} and {files[1]} are the same setting")
+        raise ValueError(f"{files[0]} and {files[1]} have the same settings")
     folder = Path("runs") / f"compare_{a}_{b}_{digest(keys)}"
     plan = folder / "seeds.json"
     if plan.exists() and (fixed := plan.read_text(encoding="utf-8").strip()) != json.dumps(sorted(seeds)):
-        raise ValueError(f"{plan} fixed the seeds at {fixed} before the first run; to stop earlier "
-                         "or to go on because of what was seen would make the p-value wrong")  # fmt: skip
+        raise ValueError(f"{plan} fixed the seeds at {fixed} before the first run. Changing their number "
+                         "after seeing results would invalidate the p-value.")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_file(plan, json.dumps(sorted(seeds)).encode())
     scores: list[list[float]] = [[], []]
     for turn, seed in enumerate(seeds):
-        for side in (0, 1) if turn % 2 == 0 else (1, 0):  # ABBA: what drifts with time hits both alike
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):  # ABBA: drift over time affects both arms equally
             if [config_hash(arm) for arm in arms] != keys:
-                raise ValueError(f"recipes or code changed since {folder} was begun: put them back, or begin again")
+                raise ValueError(f"recipes or code changed since {folder} was started. Restore them or start again.")
             name = f"{folder.name}_{'ab'[side]}_seed{seed}"
             scores[side].append(train(name, {**arms[side], "SEED": str(seed)}, launcher, folder)[METRIC])
             print(f"run {len(scores[0] + scores[1])} of {2 * len(seeds)}: {name}", flush=True)
@@ -476,9 +480,9 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
     print(f"{'seed':>10} {a:>14} {b:>14} {'difference':>12}")
     for seed, x, y in zip(seeds, *scores, strict=True):
         print(f"{seed:>10} {x:>14.5f} {y:>14.5f} {y - x:>+12.5f}")
-    print(f"{b} less {a}: {found.mean:+.5f} bpb, 95 % interval {found.low:+.5f} to {found.high:+.5f}, "
-          f"p = {found.p:.2g} (paired t-test, two-sided; n = {found.n}, fixed before)")  # fmt: skip
-    print(f"smallest effect that {found.n} seeds see, p < {ALPHA} four times in five: {found.visible:.5f}")
+    print(f"{b} - {a}: {found.mean:+.5f} bpb, 95 % interval {found.low:+.5f} to {found.high:+.5f}, "
+          f"p = {found.p:.2g} (paired t-test, two-sided; n = {found.n}, fixed in advance)")  # fmt: skip
+    print(f"smallest detectable effect with {found.n} seeds (p < {ALPHA}, power {POWER}): {found.visible:.5f}")
     result = dict(seeds=seeds, a=scores[0], b=scores[1], **found._asdict())
     write_file(folder / "result.json", json.dumps(result).encode())
     return 0
@@ -496,24 +500,24 @@ def int_list(text: str) -> list[int]:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="a sweep, begun or gone on with")
-    run.add_argument("space", nargs="?", type=Path, help="a TOML file; or all by --set")
+    run = commands.add_parser("run", help="start or continue a sweep")
+    run.add_argument("space", nargs="?", type=Path, help="TOML file; or use --set alone")
     run.add_argument("--set", action="append", default=[], help="NAME=a,b,c or NAME=low..high[:log]; adds or replaces")
-    run.add_argument("--trials", type=int, help="of the whole study; default: 20, or every point of the grid")
-    run.add_argument("--seeds", type=int_list, help="of each trial; default: 1337")
-    run.add_argument("--sampler", choices=SAMPLERS, help="default: tpe where there is a range, else grid")
-    run.add_argument("--prune", type=int, help="end trials above the median of so many; 0: none; default: 5")
-    run.add_argument("--workers", type=int, default=1, help="trials at a time; default: 1")
-    run.add_argument("--gpus", help="shared evenly by the workers; default: CUDA_VISIBLE_DEVICES, else all")
-    run.add_argument("--storage", default="", help="URL of the database; default: SQLite in runs/STUDY/study.db")
-    run.add_argument("--study", help="default: name of the file")
-    run.add_argument("--grace", type=int, default=60, help="seconds without a sign of life: it was killed; default: 60")
-    two = commands.add_parser("compare", help="two settings, paired by seed")
-    two.add_argument("files", nargs=2, type=Path, metavar="ENV", help="recipes; the environment overrides both")
-    two.add_argument("--seeds", type=int_list, required=True, help="all of them, fixed before the first run")
-    one = commands.add_parser("one", help="one experiment with the working tree, for the ledger")
+    run.add_argument("--trials", type=int, help="trials of the whole study; default: 20, or every grid point")
+    run.add_argument("--seeds", type=int_list, help="seeds of each trial; default: 1337")
+    run.add_argument("--sampler", choices=SAMPLERS, help="default: tpe if there is a range, else grid")
+    run.add_argument("--prune", type=int, help="prune trials above the median of this many; 0: never; default: 5")
+    run.add_argument("--workers", type=int, default=1, help="parallel trials; default: 1")
+    run.add_argument("--gpus", help="split evenly among the workers; default: CUDA_VISIBLE_DEVICES, else all")
+    run.add_argument("--storage", default="", help="database URL; default: SQLite in runs/STUDY/study.db")
+    run.add_argument("--study", help="study name; default: name of the file")
+    run.add_argument("--grace", type=int, default=60, help="seconds without heartbeat until lost; default: 60")
+    two = commands.add_parser("compare", help="compare two settings, paired by seed")
+    two.add_argument("files", nargs=2, type=Path, metavar="ENV", help="two recipes; the environment overrides both")
+    two.add_argument("--seeds", type=int_list, required=True, help="all seeds, fixed before the first run")
+    one = commands.add_parser("one", help="run the working tree once and append a line to the ledger")
     one.add_argument("--note", required=True, help="what was changed, and why")
-    one.add_argument("--seconds", type=int, default=300, help="of training; default: 300")
+    one.add_argument("--seconds", type=int, default=300, help="seconds of training; default: 300")
     one.add_argument("--ledger", type=Path, default=Path("runs/ledger.tsv"), help="default: runs/ledger.tsv")
     for each in (run, two, one):
         each.add_argument("--launcher", type=shlex.split, default=[sys.executable], help="default: python")
@@ -521,7 +525,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def sweep(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    """`run`: check the space and the machine, then run the study; returns the exit code."""
+    """Check the space and the machine, run the study, and return the exit code (command `run`)."""
     space = read_space(given.space, given.set, vars(given))
     environ = {**environ, **({"RECIPE": space.recipe} if space.recipe else {})}
     check_space(space, environ)
@@ -529,14 +533,14 @@ def sweep(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if given.workers > 1 and not gpus:
         gpus = [str(gpu) for gpu in range(trainer().torch.cuda.device_count())]
     if given.workers < 1 or len(gpus) % given.workers:
-        raise ValueError(f"{len(gpus)} GPUs cannot be shared evenly by {given.workers} workers")
+        raise ValueError(f"--workers {given.workers}: must be at least 1 and divide the number of GPUs, {len(gpus)}")
     return Sweep(space, environ, given.launcher, given.storage, given.grace).run(given.workers, gpus)
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
     given, environ = make_parser().parse_args(argv), dict(os.environ if environ is None else environ)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats and these plots
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # for heartbeats and plots
     try:
         tracker(environ)
         if not given.launcher or not shutil.which(given.launcher[0], path=environ.get("PATH")):

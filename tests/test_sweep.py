@@ -122,12 +122,12 @@ def test_a_range_is_sampled_and_a_study_can_be_extended(place, sampler):
         (["NUM_LAYRS=3,4"], "did you mean NUM_LAYERS"),
         (["NUM_LAYERS=3,x"], "NUM_LAYERS"),
         (["NUM_LAYERS=-4..4"], "NUM_LAYERS"),
-        (["SEED=1,2"], "the sweep's own"),
+        (["SEED=1,2"], "set by the sweep itself"),
         (["NUM_HEADS=4,3"], "no multiple"),
         (["NUM_LAYERS"], "NAME=value"),
         (["NUM_LAYERS=3"], "nothing to sweep"),
-        (["NUM_LAYERS=5..4"], "low below high"),
-        (["NUM_LAYERS=4,4"], "one twice"),
+        (["NUM_LAYERS=5..4"], "needs low < high"),
+        (["NUM_LAYERS=4,4"], "no duplicates"),
         (["NUM_LAYERS=3,4", "MATRIX_LR=0..a"], "could not convert"),
     ],
 )
@@ -140,14 +140,14 @@ def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given,
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--workers", "2", "--gpus", "0,1,2"], "3 GPUs cannot be shared evenly by 2 workers"),
-        (["--workers", "0"], "0 workers"),
+        (["--workers", "2", "--gpus", "0,1,2"], "--workers 2: must be at least 1 and divide the number of GPUs, 3"),
+        (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--launcher", "no-such-launcher --fast"], "no-such-launcher --fast: no such program"),
-        (["--seeds", "1,1"], "each once"),
+        (["--seeds", "1,1"], "must be distinct integers"),
         (["--trials", "3"], "the grid has 2 points"),
-        (["--set", "row=a,b"], "row: there are none"),
-        (["--set", "NO_SUCH_SETTING_AT_ALL=1"], "NO_SUCH_SETTING_AT_ALL is no setting\n"),
-        (["--prune", "-1"], "prune from 0"),
+        (["--set", "row=a,b"], "row: known are none"),
+        (["--set", "NO_SUCH_SETTING_AT_ALL=1"], "NO_SUCH_SETTING_AT_ALL is not a setting\n"),
+        (["--prune", "-1"], "prune at least 0"),
         (["--storage", "nosuchbase://x"], "--storage nosuchbase"),
     ],
 )
@@ -179,7 +179,7 @@ def test_a_space_file(place, capsys):
     }
     Path("my.toml").write_text('samplr = "tpe"\n')
     assert sweep.main(arguments("run", "my.toml"), environment()) == 2
-    assert "unknown samplr" in capsys.readouterr().err
+    assert "unknown keys samplr" in capsys.readouterr().err
 
 
 def test_the_rows_of_398_are_settings_of_the_trainer(place):
@@ -428,7 +428,7 @@ def test_compare_runs_both_for_each_seed_and_holds_to_its_n(place, capsys):
     command = [*arguments("compare", "a.env", "b.env"), "--seeds"]
     assert sweep.main([*command, "1,2,3,4"], environment()) == 0
     said = capsys.readouterr().out
-    assert "n = 4" in said and "smallest effect" in said and "95 % interval" in said
+    assert "n = 4" in said and "smallest detectable effect" in said and "95 % interval" in said
     order = [line.split()[0].split("_")[-2] for line in lines("starts.txt")]
     assert order == list("abbaabba")
     for seeds in ("1,2,3", "1,2,3,4,5"):
