@@ -1,15 +1,16 @@
-"""Does meta-learning pay at test time? Arms equal in time, paired by seed; every run kept beside this file.
+"""Test whether meta-learning improves test-time training, with arms of equal time, paired by seed.
 
     python records/meta_learning/experiment.py data --shards data/weblab --out runs/meta_data
-    python records/meta_learning/experiment.py probe --data runs/meta_data       how far an inner step moves the loss
-    python records/meta_learning/experiment.py run --data runs/meta_data         what is missing of the confirmation
+    python records/meta_learning/experiment.py probe --data runs/meta_data       effect of an inner step on the loss
+    python records/meta_learning/experiment.py run --data runs/meta_data         missing runs of the confirmation
     python records/meta_learning/experiment.py run --data runs/meta_data --part tuning --arms deployed_banks \\
-        --set META_TTT_OUTER_LR=0.3                                              a variant, on the tuning part
+        --set META_TTT_OUTER_LR=0.3                                              a variant, on the tuning documents
     python records/meta_learning/experiment.py report                            tables and plot from the kept runs
 
-`data` splits the validation documents into those for tuning and those that are reported. A run is `train_gpt.py`, then
-`eval_ttt.py` for each way to adapt; its logs and results go to `kept/PART/ARM_seedN`, and what is there is not run
-again. The number of steps makes the arms equal in time: timing.json, by `tests/benchmarks/trainer.py --meta`.
+`data` splits the validation documents into a tuning part and a report part. A run is `train_gpt.py`, then
+`eval_ttt.py` for each adaptation method; its logs and results go to `kept/PART/ARM_seedN`, and existing runs
+are not repeated. The number of steps is chosen for equal time, from timing.json, written by
+`tests/benchmarks/trainer.py --meta`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SEEDS = {
     "first_confirmation": (101, 102, 103, 104, 105, 106),
     "report": (201, 202, 203, 204, 205, 206, 207, 208),
 }
-MORE_PLAIN = {"first_confirmation": (107, 108, 109, 110), "report": (209, 210)}  # the spread of ten plain seeds
+MORE_PLAIN = {"first_confirmation": (107, 108, 109, 110), "report": (209, 210)}  # for ten plain seeds
 TUNING_DOCUMENTS, REPORT_DOCUMENTS = 24, 60
 
 LATE = {
@@ -53,12 +54,12 @@ LATE = {
     "WARMDOWN_FRAC": "0.4737",
     "MIN_LR": "0.1",
     "META_TTT_OUTER_LR": "0.1",
-}  # one fall
+}  # one continuous warmdown over both phases
 DEPLOYED = {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", **LATE}
 FOMAML = {"META_TTT_ENABLED": "1", "META_TTT_EVERY": "4", "META_TTT_INNER_LR": "0.002", "META_TTT_LOSS_WEIGHT": "0.5"}
 REPTILE = {"REPTILE_ENABLED": "1", "REPTILE_TIME_FRAC": "0.2"}
 LORA = {"TTT_MODE": "doc_lora", "TTT_OPTIMIZER": "adamw", "TTT_LR": "0.02", "TTT_GRAD_CLIP": "1.0"}
-ARMS = {  # `control` differs from the deployed arms in two settings: it has no Meta-SGD factors either
+ARMS = {  # `control` differs from the deployed arms in two settings: it also lacks Meta-SGD factors
     "none": {},
     "control": {**DEPLOYED, "META_CONTROL": "1"},
     "exp101": {**FOMAML, "META_TTT_SPLIT": "cut"},
@@ -68,23 +69,23 @@ ARMS = {  # `control` differs from the deployed arms in two settings: it has no 
     "reptile": {**REPTILE},
     "reptile_plain": {**REPTILE, "META_CONTROL": "1"},
 }
-WAYS = {"doc_banks": {}, "doc_lora": LORA}  # of adapting, each scored by a call of the evaluator
+WAYS = {"doc_banks": {}, "doc_lora": LORA}  # adaptation methods, one evaluator run each
 DEPLOYED_ARMS = ("control", "deployed_banks", "deployed_lora")
 WAYS_OF = {
     **{arm: {"doc_banks": {}} for arm in ARMS},
     **{arm: WAYS for arm in ("none", *DEPLOYED_ARMS)},
 }
-PLAIN_STEPS = 800  # of the arm that does nothing else; the others take as many as their meta-steps leave time for
+PLAIN_STEPS = 800  # of plain training; the other arms get as many steps as fit in the same time
 KEPT = ("train.log", "result.json", "eval_ttt.log", "eval_ttt.json", "documents.csv")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Before any arm is trained: how far does an inner step move the outer loss?
+# Probe before training: the effect of an inner step on the outer loss
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count: int) -> dict[str, float]:
-    """The outer loss of COUNT tasks of an arm's meta-step, after the inner steps less before: mean and its error."""
+    """Return mean and standard error of the change in outer loss from an arm's inner steps, over tasks."""
     shards = data / "tuning"
     given = {"RECIPE": str(RECIPE), "DATA_PATH": str(shards), **ARMS[arm], "META_TTT_DOCS": "1",
              "TOKENIZER_PATH": str(shards / "tokenizer.model")}  # fmt: skip
@@ -113,7 +114,7 @@ def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count
 
 
 def probe(arguments: argparse.Namespace) -> None:
-    """Every kind of inner step, forwards in float32 and bfloat16, on one plainly trained model; probe.json."""
+    """Probe all kinds of inner step in float32 and bfloat16 on one plainly trained model; write probe.json."""
     found = {
         f"{arm}, {dtype}".replace("torch.", ""): probe_kind(
             arm, arguments.model, arguments.data, dtype, arguments.tasks
@@ -132,7 +133,7 @@ def probe(arguments: argparse.Namespace) -> None:
 
 
 def split_data(shards: Path, out: Path) -> None:
-    """Folders OUT/tuning and OUT/report: the training shards by links, and a validation shard of some documents."""
+    """Write `out`/tuning and `out`/report: links to the training shards, and a validation shard each."""
     tokens = np.concatenate([tg.open_shard(path) for path in tg.find_shards(str(shards / "fineweb_val_*.bin"))])
     begin, _ = ev.documents(tokens)
     borders = {"tuning": (0, TUNING_DOCUMENTS), "report": (TUNING_DOCUMENTS, TUNING_DOCUMENTS + REPORT_DOCUMENTS)}
@@ -147,12 +148,12 @@ def split_data(shards: Path, out: Path) -> None:
 
 
 def documents(data: Path, part: str) -> Path:
-    """The folder of DATA whose documents score a part: both confirmations have the same."""
+    """Return the folder below `data` with the documents of a part; both confirmations use the same."""
     return data / ("tuning" if part == "tuning" else "report")
 
 
 def iterations(settings: dict[str, str]) -> int:
-    """ITERATIONS that take as long as PLAIN_STEPS plain steps, by what the steps cost (timing.json)."""
+    """Return the ITERATIONS that take as long as PLAIN_STEPS plain steps, by the times in timing.json."""
     c, _, _ = tg.load_config({"RECIPE": str(RECIPE), **settings})
     steps = json.loads(TIMING.read_text())["steps"]
     cost = {name: row["ms"] / steps["plain"]["ms"] for name, row in steps.items()}
@@ -170,7 +171,7 @@ def iterations(settings: dict[str, str]) -> int:
 
 
 def call(script: str, env: dict[str, str], cwd: Path) -> None:
-    """Run a script of the project on one thread; its output goes to a file beside what it writes."""
+    """Run a script of the project on one thread; its output goes to a file in `cwd`."""
     names = {name.upper() for name in tg.Config.__dataclass_fields__} | {"RECIPE"}
     clean = {key: value for key, value in os.environ.items() if key not in names}
     with open(cwd / f"{script}.out", "w") as log:
@@ -179,7 +180,7 @@ def call(script: str, env: dict[str, str], cwd: Path) -> None:
 
 
 def run(part: str, arm: str, more: dict[str, str], seed: int, data: Path, work: Path) -> str:
-    """Train an arm and score it in each of its ways, unless that is kept already; what became of it."""
+    """Train an arm, score it with each of its adaptation methods, unless kept; return a summary line."""
     name = ",".join([arm, *(f"{key}={value}" for key, value in more.items())]) + f"_seed{seed}"
     kept = HERE / "kept" / part / name
     if kept.exists():
@@ -188,7 +189,7 @@ def run(part: str, arm: str, more: dict[str, str], seed: int, data: Path, work: 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings = {**ARMS[arm], **more}
-    (folder / "shards").symlink_to(documents(data, part))  # paths in the logs are relative: they are kept
+    (folder / "shards").symlink_to(documents(data, part))  # relative, because the logs keep the paths
     base = {"RECIPE": str(RECIPE), "SEED": str(seed), "DATA_PATH": "shards",
             "TOKENIZER_PATH": "shards/tokenizer.model"}  # fmt: skip
     call("train_gpt.py", {**base, "ITERATIONS": str(iterations(settings)), **settings, "RUN_ID": "run"}, folder)
@@ -210,7 +211,7 @@ def run(part: str, arm: str, more: dict[str, str], seed: int, data: Path, work: 
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Every arm and seed that is asked for and not kept, two at a time, seed by seed."""
+    """Run every requested arm and seed that is not kept, `workers` at a time, seed by seed."""
     more = dict(pair.split("=", 1) for pair in arguments.set)
     seeds = arguments.seeds or list(SEEDS[arguments.part])
     jobs = [(arm, seed) for seed in seeds for arm in arguments.arms]
@@ -228,7 +229,7 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def read_kept(part: str) -> dict[tuple[str, str, int], dict[str, float]]:
-    """The scores of every kept run of a part, by arm, way of adapting and seed."""
+    """Return the scores of every kept run of a part, by arm, adaptation method and seed."""
     scores = {}
     for path in sorted((HERE / "kept" / part).glob("*/*/eval_ttt.json")):
         arm, seed = path.parents[1].name.rsplit("_seed", 1)
@@ -241,7 +242,7 @@ def read_kept(part: str) -> dict[tuple[str, str, int], dict[str, float]]:
 
 
 class Paired(NamedTuple):
-    """A paired comparison over seeds: mean difference, half of its 95 % interval, p of a t-test, what n could see."""
+    """Paired comparison over seeds: mean difference, half of its 95 % interval, p, detectable effect."""
 
     n: int
     mean: float
@@ -251,7 +252,7 @@ class Paired(NamedTuple):
 
 
 def compare(ours: list[float], theirs: list[float], alpha: float = 0.01) -> Paired:
-    """OURS less THEIRS; `visible` is the difference that a two-sided test at ALPHA finds four times in five."""
+    """Compare `ours` - `theirs`; `visible` is the difference with power 0.8 in a two-sided test."""
     differences = np.array(ours) - np.array(theirs)
     n, error = len(differences), float(differences.std(ddof=1) / len(differences) ** 0.5)
     t = stats.t(n - 1)
@@ -261,15 +262,15 @@ def compare(ours: list[float], theirs: list[float], alpha: float = 0.01) -> Pair
 
 
 def holm(ps: dict[str, float]) -> dict[str, float]:
-    """P-values adjusted for as many tests (Holm 1979)."""
+    """Return the p-values adjusted for multiple tests (Holm 1979)."""
     adjusted, least = {}, 0.0
-    for place, (name, p) in enumerate(sorted(ps.items(), key=lambda pair: pair[1])):
-        least = max(least, min(1.0, p * (len(ps) - place)))
+    for index, (name, p) in enumerate(sorted(ps.items(), key=lambda pair: pair[1])):
+        least = max(least, min(1.0, p * (len(ps) - index)))
         adjusted[name] = least
     return adjusted
 
 
-COMPARISONS = (  # arm, what it is held against, way of adapting
+COMPARISONS = (  # arm, reference arm, adaptation method
     ("deployed_banks", "control", "doc_banks"),
     ("deployed_lora", "control", "doc_lora"),
     ("deployed_banks", "none", "doc_banks"),
@@ -284,21 +285,21 @@ CONFIRMED = COMPARISONS[:2]
 
 
 def confirmation(part: str) -> tuple[list[str], dict[tuple[str, ...], Paired]]:
-    """The tables of a confirmation as lines of Markdown, and the comparisons of the arms that it has."""
+    """Return the tables of a confirmation as lines of Markdown, and the comparisons of its arms."""
     scores, seeds = read_kept(part), SEEDS[part]
     have = {(arm, way) for arm, way, _ in scores}
 
     def column(arm: str, way: str, key: str, of: Sequence[int] = seeds) -> list[float]:
         return [scores[arm, way, seed][key] for seed in of]
 
-    lines = ["| arm | adapted by | steps + late | seconds | non-overlapping | sliding | adapted | gain of adapting |",
+    lines = ["| arm | adapted by | steps + late | seconds | non-overlapping | sliding | adapted | gain of TTT |",
              "|---|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for arm, way in dict.fromkeys((arm, way) for arm, way, seed in scores if seed in seeds):
         cells = [f"{np.mean(column(arm, way, key)):.4f} sd {np.std(column(arm, way, key), ddof=1):.4f}"
                  for key in ("val_bpb_roundtrip", "val_bpb_sliding", "adapted", "gain")]  # fmt: skip
         steps = [f"{np.mean(column(arm, way, key)):.0f}" for key in ("steps", "late_steps", "train_seconds")]
         lines.append(f"| {arm} | {way} | {steps[0]} + {steps[1]} | {steps[2]} | {' | '.join(cells)} |")
-    lines += ["", "| arm | against | adapted by | what | difference, bpb | 95 % | p | Holm | this n sees |",
+    lines += ["", "| arm | against | adapted by | score | difference, bpb | 95 % | p | Holm | detectable |",
               "|---|---|---|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     found = {
         (*names, key): compare(column(names[0], names[2], key), column(names[1], names[2], key))
@@ -322,11 +323,11 @@ def confirmation(part: str) -> tuple[list[str], dict[tuple[str, ...], Paired]]:
 
 
 def make_report() -> tuple[str, dict[tuple[str, ...], Paired]]:
-    """The tables as Markdown from the kept runs alone, and the comparisons that the plot shows."""
+    """Return the tables as Markdown, from the kept runs alone, and the comparisons for the plot."""
     second, found = confirmation("report")
     first, others = confirmation("first_confirmation")
-    lines = ["# The confirmation", "", *second, "# The first confirmation, with the fault that README.md tells of", "",
-             *first, "# Tried on tuning seeds and tuning documents", "",
+    lines = ["# The confirmation", "", *second, "# The first confirmation, with the fault described in README.md", "",
+             *first, "# Tuning seeds and tuning documents", "",
              "| arm, changes | seed | adapted by | TTT_LR | steps + late | sliding | adapted |",
              "|---|---:|---|---:|---:|---:|---:|"]  # fmt: skip
     for (arm, way, seed), row in sorted(read_kept("tuning").items()):
@@ -336,16 +337,16 @@ def make_report() -> tuple[str, dict[tuple[str, ...], Paired]]:
 
 
 def plot(found: dict[tuple[str, ...], Paired], path: Path) -> None:
-    """Differences with their intervals, gain and adapted score side by side."""
+    """Plot the differences with their intervals: gain on the left, adapted score on the right."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
-    for axis, key, title in zip(axes, ("gain", "adapted"), ("gain of adapting", "adapted score"), strict=True):
+    for axis, key, title in zip(axes, ("gain", "adapted"), ("gain of TTT", "adapted score"), strict=True):
         rows = {names[:3]: r for names, r in found.items() if names[3] == key}
         labels = [f"{ours} - {theirs} ({way})" for ours, theirs, way in rows]
         axis.errorbar([r.mean for r in rows.values()], labels, xerr=[r.half for r in rows.values()], fmt="o", capsize=3)
-        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.axvline(0, color="gray", linewidth=0.8)
         axis.set(title=title, xlabel="difference, bits per byte, 95 % interval")
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=120)
@@ -354,17 +355,17 @@ def plot(found: dict[tuple[str, ...], Paired], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("data", "probe", "run", "report"))
-    parser.add_argument("--shards", type=Path, default=ROOT / "data/weblab", help="data: a folder of shards")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/meta_data", help="data: where the split goes")
-    parser.add_argument("--data", type=Path, default=ROOT / "runs/meta_data", help="the folder that data wrote")
+    parser.add_argument("--shards", type=Path, default=ROOT / "data/weblab", help="data: folder of shards")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/meta_data", help="data: output folder of the split")
+    parser.add_argument("--data", type=Path, default=ROOT / "runs/meta_data", help="folder written by `data`")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/meta_learning", help="run: folder of models")
     parser.add_argument("--part", choices=SEEDS, default="report", help="run: seeds and documents")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["none", *DEPLOYED_ARMS])
-    parser.add_argument("--seeds", nargs="+", type=int, help="run: others than those of the part")
-    parser.add_argument("--set", nargs="+", default=[], help="run: settings that make a variant, NAME=VALUE")
-    parser.add_argument("--workers", type=int, default=2, help="run: runs at a time, one thread each")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run: seeds instead of those of the part")
+    parser.add_argument("--set", nargs="+", default=[], help="run: settings of a variant, NAME=VALUE")
+    parser.add_argument("--workers", type=int, default=2, help="run: parallel runs, one thread each")
     parser.add_argument("--model", type=Path, help="probe: final_model.pt of a plain run")
-    parser.add_argument("--tasks", type=int, default=200, help="probe: tasks of each kind")
+    parser.add_argument("--tasks", type=int, default=200, help="probe: tasks per kind of inner step")
     arguments = parser.parse_args()
     if arguments.what == "data":
         split_data(arguments.shards, arguments.out)
