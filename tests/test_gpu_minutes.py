@@ -331,7 +331,7 @@ def test_shards_survive_a_big_endian_reading():
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "--stage FOLDER is missing"), (["--stage", "nowhere"], "nowhere is missing"),
-    (["--rehearse", "--only", "nonsense"], "no such part: nonsense"),
+    (["--rehearse", "--only", "nonsense"], "unknown part: nonsense"),
 ])  # fmt: skip
 def test_users_mistakes(tmp_path, arguments, words, demo_data):
     command = [sys.executable, str(ROOT / "tests/benchmarks/gpu_minutes.py"), "--out", str(tmp_path / "o"), *arguments]
@@ -426,7 +426,7 @@ def test_each_limit_is_named(capsys):
         [line] = preflight.broken_limits({**good, **change}, config)
         assert line.startswith(f"{name}: ")
     check = SimpleNamespace(lock=Lock(), found=good, config=config, elapsed=lambda: 80.0)
-    assert preflight.conclude(check) == 0 and "every limit will be kept" in capsys.readouterr().out
+    assert preflight.conclude(check) == 0 and "all limits will be kept" in capsys.readouterr().out
     assert preflight.conclude(check, late=True) == 1 and "LIMIT BROKEN time: " in capsys.readouterr().out
     del good["export_seconds"], good["ms_per_step"]
     assert [line.split(":")[0] for line in preflight.broken_limits(good, config)] == ["data", "export"]

@@ -351,7 +351,7 @@ def test_the_floors_count_the_operations_that_run(gpu, changes):
     ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
     ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128>>", "attention"),
     ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
-    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", "optimiser"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel", "optimizer"),
     ("triton_red_fused__softmax_nll_loss_forward_3", "loss"), ("triton_poi_fused_add_mul_7", "pointwise"),
     ("Memcpy HtoD (Pinned -> Device)", "copies"), ("something_else", "other"),
 ])  # fmt: skip

@@ -3,8 +3,8 @@
     python tests/benchmarks/coders.py --artifact runs/NAME/final_model.int6.ptz   codes of a trained model
     python tests/benchmarks/coders.py                                             27 M Gaussian codes, pr1019's shapes
 
-All coders get the codes as the artifact lays them out, by their expected width. CPU seconds are of the whole process,
-wall seconds depend on what else the machine does. Ends with one line `BENCH {json}`.
+All coders get the codes in the artifact's order, sorted by expected width. CPU seconds are those of the whole
+process; wall seconds depend on the machine's load. Ends with one line `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEVELS, THREADS = (1, 3, 9, 15, 16, 18, 19, 22), 2
 
 
 def artifact_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of an artifact in the order of `lay_out`, and their number by width and matrix."""
+    """Return the codes of an artifact in the order of `lay_out`, and their counts by width and matrix."""
     magic, _, coder, _ = tg.ARTIFACT_PREFIX.unpack_from(blob := path.read_bytes())
     assert magic == tg.ARTIFACT_MAGIC
     _, records = tg.decode_records(blob[tg.ARTIFACT_PREFIX.size :], coder.rstrip(b"\0").decode())
@@ -40,7 +40,7 @@ def artifact_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gaussian_codes() -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian codes of pr1019's banks; deviations of rows and of columns are log-normal, so that widths differ."""
+    """Return Gaussian codes with pr1019's bank shapes and log-normal deviations, so that widths vary."""
     config, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env")})
     generator, codes = torch.Generator().manual_seed(0), []
     for bank in tg.GPT(config).banks().values():
@@ -57,7 +57,7 @@ def laid_out(codes: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def zstd_frames(codes: np.ndarray, counts: np.ndarray, level: int, threads: int = 0, pool: int = 1) -> list[bytes]:
-    """A frame for each width, as the artifact has them: by THREADS of zstd's own, or POOL frames at a time."""
+    """Return one zstd frame per width, as in the artifact; `threads` per frame, `pool` frames in parallel."""
     parts = [part.tobytes() for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
     with ThreadPoolExecutor(pool) as workers:
         return list(
@@ -66,7 +66,7 @@ def zstd_frames(codes: np.ndarray, counts: np.ndarray, level: int, threads: int 
 
 
 def measured(encode: Callable[[], bytes], decode: Callable[[bytes], np.ndarray], codes: np.ndarray) -> dict[str, Any]:
-    """Bytes, and seconds of encoding and decoding; what comes out must be what went in."""
+    """Measure bytes and seconds of encoding and decoding; the round trip must be exact."""
     cpu, wall = time.process_time(), time.perf_counter()
     data = encode()
     found = dict(bytes=len(data), cpu_seconds=time.process_time() - cpu, wall_seconds=time.perf_counter() - wall)
@@ -76,7 +76,7 @@ def measured(encode: Callable[[], bytes], decode: Callable[[bytes], np.ndarray],
 
 
 def compare(codes: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
-    """One row for each coder, level and number of threads."""
+    """Return one row per coder, level and number of threads."""
     rows: list[dict[str, Any]] = []
 
     def add(coder: str, encode: Callable[[], bytes], **how: int) -> None:
@@ -98,12 +98,12 @@ def compare(codes: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="codes of this artifact; without it Gaussian ones")
+    parser.add_argument("--artifact", type=Path, help="use the codes of this artifact; default: Gaussian codes")
     arguments = parser.parse_args()
     codes, counts = artifact_codes(arguments.artifact) if arguments.artifact else gaussian_codes()
     shares = np.bincount(codes.astype(np.int16) + 128) / len(codes)
     entropy = -float((shares[shares > 0] * np.log2(shares[shares > 0])).sum())
-    print(f"{len(codes)} codes, {entropy:.3f} bits each by their frequencies", flush=True)
+    print(f"{len(codes)} codes, {entropy:.3f} bits each (zeroth-order entropy)", flush=True)
     report = dict(codes=len(codes), entropy_bits=round(entropy, 3), results=compare(codes, counts),
                   python=platform.python_version(), zstandard=zstandard.__version__,
                   zstd=".".join(map(str, zstandard.ZSTD_VERSION)))  # fmt: skip

@@ -1,12 +1,12 @@
-"""The evaluator on an artifact: speed against a loop over windows, and every way of learning at test time.
+"""Benchmark the evaluator on an artifact: speed against a loop over windows, and the gain of every TTT mode.
 
     python tests/benchmarks/evaluator.py --model runs/demo/final_model.int6.ptz --out runs/bench_evaluator
     python tests/benchmarks/evaluator.py --model runs/demo/final_model.int6.ptz --quick     about a minute
 
-Speed: sliding windows by `score`, and one by one with all their logits, as the sources do, over the same windows.
-Modes: the step size of each is chosen on the tuning documents, the first ones, and its gain over the same plan without
-adaptation is reported on the others. Each result is kept under --out as it comes, and found there by a later call. Ends
-with tables and one line `BENCH {json}`.
+Speed: sliding windows by `score`, and the same windows one by one with all their logits, as in the published
+code. Modes: the learning rate of each mode is chosen on the tuning documents (the first ones); the gain over
+the same windows without adaptation is reported on the others. Results are stored under --out as they arrive
+and reused by later calls. Ends with tables and one line `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import train_gpt as tg  # noqa: E402
 
 SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9, ttt_grad_clip=1.0, ttt_epochs=3, ttt_lr_schedule="cosine")
 ADAMW = dict(ttt_optimizer="adamw", ttt_beta2=0.999, ttt_grad_clip=1.0)
-CHUNK, SMALL = dict(ttt_chunk_tokens=2048), dict(ttt_chunk_tokens=512)  # of 32,768 there would be two
-MODES = {  # name: settings, step sizes to choose from
+CHUNK, SMALL = dict(ttt_chunk_tokens=2048), dict(ttt_chunk_tokens=512)  # with 32,768 there would be only two
+MODES = {  # name: settings, learning rates to choose from
     "all, sgd as #549": (dict(ttt_mode="all", **SGD, **CHUNK), (0.002, 0.005, 0.02)),
     "banks, sgd as #549": (dict(ttt_mode="banks", **SGD, **CHUNK), (0.002, 0.005, 0.02, 0.05)),
     "all, adamw as #456": (dict(ttt_mode="all", **ADAMW, **CHUNK), (2e-5, 1e-4, 5e-4, 1e-3)),
@@ -56,7 +56,7 @@ MODES = {  # name: settings, step sizes to choose from
 
 
 def window_loop(setup: ev.Setup, tokens: np.ndarray, windows: tg.Windows) -> tuple[float, float]:
-    """Mean nats and seconds of scoring each window by itself: all logits, one `.item()` a window."""
+    """Score each window separately (all logits, one `.item()` per window); return mean nats and seconds."""
     model, total, count, began = setup.load(), 0.0, 0, time.perf_counter()
     with torch.no_grad():
         for start, begin, end in zip(*(part.tolist() for part in windows), strict=True):
@@ -68,7 +68,7 @@ def window_loop(setup: ev.Setup, tokens: np.ndarray, windows: tg.Windows) -> tup
 
 
 def bench_speed(setup: ev.Setup, tokens: np.ndarray, count: int) -> dict:
-    """Targets a second by `score` and by the loop over the same COUNT windows, each the faster of two turns."""
+    """Measure targets per second of `score` and of the loop over the same `count` windows, best of two."""
     c = setup.config
     part = tokens[: c.eval_seq_len + count * c.eval_stride + 1]
     windows = tg.sliding_windows(len(part), c.eval_seq_len, c.eval_stride)
@@ -90,7 +90,7 @@ def peak_memory() -> int:
 
 
 def measure(setup: ev.Setup, tokens: np.ndarray, settings: dict) -> dict:
-    """Gain, score and seconds of one way of learning on TOKENS, against the same plan without."""
+    """Measure gain, score and seconds of a TTT mode on `tokens`, against the same windows unadapted."""
     setup = replace(setup, config=replace(setup.config, **settings))
     began = time.perf_counter()
     adapted = ev.evaluate(setup, tokens)
@@ -107,14 +107,14 @@ def measure(setup: ev.Setup, tokens: np.ndarray, settings: dict) -> dict:
 
 
 def split_documents(tokens: np.ndarray, tuning: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first TUNING documents, and the rest, each with the BOS that ends it."""
+    """Split off the first `tuning` documents; each part includes the BOS that ends it."""
     begin, _ = ev.documents(tokens)
     cut = int(begin[tuning])
     return tokens[: cut + 1], tokens[cut:]
 
 
 def bench_modes(setup: ev.Setup, tokens: np.ndarray, tuning: int, out: Path, modes: dict) -> dict[str, dict]:
-    """Every mode: its best step size on the tuning documents, and what that gives on the others."""
+    """Run every mode: choose its best learning rate on the tuning documents and report it on the others."""
     parts = dict(zip(("tuning", "report"), split_documents(tokens, tuning), strict=True))
     path = out / "modes.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -143,7 +143,7 @@ def bench_modes(setup: ev.Setup, tokens: np.ndarray, tuning: int, out: Path, mod
 
 
 def markdown(report: dict) -> str:
-    """The report as two paragraphs and a table, to be kept."""
+    """Return the report as two paragraphs and a table."""
     speed, versions = report["speed"], report["versions"]
     device = versions["gpu"] if versions["gpu"] != "none" else f"a CPU, {versions['threads']} threads"
     lines = [
@@ -151,11 +151,11 @@ def markdown(report: dict) -> str:
         f"one {speed['loop_targets_per_second']:,.0f}: {speed['ratio']:.2f} times as fast; peak memory "
         f"{speed['peak_mib']} MiB.",
         "",
-        f"Each mode's step size is chosen on the first {report['tuning_documents']} documents (all that were tried are "
-        "in the JSON beside this). Gain, in bits per byte over the same plan without adaptation, and seconds are those "
-        f"of the other documents. torch {versions['torch']}, Python {versions['python']}, {device}.",
+        f"The learning rate of each mode is chosen on the first {report['tuning_documents']} documents (the JSON file "
+        "has all that were tried). Gain, in bits per byte over the same windows without adaptation, and seconds "
+        f"are for the other documents. torch {versions['torch']}, Python {versions['python']}, {device}.",
         "",
-        "| mode | step size | plan, bpb | adapted, bpb | gain | documents better | seconds | plan alone |",
+        "| mode | TTT_LR | plan, bpb | adapted, bpb | gain | documents better | seconds | plan alone |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, r in report["modes"].items():
@@ -171,14 +171,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="an artifact")
     parser.add_argument("--data", default=str(ROOT / "data/demo"), help="folder of the validation shards")
     parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model beside the shards")
-    parser.add_argument("--seq-len", type=int, default=256, help="tokens a window")
-    parser.add_argument("--tuning", type=int, default=30, help="documents to choose step sizes on")
-    parser.add_argument("--documents", type=int, default=0, help="documents in all; 0: all")
-    parser.add_argument("--windows", type=int, default=1000, help="windows of the speed comparison")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per window")
+    parser.add_argument("--tuning", type=int, default=30, help="documents for choosing learning rates")
+    parser.add_argument("--documents", type=int, default=0, help="total documents; 0: all")
+    parser.add_argument("--windows", type=int, default=1000, help="windows in the speed comparison")
     parser.add_argument("--rows", type=int, default=16, help="TTT_SLOTS, TTT_BATCH_SEQS and EVAL_BATCH_SEQS")
-    parser.add_argument("--modes", default="", help="regex-free part of the names to run; empty: all")
-    parser.add_argument("--quick", action="store_true", help="few documents, few windows, one step size a mode")
-    parser.add_argument("--out", type=Path, help="folder for the results; default: a temporary one")
+    parser.add_argument("--modes", default="", help="substring of the mode names to run; empty: all")
+    parser.add_argument("--quick", action="store_true", help="few documents and windows, one learning rate per mode")
+    parser.add_argument("--out", type=Path, help="result folder; default: a temporary one")
     return parser.parse_args()
 
 

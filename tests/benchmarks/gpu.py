@@ -1,28 +1,30 @@
-"""One recipe on one GPU, in one run: where the time of a step goes, and what export, scoring and adaptation take.
+"""Profile one recipe on one GPU: the time of a step by component, and of export, scoring and adaptation.
 
     python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019 on any shards, under ten minutes
     python tests/benchmarks/gpu.py --phases step,profile --steps 20           some phases only
-    python tests/benchmarks/gpu.py --quick                                    two steps an arm, on the embedded corpus
+    python tests/benchmarks/gpu.py --quick                                    two steps per arm, on the demo corpus
 
-It needs this repository's files alone; arms are plain torch and torch.compile, side by side, and on request autotuned,
-where the compiler also tries its own matrix products, with what follows them in the same kernel. Phases:
+It needs only this repository's files. Arms are plain torch and torch.compile, side by side, and on request
+autotuned, where the compiler also tries its own matrix products with fused epilogues. Phases:
 
-floors     ms a step that its operations and bytes, counted from the shapes, take at the rates of a large matrix product
-           and of an H200's memory; passes over activations are a guess, 40 a layer (traffic.py counts 57.7 as compiled)
-step       ms a step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
-pieces     ms a step of each piece, forward and backward, alone at the step's shapes; the rest is norms, gates, mixing
-profile    the kernels of a step by device time, and their shares by kind
-losses     --loss-steps from one seed: how far an arm is from plain torch, and that in bfloat16 from itself in float32
-attention  every kernel that can run here, forward and backward, with its error against float32, on whole rows and
-           within the documents of the text
-export     seconds of Hessians and gradients, rounding and coding
-score      sliding windows a second, and the seconds that 62 million targets take on 8 such GPUs
-ttt        the same for adaptation by chunks and by documents
+floors     lower bound in ms per step: operations and bytes, counted from the shapes, at the rates of a large matrix
+           product and of H200 memory; activation passes are a guess, 40 per layer (traffic.py counts 57.7 compiled)
+step       ms per step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
+pieces     ms per step of each component alone, forward and backward, at the step's shapes; the rest is norms, gates,
+           mixing
+profile    the kernels of a step by device time, and their fractions by kind
+losses     losses over --loss-steps from one seed: each arm against plain torch, and plain bfloat16 against float32
+attention  every available kernel, forward and backward, with its error against float32, on whole sequences
+and within
+           the documents of the text
+export     seconds of Hessians and gradients, quantization and coding
+score      sliding windows per second, and the seconds for 62 million targets on 8 such GPUs
+ttt        the same for chunk and per-document adaptation
 
-MFU is flops_per_token * tokens/s / 989e12, the datasheet's bfloat16 rate of H100 and H200, causal attention counted.
-Results are written as they come; the last line is `BENCH {json}`. It runs on a CPU too, to see that it works.
-A phase that raises is recorded with its error and the next one runs; the exit code is 1 then. No phase starts after
---seconds. `gpu_minutes.py` runs this and everything else in one command.
+MFU is flops_per_token * tokens/s / 989e12, the datasheet's bfloat16 rate of H100 and H200, causal attention
+counted. Results are written as they arrive; the last line is `BENCH {json}`. It also runs on a CPU, as a
+test. If a phase raises an exception, it is recorded, the next phase runs, and the exit code is 1. No phase
+starts after --seconds. `gpu_minutes.py` runs this and everything else in one command.
 """
 
 from __future__ import annotations
@@ -56,18 +58,18 @@ import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 from records.describe import flops_per_token  # noqa: E402
 
-MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # a second: what such a chip was seen to reach
-ACTIVATION_PASSES = 40  # over d-wide activations, a layer, forward and backward: norms, gates, residuals, rotation
-REGIONS = (  # of kernels, by their names; the first that matches
+MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # per second, as reached on such a chip
+ACTIVATION_PASSES = 40  # per layer, forward and backward: norms, gates, residuals, rotation
+REGIONS = (  # kinds of kernels by name; the first match counts
     ("attention", r"flash|fmha|sdpa|sdp_|attention|mha_"),
     ("communication", r"nccl"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|::mm$|::bmm$|::addmm"),
-    ("optimiser", r"multi_tensor|adam|foreach|lerp"),
+    ("optimizer", r"multi_tensor|adam|foreach|lerp"),
     ("loss", r"nll|softmax|cross_entropy"),
     ("copies", r"mem(cpy|set)|copy|cat"),
     ("pointwise", r"triton|elementwise|reduce|vectorized|::"),
 )
-TTT_MODES = {  # name -> settings and the tokens, of a thousand, that are enough to time it
+TTT_MODES = {  # name -> settings, and how many thousandths of the tokens are enough to time it
     "chunks, banks": (dict(ttt_mode="banks"), 400),
     "documents, adapters": (dict(ttt_mode="doc_lora", ttt_groups=1), 200),
     "documents, all weights": (dict(ttt_mode="doc_banks", ttt_groups=1), 100),
@@ -77,8 +79,8 @@ TTT_MODES = {  # name -> settings and the tokens, of a thousand, that are enough
 def float32_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     """`sdpa_attention` with K and V repeated to as many heads as Q.
 
-    With fewer K/V heads no fused kernel of torch takes float32, and the math kernel keeps (B, H, T, T): 6.4 GB a layer
-    of pr1019.
+    With fewer K/V heads no fused torch kernel accepts float32, and the math kernel stores (B, H, T, T): 6.4
+    GB per layer of pr1019.
     """
     k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
     return tg.sdpa_attention(q, k, v, documents)
@@ -86,7 +88,7 @@ def float32_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None 
 
 @dataclass
 class Bench:
-    """What every phase needs."""
+    """State shared by all phases."""
 
     config: tg.Config
     stream: tg.TokenStream
@@ -97,10 +99,10 @@ class Bench:
     quick: bool
     loss_steps: int = 10
     backend: str = "inductor"
-    initial: dict[str, Tensor] = field(default_factory=dict)  # initial weights, made once: seconds of LAPACK
+    initial: dict[str, Tensor] = field(default_factory=dict)  # cached: initialization takes seconds in LAPACK
 
     def model(self, dtype: torch.dtype | None = None) -> tuple[str, tg.GPT]:
-        """The name of the attention kernel, and the model as initialised."""
+        """Return the name of the attention kernel and the initialized model."""
         attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
         kernel = float32_attention if dtype == torch.float32 else kernel  # flash kernels are for 16 bits
         model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
@@ -111,7 +113,7 @@ class Bench:
         return attention, model.to(self.device)
 
     def run(self, function: Callable, arm: str) -> Callable:
-        """FUNCTION as it stands in arm `plain`, else compiled as the trainer does it, or with more tried."""
+        """Return `function` unchanged in arm `plain`, else compiled as in the trainer or autotuned."""
         if arm == "autotuned":
             mode = "max-autotune-no-cudagraphs" if self.backend == "inductor" else None
             return torch.compile(function, dynamic=False, fullgraph=True, mode=mode, backend=self.backend)
@@ -123,7 +125,7 @@ class Bench:
         return tg.step_batches(SimpleNamespace(config=self.config, train=self.stream, device=self.device), step)
 
     def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
-        """Seconds that FUNCTION took until the device was done with it, and what it returned."""
+        """Return the seconds that `function` took, device time included, and its result."""
         tg.synchronize(self.device)
         began = time.perf_counter()
         result = function()
@@ -131,19 +133,19 @@ class Bench:
         return time.perf_counter() - began, result
 
     def median_ms(self, function: Callable[[], Any], repeats: int = 10) -> float:
-        """Median milliseconds of FUNCTION after three calls that warm up; of one call with --quick."""
+        """Return the median milliseconds of `function` after three warm-up calls; one call with --quick."""
         for _ in range(0 if self.quick else 3):
             function()
         return 1000 * float(np.median([self.timed(function)[0] for _ in range(1 if self.quick else repeats)]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A step
+# Training step
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def count_floors(config: tg.Config) -> dict[str, tuple[float, float, float]]:
-    """Region -> operations a step, bytes through memory, operations a second at best."""
+    """Return region -> operations per step, bytes through memory, peak operations per second."""
     c, N, L = config, config.train_batch_tokens, len(config.block_rows)
     d, m, kv = c.model_dim, c.mlp_dim, c.kv_dim
     side = c.bigram_dim * d * bool(c.bigram_vocab_size) + c.ve_dim * kv * bool(c.value_layers)
@@ -158,12 +160,12 @@ def count_floors(config: tg.Config) -> dict[str, tuple[float, float, float]]:
         "norms, gates, mixing": (0.0, 2.0 * N * d * L * ACTIVATION_PASSES, 1.0),
         "loss": (0.0, 3.0 * 4 * N * c.vocab_size, 1.0),
         "Newton-Schulz": (float(c.muon_backend_steps * iteration), 0.0, MATMUL_FLOPS),
-        "optimiser's memory": (0.0, 4.0 * weights * 12, 1.0),
+        "optimizer's memory": (0.0, 4.0 * weights * 12, 1.0),
     }
 
 
 def bench_floors(b: Bench) -> dict:
-    """The floors in milliseconds, all of them one after the other, and the MFU that they would leave."""
+    """Return the lower bounds in milliseconds, their sum, and the resulting MFU."""
     floors = {name: 1000 * max(flops / rate, moved / MEMORY_BYTES)
               for name, (flops, moved, rate) in count_floors(b.config).items()}  # fmt: skip
     total = sum(floors.values())
@@ -172,10 +174,10 @@ def bench_floors(b: Bench) -> dict:
 
 
 def bench_step(b: Bench, arm: str) -> dict:
-    """Median milliseconds of training steps after three that warm up."""
+    """Measure the median milliseconds of training steps after three warm-up steps."""
     torch.cuda.reset_peak_memory_stats() if b.device.type == "cuda" else None
     (attention, model), c = b.model(), b.config
-    count = b.steps if arm != "plain" else max(2, b.steps // 2)  # slow, and of less interest
+    count = b.steps if arm != "plain" else max(2, b.steps // 2)  # slow and less important
     optimizers, average = tg.make_optimizers(model, c), tg.WeightAverage(model, c)
     loss_fn = b.run(tg.training_loss, arm)
     loader, clock = tg.Loader(SimpleNamespace(config=c, train=b.stream, device=b.device)), tg.Clock(b.device)
@@ -203,7 +205,7 @@ def bench_step(b: Bench, arm: str) -> dict:
 
 
 def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tensor, ...]]]:
-    """Name -> how often a step runs the piece, the piece, and its inputs at the step's shapes."""
+    """Return name -> number of runs per step, the component, and its inputs at the step's shapes."""
     c, (rows, parts) = b.config, tg.split_batch(b.config)
     B, T, d, L = rows // parts, c.train_seq_len, c.model_dim, len(c.block_rows)
 
@@ -239,7 +241,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
 
 def bench_pieces(b: Bench, arm: str) -> dict:
-    """Milliseconds a step of each piece; of the optimisers, the average and a wait for data too."""
+    """Measure the milliseconds per step of each component, the optimizers, averaging and data loading."""
     (_, model), c = b.model(), b.config
     optimizers, average = tg.make_optimizers(model, c), tg.WeightAverage(model, c)
     found = {}
@@ -261,12 +263,12 @@ def bench_pieces(b: Bench, arm: str) -> dict:
 
 
 def region(kernel: str) -> str:
-    """The kind of a kernel, by its name."""
+    """Return the kind of a kernel from its name."""
     return next((name for name, pattern in REGIONS if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
 def bench_profile(b: Bench, arm: str) -> dict:
-    """Shares of device time by kind of kernel, and the twelve kernels with most of it."""
+    """Measure the device time by kind of kernel, as fractions, and the twelve largest kernels."""
     (_, model), c = b.model(), b.config
     optimizers, loss_fn = tg.make_optimizers(model, c), b.run(tg.training_loss, arm)
     batches = b.batches(0)
@@ -291,7 +293,7 @@ def bench_profile(b: Bench, arm: str) -> dict:
 
 
 def bench_losses(b: Bench, arm: str) -> dict:
-    """How far the losses of some steps are from plain torch's in bfloat16; those of arm `plain` are in float32."""
+    """Compare the losses of some steps with plain torch in bfloat16; arm `plain` runs in float32."""
     c, steps, found = b.config, 2 if b.quick else b.loss_steps, []
     for way, dtype in (("plain", torch.bfloat16), (arm, torch.float32 if arm == "plain" else torch.bfloat16)):
         _, model = b.model(dtype)
@@ -306,7 +308,7 @@ def bench_losses(b: Bench, arm: str) -> dict:
 
 
 def attention_kernels(b: Bench) -> dict[str, Callable]:
-    """Every attention kernel that this machine may have, by name."""
+    """Return every attention kernel that this machine may have, by name."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def by(backend: SDPBackend) -> Callable:
@@ -327,7 +329,7 @@ def attention_kernels(b: Bench) -> dict[str, Callable]:
 
 
 def bench_attention(b: Bench) -> dict:
-    """Milliseconds a step of each kernel, forward and backward, and its error on two rows against float32."""
+    """Measure the milliseconds per step of each kernel and its error on two sequences against float32."""
     (_, model), found = b.model(), {}
     times, _, inputs = pieces(b, model)["  attention kernel"]
     documents = (b.batches(0)[0][0] == tg.BOS_ID).cumsum(1)
@@ -344,7 +346,7 @@ def bench_attention(b: Bench) -> dict:
                 got = kernel(*few, None if given is None else given[:2])
                 error = float((got.float() - exact).norm() / exact.norm())
                 found[f"{part}, {name}"] = dict(ms=times * b.median_ms(both_ways), error=error)
-            except (RuntimeError, TypeError) as failure:  # an older torch has other arguments
+            except (RuntimeError, TypeError) as failure:  # older torch versions have other arguments
                 found[f"{part}, {name}"] = dict(ms=None, note=str(failure).splitlines()[0][:120])
     return dict(pairs_within_documents=float(pairs / documents.size(1)), kernels=found)
 
@@ -355,7 +357,7 @@ def bench_attention(b: Bench) -> dict:
 
 
 def bench_export(b: Bench) -> dict:
-    """Seconds of the statistics, of rounding and of coding, and the artifact's bytes, for weights as initialised."""
+    """Measure seconds of statistics, quantization and coding, and artifact bytes, for initial weights."""
     (_, model), c = b.model(), b.config
     run = SimpleNamespace(config=c, train=b.stream, device=b.device)
     statistics_seconds, statistics = b.timed(lambda: tg.read_statistics(run, model))
@@ -370,7 +372,7 @@ def bench_export(b: Bench) -> dict:
 
 
 def bench_score(b: Bench, arm: str) -> dict:
-    """Sliding windows a second at EVAL_STRIDE, the first batch apart."""
+    """Measure sliding windows per second at EVAL_STRIDE; the first batch is timed separately."""
     (_, model), c, nll_fn = b.model(), b.config, b.run(tg.token_nll, arm)
     tokens = b.stream.read(0, c.eval_seq_len + b.windows * c.eval_stride + 1).astype(np.uint16)
     windows = tg.sliding_windows(len(tokens), c.eval_seq_len, c.eval_stride)
@@ -384,7 +386,7 @@ def bench_score(b: Bench, arm: str) -> dict:
 
 
 def bench_ttt(b: Bench, arm: str) -> dict:
-    """Targets a second of each way of adapting, after a warm-up of its own, on the artifact of the initial weights."""
+    """Measure targets per second of each TTT mode after a warm-up, on the artifact of the initial weights."""
     (_, model), found = b.model(), {}
     rounded = tg.quantize(model.state_dict(), tg.Statistics(), replace(b.config, quant_steps="sigmas"))
     with tempfile.TemporaryDirectory() as folder:
@@ -407,7 +409,7 @@ def bench_ttt(b: Bench, arm: str) -> dict:
 # ----------------------------------------------------------------------------------------------------------------------
 
 ARMS = ("plain", "compiled", "autotuned")
-PHASES = {  # by value: name -> function, the arms that it can have; none: it has no arms
+PHASES = {  # by value: name -> function, arms (empty: no arms)
     "floors": (bench_floors, ()),
     "step": (bench_step, ARMS),
     "profile": (bench_profile, ARMS),
@@ -423,24 +425,24 @@ PHASES = {  # by value: name -> function, the arms that it can have; none: it ha
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(ROOT / "records/recipes/pr1019.env"))
-    parser.add_argument("--data", type=Path, help="folder of shards; default: the embedded corpus")
+    parser.add_argument("--data", type=Path, help="folder of shards; default: the demo corpus")
     parser.add_argument(
         "--tokenizer", type=Path, help="SentencePiece model; default: tokenizer.model beside the shards"
     )
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--arms", default="compiled,plain")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of phase step; half of them in arm plain")
-    parser.add_argument("--loss-steps", type=int, default=10, help="steps of phase losses")
-    parser.add_argument("--seconds", type=float, default=0, help="no phase starts after so many; 0: no limit")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; eager traces only")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps in phase step; half of them in arm plain")
+    parser.add_argument("--loss-steps", type=int, default=10, help="steps in phase losses")
+    parser.add_argument("--seconds", type=float, default=0, help="no phase starts after this time; 0: no limit")
+    parser.add_argument("--backend", default="inductor", help="torch.compile backend; eager only traces")
     parser.add_argument("--windows", type=int, default=20000)
-    parser.add_argument("--quick", action="store_true", help="two steps and 256 windows an arm")
+    parser.add_argument("--quick", action="store_true", help="two steps and 256 windows per arm")
     parser.add_argument("--out", type=Path, help="folder for gpu.json")
     return parser.parse_args()
 
 
 def make_bench(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
-    """The bench, and the head of its report."""
+    """Return the bench and the header of its report."""
     data = arguments.data or ROOT / "data/demo"
     if arguments.data is None:
         subprocess.run([sys.executable, "data/demo.py", "--out", str(data)], cwd=ROOT, check=True, stdout=sys.stderr)
@@ -457,7 +459,7 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
 
 
 def shown(result: dict[str, Any], indent: str = "") -> str:
-    """A result as lines: numbers side by side, what is nested below."""
+    """Format a result as lines: numbers side by side, nested results below."""
 
     def number(value: Any) -> str:
         return f"{value:.5g}" if isinstance(value, float) else str(value)
@@ -471,9 +473,9 @@ def shown(result: dict[str, Any], indent: str = "") -> str:
 
 
 def run_phase(bench: Bench, phase: str, arm: str | None) -> dict[str, Any]:
-    """The result of a phase; where it raises, the error and the last lines of its traceback.
+    """Run a phase and return its result, or on an exception the error and the last lines of its traceback.
 
-    Memory, a compiler or a missing package can fail one phase, and the ones after it may run all the same.
+    Memory, the compiler or a missing package can break one phase without affecting later ones.
     """
     began, function = time.perf_counter(), PHASES[phase][0]
     try:
@@ -489,18 +491,18 @@ def run_phase(bench: Bench, phase: str, arm: str | None) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Exit code 0: every phase has a result, 1: one failed or had no time, 2: the user's input."""
+    """Run the phases; exit code 0 if all have a result, 1 if one failed or had no time, 2 on a user error."""
     began, arguments = time.perf_counter(), parse_arguments()
     phases, arms = arguments.phases.split(","), arguments.arms.split(",")
     if unknown := {*phases} - {*PHASES} | {*arms} - {*ARMS}:
-        known = f"phases are {', '.join(PHASES)}, arms {', '.join(ARMS)}"
+        known = f"known phases: {', '.join(PHASES)}; arms: {', '.join(ARMS)}"
         raise tg.UserError(f"unknown: {', '.join(sorted(unknown))}; {known}")
     bench, report = make_bench(arguments)
     for phase in phases:
         possible = PHASES[phase][1]
         for arm in [arm for arm in arms if arm in possible] if possible else [None]:
             if 0 < arguments.seconds < time.perf_counter() - began:
-                result = dict(phase=phase, arm=arm, error=f"not started: --seconds {arguments.seconds:g} are over")
+                result = dict(phase=phase, arm=arm, error=f"not started: --seconds {arguments.seconds:g} used up")
             else:
                 result = run_phase(bench, phase, arm)
             print(shown(result), flush=True)

@@ -1,19 +1,20 @@
-"""Nine minutes of one rented GPU: everything worth knowing, most valuable first, whatever fails on the way.
+"""Run all GPU measurements in nine minutes of one rented GPU, most valuable first, tolerating failures.
 
-    python tests/benchmarks/gpu_minutes.py --prepare FOLDER --train FILE --val FILE --tokenizer FILE   at home, once
+    python tests/benchmarks/gpu_minutes.py --prepare FOLDER --train FILE --val FILE --tokenizer FILE   once, locally
     python tests/benchmarks/gpu_minutes.py --stage FOLDER --out DIR --minutes 9       on the GPU machine
-    python tests/benchmarks/gpu_minutes.py --stage FOLDER --out DIR --minutes 3       later: goes on where that ended
-    python tests/benchmarks/gpu_minutes.py --rehearse                                 the same on a CPU, tiny
-    python tests/benchmarks/gpu_minutes.py --page DIR/gpu_minutes.json PAGE.md        measured beside predicted
+    python tests/benchmarks/gpu_minutes.py --stage FOLDER --out DIR --minutes 3       later: continues
+    python tests/benchmarks/gpu_minutes.py --rehearse                                 toy size, on a CPU
+    python tests/benchmarks/gpu_minutes.py --page DIR/gpu_minutes.json PAGE.md        page: measured and predicted
     torchrun --standalone --nproc_per_node=8 tests/benchmarks/gpu_minutes.py --preflight   before a run on 8 GPUs
 
-The parts (gpu_parts.py): the experiment (a recipe trained, exported, scored, adapted), correctness, milliseconds of a
-step, the quantization curve, the rest. Each runs in a process group of its own with a time limit; one that fails or
-hangs is recorded and ended with all its children, and the next one starts. After each, DIR has gpu_minutes.json,
-summary.txt, logs.tgz and the artifact: four files below 16 MiB each, so that a killed command loses one part at most.
+The parts (gpu_parts.py): the experiment (a recipe trained, exported, scored, adapted), correctness,
+milliseconds per step, the quantization curve, the rest. Each runs in its own process group with a time limit.
+A part that fails or hangs is recorded and killed with all its children, and the next one starts. After each
+part DIR has gpu_minutes.json, summary.txt, logs.tgz and the artifact, each below 16 MiB, so that killing the
+command loses at most one part.
 
-A later call with the same DIR (or --kept DIR) starts with the most valuable part that has no result of the present
-code and data, by content hash. Exit code 0: every part has a result, 1: some have none, 2: the user's input.
+A later call with the same DIR (or --kept DIR) starts with the most valuable part that has no result for the
+current code and data, by content hash. Exit codes: 0 every part has a result, 1 some have none, 2 user error.
 This process imports neither torch nor numpy.
 """
 
@@ -46,20 +47,20 @@ import gpu_parts  # noqa: E402
 import gpu_stage  # noqa: E402
 from gpu_parts import PARTS, Context, Part  # noqa: E402
 
-LOG_TAIL = 40  # lines of a failed part's log that go into the JSON
-START_SHARE = 0.6  # a part starts with at least this share of its expected seconds left
+LOG_TAIL = 40  # last lines of a failed part's log, copied to the JSON
+START_SHARE = 0.6  # a part starts only if at least this fraction of its expected seconds is left
 TRAIN_SECONDS = 150.0  # on the contest clock
-RESERVE_SECONDS = 5.0  # for the last files
-REHEARSAL_SECONDS = dict(limit=120.0, expected=8.0)  # of every part
-TOKEN = "GPU_MINUTES_PART"  # variable in the environment of a part and of all its children
+RESERVE_SECONDS = 5.0  # for writing the last files
+REHEARSAL_SECONDS = dict(limit=120.0, expected=8.0)  # for every part
+TOKEN = "GPU_MINUTES_PART"  # environment variable of a part and all its children
 DONE = ("ok", "not needed")
 LOGGED = (".log", ".json", ".jsonl", ".txt", ".csv", ".png", ".npy")
-REQUIRED = {  # module: what runs without it
+REQUIRED = {  # module: what still runs without it
     "torch": "",
     "numpy": "",
     "sentencepiece": "",
     "pytest": "all but part kernels",
-    "matplotlib": "all but the pictures of evaluations, which end with an error",
+    "matplotlib": "all but the plots of evaluations, which stop with an error",
     "tqdm": "",
 }
 
@@ -70,7 +71,7 @@ REQUIRED = {  # module: what runs without it
 
 
 def marked(token: str) -> list[int]:
-    """The processes with that token in their environment: also those that left the group or lost their parent."""
+    """Return the processes with `token` in their environment, including any outside the process group."""
     wanted, found = f"{TOKEN}={token}".encode(), []
     for entry in Path("/proc").iterdir() if Path("/proc/self").exists() else ():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -81,7 +82,7 @@ def marked(token: str) -> list[int]:
 
 
 def end_group(process: subprocess.Popen, token: str, patience: float = 3.0) -> bool:
-    """End a process, its group and all that carry its token: SIGTERM, then SIGKILL. Whether all are gone."""
+    """Stop a process, its group and all with its token (SIGTERM, SIGKILL); return whether all are gone."""
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 10.0)):
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
@@ -97,7 +98,7 @@ def end_group(process: subprocess.Popen, token: str, patience: float = 3.0) -> b
 
 
 class Running:
-    """A part's process: started at once, ended by `finish`."""
+    """The process of a part, started by the constructor and stopped by `finish`."""
 
     def __init__(
         self, part: Part, command: Sequence[str], log: Path, result: Path, limit: float, environ: dict[str, str]
@@ -110,7 +111,7 @@ class Running:
                                             env={**environ, TOKEN: self.token})  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
-        """Wait until the part ends or its limit is over; what came of it. Nothing of it runs afterwards."""
+        """Wait until the part ends or reaches its limit, stop all its processes, and return its entry."""
         try:
             code = self.process.wait(max(0.1, self.began + self.limit - time.monotonic()))
             state = "ok" if code == 0 else "failed"
@@ -136,20 +137,20 @@ class Running:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which part next
+# Choosing the next part
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def is_kept(entry: dict[str, Any] | None, digest: str) -> bool:
-    """Whether a part has a result of the present code and data."""
+    """Return whether a part has a result for the current code and data."""
     return bool(entry) and entry["state"] in DONE and entry["digest"] == digest
 
 
 def due_parts(parts: Sequence[Part], kept: dict[str, dict], digests: dict[str, str], has_model: bool) -> list[Part]:
-    """The parts to run, most valuable first.
+    """Return the parts to run, most valuable first.
 
-    One that has failed twice on the same code and data goes to the end. The training is due too where a part needs
-    its artifact and that is gone.
+    A part that failed twice on the same code and data goes to the end. Training is included if a part needs
+    its artifact and there is none.
     """
     due = [part for part in parts if not is_kept(kept.get(part.name), digests[part.name])]
     missing = not has_model and any(part.needs for part in due)
@@ -163,7 +164,7 @@ def due_parts(parts: Sequence[Part], kept: dict[str, dict], digests: dict[str, s
 
 
 def choose(queue: Sequence[Part], left: float, seconds: Callable[[Part], float]) -> Part | None:
-    """The next part: the first in order of value that has time; a spare one only where a to c have time after it."""
+    """Return the most valuable part that has time; a spare part only if parts a to c have time after it."""
     for number, part in enumerate(queue):
         if part.fallback:
             continue
@@ -176,7 +177,7 @@ def choose(queue: Sequence[Part], left: float, seconds: Callable[[Part], float])
 
 
 class Driver:
-    """One call: runs the parts that are due until the time is over, and writes everything down after each."""
+    """One call: runs the due parts until the time is used up, and saves all results after each."""
 
     def __init__(
         self,
@@ -210,7 +211,7 @@ class Driver:
         report = json.loads(self.path.read_text())
         if report.get("rehearsal") != self.context.rehearse:
             raise gpu_stage.StageError(
-                f"{self.path} is of {'a rehearsal' if report.get('rehearsal') else 'a GPU'}: choose another --out"
+                f"{self.path} is from a {'rehearsal' if report.get('rehearsal') else 'GPU'}. Choose another --out."
             )
         return report
 
@@ -234,7 +235,7 @@ class Driver:
         print(f"[{time.monotonic() - self.began:6.1f}] {text}", flush=True)
 
     def start(self, part: Part) -> Running:
-        """Start a part, with its context on disk."""
+        """Write the context of a part to disk and start it."""
         left = self.left()
         train_seconds = min(self.context.train_seconds, max(20.0, left - 120.0))
         kept = self.report["parts"].get("train", {}).get("result", {}).get("clock_seconds", 0.0)
@@ -246,8 +247,8 @@ class Driver:
         path.write_text(gpu_parts.context_json(context))
         environ = {**gpu_parts.clean_environ(), "PYTHONUNBUFFERED": "1"}
         if self.context.rehearse:
-            environ.setdefault("OMP_NUM_THREADS", "1")  # more only wait for each other on matrices this small
-        environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "inductor")  # graphs of one part serve the others
+            environ.setdefault("OMP_NUM_THREADS", "1")  # more threads do not help on small matrices
+        environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "inductor")  # shared by all parts
         places = [str(self.work / "site"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         environ["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
         log = self.work / f"logs/{part.name}.log"
@@ -258,7 +259,7 @@ class Driver:
         return running
 
     def record(self, part: Part, entry: dict[str, Any]) -> None:
-        """Put an entry of a part into the report. A good older one stays beside one that failed."""
+        """Add an entry to the report. A failed entry keeps the last good one beside it."""
         before = self.report["parts"].get(part.name)
         entry |= dict(digest=self.digests[part.name], kind=part.kind, title=part.title, date=self.call["date"])
         if entry["state"] not in DONE:
@@ -282,7 +283,7 @@ class Driver:
         self.record(part, entry)
 
     def may_run_beside(self, running: Running, other: Part) -> bool:
-        """On a GPU what is made for it, while the other compiles; in a rehearsal, on two cores, what needs no model."""
+        """Return whether `other` may run now: on a GPU if marked so, in a rehearsal if it needs no model."""
         if running.process.poll() is not None or self.left() < self.expected(other):
             return False
         if self.context.rehearse:
@@ -291,7 +292,7 @@ class Driver:
         return other.beside == running.part.name and compiling
 
     def run_with_companions(self, part: Part, queue: list[Part]) -> None:
-        """Run a part, and beside it others that are due, one at a time."""
+        """Run a part, and in parallel other due parts, one at a time."""
         running = self.start(part)
         for other in list(queue):
             if self.may_run_beside(running, other):
@@ -300,14 +301,14 @@ class Driver:
         self.finish(running)
 
     def run(self) -> int:
-        """Run what is due; exit code 0 where every part has a result."""
+        """Run the due parts; return exit code 0 if every part has a result."""
         queue = due_parts(self.parts, self.report["parts"], self.digests, self.has_model())
         self.say(f"due: {' '.join(part.name for part in queue) or 'nothing'}")
         fallbacks = [part for part in queue if part.fallback]
         while (part := choose(queue, self.left(), self.expected)) is not None:
             queue.remove(part)
             if (part.needs == "model" and not self.has_model()) or (part.needs == "weights" and not self.has_weights()):
-                self.skip(part, f"needs {part.needs}, which the training has not left on this machine")
+                self.skip(part, f"needs {part.needs}, but training left none on this machine")
                 continue
             self.run_with_companions(part, queue)
             for other in [other for other in fallbacks if other.fallback == part.name]:
@@ -325,7 +326,7 @@ class Driver:
         return is_kept(self.report["parts"].get(part.name), self.digests[part.name])
 
     def fall_back(self, part: Part, first: Part) -> None:
-        """Run the substitute of a part that left no model; else note that it was not needed."""
+        """Run the fallback of a part that left no model; otherwise record that it was not needed."""
         if self.has_model():
             self.record(part, dict(state="not needed", seconds=0.0, result={}))
         elif self.left() > START_SHARE * self.expected(part):
@@ -334,7 +335,7 @@ class Driver:
             self.skip(part, f"no time after {first.name}")
 
     def skip(self, part: Part, why: str) -> None:
-        """Note why a part has not run; a result or a failure that it has stays."""
+        """Record why a part was skipped, unless it already has an entry."""
         self.say(f"{part.name} skipped: {why}")
         if part.name not in self.report["parts"] or self.report["parts"][part.name]["state"] == "skipped":
             self.report["parts"][part.name] = dict(state="skipped", why=why, seconds=0.0, result={}, digest="",
@@ -342,7 +343,7 @@ class Driver:
             self.save()
 
     def save(self) -> None:
-        """Write the JSON atomically, then the summary and the logs; a full disk ends nothing."""
+        """Write the JSON atomically, then the summary and the logs; a full disk only causes a warning."""
         try:
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text(json.dumps(self.report, indent=1))
@@ -353,7 +354,7 @@ class Driver:
             self.say(f"WARNING: cannot write to {self.out}: {error}")
 
     def save_logs(self, most: int = 12 << 20) -> None:
-        """Logs and small reports as logs.tgz, smallest files first, below `most` bytes before compression."""
+        """Write logs and small reports to logs.tgz, smallest first, up to `most` bytes before compression."""
         files = [path for folder in ("logs", "runs", *(f"bench_{p.name}" for p in self.parts))
                  for path in (self.work / folder).rglob("*") if path.suffix in LOGGED and path.is_file()]  # fmt: skip
         target, total = self.out / "logs.tgz", 0
@@ -374,7 +375,7 @@ def part_command(part: Part, context: Path) -> list[str]:
 
 
 def headline(result: dict[str, Any], most: int = 6) -> str:
-    """The first numbers of a result, those of nested ones too."""
+    """Return the first numbers of a result, nested ones included."""
     return " ".join(islice(numbers(result), most))
 
 
@@ -387,7 +388,7 @@ def numbers(values: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A line for each part."""
+    """Return one line per part."""
     lines = [f"{name:14} {entry['kind']} {entry['state']:10} {entry['seconds']:7.1f} s  "
              f"{entry.get('why') or headline(entry['result'])}" for name, entry in report["parts"].items()]  # fmt: skip
     return "\n".join(lines)
@@ -417,45 +418,43 @@ def choose_coder(site: Path) -> tuple[str, list[str]]:
     coder = "zstd" if "constriction" in lacking else "ans"
     notes = [f"{name} cannot be imported; artifacts are coded with {coder}" for name in lacking]
     missing = [name for name in REQUIRED if not can_import(name, site)]
-    notes += [f"{name} cannot be imported; what still runs: {REQUIRED[name] or 'nothing'}" for name in missing]
+    notes += [f"{name} cannot be imported; still runs: {REQUIRED[name] or 'nothing'}" for name in missing]
     return coder, notes
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="for the whole call")
-    parser.add_argument("--stage", type=Path, help="the carried folder, made by --prepare")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: runs/gpu_minutes")
-    parser.add_argument(
-        "--kept", type=Path, help="folder of an earlier call's results, copied to --out if that has none"
-    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="minutes for the whole call")
+    parser.add_argument("--stage", type=Path, help="folder made by --prepare")
+    parser.add_argument("--out", type=Path, help="result folder; default: runs/gpu_minutes")
+    parser.add_argument("--kept", type=Path, help="result folder of an earlier call, copied to --out if that has none")
     parser.add_argument("--work", type=Path, help="folder for data, runs and logs; default: a temporary one")
-    parser.add_argument("--train-seconds", type=float, default=TRAIN_SECONDS, help="of the experiment's contest clock")
+    parser.add_argument("--train-seconds", type=float, default=TRAIN_SECONDS, help="contest clock of the experiment, s")
     parser.add_argument("--only", default="", help="comma list of parts; default: all")
-    parser.add_argument("--rehearse", action="store_true", help="the tiny recipe on the embedded corpus, on a CPU")
+    parser.add_argument("--rehearse", action="store_true", help="run a toy recipe on the demo corpus, on a CPU")
     parser.add_argument("--break", dest="breaks", action="append", default=[], metavar="PART=crash|hang",
-                        help="with --rehearse: let a part fail")  # fmt: skip
-    parser.add_argument("--rehearsal-limit", type=float, default=REHEARSAL_SECONDS["limit"], help="seconds of a part")
+                        help="with --rehearse: make a part fail")  # fmt: skip
+    parser.add_argument("--rehearsal-limit", type=float, default=REHEARSAL_SECONDS["limit"], help="seconds per part")
     parser.add_argument("--list", action="store_true", help="print the parts in order of value")
-    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make the carried folder")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make the stage folder")
     parser.add_argument("--shards", type=Path, help="--prepare: folder of token shards")
     parser.add_argument("--train", type=Path, help="--prepare: training text, for data/prepare.py")
     parser.add_argument("--val", type=Path, help="--prepare: validation text")
     parser.add_argument("--tokenizer", type=Path, help="--prepare: SentencePiece model; default: the shards' own")
     parser.add_argument("--wheels", type=Path, help="--prepare: folder of wheels; default: downloaded by pip")
     parser.add_argument("--python", default="3.12", help="--prepare: Python of the GPU machine")
-    parser.add_argument("--tokens", type=int, default=gpu_stage.MAX_TRAIN_TOKENS, help="--prepare: of training at most")
-    parser.add_argument("--tuning", type=int, default=gpu_stage.TUNING_DOCUMENTS, help="--prepare: first "
-                        "validation documents, which tune; the others report")  # fmt: skip
-    parser.add_argument("--page", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page of a JSON")
-    parser.add_argument("--preflight", action="store_true", help="check the machine for a run; under torchrun")
-    parser.add_argument("--preflight-seconds", type=float, default=90.0, help="--preflight: for the whole check")
+    parser.add_argument("--tokens", type=int, default=gpu_stage.MAX_TRAIN_TOKENS, help="--prepare: training tokens")
+    parser.add_argument("--tuning", type=int, default=gpu_stage.TUNING_DOCUMENTS, help="--prepare: number of "
+                        "validation documents for tuning; the others are for reporting")  # fmt: skip
+    parser.add_argument("--page", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page of a result file")
+    parser.add_argument("--preflight", action="store_true", help="check the machine before a run; use with torchrun")
+    parser.add_argument("--preflight-seconds", type=float, default=90.0, help="--preflight: seconds for the check")
     parser.add_argument("--run-part", nargs=2, metavar=("PART", "CONTEXT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def make_driver(arguments: argparse.Namespace, began: float) -> Driver:
-    """Data laid out, earlier results found, missing packages named."""
+    """Unpack the data, find earlier results, and print missing packages."""
     rehearse = arguments.rehearse
     out = arguments.out or ROOT / ("runs/gpu_rehearsal" if rehearse else "runs/gpu_minutes")
     out = out.resolve()
@@ -465,25 +464,25 @@ def make_driver(arguments: argparse.Namespace, began: float) -> Driver:
     work = work.resolve()
     if rehearse:
         REHEARSAL_SECONDS["limit"] = arguments.rehearsal_limit
-        data, digest, notes = gpu_stage.embedded(work), "embedded corpus", []
+        data, digest, notes = gpu_stage.embedded(work), "demo corpus", []
     elif arguments.stage is None:
-        raise gpu_stage.StageError("--stage FOLDER is missing: the folder that --prepare made (or use --rehearse)")
+        raise gpu_stage.StageError("--stage FOLDER is missing: give the folder made by --prepare, or --rehearse")
     else:
         data, notes = gpu_stage.unpack(arguments.stage.resolve(), work)
         digest = gpu_stage.sha256(arguments.stage / "stage.json")
     coder, lacking = choose_coder(work / "site")
     if not rehearse and not list(Path("/dev").glob("nvidia[0-9]*")):
-        lacking.append("no GPU is seen here (/dev/nvidia0): parts will run on the CPU until their limits")
+        lacking.append("no GPU found (/dev/nvidia0): parts will run on the CPU until their limits")
     for note in [*notes, *lacking]:
         print(f"note: {note}", flush=True)
     names = [name for name in arguments.only.split(",") if name] or [part.name for part in PARTS]
     breaks = dict(text.split("=", 1) for text in arguments.breaks)
     if unknown := {*names, *breaks} - {part.name for part in PARTS}:
         raise gpu_stage.StageError(
-            f"no such part: {', '.join(sorted(unknown))}. Parts: {' '.join(p.name for p in PARTS)}"
+            f"unknown part: {', '.join(sorted(unknown))}. Parts: {' '.join(p.name for p in PARTS)}"
         )
     if breaks and (not rehearse or {*breaks.values()} - {"crash", "hang"}):
-        raise gpu_stage.StageError("--break PART=crash or PART=hang is for --rehearse")
+        raise gpu_stage.StageError("--break PART=crash or PART=hang needs --rehearse")
     context = Context(str(work), str(out), rehearse, data, coder, arguments.train_seconds)
     parts = [part for part in PARTS if part.name in names]
     return Driver(out, work, 60 * arguments.minutes, context, parts, digest, breaks=breaks, began=began)
@@ -492,7 +491,7 @@ def make_driver(arguments: argparse.Namespace, began: float) -> Driver:
 def measure(arguments: argparse.Namespace, began: float) -> int:
     driver = make_driver(arguments, began)
 
-    def end(number: int, frame: Any) -> None:  # the machine is taken away: what there is is on disk already
+    def end(number: int, frame: Any) -> None:  # preempted: results are already on disk
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, end)

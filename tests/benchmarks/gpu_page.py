@@ -1,7 +1,8 @@
-"""The page of a gpu_minutes.json: measured beside predicted, scores, positions, and the state of every part.
+"""Write the page of a gpu_minutes.json: measurements beside predictions, scores, state of every part.
 
-`gpu_minutes.py --page JSON PAGE.md` writes it. Predictions are the counts of records/benchmarks/2026-11-26_hopper.md
-and estimates made by launches, bytes and CPU seconds before anything ran on a GPU; they are not changed afterwards.
+Called by `gpu_minutes.py --page JSON PAGE.md`. Predictions are the counts of
+records/benchmarks/2026-11-26_hopper.md and estimates from launches, bytes and CPU seconds, made before
+anything ran on a GPU; they are not changed afterwards.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAFFIC = ROOT / "records/benchmarks/2026-11-26_hopper.json"
-PRODUCTS_MS, ATTENTION_MS, REST_MS = 159, 138, 2  # of a step, beside the pointwise kernels counted in TRAFFIC
+PRODUCTS_MS, ATTENTION_MS, REST_MS = 159, 138, 2  # per step, without the pointwise kernels counted in TRAFFIC
 STEP_FLOPS, PEAK_FLOPS = 1.8e14, 989e12
-PARTS_OF_GROUPS = dict(a="the experiment", b="correctness", c="milliseconds of a step", d="quantization", e="the rest")
+PARTS_OF_GROUPS = dict(a="the experiment", b="correctness", c="milliseconds per step", d="quantization", e="the rest")
 
 
 class Prediction(NamedTuple):
-    """A number predicted for an H100 and an H200, and where its measurement is in the JSON."""
+    """A number predicted for an H100 and an H200, and the path of its measurement in the JSON."""
 
     label: str
-    path: str  # part, then keys, by dots
+    path: str  # part and keys, separated by dots
     h100: float
     h200: float
     basis: str
@@ -33,8 +34,8 @@ def predictions() -> list[Prediction]:
     h100, h200 = (PRODUCTS_MS + ATTENTION_MS + REST_MS + fused[name] for name in ("H100", "H200"))
     step, share = "step_compiled.step_compiled.", "step_compiled.profile_compiled.shares."
     attention, products = ((part / h100, part / h200) for part in (ATTENTION_MS, PRODUCTS_MS))
-    counted, launches, assumed = "counted bytes and operations", "counted launches", "rate assumed by the counts"
-    elsewhere = "CPU seconds of another machine"
+    counted, launches, assumed = "counted bytes and operations", "counted launches", "rate assumed in the counts"
+    elsewhere = "CPU seconds on another machine"
     return [
         Prediction("matrix product, 8192 cubed, TFLOP/s", "probe.matmul_tflops", 790, 790, assumed),
         Prediction("device-to-device copy, TB/s", "probe.copy_tb_s", 2.9, 4.4, assumed),
@@ -42,33 +43,33 @@ def predictions() -> list[Prediction]:
         Prediction("the same, MFU", step + "mfu", STEP_FLOPS / (h100 / 1000) / PEAK_FLOPS,
                    STEP_FLOPS / (h200 / 1000) / PEAK_FLOPS, counted),
         Prediction("the same, peak memory, MiB", step + "peak_mib", 20480, 20480, "counted under fake tensors"),
-        Prediction("share of attention kernels", share + "attention", *attention, counted),
-        Prediction("share of matrix products", share + "matrix products", *products, counted),
+        Prediction("fraction of attention kernels", share + "attention", *attention, counted),
+        Prediction("fraction of matrix products", share + "matrix products", *products, counted),
         Prediction("step, plain torch, ms", "step_plain.step_plain.ms_per_step", 1550, 1200, launches),
         Prediction("step within documents, compiled, ms", "documents.step_compiled.ms_per_step", h100 - 68, h200 - 68,
                    "0.51 of the pairs"),
         Prediction("step of 393,216 tokens, ms", "train.ms_per_step_late", h100 / 2 + 1, h200 / 2 + 1, counted),
         Prediction("compilation before training, s", "train.compile_seconds", 60, 60, elsewhere),
         Prediction("peak memory of training and export, MiB", "train.peak_mib", 30720, 30720, "counted, fake tensors"),
-        Prediction("statistics, rounding, coding, s", "train.export_seconds", 8, 8, elsewhere),
-        Prediction("adaptation by documents, s", "adapt.score_seconds", 20, 20, launches),
+        Prediction("statistics, quantization, coding, s", "train.export_seconds", 8, 8, elsewhere),
+        Prediction("per-document adaptation, s", "adapt.score_seconds", 20, 20, launches),
         Prediction("the same for 62 M targets on 8 GPUs, s", "adapt.full_seconds", 388, 388, launches),
         Prediction("chunk SGD, s", "chunk_sgd.score_seconds", 10, 9, launches),
-        Prediction("LoRA by documents, s", "doc_lora.score_seconds", 20, 20, launches),
+        Prediction("per-document LoRA, s", "doc_lora.score_seconds", 20, 20, launches),
         Prediction("compiling five graphs of the evaluator, s", "slots_compiled.warm_up_seconds", 100, 100, elsewhere),
-        Prediction("compiled against plain, mean nats apart", "losses.losses_compiled.nats_apart_mean", 0.0063, 0.0063,
+        Prediction("compiled and plain, mean nats apart", "losses.losses_compiled.nats_apart_mean", 0.0063, 0.0063,
                    "demo recipe on a CPU"),
-        Prediction("bfloat16 against float32, mean nats apart", "losses.losses_plain.nats_apart_mean", 0.0064, 0.0064,
+        Prediction("bfloat16 and float32, mean nats apart", "losses.losses_plain.nats_apart_mean", 0.0064, 0.0064,
                    "demo recipe on a CPU"),
     ]  # fmt: skip
 
 
 def lookup(report: dict[str, Any], path: str) -> Any:
-    """The value at a path, of the last good result of the part; None where there is none."""
+    """Return the value at a path in the last good result of the part, or None."""
     name, *keys = path.split(".")
     entry = report["parts"].get(name, {})
     value = entry.get("result", {})
-    if entry.get("state") != "ok":  # what a failed attempt leaves out, an earlier good one may have
+    if entry.get("state") != "ok":  # an earlier good result may have what a failed one lacks
         value = {**entry.get("last_good", {}).get("result", {}), **value}
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -85,7 +86,7 @@ def gpu_name(report: dict[str, Any]) -> str:
 
 
 def number(value: Any) -> str:
-    """A number with four digits, or text."""
+    """Format a number with four digits, or return text."""
     if isinstance(value, bool) or value is None:
         return "" if value is None else str(value).lower()
     if isinstance(value, float):
@@ -99,7 +100,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def compared(report: dict[str, Any]) -> Iterator[list[str]]:
-    """Rows of the table of predictions: label, predicted, measured, by how much it missed, basis."""
+    """Yield the rows of the table of predictions: label, predicted, measured, error, basis."""
     big = "H200" in gpu_name(report)
     for row in predictions():
         predicted, measured = row.h200 if big else row.h100, lookup(report, row.path)
@@ -110,7 +111,7 @@ def compared(report: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def scores(report: dict[str, Any]) -> Iterator[list[str]]:
-    """Rows of the table of scores, bits per byte; of each way of adapting the same windows without it, and the gain."""
+    """Yield the rows of the table of scores, bits per byte, with the gain over the same windows unadapted."""
     for stride in ("roundtrip", "sliding"):
         value = lookup(report, f"train.val_bpb_{stride}")
         if value is not None:
@@ -135,7 +136,7 @@ def positions(report: dict[str, Any]) -> list[str]:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """key:value of the numbers of a result, nested ones with their path."""
+    """Yield key:value for the numbers of a result, nested ones with their path."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -158,7 +159,7 @@ def part_lines(report: dict[str, Any]) -> Iterator[str]:
 
 
 def page(report: dict[str, Any], source: str) -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     gpu, calls = gpu_name(report), report["calls"]
     minutes = " and ".join(
         f"{call.get('used_seconds', call['seconds']) / 60:.1f} minutes ({call['date']})" for call in calls
@@ -166,10 +167,10 @@ def page(report: dict[str, Any], source: str) -> str:
     lines = [f"# {'Rehearsed without a GPU' if report['rehearsal'] else f'Measured on one GPU: {gpu}'}", "",
              f"Generated by `python tests/benchmarks/gpu_minutes.py --page {source} PAGE.md`; {minutes}."]  # fmt: skip
     if report["rehearsal"]:
-        lines += ["", "**A rehearsal with a tiny recipe: its numbers say that every part runs, and nothing of a GPU.**"]
+        lines += ["", "**A rehearsal with a toy recipe: it shows that every part runs, and says nothing about a GPU.**"]
     versions = lookup(report, "train.versions") or {}
     lines += ["", ", ".join(f"{name} {value}" for name, value in versions.items())] if versions else []
-    head = ["", "predicted", "measured", "missed by", "basis of the prediction"]
+    head = ["", "predicted", "measured", "error", "basis of the prediction"]
     lines += ["", "## Predicted and measured", "", *table(head, list(compared(report)))]
     head = ["bits per byte of the artifact", "score", "gain", "s", "targets/s", "62 M targets on 8 GPUs, s"]
     lines += ["", "## Scores", "", *table(head, list(scores(report))), *positions(report), "", "## Every part"]

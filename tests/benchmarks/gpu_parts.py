@@ -1,8 +1,8 @@
-"""The parts of `gpu_minutes.py`: what each runs, what it is worth, how long it may take.
+"""The parts of `gpu_minutes.py`: what each runs, its priority and its time limit.
 
-A part runs in a process of its own and writes its result with `Context.put` as it comes, so that a part which crashes
-or is killed leaves what it had. Importing this file needs the standard library only: torch is imported by the parts.
-`PARTS` is in order of value, which is the order of issue of a call; see `gpu_minutes.choose`.
+A part runs in its own process and writes results with `Context.put` as they arrive, so that a part that
+crashes or is killed keeps its results so far. Importing this file needs only the standard library; the parts
+import torch. `PARTS` is sorted by value, the order in which a call starts them; see `gpu_minutes.choose`.
 """
 
 from __future__ import annotations
@@ -27,46 +27,47 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, TINY = "records/recipes/pr1019.env", "records/recipes/smoke.env"
-PEAK_FLOPS = 989e12  # bfloat16, by the datasheet of H100 and H200
+PEAK_FLOPS = 989e12  # bfloat16, from the datasheet of H100 and H200
 FULL_TARGETS, FULL_GPUS = 62_021_845, 8  # of the challenge's validation text
 RUNS = dict(train="first", train_plain="plain")  # part -> RUN_ID
-CLOCK_STARTS = "gptq:reserving"  # the trainer's line between compiling and training
-MICRO_BATCH_TOKENS = 98_304  # pr1019's micro-batch: one graph for every run of it here
-# Published schedules count the steps of ten minutes on eight GPUs; a run of minutes needs shares of its own length.
+CLOCK_STARTS = "gptq:reserving"  # the trainer's log line between compilation and training
+MICRO_BATCH_TOKENS = 98_304  # pr1019's micro-batch: one graph for all its runs here
+# Published schedules count steps of ten minutes on eight GPUs; a run of minutes needs fractions of its own
+# length.
 SHORT_RUN = dict(TRAIN_BATCH_TOKENS="393216", GRAD_ACCUM_TOTAL="4", WARMUP_STEPS="2", WARMDOWN_FRAC="0.5",
                  MUON_MOMENTUM_WARMUP_STEPS="100", EMA_DECAY="0.98", DATA_ORDER="shuffled", VAL_LOSS_EVERY="200",
                  TRAIN_LOG_EVERY="20")  # fmt: skip
-REHEARSED = dict(NUM_LAYERS="2", VE_LAYERS="1", ITERATIONS="10")  # of the tiny recipe: everything runs, in seconds
+REHEARSED = dict(NUM_LAYERS="2", VE_LAYERS="1", ITERATIONS="10")  # toy recipe: everything runs, in seconds
 SGD_CHUNKS = dict(TTT_MODE="all", TTT_OPTIMIZER="sgd", TTT_LR_SCHEDULE="cosine", TTT_LR="0.002", TTT_EPOCHS="3",
                   TTT_MOMENTUM="0.9", TTT_CHUNK_TOKENS="32768", TTT_GRAD_CLIP="1.0")  # as pr549.env  # fmt: skip
-DOC_BANKS = dict(TTT_MODE="doc_banks", TTT_GROUPS="1")  # one group: what each of eight GPUs would do
+DOC_BANKS = dict(TTT_MODE="doc_banks", TTT_GROUPS="1")  # one group: the work of one of eight GPUs
 DOC_LORA = dict(
     TTT_MODE="doc_lora", TTT_GROUPS="1", TTT_OPTIMIZER="adamw", TTT_BETA2="0.999", TTT_GRAD_CLIP="1.0", TTT_LR="0.01"
 )
-META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # a graph for each piece
-KEPT_VARIABLES = re.compile(  # of the user's environment; a DEVICE or SEED in it would be taken as a setting
+META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # one graph per chunk
+KEPT_VARIABLES = re.compile(  # kept from the environment, where DEVICE or SEED would act as a setting
     r"PATH|HOME|USER|LANG|LC_.*|TMPDIR|TZ|VIRTUAL_ENV|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|CC|CXX|OMP_NUM_THREADS|"
     r"GPU_MINUTES_PART|(CUDA|NVIDIA|NCCL|TORCH|TORCHINDUCTOR|TRITON|PYTHON|XDG)_?[A-Z0-9_]*"
 )
 
 
 def clean_environ() -> dict[str, str]:
-    """The environment without what a program could take for a setting."""
+    """Return the environment without variables that a program could read as settings."""
     return {name: value for name, value in os.environ.items() if KEPT_VARIABLES.fullmatch(name)}
 
 
 def full_seconds(targets_per_second: float) -> float:
-    """Seconds that the challenge's validation text takes on its GPUs, at a rate of one."""
+    """Return the seconds for the challenge's validation text on eight GPUs, given the rate of one."""
     return FULL_TARGETS / targets_per_second / FULL_GPUS
 
 
 class PartFailed(RuntimeError):
-    """A program that a part started ended as it should not have."""
+    """A program started by a part failed, or its result is wrong."""
 
 
 @dataclass
 class Context:
-    """What a part is given: paths, the kind of call, and where its result goes. Written and read as JSON."""
+    """Input of a part: paths, the kind of call, path of its result. Stored as JSON."""
 
     work: str
     out: str
@@ -74,13 +75,13 @@ class Context:
     data: dict[str, str]
     coder: str
     train_seconds: float
-    kept_train_seconds: float = 0.0  # of the kept plain run, which others are compared with
+    kept_train_seconds: float = 0.0  # of the kept plain run, the baseline
     result_path: str = ""
-    break_how: str = ""  # crash or hang, to rehearse a failure
+    break_how: str = ""  # crash or hang, to test failures in a rehearsal
     result: dict[str, Any] = field(default_factory=dict)
 
     def put(self, **values: Any) -> None:
-        """Add to the result, on disk at once."""
+        """Add values to the result and write it to disk at once."""
         self.result |= values
         path = Path(self.result_path)
         path.with_suffix(".tmp").write_text(json.dumps(self.result, indent=1))
@@ -91,7 +92,7 @@ class Context:
         return str(ROOT / (TINY if self.rehearse else RECIPE))
 
     def environ(self, small: bool = False, **settings: str) -> dict[str, str]:
-        """The environment of a program: data and recipe, then the settings. `small`: recipe and shards of seconds."""
+        """Return the environment of a program: data, recipe, settings. `small`: toy recipe and shards."""
         train, val = self.data["train"], self.data["report"]
         if small:
             train, val = (f"{self.data['small']}/fineweb_{split}_*.bin" for split in ("train", "val"))
@@ -106,9 +107,9 @@ class Context:
         accepted: Sequence[int] = (0,),
         on_line: Callable[[str, subprocess.Popen], None] | None = None,
     ) -> list[tuple[float, str]]:
-        """Run a program in `work`, copying its output to ours; returns its lines with the seconds since its start.
+        """Run a program in `work`, copying its output; return its lines with the seconds since its start.
 
-        PartFailed where its exit code is not accepted.
+        PartFailed if its exit code is not accepted.
         """
         began, lines = time.monotonic(), []
         print(f"$ {' '.join(command)}", flush=True)
@@ -124,32 +125,32 @@ class Context:
         return lines
 
     def model(self) -> Path:
-        """The artifact of this call; the weights, where only the export failed; the artifact of an earlier call."""
+        """Return the artifact of this call, else its weights (export failed), else an earlier artifact."""
         artifacts = [path.with_name("final_model.int6.ptz") for path in self.weights_paths()]
         for path in (*artifacts, *self.weights_paths(), Path(self.out) / "final_model.int6.ptz"):
             if path.exists():
                 return path
-        raise PartFailed("no artifact and no weights: the training part has left none")
+        raise PartFailed("no artifact and no weights from the training part")
 
     def weights_paths(self) -> list[Path]:
         return [Path(self.work) / f"runs/{name}/final_model.pt" for name in RUNS.values()]
 
 
 def load_modules() -> tuple[Any, Any]:
-    """train_gpt and eval_ttt, imported."""
+    """Import train_gpt and eval_ttt."""
     sys.path.insert(0, str(ROOT))
     return importlib.import_module("train_gpt"), importlib.import_module("eval_ttt")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What the logs say
+# Reading logs
 # ----------------------------------------------------------------------------------------------------------------------
 
 Lines = list[tuple[float, str]]
 
 
 def last_json(lines: Lines, label: str) -> dict[str, Any]:
-    """The object of the last line `LABEL {json}`; PartFailed where there is none."""
+    """Return the object of the last line `LABEL {json}`. PartFailed if there is none."""
     for _, line in reversed(lines):
         if line.startswith(label + " {"):
             return json.loads(line[len(label) :])
@@ -157,7 +158,7 @@ def last_json(lines: Lines, label: str) -> dict[str, Any]:
 
 
 def when(lines: Lines, start: str) -> float | None:
-    """Seconds until the first line that begins with `start`."""
+    """Return the seconds until the first line that starts with `start`."""
     return next((seconds for seconds, line in lines if line.startswith(start)), None)
 
 
@@ -175,7 +176,7 @@ def shard_targets(path: str) -> int:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """The newest file of that name: the evaluator writes beside the artifact or into a folder of the mode."""
+    """Return the newest file of that name: the evaluator writes beside the artifact or in a mode's folder."""
     return max(folder.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -185,14 +186,14 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[str, Any]:
-    """Train, export and score a run of that name; what its log and files say."""
+    """Train, export and score a run with that name; return the facts from its log and files."""
     folder = Path(ctx.work) / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)
     short = {} if ctx.rehearse else SHORT_RUN | dict(MAX_WALLCLOCK_SECONDS=f"{seconds:.0f}")
     environ = ctx.environ(RUN_ID=name, **{**short, **settings})
     command, so_far = [sys.executable, str(ROOT / "train_gpt.py")], {}
 
-    def salvage(line: str, process: subprocess.Popen) -> None:  # of a run that is killed later
+    def salvage(line: str, process: subprocess.Popen) -> None:  # in case the run is killed later
         if match := re.match(r"final_int6_(roundtrip|sliding)\w*_exact .*val_bpb:(\S+)", line):
             so_far[f"val_bpb_{match[1]}"] = float(match[2])
         elif match := re.match(r"step:(\d+)/\d+ train_loss:\S+ train_time:\d+ms step_avg:(\S+)ms", line):
@@ -201,7 +202,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
             return
         ctx.put(so_far=so_far)
 
-    lines = ctx.program(command, environ, (0, 1), salvage)  # 1: over the size cap, which costs us nothing
+    lines = ctx.program(command, environ, (0, 1), salvage)  # 1: over the size cap, which does not matter here
     result = last_json(lines, "RESULT")
     ctx.result.pop("so_far", None)
     tg, _ = load_modules()
@@ -234,7 +235,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
 
 
 def keep_artifact(ctx: Context, part: str) -> None:
-    """Copy the artifact of a training part to where a later call finds it. The driver's work: the part may be dead."""
+    """Copy the artifact of a training part for later calls. The driver calls this: the part may be dead."""
     source, target = (
         Path(ctx.work) / f"runs/{RUNS.get(part)}/final_model.int6.ptz",
         Path(ctx.out) / "final_model.int6.ptz",
@@ -245,18 +246,18 @@ def keep_artifact(ctx: Context, part: str) -> None:
 
 
 def part_train(ctx: Context) -> None:
-    """The recipe trained compiled, exported, read back, scored twice."""
+    """Train the recipe compiled, export it, read it back, score it twice."""
     ctx.put(**train_run(ctx, RUNS["train"], ctx.train_seconds))
 
 
 def part_train_plain(ctx: Context) -> None:
-    """The same without compiler and without cuDNN's attention, where the first one left no model."""
+    """Train without compiler and cuDNN attention, if the first training left no model."""
     os.environ["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
     ctx.put(**train_run(ctx, RUNS["train_plain"], 0.7 * ctx.train_seconds, USE_COMPILE="0"))
 
 
 def gains_by_position(folder: Path) -> list[dict[str, Any]]:
-    """Targets, nats before and after, and gain of each class of positions in a document."""
+    """Return targets, nats before and after, and gain of each class of positions in a document."""
     path = find_file(folder, "distribution.json")
     rows = json.loads(path.read_text())["classes"] if path else []
     rows = [row for row in rows if row["name"].startswith(("place", "position"))]
@@ -264,7 +265,7 @@ def gains_by_position(folder: Path) -> list[dict[str, Any]]:
 
 
 def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> None:
-    """Score a model with adaptation on the reporting documents, in plain torch: few graphs pay in so short a text."""
+    """Score a model with adaptation on the reporting documents; plain torch: compiling does not pay here."""
     folder = Path(ctx.work) / "runs" / f"adapt_{name}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -272,7 +273,7 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
     environ = ctx.environ(MODEL_PATH=str(own), USE_COMPILE="0", **settings)
     targets = shard_targets(ctx.data["report"])
 
-    def salvage(line: str, process: subprocess.Popen) -> None:  # the score of a run that is killed after adapting
+    def salvage(line: str, process: subprocess.Popen) -> None:  # score of a run that is killed later
         if match := re.match(r"chunk:(\d+)/\1 running_bpb:(\S+)", line):
             ctx.put(val_bpb_ttt=float(match[2]))
 
@@ -293,23 +294,23 @@ def tiny_evaluation(ctx: Context) -> dict[str, str]:
 
 
 def part_adapt(ctx: Context) -> None:
-    """Every document adapts all weights of its own."""
+    """Adapt all weights per document."""
     adapted_scores(ctx, "documents", ctx.model(), **DOC_BANKS, **tiny_evaluation(ctx))
 
 
 def part_chunk_sgd(ctx: Context) -> None:
-    """SGD on chunks, weights carried on, as #549."""
+    """Adapt by SGD on chunks, weights carried over, as in #549."""
     tiny = dict(TTT_CHUNK_TOKENS="2048", EVAL_STRIDE="64") if ctx.rehearse else {}
     adapted_scores(ctx, "chunks", ctx.model(), **{**SGD_CHUNKS, **tiny})
 
 
 def part_doc_lora(ctx: Context) -> None:
-    """Every document adapts a LoRA of its own."""
+    """Adapt a LoRA per document."""
     adapted_scores(ctx, "lora", ctx.model(), **DOC_LORA, **tiny_evaluation(ctx))
 
 
 def part_meta(ctx: Context) -> None:
-    """A last phase that trains for the deployed update, against plain training on the same clock."""
+    """Train a final phase for the deployed update, against plain training for equal time."""
     tiny = tiny_evaluation(ctx)
     settings = META | tiny | (dict(META_TTT_DOCS="2", META_TTT_PIECES="2") if ctx.rehearse else {})
     ctx.put(train=train_run(ctx, "meta", ctx.kept_train_seconds or ctx.train_seconds, **settings))
@@ -323,7 +324,7 @@ def part_meta(ctx: Context) -> None:
 
 
 def bench(ctx: Context, name: str, phases: str, arms: str, *more: str, **settings: str) -> dict[str, Any]:
-    """Phases of gpu.py: its results by phase and arm. PartFailed where one failed, with the others in the result."""
+    """Run phases of gpu.py; return results by phase and arm. PartFailed if one failed; others are kept."""
     out = Path(ctx.work) / f"bench_{name}"
     shutil.rmtree(out, ignore_errors=True)
     quick = ["--quick", "--backend", "eager"] if ctx.rehearse else []
@@ -340,10 +341,10 @@ def bench(ctx: Context, name: str, phases: str, arms: str, *more: str, **setting
 
 
 def part_kernels(ctx: Context) -> None:
-    """Attention kernels against float32: outputs and gradients by the tests, then milliseconds and errors of each."""
+    """Compare attention kernels with float32: outputs and gradients by the tests, then times and errors."""
     counts: dict[str, int] = {}
     chosen = ["-m", "gpu"]
-    if ctx.rehearse:  # the plain kernels in place of CUDA's
+    if ctx.rehearse:  # plain kernels instead of CUDA's
         chosen = ["-k", "test_the_kernel_of_torch_is_asked_for_what_masks_do"]
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(ROOT / "tests/test_model.py")]
     try:
@@ -354,17 +355,17 @@ def part_kernels(ctx: Context) -> None:
     finally:
         bench(ctx, "attention", "attention", "compiled")
     if counts.get("failed") or not counts.get("passed"):
-        raise PartFailed(f"the tests of the kernels: {counts}")
+        raise PartFailed(f"tests of the kernels failed: {counts}")
 
 
 def part_losses(ctx: Context) -> None:
-    """Ten steps of one micro-batch: compiled beside plain torch, and plain torch in bfloat16 beside float32."""
+    """Compare losses over ten steps of one micro-batch: compiled and plain torch, bfloat16 and float32."""
     tiny = {} if ctx.rehearse else dict(TRAIN_BATCH_TOKENS=str(MICRO_BATCH_TOKENS), GRAD_ACCUM_TOTAL="1")
     bench(ctx, "losses", "losses", "compiled,plain", "--loss-steps", "10", **tiny)
 
 
 def part_ranks(ctx: Context) -> None:
-    """The collectives of a step in a group of one rank: NCCL on a GPU, gloo without one."""
+    """Run the collectives of a step in a group of one rank: NCCL on a GPU, gloo without one."""
     import torch
     import torch.distributed as dist
 
@@ -389,11 +390,11 @@ def part_ranks(ctx: Context) -> None:
     dist.destroy_process_group()
     ctx.put(backend=backend, seconds=time.perf_counter() - began, equal=results)
     if not all(results.values()):
-        raise PartFailed(f"a group of one rank must return what it is given: {results}")
+        raise PartFailed(f"collectives of one rank must return their input: {results}")
 
 
 def part_resume(ctx: Context) -> None:
-    """A small run stopped by SIGTERM and resumed, beside the same run uninterrupted."""
+    """Stop a small run with SIGTERM and resume it, against the same run uninterrupted."""
     command = [sys.executable, str(ROOT / "train_gpt.py")]
     common = dict(USE_COMPILE="0", VAL_LOSS_EVERY="0", RESUME="auto")
     for name in ("straight", "stopped"):
@@ -412,17 +413,17 @@ def part_resume(ctx: Context) -> None:
     resumed = results[1]["resumed"]
     ctx.put(nats_apart=apart, resumed=resumed, steps=results[1]["steps"],
             checkpoint=[line for _, line in first if line.startswith(("checkpoint:", "stopped:"))])  # fmt: skip
-    if not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02:  # on a GPU the order of sums differs
+    if not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02:  # sums are reordered on a GPU
         raise PartFailed(f"resumed at {resumed}, {apart:.4f} nats apart from the uninterrupted run")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# c. Milliseconds of a step, d. Quantization, e. The rest
+# c. Milliseconds per step, d. Quantization, e. The rest
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def part_probe(ctx: Context) -> None:
-    """What the machine is: versions, packages, rates of matrix products and memory, torch's choice of attention."""
+    """Probe the machine: versions, packages, matrix product and memory rates, torch's attention backend."""
     import importlib.metadata as metadata
     import platform
 
@@ -462,30 +463,30 @@ def part_probe(ctx: Context) -> None:
 
 
 def attention_choices(device: Any, dtype: Any) -> dict[str, str]:
-    """The backend that torch picks for the shapes of the recipe, in 16 bits and in float32."""
+    """Return the attention backend that torch picks for the recipe's shapes, in 16 bits and in float32."""
     import torch
 
     chosen = {}
     for kind in dict.fromkeys((dtype, torch.float32)):
         q, k, v = (torch.randn(2, heads, 256, 64, device=device, dtype=kind) for heads in (8, 4, 4))
-        with suppress(RuntimeError, AttributeError, TypeError):  # a private function of torch
+        with suppress(RuntimeError, AttributeError, TypeError):  # private torch function
             number = torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=True)
             chosen[str(kind)] = torch.nn.attention.SDPBackend(number).name
     return chosen
 
 
 def part_step_compiled(ctx: Context) -> None:
-    """Milliseconds of a whole published step, compiled, with its floor and its shares by region."""
+    """Time a whole published step, compiled, with its lower bound and its breakdown by region."""
     bench(ctx, "compiled", "floors,step,profile", "compiled", "--steps", "8")
 
 
 def part_step_plain(ctx: Context) -> None:
-    """The same in plain torch."""
+    """Time a whole published step in plain torch."""
     bench(ctx, "plain", "step,profile", "plain", "--steps", "8")
 
 
 def part_quantization(ctx: Context) -> None:
-    """Bytes against bits per byte: the weights, then the artifact at several target losses."""
+    """Measure bytes against bits per byte: the weights, then the artifact at several target losses."""
     import torch
 
     tg, _ = load_modules()
@@ -496,7 +497,7 @@ def part_quantization(ctx: Context) -> None:
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     path = next((path for path in ctx.weights_paths() if path.exists()), None)
     if path is None:
-        raise PartFailed("no final_model.pt on this machine: run the training part again")
+        raise PartFailed("no final_model.pt on this machine. Run the training part again.")
     model = tg.GPT(config, tg.compute_dtype(device), kernel, table.has_leading_space)
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     state = model.to(device).state_dict()
@@ -524,17 +525,17 @@ def part_quantization(ctx: Context) -> None:
 
 
 def part_documents(ctx: Context) -> None:
-    """A compiled step with attention that stays within documents."""
+    """Time a compiled step with attention within documents."""
     bench(ctx, "documents", "step", "compiled", "--steps", "5", DOC_BORDERS="attention")
 
 
 def part_autotuned(ctx: Context) -> None:
-    """A step where the compiler also tries its own matrix products."""
+    """Time a step with the compiler's own matrix products autotuned."""
     bench(ctx, "autotuned", "step", "autotuned", "--steps", "8")
 
 
 def slots_setup(ctx: Context, **settings: str) -> tuple[Any, Any, Any, Any]:
-    """The modules, an evaluation of the artifact by documents, and the text to time it on."""
+    """Return the modules, a per-document evaluation setup of the artifact, and the text to time it on."""
     tg, ev = load_modules()
     environ = ctx.environ(MODEL_PATH=str(ctx.model()), **{**DOC_BANKS, **tiny_evaluation(ctx), **settings})
     config, given, _ = tg.load_config(environ)
@@ -548,19 +549,19 @@ def throughput(tokens: Any, score: Any) -> dict[str, float]:
 
 
 def part_slots(ctx: Context) -> None:
-    """Targets a second of adaptation by documents, by the number of documents at once, in plain torch."""
+    """Measure targets per second of per-document adaptation by number of slots, in plain torch."""
     tg, ev, setup, tokens = slots_setup(ctx, USE_COMPILE="0")
     for number, count in enumerate((2, 4) if ctx.rehearse else (16, 32, 64, 8)):
         changed = tg.replace(setup, config=tg.replace(setup.config, ttt_slots=count))
         if not number:
-            ev.evaluate(changed, tokens[: max(len(tokens) // 20, setup.config.eval_seq_len + 1)])  # loads the kernels
+            ev.evaluate(changed, tokens[: max(len(tokens) // 20, setup.config.eval_seq_len + 1)])  # warm-up
         ctx.put(**{f"slots {count}": throughput(tokens, ev.evaluate(changed, tokens))})
 
 
 def part_slots_compiled(ctx: Context) -> None:
-    """The same compiled, with the seconds of compiling before the clock."""
+    """Measure the same compiled; compile time is reported separately."""
     tg, ev, setup, tokens = slots_setup(ctx, USE_COMPILE="0" if ctx.rehearse else "1")
-    if ctx.rehearse:  # traced, but no code generated
+    if ctx.rehearse:  # trace only, no code generation
         import torch
 
         traced = torch.compile(tg.token_nll, dynamic=False, fullgraph=True, backend="eager")
@@ -572,12 +573,12 @@ def part_slots_compiled(ctx: Context) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table
+# Table of parts
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def own_code(function: Callable) -> list[str]:
-    """The source of a function of this file and of those that it calls here, and the constants that they name."""
+    """Return the source of a function and of the functions and constants of this file that it uses."""
     seen: dict[str, str] = {}
 
     def visit(name: str, value: Any) -> None:
@@ -599,11 +600,11 @@ def own_code(function: Callable) -> list[str]:
 
 
 class Part(NamedTuple):
-    """A part: `run` in a process of its own, `limit` seconds at most, `expected` seconds on an H100.
+    """A part: `run` in its own process, at most `limit` seconds, `expected` seconds on an H100.
 
-    `files`: whose content decides whether a kept result is still one of this code. `needs`: model (artifact or
-    weights) or weights. `spare`: keeps its place only while the parts after it would still have time. `beside`: may
-    run while that part compiles. `fallback`: runs only where that part left no model.
+    `files`: a kept result is valid while their content is unchanged. `needs`: model (artifact or weights) or
+    weights. `spare`: starts only if the parts after it still have time. `beside`: may run while that part
+    compiles. `fallback`: runs only if that part left no model.
     """
 
     name: str
@@ -622,7 +623,7 @@ class Part(NamedTuple):
         return (inspect.getdoc(self.run) or "").split("\n")[0]
 
     def digest(self, data: str = "") -> str:
-        """A hash of what the part runs: its files, its own code and settings, and the data."""
+        """Return a hash of the part's files, code, settings and data."""
         hashed = hashlib.sha256("\0".join([data, *own_code(self.run)]).encode())
         for name in self.files:
             hashed.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
@@ -653,13 +654,13 @@ PARTS = (
 
 
 def run_part(part: Part, context_path: Path) -> None:
-    """The child process: read the context, break on purpose where that is rehearsed, run the part."""
+    """Run a part in the child process: read the context, fail on purpose if rehearsed, run."""
     ctx = Context(**json.loads(context_path.read_text()))
     site = str(Path(ctx.work) / "site")
     sys.path.insert(0, site)
     if ctx.break_how == "crash":
         raise PartFailed("broken on purpose")
-    if ctx.break_how == "hang":  # with a child in a session of its own that ignores SIGTERM
+    if ctx.break_how == "hang":  # with a child in its own session that ignores SIGTERM
         stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
         subprocess.Popen([sys.executable, "-c", stubborn], start_new_session=True)
         time.sleep(3600)

@@ -1,16 +1,17 @@
-"""The folder that `gpu_minutes.py` carries to a rented GPU: tokens, tokenizer and wheels, below 60 MiB with the code.
+"""Pack and unpack the stage folder that `gpu_minutes.py` needs on a rented GPU, below 60 MiB with the code.
 
-`prepare` makes it on any machine that has the text or its shards; `unpack` lays it out on the GPU machine. It holds
+`prepare` makes it on any machine that has the text or its shards; `unpack` unpacks it on the GPU machine. It
+contains
 
     stage.json           names, token counts and SHA-256 of the files below
     train.bin.xz         one training shard (at most MAX_TRAIN_TOKENS), compressed: 57 M tokens of 1,024 take 39 MB
     val_tuning.bin       the validation documents before TUNING_DOCUMENTS, as a shard
-    val_reporting.bin    the others
-    tokenizer.model      the tokenizer of all of them
-    wheels/*.whl         what a bare GPU image lacks, for its Python; unpacked next to the data, not installed
+    val_reporting.bin    the other validation documents
+    tokenizer.model      the tokenizer of all shards
+    wheels/*.whl         packages missing from a bare GPU image, for its Python; unpacked beside the data, not installed
 
-Neither function needs more than the standard library, so a broken torch cannot stop them; `prepare` runs
-data/prepare.py where it is given text.
+Both functions need only the standard library, so a broken torch cannot stop them; `prepare` runs
+data/prepare.py if it is given text.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 
 
 class StageError(ValueError):
-    """What the user can correct: a folder, a file or a wheel that is missing or damaged."""
+    """User error: a missing or damaged folder, file or wheel. Exit code 2."""
 
 
 def sha256(path: Path) -> str:
@@ -53,7 +54,7 @@ def sha256(path: Path) -> str:
 
 
 def read_tokens(path: Path, limit: int | None = None) -> array:
-    """The first `limit` tokens of a shard (all: None). StageError where it is none."""
+    """Return the first `limit` tokens of a shard (None: all). StageError if it is not a shard."""
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
         if len(header) < HEADER_BYTES or struct.unpack("<2i", header[:8]) != (SHARD_MAGIC, SHARD_VERSION):
@@ -75,7 +76,7 @@ def shard_bytes(tokens: array) -> bytes:
 
 
 def split_documents(tokens: array, count: int) -> tuple[array, array]:
-    """The first `count` documents, and the rest. StageError where that leaves one side empty."""
+    """Split off the first `count` documents. StageError if either part would be empty."""
     starts = [place for place, token in enumerate(tokens) if token == BOS_ID]
     if not 0 < count < len(starts):
         raise StageError(f"{len(starts)} validation documents cannot be split after {count}")
@@ -83,23 +84,23 @@ def split_documents(tokens: array, count: int) -> tuple[array, array]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# On a machine that has the text
+# Preparation, on a machine that has the text
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     found = sorted(folder.glob(f"fineweb_{split}_*.bin"))
     if not found:
-        raise StageError(f"{folder} has no fineweb_{split}_*.bin. Name a folder made by data/prepare.py.")
+        raise StageError(f"{folder} has no fineweb_{split}_*.bin. Give a folder made by data/prepare.py.")
     return found
 
 
 def tokenize(train: Path, val: Path, tokenizer: Path, out: Path) -> None:
-    """Shards of two text files, by data/prepare.py."""
+    """Tokenize two text files into shards with data/prepare.py."""
     command = [sys.executable, str(ROOT / "data/prepare.py"), str(train), "--val-input", str(val)]
     command += ["--tokenizer", str(tokenizer), "--out", str(out)]
     if subprocess.run(command).returncode:
-        raise StageError(f"data/prepare.py failed on {train} and {val}: see its message above")
+        raise StageError(f"data/prepare.py failed on {train} and {val}. See its message above.")
 
 
 def pins() -> dict[str, str]:
@@ -117,7 +118,7 @@ def fetch_wheels(folder: Path, python: str) -> None:
 
 
 def tree_bytes() -> int:
-    """Bytes of the repository's files that travel: those that git tracks or would add."""
+    """Return the bytes of the repository's files to be copied: those that git tracks or would add."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True)
     names = listed.stdout.decode().split("\0") if listed.returncode == 0 else []
@@ -125,7 +126,7 @@ def tree_bytes() -> int:
 
 
 def pack(shards: Path, tokenizer: Path, out: Path, tokens: int, tuning: int) -> dict[str, int]:
-    """Write the data files of the stage from a folder of shards; returns the tokens of each."""
+    """Write the data files of the stage from a folder of shards; return the tokens of each."""
     train = array("H")
     for path in find_shards(shards, "train"):
         train += read_tokens(path, tokens - len(train))
@@ -152,14 +153,15 @@ def prepare(
     tokens: int = MAX_TRAIN_TOKENS,
     tuning: int = TUNING_DOCUMENTS,
 ) -> str:
-    """Make the folder `out` from shards, or from a training and a validation text; returns what to print.
+    """Make the folder `out` from shards, or from a training and a validation text; return a summary.
 
-    `wheels`: a folder to take them from instead of downloading. StageError where something is missing or too large.
+    `wheels` is a folder to copy wheels from instead of downloading. StageError if something is missing or too
+    large.
     """
     if (shards is None) == (text is None):
         raise StageError("--prepare needs --shards DIR, or --train FILE and --val FILE with --tokenizer FILE")
     if text is not None and tokenizer is None:
-        raise StageError("--prepare needs --tokenizer FILE beside --train and --val")
+        raise StageError("--prepare needs --tokenizer FILE with --train and --val")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         if text is not None:
@@ -167,7 +169,7 @@ def prepare(
             tokenize(*text, tokenizer, shards)
         tokenizer = tokenizer or shards / "tokenizer.model"
         if not tokenizer.is_file():
-            raise StageError(f"{tokenizer} is missing. Name the tokenizer of the shards with --tokenizer FILE.")
+            raise StageError(f"{tokenizer} is missing. Give the tokenizer of the shards with --tokenizer FILE.")
         counts = pack(shards, tokenizer, out, tokens, tuning)
     carried, tag = out / "wheels", "cp" + python.replace(".", "")
     carried.mkdir(exist_ok=True)
@@ -186,20 +188,20 @@ def prepare(
               f"{' and '.join(WHEELS)}: put it there, unless the GPU machine has it." for name in lacking]  # fmt: skip
     lines.append(f"{out}: {size / 2**20:.1f} MiB, repository {tree / 2**20:.1f} MiB, limit {MAX_BYTES >> 20} MiB")
     if size + tree > MAX_BYTES:
-        raise StageError("\n".join([*lines, "too large together: lower --tokens"]))
+        raise StageError("\n".join([*lines, "too large together. Lower --tokens."]))
     return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# On the GPU machine
+# Unpacking, on the GPU machine
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_stage(folder: Path) -> dict:
-    """stage.json of the folder. StageError that says what is missing."""
+    """Return stage.json of the folder. StageError names what is missing."""
     again = "Make the folder with `python tests/benchmarks/gpu_minutes.py --prepare FOLDER --shards DIR`."
     if not folder.is_dir():
-        raise StageError(f"the carried folder {folder} is missing. {again}")
+        raise StageError(f"the stage folder {folder} is missing. {again}")
     if not (folder / "stage.json").is_file():
         raise StageError(f"{folder} has no stage.json. {again}")
     stage = json.loads((folder / "stage.json").read_text())
@@ -210,13 +212,13 @@ def read_stage(folder: Path) -> dict:
 
 
 def fits_python(wheel: Path, tag: str) -> bool:
-    """Whether a wheel's Python tag is `tag` ("cp312"), a stable ABI of an older one, or any Python 3."""
+    """Return whether a wheel's Python tag is `tag` ("cp312"), an older stable ABI, or any Python 3."""
     python, abi = wheel.stem.split("-")[-3:-1]
     return "py3" in python.split(".") or tag in python.split(".") or (abi == "abi3" and python <= tag)
 
 
 def unpack_wheels(folder: Path, site: Path) -> list[str]:
-    """Unpack the wheels for this Python into `site`; returns notes about those that are not."""
+    """Unpack the wheels for this Python into `site`; return notes about skipped wheels."""
     tag, notes = f"cp{sys.version_info.major}{sys.version_info.minor}", []
     wheels = sorted(folder.glob("*.whl"))
     site.mkdir(parents=True, exist_ok=True)
@@ -225,7 +227,7 @@ def unpack_wheels(folder: Path, site: Path) -> list[str]:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
         else:
-            notes.append(f"{wheel.name} is not for this Python, {tag}")
+            notes.append(f"{wheel.name} does not fit this Python, {tag}")
     return notes if wheels else [f"{folder} has no wheels"]
 
 
@@ -235,7 +237,7 @@ def write_small(source: Path, target: Path, count: int) -> None:
 
 
 def lay_out(train: Path, report: Path, tuning: Path, tokenizer: Path, work: Path) -> dict[str, str]:
-    """The paths that the parts use, with small shards for runs of seconds cut from the large ones."""
+    """Return the paths that the parts use; write small shards, taken from the large ones, for short runs."""
     for split, source in (("train", train), ("val", tuning)):
         write_small(source, work / f"small/fineweb_{split}_000000.bin", SMALL_TOKENS[split])
     shutil.copyfile(tokenizer, work / "small/tokenizer.model")
@@ -244,12 +246,12 @@ def lay_out(train: Path, report: Path, tuning: Path, tokenizer: Path, work: Path
 
 
 def unpack(folder: Path, work: Path) -> tuple[dict[str, str], list[str]]:
-    """Lay the stage out under `work`: the paths of its data, and notes about wheels. StageError where it is damaged."""
+    """Unpack the stage under `work`; return its data paths and notes on wheels. StageError if damaged."""
     stage, data = read_stage(folder), work / "data"
     notes = unpack_wheels(folder / "wheels", work / "site")
     for name, entry in stage["files"].items():
         if sha256(folder / name) != entry["sha256"]:
-            raise StageError(f"{folder / name} is damaged: its SHA-256 is not that of stage.json. Copy it again.")
+            raise StageError(f"{folder / name} is damaged: its SHA-256 differs from stage.json. Copy it again.")
     targets = {split: data / f"{split}/fineweb_{kind}_000000.bin"
                for split, kind in (("train", "train"), ("report", "val"), ("tuning", "val"))}  # fmt: skip
     for target in targets.values():
@@ -263,7 +265,7 @@ def unpack(folder: Path, work: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def embedded(work: Path) -> dict[str, str]:
-    """The same layout from the embedded corpus (data/demo.py): a third of its validation text tunes."""
+    """Return the same layout from the demo corpus, with a third of its validation text for tuning."""
     demo = ROOT / "data/demo"
     subprocess.run([sys.executable, str(ROOT / "data/demo.py"), "--out", str(demo)], check=True)
     tokens = read_tokens(demo / "fineweb_val_000000.bin", SMALL_TOKENS["val"])

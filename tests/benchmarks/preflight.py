@@ -1,11 +1,11 @@
-"""Is this machine ready for a run? Rates, kernels, memory and pace in at most 90 s, before ten paid minutes.
+"""Check in at most 90 s whether a machine is ready for a run: rates, kernels, memory and step time.
 
     torchrun --standalone --nproc_per_node=8 tests/benchmarks/gpu_minutes.py --preflight
     RECIPE=FILE DATA_PATH=DIR torchrun --nproc_per_node=8 tests/benchmarks/gpu_minutes.py --preflight
 
-Settings are those of the run (environment variables; RECIPE is pr1019.env where none is given). All processes measure
-together; the slowest counts. Weights are random, text is the run's own. Exit code 0: the run will keep its limits,
-1: each limit that it will break is named on a line `LIMIT BROKEN`, 2: the user's input.
+Settings are those of the run (environment variables; RECIPE defaults to pr1019.env). All ranks measure
+together; the slowest counts. Weights are random, the text is that of the run. Exit codes: 0 the run will keep
+all limits; 1 a line `LIMIT BROKEN` names each limit that it would break; 2 user error.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from gpu import ev, tg
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-MEMORY_SHARE = 0.95  # of the card's memory that a step may take
+MEMORY_SHARE = 0.95  # fraction of GPU memory that a step may use
 FREE_DISK_BYTES = 1 << 30
-PACKAGES = dict(zstd="zstandard", ans="constriction")  # coder -> what it needs
+PACKAGES = dict(zstd="zstandard", ans="constriction")  # compressor -> package
 
 
 class Preflight:
-    """The measurements, in the order in which they are made; `found` has what is known so far."""
+    """The measurements, in order; `found` has the results so far."""
 
     def __init__(self, environ: dict[str, str], began: float):
         self.began, self.found, self.lock = began, {}, threading.Lock()
@@ -54,7 +54,7 @@ class Preflight:
         self.on_gpu = self.device.type == "cuda"
 
     def put(self, **values: Any) -> None:
-        """Keep measurements, and print them on rank 0."""
+        """Store measurements, and print them on rank 0."""
         with self.lock:
             self.found |= values
         if tg.rank() == 0:
@@ -66,12 +66,13 @@ class Preflight:
         return time.time() - self.began
 
     def seconds(self, function: Callable[[], Any], repeats: int = 5) -> float:
-        """Seconds of a call after one that warms up, on the slowest rank."""
+        """Return the seconds of a call on the slowest rank, after one warm-up call."""
         function()
         total, _ = self.bench.timed(lambda: [function() for _ in range(repeats)])
         return tg.max_over_ranks(total / repeats)[0]
 
-    # -- the measurements ---------------------------------------------------------------------------------------------
+    # -- measurements
+    # -------------------------------------------------------------------------------------------------
 
     def machine(self) -> None:
         c = self.config
@@ -88,10 +89,10 @@ class Preflight:
         self.put(missing="" if package is None or importlib.util.find_spec(package) else package)
 
     def collectives(self) -> None:
-        """Bytes a second of each rank's buffer, at the size of all banks in float32."""
+        """Measure the bytes per second of each rank's buffer, at the size of all banks in float32."""
         ranks = tg.world_size()
         if ranks == 1:
-            self.put(collectives="one process, nothing to exchange")
+            self.put(collectives="one rank, nothing to exchange")
             return
         c = self.config
         size = 2 * c.num_layers * (c.model_dim + c.kv_dim + c.mlp_dim) * c.model_dim
@@ -105,12 +106,12 @@ class Preflight:
             self.put(**{f"{name}_gb_s": whole.nbytes / self.seconds(run, repeats) / 1e9})
 
     def reading(self) -> None:
-        """Milliseconds of reading one rank's batch of a step, each time from another place."""
+        """Measure the milliseconds to read one rank's batch, from a different position each time."""
         places = iter(range(1000, 10**9, 997))
         self.put(read_ms=1000 * self.seconds(lambda: self.bench.batches(next(places)), 3))
 
     def steps(self, deadline: float) -> None:
-        """Milliseconds of a step over STEPS of them, fewer where the time is short, and peak memory."""
+        """Measure the milliseconds per step over STEPS steps, or fewer if time is short, and peak memory."""
         c, (_, model) = self.config, self.bench.model()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -139,7 +140,7 @@ class Preflight:
         self.model = model
 
     def export(self) -> None:
-        """Seconds of rounding and coding on rank 0: those of two layers, times the layers."""
+        """Measure the seconds of quantization and coding on rank 0 for two layers, scaled to all layers."""
         layers = min(2, self.config.num_layers)
         c = replace(self.config, num_layers=layers, block_order="", ve_enabled=False)
 
@@ -160,9 +161,9 @@ class Preflight:
         self.put(export_seconds=tg.on_rank_0(work))
 
     def evaluation(self, deadline: float) -> None:
-        """Seconds of the sliding windows and of the adaptation, on the whole validation text, by a part of it.
+        """Predict the seconds of sliding windows and adaptation on the whole text from a part of it.
 
-        In plain torch: no graph is compiled here. Slots are fuller in the whole text, so it is faster than this.
+        Plain torch, without compilation. Slots are fuller on the whole text, so it is faster than predicted.
         """
         c, targets = self.config, len(self.val) - 1
         ids = torch.randint(c.vocab_size, (c.eval_batch_seqs, c.eval_seq_len), device=self.device)
@@ -177,11 +178,11 @@ class Preflight:
             return
         state = {name: value.cpu() for name, value in self.model.state_dict().items() if "mtp_heads" not in name}
         _, kernel, _ = tg.choose_attention(c.attention, self.device)
-        scored = replace(c, mtp_num_heads=0, ttt_groups=tg.world_size())  # one for each rank, however short the text
+        scored = replace(c, mtp_num_heads=0, ttt_groups=tg.world_size())  # one per rank, however short the text
         artifact = tg.Artifact(scored, state, "")
         setup = ev.Setup(scored, artifact, self.device, kernel, self.table, tg.token_nll)
         count, rate = min(targets, max(1000 * tg.world_size(), c.eval_seq_len + 1)), 0.0
-        while True:  # the first one loads kernels; each is as long as there is time for
+        while True:  # the first round loads kernels; each is as long as time allows
             text = self.val.read(0, count + 1).astype(np.uint16)
             rate = count / tg.max_over_ranks(ev.evaluate(setup, text).seconds)[0]
             left = deadline - tg.max_over_ranks(self.elapsed())[0]
@@ -191,10 +192,11 @@ class Preflight:
             count = longer
         self.put(adapted_targets=count, adapted_targets_per_second=rate, adapted_seconds=targets / rate)
 
-    # -- what follows -------------------------------------------------------------------------------------------------
+    # -- predictions
+    # --------------------------------------------------------------------------------------------------
 
     def predict(self) -> None:
-        """Steps on the contest clock, and how often they read the training text."""
+        """Predict the steps on the contest clock, and the epochs over the training text."""
         c, f = self.config, self.found
         if c.max_wallclock_seconds:
             steps = int(1000 * max(c.max_wallclock_seconds - f["statistics_seconds"], 0) / f["ms_per_step"])
@@ -206,7 +208,7 @@ class Preflight:
 
 
 def broken_limits(found: dict[str, Any], config: Any) -> list[str]:
-    """The limits that the run will break, each in a sentence with its numbers; a missing measurement breaks its own."""
+    """Return a sentence with numbers for each limit that would break; a missing measurement counts."""
     c, broken = config, []
 
     def check(name: str, ok: Callable[[], bool], text: Callable[[], str]) -> None:
@@ -235,7 +237,7 @@ def broken_limits(found: dict[str, Any], config: Any) -> list[str]:
 
 
 def conclude(check: Preflight, late: bool = False) -> int:
-    """Print what follows from the measurements; the exit code."""
+    """Print the conclusions from the measurements and return the exit code."""
     with check.lock:
         found = dict(check.found)
     broken = broken_limits(found, check.config)
@@ -245,13 +247,13 @@ def conclude(check: Preflight, late: bool = False) -> int:
         for line in broken:
             print(f"LIMIT BROKEN {line}")
         if not broken:
-            print("every limit will be kept")
+            print("all limits will be kept")
         print("PREFLIGHT " + json.dumps(dict(**found, broken=broken, seconds=check.elapsed())), flush=True)
     return int(bool(broken))
 
 
 def main(seconds: float) -> int:
-    """Measure for at most so many seconds since the process started; the exit code."""
+    """Measure until `seconds` after the process started; return the exit code."""
     try:
         began = tg.process_start()
         check = Preflight(dict(os.environ), began)
@@ -259,7 +261,7 @@ def main(seconds: float) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    def give_up() -> None:  # a compiler or a collective that hangs cannot be asked to stop
+    def give_up() -> None:  # a hanging compiler or collective cannot be interrupted
         conclude(check, late=True)
         os._exit(1)
 

@@ -1,14 +1,15 @@
-"""Recipes trained for the same time on the same text: all three scores of each, from the artifact.
+"""Train recipes for the same time on the same text and print all three scores of each artifact.
 
     python tests/benchmarks/quality.py --data DIR --seconds 120 --out DIR
     python tests/benchmarks/quality.py --arms default,pr549 --seeds 1,2 --set WARMDOWN_FRAC=0.5 --out DIR
 
-An arm is a recipe of records/recipes, or `default`: the trainer without one. Every arm gets the same --set NAME=VALUE;
-a run of minutes needs some, since the recipes' schedules count the steps of ten minutes on eight GPUs. --set-train and
---set-eval are for one program: `--set-eval USE_COMPILE=0` leaves the trainer compiled. Runs go one seed at a time
-through the arms, each in OUT/runs/ARM_SEED; one that has its result, by the same settings, is not run again. --nproc N
-starts them by torchrun. `epochs` is how often the text was read. A run or an evaluation that fails leaves its cells
-empty and ends no other; the exit code is 1 then. The table is printed after each run; the last line is `BENCH {json}`.
+An arm is a recipe of records/recipes, or `default`: the trainer without a recipe. Every arm gets the same
+--set NAME=VALUE; runs of minutes need some, because the recipes' schedules count steps of ten minutes on
+eight GPUs. --set-train and --set-eval apply to one program: `--set-eval USE_COMPILE=0` leaves the trainer
+compiled. Seeds are the outer loop, arms the inner; each run has the folder OUT/runs/ARM_SEED, and a finished
+run with the same settings is not repeated. --nproc N starts runs with torchrun. `epochs` is the number of
+passes over the text. A failed run or evaluation leaves its cells empty and does not stop the others; the exit
+code is then 1. The table is printed after each run; the last line is `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ COLUMNS = (
 
 
 def start(program: str, environ: dict[str, str], out: Path, nproc: int, result: Path) -> None:
-    """Run a program of this tree in OUT, whose RESULT decides: exit code 1 may only say that a run is over the cap."""
+    """Run a program of this tree in `out`; RESULT decides success: exit code 1 may just mean over the cap."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     command = [sys.executable, *launcher, str(ROOT / program)]
     before = result.stat().st_mtime_ns if result.exists() else 0
@@ -42,7 +43,7 @@ def start(program: str, environ: dict[str, str], out: Path, nproc: int, result: 
 
 
 def scored_as(path: Path, config: tg.Config) -> bool:
-    """Whether an evaluation is there, by these settings; where the model is read from aside."""
+    """Return whether there is an evaluation with these settings, ignoring the model path."""
     if not path.exists():
         return False
     found, wanted = json.loads(path.read_text())["settings"], tg.settings_of(config, "scoring", "evaluator")
@@ -52,7 +53,7 @@ def scored_as(path: Path, config: tg.Config) -> bool:
 def run(
     arm: str, seed: int, settings: dict[str, str], only: dict[str, dict[str, str]], out: Path, nproc: int
 ) -> dict[str, Any]:
-    """One row of the table, by settings of both programs and those of `only` one; `error` where something failed."""
+    """Run one arm and seed; return its row of the table, with `error` if something failed."""
     recipe = {} if arm == "default" else {"RECIPE": str(ROOT / f"records/recipes/{arm}.env")}
     folder = out / "runs" / f"{arm}_{seed}"
     common = {**recipe, **settings, "SEED": str(seed), "RUN_ID": folder.name, "RESUME": "auto"}
@@ -63,7 +64,7 @@ def run(
         if not trained.exists():
             start("train_gpt.py", train, out, nproc, trained)
         if json.loads((folder / "config.json").read_text())["config"] != asdict(config):
-            raise tg.UserError(f"{folder} is of other settings: choose another --out")
+            raise tg.UserError(f"{folder} has other settings. Choose another --out.")
         row |= json.loads(trained.read_text())
         tokens = len(tg.TokenStream(config.shards("train"), config.vocab_size))
         row["epochs"] = round(row["steps"] * config.train_batch_tokens / tokens, 2)
@@ -79,7 +80,7 @@ def run(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
 
     def cell(name: str, value: Any) -> str:
         if isinstance(value, float):
@@ -94,13 +95,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default="default,pr1019,pr549,pr398")
     parser.add_argument("--seeds", default="1", help="comma list")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of training a run, on the contest clock")
+    parser.add_argument("--seconds", type=float, default=120.0, help="contest clock of each run, s")
     parser.add_argument("--data", type=Path, help="folder of shards with tokenizer.model; default: data/demo")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="for every arm")
-    parser.add_argument("--set-train", action="append", default=[], metavar="NAME=VALUE", help="for the trainer alone")
-    parser.add_argument("--set-eval", action="append", default=[], metavar="NAME=VALUE", help="for the evaluator alone")
-    parser.add_argument("--nproc", type=int, default=1, help="processes of a run")
-    parser.add_argument("--quick", action="store_true", help="the smoke recipe, for its twenty steps")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of every arm")
+    parser.add_argument("--set-train", action="append", default=[], metavar="NAME=VALUE", help="trainer only")
+    parser.add_argument("--set-eval", action="append", default=[], metavar="NAME=VALUE", help="evaluator only")
+    parser.add_argument("--nproc", type=int, default=1, help="ranks per run")
+    parser.add_argument("--quick", action="store_true", help="smoke recipe, twenty steps")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench_quality")
     arguments = parser.parse_args()
     if not arguments.data:

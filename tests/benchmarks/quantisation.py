@@ -1,14 +1,14 @@
-"""Bytes against bits per byte: how much smaller do two-sided steps and a width-aware coder make the same weights?
+"""Benchmark quantization: bytes against bits per byte for our scales and coders and for published ones.
 
     python tests/benchmarks/quantisation.py --run runs/NAME --out runs/bench_quantisation   curves, table, plot
     python tests/benchmarks/quantisation.py --run runs/NAME --quick                         a minute: few points each
     python tests/benchmarks/quantisation.py --timing                                        27 M shapes, random weights
 
-Every pipeline rounds the weights of a run's final_model.pt at several finenesses; the gap is the bits per byte of what
-is read back from the bytes less those of the weights, on the same validation targets, in windows that do not overlap.
-The pipelines of the field have their own layout: codes in the order of the weights, float16 scales by row, the tables'
-projections as float16. Each point is kept under --out as it comes, and found there by a later call. Ends with a table,
-a plot (curves.png) and one line `BENCH {json}`.
+Every pipeline quantizes the weights of a run's final_model.pt at several scales. The gap is the bits per byte
+of the model read back from the bytes minus that of the float weights, on the same validation targets, with
+non-overlapping windows. The published pipelines keep their own layout: codes in weight order, float16 row
+scales, float16 projections of the tables. Points are stored under --out as they arrive and reused by later
+calls. Ends with a table, a plot (curves.png) and one line `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ REFERENCE_GAPS = (0.001, 0.002, 0.003, 0.004, 0.006)
 
 
 class Weights:
-    """A trained model, the statistics of its export, and what it scores."""
+    """A trained model, its export statistics, and its scores."""
 
     def __init__(self, run: Path, data: Path, targets: int):
         given = {name.upper(): str(int(v) if isinstance(v, bool) else v)
@@ -139,7 +139,7 @@ def with_fixed_scales(plans: dict[str, tg.Plan]) -> dict[str, tg.Plan]:
             for name, plan in plans.items()}  # fmt: skip
 
 
-def rival_bytes(records: list[tg.Record], pack: Callable[[bytes], bytes]) -> int:
+def baseline_bytes(records: list[tg.Record], pack: Callable[[bytes], bytes]) -> int:
     """Bytes of codes in the order of the weights, and of their float16 scales and all other tensors, packed apart."""
     codes = b"".join(r.codes.numpy().tobytes() for r in records if r.row_steps is not None)
     steps = [
@@ -151,7 +151,7 @@ def rival_bytes(records: list[tg.Record], pack: Callable[[bytes], bytes]) -> int
 
 
 def point(weights: Weights, pipeline: Pipeline, value: float, base: float) -> dict[str, float]:
-    """Bytes and gap of a pipeline at one value of what it varies."""
+    """Return bytes and gap of a pipeline at one value of its varied setting."""
     factor = value if pipeline.varied == "factor" else 1.0
     settings = {} if pipeline.varied == "factor" else {pipeline.varied: value}
     config = replace(weights.config, **{"quant_steps": "sigmas", **pipeline.settings, **settings})
@@ -168,28 +168,28 @@ def point(weights: Weights, pipeline: Pipeline, value: float, base: float) -> di
             path.write_bytes(tg.encode_artifact(config, records, "0" * 64))
             size, state = path.stat().st_size, tg.read_artifact(path).state
     else:
-        size, state = rival_bytes(records, pipeline.pack), {r.name: tg.dequantize(r) for r in records}
+        size, state = baseline_bytes(records, pipeline.pack), {r.name: tg.dequantize(r) for r in records}
     seconds = time.perf_counter() - began
     return dict(value=value, bytes=size, gap=weights.bpb(state) - base, seconds=seconds)
 
 
 def bytes_at(points: list[dict[str, float]], gap: float) -> float:
-    """Bytes of a curve at a gap, between its points in the logarithms of both; nan where the curve does not reach."""
+    """Return a curve's bytes at a gap by log-log interpolation; nan outside the curve."""
     usable = sorted((math.log(max(p["gap"], 1e-6)), math.log(p["bytes"])) for p in points)
     x, y = (np.array(column) for column in zip(*usable, strict=True))
-    hull = np.minimum.accumulate(y)  # of two points the one that is smaller and better
+    hull = np.minimum.accumulate(y)  # ignore points that are larger and worse
     return math.exp(np.interp(math.log(gap), x, hull)) if x[0] <= math.log(gap) <= x[-1] else math.nan
 
 
-def is_rival(name: str) -> bool:
-    """Whether a pipeline is one of the field's."""
+def is_published(name: str) -> bool:
+    """Return whether a pipeline is a published one."""
     return PIPELINES[name].pack is not None and PIPELINES[name].settings.get("quant_steps") != "two_sided"
 
 
 def table(curves: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, dict[str, float]]]:
-    """Markdown: bytes of every pipeline at the reference gaps, and relative to the best of the field's."""
+    """Return Markdown: bytes of every pipeline at the reference gaps, relative to the best published one."""
     sizes = {name: {gap: bytes_at(points, gap) for gap in REFERENCE_GAPS} for name, points in curves.items()}
-    best = {gap: min((sizes[name][gap] for name in sizes if is_rival(name) and not math.isnan(sizes[name][gap])),
+    best = {gap: min((sizes[name][gap] for name in sizes if is_published(name) and not math.isnan(sizes[name][gap])),
                      default=math.nan) for gap in REFERENCE_GAPS}  # fmt: skip
     lines = ["| pipeline | " + " | ".join(f"gap {gap} bpb" for gap in REFERENCE_GAPS) + " |",
              "|---|" + "---:|" * len(REFERENCE_GAPS)]  # fmt: skip
@@ -204,7 +204,7 @@ def table(curves: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, dic
 
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Every curve, the field's dashed."""
+    """Plot every curve, the published ones dashed."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -213,14 +213,14 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         points = sorted(points, key=lambda p: p["bytes"])
         style = "-o" if PIPELINES[name].ours else "--s" if PIPELINES[name].pack else ":"
         axis.plot([p["bytes"] for p in points], [max(p["gap"], 1e-5) for p in points], style, label=name, markersize=3)
-    axis.set(xlabel="bytes", ylabel="gap, bits per byte", yscale="log", title="what is read back less the weights")
+    axis.set(xlabel="bytes", ylabel="gap, bits per byte", yscale="log", title="quantized model minus float weights")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
 def curves_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every point that --out lacks, then table, plot and result."""
+    """Compute the points missing from --out, then write table, plot and result."""
     weights = Weights(arguments.run, arguments.data, arguments.targets)
     path = arguments.out / "points.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
@@ -245,12 +245,12 @@ def curves_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Seconds
+# Timing
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def plain_loop(W: Tensor, U: Tensor, order: Tensor, step: Tensor, levels: int, block: int = 128) -> Tensor:
-    """GPTQ of one matrix (out, in) as the sources write it: a block's columns one by one, then the rest."""
+    """Run GPTQ on one matrix (out, in) as in the published code: a block column by column, then the rest."""
     W, codes = W[:, order], torch.zeros_like(W)
     for start in range(0, W.size(1), block):
         end = min(start + block, W.size(1))
@@ -266,7 +266,7 @@ def plain_loop(W: Tensor, U: Tensor, order: Tensor, step: Tensor, levels: int, b
 
 
 def timed(work: Callable[[], Any], turns: int = 3) -> tuple[float, Any]:
-    """The least seconds of some turns, and what the last one returned."""
+    """Return the minimum seconds over `turns` runs, and the last result."""
     seconds = []
     for _ in range(turns):
         began = time.perf_counter()
@@ -276,7 +276,7 @@ def timed(work: Callable[[], Any], turns: int = 3) -> tuple[float, Any]:
 
 
 def random_problem(config: tg.Config) -> tuple[dict[str, Tensor], tg.Statistics]:
-    """Gaussian weights of a configuration's shapes, Hessians of correlated inputs, gradients over three octaves."""
+    """Return Gaussian weights, Hessians of correlated inputs, gradients over three octaves."""
     generator = torch.Generator().manual_seed(0)
     model = tg.GPT(config)
     state = {name: torch.randn(p.shape, generator=generator) * 0.15 for name, p in model.state_dict().items()}
@@ -343,7 +343,7 @@ def timing(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def full_prefix(model: tg.GPT, rows: int, length: int, temperature: float = 0.8) -> Tensor:
-    """Text by the model, all of the prefix anew for each token, as the sources write it."""
+    """Generate text, recomputing the whole prefix for each token, as in the published code."""
     ids, generator = torch.full((rows, 1), tg.BOS_ID), torch.Generator().manual_seed(0)
     for _ in range(length - 1):
         shares = (model(ids)[:, -1] / temperature).softmax(-1)
@@ -353,13 +353,13 @@ def full_prefix(model: tg.GPT, rows: int, length: int, temperature: float = 0.8)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="folder of a finished run: config.json, final_model.pt")
+    parser.add_argument("--run", type=Path, help="finished run folder: config.json, final_model.pt")
     parser.add_argument("--data", type=Path, default=ROOT / "data/demo", help="shards and tokenizer of the run")
-    parser.add_argument("--targets", type=int, default=150_000, help="validation targets, at most")
+    parser.add_argument("--targets", type=int, default=150_000, help="maximum number of validation targets")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_quantisation"))
-    parser.add_argument("--only", nargs="+", help="pipelines whose names contain one of these")
+    parser.add_argument("--only", nargs="+", help="run only pipelines whose names contain one of these")
     parser.add_argument("--quick", action="store_true", help="fewer points")
-    parser.add_argument("--timing", action="store_true", help="seconds instead of curves")
+    parser.add_argument("--timing", action="store_true", help="measure times instead of curves")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = timing(arguments) if arguments.timing else curves_of(arguments)

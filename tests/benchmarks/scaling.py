@@ -1,21 +1,22 @@
-"""Several processes, the bytes between them, the loader, and a long run.
+"""Benchmark several ranks: throughput, communication, data loading, and a long run.
 
     python tests/benchmarks/scaling.py --out runs/bench_scaling   about five minutes on 2 cores
     python tests/benchmarks/scaling.py --quick                    about a minute
-    python tests/benchmarks/scaling.py --soak                     2,000 steps of a tiny model; exit code 1: not flat
+    python tests/benchmarks/scaling.py --soak                     2,000 steps of a toy model; exit code 1: memory grew
 
-Scaling: tokens a second of train_gpt.py on one and on two processes of one thread each, in turn: the same step cut in
-two (strong), and a step twice as large (weak). Beside them two processes that know nothing of each other: what they
-reach together is what the machine has for two. Efficiency is against one process, and against those.
+Scaling: tokens per second of train_gpt.py on one and on two ranks with one thread each, alternating: the same
+batch split in two (strong), and a batch twice as large (weak). Two independent processes show what the
+machine can reach for two. Efficiency is relative to one process and to those two.
 
-Bytes: what a rank sends in a step. `counted` is what the collectives of a real step are given, as a ring sends it: of
-N bytes (W - 1) / W for a reduce-scatter or an all-gather, twice that for an all-reduce. `bound` is 2 (W - 1) / W of all
-gradients, counted from the shapes of the model. `loopback` is what the kernel counted on `lo` (/proc/net/dev) while the
-steps ran on gloo, less what it counts in as many seconds without; gloo's reduce-scatter is an all-reduce, and it keeps
-only a part. For pr1019 on GPUs, whose updates are gathered in bfloat16, there is `counted` alone.
+Bytes: bytes that a rank sends per step. `counted` is the input of the collectives of a real step, as a ring
+sends it: of N bytes (W - 1) / W for a reduce-scatter or an all-gather, twice that for an all-reduce. `bound`
+is 2 (W - 1) / W of all gradients, counted from the shapes of the model. `loopback` is the kernel's count on
+`lo` (/proc/net/dev) while the steps ran on gloo, minus its count in the same time without them; gloo
+implements reduce-scatter as an all-reduce of which it keeps a part. For pr1019 on GPUs, where updates are
+gathered in bfloat16, only `counted` is given.
 
-Loader: tokens a second of this rank's batches of pr1019 on eight ranks, on one core, from random shards in the page
-cache, in the order of the text and shuffled, against the 2 million that an H100 eats.
+Loader: tokens per second of one rank's batches of pr1019 on eight ranks, on one core, from random shards in
+the page cache, sequential and shuffled, against the 2 million per second that an H100 consumes.
 
 Ends with one line `BENCH {json}`.
 """
@@ -53,12 +54,12 @@ import train_gpt as tg  # noqa: E402
 
 DATA = {"DATA_PATH": str(ROOT / "data/demo"), "TOKENIZER_PATH": str(ROOT / "data/demo/tokenizer.model")}
 DEMO = {"RECIPE": str(ROOT / "records/recipes/demo.env"), **DATA}
-LEAN = dict(  # a run that does little besides its steps
+LEAN = dict(  # a run that does little apart from its steps
     MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY="1", WARMUP_STEPS="0", GPTQ_CALIB_BATCHES="0",
     QUANT_STEPS="sigmas", EVAL_STRIDE="256", DEVICE="cpu", EMA_ENABLED="0",
 )  # fmt: skip
-NEEDED = 2_000_000  # tokens a second of a rank
-SETTLED = 4  # first step that is timed
+NEEDED = 2_000_000  # tokens per second and rank
+SETTLED = 4  # first timed step
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -66,13 +67,13 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without settings, for one thread."""
+    """Return the environment without settings, with one thread."""
     names = {field.upper() for field in tg.Config.__dataclass_fields__}
     return {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"} | {"OMP_NUM_THREADS": "1"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Tokens a second
+# Throughput
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -86,14 +87,14 @@ def start_run(work: Path, settings: dict[str, str], processes: int) -> subproces
 
 
 def speed(work: Path, batch: int) -> float:
-    """Tokens a second of a run that is over, from the median step."""
+    """Return the tokens per second of a finished run, from its median step."""
     rows = [json.loads(line) for line in (work / "runs/run/metrics.jsonl").read_text().splitlines()]
     times = np.diff([row["seconds"] for row in rows if row["step"] >= SETTLED])
     return batch / float(np.median(times))
 
 
 def scaling(quick: bool, work: Path) -> dict[str, Any]:
-    """Medians over rounds; in each round every arm once, forth and back."""
+    """Return medians over rounds; each round runs every arm once, in alternating order."""
     batch, rounds, steps = 8192, 1 if quick else 3, 12 if quick else 24
     shard = work / "val.bin"
     write_shard(shard, np.random.default_rng(0).integers(2, 1000, 600))
@@ -130,12 +131,12 @@ def scaling(quick: bool, work: Path) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Bytes a step
+# Bytes per step
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def loopback_bytes() -> int | None:
-    """Bytes sent over `lo` by this machine so far; None where the kernel does not say."""
+    """Return the bytes sent over `lo` by this machine so far, or None if the kernel does not report them."""
     try:
         found = re.search(r"^\s*lo:(.*)$", Path("/proc/net/dev").read_text(), re.M)
     except OSError:
@@ -145,12 +146,12 @@ def loopback_bytes() -> int | None:
 
 @contextmanager
 def counted(sent: dict[str, float]):
-    """Add what a ring sends for each collective to SENT, by the names under which torch.distributed has them."""
+    """Add the bytes that a ring sends for each collective to `sent`, by torch.distributed name."""
 
     def size(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.element_size()
 
-    rules = {  # name -> (share of the ring, whose size is that of the whole)
+    rules = {  # name -> (multiple of (W - 1) / W, bytes of the full tensor)
         "all_reduce": (2, lambda args: size(args[0])),
         "reduce_scatter_tensor": (1, lambda args: size(args[1])),
         "reduce_scatter_single": (1, lambda args: size(args[1])),
@@ -179,7 +180,7 @@ def counted(sent: dict[str, float]):
 
 
 def step_maker(config: tg.Config):
-    """A function that takes a step on this rank's random rows."""
+    """Return a function that takes a step on random sequences of this rank."""
     model = tg.GPT(config).init_weights(0)
     optimizers, generator = tg.make_optimizers(model, config), torch.Generator().manual_seed(tg.rank())
 
@@ -218,7 +219,7 @@ def bytes_of_a_rank(rank: int, ranks: int, steps: int, config: tg.Config, out: s
 
 
 def gradient_bytes(config: tg.Config) -> tuple[int, int]:
-    """Bytes of all gradients, and of those of the banks alone, in float32."""
+    """Return the bytes of all gradients and of the banks' gradients in float32."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in tg.GPT(config).named_parameters()}
     sizes = {name: 4 * shape.numel() for name, shape in shapes.items()}
@@ -226,9 +227,9 @@ def gradient_bytes(config: tg.Config) -> tuple[int, int]:
 
 
 def by_the_shapes(config: tg.Config, ranks: int, update_bytes: int) -> float:
-    """What a ring sends a rank and step where banks are padded to a multiple of the ranks and scattered by rows.
+    """Return the bytes that a ring sends per rank and step, with padded banks sharded by row.
 
-    Gradients have four bytes a number, updates UPDATE_BYTES.
+    Gradients have four bytes per number, updates `update_bytes`.
     """
     whole, _ = gradient_bytes(config)
     with torch.device("meta"):
@@ -241,7 +242,7 @@ def by_the_shapes(config: tg.Config, ranks: int, update_bytes: int) -> float:
 def communication(quick: bool, work: Path) -> dict[str, Any]:
     config, _, _ = tg.load_config({**DEMO, "DEVICE": "cpu", "TRAIN_SEQ_LEN": "16", "GRAD_ACCUM_TOTAL": "1"})
     whole, banks = gradient_bytes(config)
-    print(f"\ndemo: {whole / 1e6:.2f} MB of gradients, {banks / 1e6:.2f} of them banks; MB sent a rank and step")
+    print(f"\ndemo: {whole / 1e6:.2f} MB of gradients, {banks / 1e6:.2f} of them banks; MB sent per rank and step")
     print(f"{'ranks':>5} {'bound':>8} {'shapes':>8} {'counted':>8} {'loopback':>9} {'of bound':>9}")
     table = []
     for ranks in (1, 2, 4, 8):
@@ -264,7 +265,7 @@ def communication(quick: bool, work: Path) -> dict[str, Any]:
     for ranks in (1, 2, 4, 8):
         row = dict(ranks=ranks, all_reduce=2 * (ranks - 1) / ranks * whole, shapes=by_the_shapes(large, ranks, 2))
         counts.append(row)
-        print(f"{ranks:>5} all-reduce of everything {row['all_reduce'] / 1e6:>7.1f}, banks by rows "
+        print(f"{ranks:>5} all-reduce of everything {row['all_reduce'] / 1e6:>7.1f}, banks sharded by row "
               f"{row['shapes'] / 1e6:>7.1f}")  # fmt: skip
     return dict(demo=table, pr1019=counts)
 
@@ -275,7 +276,7 @@ def communication(quick: bool, work: Path) -> dict[str, Any]:
 
 
 def loader(quick: bool, work: Path) -> dict[str, Any]:
-    """Tokens a second of step_batches in this thread, by the wall clock and by its own time on the core."""
+    """Return the tokens per second of step_batches in this thread, by wall clock and by CPU time."""
     seconds, ranks = 1.0 if quick else 5.0, 8
     for index in range(2 if quick else 10):
         write_shard(work / f"fineweb_train_{index:06d}.bin", np.random.default_rng(index).integers(2, 1000, 10_000_000))
@@ -286,12 +287,12 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
     kept, found = tg.world_size, {}
     tg.world_size = lambda: ranks
     tokens = config.train_batch_tokens // ranks
-    print(f"\nloader: {tokens:,} tokens of {config.train_seq_len} a rank and step, {len(stream):,} in all, on one core")
+    print(f"\nloader: {tokens:,} tokens of {config.train_seq_len} per rank and step, {len(stream):,} total, one core")
     try:
         for order in ("sequential", "shuffled"):
             run = SimpleNamespace(config=replace(config, data_order=order), train=stream, device=torch.device("cpu"))
             began, steps = time.perf_counter(), 1
-            tg.step_batches(run, 0)  # draws the order of the first epoch
+            tg.step_batches(run, 0)  # samples the order of the first epoch
             first, began, own = time.perf_counter() - began, time.perf_counter(), time.thread_time()
             while time.perf_counter() - began < seconds:
                 tg.step_batches(run, steps)
@@ -300,7 +301,7 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
             rates = dict(wall=(steps - 1) * tokens / wall, core=(steps - 1) * tokens / own, first_step_seconds=first)
             found[order] = rates
             wall, own = (rates[clock] / 1e6 for clock in ("wall", "core"))
-            print(f"{order:11} {wall:>8.1f} million tokens/s by wall clock, {own:.1f} by the core's own; "
+            print(f"{order:11} {wall:>8.1f} million tokens/s by wall clock, {own:.1f} by CPU time; "
                   f"{1e6 * wall / NEEDED:.0f} times the 2 million; first step {first:.3f} s")  # fmt: skip
     finally:
         tg.world_size = kept
@@ -310,20 +311,20 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A long run
+# Long run
 # ----------------------------------------------------------------------------------------------------------------------
 
-SOAK = dict(  # many epochs of a short text, a checkpoint and a validation every now and then
+SOAK = dict(  # many epochs of a short text with periodic checkpoints and validation
     RECIPE=str(ROOT / "records/recipes/smoke.env"), NUM_LAYERS="2", MODEL_DIM="32", ROPE_DIMS="8",
     BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8", VE_DIM="8", VE_LAYERS="1", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="128",
     GRAD_ACCUM_TOTAL="1", WARMUP_STEPS="1", WARMDOWN_ITERS="500", TRAIN_LOG_EVERY="10", VAL_LOSS_EVERY="500",
     CHECKPOINT_EVERY="100", GPTQ_CALIB_BATCHES="1", DATA_ORDER="shuffled", DEVICE="cpu", RUN_ID="run",
 )  # fmt: skip
-GROWTH = 1.0  # MiB that the memory may have grown by, from the second quarter of the run to the last
+GROWTH = 1.0  # MiB of allowed memory growth, from the second quarter of the run to the last
 
 
 def status_of(pid: int) -> tuple[float, int, int] | None:
-    """Resident MiB, open files, threads of a process; None where it is gone."""
+    """Return resident MiB, open files and threads of a process, or None if it is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
         files = len(os.listdir(f"/proc/{pid}/fd"))
@@ -333,10 +334,10 @@ def status_of(pid: int) -> tuple[float, int, int] | None:
 
 
 def soak(steps: int, work: Path) -> dict[str, Any]:
-    """Train for STEPS steps, sample memory, files and threads, and judge by the least of each quarter.
+    """Train for `steps` steps, sample memory, files and threads, and compare the minimum of each quarter.
 
-    What is held for a moment, to write a file or to score, does not show in it; what is never given back does. Large
-    blocks go back to the system when they are freed, so that the allocator's habits do not show either.
+    The minimum shows leaks but not memory held briefly to write a file or to score. Large blocks are returned
+    to the system when freed, so that allocator caching does not show either.
     """
     write_shard(work / "val.bin", np.random.default_rng(0).integers(2, 1000, 500))
     write_shard(work / "train.bin", np.random.default_rng(1).integers(2, 1000, 20_000))
@@ -367,7 +368,7 @@ def soak(steps: int, work: Path) -> dict[str, Any]:
         raise RuntimeError((work / "output.txt").read_text())
     quarters = [[s for s in samples if low * steps < 4 * s[0] <= (low + 1) * steps] for low in range(4)]
     if not all(len(quarter) >= 5 for quarter in quarters):
-        raise RuntimeError(f"too few samples: {[len(quarter) for quarter in quarters]}")
+        raise RuntimeError(f"too few samples per quarter: {[len(quarter) for quarter in quarters]}")
     print(f"\nsoak: {steps} steps in {time.perf_counter() - began:.0f} s, {len(samples)} samples")
     table = [{name: min(s[n] for s in q) for n, name in enumerate(("memory", "files", "threads"), 1)} for q in quarters]
     for number, row in enumerate(table, 1):
@@ -375,7 +376,7 @@ def soak(steps: int, work: Path) -> dict[str, Any]:
     grown = table[3]["memory"] - table[1]["memory"]
     same = all(table[3][what] <= max(table[0][what], table[1][what]) for what in ("files", "threads"))
     flat = grown <= GROWTH and same
-    print(f"memory grew by {grown:.2f} MiB from the second quarter to the last, {GROWTH} are allowed; "
+    print(f"memory growth from the second quarter to the last: {grown:.2f} MiB, limit {GROWTH}: "
           f"{'flat' if flat else 'NOT FLAT'}")  # fmt: skip
     return dict(steps=steps, quarters=table, grown_mib=grown, allowed_mib=GROWTH, flat=flat)
 
@@ -383,10 +384,10 @@ def soak(steps: int, work: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one round of everything, about a minute")
-    parser.add_argument("--out", type=Path, help="folder for scaling.json; default: none is written")
-    parser.add_argument("--soak", action="store_true", help="the long run alone")
-    parser.add_argument("--steps", type=int, default=2000, help="with --soak: how long")
-    parser.add_argument("--only", choices=("scaling", "bytes", "loader"), help="one part alone")
+    parser.add_argument("--out", type=Path, help="folder for scaling.json; default: not written")
+    parser.add_argument("--soak", action="store_true", help="only the long run")
+    parser.add_argument("--steps", type=int, default=2000, help="with --soak: number of steps")
+    parser.add_argument("--only", choices=("scaling", "bytes", "loader"), help="only one part")
     arguments = parser.parse_args()
     subprocess.run([sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr)
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""Evaluation by documents: what its plan computes, and what each form of the second moments scores.
+"""Measure per-document evaluation: the work in its plan, and the score of each form of second moments.
 
     python tests/benchmarks/slots.py --data DIR                    graphs, steps, padding of validation shards
-    python tests/benchmarks/slots.py --data DIR --resample 50000   of so many documents of these lengths, by rank
+    python tests/benchmarks/slots.py --data DIR --resample 50000   for 50000 documents with these lengths, by rank
     python tests/benchmarks/slots.py --data DIR --models A.ptz B.ptz --out FILE.jsonl      scores of artifacts, by form
 
-Settings are environment variables (RECIPE, TOKENIZER_PATH, TTT_SLOTS, TTT_GROUPS, TTT_CHUNK_SIZE, EVAL_SEQ_LEN).
-Counting computes nothing; padding is the tokens of all batches over those that their windows read. Scores are of the
-first --documents documents, a line of FILE each, written as it comes; a later call leaves out what is there. Ends with
-`BENCH {json}`.
+Settings are environment variables (RECIPE, TOKENIZER_PATH, TTT_SLOTS, TTT_GROUPS, TTT_CHUNK_SIZE,
+EVAL_SEQ_LEN). Counting runs no model; padding is the number of tokens in all batches divided by the tokens in
+their windows. Scores are for the first --documents documents; each is written to FILE as it arrives, and
+later calls skip existing lines. Ends with `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
-FORMS = {  # name: what the second moments of a document are of
+FORMS = {  # name: settings for the second moments of a document
     "own": dict(ttt_moments="own"),
     "prefix": dict(ttt_moments="prefix"),
     "shared": dict(ttt_moments="shared"),
@@ -40,7 +40,7 @@ FORMS = {  # name: what the second moments of a document are of
 
 
 def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[str, Any]:
-    """Documents, graphs, steps of the busiest rank, its batches, and padding of scoring and adaptation."""
+    """Count documents, graphs, steps and batches of the busiest rank, padding of scoring and adaptation."""
     plan, rows = ev.document_plan(tokens, config), min(tg.SLOT_ROWS, config.ttt_slots)
     width, steps, batches, shapes = config.ttt_context + config.piece_size, [0] * ranks, [0] * ranks, set()
     read, computed, learned, stepped = 0, 0, 0, 0
@@ -61,7 +61,7 @@ def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[st
 
 
 def resampled(tokens: np.ndarray, count: int) -> np.ndarray:
-    """As many documents, of lengths drawn from those of a text with a fixed seed; every other token is the same."""
+    """Return `count` documents with lengths sampled from a text's (fixed seed) and constant content."""
     begin, end = ev.documents(tokens)
     lengths = np.random.default_rng(0).choice(end - begin, count)
     text = np.full(int(lengths.sum()) + 1, tg.BOS_ID + 1, np.uint16)
@@ -70,7 +70,7 @@ def resampled(tokens: np.ndarray, count: int) -> np.ndarray:
 
 
 def score_forms(models: list[str], environ: Mapping[str, str], documents: int, out: Path) -> list[dict[str, Any]]:
-    """Adapted bpb of each artifact by each of FORMS, and that of the same plan without adaptation."""
+    """Score each artifact with each of FORMS, and with the same windows without adaptation."""
     found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["sha256"], row["form"], row["documents"]) for row in found}
     for path in models:
@@ -97,11 +97,11 @@ def score_forms(models: list[str], environ: Mapping[str, str], documents: int, o
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the validation shards")
-    parser.add_argument("--resample", type=int, default=0, help="documents; 0: the text as it is")
+    parser.add_argument("--resample", type=int, default=0, help="number of documents; 0: the text itself")
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--models", nargs="*", default=[], help="artifacts to score")
     parser.add_argument("--documents", type=int, default=0, help="first documents to score; 0: all")
-    parser.add_argument("--out", type=Path, default=Path("slots.jsonl"), help="the scores, one line each")
+    parser.add_argument("--out", type=Path, default=Path("slots.jsonl"), help="file of scores, one per line")
     arguments = parser.parse_args()
     environ = {**os.environ, "TTT_MODE": "doc_banks", "DATA_PATH": arguments.data}
     if arguments.models:

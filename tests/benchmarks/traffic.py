@@ -1,16 +1,17 @@
-"""What the compiled training loss moves through memory on a GPU, kernel by kernel, counted without a GPU.
+"""Count the GPU memory traffic of the compiled training loss, kernel by kernel, without a GPU.
 
-    python tests/benchmarks/traffic.py                             pr1019, one micro-batch of 48 rows, half a minute
-    python tests/benchmarks/traffic.py --recipe FILE --kernels 40  another recipe, and its 40 largest kernels
-    python tests/benchmarks/traffic.py --quick                     four layers of it
+    python tests/benchmarks/traffic.py                             pr1019, micro-batch of 48 sequences, 30 s
+    python tests/benchmarks/traffic.py --recipe FILE --kernels 40  another recipe, with its 40 largest kernels
+    python tests/benchmarks/traffic.py --quick                     four layers
 
-torch.compile is led to believe that a Hopper GPU is there, up to the point where it has decided what becomes one
-kernel; nothing is generated or run, and Triton is not needed. Of each kernel the addresses are counted that it reads
-and writes, each once. Passes are over an activation (B, T, d) in bfloat16. Attention is one opaque kernel each way.
+torch.compile runs as if a Hopper GPU were present, up to the point where it has decided on the kernels; no
+code is generated or run, and Triton is not needed. For each kernel the addresses that it reads and writes are
+counted, each once. One pass is one activation (B, T, d) in bfloat16. Attention is one opaque kernel forward
+and one backward.
 
-The time at memory's rate is a prediction, for pointwise kernels, normalisations and reductions; matrix products and
-attention overlap theirs with arithmetic. It rests on the internals of torch 2.13 and says so where they are others.
-The last line is `BENCH {json}`.
+The time at memory bandwidth is a prediction for pointwise kernels, normalizations and reductions; matrix
+products and attention overlap their traffic with arithmetic. It relies on the internals of torch 2.13 and
+warns on other versions. The last line is `BENCH {json}`.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 
-MEMORY_BYTES = {"H100": 2.9e12, "H200": 4.4e12}  # a second: what a copy reaches
-SAMPLE = 1 << 17  # points of a kernel's index space that are looked at
+MEMORY_BYTES = {"H100": 2.9e12, "H200": 4.4e12}  # per second, as reached by a copy
+SAMPLE = 1 << 17  # evaluated points of a kernel's index space
 CUDA = torch.device("cuda", 0)
 HOPPER = SimpleNamespace(
     name="Hopper", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536, warp_size=32,
@@ -60,7 +61,7 @@ HOPPER = SimpleNamespace(
 
 @dataclass
 class Kernel:
-    """One kernel: what runs it, the buffers it touches in bytes, and the operators it came from."""
+    """One kernel: its kind, the bytes of the buffers it touches, and the operators it came from."""
 
     kind: str  # product, attention, fused
     read: int
@@ -73,18 +74,18 @@ class Kernel:
 
 
 class Graph(list):
-    """The kernels of a graph in their order. peak: the most bytes that its buffers and saved tensors take at once."""
+    """The kernels of a graph in order; `peak` is the peak bytes of its buffers and saved tensors."""
 
     peak = 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A GPU that is not there
+# Simulated GPU
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def on_gpu(value: Any) -> Any:
-    """A fake tensor of the CPU as one of the GPU."""
+    """Return a fake CPU tensor as a fake GPU tensor."""
     if not isinstance(value, FakeTensor):
         return value
     shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
@@ -92,7 +93,7 @@ def on_gpu(value: Any) -> Any:
 
 
 def move_graph(module: torch.fx.GraphModule) -> None:
-    """Let all of a traced graph be on the GPU."""
+    """Move a traced graph to the simulated GPU."""
     for node in module.graph.nodes:
         if "val" in node.meta:
             node.meta["val"] = tree_map(on_gpu, node.meta["val"])
@@ -104,7 +105,7 @@ def move_graph(module: torch.fx.GraphModule) -> None:
 
 @contextlib.contextmanager
 def imagined_gpu(graphs: list[list[Kernel]]) -> Iterator[None]:
-    """Inside, what is compiled is planned for a GPU, its kernels are added to GRAPHS, and the CPU's graph is run."""
+    """Plan compiled code for a GPU, append its kernels to `graphs`, and run the CPU graph instead."""
     make, run, original = GraphLowering.__init__, GraphLowering.run, {}
 
     def init(lowering: GraphLowering, gm: torch.fx.GraphModule, example_inputs: Any = None, **kwargs: Any) -> None:
@@ -167,7 +168,7 @@ INDEXING = {"ModularIndexing": lambda x, by, modulus: x // by % modulus, "FloorD
 
 
 def addresses(index: sympy.Expr, ranges: dict[sympy.Symbol, int]) -> tuple[np.ndarray, float]:
-    """Elements that INDEX takes over RANGES, or over a part of the longest; and how much longer the whole is."""
+    """Return the values of `index` over `ranges`, or over part of the longest range, and the scale factor."""
     used = {var: int(size) for var, size in ranges.items() if var in index.free_symbols}
     if not used:
         return np.zeros(1, np.int64), 1.0
@@ -181,21 +182,21 @@ def addresses(index: sympy.Expr, ranges: dict[sympy.Symbol, int]) -> tuple[np.nd
 
 
 def touched(lowering: GraphLowering, name: str, deps: list[Dep]) -> int:
-    """Bytes of buffer NAME that these accesses touch, each element once."""
-    if not any(lowering.get_dep_size_hint(dep) for dep in deps):  # what holds the outputs of a kernel
+    """Return the bytes of a buffer that these accesses touch, each element once."""
+    if not any(lowering.get_dep_size_hint(dep) for dep in deps):  # container of a kernel's outputs
         return 0
     total: float = lowering.get_numel(name)
     if all(isinstance(dep, MemoryDep) and dep.index.free_symbols <= set(dep.ranges) for dep in deps):
         found = [addresses(dep.index, dep.ranges) for dep in deps]
         together = len(np.unique(np.concatenate([values for values, _ in found])))
         total = min(total, together * max(factor for _, factor in found))
-    else:  # a kernel that is not torch's own, or rows that the data choose
+    else:  # an external kernel, or data-dependent rows
         total = min(total, max(lowering.get_dep_size_hint(dep, count_bytes=False) for dep in deps))
     return int(total * lowering.get_dtype(name).itemsize)
 
 
 def count_kernels(lowering: GraphLowering) -> list[Kernel]:
-    """The kernels that the scheduler has made, in their order."""
+    """Return the scheduler's kernels in order."""
     kernels, outputs = [], set(lowering.get_output_names())
     for node in lowering.scheduler.nodes:
         members = {part.get_name() for part in node.get_nodes()} | {node.get_name()}
@@ -223,7 +224,7 @@ def count_kernels(lowering: GraphLowering) -> list[Kernel]:
 
 
 def peak_bytes(lowering: GraphLowering) -> int:
-    """Peak bytes of a planned graph by the compiler's own account: its buffers, and what a backward pass was given."""
+    """Return the compiler's estimate of peak bytes: buffers, and the tensors saved for the backward pass."""
     plan, inputs = lowering.scheduler, OrderedSet(lowering.graph_inputs)
     freeable = memory.get_freeable_input_buf(plan.nodes, inputs)
     memory.assign_memory_planning_info_for_scheduler_buffers(plan.nodes, plan.name_to_buf)
@@ -263,12 +264,12 @@ attention.register_autograd(
 
 
 def opaque(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Attention as one kernel that nothing is known of."""
+    """Attention as one opaque kernel."""
     return attention(q, k, v)[0]
 
 
 def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
-    """The kernels of a micro-batch of ROWS rows, forward and backward."""
+    """Return the kernels of a micro-batch of `rows` sequences, forward and backward."""
     graphs: list[list[Kernel]] = []
     with imagined_gpu(graphs), FakeTensorMode():
         model = tg.GPT(config, torch.bfloat16, opaque, np.zeros(config.vocab_size, bool))
@@ -286,7 +287,7 @@ def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
 
 
 def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> dict[str, Any]:
-    """Kernels and passes by direction and kind, and what a step's fused kernels take at memory's rate."""
+    """Return kernels and passes by direction and kind, and the fused kernels' time at memory bandwidth."""
     tokens = rows * config.train_seq_len
     one_pass, steps = 2 * tokens * config.model_dim, config.train_batch_tokens / tokens
     table = {}
@@ -307,13 +308,13 @@ def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> d
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default=str(ROOT / "records/recipes/pr1019.env"))
-    parser.add_argument("--rows", type=int, default=48, help="of a micro-batch")
-    parser.add_argument("--kernels", type=int, default=0, help="how many of the largest fused kernels to print")
+    parser.add_argument("--rows", type=int, default=48, help="sequences per micro-batch")
+    parser.add_argument("--kernels", type=int, default=0, help="number of largest fused kernels to print")
     parser.add_argument("--quick", action="store_true", help="four layers")
     parser.add_argument("--out", type=Path, help="folder for traffic.json")
     arguments = parser.parse_args()
     if not torch.__version__.startswith("2.13."):
-        print(f"note: written for torch 2.13, this is {torch.__version__}", file=sys.stderr)
+        print(f"warning: written for torch 2.13, running {torch.__version__}", file=sys.stderr)
     shorter = {"NUM_LAYERS": "4", "VE_LAYERS": "2,3"} if arguments.quick else {}
     config, _, _ = tg.load_config({"RECIPE": arguments.recipe, **shorter})
     counted = count(config, arguments.rows)
@@ -322,9 +323,9 @@ def main() -> int:
     one_pass = 2 * arguments.rows * config.train_seq_len * config.model_dim
     for name, row in report["kinds"].items():
         print(f"{name:22} {row['kernels']:4} kernels, {row['small']:3} of them small {row['passes']:7.1f} passes")
-    print(f"peak memory beside weights: {report['peak_gib']} GiB")
-    print(f"fused: {report['fused_passes_a_layer']} passes a layer, {report['fused_gb_a_step']} GB a step, ms at "
-          f"memory's rate: {report['fused_ms_a_step']}")  # fmt: skip
+    print(f"peak memory without weights: {report['peak_gib']} GiB")
+    print(f"fused: {report['fused_passes_a_layer']} passes per layer, {report['fused_gb_a_step']} GB per step, ms at "
+          f"memory bandwidth: {report['fused_ms_a_step']}")  # fmt: skip
     for direction, kernels in counted.items():
         fused = [(kernel.moved, number, kernel) for number, kernel in enumerate(kernels) if kernel.kind == "fused"]
         for _, number, kernel in sorted(fused, key=lambda row: -row[0])[: arguments.kernels]:

@@ -1,26 +1,26 @@
-"""Does what the model adds pay for itself? The demo recipe against plain transformers, or lever by lever.
+"""Compare the demo recipe with plain transformers, or ablate its features one by one ("levers").
 
     python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 minutes on 2 cores
-    python tests/benchmarks/trainer.py --quick                      five seconds of training an arm, one seed
-    python tests/benchmarks/trainer.py --levers --out runs/levers   every lever alone, three seeds, hours
+    python tests/benchmarks/trainer.py --quick                      five seconds of training per arm, one seed
+    python tests/benchmarks/trainer.py --levers --out runs/levers   every lever separately, three seeds, hours
     python tests/benchmarks/trainer.py --levers --quick             four steps of a few levers, one seed
-    python tests/benchmarks/trainer.py --meta                       a meta-step of each kind against a plain step
+    python tests/benchmarks/trainer.py --meta                       time of each kind of meta-step and of a plain step
 
-Arms, each for the same time: `levers`, the demo recipe; `plain`, everything switched off and the MLP widened to as many
-parameters; `narrow`, everything switched off and the same block matrices. Same optimizers, data, export and scoring;
-then eval_ttt.py adapts each artifact to each document. DIR/demo.json has all scores of every run, and bytes and nats of
-every document.
+Arms, trained for equal time: `levers`, the demo recipe; `plain`, all features off and the MLP widened to the
+same parameter count; `narrow`, all features off and the same block matrices. Optimizers, data, export and
+scoring are the same; then eval_ttt.py adapts each artifact per document. DIR/demo.json has all scores of
+every run, and bytes and nats of every document.
 
-With --levers, each arm is the recipe with one lever changed, trained for --steps steps and for as many as fit into the
-recipe's time for them. The time of a step is measured first, all arms in turn in one process, as CPU time of one
-thread. The scores come from whole runs of a given number of steps on one thread each: neither load nor --workers
-changes them.
+With --levers, each arm is the recipe with one lever changed, trained for --steps steps and for the number of
+steps that fit in the recipe's time. Step time is measured first, with all arms alternating in one process, as
+CPU time of one thread. Scores come from complete runs with a fixed number of steps on one thread each, so
+machine load and --workers do not change them.
 
-With --meta, each kind of step is timed by itself, in a process of its own for its peak memory, on the recipe's device;
-on a CPU as CPU time of one thread.
+With --meta, each kind of step is timed in its own process (for its peak memory) on the recipe's device; on a
+CPU as CPU time of one thread.
 
-Each run leaves its folder under --out; a finished one is not run again. Ends with a table and one line `BENCH {json}`;
---levers also writes timing_STEPS.json, levers.json and levers.md.
+Each run keeps its folder under --out; a finished run is not repeated. Ends with a table and one line `BENCH
+{json}`; --levers also writes timing_STEPS.json, levers.json and levers.md.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ PLAIN = {
     "MLP_LEAKY_SLOPE": "0",
     "LOGIT_SOFTCAP": "0",
 }
-SEEDS = (1337, 42, 2025)  # fixed before the recipe was tuned, on others
+SEEDS = (1337, 42, 2025)  # fixed in advance; the recipe was tuned on other seeds
 
 SWA = {"SWA_ENABLED": "1", "SWA_EVERY": "5", "SWA_THRESHOLD": "0.2"}
-LEVERS = {  # name -> what it changes in the recipe; first what the recipe lacks, then what it has
+LEVERS = {  # name -> changes to the recipe; first features that it lacks, then features that it has
     "relu2": {"MLP_LEAKY_SLOPE": "0"},
     "star_relu": {"STAR_RELU": "1", "MLP_LEAKY_SLOPE": "0"},
     "mlp_512": {"MLP_HIDDEN": "512"},
@@ -84,7 +84,7 @@ LEVERS = {  # name -> what it changes in the recipe; first what the recipe lacks
     "documents_apart": {"DOC_BORDERS": "attention"},
     "memory_tokens": {"NUM_MEMORY_TOKENS": "4"},
     "overtone": {"OVERTONE_INIT": "1"},
-    "recurrence": {"NUM_LAYERS": "2", "BLOCK_ORDER": "0,1,0,1", "VE_LAYERS": "1"},  # VE in two of four layers, as ever
+    "recurrence": {"NUM_LAYERS": "2", "BLOCK_ORDER": "0,1,0,1", "VE_LAYERS": "1"},  # VE in two of four layers
     "loop": {"BLOCK_ORDER": "0,1,2,1,2,3", "LOOP_START_FRAC": "0.35"},
     "mtp": {"MTP_NUM_HEADS": "1"},
     "zloss": {"ZLOSS_WEIGHT": "1e-4"},
@@ -107,15 +107,15 @@ LEVERS = {  # name -> what it changes in the recipe; first what the recipe lacks
     "full_rotary": {"ROPE_DIMS": "0"},
     "no_softcap": {"LOGIT_SOFTCAP": "0"},
     "qk_gain_1": {"QK_GAIN_INIT": "1"},
-    "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # the rate of the tied matrix for both
+    "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # LR of the tied matrix
 }
 DEPTHS = {
     f"depth_{L}": {"NUM_LAYERS": f"{L}", "XSA_LAST_N": f"{L}", "VE_LAYERS": f"{L - 2},{L - 1}"} for L in (10, 11, 13)
 }
 ARMS = {"recipe": {}, **LEVERS, **DEPTHS}
-COPIES = 4  # of the recipe in the timing: their mean is its time, their spread is the noise
+COPIES = 4  # timed copies of the recipe: their mean is its time, their spread is the noise
 QUICK = ("prune", "depth_10")
-# Other numbers in the same operations: the training step costs what it costs without them.
+# Settings that change values but no operation, so that a training step takes the same time.
 FREE = {
     "MLP_LEAKY_SLOPE",
     "PHASE_RESID_MIX",
@@ -143,7 +143,7 @@ def count_parameters(settings: dict[str, str]) -> int:
 
 
 def make_arms() -> dict[str, dict[str, str]]:
-    """The settings of each arm; MLP_MULT of the plain one is what comes nearest to the recipe's parameter count."""
+    """Return the settings of each arm; MLP_MULT of `plain` best matches the recipe's parameter count."""
     target = count_parameters(RECIPE)
     widths = [f"{tenth / 10}" for tenth in range(10, 200)]
     width = min(widths, key=lambda m: abs(count_parameters({**RECIPE, **PLAIN, "MLP_MULT": m}) - target))
@@ -151,9 +151,10 @@ def make_arms() -> dict[str, dict[str, str]]:
 
 
 def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: dict[str, str]) -> dict:
-    """The result of one run, trained and adapted now or found finished under OUT.
+    """Return the result of one run, trained and adapted now or found finished under `out`.
 
-    It has val_bpb_plan and val_bpb_ttt of the evaluator too, and `documents`: bytes, nats, nats adapted of each.
+    It includes val_bpb_plan and val_bpb_ttt of the evaluator, and `documents`: bytes, nats and adapted nats
+    of each.
     """
     folder = out / "runs" / f"{name}_seed{seed}"
     names = {field.upper() for field in train_gpt.Config.__dataclass_fields__}
@@ -163,7 +164,7 @@ def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: di
         if (folder / made).exists():
             continue
         if made == "result.json":
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
         print(f"{name} seed {seed}: {program} ...", file=sys.stderr, flush=True)
         with open(out / f"{folder.name}.txt", "a") as log:
             command = [sys.executable, str(ROOT / program)]
@@ -175,11 +176,11 @@ def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: di
 
 
 def compare_with_plain(quick: bool, out: Path) -> None:
-    """The three arms, each for MAX_WALLCLOCK_SECONDS."""
+    """Run the three arms, each for MAX_WALLCLOCK_SECONDS."""
     seeds, extra = (SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if quick else (SEEDS, {})
     arms, results = make_arms(), {}
     for turn, seed in enumerate(seeds):
-        for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:  # forth and back, so that a drifting machine is fair
+        for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:  # alternating order cancels drift
             results[name, seed] = run_arm(name, arms[name], seed, out, extra)
     print(f"{'arm':8} {'seed':>6}" + "".join(f"{column:>18}" for column, _ in COLUMNS))
     for (name, seed), result in sorted(results.items()):
@@ -200,20 +201,20 @@ def compare_with_plain(quick: bool, out: Path) -> None:
     print("BENCH " + json.dumps(report))
 
 
-# Lever by lever: the time of a step
+# Levers: step time
 
 
 class Kind(NamedTuple):
-    """What a training step does besides; steps of one kind cost the same."""
+    """The optional work of a training step; steps of one kind take the same time."""
 
-    looped: bool  # uses all of BLOCK_ORDER
-    rounded: bool  # on banks as the export would round them
+    looped: bool  # uses the whole BLOCK_ORDER
+    rounded: bool  # late QAT: quantized banks
     ema: bool  # updates the EMA
     snapshot: bool  # takes a snapshot for SWA
 
 
 def step_kinds(c: train_gpt.Config) -> dict[Kind, list[int]]:
-    """The steps of a run by kind, decided as train_gpt.train and WeightAverage do."""
+    """Return the steps of a run by kind, with the conditions of train_gpt.train and WeightAverage."""
     kinds: dict[Kind, list[int]] = {}
     for step in range(c.iterations):
         scale, (remaining, total) = train_gpt.lr_scale(c, step, 0.0, 0.0), train_gpt.run_length(c, step, 0.0, 0.0)
@@ -228,7 +229,7 @@ def step_kinds(c: train_gpt.Config) -> dict[Kind, list[int]]:
 
 
 class Stepper:
-    """An arm that trains for the timing only: steps of a run of STEPS steps, kind after kind instead of in order."""
+    """An arm that trains for timing only: the steps of a run, grouped by kind instead of in order."""
 
     def __init__(self, settings: dict[str, str], steps: int):
         fixed = {"ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0", "DEVICE": "cpu"}
@@ -243,7 +244,7 @@ class Stepper:
         self.seconds: dict[Kind, list[float]] = {kind: [] for kind in self.kinds}
 
     def step(self, kind: Kind, turn: int) -> float:
-        """CPU seconds of a step of KIND, with what train_gpt.train does around it; TURN chooses which."""
+        """Return the CPU seconds of a step of `kind` including its overhead; `turn` selects the step."""
         began, c = time.process_time(), self.config
         step = self.kinds[kind][turn % len(self.kinds[kind])]
         run = SimpleNamespace(config=c, train=self.stream, device=torch.device("cpu"))
@@ -256,14 +257,14 @@ class Stepper:
         return time.process_time() - began
 
     def visit(self, count: int) -> None:
-        """One round: of each kind a step that fills the caches, then COUNT that are timed, and their mean."""
+        """Run one round: per kind one warm-up step, then `count` timed steps; store their mean."""
         for kind, seconds in self.seconds.items():
             first = len(seconds) * (count + 1)
             self.step(kind, first)
             seconds.append(statistics.mean(self.step(kind, first + 1 + turn) for turn in range(count)))
 
     def ms(self) -> float:
-        """Milliseconds of the run's average step: of each kind the median over the rounds, times its share of steps."""
+        """Return the milliseconds of the run's average step: medians over rounds, weighted by kind."""
         total = sum(len(steps) * statistics.median(self.seconds[kind]) for kind, steps in self.kinds.items())
         return 1000 * total / self.config.iterations
 
@@ -273,15 +274,15 @@ def spell(settings: dict[str, str]) -> str:
 
 
 def costly(settings: dict[str, str]) -> dict[str, str]:
-    """What of SETTINGS changes the operations of a training step."""
+    """Return the settings that change the operations of a training step."""
     return {name: value for name, value in settings.items() if name not in FREE}
 
 
 def time_steps(arms: list[dict[str, str]], steps: int, rounds: int, count: int) -> list[float]:
-    """Milliseconds a step of each of ARMS in a run of STEPS.
+    """Return the milliseconds per step of each arm in a run of `steps` steps.
 
-    They are measured in turn, ROUNDS times COUNT steps, forth and back, so that a drifting machine is fair to all; on
-    one thread, since several wait for each other wherever something else runs.
+    Arms alternate over `rounds` rounds of `count` steps, in alternating order, so that machine drift affects
+    all equally; on one thread, because several threads would wait for each other under load.
     """
     torch.set_num_threads(1)
     steppers = [Stepper(settings, steps) for settings in arms]
@@ -295,11 +296,11 @@ def time_steps(arms: list[dict[str, str]], steps: int, rounds: int, count: int) 
 
 
 def get_timing(path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: int, count: int) -> dict[str, Any]:
-    """What PATH holds, with the arms it lacks measured now, beside the recipe and scaled by it; written back.
+    """Read the timing at `path`, measure missing arms relative to the recipe, and write it back.
 
-    Its `ms` has the milliseconds a step by the settings that cost something, the recipe's at "". Arms whose settings
-    are FREE have the recipe's own time, since what is measured between the two would be noise; `noise` is its standard
-    deviation, as a share, between copies of the recipe.
+    `ms` has the milliseconds per step, keyed by the settings that change the time, with the recipe at "".
+    Arms whose settings are all in FREE have the recipe's time, since any difference would be noise; `noise`
+    is the relative standard deviation between copies of the recipe.
     """
     kept = dict(run_steps=steps, rounds=rounds, steps_a_round=count, ms={})
     kept = json.loads(path.read_text()) if path.exists() else kept
@@ -315,7 +316,7 @@ def get_timing(path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: 
     return kept
 
 
-# Lever by lever: the scores
+# Levers: scores
 
 
 class Job(NamedTuple):
@@ -327,18 +328,18 @@ class Job(NamedTuple):
 
 
 def run_lever(job: Job, settings: dict[str, str], out: Path, extra: dict[str, str]) -> dict:
-    """The result of JOB, trained now or found; ValueError where what is found was trained with other settings."""
+    """Return the result of `job`, trained now or found; ValueError if the found run has other settings."""
     name, settings = f"{job.name}_{job.steps}", {**settings, "ITERATIONS": str(job.steps)}
     result = run_arm(name, settings, job.seed, out, extra)
     run_id = f"{name}_seed{job.seed}"
     given = json.loads((out / "runs" / run_id / "config.json").read_text())["given"]
     if given != train_gpt.load_config({**RECIPE, **settings, **extra, "SEED": str(job.seed), "RUN_ID": run_id})[1]:
-        raise ValueError(f"runs/{run_id} has other settings: remove it, or choose another --out")
+        raise ValueError(f"runs/{run_id} has other settings. Remove it or choose another --out.")
     return result
 
 
 def run_jobs(jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra: dict[str, str], workers: int) -> dict:
-    """The result of each job, WORKERS at a time. Where some fail, the others go on, and this ends the program."""
+    """Run the jobs, `workers` at a time, and return the results; on failures exit after the others finish."""
     pool = ThreadPoolExecutor(workers)
     try:
         pending = {job: pool.submit(run_lever, job, arms[job.name], out, extra) for job in jobs}
@@ -347,12 +348,12 @@ def run_jobs(jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra:
         pool.shutdown(cancel_futures=True)
     failed = [f"{job}: {future.exception()}" for job, future in pending.items() if future.exception()]
     if failed:
-        raise SystemExit("\n".join([f"some runs failed, see {out}/*.txt; the others are kept:", *failed]))
+        raise SystemExit("\n".join([f"some runs failed, see {out}/*.txt; the other results are kept:", *failed]))
     return {job: future.result() for job, future in pending.items()}
 
 
 def summarize(results: list[dict], base: list[dict]) -> dict[str, Any]:
-    """Means over the seeds, and the paired difference to BASE, the recipe's results in the same order of seeds."""
+    """Return means over seeds and the paired difference from `base`, the recipe's results in seed order."""
     keys = ("model_params", "bytes_model", "val_bpb_roundtrip", "val_bpb_sliding")
     summary = {key: statistics.mean(result[key] for result in results) for key in keys}
     pairs = zip(results, base, strict=True)
@@ -362,7 +363,7 @@ def summarize(results: list[dict], base: list[dict]) -> dict[str, Any]:
 
 
 def make_rows(arms: dict[str, dict[str, str]], results: dict[Job, dict], fitting: dict[str, int], timing: dict) -> list:
-    """One summary an arm, at equal steps and at equal time, sorted by the difference in sliding bpb at equal time."""
+    """Return one summary per arm at equal steps and equal time, sorted by sliding bpb at equal time."""
     steps, seeds = timing["run_steps"], list(dict.fromkeys(job.seed for job in results))
     base, rows = [results[Job("recipe", steps, seed)] for seed in seeds], []
     for name, settings in arms.items():
@@ -374,13 +375,13 @@ def make_rows(arms: dict[str, dict[str, str]], results: dict[Job, dict], fitting
 
 
 def scores(summary: dict[str, Any]) -> list[str]:
-    """The three cells of a table that say how good an arm is."""
+    """Return the three table cells with the scores of an arm."""
     difference = f"{summary['mean']:+.4f}" + (f" sd {summary['sd']:.4f}" if summary["n"] > 1 else "")
     return [f"{summary['val_bpb_roundtrip']:.4f}", f"{summary['val_bpb_sliding']:.4f}", difference]
 
 
 def table(rows: list[dict], steps: int) -> str:
-    """ROWS as Markdown, padded so that it can be read as it stands."""
+    """Return `rows` as a padded Markdown table."""
     header = ["arm", "ms/step", "parameters", "bytes", f"{steps} steps: bpb", "sliding", "difference"]
     header += ["equal time: steps", "bpb", "sliding", "difference", "settings"]
     lines = [header]
@@ -402,52 +403,54 @@ def table(rows: list[dict], steps: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-METHOD = """# Each lever alone, against the demo recipe
+METHOD = """# Each lever separately, against the demo recipe
 
 {date}, n = {n} (seeds {seeds}), torch {torch}, Python {python}.
 
-Every arm is `records/recipes/demo.env` with the settings of its last column, trained for {run_steps} steps, and for as
-many as fit into the recipe's time for {run_steps} (as many as the recipe's, where the time of a step differs by less
-than twice the noise). Scores are of the artifact on all of the validation text:
-non-overlapping windows of 256 tokens (bpb), and windows {stride} apart (sliding). The difference is the arm's sliding
-bpb less the recipe's in the same seed, mean and standard deviation over the seeds; below zero, the arm is better. Runs
-have one thread and a given number of steps, so that the machine's load changes no score.
+Every arm is `records/recipes/demo.env` with the settings in its last column, trained for {run_steps} steps,
+and for the number of steps that fit in the recipe's time for {run_steps} (the same number if the step time
+differs by less than twice the noise). Scores are those of the artifact on the whole validation text:
+non-overlapping windows of 256 tokens (bpb), and sliding windows with stride {stride} (sliding). The
+difference is the arm's sliding bpb minus the recipe's for the same seed, mean and standard deviation over
+seeds; below zero the arm is better. Runs use one thread and a fixed number of steps, so machine load changes
+no score.
 
-ms/step was measured in one process, all arms in turn, as CPU time of one thread: the median over {rounds} rounds of the
-mean of {steps_a_round} steps, after one that is not counted. Steps that do more than others (late rounding, a loop
-that has begun, updates of an average) are timed apart and count by their share of the run. Settings that change no
-operation have the recipe's time, the mean of {copies} copies of it, which differ by {noise:.1%} (standard deviation).
-Parameters are those that are exported; bytes are the artifact's after {run_steps} steps.
+ms/step was measured in one process with alternating arms, as CPU time of one thread: the median over {rounds}
+rounds of the mean of {steps_a_round} steps, after one warm-up step. Steps with extra work (late QAT, an
+active loop, updates of an average) are timed separately and weighted by their fraction of the run. Settings
+that change no operation have the recipe's time, the mean of {copies} copies of it, which differ by
+{noise:.1%} (standard deviation). Parameters are the exported ones; bytes are those of the artifact after
+{run_steps} steps.
 """
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for readers: how it was measured, the levers, the depths."""
+    """Return the report as Markdown: method, levers, depths."""
     timing, seeds, versions = report["timing"], report["seeds"], report["versions"]
     depths = [row for row in report["rows"] if row["arm"] in ("recipe", *DEPTHS)]
     levers = [row for row in report["rows"] if row["arm"] not in DEPTHS]
     steps = timing["run_steps"]
     shown = {**timing, **versions, "date": report["date"], "stride": report["stride"], "copies": COPIES}
     how = METHOD.format(n=len(seeds), seeds=", ".join(map(str, seeds)), **shown)
-    note = "\nThe runs are of more than one version of the code.\n" if len(report["sha256_code"]) > 1 else ""
+    note = "\nThe runs used more than one version of the code.\n" if len(report["sha256_code"]) > 1 else ""
     parts = [how + note, table(levers, steps), "\n## Depth, at the same width\n", table(depths, steps)]
     return "\n".join(parts) + "\n"
 
 
 def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
-    """Time the arms, run them, report: timing_STEPS.json, levers.json, levers.md, and the same on standard output."""
+    """Time the arms, run them, and write timing_STEPS.json, levers.json and levers.md; print the report."""
     only = arguments.only.split(",") if arguments.only else []
     if unknown := set(only) - set(ARMS):
-        raise SystemExit(f"--only: no such arms: {', '.join(sorted(unknown))}")
+        raise SystemExit(f"--only: unknown arms: {', '.join(sorted(unknown))}")
     for settings in ARMS.values():
-        train_gpt.load_config({**RECIPE, **settings})  # or a UserError, before hours of runs
+        train_gpt.load_config({**RECIPE, **settings})  # raises UserError before hours of runs
     only = only or (QUICK if arguments.quick else ARMS)
     arms = {name: ARMS[name] for name in ARMS if name == "recipe" or name in only}
     steps, seeds, rounds, count = (4, SEEDS[:1], 1, 1) if arguments.quick else (arguments.steps, SEEDS, 3, 3)
     timing = get_timing(out / f"timing_{steps}.json", arms, steps, rounds, count)
     base_ms = timing["ms"][""]
     ratio = {name: base_ms / timing["ms"][spell(costly(s))] for name, s in arms.items()}
-    resolved = {name: abs(r - 1) > 2 * timing["noise"] for name, r in ratio.items()}  # less is not known to be unequal
+    resolved = {name: abs(r - 1) > 2 * timing["noise"] for name, r in ratio.items()}  # else noise
     fitting = {name: max(1, round(steps * ratio[name])) if resolved[name] else steps for name in arms}
     jobs = [Job(name, n, seed) for seed in seeds for name in arms for n in dict.fromkeys((steps, fitting[name]))]
     stride = "256" if arguments.quick else "128"
@@ -474,7 +477,7 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
 # Meta-steps
 
 
-META_STEPS = {  # name -> what it changes in the recipe
+META_STEPS = {  # name -> changes to the recipe
     "plain": {},
     "fomaml, halves of rows": {"META_TTT_ENABLED": "1", "META_TTT_SPLIT": "cut"},
     "fomaml, rows, delta, Meta-SGD": {
@@ -487,7 +490,7 @@ META_STEPS = {  # name -> what it changes in the recipe
 
 
 def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
-    """One step of the kind that C trains with, on random tokens, FOMAML's with the plain step that it joins."""
+    """Return a step function of the config's kind on random tokens; for FOMAML including the plain step."""
     tg, generator = train_gpt, torch.Generator().manual_seed(0)
     kernel = tg.choose_attention(c.attention, device)[1]
     word_start = tg.load_byte_table(c.tokenizer_path, c.vocab_size).has_leading_space
@@ -523,7 +526,7 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
 
 
 def time_meta_step(settings: dict[str, str], count: int) -> dict[str, float]:
-    """Milliseconds of a step, the median of COUNT, and peak memory in MiB; this process does nothing else."""
+    """Return the median milliseconds over `count` steps, and peak memory in MiB of this dedicated process."""
     torch.set_num_threads(1)
     c, _, _ = train_gpt.load_config(settings)
     device = torch.device("cuda" if torch.cuda.is_available() and c.device != "cpu" else "cpu")
@@ -542,7 +545,7 @@ def time_meta_step(settings: dict[str, str], count: int) -> dict[str, float]:
 
 
 def compare_meta_steps(arguments: argparse.Namespace, out: Path) -> None:
-    """Each kind of step in a process of its own; a table, meta.json."""
+    """Time each kind of step in its own process; print a table and write meta.json."""
     recipe = {**RECIPE, **({"RECIPE": arguments.recipe} if arguments.recipe else {})}
     rows = {}
     for name, settings in META_STEPS.items():
@@ -566,14 +569,14 @@ def compare_meta_steps(arguments: argparse.Namespace, out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five seconds of training an arm, or four steps; one seed")
+    parser.add_argument("--quick", action="store_true", help="five seconds per arm, or four steps; one seed")
     parser.add_argument("--out", type=Path, help="folder for the runs; default: a temporary one")
-    parser.add_argument("--levers", action="store_true", help="every lever alone against the recipe")
+    parser.add_argument("--levers", action="store_true", help="ablate every lever separately")
     parser.add_argument("--steps", type=int, default=250, help="with --levers: steps of the recipe's runs")
-    parser.add_argument("--workers", type=int, default=2, help="with --levers: runs at a time, one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="with --levers: parallel runs, one thread each")
     parser.add_argument("--only", help="with --levers: comma list of the arms to run")
-    parser.add_argument("--meta", action="store_true", help="meta-steps against plain ones")
-    parser.add_argument("--recipe", help="with --meta: another recipe than the demo's")
+    parser.add_argument("--meta", action="store_true", help="time meta-steps and plain steps")
+    parser.add_argument("--recipe", help="with --meta: recipe; default: the demo recipe")
     parser.add_argument("--time-meta-step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.time_meta_step:
