@@ -1,7 +1,7 @@
-# make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit that.
-# make test: the tests, in WORKERS processes; make test-slow: the long ones, with real faults. make rehearse: the nine
-# minutes on a GPU (tests/benchmarks/gpu_minutes.py), tiny and on a CPU. All make .venv first. TORCH_INDEX=URL takes
-# torch from that index (a CPU one, say).
+# make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit it.
+# make test: the tests, in WORKERS processes. make test-slow: the long tests, including fault injection.
+# make rehearse: the nine-minute GPU measurement (tests/benchmarks/gpu_minutes.py), at toy size on a CPU.
+# All build .venv first. TORCH_INDEX=URL installs torch from that index, for example a CPU index.
 PYTHON ?= python3
 SEED ?= 1337
 WORKERS ?= 2

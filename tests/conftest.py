@@ -1,4 +1,4 @@
-"""Shared by all tests: the embedded corpus, environments for small runs, and a clean process afterwards."""
+"""Shared fixtures and helpers: the demo corpus, environments for small runs, cleanup of global state."""
 
 import fcntl
 import multiprocessing
@@ -14,40 +14,41 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).resolve().parent.parent
-# Files of more than 40 CPU seconds. They come first, so that in the end no worker of pytest-xdist waits for another.
+# Files that take more than 40 CPU seconds. They run first, so that at the end no pytest-xdist worker waits
+# for another.
 LONGEST = ("ranks", "graphs", "faults", "submit", "sweep", "audit", "coding", "slots", "training", "ttt_runs")
-torch.set_num_threads(1)  # a second thread only waits on matrices as small as the tests'
+torch.set_num_threads(1)  # a second thread does not help on matrices as small as in the tests
 
 
 def inherited() -> dict[str, str]:
-    """Return the environment variables that a program started by a test inherits: PYTHONPATH may hold packages."""
+    """Return the environment variables that programs started by a test inherit (PYTHONPATH may be needed)."""
     names = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def search_path(folder: Path) -> str:
-    """PYTHONPATH with `folder` before what stands there."""
+    """Return PYTHONPATH with `folder` prepended."""
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def run_ranks(function: Callable, arguments: tuple, count: int) -> None:
-    """Run function(rank, *arguments) in `count` processes, and wait for them.
+    """Run function(rank, *arguments) in `count` processes and wait for them.
 
-    They are forks of a server that has imported torch, once for all tests: an import takes 2 to 3 s. The server cannot
-    import the modules of this project: Python gives it no sys.path.
+    They are forked from a server that imports torch once for all tests, because an import takes 2 to 3 s. The
+    server cannot import this project's modules: Python gives it no sys.path.
     """
     multiprocessing.set_forkserver_preload(["torch._dynamo.testing", "pytest", "sentencepiece"])
     mp.start_processes(function, arguments, nprocs=count, start_method="forkserver")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first."""
+    """Sort the longest files first."""
     items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
 def clean_process():
-    """Nothing that a test sets globally outlives it."""
+    """Reset the global state that a test may have changed."""
     yield
     torch.set_default_dtype(torch.float32)
     if dist.is_initialized():
@@ -56,7 +57,7 @@ def clean_process():
 
 @pytest.fixture(scope="session")
 def demo_data() -> Path:
-    """data/demo: tokenizer.model, shards and manifest.json of the embedded corpus, built where it is missing."""
+    """Return data/demo with tokenizer, shards and manifest.json of the demo corpus; build it if missing."""
     folder = ROOT / "data" / "demo"
     command = [sys.executable, "data/demo.py", "--out", str(folder)]
     with open(ROOT / "data" / "demo.py") as lock:
@@ -67,7 +68,7 @@ def demo_data() -> Path:
 
 @pytest.fixture
 def smoke_env(demo_data) -> dict[str, str]:
-    """Settings of the smoke recipe (a few seconds on a CPU) with absolute paths, so that any working folder will do."""
+    """Return settings of the smoke recipe (a few seconds on a CPU) with absolute paths."""
     return {
         "RECIPE": str(ROOT / "records/recipes/smoke.env"),
         "DATA_PATH": str(demo_data),
@@ -78,7 +79,7 @@ def smoke_env(demo_data) -> dict[str, str]:
 
 @pytest.fixture
 def run_trainer(tmp_path):
-    """A function that starts train_gpt.py as a user would, in tmp_path: run(env, *args, processes=1)."""
+    """Return a function that runs train_gpt.py as a user would, in tmp_path: run(env, *args, processes=1)."""
 
     def run(env: dict[str, str], *args: str, processes: int = 1) -> subprocess.CompletedProcess:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
