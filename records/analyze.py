@@ -317,11 +317,14 @@ def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> d
 
 def independent_units(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Return the clusters for standard errors, the one in use first: name -> unit index of each target."""
-    place, document = np.arange(len(tokens) - 1), documents_of(tokens)
-    found = {f"{document[-1] + 1} documents": document, f"{place[-1] // BLOCK + 1} blocks of {BLOCK}": place // BLOCK}
+    position, document = np.arange(len(tokens) - 1), documents_of(tokens)
+    found = {
+        f"{document[-1] + 1} documents": document,
+        f"{position[-1] // BLOCK + 1} blocks of {BLOCK}": position // BLOCK,
+    }
     if document[-1] + 1 < MIN_DOCUMENTS:
         found = dict(reversed(found.items()))
-    return found | {f"{len(place)} targets: too small, neighbors correlate": place}
+    return found | {f"{len(position)} targets: too small, neighbors correlate": position}
 
 
 def compare_nll(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, Table]:

@@ -673,15 +673,15 @@ def read_files(record: Record) -> tuple[list[Path], list[Path]]:
     Neither list contains the programs themselves or artifacts hashed in the logs. Logs, pages,
     submission.json and certificates are in the first list if a program names them, otherwise in neither.
     """
-    place = record.path / "source" if record.kind == "run" else record.path
+    root = record.path / "source" if record.kind == "run" else record.path
     programs, scored = counted_files(record), {run.result.get("sha256_artifact") for run in record.runs}
     trees = [parse_python(path)[0] for path in programs]
     modules = {module for tree in trees for module in imports(tree)}
     said = [text for tree in trees if tree for text in strings(tree)]
     told = {path.name for run in record.runs for path in run.paths} | {"README.md", "submission.json"}
     used, others = [], []
-    for path in (p for p in record.files if p.is_relative_to(place) and p not in programs):
-        inside = path.relative_to(place)
+    for path in (p for p in record.files if p.is_relative_to(root) and p not in programs):
+        inside = path.relative_to(root)
         if path in record.artifacts and sha256_file(path) in scored:
             continue
         module = inside.parts[0].partition(".")[0]

@@ -369,22 +369,22 @@ def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
     name, track = re.sub(r"\s+", "_", about["name"]), f"track_{about['track']}"
     if not re.fullmatch(r"[\w.+,=-]+", name):
         raise ValueError(f"--name {about['name']!r}: must consist of letters, digits, spaces and _ . + , = -")
-    place = arguments.out / track / f"{about['date']}_{name}"
-    if place.exists():
-        raise ValueError(f"{place} already exists. Choose another name.")
+    target = arguments.out / track / f"{about['date']}_{name}"
+    if target.exists():
+        raise ValueError(f"{target} already exists. Choose another name.")
     for path in filter(Path.is_dir, arguments.runs):
         refuse_links(path)
     runs = read_runs(arguments.runs, track)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out, prefix=".building-") as beside:
-        folder = Path(beside) / place.name
+        folder = Path(beside) / target.name
         folder.mkdir()
         write_pages(folder, runs, about, arguments.against, arguments.require_significance)
         write_rest(folder, runs)
         verdicts = verify(folder, runs[0], arguments.run_its_code or is_ours(folder))
-        place.parent.mkdir(exist_ok=True)
-        os.rename(folder, place)
-    return place, verdicts
+        target.parent.mkdir(exist_ok=True)
+        os.rename(folder, target)
+    return target, verdicts
 
 
 def named_record(against: str, records: Path) -> str:
@@ -404,29 +404,29 @@ def named_record(against: str, records: Path) -> str:
 
 def regenerate(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
     """Rewrite README.md and submission.json of a record from its logs; return the same as `submit`."""
-    place = arguments.regenerate.resolve()
-    refuse_links(place)
-    known = read_object(place / "submission.json", decimals=True) if (place / "submission.json").exists() else {}
+    target = arguments.regenerate.resolve()
+    refuse_links(target)
+    known = read_object(target / "submission.json", decimals=True) if (target / "submission.json").exists() else {}
     logs = {path: path.with_name(path.name.replace("train", "certificate")).with_suffix(".txt")
-            for path in place.glob("train_seed*.log")}  # fmt: skip
+            for path in target.glob("train_seed*.log")}  # fmt: skip
     if not logs:
-        raise ValueError(f"{place}: no folder with logs named train_seed*.log")
+        raise ValueError(f"{target}: no folder with logs named train_seed*.log")
     runs = sorted((read_logs(path, [path], audit) for path, audit in logs.items()), key=lambda run: run.seed)
-    about = describe(arguments, dict(track=place.parent.name, date=place.name[:10]) | known)
+    about = describe(arguments, dict(track=target.parent.name, date=target.name[:10]) | known)
     before = known.get("comparison")
     before = str(before.get("against") or "") if isinstance(before, dict) else ""
-    against = arguments.against or (named_record(before, place.parent.parent) if before else "")
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".building-") as beside:
-        folder = Path(beside) / place.name
+    against = arguments.against or (named_record(before, target.parent.parent) if before else "")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as beside:
+        folder = Path(beside) / target.name
         folder.mkdir()
-        for path in (p for p in place.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-            (folder / path.relative_to(place)).parent.mkdir(parents=True, exist_ok=True)
-            write_file(folder / path.relative_to(place), read_plain(path))
+        for path in (p for p in target.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+            (folder / path.relative_to(target)).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / path.relative_to(target), read_plain(path))
         write_pages(folder, runs, about, against, arguments.require_significance)
         verdicts = verify(folder, runs[0], arguments.run_its_code)
         for name in ("submission.json", "README.md"):
-            os.replace(folder / name, place / name)
-    return place, verdicts
+            os.replace(folder / name, target / name)
+    return target, verdicts
 
 
 def table(records: Path) -> str:
