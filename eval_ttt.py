@@ -1,4 +1,5 @@
-"""Score an artifact on the validation text, without and with test-time training on tokens that have been scored.
+"""Score an artifact on the validation text, without and with test-time training on tokens that have been
+scored.
 
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
@@ -6,9 +7,9 @@
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7   the same with seed 7, not a random one
     python eval_ttt.py --help                                                every setting, its default and unit
 
-The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans, test-time
-training, mixture with PPM, evaluation, inputs, results and main. The audit and the reports are records/audit.py and
-records/report.py, imported where they are present. Shapes as in train_gpt.py.
+The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans,
+test-time training, mixture with PPM, evaluation, inputs, results and main. The audit and the reports are
+records/audit.py and records/report.py, imported where they are present. Shapes as in train_gpt.py.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ from torch import Tensor
 import train_gpt as tg
 from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, UserError, Windows
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plans
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# A plan is a list of chunks: windows that are scored, then windows that are adapted on. It follows from the settings
-# and from where documents begin, before any loss is known, so that nothing that is scored can choose what is scored.
+# A plan is a list of chunks: windows that are scored, then windows that are adapted on. It follows from the
+# settings and from where documents begin, before any loss is known, so that nothing that is scored can choose
+# what is scored.
 
 
 def rows_over(begin: int, end: int, length: int, context: int) -> Windows:
@@ -69,7 +71,9 @@ def flat_plan(num_tokens: int, config: Config) -> list[Chunk]:
     plan = []
     for a, b in pairwise(cuts.tolist()):
         scored = windows.take(np.arange(a, b))
-        rows = rows_over(int(first[a]), int((scored.start + scored.end)[-1]), config.eval_seq_len, config.ttt_context)
+        rows = rows_over(
+            int(first[a]), int((scored.start + scored.end)[-1]), config.eval_seq_len, config.ttt_context
+        )
         plan.append(Chunk(scored, rows if b < len(first) else None))
     return plan
 
@@ -83,8 +87,8 @@ def documents(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def assign_slots(chunks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
     """First step and slot of each document, (documents,) each; chunks: how many each document has.
 
-    Documents enter in their order; a free slot takes the next one. So slot and step of a document depend on the lengths
-    of earlier documents only.
+    Documents enter in their order; a free slot takes the next one. So slot and step of a document depend on
+    the lengths of earlier documents only.
     """
     free, found = [(0, slot) for slot in range(slots)], []
     for count in chunks.tolist():
@@ -97,7 +101,7 @@ def assign_slots(chunks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray
 
 def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) -> list[Chunk]:
     """Steps of a group of documents with targets [low, high): the next chunk of the document in each slot."""
-    size = config.piece_size
+    size = config.doc_chunk
     count = -(-(high - low) // size)
     first, slot = assign_slots(count, config.ttt_slots)
     document = np.repeat(np.arange(len(low)), count)
@@ -105,7 +109,7 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
     step = first[document] + piece
     order = np.lexsort((document, step))  # an earlier document is never younger: the oldest come first
     document, piece, step = document[order], piece[order], step[order]
-    scored, learned, lengths = tg.piece_windows(low[document], high[document], piece * size, config)
+    scored, learned, lengths = tg.chunk_windows(low[document], high[document], piece * size, config)
     plan = []
     for a, b in pairwise(np.flatnonzero(np.diff(step, prepend=-1, append=-1)).tolist()):
         part = np.arange(a, b)
@@ -116,10 +120,11 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
 
 
 def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
-    """Documents in slots: TTT_GROUPS groups, one after another, each of every TTT_GROUPS-th document of the text.
+    """Documents in slots: TTT_GROUPS groups, one after another, each of every TTT_GROUPS-th document of the
+    text.
 
-    TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders. At each of them all slots run empty, and the base adapts on all
-    documents before it. Borders beyond the last document are left out.
+    TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders. At each of them all slots run empty, and the base
+    adapts on all documents before it. Borders beyond the last document are left out.
     """
     c, (begin, end) = config, documents(tokens)
     plan, borders = [], []
@@ -132,20 +137,23 @@ def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
             members = np.arange(first, after)[np.arange(first, after) % c.ttt_groups == group]
             plan += group_plan(begin[members], end[members], group, c) if len(members) else []
         if after < len(begin):
-            parts = [rows_over(low, high, c.eval_seq_len, 0) for low, high in zip(begin[:after], end, strict=False)]
+            parts = [
+                rows_over(low, high, c.eval_seq_len, 0) for low, high in zip(begin[:after], end, strict=False)
+            ]
             empty = Windows(*(np.zeros(0, np.int64) for _ in range(3)))
             rows = Windows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
             plan.append(Chunk(empty, rows, base=True))
     return plan
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Test-time training
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Adaptation decides what is scored with which weights and makes batches of scored text; a trainer holds the weights and
-# has three methods. So TTT_MODE=path.py:Class replaces the trainer and nothing of what makes a score legal.
-# By documents a rank owns whole groups; by flat chunks the ranks share a step's rows, and their weights stay alike.
+# Adaptation decides what is scored with which weights and makes batches of scored text; a trainer holds the
+# weights and has three methods. So TTT_MODE=path.py:Class replaces the trainer and nothing of what makes a
+# score legal. By documents a rank owns whole groups; by flat chunks the ranks share a step's rows, and their
+# weights stay alike.
 
 
 def mode_of(config: Config) -> tg.TTTMode:
@@ -168,11 +176,15 @@ def load_plugin(path: Path, name: str) -> Plugin:
         source = path.read_bytes()
         exec(compile(source, str(path), "exec"), module.__dict__)
         trainer = getattr(module, name)
-        missing = [method for method in ("reset", "weights", "adapt") if not callable(getattr(trainer, method, None))]
+        missing = [
+            method for method in ("reset", "weights", "adapt") if not callable(getattr(trainer, method, None))
+        ]
     except Exception as error:  # whatever the file does
         raise UserError(f"TTT_MODE={path}:{name}: {type(error).__name__}: {error}") from error
     if missing or path.name in tg.code_hashes():
-        wrong = f"it has no {', '.join(missing)}" if missing else "the file's name is that of a shipped program"
+        wrong = (
+            f"it has no {', '.join(missing)}" if missing else "the file's name is that of a shipped program"
+        )
         raise UserError(f"TTT_MODE={path}:{name}: {wrong}. See the README for an example")
     return Plugin(trainer, path.name, source)
 
@@ -180,12 +192,13 @@ def load_plugin(path: Path, name: str) -> Plugin:
 class ScoredBatch(NamedTuple):
     """Scored text to adapt on: by documents a chunk for each of `slots`, by flat chunks the rows of a step.
 
-    text: ids (B, T), targets, columns and weights of their losses (B, C); 0 for rows that fill the batch. rows: slots
-    whose weights the B rows use, those of `slots` first. lr: of this step, which must scale with it. last: no other
-    batch belongs to the step. gradients: of the loss, by weights as `weights` returns them, (len(slots), ...) each.
+    text: ids (B, T), targets, columns and weights of their losses (B, C); 0 for rows that fill the batch.
+    rows: slots whose weights the B rows use, those of `slots` first. lr: of this step, which must scale with
+    it. last: no other batch belongs to the step. gradients: of the loss, by weights as `weights` returns
+    them, (len(slots), ...) each.
     """
 
-    text: tg.Lesson
+    text: tg.TTTBatch
     slots: Tensor | slice
     rows: Tensor | slice
     lr: float
@@ -194,14 +207,16 @@ class ScoredBatch(NamedTuple):
 
 
 def stand_in(config: Config) -> Config:
-    """The settings for rules and memory, which train_gpt.py derives: for a class of one's own those of doc_banks."""
+    """The settings for rules and memory, which train_gpt.py derives: for a class of one's own those of
+    doc_banks."""
     return config if config.ttt_mode in TTT_MODES else replace(config, ttt_mode="doc_banks")
 
 
 class TestTimeTrainer:
     """The built-in modes: steps of TTT_OPTIMIZER on one set of weights for each slot, or on one for all.
 
-    A class of one's own is made with model and config, adapts by documents, and needs `reset`, `weights` and `adapt`.
+    A class of one's own is made with model and config, adapts by documents, and needs `reset`, `weights` and
+    `adapt`.
     """
 
     def __init__(self, model: tg.GPT, config: Config, nll_fn: Callable, factors: Mapping[str, Tensor]):
@@ -249,11 +264,17 @@ class Adaptation:
         self.in_use = SlotWeights(c, not by_documents)
         if c.ttt_mode not in TTT_MODES:
             if setup.plugin is None:
-                raise UserError(f"TTT_MODE={c.ttt_mode}: a class is taken from the environment of eval_ttt.py only")
+                raise UserError(
+                    f"TTT_MODE={c.ttt_mode}: a class is taken from the environment of eval_ttt.py only"
+                )
             self.trainer = setup.plugin.trainer(model, c)
             return
         self.trainer = TestTimeTrainer(model, c, self.nll_fn, setup.artifact.factors)
-        if by_documents and self.trainer.fast.wants_prior and any(chunk.learned is not None for chunk in plan):
+        if (
+            by_documents
+            and self.trainer.fast.wants_prior
+            and any(chunk.adapted is not None for chunk in plan)
+        ):
             self.trainer.fast.moments.start = setup.prior(model)
         if c.ttt_mode == "phased":
             sgd = dict(ttt_optimizer="sgd", ttt_lr=c.global_ttt_lr, ttt_momentum=c.global_ttt_momentum)
@@ -287,7 +308,9 @@ class Adaptation:
     def token_nll(self, model: tg.GPT, ids: Tensor, targets: Tensor, columns: Tensor) -> Tensor:
         return self.nll_fn(model, ids, targets, columns, *self.replacements())
 
-    def gradients(self, text: tg.Lesson, rows: Tensor, count: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gradients(
+        self, text: tg.TTTBatch, rows: Tensor, count: int, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
         """Of the loss of `text` by the first `count` of the `rows` of `values` (slots, ...); by documents."""
         self.in_use.rows, self.in_use.values = rows, values
         loss, leaves = tg.weighted_nll(self.model, self.in_use, text, self.nll_fn)
@@ -305,15 +328,15 @@ class Adaptation:
         share = self.number / max(self.chunks - 1, 1) if self.config.ttt_lr_schedule == "cosine" else 0.0
         return self.config.ttt_lr * (1 + math.cos(math.pi * share)) / 2
 
-    def learn(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
+    def adapt(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
         """Adapt for TTT_EPOCHS on a scored chunk: SLOT_ROWS documents, or TTT_BATCH_SEQS windows, at a time."""
         self.on_adapt(chunk)
-        weight = None if chunk.slots else self.row_weights(chunk.learned, nll)
+        weight = None if chunk.slots else self.row_weights(chunk.adapted, nll)
         for _ in range(self.config.ttt_epochs):
             if chunk.slots:
                 self.step_documents(tokens, chunk)
             else:
-                self.pass_over(tokens, chunk.learned, weight, self.base if chunk.base else self.trainer)
+                self.pass_over(tokens, chunk.adapted, weight, self.base if chunk.base else self.trainer)
         if chunk.base:
             with torch.no_grad():
                 for name, value in self.base.weights().items():
@@ -321,26 +344,30 @@ class Adaptation:
 
     def step_documents(self, tokens: np.ndarray, chunk: Chunk) -> None:
         """A step of every document that goes on, each on its own chunk."""
-        c, windows = self.config, chunk.learned
+        c, windows = self.config, chunk.adapted
         goes_on = np.flatnonzero(windows.end > windows.begin)
         for first in range(0, len(goes_on), self.batch_rows):
             index = goes_on[first : first + self.batch_rows]
             self.select(chunk, index)
             rows, count, last = self.in_use.rows, len(index), first + self.batch_rows >= len(goes_on)
-            weight = np.where(np.arange(self.batch_rows) < count, 1 / c.piece_size, 0.0)
+            weight = np.where(np.arange(self.batch_rows) < count, 1 / c.doc_chunk, 0.0)
             part = windows.take(np.resize(index, self.batch_rows))
-            text = tg.make_lesson(tokens, part, weight, c.piece_size, c.ttt_context, self.device)
+            text = tg.make_ttt_batch(tokens, part, weight, c.doc_chunk, c.ttt_context, self.device)
             gradients = partial(self.gradients, text, rows, count)
             self.trainer.adapt(ScoredBatch(text, rows[:count], rows, self.lr(), last, gradients))
 
-    def pass_over(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer) -> None:
+    def pass_over(
+        self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer
+    ) -> None:
         """Steps of shared weights on the windows with a weight, TTT_BATCH_SEQS each."""
         rows, size = np.flatnonzero(weight), self.config.ttt_batch_seqs
         for first in range(0, len(rows), size):
             part = rows[first : first + size]
             self.step(tokens, windows.take(part), weight[part], trainer)
 
-    def step(self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer) -> None:
+    def step(
+        self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer
+    ) -> None:
         """One step of shared weights on windows that the ranks share; weight (windows,)."""
         c, count, is_base = self.config, len(weight), trainer is self.base
         per_target = weight / np.maximum(windows.end - windows.begin, 0).sum()
@@ -349,13 +376,17 @@ class Adaptation:
         padded = np.resize(mine if len(mine) else 0, math.ceil(rows / tg.world_size()))
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
         context, lr = (0, c.global_ttt_lr) if is_base else (c.ttt_context, self.lr())
-        text = tg.make_lesson(tokens, windows.take(padded), per_target, c.eval_seq_len, context, self.device)
+        text = tg.make_ttt_batch(
+            tokens, windows.take(padded), per_target, c.eval_seq_len, context, self.device
+        )
         trainer.adapt(ScoredBatch(text, slice(None), slice(None), lr, True, dict))
 
     def row_weights(self, windows: Windows, nll: Tensor) -> np.ndarray:
-        """Weight of each window, (windows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves out.
+        """Weight of each window, (windows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves
+        out.
 
-        The legal form of error-guided adaptation: #294 chose windows by the loss of the whole text, before scoring it.
+        The legal form of error-guided adaptation: #294 chose windows by the loss of the whole text, before
+        scoring it.
         """
         c, adapts = self.config, (windows.end > windows.begin).astype(np.float64)
         if c.ttt_top_frac == 1:
@@ -371,13 +402,14 @@ class Adaptation:
         return adapts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Mixture with PPM
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# An order-1 PPM that counts as it goes, mixed into the model's distribution with weight 1 - PPM_ALPHA: #398's negative
-# result, kept because mixtures of this kind return. It is computed for the whole text at once: counts before a target
-# depend on earlier tokens only, and both distributions add up to one, so that their mixture does.
+# An order-1 PPM that counts as it goes, mixed into the model's distribution with weight 1 - PPM_ALPHA: #398's
+# negative result, kept because mixtures of this kind return. It is computed for the whole text at once:
+# counts before a target depend on earlier tokens only, and both distributions add up to one, so that their
+# mixture does.
 
 
 def seen_before(key: np.ndarray) -> np.ndarray:
@@ -389,9 +421,11 @@ def seen_before(key: np.ndarray) -> np.ndarray:
 
 
 def ppm_nll(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Nats of each target under a normalized PPM-C of orders 1 and 0 that counts as it goes, without exclusions.
+    """Nats of each target under a normalized PPM-C of orders 1 and 0 that counts as it goes, without
+    exclusions.
 
-    An order gives count / (total + distinct) and passes distinct / (total + distinct) on; the rest is uniform.
+    An order gives count / (total + distinct) and passes distinct / (total + distinct) on; the rest is
+    uniform.
     """
     previous, target = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
     probability, escape = np.zeros(len(target)), np.ones(len(target))
@@ -415,20 +449,20 @@ def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
     return -np.logaddexp(np.log(alpha) - nll, np.log(1 - alpha) - ppm)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# `evaluate` is the adapted score, a function of the setup and the text: the audit calls it with altered texts, warm-up
-# with random ones. It loads the model anew each time, since a mode may change its weights.
+# `evaluate` is the adapted score, a function of the setup and the text: the audit calls it with altered
+# texts, warm-up with random ones. It loads the model anew each time, since a mode may change its weights.
 
 
 @dataclass
 class Setup:
     """What an evaluation needs, the text apart: so that warm-up cannot see it, and the audit can change it.
 
-    versions: of Python, torch, the device and the attention kernel, with the same keys as in the trainer's log.
-    plugin: where TTT_MODE names a class of one's own.
+    versions: of Python, torch, the device and the attention kernel, with the same keys as in the trainer's
+    log. plugin: where TTT_MODE names a class of one's own.
     """
 
     config: Config
@@ -473,7 +507,7 @@ class Setup:
 
 def score_plan(setup: Setup, tokens: np.ndarray) -> tg.Score:
     """The plan's score without adaptation, by the plain forward."""
-    plan = [chunk._replace(learned=None) for chunk in setup.plan(tokens)]
+    plan = [chunk._replace(adapted=None) for chunk in setup.plan(tokens)]
     return tg.score(setup.load(), tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn)
 
 
@@ -487,11 +521,11 @@ def evaluate(
 ) -> tg.Score:
     """The score of `tokens` as the settings say; without `adapts`, that of the same plan before any step.
 
-    observe: called as by `score`, after the model and the adaptation. on_adapt: called with a chunk before it is
-    adapted on. progress: called with the number of each of this rank's chunks before it is scored.
+    observe: called as by `score`, after the model and the adaptation. on_adapt: called with a chunk before it
+    is adapted on. progress: called with the number of each of this rank's chunks before it is scored.
     """
     c, model, plan = setup.config, setup.load(), setup.plan(tokens)
-    plan = plan if adapts else [chunk._replace(learned=None) for chunk in plan]
+    plan = plan if adapts else [chunk._replace(adapted=None) for chunk in plan]
     adaptation = None if c.ttt_mode == "none" else Adaptation(model, setup, plan, on_adapt)
     if c.ttt_protocol != "legal":
         plan = adapt_first(setup, model, adaptation, tokens, plan)
@@ -508,7 +542,8 @@ def evaluate(
 def adapt_first(
     setup: Setup, model: tg.GPT, adaptation: Adaptation, tokens: np.ndarray, plan: list[Chunk]
 ) -> list[Chunk]:
-    """INVALID, kept to be reproduced: adapt on the text before it is scored; returns the plan that then scores it.
+    """INVALID, kept to be reproduced: adapt on the text before it is scored; returns the plan that then
+    scores it.
 
     adapt_first takes all of it (#398, #442, #494), two_pass the rows that a first pass found hardest (#296).
     """
@@ -522,7 +557,7 @@ def adapt_first(
     adaptation.chunks = c.ttt_epochs
     for adaptation.number in range(c.ttt_epochs):
         adaptation.pass_over(tokens, rows, np.ones(len(rows.start)), adaptation.trainer)
-    return [chunk._replace(learned=None) for chunk in plan]
+    return [chunk._replace(adapted=None) for chunk in plan]
 
 
 def warm_up(setup: Setup) -> None:
@@ -561,12 +596,13 @@ def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
     return scores
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Inputs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Whatever a user can get wrong is found here, before a score is begun. A record's folder has train_gpt.py and this file
-# only: modules of records/ are imported where they are present. Files beside the artifact may come from anybody.
+# Whatever a user can get wrong is found here, before a score is begun. A record's folder has train_gpt.py and
+# this file only: modules of records/ are imported where they are present. Files beside the artifact may come
+# from anybody.
 
 
 def records_module(name: str) -> ModuleType | None:
@@ -574,7 +610,9 @@ def records_module(name: str) -> ModuleType | None:
     path = Path(__file__).resolve().parent / "records" / f"{name}.py"
     if not path.is_file():
         return None
-    sys.modules.setdefault("eval_ttt", sys.modules[__name__])  # which it imports: as a program, this one is __main__
+    sys.modules.setdefault(
+        "eval_ttt", sys.modules[__name__]
+    )  # which it imports: as a program, this one is __main__
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     return importlib.import_module(name)
@@ -591,8 +629,11 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     return (content, "") if isinstance(content, dict) else (None, f"{path} is no JSON object")
 
 
-def trained_on_other_text(config: Config, shards: Sequence[str], folder: Path) -> tuple[bool | None, int, str]:
-    """Whether the run in `folder` was trained on none of `shards` (None: unknown), its number of shards, and why.
+def trained_on_other_text(
+    config: Config, shards: Sequence[str], folder: Path
+) -> tuple[bool | None, int, str]:
+    """Whether the run in `folder` was trained on none of `shards` (None: unknown), its number of shards, and
+    why.
 
     Check T21 of the audit. A normal evaluation refuses an artifact that was trained on the validation text.
     """
@@ -632,15 +673,21 @@ def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
 def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Artifact, Path]:
     """The settings with the artifact's model settings, the artifact, and its path.
 
-    final_model.pt holds weights only, so the settings must describe its model. UserError where there is no artifact or
-    the settings contradict it.
+    final_model.pt holds weights only, so the settings must describe its model. UserError where there is no
+    artifact or the settings contradict it.
     """
     config = replace(config, mtp_num_heads=0)  # a part of training
     path = Path(config.model_path or f"runs/{config.run_id}/final_model.int6.ptz")
     if not config.model_path and not config.run_id:
-        raise UserError("MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one")
+        raise UserError(
+            "MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one"
+        )
     if weights_of(path) == "float":
-        return config, tg.Artifact(config, read_weights(path, config), tg.sha256_file(config.tokenizer_path)), path
+        return (
+            config,
+            tg.Artifact(config, read_weights(path, config), tg.sha256_file(config.tokenizer_path)),
+            path,
+        )
     artifact = tg.read_artifact(path)
     model = tg.settings_of(artifact.config, "model")
     wrong = [f"{name.upper()}={given[name]}, but {value} in the artifact" for name, value in model.items()
@@ -650,7 +697,9 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
     return replace(config, **model), artifact, path
 
 
-def load_settings(environ: Mapping[str, str]) -> tuple[tuple[Config, dict[str, Any], list[str]], Plugin | None]:
+def load_settings(
+    environ: Mapping[str, str],
+) -> tuple[tuple[Config, dict[str, Any], list[str]], Plugin | None]:
     """What tg.load_config returns, and the class that TTT_MODE=path.py:Class names.
 
     Such a TTT_MODE stands in the environment itself: recipes, logs and folders of runs come from anybody, and
@@ -665,7 +714,8 @@ def load_settings(environ: Mapping[str, str]) -> tuple[tuple[Config, dict[str, A
 
 
 class Inputs(NamedTuple):
-    """An evaluation's input: its setup, validation tokens (uint16), path of the model, notices to log, shards."""
+    """An evaluation's input: its setup, validation tokens (uint16), path of the model, notices to log,
+    shards."""
 
     setup: Setup
     tokens: np.ndarray
@@ -688,7 +738,9 @@ def prepare(
     memory = tg.check_memory(stand_in(config), ("score", "slots"))
     byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
-        raise UserError(f"TOKENIZER_PATH={config.tokenizer_path}: the artifact was trained with another tokenizer")
+        raise UserError(
+            f"TOKENIZER_PATH={config.tokenizer_path}: the artifact was trained with another tokenizer"
+        )
     tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
     nll_fn = tg.maybe_compile(tg.token_nll, config, device)
     versions = tg.library_versions(device, attention)
@@ -700,14 +752,22 @@ def prepare(
     return Inputs(setup, tokens, path, [*notices, f"attention: {attention}", *memory], shards)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Results and main
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Files of an earlier evaluation are deleted first and eval_ttt.json is written last, so that a folder never mixes
-# two evaluations. The printed score is derived again from nll.npy, shards and tokenizer before it is believed.
+# Files of an earlier evaluation are deleted first and eval_ttt.json is written last, so that a folder never
+# mixes two evaluations. The printed score is derived again from nll.npy, shards and tokenizer before it is
+# believed.
 
-REPORTS = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "documents.csv", "distribution.json", "distribution.png")
+REPORTS = (
+    "eval_ttt.log",
+    "eval_ttt.json",
+    "nll.npy",
+    "documents.csv",
+    "distribution.json",
+    "distribution.png",
+)
 
 
 class Budget:
@@ -723,7 +783,8 @@ class Budget:
         if not self.said and share > 0.02 and now - self.first > 2:
             needed = self.first - self.began + (now - self.first) / share
             if needed > self.config.eval_budget_seconds:
-                self.log.line(f"WARNING: at this pace the evaluation takes {needed:.0f}s of EVAL_BUDGET_SECONDS="
+                self.log.line(f"WARNING: at this pace the evaluation takes {needed:.0f}s of "
+                              "EVAL_BUDGET_SECONDS="
                               f"{self.config.eval_budget_seconds:.0f}")  # fmt: skip
                 self.said = True
 
@@ -732,7 +793,8 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
     """Raise FloatingPointError where a loss is not finite."""
     if (wrong := np.flatnonzero(~np.isfinite(score.nll))).size:
         raise FloatingPointError(
-            f"{name} score: {len(wrong)} of {len(score.nll)} losses are not finite, the first at target {wrong[0]}. "
+            f"{name} score: {len(wrong)} of {len(score.nll)} losses are not finite, the first at target "
+            f"{wrong[0]}. "
             "Look for NaN in the artifact, or lower TTT_LR"
         )
 
@@ -740,10 +802,10 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
 def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     """Compute the adapted score, then the scores to compare it with; write nll.npy and the reports.
 
-    `eval_seconds` means the same as in the trainer's result: seconds from loading the artifact to its headline score,
-    with compilation and warm-up, without the scores to compare it with. Here the headline is the adapted score, and
-    loading begins with the process.
-    Raises FloatingPointError where a loss is not finite, ArithmeticError where the score is not that of the losses.
+    `eval_seconds` means the same as in the trainer's result: seconds from loading the artifact to its
+    headline score, with compilation and warm-up, without the scores to compare it with. Here the headline is
+    the adapted score, and loading begins with the process. Raises FloatingPointError where a loss is not
+    finite, ArithmeticError where the score is not that of the losses.
     """
     setup, tokens, path = inputs[:3]
     c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
@@ -756,7 +818,9 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     seconds = time.time() - began
     check_losses_finite("adapted", adapted)
     if (report := records_module("report")) is None:
-        log.line("note: no reports, only the score and nll.npy: they need records/report.py beside eval_ttt.py")
+        log.line(
+            "note: no reports, only the score and nll.npy: they need records/report.py beside eval_ttt.py"
+        )
     for line in report.running_bpb(plan, adapted.nll, num_bytes) if report else ():
         log.line(line)
     if compiled:
@@ -780,7 +844,11 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     text = inputs.shards, c.tokenizer_path
     tg.on_rank_0(lambda: tg.check_score(adapted.val_loss, adapted.val_bpb, np.load(kept), *text))
     sha256_nll = tg.on_rank_0(lambda: tg.sha256_file(kept))
-    result = {f"val_{unit}_{name}": getattr(s, f"val_{unit}") for name, s in scores.items() for unit in ("loss", "bpb")}
+    result = {
+        f"val_{unit}_{name}": getattr(s, f"val_{unit}")
+        for name, s in scores.items()
+        for unit in ("loss", "bpb")
+    }
     return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, sha256_nll=sha256_nll,
                          weights=weights, eval_seconds=seconds,
                          fits_budget=not c.eval_budget_seconds or seconds <= c.eval_budget_seconds)  # fmt: skip
@@ -790,7 +858,9 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Prepare, lock the folder of the model, then audit or score; returns the exit code."""
     began, opened = tg.process_start(), []
     if argv and (audit := records_module("audit")) is None:
-        raise UserError("--audit needs records/audit.py beside eval_ttt.py: run it in the repository, not in a record")
+        raise UserError(
+            "--audit needs records/audit.py beside eval_ttt.py: run it in the repository, not in a record"
+        )
     if argv:
         sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
     (config, given, notices), plugin = load_settings(environ)
@@ -816,7 +886,11 @@ def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterato
     for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
         yield f"  {name.upper()}={value}" + (" (given)" if name in given else "")
     by_documents = mode_of(c).by_documents
-    order = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots" if by_documents else "the file's"
+    order = (
+        f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots"
+        if by_documents
+        else "the file's"
+    )
     yield f"evaluation order: {order}; targets:{targets} world_size:{tg.world_size()}"
     if setup.artifact.factors:
         yield f"Meta-SGD factors of the learning rate, by bank row:{tg.rates_text(setup.artifact.factors)}"
@@ -845,10 +919,14 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
         tg.write_atomically(path.parent / "source" / setup.plugin.name, setup.plugin.source)
     result = run_scores(inputs, log, began)
     if not result["fits_budget"]:
-        log.line(f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")
+        log.line(
+            f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}"
+        )
     bytes_code = sum(file.stat().st_size for file in tg.code_files())
     bytes_code += len(setup.plugin.source) if setup.plugin else 0
-    sizes = dict(bytes_code=bytes_code, bytes_model=path.stat().st_size, bytes_total=bytes_code + path.stat().st_size)
+    sizes = dict(
+        bytes_code=bytes_code, bytes_model=path.stat().st_size, bytes_total=bytes_code + path.stat().st_size
+    )
     result |= dict(
         **sizes,
         fits=sizes["bytes_total"] <= tg.SIZE_CAP,
@@ -869,7 +947,7 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
     log.line("RESULT " + json.dumps(result))
     if tg.rank() == 0:
         tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(result, indent=1).encode())
-    tg.leave_ranks()
+    tg.cleanup_distributed()
     return 0
 
 
@@ -881,7 +959,9 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
             print(tg.described("help_text", __doc__))
             return 0
         if argv and not (len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])):
-            raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
+            raise UserError(
+                f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help"
+            )
         return run_all(argv, environ)
     except (UserError, ArithmeticError, OSError) as error:
         print(f"error: {tg.shown(error)}", file=sys.stderr, flush=True)

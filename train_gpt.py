@@ -1,17 +1,24 @@
-"""Train a language model for the 16,000,000-byte challenge: train, average, quantise to int6, write, read back, score.
+"""Train a language model for OpenAI's Parameter Golf: train, average, quantize, write the artifact, score it
+from disk.
 
-On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-27) the demo recipe reaches 1.707 bits per byte after
-120 s of training (artifact, sliding windows, mean of three seeds, sd 0.014); plain transformers 1.855 (as many
-parameters) and 1.767 (as wide). Bytes and learning rates are not matched.
+On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-27) the demo recipe reaches 1.707 bits per
+byte after 120 s of training (artifact, sliding windows, mean of three seeds, sd 0.014); plain transformers
+1.855 (as many parameters) and 1.767 (as wide). Bytes and learning rates are not matched.
 
     python train_gpt.py --help                                        every setting, its default and unit
-    RECIPE=records/recipes/pr1019.env python train_gpt.py --describe  the model of a recipe, parameter by parameter
+    RECIPE=records/recipes/pr1019.env python train_gpt.py --describe  the model of a recipe
     RECIPE=records/recipes/demo.env torchrun --standalone --nproc_per_node=1 train_gpt.py
     RECIPE=records/recipes/pr1019.env torchrun --standalone --nproc_per_node=8 train_gpt.py
 
-Read top to bottom: configuration, data, bits per byte, model, optimisers, adaptation, meta-learning, averaging,
-statistics, quantisation, coding, artifact, scoring, training, main. Importing this file only defines things. Shapes: B
-rows, T tokens a row, d = model_dim, H query heads, K key/value heads, D = d / H, L layers, m = MLP width, V vocabulary.
+Read top to bottom: settings, ranks and files, data, bytes per token, model, parameter groups and optimizers,
+averaging, scoring, test-time training, calibration, quantization, coding, artifact, GPU memory,
+meta-learning, training, main. No section uses one below it, and importing the file only defines things.
+
+Bank: a 3-D parameter with one kind of matrix of all blocks, a row each. Window: tokens of one forward pass,
+of which some targets are scored. Chunk: windows that are scored before anything adapts on them. Fast weights:
+what adapts at test time, or in an inner loop. Shapes: B batch rows, T tokens of a row, d = model_dim, H query
+heads, K key/value heads, D = d / H, L bank rows, A applications of blocks (more than L with depth
+recurrence), m = MLP width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -54,35 +61,34 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SIZE_CAP = 16_000_000  # bytes of code and model together, decimal
-BOS_ID = 1  # every document of every published export begins with this token
+BOS_ID = 1  # first token of every document in every published export
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-
-
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+class UserError(ValueError):
+    """User error: a bad setting, file, or folder. Exit code 2."""
+
+
 def shown(text: object) -> str:
-    """Text for terminals and logs: control characters, which may come from any file that is read, are escaped."""
+    """Escape control characters, which may come from any file that is read, for terminals and logs."""
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
 
 
-class UserError(ValueError):
-    """What the user can put right: a setting, a file, a folder. Ends the program with exit code 2."""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# One frozen dataclass holds every setting, the evaluator's too; names and meanings are the lineage's where it has them.
-# The environment variable is the field's name in capitals. Whatever is wrong is said at once, before anything starts:
-# a typo in a sweep costs money.
+# One frozen dataclass holds every setting, the evaluator's too; names and meanings are the lineage's where it
+# has them. The environment variable is the field's name in capitals. Whatever is wrong is said at once,
+# before anything starts: a typo in a sweep costs money.
 
 ALL_WEIGHTS = "bank embed memory head proj scalar"  # the groups of PARAM_GROUPS that the artifact holds
 
 
 class TTTMode(NamedTuple):
-    """What adapts at test time: by documents a set of weights for each, from the artifact, else one for the whole text.
+    """What adapts at test time: by documents a set of weights for each, from the artifact, else one for the
+    whole text.
 
     adapts: groups of PARAM_GROUPS, "adapters", or "" for nothing.
     """
@@ -103,7 +109,7 @@ TTT_MODES = {
 
 
 def setting(default: Any, text: str, low: float | tuple | None = None, high: float | None = None) -> Any:
-    """A field of Config: default, one line of help with the unit, and its range, or a tuple of choices."""
+    """A field of Config: default, one line of help with the unit, and its range or a tuple of choices."""
     choices, low = (low, None) if isinstance(low, tuple) else ((), low)
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
@@ -243,7 +249,7 @@ class Config:
     reptile_outer_lr: float = setting(0.01, "Reptile: step toward the mean of the adapted weights", 0, 1)
     meta_control: bool = setting(False, "ablation: inner loops with learning rate 0 (same cost, same tokens)")
     # export
-    quant_steps: str = setting("two_sided", "quantizer scales: by row and column, k standard deviations per row, "
+    quant_steps: str = setting("two_sided", "quantizer scales: by row and column, k sigmas per row,"
                              "or a clip search per row", ("two_sided", "sigmas", "clip"))
     quant_loss: float = setting(0.001, "two_sided: target loss increase, nats per token (predicted)", 1e-9)
     quant_trellis: bool = setting(False, "two_sided: trellis-coded quantization")
@@ -357,7 +363,8 @@ class Config:
         return self.quant_steps == "two_sided" or self.grad_quant
 
     @property
-    def piece_size(self) -> int:
+    def doc_chunk(self) -> int:
+        """Targets per chunk, by documents."""
         return min(self.ttt_chunk_size, self.eval_seq_len)
 
     def shards(self, split: str) -> str:
@@ -365,7 +372,8 @@ class Config:
         return getattr(self, f"{split}_files") or f"{self.data_path}/fineweb_{split}_*.bin"
 
 
-SECTIONS = dict(run="run_id", data="data_path", model="vocab_size", training="iterations", meta="meta_ttt_enabled",
+SECTIONS = dict(run="run_id", data="data_path", model="vocab_size", training="iterations",
+                meta="meta_ttt_enabled",
                 export="quant_steps", scoring="eval_seq_len", evaluator="model_path")  # fmt: skip
 
 
@@ -374,7 +382,9 @@ def sections() -> dict[str, list[str]]:
     """The names of the settings by section; SECTIONS has the first of each."""
     names = [f.name for f in fields(Config)]
     starts = [names.index(first) for first in SECTIONS.values()]
-    return {section: names[a:b] for section, (a, b) in zip(SECTIONS, pairwise([*starts, len(names)]), strict=True)}
+    return {
+        section: names[a:b] for section, (a, b) in zip(SECTIONS, pairwise([*starts, len(names)]), strict=True)
+    }
 
 
 def settings_of(config: Config, *names: str) -> dict[str, Any]:
@@ -390,17 +400,21 @@ ALIASES = {  # the family of #494
     "SWA_START_FRAC": "SWA_THRESHOLD",
 }
 
-# Variables of the lineage that this trainer lacks: names, the values with which it does the same ("*": any), and why.
+# Variables of the lineage, or of earlier versions, that this trainer lacks: names, the values that mean the
+# same here ("*": any), and why.
 ABSENT = (
     ("VALUE_RESIDUAL GATED_ATTENTION DTG_ENABLED", "0", "off in every published run of this line"),
-    ("META_TTT_SAM_ENABLED", "0", "an inner step against the gradient of a neighbour; no run of it was finished"),
+    ("META_TTT_SAM_ENABLED", "0", "an inner step against a neighbor's gradient; no run of it was finished"),
     ("QAT_ENABLED", "0", "rounding from the first step on; LATE_QAT rounds in the last ones"),
     ("LAWA_ENABLED", "0", "EMA and SWA replace it"),
     ("MOMENTUM_CYCLIC", "0", "dropped by its own authors"),
     ("ADAPTIVE_WARMDOWN", "0", "its trigger was noise; set WARMDOWN_FRAC"),
+    ("ADAPTIVE_WARMDOWN_EMA ADAPTIVE_WARMDOWN_THRESHOLD ADAPTIVE_WARMDOWN_MIN_STEPS", "*",
+     "they tune ADAPTIVE_WARMDOWN"),
     ("TARGET_MB", "*", "the cap is 16,000,000 bytes; the sources compared with MiB"),
     ("VAL_BATCH_SIZE", "*", "EVAL_BATCH_SEQS sets the batch of every scoring pass"),
-    ("TTT_QAT", "0", "adapted weights are never quantised"),
+    ("TTT_QAT", "0", "adapted weights are never quantized"),
+    ("TTT_ENABLED", "*", "the trainer never adapts to the validation text; TTT_MODE is the evaluator's"),
     ("TRIGRAM", "0", "hashed trigrams in the bigram table lost 0.062 bpb at equal time"),
     ("ENCODER_LR_MULT", "1 1.0", "no published run sets it; DECODER_LR_MULT is relative to the first half"),
     ("META_TTT_PARAMS", "banks", "FOMAML's inner loop changes the banks"),
@@ -411,10 +425,9 @@ ABSENT = (
     ("TTT_PULL", "0 0.0", "never gained"),
     ("TTT_LOSS_POWER", "0 0.0", "gained 0.0003 bpb"),
     ("TTT_META_RATES", "*", "Meta-SGD's factors act at test time where the deployed objective learned them"),
-    ("TTT_ENABLED", "*", "the trainer never adapts to the validation text; TTT_MODE is the evaluator's"),
 )  # fmt: skip
 
-KINDS = {  # annotation: the text it admits, its value, and what to say otherwise
+KINDS = {  # annotation: pattern of the text, conversion, and what was expected
     "str": (r"(?s).*", str, "text"),
     "int": (r"[+-]?\d+", int, "a whole number"),
     "bool": (r"(?i)0|1|false|true", lambda text: text.lower() in ("1", "true"), "0 or 1"),
@@ -423,7 +436,7 @@ KINDS = {  # annotation: the text it admits, its value, and what to say otherwis
 
 
 def parse_value(f: Field, text: str) -> Any:
-    """The value of field F that TEXT stands for; ValueError where its type or its range is wrong."""
+    """Convert the text of a field of Config; ValueError for a wrong type, value, or range."""
     name, (pattern, convert, expected) = f.name.upper(), KINDS[f.type]
     low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
     if not re.fullmatch(pattern, text):
@@ -442,7 +455,7 @@ def likely_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
-    """KEY=VALUE lines of a recipe (`#` starts a comment, `export` is allowed) and the problems found in it."""
+    """Read KEY=VALUE lines (`#` starts a comment, `export` is allowed); returns values and problems."""
     values: dict[str, str] = {}
     problems: list[str] = []
     try:
@@ -458,7 +471,9 @@ def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
             problems.append(f"{path}:{number}: expected KEY=VALUE, found {line!r}")
         elif key not in known:
             near = likely_name(key, known)
-            problems.append(f"{path}:{number}: unknown setting {key!r}" + (f", did you mean {near}?" if near else ""))
+            problems.append(
+                f"{path}:{number}: unknown setting {key!r}" + (f", did you mean {near}?" if near else "")
+            )
         elif key in values:
             problems.append(f"{path}:{number}: {key} is given twice")
         else:
@@ -467,7 +482,7 @@ def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[str]) -> dict[str, str]:
-    """GIVEN with aliases renamed and absent variables taken out, which adds to the problems or to the notices."""
+    """Rename aliases and take out absent variables, which adds to the problems or to the notices."""
     values = dict(given)
     for alias, name in ALIASES.items():
         if alias in values:
@@ -485,71 +500,75 @@ def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[s
 
 
 def inconsistencies(c: Config) -> list[str]:
-    """What is wrong between settings that are right each for itself."""
-    rows = c.step_seqs
+    """Contradictions between settings that are each valid on their own, one message each."""
     a_list = r"\s*\d+(\s*,\s*\d+)*\s*"
-    ve_ok = not c.ve_enabled or re.fullmatch(a_list, c.ve_layers)
-    ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers) and max(c.value_layers, default=0) < c.num_layers
-    layers_ok = {
-        name: not text or (re.fullmatch(a_list, text) and max(int_list(text)) < c.num_layers)
-        for name, text in (("TTT_LAYERS", c.ttt_layers), ("REPTILE_LAYERS", c.reptile_layers))
-    }
+
+    def blocks_ok(text: str) -> bool:
+        return not text or (bool(re.fullmatch(a_list, text)) and max(int_list(text)) < c.num_layers)
+
+    ve_ok = not c.ve_enabled or (c.ve_layers and blocks_ok(c.ve_layers))
+    ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers)
+    order_ok = blocks_ok(c.block_order) and set(c.block_rows) == set(range(c.num_layers))
+    last = c.num_layers - 1
     by_documents = TTT_MODES[c.ttt_mode].by_documents
-    causal = c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1
-    order_ok = not c.block_order or re.fullmatch(a_list, c.block_order)
-    order_ok = order_ok and set(c.block_rows) == set(range(c.num_layers))
-    with_bigram = c.pos_conditional_bigram or c.word_start_boost
     rules = [
-        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: the name of one folder, under runs/"),
+        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: a folder name under runs/"),
         (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
-        (c.model_dim % c.num_heads == 0, f"MODEL_DIM={c.model_dim} is no multiple of NUM_HEADS={c.num_heads}"),
-        (c.num_heads % c.num_kv_heads == 0, f"NUM_HEADS={c.num_heads} is no multiple of NUM_KV_HEADS={c.num_kv_heads}"),
+        (c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} does not divide MODEL_DIM={c.model_dim}"),
+        (c.num_heads % c.num_kv_heads == 0,
+         f"NUM_KV_HEADS={c.num_kv_heads} does not divide NUM_HEADS={c.num_heads}"),
         (c.head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {c.head_dim} is odd"),
-        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
+        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
+         f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the one for first tokens"),
         (not c.pos_conditional_bigram or c.bigram_vocab_size != 2, "BIGRAM_VOCAB_SIZE=2 has no two halves"),
-        (c.bigram_vocab_size or not with_bigram, "POS_CONDITIONAL_BIGRAM and WORD_START_BOOST need BIGRAM_VOCAB_SIZE"),
-        (c.bigram_hash == "xor" or not c.pos_conditional_bigram, "POS_CONDITIONAL_BIGRAM needs BIGRAM_HASH=xor"),
-        (order_ok, f"BLOCK_ORDER={c.block_order!r}: every number from 0 to {c.num_layers - 1}, as often as you like"),
+        (c.bigram_vocab_size or not (c.pos_conditional_bigram or c.word_start_boost),
+         "POS_CONDITIONAL_BIGRAM and WORD_START_BOOST need BIGRAM_VOCAB_SIZE"),
+        (c.bigram_hash == "xor" or not c.pos_conditional_bigram,
+         "POS_CONDITIONAL_BIGRAM needs BIGRAM_HASH=xor"),
+        (order_ok, f"BLOCK_ORDER={c.block_order!r}: every number from 0 to {last}, as often as you like"),
         (c.loop_start_frac == 0 or not order_ok or len(c.block_rows) > c.num_layers,
          "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
         (c.resid_mix or not c.phase_resid_mix, "PHASE_RESID_MIX needs RESID_MIX"),
         (c.unet_skips or not c.skip_gates, "SKIP_GATES needs UNET_SKIPS"),
-        (c.num_memory_tokens + c.mtp_num_heads < min(c.train_seq_len, c.eval_seq_len),
-         f"NUM_MEMORY_TOKENS={c.num_memory_tokens} and MTP_NUM_HEADS={c.mtp_num_heads} leave no target in a row"),
-        (c.doc_borders != "attention" or not c.num_memory_tokens, "DOC_BORDERS=attention would hide NUM_MEMORY_TOKENS "
-         "from all but the first document of a row"),
-        (ve_ok, f"VE_LAYERS={c.ve_layers!r}: different numbers from 0 to {c.num_layers - 1}"),
-        (c.train_batch_tokens % c.train_seq_len == 0 and rows % c.grad_accum_total == 0,
-         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} rows of "
-         f"TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.num_memory_tokens + c.mtp_num_heads < min(c.train_seq_len, c.eval_seq_len), "NUM_MEMORY_TOKENS="
+         f"{c.num_memory_tokens} and MTP_NUM_HEADS={c.mtp_num_heads} leave no target in a sequence"),
+        (c.doc_borders != "attention" or not c.num_memory_tokens, "DOC_BORDERS=attention would hide "
+         "NUM_MEMORY_TOKENS from all but the first document of a sequence"),
+        (ve_ok, f"VE_LAYERS={c.ve_layers!r}: different numbers from 0 to {last}"),
+        (c.train_batch_tokens % c.train_seq_len == 0 and c.step_seqs % c.grad_accum_total == 0,
+         f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} "
+         f"sequences of TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.quant_steps == "two_sided" or not c.quant_trellis, "QUANT_TRELLIS needs QUANT_STEPS=two_sided"),
-        (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: two-sided "
-         "steps give every weight its bits"),
+        (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: "
+         "two-sided scales give every weight its bits"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
-        (c.phases["train"] > 0.05, f"META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave {c.phases['train']:.2f} of the run "
-         "to train"),
-        (causal or not by_documents, f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones "
-         f"or on the length of the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. "
-         "Set flat and 1"),
-        ("deployed" not in c.phases or by_documents, "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
-        *((ok, f"{name}={getattr(c, name.lower())!r}: numbers from 0 to {c.num_layers - 1}")
-          for name, ok in layers_ok.items()),
-        (c.ttt_protocol == "legal" or c.ttt_mode in ("banks", "all", "lora"),
+        (c.phases["train"] > 0.05, "META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave "
+         f"{c.phases['train']:.2f} of the run to train"),
+        (not by_documents or (c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1),
+         f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones or on the length "
+         "of "
+         f"the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. Set flat and 1"),
+        ("deployed" not in c.phases or by_documents,
+         "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
+        (blocks_ok(c.ttt_layers), f"TTT_LAYERS={c.ttt_layers!r}: numbers from 0 to {last}"),
+        (blocks_ok(c.reptile_layers), f"REPTILE_LAYERS={c.reptile_layers!r}: numbers from 0 to {last}"),
+        (c.ttt_protocol == "legal" or (TTT_MODES[c.ttt_mode].adapts and not by_documents),
          f"TTT_PROTOCOL={c.ttt_protocol} is by flat chunks: TTT_MODE=banks, all or lora"),
-        (c.ppm_alpha == 1 or not by_documents, "PPM_ALPHA needs the order of the text: no TTT_MODE by "
-         "documents"),
-        (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
+        (c.ppm_alpha == 1 or not by_documents,
+         "PPM_ALPHA needs the order of the text: no TTT_MODE by documents"),
+        (c.eval_stride <= c.eval_seq_len,
+         f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
     return [message for ok, message in rules if not ok]
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str]]:
-    """The configuration that ENVIRON asks for.
+    """Read the settings: RECIPE=FILE first, other variables override it.
 
-    RECIPE=FILE is read first, other variables override it. Returns the configuration, the fields that were given, and
-    notices to log. Raises UserError, naming every problem at once: unknown keys in the recipe, wrong types and ranges,
-    contradictions, and names in the environment that are near misses of ours (IGNORE_ENV=A,B excuses some).
+    Returns the configuration, the fields that were given, and notices to log. Raises UserError with every
+    problem at once: unknown keys in the recipe, wrong types and ranges, contradictions, and names in the
+    environment that are near misses of ours (IGNORE_ENV=A,B excuses some).
     """
     by_name = {f.name.upper(): f for f in fields(Config)}
     known = {*by_name, *ALIASES, *(name for names, _, _ in ABSENT for name in names.split())}
@@ -557,9 +576,14 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     recipe, problems = read_recipe(environ["RECIPE"], known) if environ.get("RECIPE") else ({}, [])
     ours = {name: text for name, text in environ.items() if name in known}
     given = lineage_names(recipe, problems, notices) | lineage_names(ours, problems, notices)
+    # OMP_NUM_THREADS is set everywhere, and close to MTP_NUM_HEADS
     excused = {*known, "RECIPE", "OMP_NUM_THREADS", "IGNORE_ENV", *environ.get("IGNORE_ENV", "").split(",")}
     for name in environ:
-        if name not in excused and re.fullmatch(r"[A-Z][A-Z0-9_]*", name) and (near := likely_name(name, known)):
+        if (
+            name not in excused
+            and re.fullmatch(r"[A-Z][A-Z0-9_]*", name)
+            and (near := likely_name(name, known))
+        ):
             problems.append(f"{name} is set, did you mean {near}? (IGNORE_ENV={name} if not)")
     values = {}
     for name, text in given.items():
@@ -574,9 +598,13 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     return Config(**values), values, notices
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks, files and the log
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Ranks, files, and the log
+# ------------------------------------------------------------------------------------------------------------
+
+# What every later section may use: collectives that are no-ops on one process, compilation, atomic files, and
+# the log. World size changes memory and speed, not mathematics: sums run over ranks, and random draws depend
+# on seed and step.
 
 
 def rank() -> int:
@@ -588,7 +616,7 @@ def world_size() -> int:
 
 
 def max_over_ranks(*values: float) -> list[float]:
-    """The largest of each value over all ranks; by way of the CPU, so that no GPU waits for it."""
+    """Maximum of each value over all ranks, reduced on the CPU so that no GPU waits for it."""
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -597,7 +625,7 @@ def max_over_ranks(*values: float) -> list[float]:
 
 
 def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors summed over the ranks, in one all-reduce; with one process as they are."""
+    """Sum the tensors over the ranks in one all-reduce; on one process they are returned as they are."""
     if world_size() == 1:
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -607,27 +635,27 @@ def sum_over_ranks(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=1)
-def patient_group(world: Any) -> Any:
-    """The ranks of WORLD, which wait for one another for an hour: an export takes longer than a step."""
+def long_timeout_group(world: Any) -> Any:
+    """All ranks with a timeout of one hour: an export takes longer than a step."""
     return dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
 
-def leave_ranks() -> None:
-    """End the process group, all ranks together: after a failure this would wait for the others.
+def cleanup_distributed() -> None:
+    """Destroy all process groups, on all ranks together; after a failure this would wait for the others.
 
-    No group may outlive it: gloo's threads let go of tensors, for which they want the interpreter, and one that meets
-    its end aborts the process.
+    No group may outlive the interpreter: gloo's threads release tensors, which needs it, and would abort the
+    process.
     """
-    patient_group.cache_clear()
+    long_timeout_group.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
-    """What FUNCTION returns on rank 0, given to every rank; an error there is raised on all."""
+    """Call `function` on rank 0 and return its result on every rank; its exception is raised on all."""
     if world_size() == 1:
         return function()
-    box, group = [None], patient_group(dist.group.WORLD)
+    box, group = [None], long_timeout_group(dist.group.WORLD)
     if rank() == 0:
         try:
             box = [function()]
@@ -640,23 +668,23 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
 
 
 def differing_parameters(model: nn.Module) -> list[str]:
-    """The parameters that are not the same on all ranks, by hashes of their bits; all ranks ask together."""
+    """Names of parameters that differ between ranks, by a hash of their bits; a collective."""
     if world_size() == 1:
         return []
-    names, sums = [name for name, _ in model.named_parameters()], []
+    names, hashes = [name for name, _ in model.named_parameters()], []
     for p in model.parameters():
         bits = p.detach().flatten().view(torch.int32).long()
-        factors = torch.arange(len(bits), device=p.device) * 0x1E3779B97F4A7C15 | 1  # each place has its own
-        sums.append((bits * factors).sum())  # modulo 2^64
-    sums = torch.stack(sums).cpu()
-    extremes = torch.cat((sums, -sums))
+        factors = torch.arange(len(bits), device=p.device) * 0x1E3779B97F4A7C15 | 1  # one per position
+        hashes.append((bits * factors).sum())  # modulo 2^64
+    hashes = torch.stack(hashes).cpu()
+    extremes = torch.cat((hashes, -hashes))
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    highest, lowest = extremes[: len(sums)], -extremes[len(sums) :]
+    highest, lowest = extremes[: len(hashes)], -extremes[len(hashes) :]
     return [name for name, low, high in zip(names, lowest, highest, strict=True) if low != high]
 
 
 def progress_bar(total: int) -> Any:
-    """A bar of the package tqdm on rank 0, or one that shows nothing where that is not installed."""
+    """A tqdm bar on rank 0, or one that does nothing where tqdm is not installed."""
     try:
         from tqdm import tqdm as bar
     except ImportError:
@@ -670,22 +698,23 @@ def synchronize(device: torch.device) -> None:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs of compute capability 8.0 and more; float32 on older ones and on CPUs, which only emulate it."""
+    """bfloat16 on GPUs of compute capability 8.0 and up; float32 on older ones and on CPUs, which only
+    emulate it."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32
 
 
-RECOMPILE_LIMIT = 64  # graphs of one function; torch allows eight, and an evaluation may need more
+RECOMPILE_LIMIT = 64  # graphs per function; torch allows eight, and an evaluation may need more
 
 
 def maybe_compile(
     function: Callable, config: Config, device: torch.device, warn: Callable[[str], None] = warnings.warn
 ) -> Callable:
-    """Compile `function` for static shapes, a graph for each, where USE_COMPILE says so; else return it as it is.
+    """Compile `function` for static shapes, one graph each, if USE_COMPILE says so.
 
-    With fullgraph torch raises once RECOMPILE_LIMIT is reached. A call that would need another graph then runs plainly,
-    with one warning; calls that have a graph keep it.
+    With fullgraph torch raises once RECOMPILE_LIMIT is reached. A call that would need another graph then
+    runs uncompiled, with one warning; calls that have a graph keep it.
     """
     wanted = device.type == "cuda" if config.use_compile == "auto" else config.use_compile == "1"
     if not wanted:
@@ -703,7 +732,7 @@ def maybe_compile(
                 shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, Tensor))
                 warn(
                     f"{function.__name__}: torch.compile has made {RECOMPILE_LIMIT} graphs, its limit here. "
-                    f"New shapes run without it, which is slower: first {shapes}. Use fewer shapes, or USE_COMPILE=0."
+                    f"New shapes run uncompiled, first {shapes}. Use fewer shapes, or USE_COMPILE=0."
                 )
             warned = True
             return function(*args, **named)
@@ -712,7 +741,7 @@ def maybe_compile(
 
 
 def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
-    """FloatingPointError that names the first of TENSORS with a value that is not finite; WHAT they are."""
+    """FloatingPointError that names the first tensor with a value that is not finite; `what` they are."""
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise FloatingPointError(f"{what}: {name} has values that are not finite")
@@ -721,8 +750,8 @@ def check_finite(what: str, tensors: Mapping[str, Tensor]) -> None:
 def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, gpu=gpu,
-                attention=attention, dtype=str(compute_dtype(device)).removeprefix("torch."), numpy=np.__version__,
-                threads=torch.get_num_threads())  # fmt: skip
+                attention=attention, dtype=str(compute_dtype(device)).removeprefix("torch."),
+                numpy=np.__version__, threads=torch.get_num_threads())  # fmt: skip
 
 
 def sha256_file(path: str | Path) -> str:
@@ -734,7 +763,7 @@ def sha256_file(path: str | Path) -> str:
 
 
 def code_files() -> list[Path]:
-    """The files whose bytes count: this one, and the evaluator where it lies beside it."""
+    """The files whose bytes count: this one, and the evaluator if it is beside it."""
     here = Path(__file__).resolve()
     return [path for path in (here, here.with_name("eval_ttt.py")) if path.exists()]
 
@@ -744,10 +773,11 @@ def code_hashes() -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write CONTENT under a random name, then rename: PATH is never half-written, and no link is written through."""
+    """Write under a random name, then rename: `path` is never half-written, no link is written through."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -757,14 +787,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def saved_bytes(content: Any) -> bytes:
-    """What torch.save writes; to a file it would make a RuntimeError of a full disk's OSError."""
+    """What torch.save writes; to a file it would turn a full disk's OSError into a RuntimeError."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
 
 
 class RunLog:
-    """train.log, metrics.jsonl and standard output of rank 0; the other ranks say nothing."""
+    """train.log, metrics.jsonl, and standard output of rank 0; other ranks are silent."""
 
     def __init__(self, folder: Path, name: str = "train.log"):
         self.folder, self.name = folder, name
@@ -772,34 +802,38 @@ class RunLog:
     def line(self, text: str) -> None:
         text = shown(text)
         if rank() == 0:
-            with suppress(OSError):  # a terminal that is gone is no reason to lose a run
+            with suppress(OSError):  # a closed terminal is no reason to lose a run
                 print(text, flush=True)
             self._append(self.name, text)
 
     def _append(self, name: str, text: str) -> None:
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # never through a link out of the folder
+            flags = (
+                os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            )  # never through a link out of the folder
             with open(os.open(self.folder / name, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(text + "\n")
-        except OSError as error:  # nor is a full disk, until the artifact is to be written
+        except OSError as error:  # nor is a full disk, until the artifact is written
             with suppress(OSError):
                 print(f"WARNING: {self.folder / name}: {error.strerror}", file=sys.stderr, flush=True)
 
     def forget_after(self, step: int) -> None:
-        """Drop what metrics.jsonl has from after the training step STEP, where the run goes on."""
+        """Drop rows of metrics.jsonl after training step `step`, from which the run is resumed."""
         path = self.folder / "metrics.jsonl"
         if path.exists():
             rows = []
             for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a line that a full disk cut short
+                with suppress(ValueError):  # a line cut short by a full disk
                     rows.append(json.loads(line))
-            kept = [row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)]
+            kept = [
+                row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)
+            ]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def step(
         self, step: int, count: int, seconds: float, also: Mapping[str, float] | None = None, **values: float
     ) -> None:
-        """One line of the field's dialect, and the same as JSON with what is in `also`."""
+        """One line of the lineage's dialect, and the same as JSON together with `also`."""
         shown = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
         times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
         self.line(f"step:{step}/{count} {shown} {times}")
@@ -808,17 +842,18 @@ class RunLog:
             self._append("metrics.jsonl", json.dumps(row))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Data
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+# Shards as published: a header of 256 int32, then uint16 tokens, BOS before each document. They are
+# memory-mapped, so a shard that changes during a run would change the training text, or end the process with
+# SIGBUS: every read checks for that. What decides a score (tokenizer, split, content of the validation
+# shards) is checked against the files that list it, and training shards against validation shards.
 
 
 def open_shard(path: str) -> np.ndarray:
-    """The tokens of a shard as a memory-mapped uint16 array.
-
-    A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count), then the tokens. Raises
-    UserError where magic, version or length are not as they must be.
-    """
+    """Memory-map the tokens of a shard, uint16. UserError for a wrong magic number, version, or length."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
     except OSError as error:
@@ -827,7 +862,9 @@ def open_shard(path: str) -> np.ndarray:
         raise UserError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header of a shard")
     magic, version, count = (int(x) for x in header[:3])
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}")
+        raise UserError(
+            f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}"
+        )
     if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
         raise UserError(
             f"{path}: {size} bytes, but {count} tokens by its header, {SHARD_HEADER_BYTES + 2 * count} bytes"
@@ -836,27 +873,38 @@ def open_shard(path: str) -> np.ndarray:
 
 
 def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (B, T) each, of ROWS (B, T + 1): the targets are one token later."""
+    """Split rows (B, T + 1) into inputs and targets, (B, T) each."""
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 def sample_hash(shard: np.ndarray) -> str:
-    """SHA-256 of 64 blocks of 1,024 tokens, spread over a shard: data sets are too large to hash at every start."""
+    """SHA-256 of 64 blocks of 1,024 tokens spread over a shard: data sets are too large to hash at every
+    start."""
     starts = np.linspace(0, max(len(shard) - 1024, 0), 64).astype(int)
     return hashlib.sha256(b"".join(shard[start : start + 1024].tobytes() for start in starts)).hexdigest()
 
 
+def file_state(path: str) -> tuple[int, int, int]:
+    """Size, inode, and modification time of a file. UserError if it is gone."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return status.st_size, status.st_ino, status.st_mtime_ns
+
+
 class Listing(NamedTuple):
-    """What manifest.json (of data/prepare.py) or source.json (of data/download.py) says of the shards beside it."""
+    """Contents of manifest.json (from data/prepare.py) or source.json (from data/download.py) beside the
+    shards."""
 
     path: Path
     tokenizer_sha256: str | None
     shards: dict[str, dict[str, Any]]  # name -> split, tokens, and sha256 where it is listed
-    overlap: dict[str, int]  # what `data/prepare.py --overlap` counted there
+    overlap: dict[str, int]  # counts of `data/prepare.py --overlap`
 
 
 def read_listing(shard: str) -> Listing | None:
-    """The listing beside a shard, None without one. UserError for a file that is neither of the two."""
+    """Read the listing beside a shard, None without one. UserError for a file that is neither of the two."""
     for name, key in (("manifest.json", "shards"), ("source.json", "files")):
         path = Path(shard).with_name(name)
         if not path.exists():
@@ -876,46 +924,29 @@ def read_listing(shard: str) -> Listing | None:
     return None
 
 
-def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
-    """What the listing beside the training shards says of validation documents in them, where it is of these shards."""
-    listing, folders = read_listing(train.paths[0]), {Path(path).parent for path in (train.paths[0], *val_paths)}
-    found = listing.overlap if listing else {}
-    if len(folders) > 1 or found.get("train_tokens") != len(train):
-        return "overlap: not counted for these shards, data/prepare.py --overlap does"
-    return (f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur inside training "
-            f"shards, {found['documents_touched']} in part")  # fmt: skip
-
-
-def file_state(path: str) -> tuple[int, int, int]:
-    """Size, inode and time of the last change: what another content would alter. UserError where the file is gone."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    return status.st_size, status.st_ino, status.st_mtime_ns
-
-
 def find_shards(pattern: str) -> list[str]:
-    """The shards that match a glob, sorted by name.
+    """Shards that match a glob, sorted by name.
 
-    UserError where there is none, or where byte sidecars lie beside them: they have the shape of shards, but hold the
-    bytes of each token, and without them bpb is wrong.
+    UserError if there are none, or if byte sidecars lie beside them: these have the shape of shards, but hold
+    the bytes of each token, and without them bpb is wrong.
     """
     paths = sorted(glob(pattern))
     if not paths:
-        raise UserError(f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)")
+        raise UserError(
+            f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)"
+        )
     sidecar = re.compile(r"(?<![a-z])bytes(?![a-z]).*\.bin$")
     for folder in sorted({os.path.dirname(path) for path in paths}):
         if sidecars := sorted(filter(sidecar.search, os.listdir(folder or "."))):
             raise UserError(
-                f"{os.path.join(folder, sidecars[0])}: a byte sidecar, which is not supported: bpb of these shards "
-                "would be wrong. Use an export without sidecars."
+                f"{os.path.join(folder, sidecars[0])}: a byte sidecar, which is not supported: bpb of these "
+                "shards would be wrong. Use an export without sidecars."
             )
     return paths
 
 
 class TokenStream:
-    """The shards of a glob, in the order of their names, as one endless stream that begins again after its end."""
+    """The shards that match a glob, in the order of their names, as one stream that repeats after its end."""
 
     def __init__(self, pattern: str, vocab_size: int):
         self.paths = find_shards(pattern)
@@ -925,13 +956,14 @@ class TokenStream:
         self.samples = [sample_hash(shard) for shard in self.shards]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         for index in range(len(self.paths)):
-            self._part(index, 0, 1 << 16)
+            self._part(index, 0, 1 << 16)  # a wrong vocabulary shows at once
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def _part(self, index: int, offset: int, count: int) -> np.ndarray:
-        """Up to COUNT tokens of a shard, which must be as it was when it was opened, within the vocabulary."""
+        """Up to `count` tokens of a shard, which must be unchanged since it was opened, within the
+        vocabulary."""
         path, state = self.paths[index], file_state(self.paths[index])
         if state != self.states[index]:
             self._check_content(index, state)
@@ -941,11 +973,11 @@ class TokenStream:
         return tokens
 
     def _check_content(self, index: int, state: tuple[int, int, int]) -> None:
-        """A shard that has another STATE now must have the same content: network mounts renumber their inodes.
+        """A shard whose state has changed must have the same content: network mounts renumber their inodes.
 
-        The mapping stays with the file that was opened, whatever its name leads to now; only a write into that file
-        reaches it. Such a file must have the SHA-256 that is listed beside it. UserError where the content differs: to
-        read on in a file that was cut would end the process with SIGBUS.
+        The mapping stays with the file that was opened, wherever its name leads now; only a write into that
+        file reaches it. Such a file must have the SHA-256 that is listed beside it. UserError if the content
+        differs: to read on in a truncated file would end the process with SIGBUS.
         """
         path, opened = self.paths[index], self.states[index]
         same = state[0] == opened[0] and sample_hash(open_shard(path)) == self.samples[index]
@@ -958,12 +990,12 @@ class TokenStream:
         self.states[index] = state
 
     def fingerprint(self) -> str:
-        """A hash of lengths and samples of the shards."""
+        """Hash of the lengths and samples of the shards."""
         parts = [f"{len(shard)} {sample} " for shard, sample in zip(self.shards, self.samples, strict=True)]
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """COUNT tokens from position START modulo the length, as an int64 array of its own."""
+        """Copy `count` tokens from position `start` modulo the length, int64."""
         parts, position = [], start % len(self)
         while count > 0:
             index = int(np.searchsorted(self.ends, position, side="right"))
@@ -978,8 +1010,8 @@ class TokenStream:
         """Every token once, uint16."""
         return np.concatenate([self._part(index, 0, len(shard)) for index, shard in enumerate(self.shards)])
 
-    def rows(self, starts: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (rows, seq_len) each: a window from each of STARTS; the targets one token later."""
+    def sequences(self, starts: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (len(starts), seq_len) each, of the sequences that begin at `starts`."""
         tokens = torch.from_numpy(np.stack([self.read(int(start), seq_len + 1) for start in starts]))
         if device.type == "cuda":
             tokens = tokens.pin_memory().to(device, non_blocking=True)
@@ -988,53 +1020,64 @@ class TokenStream:
 
 @lru_cache(maxsize=2)
 def shuffled_starts(num_tokens: int, seq_len: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of an epoch begin, in random order; they lie side by side, round the end of the text."""
+    """Starts of an epoch's sequences in random order: side by side from a random offset, around the end."""
     generator = np.random.default_rng([seed, epoch])
     offset = generator.integers(num_tokens)
     return (offset + seq_len * generator.permutation(num_tokens // seq_len)) % num_tokens
 
 
-def row_starts(config: Config, num_tokens: int, first: int, count: int) -> np.ndarray:
-    """Where the training rows from number FIRST on begin in the text, by DATA_ORDER; they depend on nothing else."""
+def sequence_starts(config: Config, num_tokens: int, first: int, count: int) -> np.ndarray:
+    """Starts of training sequences number `first` to first + count - 1; they depend on seed and DATA_ORDER
+    only."""
     numbers, T = np.arange(first, first + count), config.train_seq_len
     if config.data_order == "sequential":
         return numbers * T
-    epochs, places = np.divmod(numbers, num_tokens // T)
-    orders = {epoch: shuffled_starts(num_tokens, T, config.seed, epoch) for epoch in np.unique(epochs).tolist()}
-    return np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places, strict=True)])
+    epochs, positions = np.divmod(numbers, num_tokens // T)
+    orders = {
+        epoch: shuffled_starts(num_tokens, T, config.seed, epoch) for epoch in np.unique(epochs).tolist()
+    }
+    return np.array([orders[epoch][at] for epoch, at in zip(epochs.tolist(), positions, strict=True)])
 
 
 def check_listing(stream: TokenStream, tokenizer_sha256: str, split: str) -> None:
-    """Compare the shards of a split (train or val) with the manifest.json or source.json beside them, if there is one.
+    """Compare the shards of a split (train or val) with the listing beside them, if there is one.
 
-    Raises UserError for another tokenizer, another split, another token count, shards that are not listed, validation
-    shards that are listed but not there, and those of another content.
+    UserError for another tokenizer, split, or token count, shards that are not listed, validation shards that
+    are listed but missing, and validation shards of other content.
     """
     listing = read_listing(stream.paths[0])
     if listing is None:
         return
     path, made_with, listed, _ = listing
     if made_with not in (None, tokenizer_sha256):
-        raise UserError(f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
+        raise UserError(
+            f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}"
+        )
     for shard_path, shard in zip(stream.paths, stream.shards, strict=True):
         row = listed.pop(Path(shard_path).name, None)
         if row is None:
-            raise UserError(f"{shard_path}: {len(shard)} tokens, not listed in {path}. Remove it, or prepare all again")
+            raise UserError(
+                f"{shard_path}: {len(shard)} tokens, not listed in {path}. Remove it, or prepare all again"
+            )
         if row["split"] != split:
-            raise UserError(f"{shard_path}: text of split {row['split']} by {path}, but it is to be the {split} text")
+            raise UserError(
+                f"{shard_path}: text of split {row['split']} by {path}, but it is to be the {split} text"
+            )
         if row["tokens"] != len(shard):
             raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {row['tokens']}")
         if split == "val" and row["sha256"] not in (None, sha256_file(shard_path)):
-            raise UserError(f"{shard_path}: its content is not what {path} lists. Prepare or download it again.")
+            raise UserError(
+                f"{shard_path}: its content is not what {path} lists. Prepare or download it again."
+            )
     if missing := sorted(name for name, row in listed.items() if row["split"] == split == "val"):
         raise UserError(f"{path} lists validation shards that are not there: {', '.join(missing)}")
 
 
 def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
-    """UserError where a training shard is a validation shard: by real path, by inode, or by size and SHA-256.
+    """UserError if a training shard is a validation shard: by real path, by inode, or by size and SHA-256.
 
-    Validation shards are opened only where a training shard has the size of one. `data/prepare.py --overlap` looks for
-    single documents.
+    Validation shards are read only if a training shard has the size of one. `data/prepare.py --overlap` looks
+    for single documents.
     """
     sizes, train_sizes = ({os.path.getsize(path) for path in paths} for paths in (val_paths, stream.paths))
     known: dict[Any, str] = {}
@@ -1046,15 +1089,38 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
             if paths is val_paths:
                 known |= dict.fromkeys(marks, path)
             elif found := next((known[mark] for mark in marks if mark in known), None):
-                raise UserError(f"{path} is both training and validation text, the same as {found}. Change TRAIN_FILES "
-                                "or VAL_FILES.")  # fmt: skip
+                raise UserError(
+                    f"{path} is both training and validation text, the same as {found}. "
+                    "Change TRAIN_FILES or VAL_FILES."
+                )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
+    """Log line with the listed counts of validation documents inside the training shards, if they are of
+    these."""
+    listing, folders = (
+        read_listing(train.paths[0]),
+        {Path(path).parent for path in (train.paths[0], *val_paths)},
+    )
+    found = listing.overlap if listing else {}
+    if len(folders) > 1 or found.get("train_tokens") != len(train):
+        return "overlap: not counted for these shards, data/prepare.py --overlap does"
+    return (
+        f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur inside "
+        f"training shards, {found['documents_touched']} in part"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Bytes per token
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Tokens and tokens per byte of the published validation sets: the fingerprint of right byte accounting.
+# bpb = nats / ln 2 / bytes, so a wrong byte count is a wrong score that nothing else would show. The field's
+# counting rule holds for its tokenizers; ours are lossless, and count the bytes of the text. Two derivations
+# that share no code must agree on every printed score, and published validation sets must have their known
+# totals.
+
+# Tokens and tokens per byte of the published validation sets.
 PUBLISHED_VAL = {
     62_021_846: 0.41052,
     45_508_608: 0.30125,
@@ -1063,17 +1129,17 @@ PUBLISHED_VAL = {
     47_853_344: 0.31674,  # CaseOps, 151,080,645 bytes by its sidecar
 }
 
-# A tokenizer that returns this unchanged keeps every byte. NFKC would change the ligature, the circled one and the
-# accent; the usual SentencePiece defaults the spaces, tabs and line ends.
+# A tokenizer that returns this unchanged keeps every byte. NFKC would change the ligature, the circled one,
+# and the accent; SentencePiece's usual defaults would change spaces, tabs, and line ends.
 LOSSLESS_PROBE = "  \ufb01\u2460 e\u0301\ta \r\n\n  x \U0001f600 "
 
 
 class ByteTable(NamedTuple):
-    """How many bytes of text a target stands for; three arrays of the vocabulary's length.
+    """Bytes of text per target, as three arrays of the vocabulary's length.
 
-    Each piece counts its UTF-8 bytes without the leading space, and the space counts one more, unless the token before
-    is a boundary (control, unknown or unused), as the field has it. Under a lossless tokenizer nothing is a boundary,
-    and the counted bytes are those of the text.
+    A piece counts its UTF-8 bytes without the leading space, and the space counts one more unless the token
+    before is a boundary (control, unknown, or unused): the field's rule. Under a lossless tokenizer nothing
+    is a boundary, and the counted bytes are those of the text.
     """
 
     base_bytes: np.ndarray  # int64
@@ -1081,20 +1147,20 @@ class ByteTable(NamedTuple):
     is_boundary: np.ndarray  # bool
 
     def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Bytes of each TARGET that follows PREVIOUS, int64."""
+        """Bytes of each target, int64; previous: the token before it."""
         return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
 
 
 def load_byte_table(path: str, vocab_size: int) -> ByteTable:
-    """The ByteTable of a SentencePiece model. UserError where it is missing, broken, or not for this vocabulary."""
+    """ByteTable of a SentencePiece model. UserError if it is missing, broken, or not for this vocabulary."""
     import sentencepiece as spm
 
     if not Path(path).is_file():  # SentencePiece aborts the process over a folder or an empty name
         raise UserError(f"TOKENIZER_PATH={path}: no such file")
     try:
-        if not (blob := Path(path).read_bytes()):  # over which SentencePiece ends the process, too
+        if not (blob := Path(path).read_bytes()):  # which aborts it, too
             raise UserError(f"TOKENIZER_PATH={path}: an empty file")
-        sp = spm.SentencePieceProcessor(model_proto=blob)  # its own open() takes no names that are not UTF-8
+        sp = spm.SentencePieceProcessor(model_proto=blob)  # its own open() takes UTF-8 names only
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={path}: {error}") from error
     if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
@@ -1106,7 +1172,9 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
     adds_space = sp.encode("a", out_type=str)[0].startswith("\u2581")  # decoding would hide it again
     lossless = not adds_space and sp.decode(sp.encode(LOSSLESS_PROBE)) == LOSSLESS_PROBE
     if not lossless and sp.piece_to_id("\u2581") == sp.unk_id():
-        raise UserError(f"TOKENIZER_PATH={path}: without a piece for a lone space, bytes are miscounted (issue #897)")
+        raise UserError(
+            f"TOKENIZER_PATH={path}: without a piece for a lone space, bytes are miscounted (issue #897)"
+        )
     base, space = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
     for i in np.flatnonzero(~boundary).tolist():
         piece = sp.id_to_piece(i)
@@ -1118,8 +1186,8 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
 def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str) -> tuple[float, float]:
     """val_loss (nats per target) and val_bpb of losses nll (targets,), from shards and tokenizer alone.
 
-    A second derivation of the printed score, which shares no code with `score` and ByteTable: it counts the pieces of
-    the whole text, then takes away the leading spaces that the field does not count, those behind a boundary.
+    A second derivation that shares no code with `score` and ByteTable: it counts the pieces of the whole
+    text, then subtracts the leading spaces that the field does not count, those after a boundary.
     """
     import sentencepiece as spm
 
@@ -1129,27 +1197,34 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
     plain = {i for i in text if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))}
     occurs = np.bincount(tokens[1:])
     num_bytes = sum(int(occurs[i]) * (1 if sp.is_byte(i) else len(text[i].encode())) for i in plain)
-    if sp.encode_as_pieces("a")[0].startswith("\u2581") or sp.decode(sp.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
+    if (
+        sp.encode_as_pieces("a")[0].startswith("\u2581")
+        or sp.decode(sp.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE
+    ):
         spaced = [i for i in plain if text[i].startswith(" ")]
-        boundary = [i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)]
+        boundary = [
+            i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        ]
         num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
     total = float(np.sum(nll, dtype=np.longdouble))
     return total / (len(tokens) - 1), total / math.log(2) / num_bytes
 
 
-def check_score(val_loss: float, val_bpb: float, nll: np.ndarray, shards: Sequence[str], tokenizer_path: str) -> None:
-    """ArithmeticError where a score is not finite, or not within 1e-9 of what recomputed_score makes of its losses."""
+def check_score(
+    val_loss: float, val_bpb: float, nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
+) -> None:
+    """ArithmeticError if a score is not finite, or not within 1e-9 of recomputed_score of its losses."""
     again = recomputed_score(nll, shards, tokenizer_path)
     if not all(abs(x / y - 1) < 1e-9 for x, y in zip((val_loss, val_bpb), again, strict=True)):
         bad = int((~np.isfinite(nll)).sum())
         raise ArithmeticError(
-            f"the printed score disagrees with its losses: val_loss:{val_loss} val_bpb:{val_bpb}, recomputed {again}; "
-            f"{bad} of {len(nll)} losses are not finite"
+            f"the printed score disagrees with its losses: val_loss:{val_loss} val_bpb:{val_bpb}, "
+            f"recomputed {again}; {bad} of {len(nll)} losses are not finite"
         )
 
 
 def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str) -> None:
-    """Raise UserError where a validation set is not what its token count or its folder's name claims.
+    """UserError if a validation set is not what its token count or its folder's name claims.
 
     pattern: the glob of its shards. A published set has a known number of tokens per byte; any export of the
     challenge's 50,000 documents (folder fineweb10B_*) has 151.0 to 151.1 million bytes.
@@ -1164,34 +1239,46 @@ def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str) -> None:
         )
     if "fineweb10B_" in Path(pattern).parent.name and not 151_000_000 <= num_bytes <= 151_100_000:
         raise UserError(
-            f"{pattern}: {num_bytes} bytes of validation text, but the challenge's has 151.0 to 151.1 million. "
-            "Complete it with data/download.py, or rename the folder if it holds another text."
+            f"{pattern}: {num_bytes} bytes of validation text, but the challenge's has 151.0 to 151.1 "
+            "million. Complete it with data/download.py, or rename the folder if it holds another text."
         )
 
 
-def read_validation(config: Config, byte_table: ByteTable, tokenizer_sha256: str) -> tuple[np.ndarray, list[str]]:
-    """The validation tokens and the shards they come from. UserError for whatever can be wrong with them."""
+def check_length(num_tokens: int, seq_len: int) -> None:
+    """UserError if a text has no window of seq_len tokens and a target."""
+    if num_tokens <= seq_len:
+        raise UserError(
+            f"{num_tokens} validation tokens are fewer than a window, EVAL_SEQ_LEN={seq_len} and a target"
+        )
+
+
+def read_validation(
+    config: Config, byte_table: ByteTable, tokenizer_sha256: str
+) -> tuple[np.ndarray, list[str]]:
+    """Validation tokens and the paths of their shards. UserError for whatever can be wrong with them."""
     stream = TokenStream(config.shards("val"), config.vocab_size)
     check_listing(stream, tokenizer_sha256, "val")
     tokens = stream.read_all()
-    if len(tokens) <= config.eval_seq_len:
-        raise UserError(
-            f"{len(tokens)} validation tokens are fewer than a window, EVAL_SEQ_LEN={config.eval_seq_len} and a target"
-        )
+    check_length(len(tokens), config.eval_seq_len)
     check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()), config.shards("val"))
     return tokens, stream.paths
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Model
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+# An 11-layer transformer with banked weights (#399, #549, #1019): all matrices of one kind in one 3-D
+# parameter, so that Muon works on few large batches and ranks share them by rows. One forward pass serves
+# training, late QAT, fast weights, calibration, and generation: all of them pass the same form of the
+# weights. Parameters are float32, cast once a step.
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Tap = Callable[["Block", str, Tensor, Tensor], None]  # block, product, its input and its output
 Adapters = Mapping[str, tuple[Tensor, Tensor]]  # bank -> A (..., rows, r, in) and B (..., rows, out, r)
 
-# The four products of a block: the site whose activations they read, and the matrices that make them, each a row of the
-# first or second half of a bank. Calibration statistics are kept by site, adapters by matrix.
+# The four products of a block: the site whose activations they read, and the matrices that make them, each a
+# row of the first or second half of a bank. Calibration statistics are kept by site, adapters by matrix.
 PRODUCTS = {
     "qkv": ("attn_in", (("qo_bank", 0), ("kv_bank", 0), ("kv_bank", 1))),
     "o": ("attn_out", (("qo_bank", 1),)),
@@ -1206,68 +1293,84 @@ def bank_sites(bank: str) -> list[str]:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Causal attention: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other kernels.
+    """Causal attention, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other
+    kernels.
 
-    k and v may begin earlier than q: they end with it. DOCUMENTS (B, past + T): a number for each place; only places
-    with the same one see each other.
+    k and v may begin earlier than q: they end with it. documents (B, past + T): a number per position; only
+    positions with the same number see each other.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
     past, mask = k.size(2) - q.size(2), None
     if past or documents is not None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # no fast kernel takes both
+        k, v = (
+            x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v)
+        )  # no fast kernel takes both
     if documents is not None:
         mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None
+    )
     return y.transpose(1, 2)
 
 
-def document_begins(documents: Tensor) -> Tensor:
-    """Where the documents of rows (B, T) begin in the flat text, int32, then its length over and over.
+def room_for_documents(seq_len: int) -> int:
+    """Documents that may begin inside a sequence before the kernels for documents merge the rest into one."""
+    return seq_len // 128 + 1
 
-    So that shapes do not depend on the text there is room for one in 128 tokens of a row and two more. Where a row has
-    more, its last ones are taken together; nothing is ever taken together with another row.
+
+def document_begins(documents: Tensor) -> Tensor:
+    """Offsets (int32) in the flattened batch at which the documents of rows (B, T) begin, padded with its
+    length.
+
+    The number of offsets is fixed, so that shapes do not depend on the text. Documents of a row beyond
+    room_for_documents are merged, never with another row.
     """
     (B, T), device = documents.shape, documents.device
-    room, tokens = T // 128 + 1, torch.arange(B * T, dtype=torch.int32, device=device)
+    room, tokens = room_for_documents(T), torch.arange(B * T, dtype=torch.int32, device=device)
     inner = F.pad(documents.diff(dim=1) != 0, (1, 0))  # begins, but not with its row
     begins = (tokens % T == 0) | (inner & (inner.cumsum(1) <= room)).flatten()
     ends = torch.full((B * (1 + room) + 1,), B * T, dtype=torch.int32, device=device)
     return ends.scatter_reduce(0, begins.cumsum(0) - 1, tokens, "amin")
 
 
-def flash_attention(rows: Callable, documents_apart: Callable) -> AttentionFn:
-    """Attention by the functions of flash-attn for ROWS and for documents of any length, flash_attn_varlen_func.
+def flash_attention(dense: Callable, varlen: Callable) -> AttentionFn:
+    """Attention by flash-attn's functions for whole rows (dense) and for documents (varlen).
 
     Some versions return the log-sum-exp beside the output. Documents with a past are left to masks.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
         if documents is None:
-            out = rows(q, k, v, causal=True)
+            out = dense(q, k, v, causal=True)
         elif k.size(1) > q.size(1):
             return sdpa_attention(q, k, v, documents)
         else:
-            begins, longest, flat = document_begins(documents), q.size(1), (x.flatten(0, 1) for x in (q, k, v))
-            out = documents_apart(*flat, begins, begins, longest, longest, causal=True)
+            begins, longest, flat = (
+                document_begins(documents),
+                q.size(1),
+                (x.flatten(0, 1) for x in (q, k, v)),
+            )
+            out = varlen(*flat, begins, begins, longest, longest, causal=True)
         return (out[0] if isinstance(out, tuple) else out).view(q.shape)
 
     return attention
 
 
 def torch_attention() -> AttentionFn:
-    """torch's own attention on GPUs, with its kernel for documents of any length.
+    """torch's own attention on GPUs, with its varlen kernel for documents.
 
-    float32, which cards without bfloat16 compute in, has no kernel for documents, and with fewer K/V heads none but the
-    one that stores (B, H, T, T) scores, 6.4 GB a layer of pr1019: K/V heads are repeated for it, documents are masked.
+    float32, in which cards without bfloat16 compute, has no kernel for documents, and for fewer K/V heads
+    only the one that stores (B, H, T, T) scores, 6.4 GB per layer of pr1019: K/V heads are repeated,
+    documents are masked.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11's kernel takes fewer K/V heads as they are; 2.13 wants to be told
-    told = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    # torch 2.11's kernel takes fewer K/V heads as they are; 2.13's wants a flag
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     flash = flash_attention(
         lambda q, k, v, causal: sdpa_attention(q, k, v),
-        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), **told),  # (-1, 0): causal
+        lambda *flat, causal: varlen_attn(*flat, window_size=(-1, 0), **gqa),  # (-1, 0): causal
     )
 
     def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -1280,14 +1383,17 @@ def torch_attention() -> AttentionFn:
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:
-    """The attention kernel asked for, or the first usable of fa3, fa2, sdpa: name, function, notices about the others.
+    """The requested attention kernel, or the first usable of fa3, fa2, sdpa: name, function, notices about
+    others.
 
-    The flash kernels need a GPU, fa3 a Hopper one. UserError where the one asked for cannot run.
+    The flash kernels need a GPU, fa3 a Hopper one. UserError if the requested one cannot run.
     """
     notices = []
     if device.type == "cuda" and compute_dtype(device) == torch.float32:
         generation = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        notices.append(f"this GPU has no bfloat16 (compute capability {generation}, not 8.0): it computes in float32")
+        notices.append(
+            f"this GPU has no bfloat16 (compute capability {generation}, not 8.0): it computes in float32"
+        )
     for name, module, generation in (("fa3", "flash_attn_interface", 9), ("fa2", "flash_attn", 8)):
         if requested not in ("auto", name) or (requested == "auto" and device.type != "cuda"):
             continue
@@ -1305,10 +1411,12 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
 
 
 def attention_backend(config: Config, kernel: AttentionFn, device: torch.device) -> str:
-    """Name the operator with which torch computes a training sequence's attention by `kernel`, one of its own.
+    """Name of the operator that torch chooses for a training sequence's attention by `kernel`, one of its
+    own.
 
-    flash, cudnn, efficient, varlen, or math, which stores (B, H, T, T) scores. It runs one sequence and watches: which
-    comes first depends on version, card and shapes (torch 2.11 on Hopper: cuDNN's, before FlashAttention 2's).
+    flash, cudnn, efficient, varlen, or math, which stores (B, H, T, T) scores. It runs one sequence and
+    watches: the choice depends on version, card, and shapes (torch 2.11 on Hopper: cuDNN before
+    FlashAttention 2).
     """
     seen: list[str] = []
 
@@ -1317,7 +1425,10 @@ def attention_backend(config: Config, kernel: AttentionFn, device: torch.device)
             seen.append(str(operator))
             return operator(*args, **(kwargs or {}))
 
-    heads, of = (config.num_heads, config.num_kv_heads, config.num_kv_heads), dict(dtype=compute_dtype(device))
+    heads, of = (
+        (config.num_heads, config.num_kv_heads, config.num_kv_heads),
+        dict(dtype=compute_dtype(device)),
+    )
     q, k, v = (torch.zeros(1, config.train_seq_len, n, config.head_dim, device=device, **of) for n in heads)
     documents = torch.zeros(1, config.train_seq_len, dtype=torch.long, device=device)
     with Watch():  # the choice depends on whether there will be a backward pass
@@ -1327,9 +1438,9 @@ def attention_backend(config: Config, kernel: AttentionFn, device: torch.device)
 
 
 def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-    """GAIN x / sqrt(mean(x^2) + eps) over the last axis; eps is that of float32 for every dtype.
+    """gain * x / sqrt(mean(x^2) + eps) over the last axis; eps is that of float32 for every dtype.
 
-    A GAIN (..., 1) is a part of each vector's factor, so that its gradient takes no further pass over x.
+    A gain (..., 1) is part of each vector's factor, so that its gradient takes no further pass over x.
     """
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     factor = (exact.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).rsqrt() * gain
@@ -1337,25 +1448,27 @@ def rms_norm(x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
 
 
 def rotary_base(config: Config) -> float:
-    """The base of the frequencies: stretched once, for TRAIN_SEQ_LEN, and then the same at every length.
+    """Base of the rotary frequencies, scaled once for TRAIN_SEQ_LEN and then the same at every length.
 
-    base * (T / ntk_len)^(r / (r - 2)) for r rotated dimensions and T = TRAIN_SEQ_LEN > ntk_len (NTK-aware scaling).
+    base * (T / ntk_len)^(r / (r - 2)) for r rotated dimensions and T = TRAIN_SEQ_LEN > ntk_len (NTK-aware
+    scaling).
     """
     r, stretch = config.rotary_dims, config.train_seq_len / (config.rope_ntk_len or config.train_seq_len)
     return config.rope_base * max(1.0, stretch) ** (r / (r - 2)) if r > 2 else config.rope_base
 
 
 def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i / dims), (length, 1, dims / 2) each, device and dtype of LIKE."""
+    """cos and sin of position * base^(-2i / dims), (length, 1, dims / 2) each, with device and dtype of
+    `like`."""
     exact = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     frequencies = base ** (-torch.arange(0, dims, 2, **exact) / dims)
     angles = torch.outer(torch.arange(length, **exact), frequencies)
     return angles.cos().to(like.dtype).unsqueeze(1), angles.sin().to(like.dtype).unsqueeze(1)
 
 
-class Places(NamedTuple):
-    """Where a row is: cos and sin (T, 1, D) for `rotate`, half of the dimensions that it rotates, the documents that
-    attention stays within, and what came before."""
+class AttentionContext(NamedTuple):
+    """What attention knows of positions: rotary cos and sin (T, 1, D) with half of the rotated dimensions,
+    the document of each position, and the KV cache."""
 
     cos: Tensor
     sin: Tensor
@@ -1364,18 +1477,18 @@ class Places(NamedTuple):
     cache: Cache | None
 
 
-def rotate(x: Tensor, places: Places) -> Tensor:
-    """Rotate the first 2 * half dimensions of x (B, T, heads, D), the pairs being (i, i + half): x cos + partner sin.
+def rotate(x: Tensor, context: AttentionContext) -> Tensor:
+    """Rotate the first 2 * half dimensions of x (B, T, heads, D) in pairs (i, i + half): x cos + partner sin.
 
-    The other dimensions have cos 1 and sin 0. Where they are a multiple, all of x is swapped in pairs of parts: one
-    kernel, both ways, where parts put together are a kernel each.
+    The other dimensions have cos 1 and sin 0. If they are a multiple, all of x is swapped in pairs of parts:
+    one kernel forward and one backward, where concatenated parts are a kernel each.
     """
-    half = places.half
+    half = context.half
     if x.size(-1) % (2 * half):
         partner = torch.cat((x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]), dim=-1)
     else:
         partner = x.unflatten(-1, (-1, 2, half)).flip(-2).flatten(-3)
-    return x * places.cos + partner * places.sin
+    return x * context.cos + partner * context.sin
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -1385,16 +1498,16 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     """
     y = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H / K, D)
     v = v.unsqueeze(3).expand_as(y)
-    share = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-24)
-    return (y - share * v).flatten(2, 3)
+    projection = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-24)
+    return (y - projection * v).flatten(2, 3)
 
 
 class Weights(NamedTuple):
     """All block matrices in the one form that every forward pass reads, made by GPT.weights.
 
     qkv (..., L, d + 2 K D, d) and up (..., L, m, d) by bank row. o (..., A, d, d) and down (..., A, d, m) by
-    application of a block, of which a loop has more: they carry attn_scale and mlp_scale, whose gradient is then a
-    pass over weights, not two over tokens. Leading axis: none, or a set of weights for each row of the batch.
+    application of a block: they carry attn_scale and mlp_scale, whose gradient is then a pass over weights,
+    not two over tokens. Leading axis: none, or one set of weights per batch row.
     """
 
     qkv: Tensor
@@ -1406,9 +1519,10 @@ class Weights(NamedTuple):
 class BlockWeights(NamedTuple):
     """What one application of a block multiplies by, in the compute dtype.
 
-    matrices: product -> (..., out, in). adapters: product -> pairs A (..., r, in), B (..., out, r), whose outputs lie
-    side by side (three for qkv); "attn" and "mlp" are in parallel to a whole sublayer. Those that end in the residual
-    stream carry its scale, as o and down do. tap: sees the input and output of every product.
+    matrices: product -> (..., out, in). adapters: product -> pairs A (..., r, in), B (..., out, r), whose
+    outputs are concatenated (three for qkv); "attn" and "mlp" are in parallel to a whole sublayer. Adapters
+    that end in the residual stream carry its scale, as o and down do. tap: sees the input and output of every
+    product.
     """
 
     matrices: Mapping[str, Tensor]
@@ -1423,22 +1537,22 @@ class BlockWeights(NamedTuple):
         return self.adapted(name, x, y)
 
     def adapted(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (B, T, out) plus the low-rank products of x (B, T, in) that belong to it."""
+        """y (B, T, out) plus the low-rank products of x (B, T, in) under this name."""
         if name not in self.adapters:
             return y
         return y + torch.cat([(x @ a.mT) @ b.mT for a, b in self.adapters[name]], dim=-1)
 
 
 def lookup(weight: Tensor, ids: Tensor) -> Tensor:
-    """Rows of an embedding (V, d) at IDS (B, T) -> (B, T, d); with a leading axis, each row of IDS has a table."""
+    """Rows of an embedding (V, d) at ids (B, T) -> (B, T, d); weight (B, V, d): a table per batch row."""
     if weight.dim() == 2:
         return F.embedding(ids, weight)
     tables = torch.arange(len(weight), device=ids.device).unsqueeze(-1)
     return F.embedding(ids + tables * weight.size(1), weight.flatten(0, 1))
 
 
-class SideEmbedding(nn.Module):
-    """An embedding of its own width, projected to OUT features and scaled: hashed bigrams, values."""
+class FactorizedEmbedding(nn.Module):
+    """An embedding of its own width, projected to `out` features and scaled: hashed bigrams, values."""
 
     def __init__(self, rows: int, width: int, out: int, scale: float | None):
         super().__init__()
@@ -1453,9 +1567,10 @@ class SideEmbedding(nn.Module):
 
 
 def bigram_rows(config: Config, input_ids: Tensor, first: Tensor, word_start: Tensor | None) -> Tensor:
-    """The rows (B, T) in the bigram table of every pair (previous token, this one).
+    """Rows (B, T) in the bigram table of every pair (previous token, this token).
 
-    first (B, T): the token has no predecessor; its row is the last one. word_start (V,): the token begins a word.
+    first (B, T): the token has no predecessor; its row is the last one. word_start (V,): the token begins a
+    word.
     """
     ids, rows = input_ids.int(), config.bigram_vocab_size  # the published hashes wrap at 32 bits
     previous = F.pad(ids, (1, -1))
@@ -1469,7 +1584,7 @@ def bigram_rows(config: Config, input_ids: Tensor, first: Tensor, word_start: Te
 
 
 class SmearGate(nn.Module):
-    """(1 - g) x_t + g x_{t-1} with one learned gate g = sigmoid(gate) a channel."""
+    """(1 - g) x_t + g x_{t-1} with a learned gate g = sigmoid(gate) per channel."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -1483,17 +1598,18 @@ class SmearGate(nn.Module):
 
 
 class Cache(dict):
-    """What a forward pass of further tokens needs of those before: "ids" (B, T), and keys and values by Attention."""
+    """What a forward pass of further tokens needs of earlier ones: "ids" (B, T), and keys and values by
+    Attention."""
 
     def append(self, of: str | nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
-        """All that is kept OF it, with these (B, T, ...)."""
+        """Add tensors (B, T, ...) under the key `of`; returns all that is kept there."""
         old = self.get(of, [part[:, :0] for part in new])
         self[of] = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
         return self[of]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys. Its matrices are rows of the banks."""
+    """Grouped-query attention with normalized queries and keys. Its matrices are rows of the banks."""
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
         super().__init__()
@@ -1501,21 +1617,23 @@ class Attention(nn.Module):
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
 
-    def forward(self, x: Tensor, weights: BlockWeights, places: Places, extra: Tensor | None) -> Tensor:
-        """x (B, T, d), extra (B, T, K * D) or None -> (B, T, d)."""
+    def forward(
+        self, x: Tensor, weights: BlockWeights, context: AttentionContext, value: Tensor | None
+    ) -> Tensor:
+        """x (B, T, d), value (B, T, K * D) or None: added to the values -> (B, T, d)."""
         qkv, d = weights.product("qkv", x), x.size(-1)  # (B, T, d + 2 K D)
         q, k, v = qkv.split([d, (qkv.size(-1) - d) // 2, (qkv.size(-1) - d) // 2], dim=-1)
-        v = v if extra is None else v + extra
+        v = v if value is None else v + value
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, heads, D)
-        q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), places), rotate(rms_norm(k), places)
-        keys, values = (k, v) if places.cache is None else places.cache.append(self, k, v)
-        y = self.kernel(q, keys, values, places.documents)  # (B, T, H, D)
+        q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), context), rotate(rms_norm(k), context)
+        keys, values = (k, v) if context.cache is None else context.cache.append(self, k, v)
+        y = self.kernel(q, keys, values, context.documents)  # (B, T, H, D)
         y = exclude_self(y, v) if self.exclusive else y
         return weights.product("o", y.flatten(2))
 
 
 class StarReLU(nn.Module):
-    """A learned scale and bias of every hidden channel (arXiv 2210.13452, by channel as in #494)."""
+    """A learned scale and bias per hidden channel (arXiv 2210.13452, per channel as in #494)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -1527,9 +1645,9 @@ class StarReLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the scaled norm of the stream and added back by channel.
+    """Attention, then MLP, each on the scaled norm of the stream and added back per channel.
 
-    LAYER is the bank row of its matrices; blocks that share a row have gates and scales of their own.
+    layer: the bank row of its matrices. Blocks that share a row have gates and scales of their own.
     """
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
@@ -1544,29 +1662,37 @@ class Block(nn.Module):
         self.mlp = StarReLU(config.mlp_dim) if config.star_relu else None
 
     def forward(
-        self, x: Tensor, x0: Tensor, weights: BlockWeights, places: Places, extra: Tensor | None, columns: Tensor | None
+        self,
+        x: Tensor,
+        x0: Tensor,
+        weights: BlockWeights,
+        context: AttentionContext,
+        value: Tensor | None,
+        positions: Tensor | None,
     ) -> Tensor:
-        """x, x0 (B, T, d): the stream and the first embedding; extra (B, T, K * D) or None -> (B, T, d).
+        """x, x0 (B, T, d): the stream and the first embedding; value as for Attention -> (B, T, d).
 
-        columns (B, C) or None: the places that go on after attention, (B, C, d) then.
+        positions (B, C) or None: those that go on after attention -> (B, C, d).
         """
         x = self.mix(x, x0)
-        x = x + self.attention_update(x, weights, places, extra)  # times attn_scale, which weights.o carries
-        if columns is not None:
-            x = x.gather(1, columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
+        x = x + self.attention_update(x, weights, context, value)  # times attn_scale, which weights.o carries
+        if positions is not None:
+            x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         return x + self.mlp_update(x, weights)  # times mlp_scale, which weights.down carries
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The stream with some of the first embedding x0 mixed back in, by channel."""
+        """The stream with some of the first embedding x0 mixed back in, per channel."""
         if self.resid_mix is None:
             return x
         mix = self.resid_mix.to(x.dtype)
         return mix[0] * x + mix[1] * x0
 
-    def attention_update(self, x: Tensor, weights: BlockWeights, places: Places, extra: Tensor | None) -> Tensor:
+    def attention_update(
+        self, x: Tensor, weights: BlockWeights, context: AttentionContext, value: Tensor | None
+    ) -> Tensor:
         """What attention adds to the stream x (B, T, d)."""
         h = rms_norm(x, self.norm_scale)
-        return weights.adapted("attn", h, self.attn(h, weights, places, extra))
+        return weights.adapted("attn", h, self.attn(h, weights, context, value))
 
     def mlp_update(self, x: Tensor, weights: BlockWeights) -> Tensor:
         """What the MLP adds to the stream x (B, T, d)."""
@@ -1577,14 +1703,12 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model: one forward for training, scoring, statistics and adaptation.
+    """The model: one forward for training, scoring, calibration, adaptation, and generation.
 
-    All block matrices live in four banks. Layer i has W_Q = qo_bank[i], W_O = qo_bank[L + i], W_K = kv_bank[i],
-    W_V = kv_bank[L + i], and its rows of mlp_up_bank and mlp_down_bank. Parameters are float32; the forward casts to
-    `dtype`. State-dict names are those of the banked line (#399, #549, #1019).
-
-    With BLOCK_ORDER there are more blocks than bank rows; `looped` False leaves out those that use a row again.
-    word_start (V,): the tokens that begin a word, which POS_CONDITIONAL_BIGRAM and WORD_START_BOOST ask for.
+    Bank row i has W_Q = qo_bank[i], W_O = qo_bank[L + i], W_K = kv_bank[i], W_V = kv_bank[L + i],
+    mlp_up_bank[i], and mlp_down_bank[i]. State-dict names are those of the banked line (#399, #549, #1019).
+    With BLOCK_ORDER there are more blocks than bank rows; `looped` False leaves out those that use a row
+    again. word_start (V,): tokens that begin a word, for POS_CONDITIONAL_BIGRAM and WORD_START_BOOST.
     """
 
     BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
@@ -1608,9 +1732,11 @@ class GPT(nn.Module):
         self.bigram = None
         if config.bigram_vocab_size:
             scale = 0.05 if config.bigram_hash == "xor" else None
-            self.bigram = SideEmbedding(config.bigram_vocab_size, config.bigram_dim, d, scale)
+            self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, scale)
         self.word_start_boost = nn.Parameter(torch.tensor(1.0)) if config.word_start_boost else None
-        self.register_buffer("word_start", None if word_start is None else torch.tensor(word_start), persistent=False)
+        self.register_buffer(
+            "word_start", None if word_start is None else torch.tensor(word_start), persistent=False
+        )
         self.smear = SmearGate(config) if config.smear_gate else None
         memory = (1, config.num_memory_tokens, d)
         self.memory_tokens = nn.Parameter(torch.empty(memory)) if config.num_memory_tokens else None
@@ -1622,7 +1748,7 @@ class GPT(nn.Module):
         self.value_layers = config.value_layers
         self.ve_shared = None
         if self.value_layers:
-            self.ve_shared = SideEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, scale=0.1)
+            self.ve_shared = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, scale=0.1)
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in self.value_layers)
         heads = range(config.mtp_num_heads)
         self.mtp_heads = nn.ModuleList(nn.Linear(d, config.vocab_size, bias=False) for _ in heads)
@@ -1631,7 +1757,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
-        """Initial weights, a function of SEED alone: orthogonal inputs, zero outputs, small embeddings."""
+        """Set initial weights by `seed` alone: orthogonal inputs, zero outputs, small embeddings."""
         generator = torch.Generator().manual_seed(seed)
         L = self.config.num_layers
         inputs = [*self.qo_bank[:L], *self.kv_bank, *self.mlp_up_bank]
@@ -1641,7 +1767,9 @@ class GPT(nn.Module):
         self.qo_bank[L:].zero_()
         self.mlp_down_bank.zero_()
         self.tok_emb.weight.normal_(0, self.config.tied_embed_init_std, generator=generator)
-        if self.config.overtone_init:  # the k-th singular value, from 1, becomes the first one / sqrt(k) (#60)
+        if (
+            self.config.overtone_init
+        ):  # the k-th singular value, from 1, becomes the first one / sqrt(k) (#60)
             U, S, Vh = torch.linalg.svd(self.tok_emb.weight, full_matrices=False)
             self.tok_emb.weight.copy_(U * (S[0] / torch.arange(1, len(S) + 1).sqrt()) @ Vh)
         for head in (self.lm_head, *self.mtp_heads):
@@ -1658,19 +1786,20 @@ class GPT(nn.Module):
             self.memory_tokens.normal_(0, 0.02, generator=generator)
         if self.config.phase_resid_mix:
             for layer, block in enumerate(self.blocks):
-                share = 1 / (1 + math.exp(-3 * (layer / max(len(self.blocks) - 1, 1) - 0.5)))
-                block.resid_mix[0], block.resid_mix[1] = share, 1 - share
+                stream = 1 / (1 + math.exp(-3 * (layer / max(len(self.blocks) - 1, 1) - 0.5)))
+                block.resid_mix[0], block.resid_mix[1] = stream, 1 - stream
         return self
 
     @torch.no_grad()
     def start_loop(self) -> None:
-        """Use all of BLOCK_ORDER from now on; a block that uses a row again begins with the scales of the first use."""
+        """Use all of BLOCK_ORDER from now on; a repeat begins with the scales of its row's first use."""
         for block, row in zip(self.blocks, self.config.block_rows, strict=True):
             block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
         self.looped = True
 
     def forward(self, input_ids: Tensor, *how: Any, **named: Any) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V) or (B, C, V) in float32 (a float64 model: float64), as `stream` says."""
+        """input_ids (B, T) -> logits (B, T, V) or (B, C, V), float32 (float64 for a float64 model); see
+        `stream`."""
         return self.head(self.stream(input_ids, *how, **named))
 
     def stream(
@@ -1679,28 +1808,31 @@ class GPT(nn.Module):
         weights: Weights | None = None,
         adapters: Adapters | None = None,
         tap: Tap | None = None,
-        columns: Tensor | None = None,
+        positions: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> what the head reads, (B, T, d).
 
-        weights: of `weights`, where they are made before. adapters: low-rank additions, see Adapters. tap: sees every
-        product, see Tap. columns (B, C): the places whose logits are wanted, (B, C, d) then. cache: of the tokens
-        before these, which are added to it.
+        weights: made by GPT.weights, if the caller has them. adapters: low-rank additions, see Adapters. tap:
+        sees every product, see Tap. positions (B, C): those whose logits are wanted -> (B, C, d). cache: of
+        the tokens before these, which are added to it.
         """
-        layers = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
+        applications = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
-        places = self.places(input_ids, x, cache)
-        extra = self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
+        context = self.attention_context(input_ids, x, cache)
+        values = (
+            self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
+        )  # (B, T, K * D)
         skips: list[Tensor] = []
-        half = len(layers) // 2
-        for depth, (block, weights) in enumerate(zip(self.used_blocks(), layers, strict=True)):
+        half = len(applications) // 2
+        for depth, (block, block_weights) in enumerate(zip(self.used_blocks(), applications, strict=True)):
             if self.skip_weights is not None and depth >= half and skips:
                 x = self.add_skip(x, skips.pop(), depth - half)
-            extra_value = None
+            value = None
             if block.layer in self.value_layers:
-                extra_value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * extra
-            x = block(x, x0, weights, places, extra_value, columns if depth == len(layers) - 1 else None)
+                value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * values
+            is_last = depth == len(applications) - 1
+            x = block(x, x0, block_weights, context, value, positions if is_last else None)
             if depth < half:
                 skips.append(x)
         return x
@@ -1714,7 +1846,7 @@ class GPT(nn.Module):
         return list(self.blocks) if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
 
     def weights(self, banks: Mapping[str, Tensor] | None = None) -> Weights:
-        """What forward passes read of the four banks (banks: others, by name) and of the blocks' residual scales."""
+        """Fuse the four banks (banks: others, by name) and the blocks' residual scales into Weights."""
         given = self.banks() | dict(banks or {})
         assert [*given] == [*self.BANKS], "a bank that nothing would use"
         qo, kv, up, down = given.values()
@@ -1734,7 +1866,8 @@ class GPT(nn.Module):
         return torch.cat([scale.expand(*lead, 1, -1) for scale in each], dim=-2).unsqueeze(-1)
 
     def block_weights(self, weights: Weights, adapters: Adapters, tap: Tap | None) -> list[BlockWeights]:
-        """Those of each application, in `dtype`. An adapter of a bank row serves all applications of that row."""
+        """Weights of each application, in `dtype`. An adapter of a bank row serves all applications of that
+        row."""
         assert {*adapters} <= {*self.BANKS}, "an adapter that nothing would use"
         assert ("qo_bank" in adapters) == ("kv_bank" in adapters), "Q, K and V are adapted together"
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
@@ -1743,8 +1876,7 @@ class GPT(nn.Module):
         scales = {"o": self.scales("attn_scale"), "down": self.scales("mlp_scale")} if lora else {}
         found = []
         for depth, block in enumerate(self.used_blocks()):
-            row = block.layer
-            pairs = {}
+            row, pairs = block.layer, {}
             for name, (_, parts) in PRODUCTS.items():
                 if parts[0][0] not in lora:
                     continue
@@ -1757,26 +1889,33 @@ class GPT(nn.Module):
             found.append(BlockWeights(matrices, pairs, None if tap is None else partial(tap, block)))
         return found
 
-    def places(self, input_ids: Tensor, like: Tensor, cache: Cache | None = None) -> Places:
-        """Those of INPUT_IDS (B, T), which CACHE has already, in dtype and on device of LIKE."""
+    def attention_context(
+        self, input_ids: Tensor, like: Tensor, cache: Cache | None = None
+    ) -> AttentionContext:
+        """Context of input_ids (B, T), which the cache has already, with dtype and device of `like`."""
         ids, count = input_ids if cache is None else cache["ids"][0], input_ids.size(1)
         length = ids.size(1)
         tables = (self.cos, self.sin) if length <= len(self.cos) else self.rotary(length, like.device)
         cos, sin = (table[length - count : length].to(like.dtype) for table in tables)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        return Places(cos, sin, self.config.rotary_dims // 2, documents, cache)
+        return AttentionContext(cos, sin, self.config.rotary_dims // 2, documents, cache)
 
     def rotary(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin (LENGTH, 1, D) for `rotate`. Kept: compiled, each kernel would work out its angles anew."""
+        """cos and sin (length, 1, D) for `rotate`. Stored: compiled kernels would compute the angles again
+        each."""
         r, like = self.config.rotary_dims, torch.empty((), dtype=self.dtype, device=device)
         cos, sin = rotary_tables(length, r, rotary_base(self.config), like)
         rest = (0, self.config.head_dim - r)
         return F.pad(torch.cat((cos, cos), -1), rest, value=1.0), F.pad(torch.cat((sin, -sin), -1), rest)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
-        """The stream and the output of the mirror block, (B, T, d) each: added, or blended by a gate."""
+        """Add the output of the mirror block, (B, T, d), to the stream, or blend it in by a gate."""
         skip = self.skip_weights[index].to(x.dtype) * skip
-        return x + skip if self.skip_gates is None else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
+        return (
+            x + skip
+            if self.skip_gates is None
+            else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
+        )
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> the first embedding (B, T, d): token, hashed bigram, norm, smear."""
@@ -1788,7 +1927,9 @@ class GPT(nn.Module):
         if self.bigram is not None:
             hashed = self.bigram(bigram_rows(self.config, input_ids, first, self.word_start), self.dtype)
             if self.word_start_boost is not None:
-                boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (self.word_start_boost - 1)  # (B, T, 1)
+                boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (
+                    self.word_start_boost - 1
+                )  # (B, T, 1)
                 hashed = boost.to(x.dtype) * hashed
             x = x + hashed
         x = rms_norm(x)
@@ -1799,14 +1940,14 @@ class GPT(nn.Module):
         return x
 
     def embed_more(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """The first embedding (B, T, d) of ids that come after those of CACHE, which gets them."""
+        """The first embedding (B, T, d) of ids that follow those of the cache, which gets them."""
         (whole,), new = cache.append("ids", input_ids), input_ids.size(1)
-        back = new + 3  # smear and bigram together look back two places, and the first is a border to them
+        back = new + 3  # smear and bigram look back two positions, and the first of `near` counts as a border
         near = whole if self.memory_tokens is not None else whole[:, -back:]
         return self.embed(near)[:, -new:]
 
     def head(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The stream (B, T, d) -> softcapped logits (B, T, V), by WEIGHT (V, d) or by the model's own."""
+        """The stream (B, T, d) -> softcapped logits (B, T, V); weight (V, d): another head."""
         if weight is None:
             weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         logits = (rms_norm(x) @ weight.to(x.dtype).mT).to(torch.promote_types(x.dtype, torch.float32))
@@ -1815,7 +1956,7 @@ class GPT(nn.Module):
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log likelihood in nats of each of TARGETS (B, T) under LOGITS (B, T, V)."""
+    """Negative log likelihood in nats of targets (B, T) under logits (B, T, V)."""
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
@@ -1823,22 +1964,23 @@ def token_nll(
     model: GPT,
     input_ids: Tensor,
     targets: Tensor,
-    columns: Tensor | None = None,
+    positions: Tensor | None = None,
     replaced: Mapping[str, Tensor] | None = None,
     adapters: Adapters | None = None,
 ) -> Tensor:
-    """The nll of targets at columns of input_ids, all three (B, C), or at every place.
+    """nll of targets at positions of input_ids, all three (B, C), or at every position.
 
     replaced: other values of any parameters by name, as FastWeights makes them; adapters as in GPT.stream.
     """
-    extra = dict(adapters=adapters, columns=columns)
+    extra = dict(adapters=adapters, positions=positions)
     return nll(torch.func.functional_call(model, dict(replaced or {}), (input_ids,), extra), targets)
 
 
 def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weights | None = None) -> Tensor:
-    """The mean nll of the targets, memory tokens' places left out; plus z-loss and the heads that look further ahead.
+    """Mean nll of the targets without those at memory tokens, plus z-loss and the multi-token prediction
+    heads.
 
-    Head k, from 1, predicts at each place the target k places later. weights as in GPT.stream.
+    Head k, from 1, predicts at each position the target k positions later. weights as in GPT.stream.
     """
     c = model.config
     x, targets = model.stream(input_ids, weights)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
@@ -1853,23 +1995,36 @@ def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weigh
 
 
 @torch.no_grad()
-def generate(model: GPT, rows: int, length: int, temperature: float = 0.8, seed: int = 0) -> Tensor:
-    """Texts (rows, length) by the model itself, each from a document's beginning on, sampled at `temperature`."""
+def generate(
+    model: GPT,
+    rows: int,
+    length: int,
+    temperature: float = 0.8,
+    seed: int = 0,
+    prompt: Sequence[int] = (BOS_ID,),
+    adapters: Adapters | None = None,
+) -> Tensor:
+    """Texts (rows, length) by the model, each from the same prompt on, sampled at `temperature`."""
     device = model.tok_emb.weight.device
     generator, cache = torch.Generator().manual_seed(seed), Cache()
     weights = Weights(*(part.to(model.dtype) for part in model.weights()))
-    ids = torch.full((rows, 1), BOS_ID, device=device)
-    for _ in range(length - 1):
-        logits = model.head(model.stream(ids[:, -1:], weights, cache=cache))[:, -1]  # (rows, V)
+    new = ids = torch.tensor([[*prompt]] * rows, device=device)
+    for _ in range(length - len(prompt)):
+        logits = model.head(model.stream(new, weights, adapters, cache=cache))[:, -1]  # (rows, V)
         noise = torch.empty(logits.shape).exponential_(generator=generator).to(device)
-        chosen = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # Gumbel's way to draw from a softmax
-        ids = torch.cat((ids, chosen), dim=1)
+        new = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # the Gumbel trick
+        ids = torch.cat((ids, new), dim=1)
     return ids
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parameter groups, optimizers, schedules
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+# One table answers for every parameter. Banks go to Muon, whose work the ranks share by bank rows (#399):
+# gradients are reduce-scattered, updates all-gathered, the largest bank first, so that communication hides
+# behind computation. Everything else goes to AdamW. Schedules follow the run's pace, since the clock ends it
+# and not a number of steps.
 
 
 class ParamGroup(NamedTuple):
@@ -1880,16 +2035,16 @@ class ParamGroup(NamedTuple):
     lr: str  # the setting, or a property of Config
     decay: str | None
     stored: str  # in the artifact: as int8 codes, as float16, or "": not at all
-    is_matrix: bool  # the last two axes; else it is a stack of vectors, or a number
+    is_matrix: bool  # the last two axes; otherwise it is a stack of vectors, or a number
     pattern: str
 
 
-# One row answers for a parameter: optimizer, learning rate, decay, quantized or not, whether it adapts at test time.
-# Gates, gains and scales have no decay: it would pull them to zero, whatever they learn.
+# Gates, gains, and scales have no decay: it would pull them to zero, whatever they learn.
 PARAM_GROUPS = (
     ParamGroup("bank", "muon", "matrix_lr", "muon_wd", "codes", True, r"(qo|kv|mlp_up|mlp_down)_bank"),
     ParamGroup("mtp", "muon", "matrix_lr", "muon_wd", "", True, r"mtp_heads\.\d+\.weight"),
-    ParamGroup("embed", "adamw", "token_lr", "adam_wd", "codes", True, r"(tok_emb|(bigram|ve_shared)\.embed)\.weight"),
+    ParamGroup("embed", "adamw", "token_lr", "adam_wd", "codes", True,
+               r"(tok_emb|(bigram|ve_shared)\.embed)\.weight"),
     ParamGroup("memory", "adamw", "token_lr", "adam_wd", "float16", True, r"memory_tokens"),
     ParamGroup("head", "adamw", "head_lr", "adam_wd", "codes", True, r"lm_head\.weight"),
     ParamGroup("proj", "adamw", "scalar_lr", "adam_wd", "codes", True, r"(bigram|ve_shared)\.proj\.weight"),
@@ -1901,7 +2056,7 @@ PARAM_GROUPS = (
 
 @cache
 def param_group(name: str) -> ParamGroup | None:
-    """The first group whose pattern the whole name matches; None for what is no parameter of a model."""
+    """The group whose pattern the whole name matches; None for what is no parameter of a model."""
     return next((group for group in PARAM_GROUPS if re.fullmatch(group.pattern, name)), None)
 
 
@@ -1916,7 +2071,7 @@ def is_matrix(name: str) -> bool:
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """The named parameters by group. Each is in exactly one, or this raises AssertionError."""
+    """Named parameters by group; AssertionError if one belongs to none."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group.name: [] for group in PARAM_GROUPS}
     for name, parameter in model.named_parameters():
         group = param_group(name)
@@ -1926,16 +2081,16 @@ def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
 
 
 def count_parameters(model: GPT) -> int:
-    """Those that the artifact holds: not the heads of multi-token prediction."""
+    """Number of parameters in the artifact: without the multi-token prediction heads."""
     return sum(p.numel() for name, p in model.named_parameters() if param_group(name).stored)
 
 
 def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype=torch.bfloat16) -> Tensor:
     """Push the singular values of each matrix of G (..., rows, cols) toward 1, keeping its singular vectors.
 
-    A quintic Newton-Schulz iteration on G / |G|_F, batched over leading axes, computed in DTYPE and returned in it. The
-    coefficients are tuned for slope at zero; after five steps singular values lie between about 0.7 and 1.2
-    (https://kellerjordan.github.io/posts/muon). A zero matrix stays zero.
+    A quintic Newton-Schulz iteration on G / |G|_F, batched over leading axes, computed and returned in
+    `dtype`. The coefficients are tuned for slope at zero; after five steps singular values lie between about
+    0.7 and 1.2 (https://kellerjordan.github.io/posts/muon). A zero matrix stays zero.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype)
@@ -1948,11 +2103,12 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dt
     return X.mT if tall else X
 
 
-class Share:
-    """The rows of a bank (rows, out, in) whose update this rank computes (#399): as many on each, padded with zeros.
+class BankShard:
+    """The rows of a bank (rows, out, in) that this rank updates: equally many on each rank, padded with
+    zeros.
 
-    Its gradient is reduce-scattered, its updates are all-gathered. With one process it is the whole bank, and nothing
-    is copied; a single matrix is whole on every rank, its gradient reduced with the small ones.
+    On one process it is the whole bank, and nothing is copied. A single matrix is whole on every rank, and
+    its gradient is reduced with the small ones.
     """
 
     def __init__(self, bank: Tensor):
@@ -1961,19 +2117,21 @@ class Share:
         self.reduced: Tensor | None = None
 
     def padded(self, tensor: Tensor) -> Tensor:
-        """TENSOR (rows, out, in) with the zeros that make its rows a multiple of the ranks."""
+        """Pad a tensor (rows, out, in) with zeros to a multiple of the ranks."""
         missing = self.ranks * self.rows - len(tensor)
         return F.pad(tensor, (0, 0, 0, 0, 0, missing)) if missing else tensor.contiguous()
 
     def own(self, tensor: Tensor) -> Tensor:
-        """This rank's part of a TENSOR of the bank's shape."""
+        """This rank's rows of a tensor of the bank's shape."""
         return tensor if self.ranks == 1 else self.padded(tensor)[rank() * self.rows :][: self.rows]
 
     def start_reduce(self) -> Callable[[], None]:
-        """Begin to average the gradient over the ranks; the function that is returned waits for it."""
+        """Start averaging the gradient over the ranks; the returned function waits for it."""
         sent = self.padded(self.bank.grad)
         self.reduced = torch.empty_like(sent[: self.rows])
-        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # before torch 2.13
+        reduce_scatter = (
+            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        )  # torch < 2.13
         work = reduce_scatter(self.reduced, sent, async_op=True)
         self.bank.grad = None
 
@@ -1984,11 +2142,11 @@ class Share:
         return finish
 
     def start_gather(self, part: Tensor) -> Callable[[], Tensor]:
-        """Begin to collect every rank's PART; the function that is returned waits for the whole, (rows, out, in)."""
+        """Start collecting every rank's part; the returned function waits for the whole, (rows, out, in)."""
         if self.ranks == 1:
             return lambda: part
         sent, whole = part.contiguous(), part.new_empty(self.ranks * self.rows, *part.shape[1:])
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch < 2.13
         work = all_gather(whole, sent, async_op=True)
 
         def finish() -> Tensor:
@@ -1999,40 +2157,46 @@ class Share:
 
     @property
     def gradient(self) -> Tensor:
-        """This rank's part of the reduced gradient."""
+        """This rank's rows of the reduced gradient."""
         return self.bank.grad if self.ranks == 1 else self.reduced
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, Nesterov, then orthogonalisation of each matrix of each bank; decay apart from the gradient.
+    """Nesterov momentum, then orthogonalization of each matrix of each bank; decoupled weight decay.
 
-    Parameters are (rows, out, in) banks, or single matrices; of a bank each rank computes its Share. The update is
-    scaled by sqrt(max(1, out / in)), and the rate of a bank in ROW_RATES by its (rows, 1, 1). CAUTIOUS leaves out the
-    entries of an update whose sign is not the gradient's, and enlarges the others to the same mean (arXiv 2411.16085).
+    Parameters are (rows, out, in) banks, or single matrices. The update is scaled by sqrt(max(1, out / in)),
+    and by row_rates[bank] (rows, 1, 1) if there are some. cautious: drop the entries of an update whose sign
+    is not the gradient's, and rescale the others to the same mean (arXiv 2411.16085).
     """
 
     def __init__(
-        self, groups: list[dict], ns_steps: int, dtype: torch.dtype, cautious: bool, row_rates: Mapping[Tensor, Tensor]
+        self,
+        groups: list[dict],
+        ns_steps: int,
+        dtype: torch.dtype,
+        cautious: bool,
+        row_rates: Mapping[Tensor, Tensor],
     ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
         self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates
-        shares = [Share(p) for group in self.param_groups for p in group["params"]]
-        self.shares = sorted(shares, key=lambda share: -share.bank.numel())
+        shards = [BankShard(p) for group in self.param_groups for p in group["params"]]
+        self.shards = sorted(shards, key=lambda shard: -shard.bank.numel())
 
     @torch.no_grad()
-    def step(self, meanwhile: Callable[[], Any] = lambda: None) -> None:
-        """Largest bank first, each applied while the next one is on its way; MEANWHILE is called during the first."""
+    def step(self, overlap_fn: Callable[[], Any] = lambda: None) -> None:
+        """Update the largest bank first, each while the next is being gathered; overlap_fn runs during the
+        first."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        apply_last: Callable[[], Any] = meanwhile
-        for share in (share for share in self.shares if share.gradient is not None):
-            arrived = share.start_gather(self._update(share, groups[share.bank]["momentum"]))
+        apply_last: Callable[[], Any] = overlap_fn
+        for shard in (shard for shard in self.shards if shard.gradient is not None):
+            arrived = shard.start_gather(self._update(shard, groups[shard.bank]["momentum"]))
             apply_last()
-            apply_last = partial(self._apply, share.bank, groups[share.bank], arrived)
+            apply_last = partial(self._apply, shard.bank, groups[shard.bank], arrived)
         apply_last()
 
-    def _update(self, share: Share, momentum: float) -> Tensor:
-        """The direction of this rank's rows, (rows, out, in)."""
-        state, gradient = self.state[share.bank], share.gradient
+    def _update(self, shard: BankShard, momentum: float) -> Tensor:
+        """Direction of this rank's rows, (rows, out, in)."""
+        state, gradient = self.state[shard.bank], shard.gradient
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
@@ -2049,24 +2213,27 @@ class Muon(torch.optim.Optimizer):
         p.add_(rates * arrived(), alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch has it, with the momentum of whole banks; all ranks call it together."""
-        shares, order = {s.bank: s for s in self.shares}, [p for group in self.param_groups for p in group["params"]]
-        whole = {number: dict(momentum_buffer=shares[p].start_gather(self.state[p]["momentum_buffer"])())
+        """As torch's, with the momentum of whole banks; a collective."""
+        shards, order = (
+            {s.bank: s for s in self.shards},
+            [p for group in self.param_groups for p in group["params"]],
+        )
+        whole = {number: dict(momentum_buffer=shards[p].start_gather(self.state[p]["momentum_buffer"])())
                  for number, p in enumerate(order) if self.state.get(p)}  # fmt: skip
         return super().state_dict() | dict(state=whole)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """The state of any number of ranks: each takes its share."""
+        """Load the state of any number of ranks: each takes its rows."""
         super().load_state_dict(saved)
-        for share in self.shares:
-            if state := self.state.get(share.bank):
-                state["momentum_buffer"] = share.own(state["momentum_buffer"]).clone()
+        for shard in self.shards:
+            if state := self.state.get(shard.bank):
+                state["momentum_buffer"] = shard.own(state["momentum_buffer"]).clone()
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the banks, one AdamW for the rest, as PARAM_GROUPS says; each group keeps its peak rate as `peak_lr`.
+    """Muon for the banks, one AdamW for the rest, by PARAM_GROUPS; each group keeps its peak LR as `peak_lr`.
 
-    Where the rates depend on depth, a bank row has that of its first use.
+    If learning rates depend on depth, a bank row has that of its first use.
     """
     groups, layers = group_parameters(model), len(config.block_rows)
     by_layer = [1.0] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
@@ -2077,7 +2244,10 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
             block = re.match(r"blocks\.(\d+)\.", name)
             members.setdefault(by_layer[int(block[1])] if block else 1.0, []).append(p)
         for factor, params in members.items():
-            lr, weight_decay = factor * getattr(config, group.lr), getattr(config, group.decay) if group.decay else 0.0
+            lr, weight_decay = (
+                factor * getattr(config, group.lr),
+                getattr(config, group.decay) if group.decay else 0.0,
+            )
             tables[group.optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
     row_rates = {}
     if set(by_layer) != {1.0}:
@@ -2090,10 +2260,10 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 
 def run_length(config: Config, step: int, elapsed: float, budget: float) -> tuple[float, float]:
-    """Steps that are left before step STEP, and steps in all.
+    """Remaining steps before step `step`, and total steps.
 
-    The end is ITERATIONS, or BUDGET seconds (0: no clock), whichever comes first at the pace so far of ELAPSED seconds
-    for STEP steps.
+    The end is ITERATIONS, or `budget` seconds (0: no clock) at the pace of `elapsed` seconds for `step`
+    steps, whichever comes first.
     """
     remaining, total = float(config.iterations - step), float(config.iterations)
     if budget and step:
@@ -2103,46 +2273,50 @@ def run_length(config: Config, step: int, elapsed: float, budget: float) -> tupl
 
 
 def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
-    """The learning rate's share of its peak before step STEP: 1, then falling to MIN_LR; arguments as for run_length.
+    """LR as a fraction of its peak before step `step`: 1, then falling to MIN_LR; arguments as for
+    run_length.
 
-    The fall takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps, and is linear or half a cosine.
+    The warmdown takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps, and is linear or half a cosine.
     """
     remaining, total = run_length(config, step, elapsed, budget)
     window = config.warmdown_frac * total or config.warmdown_iters
-    share = min(1.0, remaining / window) if window else 1.0
+    scale = min(1.0, remaining / window) if window else 1.0
     if config.warmdown_shape == "cosine":
-        share = (1 - math.cos(math.pi * share)) / 2
-    return config.min_lr + (1 - config.min_lr) * share
+        scale = (1 - math.cos(math.pi * scale)) / 2
+    return config.min_lr + (1 - config.min_lr) * scale
 
 
 def short_run_warning(config: Config, step: int, elapsed: float, budget: float) -> str:
-    """Say that WARMDOWN_ITERS is longer than the run, so that no step has the peak rate; else "". As for lr_scale."""
+    """Warning that WARMDOWN_ITERS is longer than the run, so that no step has the peak LR; else "". As for
+    lr_scale."""
     _, total = run_length(config, step, elapsed, budget)
     if config.warmdown_frac or total >= config.warmdown_iters:
         return ""
     start = lr_scale(replace(config, iterations=max(1, round(total))), 0, 0.0, 0.0)
     return (
-        f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps: the learning rate "
-        f"starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, the warmdown's share of the run, 0.5 for example."
+        f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps: the "
+        f"learning rate starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, a fraction of the run, to 0.5."
     )
 
 
 def momentum_at(config: Config, step: int) -> float:
-    """Muon's momentum at step STEP: linear from its start to its end over MUON_MOMENTUM_WARMUP_STEPS."""
-    share = min(1.0, step / config.muon_momentum_warmup_steps) if config.muon_momentum_warmup_steps else 1.0
-    return config.muon_momentum_warmup_start * (1 - share) + config.muon_momentum * share
+    """Muon's momentum at step `step`: linear from start to end over MUON_MOMENTUM_WARMUP_STEPS."""
+    steps = config.muon_momentum_warmup_steps
+    reached = min(1.0, step / steps) if steps else 1.0
+    return config.muon_momentum_warmup_start * (1 - reached) + config.muon_momentum * reached
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Averaging the weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Weight averaging
+# ------------------------------------------------------------------------------------------------------------
+
+# The exported weights are an average: an EMA, the mean of late snapshots (tight SWA), or snapshots of the
+# EMA. In float32, and updated after every step at the price of one pass over the weights.
 
 
 class WeightAverage:
-    """EMA of the weights, and the mean of snapshots late in the run (tight SWA), in float32.
-
-    With both on, the snapshots are of the EMA. `apply` copies the result into the model; with neither, it does nothing.
-    """
+    """EMA of the weights, and the mean of late snapshots. `apply` copies the result into the model, if there
+    is one."""
 
     def __init__(self, model: nn.Module, config: Config):
         self.config, self.live = config, [p.detach() for p in model.parameters()]
@@ -2152,11 +2326,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
-        """After step STEP (from 1), taken at SCALE of the peak learning rate."""
+        """After step `step` (from 1), taken at `scale` of the peak learning rate."""
         every = self.config.ema_update_every
         if self.ema is not None and step % every == 0:
             torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay**every)
-        if self.config.swa_enabled and scale < self.config.swa_threshold and step % self.config.swa_every == 0:
+        if (
+            self.config.swa_enabled
+            and scale < self.config.swa_threshold
+            and step % self.config.swa_every == 0
+        ):
             self.snapshots += 1
             source = self.live if self.ema is None else self.ema
             self.swa = self.swa or [torch.zeros_like(p) for p in source]
@@ -2173,7 +2351,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def apply(self) -> str:
-        """Put the average into the model; returns what it was, for the log."""
+        """Copy the average into the model; returns what it was, for the log."""
         average = self.swa or self.ema
         if not average:
             return "none"
@@ -2181,19 +2359,23 @@ class WeightAverage:
         return f"swa of {self.snapshots} snapshots" if self.swa else f"ema {self.config.ema_decay}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scoring
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+# One scorer for validation, the artifact, test-time training, and the audit. A plan says which windows are
+# scored with the same weights before anything adapts on them; a ledger inside raises if a target would be
+# scored twice, or adapted on before it is scored. So what is legal does not depend on the code that adapts.
 
 
 class LedgerError(RuntimeError):
-    """An evaluation would score a target twice, or learn from one that it has not scored."""
+    """An evaluation would score a target twice, or adapt on one that it has not scored."""
 
 
 class Windows(NamedTuple):
-    """Window w reads tokens[start : start + end]; its targets from index `begin` to `end` count. (W,) int64 each.
+    """Window w reads tokens[start : start + end]; its targets with index [begin, end) count. (W,) int64 each.
 
-    Target t of a text is tokens[t + 1], so window w stands for the targets from start + begin to start + end.
+    Target t of a text is tokens[t + 1], so window w scores the targets [start + begin, start + end).
     """
 
     start: np.ndarray
@@ -2204,8 +2386,10 @@ class Windows(NamedTuple):
         return Windows(self.start[index], self.begin[index], self.end[index])
 
     def ranges(self, whole: bool = False) -> Iterator[tuple[int, int]]:
-        """First and last but one target of each window that has any; WHOLE: of all that it reads."""
-        for start, begin, end in zip(self.start.tolist(), self.begin.tolist(), self.end.tolist(), strict=True):
+        """Half-open range of targets of each window that has any; whole: of all that it reads."""
+        for start, begin, end in zip(
+            self.start.tolist(), self.begin.tolist(), self.end.tolist(), strict=True
+        ):
             if end > begin:
                 yield (start if whole else start + begin), start + end
 
@@ -2213,8 +2397,9 @@ class Windows(NamedTuple):
 class Slots(NamedTuple):
     """Which document's weights the windows of a chunk use; they stand in document order, (W,) each.
 
-    group: of documents, whose chunks one rank takes. slot: where a window's document has its weights. fresh: whether
-    the document begins here. lengths: tokens of the batch whose first window this is. width: columns of every batch.
+    group: of documents, whose chunks one rank takes. slot: where a window's document has its weights. fresh:
+    whether the document begins here. lengths: tokens of the batch whose first window this is. width:
+    positions of every batch.
     """
 
     group: int
@@ -2227,23 +2412,23 @@ class Slots(NamedTuple):
 class Chunk(NamedTuple):
     """A part of a plan: windows that are scored with the same weights, then windows that may be adapted on.
 
-    slots: where each window's document has weights of its own; windows that are adapted on are then as many, some of
-    them empty. base: the base learns, not the fast weights.
+    slots: if each window's document has weights of its own; there are then as many windows to adapt on, some
+    of them empty. base: the base weights adapt, not the fast weights.
     """
 
     scored: Windows
-    learned: Windows | None = None
+    adapted: Windows | None = None
     slots: Slots | None = None
     base: bool = False
 
     @property
     def is_mine(self) -> bool:
-        """Whether this rank has a part in it."""
+        """Whether this rank takes part in it."""
         return self.slots is None or self.slots.group % world_size() == rank()
 
 
 class Score(NamedTuple):
-    """Result of a scoring pass: nll (targets,) float32 in nats, its float64 mean, bits per byte, and seconds."""
+    """Result of a scoring pass: nll (targets,) float32 in nats, its float64 mean, bits per byte, seconds."""
 
     nll: np.ndarray
     val_loss: float
@@ -2252,7 +2437,7 @@ class Score(NamedTuple):
 
 
 class Ledger:
-    """What has been scored. Raises LedgerError before a target is scored again, or learned from unscored."""
+    """Record of scored targets. Raises LedgerError before one is scored again, or adapted on unscored."""
 
     def __init__(self, targets: int):
         self.scored = np.zeros(targets, bool)
@@ -2263,85 +2448,93 @@ class Ledger:
                 raise LedgerError(f"targets {begin} to {end - 1} would be scored twice")
             self.scored[begin:end] = True
 
-    def learn(self, windows: Windows) -> None:
+    def adapt(self, windows: Windows) -> None:
         for begin, end in windows.ranges(whole=True):
             if not self.scored[begin:end].all():
-                raise LedgerError(f"targets {begin} to {end - 1} would be learned from before they are scored")
+                raise LedgerError(f"targets {begin} to {end - 1} would be adapted on before they are scored")
 
 
 def sliding_windows(num_tokens: int, seq_len: int, stride: int) -> Windows:
     """Windows of seq_len that together score each of the num_tokens - 1 targets exactly once.
 
-    The first scores all its targets, each later one the next STRIDE, and the last one what is left, with a full window
-    of context. stride = seq_len gives non-overlapping windows but for the last.
+    The first scores all its targets, each later one the next `stride`, and the last one the rest, with a full
+    window of context. stride = seq_len gives non-overlapping windows except for the last.
     """
     targets = num_tokens - 1
-    assert targets >= seq_len, "read_validation refuses such a text"
+    check_length(num_tokens, seq_len)
     ends = np.append(np.arange(seq_len, targets, stride), targets)
     return Windows(ends - seq_len, seq_len - np.diff(ends, prepend=0), np.full(len(ends), seq_len))
 
 
 def window_lengths(config: Config) -> list[int]:
-    """The four lengths, or fewer, that windows by documents are padded to: EVAL_SEQ_LEN and halves of it."""
+    """The lengths that windows by documents are padded to, at most four: EVAL_SEQ_LEN and halves of it."""
     halves = [math.ceil(config.eval_seq_len / 2**k) for k in (3, 2, 1, 0)]
-    return [length for length in halves if length >= config.piece_size]
+    return [length for length in halves if length >= config.doc_chunk]
 
 
-def piece_windows(
-    low: np.ndarray, high: np.ndarray, piece: np.ndarray | int, config: Config
+def chunk_windows(
+    low: np.ndarray, high: np.ndarray, first: np.ndarray | int, config: Config
 ) -> tuple[Windows, Windows, np.ndarray]:
-    """Of documents with targets from low to high: how the chunk `piece` targets in is scored and how it is adapted on,
-    and one of window_lengths for each.
+    """Of documents with targets [low, high): how the chunk from target low + first on is scored, how it is
+    adapted on, and one of window_lengths for each.
 
-    It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows side by
-    side. Windows start, and have the length, that they would have if the document went on: where it ends is known only
-    when that is scored. Nothing is adapted on of a document's last chunk; one that has ended has empty windows.
+    It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows
+    side by side. Windows start, and have the length, that they would have if the document went on: where it
+    ends is known only when that is scored. Nothing adapts on a document's last chunk; one that has ended has
+    empty windows.
     """
-    c, a, nominal = config, np.minimum(low + piece, high), low + piece + config.piece_size
+    c, a, nominal = config, np.minimum(low + first, high), low + first + config.doc_chunk
     b, left = np.minimum(nominal, high), np.maximum(low, a - c.ttt_context)
     start = np.maximum(low, np.minimum(nominal - c.eval_seq_len, a))
     if c.eval_stride == c.eval_seq_len:
         start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
     lengths = np.array(window_lengths(c))
-    lengths = lengths[np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))]  # never shorter with age
-    learned = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
-    return Windows(start, a - start, b - start), learned, lengths
+    lengths = lengths[
+        np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))
+    ]  # never shorter with age
+    adapted = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
+    return Windows(start, a - start, b - start), adapted, lengths
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below NUMBER: few shapes, so that little is compiled."""
+    """Smallest power of two that is at least `number`: few shapes, so that little is compiled."""
     return 1 << max(int(number) - 1, 0).bit_length()
 
 
 class Batch(NamedTuple):
-    """Windows as tensors: ids (B, T), targets and columns (B, C), and on the host which of them count, (B, C)."""
+    """Windows as tensors: ids (B, T), targets and positions (B, C), and on the host which of them count, (B,
+    C)."""
 
     ids: Tensor
     targets: Tensor
-    columns: Tensor
+    positions: Tensor
     counts: np.ndarray
 
 
 def make_batch(
     tokens: np.ndarray, windows: Windows, width: int, device: torch.device, length: int | None = None
 ) -> Batch:
-    """The windows as one batch of `length` tokens, or of a few possible shapes; after a window's end it reads BOS."""
+    """Make one batch of windows, of `length` tokens or one of a few shapes; after a window's end it reads
+    BOS."""
     start, begin, end = windows
     most = int((end - begin).max(initial=1))
     if length is None:
         length = int(end[0]) if end.min() == end.max() > 0 else power_of_two(end.max(initial=1))
     width = min(width if most <= width else length, length)
-    places = np.arange(length + 1)
-    rows = tokens[np.minimum(start[:, None] + places, len(tokens) - 1)].astype(np.int64)  # (B, length + 1)
-    rows[places > end[:, None]] = BOS_ID
-    columns = np.minimum(begin[:, None] + np.arange(width), length - 1)  # (B, width)
+    offsets = np.arange(length + 1)
+    rows = tokens[np.minimum(start[:, None] + offsets, len(tokens) - 1)].astype(np.int64)  # (B, length + 1)
+    rows[offsets > end[:, None]] = BOS_ID
+    positions = np.minimum(begin[:, None] + np.arange(width), length - 1)  # (B, width)
     counts = np.arange(width) < (end - begin)[:, None]
-    arrays = rows[:, :-1], np.take_along_axis(rows, columns + 1, axis=1), columns
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts)
+    arrays = rows[:, :-1], np.take_along_axis(rows, positions + 1, axis=1), positions
+    return Batch(
+        *(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts
+    )
 
 
 def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
-    """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan says it."""
+    """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan
+    sets it."""
     all_of_them, slots = np.arange(len(chunk.scored.start)), chunk.slots
     mine = np.array_split(all_of_them, world_size())[rank()] if slots is None else all_of_them
     usual = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(mine) else 1
@@ -2358,20 +2551,20 @@ def score(
     byte_table: ByteTable,
     batch_seqs: int | None,
     nll_fn: Callable = token_nll,
-    learner: Any = None,
+    adaptation: Any = None,
     observe: Callable[[Windows, Batch, Tensor], None] | None = None,
     progress: Callable[[int], None] = lambda number: None,
 ) -> Score:
-    """Score TOKENS (uint16, on the host) chunk by chunk of a PLAN; every rank gets the whole result.
+    """Score tokens (uint16, on the host) chunk by chunk of a plan; every rank gets the whole result.
 
-    The ranks share the windows of a chunk, or take whole groups of documents, and BATCH_SEQS windows at a time (None:
-    all). A LEARNER's weights are used, by its `token_nll`, and after each chunk it learns from that (see eval_ttt.py).
-    OBSERVE sees the windows, the batch and the losses, before anything is learned; PROGRESS the number of each of this
-    rank's chunks, before it is scored.
-    Sums are float64. Raises LedgerError where a target would be scored twice, never, or after it was learned from.
+    The ranks share the windows of a chunk, or take whole groups of documents, batch_seqs windows at a time
+    (None: all). adaptation: its weights are used, by its `token_nll`, and after each chunk it adapts on that
+    (see eval_ttt.py). observe: sees windows, batch, and losses, before anything adapts. progress: called with
+    the number of each of this rank's chunks before it is scored. Sums are float64. Raises LedgerError if a
+    target would be scored twice, never, or after it was adapted on.
     """
     device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
-    forward = nll_fn if learner is None else learner.token_nll
+    forward = nll_fn if adaptation is None else adaptation.token_nll
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
     ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
     bar = progress_bar(len(nll))
@@ -2379,26 +2572,30 @@ def score(
         ledger.score(chunk.scored)
         if chunk.is_mine:
             progress(number)
-            if learner is not None:
-                learner.begin(number, chunk)
+            if adaptation is not None:
+                adaptation.begin(number, chunk)
             number += 1
         for index, width, length in batches_of(chunk, batch_seqs) if chunk.is_mine else ():
             windows, padded = chunk.scored.take(index), np.resize(index, batch_seqs or len(index))
             batch = make_batch(tokens, chunk.scored.take(padded), width, device, length)  # of a fixed shape
-            if learner is not None:
-                learner.select(chunk, index)
-            losses = forward(model, batch.ids, batch.targets, batch.columns)
-            row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a mask on the GPU would make it wait
+            if adaptation is not None:
+                adaptation.select(chunk, index)
+            losses = forward(model, batch.ids, batch.targets, batch.positions)
+            row, column = np.nonzero(
+                batch.counts[: len(index)]
+            )  # on the host: a mask on the GPU would make it wait
             targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
-            nll[targets] = losses[torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)].float()
+            nll[targets] = losses[
+                torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
+            ].float()
             count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
             if observe is not None:
                 observe(windows, batch, losses)
             bar.update(len(row) * world_size())
-        if learner is not None and chunk.learned is not None:
-            ledger.learn(chunk.learned)
+        if adaptation is not None and chunk.adapted is not None:
+            ledger.adapt(chunk.adapted)
             if chunk.is_mine:
-                learner.learn(tokens, chunk, nll)
+                adaptation.adapt(tokens, chunk, nll)
     bar.close()
     if world_size() > 1:
         dist.all_reduce(nll)
@@ -2411,15 +2608,19 @@ def score(
     return Score(losses, total / len(losses), total / math.log(2) / num_bytes, time.perf_counter() - began)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Test-time training
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+# `adaptation_step` is the update that the evaluator deploys and meta-learning trains. It moves one set of
+# weights, or one per document, all in one batch. The default preconditioner divides by the root of the second
+# moment of the gradient; what these moments may be of decides whether a loss could depend on later text.
 
 TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
 
 
 def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
-    """Low-rank pairs for every bank row: BANK.a (rows, r, in), uniform within 1 / sqrt(in), and BANK.b, zero."""
+    """Low-rank pairs per bank row: BANK.a (rows, r, in), uniform within 1 / sqrt(in), and BANK.b, zero."""
     generator, pairs = torch.Generator().manual_seed(config.seed), {}
     for name, bank in model.banks().items():
         rows, out, width = bank.shape
@@ -2430,14 +2631,14 @@ def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
 
 
 class SecondMoments:
-    """Sums and counts of squared gradients, of which the preconditioner uses the means.
+    """Sums and counts of squared gradients, whose means precondition the update.
 
-    A row holds `size` sums and, last, how many gradients they are of. `total` (size + 1,) is of everything adapted on
-    in earlier steps, from the prior on; each set of weights has a row in `own`. form: "own", where that is of the prior
-    and the set's document; "prefix", also of the documents that stand earlier in the file, so that no step depends on
-    what stands later; "shared", of `total` and the set's present chunk. A prefix is a running sum over sets in document
-    order: nothing is masked, since 0 times a later document's NaN would be NaN. Shared sums decay as little as holds
-    their count at `memory`.
+    A row holds `size` sums and, last, the number of gradients. `total` (size + 1,) is over everything adapted
+    on in earlier steps, including the prior; each set of weights has a row in `own`. form: "own", where that
+    is of the prior and the set's document; "prefix", also of documents earlier in the file, so that no step
+    depends on what stands later; "shared", of `total` and the set's present chunk. A prefix is a running sum
+    over sets in document order: nothing is masked, since 0 times a later document's NaN would be NaN. Shared
+    sums decay just enough to hold their count at `memory`.
     """
 
     def __init__(self, form: str, size: int, sets: int, memory: float, device: torch.device):
@@ -2447,22 +2648,26 @@ class SecondMoments:
         self.totals: dict[int, Tensor] = {}
 
     def begin(self, group: int | None) -> None:
-        """Go on with a group of documents where it stopped; a new one, or None, starts from `start`, the prior."""
-        self.total = self.start.clone() if group is None else self.totals.setdefault(group, self.start.clone())
+        """Continue a group of documents where it stopped; a new one, or None, begins from the prior."""
+        self.total = (
+            self.start.clone() if group is None else self.totals.setdefault(group, self.start.clone())
+        )
 
     def enter(self, sets: Any) -> None:
         """The sets begin documents: what has been adapted on by now stands earlier in the file."""
         self.own[sets] = self.start if self.form == "own" else self.total
 
     def kept(self, count: Tensor | int) -> Tensor:
-        """What is left of `total` when the squares of so many gradients come."""
-        share = ((self.memory - count) / self.total[-1].clamp(min=1e-9)).clamp(max=1.0)
-        return share * self.total if self.form == "shared" else self.total
+        """What is left of `total` when the squares of `count` gradients are added."""
+        factor = ((self.memory - count) / self.total[-1].clamp(min=1e-9)).clamp(max=1.0)
+        return factor * self.total if self.form == "shared" else self.total
 
     def observe(self, squares: Tensor, sets: Any) -> None:
-        """Add squared gradients (n, size + 1) of the sets, in document order, as are the batches of a step."""
+        """Add squared gradients (n, size + 1) of the sets, in document order, as a step's batches are."""
         earlier, everyone = self.step, squares.sum(0)
-        if self.across_ranks and self.form != "own" and world_size() > 1:  # documents of lower ranks stand earlier
+        if (
+            self.across_ranks and self.form != "own" and world_size() > 1
+        ):  # documents of lower ranks stand earlier
             each = torch.zeros(world_size(), len(everyone), device=everyone.device)
             each[rank()] = everyone
             [each] = sum_over_ranks([each])
@@ -2481,42 +2686,45 @@ class SecondMoments:
         self.step = torch.zeros_like(self.step)
 
     def means(self, sets: Any) -> Tensor:
-        """(n, size) for the sets."""
+        """Mean squares (n, size) of the sets."""
         rows = self.own[sets]
         return rows[:, :-1] / rows[:, -1:]
 
 
 def inverse_root(square: Tensor, column: Tensor | None = None) -> Tensor:
-    """1 / sqrt of mean squared gradients (n, ...) by set, or of row means (n, ..., out) and column means (n, ..., in).
+    """1 / sqrt of mean squared gradients (n, ...) by set, or of row means (n, ..., out) and column means (n,
+    ..., in).
 
-    The outer product of the two is exact where the mean square has rank one. TTT_MOMENT_FLOOR of the set's mean is
-    added. 0 where a set has none: adapters' A has no gradient in training text, where B is zero.
+    The outer product of the two is exact if the mean square has rank one. TTT_MOMENT_FLOOR of the set's mean
+    is added. 0 where a set has none: adapters' A has no gradient while B is zero.
     """
     floor = TTT_MOMENT_FLOOR * square.reshape(len(square), math.prod(square.shape[1:])).mean(1)
     floor = torch.where(floor > 0, floor, math.inf).view(-1, *[1] * (square.dim() - 1))
     if column is None:
         return (square + floor).rsqrt()
     square = (square / square.mean(-1, keepdim=True).clamp(min=1e-30)).unsqueeze(-1)
-    return (square * column.unsqueeze(-2)).add_(floor.unsqueeze(-1)).rsqrt_()  # in place: it is as large as 16 banks
+    return (
+        (square * column.unsqueeze(-2)).add_(floor.unsqueeze(-1)).rsqrt_()
+    )  # in place: it is as large as 16 banks
 
 
 class FastWeights:
-    """The tensors that learn at test time, in float32, with a leading axis: one set, or one for each document.
+    """The tensors that adapt, float32, with a leading axis: one set of weights, or one per document.
 
-    learns: groups of PARAM_GROUPS or parameters, or adapters. `base` is what they start from, the live parameters;
-    `rates` multiplies the learning rate: the MLP's multipliers, zero for frozen blocks, and factors by bank row,
-    (rows, 1, 1). `rows`: indices of the sets in use, or all. The means of squared gradients are `moments`: every entry
-    of a vector, row and column means of a matrix (arXiv 1804.04235).
+    adapts: groups or names of parameters, or "adapters". `base` is what they start from, the live parameters;
+    `rates` scales the learning rate: the MLP's factors, zero for frozen blocks, and factors by bank row,
+    (rows, 1, 1). `rows`: indices of the sets in use, or all. `moments` holds mean squared gradients: every
+    entry of a vector, row and column means of a matrix (arXiv 1804.04235).
     """
 
-    def __init__(self, model: GPT, config: Config, learns: str, sets: int | None = None):
+    def __init__(self, model: GPT, config: Config, adapts: str, sets: int | None = None):
         self.config, self.device, self.shared = config, model.qo_bank.device, sets is None
-        if learns == "adapters":
+        if adapts == "adapters":
             self.base = make_adapters(model, config)
         else:
-            words, groups = learns.split(), group_parameters(model)
-            learning = [pair for group, pairs in groups.items() for pair in pairs if {group, pair[0]} & {*words}]
-            self.base = {name: p.detach().float() for name, p in learning}
+            words, groups = {*adapts.split()}, group_parameters(model)
+            chosen = [pair for group, pairs in groups.items() for pair in pairs if {group, pair[0]} & words]
+            self.base = {name: p.detach().float() for name, p in chosen}
         self.sets, self.rows = sets or 1, slice(None)
         self.values = {name: torch.stack([base] * self.sets) for name, base in self.base.items()}
         self.own_rates = {name: self._rate(name, base) for name, base in self.base.items()}
@@ -2528,8 +2736,10 @@ class FastWeights:
         self.moments = SecondMoments(form, sum(self.sizes), self.sets, memory, self.device)
 
     def _moment_shapes(self) -> dict[str, list[torch.Size]]:
-        return {name: [base.shape[:-1], base.shape[:-2] + base.shape[-1:]] if is_matrix(name) else [base.shape]
-                for name, base in self.base.items()}  # fmt: skip
+        def of(name: str, n: torch.Size) -> list[torch.Size]:
+            return [n[:-1], n[:-2] + n[-1:]] if is_matrix(name) else [n]
+
+        return {name: of(name, base.shape) for name, base in self.base.items()}
 
     def named(self, means: Tensor) -> dict[str, list[Tensor]]:
         """Parts of `moments.means` by parameter, each with its leading axis."""
@@ -2539,12 +2749,12 @@ class FastWeights:
 
     @property
     def wants_prior(self) -> bool:
-        """Adapters have none: on text not adapted on their B is zero, and A has no gradient."""
+        """Whether moments begin with a prior. Adapters have none: while B is zero, A has no gradient."""
         wanted = self.config.ttt_optimizer == "precond" and self.config.ttt_prior_seqs > 0
         return wanted and "qo_bank.a" not in self.base
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
-        """Take new factors of the rates by bank, from any device."""
+        """Scale the rates by new factors per bank, from any device."""
         near = {bank: factor.to(self.device) for bank, factor in factors.items()}
         self.rates = {name: rate * near.get(name.split(".")[0], 1.0) for name, rate in self.own_rates.items()}
 
@@ -2562,9 +2772,9 @@ class FastWeights:
 
     @torch.no_grad()
     def reset(self, sets: Any = slice(None), warm: bool = False) -> None:
-        """Sets begin documents: back to the base, and the optimizer to its start; `warm` leaves the adapters' A.
+        """Sets begin documents: back to the base, with a new optimizer state. warm: keep the adapters' A.
 
-        The moments that are shared stay; a set's own become those of the documents before.
+        Shared moments stay; a set's own become those of the documents before.
         """
         for name, value in self.values.items():
             if not (warm and name.endswith("_bank.a")):
@@ -2583,8 +2793,11 @@ class FastWeights:
         """The sets in use: copies of chosen ones, or views of all."""
         return {name: value[self.rows] for name, value in self.values.items()}
 
-    def weights(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Replacements and adapters for token_nll. The axis of the sets goes where it meets that of a batch's rows."""
+    def weights(
+        self, values: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Replacements and adapters for token_nll. The axis of the sets goes where it meets that of a batch's
+        rows."""
         scale, replaced, adapters = self.config.ttt_lora_alpha / self.config.ttt_lora_rank, {}, {}
         for name, value in values.items():
             if self.shared:
@@ -2610,7 +2823,7 @@ class FastWeights:
         self.moments.start, self.moments.total = (saved[name].to(self.device) for name in ("start", "total"))
 
     def observe(self, gradients: Mapping[str, Tensor], sets: Any, count: int) -> None:
-        """Take the squared gradients of the first `count` of the sets in use, `sets`, into the moments."""
+        """Add the squared gradients of the first `count` sets in use, `sets`, to the moments."""
         parts, n = [], len(next(iter(gradients.values())))
         for name, g in gradients.items():
             squares = g.square()
@@ -2619,8 +2832,10 @@ class FastWeights:
         squares = torch.cat([*rows, torch.ones(n, 1, device=self.device)], 1).float()
         self.moments.observe(squares[:count], sets)
 
-    def directions(self, gradients: Mapping[str, Tensor], sets: Any, count: int) -> Iterator[tuple[str, Tensor]]:
-        """What TTT_OPTIMIZER makes of the first `count` gradients of the sets in use, (count, ...) by name.
+    def directions(
+        self, gradients: Mapping[str, Tensor], sets: Any, count: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """TTT_OPTIMIZER's update direction for the first `count` sets in use, (count, ...) by name.
 
         gradients: of all sets in use, whatever `count` is; they may be overwritten.
         """
@@ -2652,68 +2867,56 @@ class FastWeights:
         return mean / (root + 1e-10) + c.ttt_weight_decay * value[sets]
 
 
-@torch.no_grad()
-def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
-    """The prior of the second moments, (size + 1,), the same on all ranks: of text that the model generates itself.
+class TTTBatch(NamedTuple):
+    """Text to adapt on or to take an outer gradient of: loss = sum(loss_weight * nll)."""
 
-    It is made in batches of `rows` sequences with a fixed seed, and reads no other text. Each chunk counts
-    TTT_PRIOR_WEIGHT scored ones.
-    """
-    settings = replace(config, ttt_optimizer="precond", ttt_moments="shared")
-    texts = generate(model, config.ttt_prior_seqs, config.ttt_prior_chunks * config.piece_size + 1).split(rows)
-    fast = FastWeights(model, settings, TTT_MODES[config.ttt_mode].adapts, len(texts[0]))
-    for ids in texts:  # the last batch may have fewer rows
-        text, low = ids.cpu().numpy(), np.arange(len(ids)) * ids.size(1)
-        for first in range(0, ids.size(1) - 1, config.piece_size):
-            left, end = low + max(0, first - config.ttt_context), min(first + config.piece_size, ids.size(1) - 1)
-            windows = Windows(left, low + first - left, low + end - left).take(
-                np.resize(np.arange(len(ids)), fast.sets)
-            )
-            share = np.where(np.arange(fast.sets) < len(ids), 1 / (end - first), 0.0)
-            lesson = make_lesson(text.flatten(), windows, share, config.piece_size, config.ttt_context, ids.device)
-            adaptation_step(model, fast, lesson, 0.0, len(ids), nll_fn)
-            fast.moments.end_step()
-    if world_size() > 1:
-        dist.broadcast(fast.moments.total, 0)
-    return config.ttt_prior_weight * fast.moments.total
+    input_ids: Tensor  # (B, T)
+    targets: Tensor  # (B, C)
+    positions: Tensor  # (B, C)
+    loss_weight: Tensor  # (B, C)
 
 
-Lesson = tuple[Tensor, Tensor, Tensor, Tensor]  # ids (B, T), targets, columns, and the weights of their nll (B, C)
-
-
-def make_lesson(
+def make_ttt_batch(
     tokens: np.ndarray, windows: Windows, weight: np.ndarray, width: int, context: int, device: torch.device
-) -> Lesson:
-    """Windows of up to `context` + `width` tokens as a batch of that shape; their targets have their row's weight."""
+) -> TTTBatch:
+    """Windows of up to `context` + `width` tokens as a batch of that shape; weight (windows,): of each
+    target's nll."""
     *batch, counts = make_batch(tokens, windows, width, device, context + width)
-    return (*batch, torch.from_numpy((weight[:, None] * counts).astype(np.float32)).to(device))
+    return TTTBatch(*batch, torch.from_numpy((weight[:, None] * counts).astype(np.float32)).to(device))
 
 
-def weighted_nll(model: GPT, fast: FastWeights, lesson: Lesson, nll_fn: Callable) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the weights * nll of a lesson of this rank under `fast`, and the values that it may be derived by."""
+def weighted_nll(
+    model: GPT, fast: FastWeights, batch: TTTBatch, nll_fn: Callable
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted nll of this rank's batch under `fast`, and the leaves by which it can be differentiated."""
     values = {name: value.detach().requires_grad_() for name, value in fast.used().items()}
-    *batch, weight = lesson
+    *inputs, loss_weight = batch
     with torch.enable_grad():
-        return (nll_fn(model, *batch, *fast.weights(values)) * weight).sum(), values
+        return (nll_fn(model, *inputs, *fast.weights(values)) * loss_weight).sum(), values
 
 
 def adaptation_step(
-    model: GPT, fast: FastWeights, lesson: Lesson, lr: float, count: int | None = None, nll_fn: Callable = token_nll
+    model: GPT,
+    fast: FastWeights,
+    batch: TTTBatch,
+    lr: float,
+    count: int | None = None,
+    nll_fn: Callable = token_nll,
 ) -> Tensor:
-    """One step of `fast` down its weighted_nll, which is returned as it was before.
+    """Take one step of `fast` down its weighted nll; returns that loss as it was before.
 
-    count: how many sets in use learn, the first ones, in document order; the rest fill the batch. None: all. Gradients
-    are added up over the ranks where they share the weights, then clipped at TTT_GRAD_CLIP, each set by itself.
+    count: how many sets in use adapt, the first ones, in document order; the rest fill the batch. None: all.
+    Gradients are summed over the ranks if they share the weights, then clipped at TTT_GRAD_CLIP per set.
     """
-    c, (loss, values) = fast.config, weighted_nll(model, fast, lesson, nll_fn)
+    c, (loss, values) = fast.config, weighted_nll(model, fast, batch, nll_fn)
     found = torch.autograd.grad(loss, list(values.values()))
     with torch.no_grad():
         if fast.shared:
             found = sum_over_ranks(list(found))
         count = len(found[0]) if count is None else count
         sets = slice(count) if isinstance(fast.rows, slice) else fast.rows[:count]
-        # Every sum is over gradients of all sets in use: how many of them learn depends on later documents, and a
-        # reduction of fewer rows may add in another order, which moves earlier losses by a rounding.
+        # Every sum is over gradients of all sets in use: how many of them adapt depends on later documents,
+        # and a reduction of fewer rows may add in another order, which moves earlier losses by a rounding.
         if c.ttt_grad_clip:
             flat = [g.reshape(len(g), math.prod(g.shape[1:])) for g in found]
             norms = torch.stack([torch.linalg.vector_norm(g, dim=1) for g in flat])
@@ -2732,17 +2935,48 @@ def adaptation_step(
     return loss.detach()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Calibration statistics
-# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
+    """Prior of the second moments, (size + 1,), identical on all ranks: of text that the model generates
+    itself.
+
+    Computed in batches of `rows` sequences with a fixed seed; no other text is read. Each chunk counts as
+    TTT_PRIOR_WEIGHT scored ones.
+    """
+    size, context = config.doc_chunk, config.ttt_context
+    settings = replace(config, ttt_optimizer="precond", ttt_moments="shared")
+    texts = generate(model, config.ttt_prior_seqs, config.ttt_prior_chunks * size + 1).split(rows)
+    fast = FastWeights(model, settings, TTT_MODES[config.ttt_mode].adapts, len(texts[0]))
+    for ids in texts:  # the last batch may have fewer rows
+        text, low = ids.cpu().numpy(), np.arange(len(ids)) * ids.size(1)
+        filled = np.resize(np.arange(len(ids)), fast.sets)
+        for first in range(0, ids.size(1) - 1, size):
+            left, end = low + max(0, first - context), min(first + size, ids.size(1) - 1)
+            windows = Windows(left, low + first - left, low + end - left).take(filled)
+            weight = np.where(np.arange(fast.sets) < len(ids), 1 / (end - first), 0.0)
+            batch = make_ttt_batch(text.flatten(), windows, weight, size, context, ids.device)
+            adaptation_step(model, fast, batch, 0.0, len(ids), nll_fn)
+            fast.moments.end_step()
+    if world_size() > 1:
+        dist.broadcast(fast.moments.total, 0)
+    return config.ttt_prior_weight * fast.moments.total
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Calibration
+# ------------------------------------------------------------------------------------------------------------
+
+# Two statistics of text decide the rounding: Hessians of the inputs, by which GPTQ spreads an error over
+# columns that are rounded later, and mean squared gradients, by which the scales spend bits where they
+# matter. Both come through taps of the ordinary forward pass, as means over tokens of all ranks.
 
 
 class Statistics(NamedTuple):
     """What the export knows of text, as means over its tokens.
 
-    hessians: site of PRODUCTS -> (L, in, in), E[x x^T] of what is read there. gradients: tensor -> (rows, columns); of
-    a bank E[(dL/dy)^2] of its outputs (n, out) and E[(dL/dW)^2] by matrix (n,), of a table E[(dL/dW)^2] by row and by
-    column.
+    hessians: site of PRODUCTS -> (L, in, in), E[x x^T] of what is read there. gradients: tensor -> (rows,
+    columns); of a bank E[(dL/dy)^2] of its outputs (n, out) and E[(dL/dW)^2] by matrix (n,), of a table
+    E[(dL/dW)^2] by row and by column.
     """
 
     hessians: Mapping[str, Tensor] = MappingProxyType({})
@@ -2751,9 +2985,9 @@ class Statistics(NamedTuple):
 
 @torch.no_grad()
 def collect_hessians(model: GPT, batches: Iterable[Tensor], most: int = 1 << 30) -> dict[str, Tensor]:
-    """E[x x^T] of the inputs of every bank over the tokens of BATCHES (input ids) of all ranks.
+    """E[x x^T] of the inputs of every product over the tokens of batches (input ids) of all ranks.
 
-    Returns site -> (L, in, in), float32. Where BLOCK_ORDER uses a bank row twice, the mean of its uses. most:
+    Returns site -> (L, in, in), float32. If BLOCK_ORDER uses a bank row twice, the mean of its uses. most:
     sequences that memory admits in a forward pass.
     """
     device, config = model.tok_emb.weight.device, model.config
@@ -2778,12 +3012,13 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], most: int = 1 << 30)
 def collect_gradients(
     model: GPT, batches: Iterable[tuple[Tensor, Tensor]], most: int = 1 << 30
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The gradients of Statistics over BATCHES (input ids, targets) of all ranks, float32.
+    """Gradients of Statistics over batches (input ids, targets) of all ranks, float32.
 
-    E[(dL/dW)^2] comes from the gradients of whole batches: that of the sum over its tokens, squared, by their number.
-    most: sequences that memory admits in a backward pass; gradients of a batch add up over passes.
+    E[(dL/dW)^2] comes from the gradients of whole batches: the square of the sum over tokens, divided by
+    their number. most: sequences that memory admits in a backward pass; gradients of a batch add up over
+    passes.
     """
-    device, outputs = model.tok_emb.weight.device, []
+    device, L, outputs = model.tok_emb.weight.device, model.config.num_layers, []
     weights = {name: p for name, p in model.named_parameters() if is_coded(name)}
     rows = {name: torch.zeros(p.shape[:-1], device=device) for name, p in weights.items()}
     columns = {name: torch.zeros(len(p) if name in GPT.BANKS else p.size(-1), device=device)
@@ -2799,14 +3034,15 @@ def collect_gradients(
             nll(model(ids, tap=tap), wanted).sum().backward()
             while outputs:
                 block, product, y = outputs.pop()
-                squares = y.grad.float().square().sum((0, 1))  # (out,), of outputs that carry the residual scale
+                squares = (
+                    y.grad.float().square().sum((0, 1))
+                )  # (out,), of outputs that carry the residual scale
                 if product in ("o", "down"):
                     squares *= (block.attn_scale if product == "o" else block.mlp_scale).detach().square()
                 parts = PRODUCTS[product][1]
-                for (bank, half), part in zip(
-                    parts, squares.split([weights[bank].size(1) for bank, _ in parts]), strict=True
-                ):
-                    rows[bank][half * model.config.num_layers + block.layer] += part
+                widths = [weights[bank].size(1) for bank, _ in parts]
+                for (bank, half), part in zip(parts, squares.split(widths), strict=True):
+                    rows[bank][half * L + block.layer] += part
         for name, p in weights.items():
             squares = p.grad.square()
             columns[name] += squares.mean((1, 2) if name in GPT.BANKS else 0)
@@ -2819,60 +3055,71 @@ def collect_gradients(
     return dict(zip(weights, zip(means[: len(rows)], means[len(rows) :], strict=True), strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Quantization
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-WIDEST = 127  # the largest code there is
+# A coded tensor is int8 codes times a scale per row, and per column with two-sided scales; everything else is
+# float16. The file is named int6 after the lineage; two-sided codes reach +-127, and the entropy coder
+# charges what they carry. Scales are stored as eighths of an octave, one byte each, and GPTQ rounds against
+# the stored ones. All matrices of a bank are rounded in one batch.
 
-# Of the mean square of a gradient's rows or columns: smaller ones count as this much. Rows of a table are few tokens.
+INT8_MAX = 127  # the largest code there is
+
+# Mean squares of a gradient's rows or columns below this fraction of their mean count as this much: rows of a
+# table are few tokens.
 BANK_FLOOR, TABLE_FLOOR = 1e-3, 0.1
 
 
-class Record(NamedTuple):
-    """One stored tensor: int8 codes and the logarithms of their steps, or float16 values as `codes` and no steps.
+class QuantizedTensor(NamedTuple):
+    """One stored tensor: int8 codes and the logarithms of their scales, or float16 values as `codes` and no
+    scales.
 
-    The step of a code is 2^((row + column) / 8): row_steps (..., out, 1) int8, column_steps (..., 1, in) int8 or None.
+    The scale of a code is 2^((row + column) / 8): row_scale (..., out, 1) int8, col_scale (..., 1, in) int8
+    or None.
     """
 
     name: str
     codes: Tensor
-    row_steps: Tensor | None = None
-    column_steps: Tensor | None = None
+    row_scale: Tensor | None = None
+    col_scale: Tensor | None = None
     trellis: bool = False
 
 
-class Feedback(NamedTuple):
-    """How the error of a rounded column is made up for in those that are rounded later (GPTQ, arXiv 2210.17323).
+class HessianFactor(NamedTuple):
+    """How the error of a rounded column is compensated in those that are rounded later (GPTQ, arXiv
+    2210.17323).
 
-    order (n, in): the columns as they are taken. U (n, in, in), upper triangular: U^T U is the inverse of the damped
-    Hessian, with rows and columns in that order. dead (n, in): inputs that are always zero and need no weight.
+    order (n, in): the columns as they are rounded. U (n, in, in), upper triangular: U^T U is the inverse of
+    the damped Hessian, with rows and columns in that order. dead (n, in): inputs that are always zero and
+    need no weight.
     """
 
     order: Tensor
     U: Tensor
     dead: Tensor
 
-    def column_weights(self) -> Tensor:
-        """u (n, in): with the later columns making up for it, an error e of column j costs as much as (e / u_j)^2."""
+    def column_cost(self) -> Tensor:
+        """u (n, in): compensated by later columns, an error e of column j costs (e / u_j)^2."""
         return torch.zeros_like(self.U[:, 0]).scatter_(1, self.order, self.U.diagonal(dim1=-2, dim2=-1))
 
 
-def no_feedback(W: Tensor) -> Feedback:
-    """For W (n, out, in) without a Hessian: every column is rounded for itself."""
+def identity_factor(W: Tensor) -> HessianFactor:
+    """For W (n, out, in) without a Hessian: every column is rounded on its own."""
     n, _, columns = W.shape
     order = torch.arange(columns, device=W.device).expand(n, -1)
     U = torch.eye(columns, device=W.device).expand(n, -1, -1)
-    return Feedback(order, U, torch.zeros_like(order, dtype=torch.bool))
+    return HessianFactor(order, U, torch.zeros_like(order, dtype=torch.bool))
 
 
-def make_feedback(
-    H: Tensor, damp: float, order: Tensor | None = None, say: Callable[[str], None] = warnings.warn
-) -> Feedback:
-    """The feedback of Hessians (n, in, in), in ORDER (n, in) or that of falling diag(H); computed in float64.
+def factor_hessian(
+    H: Tensor, damp: float, order: Tensor | None = None, warn: Callable[[str], None] = warnings.warn
+) -> HessianFactor:
+    """Factor Hessians (n, in, in), with columns in `order` (n, in) or by descending diagonal; in float64.
 
-    DAMP times the mean of the diagonal is added to it, and ten times as much for as long as one is not positive
-    definite, which SAY is told. FloatingPointError where ten times the mean does not suffice: H is no sum of squares.
+    `damp` times the mean of the diagonal is added to it, and ten times as much for as long as one is not
+    positive definite, with a warning. FloatingPointError if ten times the mean does not suffice: H is no sum
+    of squares.
     """
     dead = H.diagonal(dim1=-2, dim2=-1) == 0
     order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True) if order is None else order
@@ -2886,37 +3133,38 @@ def make_feedback(
         lower, failed = torch.linalg.cholesky_ex((H + damp * mean * eye).flip(-1, -2))
         if not failed.any():
             U = torch.linalg.solve_triangular(lower.flip(-1, -2), eye.expand_as(H), upper=True)
-            return Feedback(order, U.float(), dead)
+            return HessianFactor(order, U.float(), dead)
         if not damp <= 10:
             raise FloatingPointError(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite")
         damp *= 10
-        say(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite, damping {damp:g}")
+        warn(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite, damping {damp:g}")
 
 
 @torch.no_grad()
-def quantise(
+def gptq(
     W: Tensor,
-    feedback: Feedback,
-    row_step: Tensor,
-    column_step: Tensor | None = None,
-    levels: int | Tensor = WIDEST,
+    factor: HessianFactor,
+    row_scale: Tensor,
+    col_scale: Tensor | None = None,
+    qmax: int | Tensor = INT8_MAX,
     block: int = 64,
     trellis: bool = False,
 ) -> Tensor:
-    """Round W to codes so that the error weighted by the Hessians is small, all matrices of the batch at once.
+    """Round W to codes so that the Hessian-weighted error is small, all matrices of the batch at once.
 
-    W (n, out, in); row_step (n, out, 1) and column_step (n, 1, in) or None, whose product is the step; levels: the
-    largest code, or one for each matrix (n, 1, 1). Column by column in the order of FEEDBACK; the error made in each is
-    spread over those not yet rounded. Without TRELLIS a weight of zero (a pruned one) stays zero.
-    Returns int8 codes (n, out, in): W is about codes * step, or trellis_values(codes) * step.
+    W (n, out, in); row_scale (n, out, 1) and col_scale (n, 1, in) or None, whose product is the scale; qmax:
+    the largest code, or one per matrix (n, 1, 1). Column by column in the order of `factor`; the error of
+    each is spread over those not yet rounded. Without trellis a weight of zero (a pruned one) stays zero.
+    Returns int8 codes (n, out, in): W is about codes * scale, or trellis_values(codes) * scale.
     """
-    order, U, dead = feedback
-    levels = levels.squeeze(-1) if isinstance(levels, Tensor) else levels
-    # In units of the steps, the error of column j moves column k by its share V_jk: no step is left in the loop.
-    V, W = U / U.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), W.float() / row_step
-    if column_step is not None:
-        steps = column_step.squeeze(1).gather(1, order)  # (n, in)
-        W, V = W / column_step, V * (steps.unsqueeze(-1) / steps.unsqueeze(-2))
+    order, U, dead = factor
+    qmax = qmax.squeeze(-1) if isinstance(qmax, Tensor) else qmax
+    # In units of the scales, the error of column j moves column k by its share V_jk: no scale is left in the
+    # loop.
+    V, W = U / U.diagonal(dim1=-2, dim2=-1).unsqueeze(-1), W.float() / row_scale
+    if col_scale is not None:
+        scales = col_scale.squeeze(1).gather(1, order)  # (n, in)
+        W, V = W / col_scale, V * (scales.unsqueeze(-1) / scales.unsqueeze(-2))
     columns = order.unsqueeze(-1).expand(-1, -1, W.size(1))
     W = W.masked_fill(dead.unsqueeze(1), 0.0).mT.gather(1, columns)  # (n, in, out), in order
     pruned, codes, errors = W == 0, torch.empty_like(W, dtype=torch.int8), torch.empty_like(W)
@@ -2933,34 +3181,38 @@ def quantise(
         if trellis:
             codes[:, part], errors[:, part] = trellis_block(W[:, part], V[:, part, part], state)
         else:
-            codes[:, part], errors[:, part] = plain_block(W[:, part], V[:, part, part], levels, pruned[:, part])
+            codes[:, part], errors[:, part] = round_block(W[:, part], V[:, part, part], qmax, pruned[:, part])
 
     visit(0, W.size(1))
     return torch.empty_like(codes).scatter_(1, columns, codes).mT
 
 
-def plain_block(W: Tensor, V: Tensor, levels: int | Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors of some columns W (n, b, out), in units of the step, each rounded to the nearest code."""
+def round_block(W: Tensor, V: Tensor, qmax: int | Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and errors of some columns W (n, b, out), in units of the scale, each rounded to the nearest
+    code."""
     W, codes = W.clone(), torch.empty_like(W)
     for j in range(W.size(1)):
-        codes[:, j] = W[:, j].round().clamp_(-levels, levels).masked_fill_(pruned[:, j], 0.0)
+        codes[:, j] = W[:, j].round().clamp_(-qmax, qmax).masked_fill_(pruned[:, j], 0.0)
         error = (W[:, j] - codes[:, j]).unsqueeze(1)
         W[:, j + 1 :].addcmul_(V[:, j, j + 1 :].unsqueeze(-1), error, value=-1)
     return codes, W - codes
 
 
-# Trellis-coded quantisation as video coders have it (dependent quantisation, the eight states of the ECM): codes k mean
-# 2k in even states and 2k - sign(k) in odd ones, and a code's parity leads from state s to TRELLIS[s][parity]. The best
-# path through both grids errs as a finer grid does, at the codes of a coarser one; at the same error as a plain grid's
-# the unit of the two is TRELLIS_STEP of a plain step.
+# Trellis-coded quantization as in video coding (dependent quantization, the eight states of the ECM): codes k
+# mean 2k in even states and 2k - sign(k) in odd ones, and a code's parity leads from state s to
+# TRELLIS[s][parity]. The best path through both grids errs as a finer grid does, at the codes of a coarser
+# one; at the error of a plain grid the unit of the two is TRELLIS_SCALE of the plain scale.
 TRELLIS = ((0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5))
-TRELLIS_STEP = 0.606
+TRELLIS_SCALE = 0.606
 
 
 def trellis_values(codes: Tensor) -> Tensor:
-    """What codes (..., out, in) of the trellis stand for, in units of the step, float32; it takes columns in order."""
+    """Values of trellis codes (..., out, in) in units of the scale, float32; columns are decoded in order."""
     table, columns = torch.tensor(TRELLIS, device=codes.device), codes.mT.contiguous()  # (..., in, out)
-    values, state = torch.empty(columns.shape, device=codes.device), torch.zeros_like(codes[..., 0], dtype=torch.long)
+    values, state = (
+        torch.empty(columns.shape, device=codes.device),
+        torch.zeros_like(codes[..., 0], dtype=torch.long),
+    )
     for j, code in enumerate(columns.long().unbind(-2)):
         values[..., j, :] = 2 * code - (state & 1) * code.sign()
         state = table[state, code & 1]
@@ -2968,15 +3220,18 @@ def trellis_values(codes: Tensor) -> Tensor:
 
 
 def trellis_candidates(x: Tensor) -> tuple[Tensor, Tensor]:
-    """From every state the nearest code of either parity, and its value: x (S, n, out) -> (S, 2, n, out) each."""
+    """From every state the nearest code of either parity, and its value: x (S, n, out) -> (S, 2, n, out)
+    each."""
     even, odd = x[0::2], x[1::2]
     codes, values = (torch.empty(len(x), 2, *x.shape[1:], device=x.device) for _ in range(2))
     codes[0::2, 0], codes[0::2, 1] = 2 * (even / 4).round(), 2 * (even / 4 - 0.5).round() + 1
-    codes[1::2, 0] = 2 * ((odd.abs() + 1) / 4).round().masked_fill_(odd.abs() < 1.5, 0.0)  # 0, 2, 4 .. for 0, 3, 7 ..
+    codes[1::2, 0] = 2 * ((odd.abs() + 1) / 4).round().masked_fill_(
+        odd.abs() < 1.5, 0.0
+    )  # 0, 2, 4 .. for 0, 3, 7 ..
     codes[1::2, 1] = 2 * ((odd.abs() - 1) / 4).round() + 1  # 1, 3 .. for 1, 5 ..
     codes[1::2] *= torch.where(odd < 0, -1.0, 1.0).unsqueeze(1)
-    codes[:, 0].clamp_(1 - WIDEST, WIDEST - 1)  # an even number
-    codes[:, 1].clamp_(-WIDEST, WIDEST)
+    codes[:, 0].clamp_(1 - INT8_MAX, INT8_MAX - 1)  # an even number
+    codes[:, 1].clamp_(-INT8_MAX, INT8_MAX)
     values[0::2], values[1::2] = 2 * codes[0::2], 2 * codes[1::2] - codes[1::2].sign()
     return codes, values
 
@@ -2984,7 +3239,8 @@ def trellis_candidates(x: Tensor) -> tuple[Tensor, Tensor]:
 def trellis_block(W: Tensor, V: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and errors of some columns W (n, b, out) along the best path through the trellis (Viterbi).
 
-    Every state keeps the rest of W as its own path leaves it. STATE (n, out): where the path begins; then its end.
+    Every state keeps the rest of W as its own path leaves it. state (n, out): where the path begins; then its
+    end.
     """
     S, b = len(TRELLIS), W.size(1)
     targets = torch.tensor(TRELLIS, device=W.device).flatten()
@@ -3011,190 +3267,220 @@ def trellis_block(W: Tensor, V: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return codes, errors
 
 
-def log_steps(step: Tensor) -> Tensor:
-    """The int8 eighths of an octave nearest to STEP."""
-    return (8 * step.clamp(min=2.0**-16).log2()).round().clamp(-128, 127).to(torch.int8)
+def encode_scale(scale: Tensor) -> Tensor:
+    """The nearest int8 eighths of an octave."""
+    return (8 * scale.clamp(min=2.0**-16).log2()).round().clamp(-128, 127).to(torch.int8)
 
 
-def from_log(steps: Tensor) -> Tensor:
-    """The steps that int8 eighths of an octave stand for."""
-    eighths = torch.tensor([2 ** (k / 8) for k in range(8)], device=steps.device)  # no exp2: it differs by processors
-    return torch.ldexp(eighths[steps.long() % 8], steps // 8)
+def decode_scale(encoded: Tensor) -> Tensor:
+    """The scales that int8 eighths of an octave stand for."""
+    eighths = torch.tensor(
+        [2 ** (k / 8) for k in range(8)], device=encoded.device
+    )  # exp2 differs by processor
+    return torch.ldexp(eighths[encoded.long() % 8], encoded // 8)
 
 
-def sigma_steps(W: Tensor, levels: int | Tensor, sigmas: float) -> Tensor:
-    """Steps (n, out, 1): the largest code stands for SIGMAS deviations of its row (#1394), with 0 for its maximum."""
-    return (W.std(-1, keepdim=True) * sigmas if sigmas else widest_steps(W, 1)) / levels
+def sigma_scale(W: Tensor, qmax: int | Tensor, sigmas: float) -> Tensor:
+    """Scales (n, out, 1): the largest code stands for `sigmas` deviations of its row (#1394), with 0 for its
+    maximum."""
+    return (W.std(-1, keepdim=True) * sigmas if sigmas else covering_scale(W, 1)) / qmax
 
 
-def widest_steps(W: Tensor, reach: int) -> Tensor:
-    """Steps (n, out, 1) with which no entry of a row is beyond REACH of them, however they are rounded to be stored."""
+def covering_scale(W: Tensor, reach: int) -> Tensor:
+    """Scales (n, out, 1) with which no entry of a row is beyond `reach`, however they are rounded to be
+    stored."""
     return W.abs().amax(-1, keepdim=True) * (2 ** (1 / 16) / reach)
 
 
-def clip_steps(W: Tensor, levels: int | Tensor, weights: Tensor, tried: int = 12) -> Tensor:
-    """Steps (n, out, 1), the largest code at that share of the row's largest entry which plain rounding likes best.
+def clip_search_scale(W: Tensor, qmax: int | Tensor, weights: Tensor, tried: int = 12) -> Tensor:
+    """Scales (n, out, 1): the largest code at the fraction of the row's largest entry with the least rounding
+    error.
 
-    Its squared error is weighted by WEIGHTS (n, 1, in), the diagonal of the Hessian.
+    The squared error is weighted by weights (n, 1, in), the diagonal of the Hessian.
     """
     largest = W.abs().amax(-1, keepdim=True).clamp(min=2.0**-16)
     best, least = largest, torch.full_like(largest, math.inf)
-    for step in (share * largest / levels for share in torch.linspace(1.0, 0.3, tried).tolist()):
-        codes = (W / step).round().clamp(-levels, levels)
-        error = ((W - codes * step).square() * weights).sum(-1, keepdim=True)
-        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    for scale in (fraction * largest / qmax for fraction in torch.linspace(1.0, 0.3, tried).tolist()):
+        codes = (W / scale).round().clamp(-qmax, qmax)
+        error = ((W - codes * scale).square() * weights).sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
 
 
-def two_sided_steps(W: Tensor, g: Tensor, u: Tensor, step: float, reach: int) -> tuple[Tensor, Tensor]:
-    """Steps (n, out, 1) and stored column steps (n, 1, in), whose product is about STEP u_j / sqrt(g_i).
+def two_sided_scales(W: Tensor, g: Tensor, u: Tensor, scale: float, reach: int) -> tuple[Tensor, Tensor]:
+    """Scales (n, out, 1) and stored column scales (n, 1, in), whose product is about scale * u_j / sqrt(g_i).
 
-    W (n, out, in), g (n, out), u (n, in). Where half of a column's entries would be beyond REACH steps, its step grows.
+    W (n, out, in), g (n, out), u (n, in). If half of a column's entries would be beyond `reach`, its scale
+    grows.
     """
-    row = step * g.rsqrt().unsqueeze(-1)
+    row = scale * g.rsqrt().unsqueeze(-1)
     u = u.unsqueeze(1)
     u = u * (W.abs() / (row * u * reach)).median(1, keepdim=True).values.clamp(min=1.0)
     mean = u.log().mean(-1, keepdim=True).exp()  # goes to the rows: one byte has to hold the rest
-    return row * mean, log_steps(u / mean)
+    return row * mean, encode_scale(u / mean)
 
 
-def raised(squares: Tensor, floor: float) -> Tensor:
-    """Mean squares (..., n), none below FLOOR of their mean."""
-    return squares.maximum(floor * squares.mean(-1, keepdim=True)).clamp(min=1e-30)
+def floor_at(squares: Tensor, fraction: float) -> Tensor:
+    """Mean squares (..., n), none below this fraction of their mean."""
+    return squares.maximum(fraction * squares.mean(-1, keepdim=True)).clamp(min=1e-30)
 
 
-def guided_levels(gradients: Mapping[str, tuple[Tensor, Tensor]], config: Config) -> dict[str, Tensor]:
-    """Bank -> the largest code of each matrix (n, 1, 1), a bit more or less by its mean squared gradient (#398)."""
+def qmax_by_gradient(gradients: Mapping[str, tuple[Tensor, Tensor]], config: Config) -> dict[str, Tensor]:
+    """Bank -> largest code per matrix (n, 1, 1): one bit more or less by its mean squared gradient (#398)."""
     order = torch.cat([gradients[name][1] for name in GPT.BANKS]).argsort()
     bits = torch.full((len(order),), config.matrix_bits, device=order.device)
     bits[order[: int(config.grad_quant_int5_frac * len(order))]] -= 1
     bits[order[len(order) - int(config.grad_quant_int7_frac * len(order)) :]] += 1
-    levels = (2 ** (bits.clamp(max=8) - 1) - 1)[:, None, None]
-    return dict(zip(GPT.BANKS, levels.split([len(gradients[name][1]) for name in GPT.BANKS]), strict=True))
+    qmax = (2 ** (bits.clamp(max=8) - 1) - 1)[:, None, None]
+    return dict(zip(GPT.BANKS, qmax.split([len(gradients[name][1]) for name in GPT.BANKS]), strict=True))
 
 
-class Plan(NamedTuple):
-    """A tensor on its way to codes: W (n, out, in), feedback, steps (n, out, 1) and stored column steps (n, 1, in)."""
+def prune_smallest(tensor: Tensor, fraction: float) -> Tensor:
+    """Zero this fraction of the entries of each matrix of a tensor (..., out, in), those smallest in
+    magnitude."""
+    magnitude = tensor.abs()
+    count = int(fraction * tensor.size(-2) * tensor.size(-1))
+    if not count:
+        return tensor
+    limit = magnitude.flatten(-2).kthvalue(count, dim=-1).values
+    return tensor.masked_fill(magnitude <= limit[..., None, None], 0.0)
+
+
+class QuantSpec(NamedTuple):
+    """How to round a tensor: W (n, out, in), factor, scales (n, out, 1), stored column scales (n, 1, in)."""
 
     W: Tensor
-    feedback: Feedback
-    row_step: Tensor
-    columns: Tensor | None
-    levels: int | Tensor
-    least: Tensor | float  # steps (n, out, 1) that leave nothing beyond the last code: they become no finer
+    factor: HessianFactor
+    row_scale: Tensor
+    col_scale: Tensor | None
+    qmax: int | Tensor
+    least: Tensor | float  # scales (n, out, 1) that leave nothing beyond the last code: they become no finer
 
 
-def row_steps(name: str, W: Tensor, weights: Tensor, levels: int | Tensor, config: Config) -> Tensor:
-    """Steps (n, out, 1) of the tensor NAME by the choosers that have one a row; WEIGHTS as for clip_steps."""
-    bank = name in GPT.BANKS
-    if config.quant_steps == "clip" and bank:
-        return clip_steps(W, levels, weights)
-    return sigma_steps(W, levels, config.matrix_clip_sigmas if bank else config.embed_clip_sigmas)
-
-
-def bank_feedbacks(
-    hessians: Mapping[str, Tensor], config: Config, say: Callable[[str], None]
-) -> dict[str, tuple[Feedback, Tensor]]:
-    """Bank -> its feedback, made once for what Q, K and V share, and the diagonal of its Hessians (n, 1, in)."""
+def bank_factors(
+    hessians: Mapping[str, Tensor], config: Config, warn: Callable[[str], None]
+) -> dict[str, tuple[HessianFactor, Tensor]]:
+    """Bank -> its factor, computed once for what Q, K, and V share, and the diagonal of its Hessians (n, 1,
+    in)."""
     made = {}
-    for site, H in hessians.items():  # the trellis takes columns as they stand: the decoder knows no other order
+    for (
+        site,
+        H,
+    ) in hessians.items():  # the trellis takes columns as they stand: the decoder knows no other order
         order = torch.arange(H.size(-1), device=H.device).expand(len(H), -1) if config.quant_trellis else None
-        made[site] = (*make_feedback(H, config.gptq_damp, order, say), H.diagonal(dim1=-2, dim2=-1))
+        made[site] = (*factor_hessian(H, config.gptq_damp, order, warn), H.diagonal(dim1=-2, dim2=-1))
     found = {}
     for bank in GPT.BANKS if made else ():
         read = [made[site] for site in bank_sites(bank)]
-        *feedback, diagonal = (torch.cat(parts) for parts in zip(*read, strict=True))
-        found[bank] = (Feedback(*feedback), diagonal.unsqueeze(1))
+        *factor, diagonal = (torch.cat(parts) for parts in zip(*read, strict=True))
+        found[bank] = (HessianFactor(*factor), diagonal.unsqueeze(1))
     return found
 
 
 @torch.no_grad()
-def plan_rounding(
-    state: Mapping[str, Tensor], statistics: Statistics, config: Config, say: Callable[[str], None] = warnings.warn
-) -> dict[str, Plan]:
-    """How to round every tensor of a state dict that is not kept as float16, pruned by PRUNE_FRAC before.
+def quant_specs(
+    state: Mapping[str, Tensor],
+    statistics: Statistics,
+    config: Config,
+    warn: Callable[[str], None] = warnings.warn,
+) -> dict[str, QuantSpec]:
+    """How to round every coded tensor of a state dict, pruned by PRUNE_FRAC before.
 
-    QUANT_STEPS=two_sided: an error e_ij that later columns make up for costs g_i (e_ij / u_j)^2 / 2 nats, g_i the mean
-    squared gradient of output i. A bit more divides the cost of a weight by four, so the fewest bits for a loss make
-    all costs equal: step_ij = lambda u_j / sqrt(g_i), one lambda for the whole model. With N weights the loss is
-    N lambda^2 / 24 = QUANT_LOSS. For tables, which have no Hessian, the factors of E[(dL/dW)^2] stand in; a tensor
-    without gradients has one step a row.
+    QUANT_STEPS=two_sided: a compensated error e_ij costs g_i (e_ij / u_j)^2 / 2 nats, g_i the mean squared
+    gradient of output i. One more bit divides the cost of a weight by four, so the fewest bits for a loss
+    make all costs equal: scale_ij = lambda u_j / sqrt(g_i), one lambda for the whole model. With N weights
+    the loss is N lambda^2 / 24 = QUANT_LOSS. For tables, which have no Hessian, the factors of E[(dL/dW)^2]
+    stand in; a tensor without gradients has one scale per row.
     """
+    c = config
     tensors = {name: tensor.float() for name, tensor in state.items() if is_coded(name)}
-    feedbacks = bank_feedbacks(statistics.hessians, config, say)
-    guided = guided_levels(statistics.gradients, config) if config.grad_quant else {}
-    step = math.sqrt(24 * config.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
-    step, reach = (step * TRELLIS_STEP, 2 * WIDEST - 2) if config.quant_trellis else (step, WIDEST)
-    plans = {}
+    factors = bank_factors(statistics.hessians, c, warn)
+    guided = qmax_by_gradient(statistics.gradients, c) if c.grad_quant else {}
+    scale = math.sqrt(24 * c.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
+    scale, reach = (scale * TRELLIS_SCALE, 2 * INT8_MAX - 2) if c.quant_trellis else (scale, INT8_MAX)
+    specs = {}
     for name, tensor in tensors.items():
         W = tensor.reshape(-1, *tensor.shape[-2:])
-        feedback, weights = feedbacks.get(name) or (no_feedback(W), torch.ones_like(W[:, :1]))
+        factor, weights = factors.get(name) or (identity_factor(W), torch.ones_like(W[:, :1]))
         bank, columns = name in GPT.BANKS, None
-        levels: int | Tensor = guided.get(name, 2 ** (config.matrix_bits - 1) - 1) if bank else WIDEST
-        if config.quant_steps == "two_sided" and name in statistics.gradients:
-            g, c = statistics.gradients[name]  # (n, out) and (n,), or of a table (out,) and (in,)
+        qmax: int | Tensor = guided.get(name, 2 ** (c.matrix_bits - 1) - 1) if bank else INT8_MAX
+        if c.quant_steps == "two_sided" and name in statistics.gradients:
+            g, by_column = statistics.gradients[name]  # (n, out) and (n,), or of a table (out,) and (in,)
             if bank:
-                g, u = raised(g, BANK_FLOOR), feedback.column_weights()
+                g, u = floor_at(g, BANK_FLOOR), factor.column_cost()
             else:
-                g, u = raised(g / g.mean(), TABLE_FLOOR).unsqueeze(0), raised(c, BANK_FLOOR).rsqrt().unsqueeze(0)
-            row, columns = two_sided_steps(W, g, u, step, reach)
+                g, u = (
+                    floor_at(g / g.mean(), TABLE_FLOOR)[None],
+                    floor_at(by_column, BANK_FLOOR).rsqrt()[None],
+                )
+            row, columns = two_sided_scales(W, g, u, scale, reach)
+        elif c.quant_steps == "clip" and bank:
+            row = clip_search_scale(W, qmax, weights)
         else:
-            row = row_steps(name, W, weights, levels, config)
+            row = sigma_scale(W, qmax, c.matrix_clip_sigmas if bank else c.embed_clip_sigmas)
         least: Tensor | float = 0.0
-        if columns is not None or config.fit_size:  # the step decides, the codes have room
-            levels = WIDEST
-            least = widest_steps(W if columns is None else W / from_log(columns), reach)
-        plans[name] = Plan(prune_smallest(W, config.prune_frac), feedback, row, columns, levels, least)
-    return plans
+        if columns is not None or c.fit_size:  # the scale decides, the codes have room
+            qmax = INT8_MAX
+            least = covering_scale(W if columns is None else W / decode_scale(columns), reach)
+        specs[name] = QuantSpec(prune_smallest(W, c.prune_frac), factor, row, columns, qmax, least)
+    return specs
 
 
-def round_all(
-    state: Mapping[str, Tensor], plans: Mapping[str, Plan], config: Config, factor: float = 1.0
-) -> list[Record]:
-    """Every tensor of a state dict as it is stored, on the CPU; the steps of PLANS are multiplied by FACTOR."""
-    records = []
+def quantize_by(
+    state: Mapping[str, Tensor], specs: Mapping[str, QuantSpec], config: Config, scale_mult: float = 1.0
+) -> list[QuantizedTensor]:
+    """Quantize every tensor of a state dict by its spec, its scales multiplied by scale_mult; results on the
+    CPU."""
+    found = []
     for name, tensor in state.items():
-        if name not in plans:
-            records.append(Record(name, tensor.to(torch.float16).cpu()))
+        if name not in specs:
+            found.append(QuantizedTensor(name, tensor.to(torch.float16).cpu()))
             continue
-        W, feedback, row_step, columns, levels, least = plans[name]
-        rows = log_steps((row_step * factor).clamp(min=least))
-        column_step = None if columns is None else from_log(columns)
+        W, factor, row_scale, columns, qmax, least = specs[name]
+        rows = encode_scale((row_scale * scale_mult).clamp(min=least))
+        col_scale = None if columns is None else decode_scale(columns)
         trellis = config.quant_trellis and columns is not None
-        codes = quantise(W, feedback, from_log(rows), column_step, levels, trellis=trellis)
+        codes = gptq(W, factor, decode_scale(rows), col_scale, qmax, trellis=trellis)
         lead = tensor.shape[:-2]  # the banks have three axes, the tables two
         columns = None if columns is None else columns.view(*lead, 1, -1).cpu()
-        records.append(Record(name, codes.reshape(tensor.shape).cpu(), rows.view(*lead, -1, 1).cpu(), columns, trellis))
-    return records
+        rows = rows.view(*lead, -1, 1).cpu()
+        found.append(QuantizedTensor(name, codes.reshape(tensor.shape).cpu(), rows, columns, trellis))
+    return found
 
 
-def quantize(state: Mapping[str, Tensor], statistics: Statistics, config: Config) -> list[Record]:
-    """Every tensor of a state dict by its scheme, on the CPU."""
-    return round_all(state, plan_rounding(state, statistics, config), config)
+def quantize_state_dict(
+    state: Mapping[str, Tensor], statistics: Statistics, config: Config
+) -> list[QuantizedTensor]:
+    """Quantize every tensor of a state dict; results on the CPU."""
+    return quantize_by(state, quant_specs(state, statistics, config), config)
 
 
-def dequantize(record: Record) -> Tensor:
-    """The float32 tensor that a record stands for."""
-    if record.row_steps is None:
-        return record.codes.float()
-    values = trellis_values(record.codes) if record.trellis else record.codes.float()
-    step = from_log(record.row_steps)
-    return values * (step if record.column_steps is None else step * from_log(record.column_steps))
+def dequantize(tensor: QuantizedTensor) -> Tensor:
+    """The float32 tensor that a quantized one stands for."""
+    if tensor.row_scale is None:
+        return tensor.codes.float()
+    values = trellis_values(tensor.codes) if tensor.trellis else tensor.codes.float()
+    scale = decode_scale(tensor.row_scale)
+    return values * (scale if tensor.col_scale is None else scale * decode_scale(tensor.col_scale))
 
 
 @torch.no_grad()
 def fake_quantize(bank: Tensor, config: Config) -> Tensor:
-    """What plain rounding by MATRIX_BITS and MATRIX_CLIP_SIGMAS makes of a bank."""
-    levels = 2 ** (config.matrix_bits - 1) - 1
-    step = from_log(log_steps(sigma_steps(bank, levels, config.matrix_clip_sigmas)))
-    return (bank / step).round().clamp(-levels, levels) * step
+    """Round a bank to nearest, per row, by MATRIX_BITS and MATRIX_CLIP_SIGMAS.
+
+    This is not the export's rounding, which uses Hessians and gradients that training does not have: it
+    trains for coarse weights in general. Measured difference of LATE_QAT to training without it: 0.0000 bpb.
+    """
+    qmax = 2 ** (config.matrix_bits - 1) - 1
+    scale = decode_scale(encode_scale(sigma_scale(bank, qmax, config.matrix_clip_sigmas)))
+    return (bank / scale).round().clamp(-qmax, qmax) * scale
 
 
 @contextmanager
 def fake_quantized_banks(model: GPT) -> Iterator[None]:
-    """Inside, the banks hold what `fake_quantize` makes of them.
+    """Within the context the banks hold their `fake_quantize`d values.
 
-    Gradients that are taken inside and applied afterwards are straight-through ones (arXiv 1308.3432).
+    Gradients taken inside and applied afterwards are straight-through (arXiv 1308.3432).
     """
     banks = [bank.detach() for bank in model.banks().values()]
     saved = [bank.clone() for bank in banks]
@@ -3206,31 +3492,29 @@ def fake_quantized_banks(model: GPT) -> Iterator[None]:
         torch._foreach_copy_(banks, saved)
 
 
-def prune_smallest(tensor: Tensor, share: float) -> Tensor:
-    """TENSOR (..., out, in) with the SHARE of the entries of each matrix that are smallest in magnitude set to zero."""
-    magnitude = tensor.abs()
-    count = int(share * tensor.size(-2) * tensor.size(-1))
-    if not count:
-        return tensor
-    limit = magnitude.flatten(-2).kthvalue(count, dim=-1).values
-    return tensor.masked_fill(magnitude <= limit[..., None, None], 0.0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Coding
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# A code says more about its width than about its neighbours, so codes are laid out by their expected width: every coder
-# then meets one width at a time. Quarter octaves, by row and by column; 64 sums of the two are told apart.
+# A code says more about its width than about its neighbors, so codes are laid out by their expected width:
+# every coder then meets one width at a time. The widths are stored as quarter octaves, by row and by column,
+# and 64 sums of the two are told apart. Encoders stand beside their decoders.
+
 NUM_WIDTHS, NARROWEST = 64, -24
-LZMA = dict(format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}])
-ZSTD_LEVEL = 16  # 40 % of the seconds of 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
-ZSTD_MAGIC = bytes.fromhex("28b52ffd")  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
+LZMA = dict(
+    format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}]
+)
+ZSTD_LEVEL = (
+    16  # 40 % of the seconds of 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
+)
+ZSTD_MAGIC = bytes.fromhex(
+    "28b52ffd"
+)  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
 PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}
 
 
 def coder_package(coder: str) -> Any:
-    """The package that a value of COMPRESSOR needs. UserError where it cannot be imported."""
+    """Import the package that a value of COMPRESSOR needs. UserError if it cannot be imported."""
     name, version = PACKAGES[coder]
     try:
         return importlib.import_module(name)
@@ -3241,35 +3525,41 @@ def coder_package(coder: str) -> Any:
 
 
 def pack(data: bytes, coder: str) -> bytes:
-    """Compress `data` with zstd, or else with Python's lzma: COMPRESSOR=ans does not need zstandard."""
+    """Compress side information: with zstd, or else with Python's lzma, so that COMPRESSOR=ans needs one
+    package."""
     return coder_package(coder).compress(data, ZSTD_LEVEL) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
 def unpack(data: bytes) -> bytes:
-    """Undo `pack`. The first bytes tell which of the two it was: older artifacts have zstd heads with any coder."""
+    """Undo `pack`; the first bytes tell which of the two it was."""
     if data.startswith(ZSTD_MAGIC):
         return coder_package("zstd").decompress(data)
     return lzma.decompress(data, **LZMA)
 
 
 def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The root mean square of codes (..., out, in) by row (..., out, 1) and by column, relative to it (..., 1, in)."""
+    """Root mean square of codes (..., out, in) by row (..., out, 1) and by column, relative to it (..., 1,
+    in)."""
     squares = codes.float().square() + 2.0**-12
     rows = squares.mean(-1, keepdim=True)
     columns = (squares / rows).mean(-2, keepdim=True)
-    return tuple((2 * part.log2()).round().to(torch.int8) for part in (rows, columns))  # quarter octaves of the root
+    return tuple(
+        (2 * part.log2()).round().to(torch.int8) for part in (rows, columns)
+    )  # quarter octaves of the root
 
 
 def lay_out(widths: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    """The places of all codes in the order of their expected width, and their number by width and matrix."""
-    sums = [(row.int() + column - NARROWEST).clamp(0, NUM_WIDTHS - 1).to(torch.uint8) for row, column in widths]
+    """Order of all codes by expected width, and their counts by width and matrix."""
+    sums = [
+        (row.int() + column - NARROWEST).clamp(0, NUM_WIDTHS - 1).to(torch.uint8) for row, column in widths
+    ]
     matrices = [matrix.flatten().numpy() for part in sums for matrix in part.view(-1, *part.shape[-2:])]
     counts = np.stack([np.bincount(matrix, minlength=NUM_WIDTHS) for matrix in matrices], axis=1)
     return np.concatenate(matrices).argsort(kind="stable"), counts
 
 
 class Table(NamedTuple):
-    """Frequencies of codes, from LOW on, that an entropy coder goes by: uint16, never zero."""
+    """Frequencies of the codes low, low + 1, ... for an entropy coder: uint16, never zero."""
 
     low: int
     frequencies: np.ndarray
@@ -3284,9 +3574,9 @@ class Table(NamedTuple):
         return struct.pack("<bB", self.low, len(self.frequencies) - 1) + self.frequencies.tobytes()
 
     def bits(self, codes: np.ndarray) -> float:
-        """What CODES cost by this table."""
-        shares = self.frequencies / self.frequencies.sum(dtype=np.int64)
-        return -float(np.log2(shares)[codes.astype(np.int16) - self.low].sum())
+        """Bits that the codes cost by this table."""
+        probabilities = self.frequencies / self.frequencies.sum(dtype=np.int64)
+        return -float(np.log2(probabilities)[codes.astype(np.int16) - self.low].sum())
 
     def model(self) -> Any:
         """For the coder: quotients of whole numbers, so the same on every machine."""
@@ -3295,9 +3585,10 @@ class Table(NamedTuple):
 
 
 def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], list[int]]:
-    """A table for each width, and one for those of its matrices that save more by it than it takes: tables, uses.
+    """A table per width, and one for those of its matrices that save more by it than it takes: tables, uses.
 
-    codes: int8 in the order of `lay_out`; the uses, numbers of tables, are of its segments by width and by matrix.
+    codes: int8 in the order of `lay_out`; the uses, numbers of tables, are of its segments by width and by
+    matrix.
     """
     tables: list[Table] = []
     uses: list[int] = []
@@ -3317,7 +3608,7 @@ def choose_tables(codes: np.ndarray, counts: np.ndarray) -> tuple[list[Table], l
 
 
 def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
-    """Codes (int8) in the order of `lay_out` as bytes; ans: an asymmetric numeral system (arXiv 1311.2540)."""
+    """Encode codes (int8) in the order of `lay_out`; ans: an asymmetric numeral system (arXiv 1311.2540)."""
     if coder == "zstd":  # width by width: it does not always see where one ends
         parts = [part.tobytes() for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:  # the bytes do not depend on it
@@ -3325,15 +3616,21 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
         return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
     tables, uses = choose_tables(codes, counts)
     sizes, stack = counts[counts > 0], coder_package("ans").stream.stack.AnsCoder()
-    for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):  # last in, first out
+    for part, use in zip(
+        np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True
+    ):  # last in, first out
         stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
-    side = [struct.pack("<H", len(tables)), *(table.dump() for table in tables), np.array(uses, "<u2").tobytes()]
+    side = [
+        struct.pack("<H", len(tables)),
+        *(table.dump() for table in tables),
+        np.array(uses, "<u2").tobytes(),
+    ]
     packed = pack(b"".join(side), coder)
     return struct.pack("<I", len(packed)) + packed + stack.get_compressed().astype("<u4").tobytes()
 
 
 def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
-    """What `encode_codes` was given."""
+    """Undo `encode_codes`."""
     if coder == "zstd":
         ends = np.frombuffer(data, "<u4", NUM_WIDTHS).cumsum(dtype=np.int64) + 4 * NUM_WIDTHS
         frames = [data[low:high] for low, high in pairwise([4 * NUM_WIDTHS, *ends.tolist()])]
@@ -3348,14 +3645,17 @@ def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
     sizes = counts[counts > 0]
     uses = np.frombuffer(side, "<u2", len(sizes), position)
     stack = coder_package("ans").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
-    parts = [stack.decode(tables[use].model(), size) + tables[use].low for size, use in zip(sizes, uses, strict=True)]
+    parts = [
+        stack.decode(tables[use].model(), size) + tables[use].low
+        for size, use in zip(sizes, uses, strict=True)
+    ]
     return np.concatenate(parts).astype(np.int8)
 
 
 def fit(build: Callable[[float], bytes], budget: int, passes: int = 12) -> tuple[bytes, float]:
-    """The largest of the artifacts BUILD(factor) that BUDGET bytes hold, to 0.1 %, and its factor.
+    """The largest of the artifacts build(scale_mult) within `budget` bytes, to 0.1 %, and its scale_mult.
 
-    Where none fits, the last one tried, which is the smallest. Bytes fall about evenly with the logarithm of the
+    If none fits, the last one tried, which is the smallest. Bytes fall about evenly with the logarithm of the
     factor: two sizes tell where to look, halving where that is slow.
     """
     below: tuple[float, int] | None = None  # log2 of the factor and bytes, of the best that fits
@@ -3366,7 +3666,7 @@ def fit(build: Callable[[float], bytes], budget: int, passes: int = 12) -> tuple
         if len(blob) <= budget:
             finer = below is None or above is not None or len(blob) > below[1]
             below, best = (at, len(blob)), (blob, 2.0**at)
-            if len(blob) >= 0.999 * budget or not finer:  # full, or the steps have become no finer
+            if len(blob) >= 0.999 * budget or not finer:  # full, or the scales have become no finer
                 break
         else:
             above = (at, len(blob))
@@ -3374,18 +3674,20 @@ def fit(build: Callable[[float], bytes], budget: int, passes: int = 12) -> tuple
         if below is None or above is None:
             at += 1.0 if below is None else -1.0
         else:
-            share = (0.9995 * budget - below[1]) / (above[1] - below[1]) if turn % 3 else 0.5
-            at = below[0] + (above[0] - below[0]) * min(max(share, 0.05), 0.95)
+            fraction = (0.9995 * budget - below[1]) / (above[1] - below[1]) if turn % 3 else 0.5
+            at = below[0] + (above[0] - below[0]) * min(max(fraction, 0.05), 0.95)
     return best
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Artifact
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# The file: magic, uint32 version, name of the coder, SHA-256 of these two and what follows it: uint32 length of a
-# packed head, the head, the coded codes. The head: uint32 length of a JSON text (model settings, hashes, table of
-# tensors), the text, and what is not a code: float16 tensors, steps, widths. Nothing is executed to read it.
+# The file: magic, uint32 version, name of the coder, SHA-256 of these two and what follows: uint32 length of
+# a packed head, the head, the coded codes. The head: uint32 length of a JSON text (model settings, hashes,
+# table of tensors), the text, and what is not a code: float16 tensors, scales, widths. Nothing is executed to
+# read it.
+
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 2
 ARTIFACT_PREFIX = struct.Struct("<8sI4s32s")
 
@@ -3394,19 +3696,19 @@ def checksum(coder: bytes, body: bytes) -> bytes:
     return hashlib.sha256(struct.pack("<I", ARTIFACT_VERSION) + coder + body).digest()
 
 
-def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str) -> bytes:
+def encode_artifact(config: Config, tensors: list[QuantizedTensor], tokenizer_sha256: str) -> bytes:
     """The bytes of the artifact: model settings, tensors, and codes by the coder that COMPRESSOR names."""
-    coded = [record for record in records if record.row_steps is not None]
-    widths = [code_widths(record.codes) for record in coded]
+    coded = [tensor for tensor in tensors if tensor.row_scale is not None]
+    widths = [code_widths(tensor.codes) for tensor in coded]
     order, counts = lay_out(widths)
-    codes = np.concatenate([record.codes.flatten().numpy() for record in coded])[order]
-    table = [dict(name=r.name, shape=list(r.codes.shape), coded=r.row_steps is not None,
-                  columns=r.column_steps is not None, trellis=r.trellis) for r in records]  # fmt: skip
+    codes = np.concatenate([tensor.codes.flatten().numpy() for tensor in coded])[order]
+    table = [dict(name=t.name, shape=list(t.codes.shape), coded=t.row_scale is not None,
+                  columns=t.col_scale is not None, trellis=t.trellis) for t in tensors]  # fmt: skip
     header = dict(config=settings_of(config, "model"), tokenizer_sha256=tokenizer_sha256, tensors=table)
     header["sha256_codes"] = hashlib.sha256(codes).hexdigest()
     text = json.dumps(header, separators=(",", ":")).encode()
-    side = [record.codes for record in records if record.row_steps is None]
-    side += [steps for record in coded for steps in (record.row_steps, record.column_steps) if steps is not None]
+    side = [tensor.codes for tensor in tensors if tensor.row_scale is None]
+    side += [scale for tensor in coded for scale in (tensor.row_scale, tensor.col_scale) if scale is not None]
     side += [part for pair in widths for part in pair]
     plain = [struct.pack("<I", len(text)), text, *(part.contiguous().numpy().tobytes() for part in side)]
     head = pack(b"".join(plain), config.compressor)
@@ -3415,8 +3717,8 @@ def encode_artifact(config: Config, records: list[Record], tokenizer_sha256: str
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, coder, checksum(coder, body)) + body
 
 
-def decode_records(body: bytes, coder: str) -> tuple[dict[str, Any], list[Record]]:
-    """Header and tensors of the body of an artifact. UserError where other codes come out than went in."""
+def decode_tensors(body: bytes, coder: str) -> tuple[dict[str, Any], list[QuantizedTensor]]:
+    """Header and tensors of the body of an artifact. UserError if other codes come out than went in."""
     (length,) = struct.unpack_from("<I", body)
     head = unpack(body[4 : 4 + length])
     (text,) = struct.unpack_from("<I", head)
@@ -3428,12 +3730,16 @@ def decode_records(body: bytes, coder: str) -> tuple[dict[str, Any], list[Record
         position += array.nbytes
         return torch.from_numpy(array.copy())
 
-    found = {
-        row["name"]: Record(row["name"], take(row["shape"], "<f2")) for row in header["tensors"] if not row["coded"]
-    }
+    found = {}
+    for row in header["tensors"]:
+        if not row["coded"]:
+            found[row["name"]] = QuantizedTensor(row["name"], take(row["shape"], "<f2"))
     rows = [row for row in header["tensors"] if row["coded"]]
     sides = [([*lead, out, 1], [*lead, 1, columns]) for *lead, out, columns in (row["shape"] for row in rows)]
-    steps = [(take(side[0]), take(side[1]) if row["columns"] else None) for row, side in zip(rows, sides, strict=True)]
+    scales = [
+        (take(side[0]), take(side[1]) if row["columns"] else None)
+        for row, side in zip(rows, sides, strict=True)
+    ]
     order, counts = lay_out([(take(side[0]), take(side[1])) for side in sides])
     assert position == len(head), f"{len(head) - position} bytes left over in the artifact"
     laid_out = decode_codes(body[4 + length :], counts, coder)
@@ -3442,13 +3748,13 @@ def decode_records(body: bytes, coder: str) -> tuple[dict[str, Any], list[Record
     codes = np.empty_like(laid_out)
     codes[order] = laid_out
     parts = torch.from_numpy(codes).split([math.prod(row["shape"]) for row in rows])
-    for row, part, pair in zip(rows, parts, steps, strict=True):
-        found[row["name"]] = Record(row["name"], part.view(row["shape"]), *pair, row["trellis"])
+    for row, part, pair in zip(rows, parts, scales, strict=True):
+        found[row["name"]] = QuantizedTensor(row["name"], part.view(row["shape"]), *pair, row["trellis"])
     return header, [found[row["name"]] for row in header["tensors"]]
 
 
 class Artifact(NamedTuple):
-    """What an artifact holds: the configuration of the model, its float32 weights, and what else scoring needs."""
+    """What an artifact holds: the model's configuration, its float32 weights, and what else scoring needs."""
 
     config: Config
     state: dict[str, Tensor]
@@ -3457,28 +3763,42 @@ class Artifact(NamedTuple):
 
 
 def read_artifact(path: str | Path) -> Artifact:
-    """Read and verify an artifact. UserError for one that is missing, truncated, altered, or of another format."""
+    """Read and verify an artifact. UserError for one that is missing, truncated, altered, or of another
+    format."""
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"artifact {path}: {error.strerror}") from error
     if len(blob) < ARTIFACT_PREFIX.size:
-        raise UserError(f"artifact {path}: {len(blob)} bytes, shorter than its {ARTIFACT_PREFIX.size}-byte prefix")
+        raise UserError(
+            f"artifact {path}: {len(blob)} bytes, shorter than its {ARTIFACT_PREFIX.size}-byte prefix"
+        )
     magic, version, coder, digest = ARTIFACT_PREFIX.unpack_from(blob)
     if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
         raise UserError(
-            f"artifact {path}: magic {magic!r} version {version}, expected {ARTIFACT_MAGIC!r} {ARTIFACT_VERSION}"
+            f"artifact {path}: magic {magic!r} version {version}, "
+            f"expected {ARTIFACT_MAGIC!r} {ARTIFACT_VERSION}"
         )
     body = blob[ARTIFACT_PREFIX.size :]
     if checksum(coder, body) != digest:
         raise UserError(f"artifact {path}: the checksum does not match, the file is truncated or altered")
-    header, records = decode_records(body, coder.rstrip(b"\0").decode())
-    unknown = sorted(set(header["config"]) - {f.name for f in fields(Config)})
+    name = coder.rstrip(b"\0").decode(errors="replace")
+    if name not in PACKAGES:
+        known = ", ".join(PACKAGES)
+        raise UserError(f"artifact {path}: codes by {name!r}, of another version; this one reads {known}")
+    header, stored = decode_tensors(body, name)
+    deleted = {name.lower() for names, *_ in ABSENT for name in names.split()}
+    settings = {name: value for name, value in header["config"].items() if value or name not in deleted}
+    unknown = sorted(set(settings) - {f.name for f in fields(Config)})
     if unknown:
-        raise UserError(f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version")
-    tensors = {record.name: dequantize(record) for record in records}
-    factors = {name: tensors.pop(f"factors.{name}").exp2() for name in GPT.BANKS if f"factors.{name}" in tensors}
-    return Artifact(replace(Config(), **header["config"]), tensors, header["tokenizer_sha256"], factors)
+        raise UserError(
+            f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version"
+        )
+    tensors = {tensor.name: dequantize(tensor) for tensor in stored}
+    factors = {
+        name: tensors.pop(f"factors.{name}").exp2() for name in GPT.BANKS if f"factors.{name}" in tensors
+    }
+    return Artifact(replace(Config(), **settings), tensors, header["tokenizer_sha256"], factors)
 
 
 def load_model(
@@ -3487,221 +3807,91 @@ def load_model(
     kernel: AttentionFn = sdpa_attention,
     word_start: np.ndarray | None = None,
 ) -> GPT:
-    """A fresh model with an artifact's weights, every tensor accounted for; arguments as for GPT."""
+    """A new model with an artifact's weights, every tensor accounted for; arguments as for GPT."""
     model = GPT(artifact.config, compute_dtype(device), kernel, word_start)
     model.load_state_dict(artifact.state, strict=True)
     return model.to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# GPU memory
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Work at once
+# ------------------------------------------------------------------------------------------------------------
 
-# Peak memory by formula, so that --describe needs no GPU and a run splits its work before it starts. The coefficients
-# list what autograd keeps of a token (plain torch) and what torch.compile's partitioner keeps; tests compare them with
-# counted bytes. They decide how many sequences are computed at once, never what is computed.
-GIB = 1 << 30
+# How many sequences are computed at once: that decides speed and memory, never what is computed. The settings
+# ask for a number; on a GPU records/memory.py, where it is present, knows by formula how many fit.
+
 TRAINING_PARTS = ("train", "statistics", "score")
-MEMORY_FRAC = 0.92  # of a card for tensors: the caching allocator loses some to fragmentation
-CUDA_BYTES = GIB // 2  # the CUDA context and library workspaces, outside the allocator
-SLOT_ROWS = 16  # slots computed at once: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
-CPU_SLOT_ROWS = 4  # a CPU is full with one, and a batch has all its rows even where few documents are left
-MEMORY_ADVICE = {
-    "train": "Lower TRAIN_SEQ_LEN, MODEL_DIM or NUM_LAYERS, or take a larger card.",
-    "statistics": "Lower TRAIN_SEQ_LEN, choose QUANT_STEPS=sigmas without GRAD_QUANT, or take a larger card.",
-    "score": "Lower EVAL_SEQ_LEN, or take a larger card.",
-    "slots": "Lower TTT_SLOTS, which changes the score, or take a larger card.",
-}
+SLOT_ROWS = (
+    16  # slots computed at once: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
+)
+CPU_SLOT_ROWS = 4  # a CPU is full with one, and a batch has all its rows even if few documents are left
 
 
-@lru_cache(maxsize=8)
-def parameter_shapes(config: Config) -> dict[str, dict[str, torch.Size]]:
-    """Shapes of the model's parameters, by optimizer group and name."""
-    with torch.device("meta"):
-        groups = group_parameters(GPT(config))
-    return {group: {name: p.shape for name, p in members} for group, members in groups.items()}
+@cache
+def project_module(name: str) -> Any:
+    """Import records/`name`.py, which plans, checks, or explains and does not ship; None where it is missing."""
+    path = Path(__file__).resolve().parent / "records" / f"{name}.py"
+    return importlib.import_module(f"records.{name}") if path.exists() else None
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Peak bytes of one rank's tensors in each part of a run. itemsize: bytes of the compute dtype."""
-
-    config: Config
-    ranks: int = 1
-    itemsize: int = 2
-    compiled: bool = True
-
-    def kept(self) -> int:
-        """Bytes that a token keeps for the backward pass, logits apart."""
-        c, s, rows = self.config, self.itemsize, self.config.block_rows
-        # stream, keys and values, MLP: in bfloat16 plain torch keeps the float32 input of each norm too
-        of_d, of_kv, of_m = (9, 3, 2) if self.compiled else (13, 5, 3) if s == 2 else (9, 3, 3)
-        if s == 4:  # keys and values are repeated for every query head: attention in float32 has no other kernel
-            of_d, of_kv = of_d + 2, of_kv - 2
-        layer = of_d * c.model_dim + of_kv * c.kv_dim + (of_m + c.star_relu) * c.mlp_dim
-        no_xsa = sum(row < c.num_layers - c.xsa_last_n for row in rows)
-        gates = 0 if self.compiled else 2 * c.skip_gates * (len(rows) // 2)
-        ends = 4 - no_xsa + gates + 2 * c.smear_gate + bool(c.bigram_vocab_size)
-        return s * (len(rows) * (layer + 14 * c.num_heads) + ends * c.model_dim)
-
-    def training(self, tokens: int, targets: int) -> int:
-        """Activations as the backward pass begins: what is kept, logits, their float32 copies and gradients."""
-        c, heads = self.config, 1 + self.config.mtp_num_heads
-        logits = heads * self.itemsize + 6 if self.compiled else 8 * (heads + 1 + bool(c.zloss_weight))
-        return tokens * self.kept() + targets * (logits * c.vocab_size + heads * 6 * c.model_dim)
-
-    def inference(self, tokens: int, targets: int) -> int:
-        """Activations of a forward pass: one MLP and the streams that wait for their skip, or the logits."""
-        c, skips = self.config, len(self.config.block_rows) // 2 * self.config.unet_skips
-        streams, hidden = (3 * skips + 3, 2) if self.compiled else (skips + 2, 3)  # compiled, residuals are added late
-        layer = self.itemsize * (streams * c.model_dim + hidden * c.mlp_dim + c.kv_dim)
-        return max(tokens * layer, targets * c.vocab_size * (self.itemsize if self.compiled else 12))
-
-    def state(self) -> int:
-        """float32 weights, gradients, averages and optimizer state; of Muon's momentum this rank's rows of a bank."""
-        c, groups = self.config, parameter_shapes(self.config)
-        banks = [*groups["bank"].values(), *groups["mtp"].values()]  # Muon's
-        total = sum(n.numel() for group in groups.values() for n in group.values())
-        momentum = sum(math.ceil(n[0] / (self.ranks if len(n) == 3 else 1)) * n[1:].numel() for n in banks)
-        adamw = 2 * (total - sum(n.numel() for n in banks))
-        return 4 * ((2 + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw)  # 1: warm-up's copy
-
-    def fused(self) -> int:
-        """The fused banks, in float32 and cast."""
-        c, d = self.config, self.config.model_dim
-        numel = c.num_layers * (d + 2 * c.kv_dim + c.mlp_dim) * d + len(c.block_rows) * (d + c.mlp_dim) * d
-        return (4 + self.itemsize) * numel
-
-    def step(self, rows: int) -> int:
-        """A micro-batch of rows sequences; the fused banks have gradients too."""
-        tokens = rows * self.config.train_seq_len
-        return self.state() + 2 * self.fused() + self.training(tokens, tokens)
-
-    def statistics(self, rows: int) -> int:
-        """Gradients for the export of rows sequences, or a forward pass for Hessians; always in plain torch."""
-        plain, tokens = replace(self, compiled=False), rows * self.config.train_seq_len
-        gradients = self.config.wants_gradients
-        activations = plain.training(tokens, tokens) if gradients else plain.inference(tokens, tokens)
-        return self.state() + self.fused() + activations
-
-    def scoring(self, rows: int) -> int:
-        """A batch of rows windows of EVAL_SEQ_LEN with all their targets."""
-        tokens = rows * self.config.eval_seq_len
-        return self.state() + self.fused() + self.inference(tokens, tokens)
-
-    def adapting(self) -> dict[str, torch.Size]:
-        """Shapes of what adapts in TTT_MODE."""
-        c, groups, learns = self.config, parameter_shapes(self.config), TTT_MODES[self.config.ttt_mode].adapts
-        if learns != "adapters":
-            return {name: n for group in learns.split() for name, n in groups[group].items()}
-        banks, r = {name: groups["bank"][name] for name in GPT.BANKS}, c.ttt_lora_rank
-        down = {f"{name}.a": torch.Size((rows, r, width)) for name, (rows, _, width) in banks.items()}
-        return down | {f"{name}.b": torch.Size((rows, out, r)) for name, (rows, out, _) in banks.items()}
-
-    def slots(self, slots: int, rows: int) -> int:
-        """Evaluation by slots: each has float32 weights and moments; rows of them are gathered, scored and adapted."""
-        c, s, groups, shapes = self.config, self.itemsize, parameter_shapes(self.config), self.adapting()
-        adapted, weights = (sum(n.numel() for n in some) for some in
-                            (shapes.values(), [n for group in groups.values() for n in group.values()]))  # fmt: skip
-        factors = sum(n[:-1].numel() + n[:-2].numel() * n[-1] if is_matrix(name) else n.numel()
-                      for name, n in shapes.items())  # fmt: skip
-        moments = {"precond": factors, "sgd": adapted * bool(c.ttt_momentum), "adamw": 2 * adapted}[c.ttt_optimizer]
-        scored = s * rows * adapted + self.inference(rows * c.eval_seq_len, rows * c.piece_size)
-        activations = self.training(rows * (c.ttt_context + c.piece_size), rows * c.piece_size)
-        temporaries = {"precond": 2, "sgd": 2, "adamw": 8}[c.ttt_optimizer]  # of the largest tensor
-        update = 4 * rows * (2 * adapted + temporaries * max(n.numel() for n in shapes.values()))  # 2: and clipped
-        held = 4 * (weights + slots * (adapted + moments) + rows * adapted) + self.fused()
-        return held + max(scored, s * rows * adapted + activations, update)
-
-    def parts(self) -> dict[str, tuple[Callable[[int], int], int]]:
-        """By part of a run: its bytes by the sequences computed at once, and how many the settings ask for."""
-        c, rows = self.config, self.config.step_seqs
-        found = {
-            "train": (self.step, max(rows // max(c.grad_accum_total, self.ranks), 1)),
-            "statistics": (self.statistics, rows // c.grad_accum_total),
-            "score": (self.scoring, c.eval_batch_seqs),
-        }
-        if TTT_MODES[c.ttt_mode].by_documents:
-            found["slots"] = partial(self.slots, c.ttt_slots), min(SLOT_ROWS, c.ttt_slots)
-        return found
-
-
-@lru_cache(maxsize=32)
-def sequences_at_once(memory: Memory, limit: float) -> dict[str, int]:
-    """By part of a run: the sequences to compute at once, those wanted or as many as limit bytes hold. 0: none fits.
-
-    A micro-batch is also a divisor of a rank's sequences of a step.
-    """
-    c, parts = memory.config, memory.parts()
-    chosen = {part: wanted if limit == math.inf else sum(bytes_of(n) <= limit for n in range(1, wanted + 1))
-              for part, (bytes_of, wanted) in parts.items()}  # fmt: skip
-    rows = c.step_seqs // memory.ranks
-    chosen["train"] = max((n for n in range(1, chosen["train"] + 1) if rows % n == 0), default=0)
-    return chosen
-
-
-def usable_bytes(card: int) -> float:
-    """Of a card of so many bytes, what tensors may take."""
-    return MEMORY_FRAC * card - CUDA_BYTES
-
-
-def memory_limit(config: Config) -> float:
-    """Bytes that tensors may take on this rank's GPU; infinite on a CPU."""
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    return usable_bytes(torch.cuda.get_device_properties().total_memory) if on_gpu else math.inf
-
-
-def memory_here(config: Config) -> Memory:
-    """The memory of this run on this machine."""
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    return Memory(config, world_size(), compute_dtype(device).itemsize, config.use_compile != "0")
+def wanted_at_once(config: Config, ranks: int) -> dict[str, int]:
+    """Part of a run -> sequences to compute at once by the settings."""
+    c = config
+    wanted = {
+        "train": max(c.step_seqs // max(c.grad_accum_total, ranks), 1),
+        "statistics": c.step_seqs // c.grad_accum_total,
+        "score": c.eval_batch_seqs,
+    }
+    if TTT_MODES[c.ttt_mode].by_documents:
+        wanted["slots"] = min(SLOT_ROWS, c.ttt_slots)
+    return wanted
 
 
 def at_once(config: Config) -> dict[str, int]:
-    """sequences_at_once on this machine."""
-    chosen = sequences_at_once(memory_here(config), memory_limit(config))
-    if "slots" in chosen and memory_limit(config) == math.inf:
-        return chosen | {"slots": min(chosen["slots"], CPU_SLOT_ROWS)}
-    return chosen
+    """Part of a run -> sequences to compute at once on this machine: those wanted, or as many as a GPU holds.
+
+    A micro-batch also divides a rank's sequences of a step. 0: not even one fits.
+    """
+    memory = project_module("memory")
+    if memory is not None and (limit := memory.memory_limit(config)) < math.inf:
+        return memory.sequences_at_once(memory.memory_here(config), limit)
+    chosen, rows = wanted_at_once(config, world_size()), config.step_seqs // world_size()
+    if "slots" in chosen and (config.device == "cpu" or not torch.cuda.is_available()):
+        chosen["slots"] = min(chosen["slots"], CPU_SLOT_ROWS)
+    return chosen | {"train": max(n for n in range(1, chosen["train"] + 1) if rows % n == 0)}
 
 
 def check_memory(config: Config, parts: Sequence[str]) -> list[str]:
-    """The choice for these parts, as a line for the log; on a CPU none. UserError where one sequence does not fit."""
-    memory, limit, chosen = memory_here(config), memory_limit(config), at_once(config)
-    shown, problems = [f"memory: usable_gib:{limit / GIB:.2f}"], []
-    for part, (bytes_of, wanted) in memory.parts().items():
-        if part in parts and not chosen[part]:
-            problems.append(f"{part} needs {bytes_of(1) / GIB:.2f} GiB for one sequence. {MEMORY_ADVICE[part]}")
-        elif part in parts:
-            needed = bytes_of(chosen[part]) / GIB
-            shown.append(f"{part}_sequences:{chosen[part]} {part}_wanted:{wanted} {part}_gib:{needed:.2f}")
-    if problems:
-        raise UserError(f"GPU memory is too small, {limit / GIB:.2f} GiB are usable: " + "; ".join(problems))
-    return [" ".join(shown)] if limit < math.inf else []
+    """The choice for these parts as a line for the log, on a GPU. UserError if one sequence does not fit."""
+    memory = project_module("memory")
+    return memory.check_memory(config, parts) if memory else []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Meta-learning
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# Three ways to train for the weights that test-time steps lead to. FOMAML (#1501, #1502) adds the gradient after inner
-# steps to some training steps, Reptile (#294) moves toward the mean of adapted weights, the deployed objective takes
-# the evaluator's own steps on whole documents. All are episodes of `adaptation_step` and `outer_gradients`, first order
-# throughout: the derivative of the inner steps is left out. Nothing here is part of the model.
+# Three ways to train for the weights that test-time steps lead to. FOMAML (#1501, #1502) adds the gradient
+# after inner steps to some training steps, Reptile (#294) moves toward the mean of adapted weights, the
+# deployed objective takes the evaluator's own steps on whole documents. All are episodes of `adaptation_step`
+# and `outer_gradients`, first order throughout: the derivative of the inner steps is left out. Nothing here
+# is part of the model.
 
 
 class MetaRates:
     """Meta-SGD (arXiv 1707.09835): a positive factor of the inner learning rate for each bank row.
 
-    They are exponentials, so they stay positive, learned by Adam without decay. One whose row is frozen has no gradient
-    and stays 1.
+    They are exponentials, so they stay positive, learned by Adam without decay. One whose row is frozen has
+    no gradient and stays 1.
     """
 
     def __init__(self, model: GPT, config: Config):
         banks = model.banks() if config.meta_sgd_enabled else {}
         self.logs = {name: torch.zeros(len(bank), 1, 1, device=bank.device) for name, bank in banks.items()}
         lr = config.meta_sgd_lr or config.scalar_lr
-        self.adam = torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
+        self.adam = (
+            torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
+        )
 
     def factors(self) -> dict[str, Tensor]:
         """By bank, (rows, 1, 1)."""
@@ -3718,7 +3908,9 @@ class MetaRates:
         """Average the gradients over the ranks and take a step at `scale` of the learning rate."""
         if self.adam is None:
             return
-        for log, g in zip(self.logs.values(), sum_over_ranks([log.grad for log in self.logs.values()]), strict=True):
+        for log, g in zip(
+            self.logs.values(), sum_over_ranks([log.grad for log in self.logs.values()]), strict=True
+        ):
             log.grad = g / world_size()
         self.adam.param_groups[0]["lr"] = scale * self.adam.defaults["lr"]
         self.adam.step()
@@ -3735,7 +3927,9 @@ class MetaRates:
 
     def report(self) -> dict[str, list[float]]:
         """The factors by bank and row."""
-        return {name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()}
+        return {
+            name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()
+        }
 
 
 def rates_text(factors: Mapping[str, Tensor]) -> str:
@@ -3750,21 +3944,27 @@ def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
         fast = FastWeights(model, c, TTT_MODES[c.ttt_mode].adapts, math.ceil(c.meta_ttt_docs / ranks))
         fast.moments.across_ranks = True
         return fast
-    sgd = dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0, ttt_in_lr_mult=1.0,
-               ttt_out_lr_mult=1.0, ttt_layers="", ttt_freeze_blocks=c.meta_ttt_freeze_blocks)  # fmt: skip
+    sgd = dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0)
+    sgd |= dict(
+        ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0, ttt_layers="", ttt_freeze_blocks=c.meta_ttt_freeze_blocks
+    )
     if objective == "fomaml":
         return FastWeights(model, replace(c, **sgd), "bank")
     last_quarter = range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)
     sgd |= dict(ttt_freeze_blocks=0, ttt_layers=c.reptile_layers or ",".join(map(str, last_quarter)))
-    return FastWeights(model, replace(c, **sgd), "mlp_up_bank mlp_down_bank", math.ceil(c.reptile_tasks / ranks))
+    return FastWeights(
+        model, replace(c, **sgd), "mlp_up_bank mlp_down_bank", math.ceil(c.reptile_tasks / ranks)
+    )
 
 
-def outer_gradients(model: GPT, fast: FastWeights, rates: MetaRates, lesson: Lesson, nll_fn: Callable) -> Tensor:
+def outer_gradients(
+    model: GPT, fast: FastWeights, rates: MetaRates, batch: TTTBatch, nll_fn: Callable
+) -> Tensor:
     """Add the gradients of weighted_nll to the parameters' and the rates', and return the loss.
 
     The gradients at the fast values go to the parameters that these started from.
     """
-    loss, values = weighted_nll(model, fast, lesson, nll_fn)
+    loss, values = weighted_nll(model, fast, batch, nll_fn)
     loss.backward()
     gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
     rates.add_gradients(fast, gradients)
@@ -3778,7 +3978,7 @@ def outer_gradients(model: GPT, fast: FastWeights, rates: MetaRates, lesson: Les
 class Event(NamedTuple):
     """A batch to score (lr None), or to adapt on: the first `count` of the sets `rows` take a step."""
 
-    lesson: Lesson
+    batch: TTTBatch
     lr: float | None = None
     rows: Any = slice(None)
     count: int | None = None
@@ -3796,9 +3996,9 @@ def episode(
     for event in events:
         fast.rows = event.rows
         if event.lr is None:
-            scored.append(outer_gradients(model, fast, rates, event.lesson, nll_fn))
+            scored.append(outer_gradients(model, fast, rates, event.batch, nll_fn))
             continue
-        adapted.append(adaptation_step(model, fast, event.lesson, event.lr, event.count, nll_fn))
+        adapted.append(adaptation_step(model, fast, event.batch, event.lr, event.count, nll_fn))
         if not fast.shared:
             fast.moments.end_step()
     return scored, adapted
@@ -3816,26 +4016,32 @@ def split_task(ids: Tensor, targets: Tensor, split: str) -> tuple[tuple[Tensor, 
     return support, (ids[:, half:], targets[:, half:], positions[:, : T - half])
 
 
-def meta_rows(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
-    """FOMAML's part of a step's batches: one micro-batch in all, the same sequences for any number of ranks."""
+def meta_sequences(batches: list[tuple[Tensor, Tensor]], config: Config) -> tuple[Tensor, Tensor]:
+    """FOMAML's part of a step's batches: one micro-batch, the same sequences for any number of ranks."""
     ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     every = config.grad_accum_total * (2 if config.meta_ttt_split == "batch" else 1)
     if len(ids) % every:
         raise UserError(
-            f"META_TTT_SPLIT={config.meta_ttt_split} takes one row in {config.grad_accum_total} (GRAD_ACCUM_TOTAL), "
-            f"and each process has {len(ids)} rows of a step: no multiple of {every}"
+            f"META_TTT_SPLIT={config.meta_ttt_split} takes one sequence in {config.grad_accum_total} "
+            f"(GRAD_ACCUM_TOTAL), and each rank has {len(ids)} sequences of a step: no multiple of {every}"
         )
     return ids[:: config.grad_accum_total], targets[:: config.grad_accum_total]
 
 
 def fomaml_step(
-    model: GPT, fast: FastWeights, rates: MetaRates, ids: Tensor, targets: Tensor, nll_fn: Callable = token_nll
+    model: GPT,
+    fast: FastWeights,
+    rates: MetaRates,
+    ids: Tensor,
+    targets: Tensor,
+    nll_fn: Callable = token_nll,
 ) -> tuple[Tensor | None, Tensor]:
-    """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a step.
+    """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a
+    step.
 
-    ids, targets (B, T): this rank's sequences, as many on each. The outer loss counts META_TTT_LOSS_WEIGHT, whatever
-    the ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT more (#1502).
-    Returns this rank's outer loss before (None where it is not needed) and after.
+    ids, targets (B, T): this rank's sequences, as many on each. The outer loss counts META_TTT_LOSS_WEIGHT,
+    whatever the ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT
+    more (#1502). Returns this rank's outer loss before (None where it is not needed) and after.
     """
     c, delta, before = model.config, model.config.meta_ttt_delta_weight, None
     support, query = split_task(ids, targets, c.meta_ttt_split)
@@ -3847,79 +4053,96 @@ def fomaml_step(
     total = c.meta_ttt_loss_weight + delta
     mean = torch.full(support[1].shape, 1 / support[1].numel() / world_size(), device=ids.device)
     weight = torch.full(query[1].shape, total / query[1].numel(), device=ids.device)
-    inner = Event((*support, mean), 0.0 if c.meta_control else c.meta_ttt_inner_lr)
-    [loss], _ = episode(model, fast, rates, [inner] * c.meta_ttt_inner_steps + [Event((*query, weight))], nll_fn)
+    inner = Event(TTTBatch(*support, mean), 0.0 if c.meta_control else c.meta_ttt_inner_lr)
+    [loss], _ = episode(
+        model, fast, rates, [inner] * c.meta_ttt_inner_steps + [Event(TTTBatch(*query, weight))], nll_fn
+    )
     return before, loss / max(total, 1e-12)
 
 
 def sample_documents(
     stream: TokenStream, count: int, config: Config, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw `count` stretches of documents of over a chunk, as much of them as META_TTT_PIECES chunks take.
+    """Draw `count` parts of documents that are longer than a chunk, up to META_TTT_PIECES chunks of each.
 
-    Each has a random place of the training text in it, so that long documents count as they do in training: it begins
-    with the BOS before that place, or there if none is near. Returns rows (count, length + 1) and the number of targets
-    of each (count,).
+    Each contains a random position of the training text, so that long documents count as they do in training:
+    it begins with the BOS before that position, or there if none is near. Returns rows (count, length + 1)
+    and the number of targets of each (count,).
     """
-    length, found = config.meta_ttt_pieces * config.piece_size, 0
+    length, found = config.meta_ttt_pieces * config.doc_chunk, 0
     rows, sizes = np.full((count, length + 1), BOS_ID, np.int64), np.zeros(count, np.int64)
     for _ in range(1000 * count):
         text = stream.read(int(generator.integers(len(stream))), 2 * length + 1)
         borders = np.flatnonzero(text == BOS_ID)
         begin = int(max(borders[borders <= length], default=length))
         size = int(min(borders[borders > begin], default=len(text))) - begin
-        if (size := min(size, length)) > config.piece_size:
+        if (size := min(size, length)) > config.doc_chunk:
             rows[found, : size + 1], sizes[found] = text[begin : begin + size + 1], size
             found += 1
             if found == count:
                 return rows, sizes
-    raise UserError(f"META_TTT_OBJECTIVE=deployed finds hardly a document of over {config.piece_size} tokens")
+    raise UserError(
+        f"META_TTT_OBJECTIVE=deployed finds too few documents of over {config.doc_chunk} tokens. "
+        "Lower TTT_CHUNK_SIZE."
+    )
 
 
-def deployed_events(config: Config, rows: np.ndarray, sizes: np.ndarray, device: torch.device) -> Iterator[Event]:
-    """This rank's documents of rows (documents, length + 1) and sizes (documents,), chunk by chunk: score, adapt."""
-    c, size = config, config.piece_size
+def deployed_events(
+    config: Config, rows: np.ndarray, sizes: np.ndarray, device: torch.device
+) -> Iterator[Event]:
+    """This rank's documents of rows (documents, length + 1) and sizes (documents,), chunk by chunk: score,
+    adapt."""
+    c, size = config, config.doc_chunk
     text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
-    low, share = np.arange(len(text)) * rows.shape[1], world_size() / int(sizes.sum())
+    low, weight = np.arange(len(text)) * rows.shape[1], world_size() / int(sizes.sum())
     text = text.flatten()
     for first in range(0, int(sizes.max()), size):
-        scored, learned, lengths = piece_windows(low, low + ends, first, c)
+        scored, adapted, lengths = chunk_windows(low, low + ends, first, c)
         context = int(lengths.min()) - size
-        yield Event(make_lesson(text, scored, np.full(len(low), share), size, context, device))
+        yield Event(make_ttt_batch(text, scored, np.full(len(low), weight), size, context, device))
         order = np.argsort(ends <= first + size, kind="stable")  # those that go on first, in document order
         count = int((ends > first + size).sum())
-        lesson = make_lesson(text, learned.take(order), np.full(len(low), 1 / size), size, c.ttt_context, device)
+        mean = np.full(len(low), 1 / size)
+        batch = make_ttt_batch(text, adapted.take(order), mean, size, c.ttt_context, device)
         lr = 0.0 if c.meta_control else c.ttt_lr
         for _ in range(c.ttt_epochs if (sizes > first + size).any() else 0):
-            yield Event(lesson, lr, torch.from_numpy(order).to(device), count)
+            yield Event(batch, lr, torch.from_numpy(order).to(device), count)
 
 
 def deployed_step(
-    model: GPT, fast: FastWeights, rates: MetaRates, rows: np.ndarray, sizes: np.ndarray, nll_fn: Callable = token_nll
+    model: GPT,
+    fast: FastWeights,
+    rates: MetaRates,
+    rows: np.ndarray,
+    sizes: np.ndarray,
+    nll_fn: Callable = token_nll,
 ) -> Tensor:
     """Add gradients of the loss of documents that are scored and adapted on as the evaluator does it.
 
-    rows (documents, length + 1) and sizes (documents,) are those of all ranks; each takes its part. Together they are
-    one group, in this order, whose moments begin from the prior. The banks are rounded by `fake_quantize`. Returns this
-    rank's part of the loss, of which the mean is the whole.
+    rows (documents, length + 1) and sizes (documents,) are those of all ranks; each takes its part. Together
+    they are one group, in this order, whose moments begin from the prior. The banks are rounded by
+    `fake_quantize`. Returns this rank's part of the loss, of which the mean is the whole.
     """
     fast.set_factors(rates.factors())
     with fake_quantized_banks(model):
         fast.begin()
-        scored, _ = episode(model, fast, rates, deployed_events(model.config, rows, sizes, fast.device), nll_fn)
+        scored, _ = episode(
+            model, fast, rates, deployed_events(model.config, rows, sizes, fast.device), nll_fn
+        )
     return torch.stack(scored).sum()
 
 
 def reptile_step(model: GPT, fast: FastWeights, rows: Tensor, nll_fn: Callable = token_nll) -> Tensor:
     """Inner SGD from the same weights for each task, then a part of the way to their mean (arXiv 1803.02999).
 
-    rows (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same weights: it
-    is plain SGD on the same rows. Returns the mean loss of the first inner step.
+    rows (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same
+    weights: it is plain SGD on the same rows. Returns the mean loss of the first inner step.
     """
     c, (_, tasks, length) = model.config, rows.shape
     positions = torch.arange(length - 1, device=rows.device).expand(tasks, -1)
     weight = torch.full(positions.shape, 1 / (length - 1), device=rows.device)
-    events = [Event((part[:, :-1], part[:, 1:], positions, weight), c.reptile_inner_lr) for part in rows]
+    batches = [TTTBatch(part[:, :-1], part[:, 1:], positions, weight) for part in rows]
+    events = [Event(batch, c.reptile_inner_lr) for batch in batches]
     moved = [torch.zeros_like(base) for base in fast.base.values()]
     losses = []
     for loop in [[event] for event in events] if c.meta_control else [events]:
@@ -3934,14 +4157,14 @@ def reptile_step(model: GPT, fast: FastWeights, rows: Tensor, nll_fn: Callable =
     return first / world_size()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-# A run is a list of phases with one loop, `train`: training, then Reptile or the deployed meta-phase where they are on.
-# The loop owns the clock, validation, finite checks, logging and checkpoints; a phase is a step function and the state
-# that a checkpoint must hold. Batches and draws depend on the seed and the step alone, so that a run resumes on any
-# number of ranks, on a CPU bit for bit.
+# A run is a list of phases with one loop, `train`: training, then Reptile or the deployed meta-phase where
+# they are on. The loop owns the clock, validation, finite checks, logging and checkpoints; a phase is a step
+# function and the state that a checkpoint must hold. Batches and draws depend on the seed and the step alone,
+# so that a run resumes on any number of ranks, on a CPU bit for bit.
 
 
 @dataclass
@@ -3961,7 +4184,7 @@ class Run:
 
     @cached_property
     def val_tokens(self) -> np.ndarray:
-        """The validation text, read on first use: with VAL_LOSS_EVERY=0 not before the artifact is written."""
+        """Validation text, read on first use: with VAL_LOSS_EVERY=0 after the artifact is written."""
         return read_validation(self.config, self.byte_table, self.tokenizer_sha256)[0]
 
     def score(self, model: GPT, stride: int, nll_fn: Callable = token_nll) -> Score:
@@ -3970,7 +4193,7 @@ class Run:
         return score(model, self.val_tokens, plan, self.byte_table, at_once(self.config)["score"], nll_fn)
 
 
-class Measured(NamedTuple):
+class StepMetrics(NamedTuple):
     """Loss and gradient norms (before clipping) of one step, identical on all ranks."""
 
     values: Tensor  # (1 + gradients,), on the device
@@ -3983,7 +4206,8 @@ class Measured(NamedTuple):
 
 
 class Clock:
-    """Seconds of training, with pauses. On a GPU the host runs a step ahead (`lag`) and checks steps one later."""
+    """Training time in seconds, with pauses. On a GPU the host runs a step ahead (`lag`), and checks steps
+    one later."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.began = device, 0.0, None
@@ -4001,18 +4225,18 @@ class Clock:
     def seconds(self) -> float:
         return self.total + (time.perf_counter() - self.began if self.began is not None else 0.0)
 
-    def step_done(self, step: int, measured: Measured) -> None:
-        """Check the last step that is certainly done, without a wait for `step` itself.
+    def step_done(self, step: int, metrics: StepMetrics) -> None:
+        """Check the last step that is certainly done, without waiting for `step` itself.
 
-        Raises FloatingPointError where its loss or a gradient was not finite.
+        Raises FloatingPointError if its loss or a gradient was not finite.
         """
-        values, event = measured.values, None
+        values, event = metrics.values, None
         if self.lag:
             values, event = torch.empty(values.shape, pin_memory=True), torch.cuda.Event()
-            values.copy_(measured.values, non_blocking=True)
+            values.copy_(metrics.values, non_blocking=True)
             event.record()
             self.settle()
-        self.pending = step, measured.names, values, event
+        self.pending = step, metrics.names, values, event
         if not self.lag:
             self.settle()
 
@@ -4029,32 +4253,41 @@ class Clock:
 
 
 def split_batch(config: Config) -> tuple[int, int]:
-    """Sequences of a step for each rank, and the micro-batches it takes them in. UserError where that is not whole.
+    """Sequences of a step per rank, and the number of micro-batches. UserError if the ranks do not divide
+    them.
 
-    There are more micro-batches than GRAD_ACCUM_TOTAL asks for where the GPU holds fewer sequences: the same step.
+    There are more micro-batches than GRAD_ACCUM_TOTAL asks for if the GPU holds fewer sequences: the same
+    step.
     """
     rows, ranks = config.step_seqs, world_size()
     if rows % ranks:
-        raise UserError(f"{ranks} processes do not divide the {rows} rows of a step of TRAIN_BATCH_TOKENS")
+        raise UserError(
+            f"world_size={ranks} must divide the {rows} sequences of a step "
+            "(TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)"
+        )
     mine = rows // ranks
     return mine, mine // max(at_once(config)["train"], 1)
 
 
 def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of a step: (rows, T) inputs and targets of its part of the step's sequences."""
+    """This rank's micro-batches of a step: inputs and targets (B, T) each."""
     c = run.config
     rows, parts = split_batch(c)
     first = step * c.step_seqs + rank() * rows
-    inputs, targets = run.train.rows(row_starts(c, len(run.train), first, rows), c.train_seq_len, run.device)
+    inputs, targets = run.train.sequences(
+        sequence_starts(c, len(run.train), first, rows), c.train_seq_len, run.device
+    )
     return list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
 
 
 class Loader:
-    """The batches of one step after the other, read and sent to the device a step ahead by a thread."""
+    """Batches of one step after the other, read and sent to the device a step ahead by a thread."""
 
     def __init__(self, run: Run):
         on_gpu = run.device.type == "cuda"
-        start = partial(torch.cuda.set_device, run.device) if on_gpu else None  # a thread would begin on GPU 0
+        start = (
+            partial(torch.cuda.set_device, run.device) if on_gpu else None
+        )  # a thread would begin on GPU 0
         self.run, self.pool, self.waited = run, ThreadPoolExecutor(1, initializer=start), 0.0
         self.ahead: dict[int, Future] = {}
         self.stream = torch.cuda.Stream(run.device) if on_gpu else None
@@ -4064,7 +4297,7 @@ class Loader:
             return step_batches(self.run, step)
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """What step_batches returns; `waited` adds up the seconds until it is there."""
+        """step_batches of a step; `waited` adds up the seconds until they are there."""
         began = time.perf_counter()
         batches = (self.ahead.pop(step, None) or self.pool.submit(self._read, step)).result()
         if self.stream is not None:
@@ -4076,16 +4309,16 @@ class Loader:
         return batches
 
     def failure(self) -> Exception | None:
-        """The error that reading ahead ended in, where it has ended in one."""
+        """The error in which reading ahead ended, if it did."""
         return next((future.exception() for future in self.ahead.values() if future.done()), None)
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop, and it has: the number of the signal."""
+    """The run has stopped on a signal; its argument is the number."""
 
 
 class StopSignals:
-    """SIGTERM, SIGINT and SIGHUP while training, and a torchrun that is gone: noted, to be obeyed after a step."""
+    """Note SIGTERM, SIGINT, SIGHUP, and a torchrun that is gone, to be obeyed after a step."""
 
     def __init__(self, environ: Mapping[str, str]):
         self.noted, self.parent = 0, os.getppid() if "TORCHELASTIC_RUN_ID" in environ else 0
@@ -4108,28 +4341,30 @@ class StopSignals:
         self.noted = number
 
     def number(self) -> int:
-        """The signal to obey, 0: none."""
+        """The signal to obey; 0: none."""
         return signal.SIGTERM if self.parent and os.getppid() != self.parent else self.noted
 
 
 CHECKPOINT = "checkpoint.pt"  # torch.save's bytes, which torch.load reads, and their SHA-256 behind them
 IGNORED_ON_RESUME = "run_id resume checkpoint_every dist_timeout train_log_every val_loss_every".split()
-MAY_CHANGE_ON_RESUME = (  # with a note: contents are compared in place of names, and scoring and coding come afterwards
-    "data_path train_files val_files tokenizer_path attention use_compile compressor eval_stride eval_batch_seqs "
-    "model_path eval_budget_seconds audit_tokens"
+MAY_CHANGE_ON_RESUME = (  # with a note: contents are compared in place of names, or they act afterwards
+    "data_path train_files val_files tokenizer_path attention use_compile compressor eval_stride "
+    "eval_batch_seqs model_path eval_budget_seconds audit_tokens"
 ).split()
 DATA_FAILED = 255  # beside the numbers of signals
 
 
 class Progress:
-    """How far a run is, and the checkpoint that says so.
+    """Progress of a run, and its checkpoint.
 
-    `done` has the steps of each finished phase, and the clock's seconds at its end. A checkpoint is written by rank 0
-    for any number of ranks: the parts of the phase (whatever has a state_dict), the model, Meta-SGD's factors, the
-    clock.
+    `done`: steps of each finished phase, and the clock's seconds at its end. Rank 0 writes a checkpoint for
+    any number of ranks: the parts of the phase (whatever has a state_dict), the model, Meta-SGD's factors,
+    and the clock.
     """
 
-    def __init__(self, run: Run, model: GPT, rates: MetaRates, clock: Any, signals: StopSignals, strict: Callable):
+    def __init__(
+        self, run: Run, model: GPT, rates: MetaRates, clock: Any, signals: StopSignals, strict: Callable
+    ):
         self.run, self.model, self.rates, self.clock, self.signals = run, model, rates, clock, signals
         self.strict, self.done, self.resumed, self.saved = strict, {}, [], None
         self.earlier_code: list[dict[str, Any]] = []  # hashes of other versions that trained up to a step
@@ -4141,7 +4376,7 @@ class Progress:
         )  # fmt: skip
 
     def resume(self, saved: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint of read_checkpoint, or from the beginning."""
+        """Continue from what read_checkpoint returned, or begin."""
         run = self.run
         if saved is None or saved["phase"] == "train":
             on_rank_0(lambda: run.log.forget_after(saved["step"] if saved else 0))
@@ -4153,17 +4388,22 @@ class Progress:
         self.model.looped = saved["looped"]
         self.rates.load_state_dict(saved["rates"])
         phase = saved["phase"] or f"after {', '.join(self.done)}"
-        run.log.line(f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})")
+        run.log.line(
+            f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
+        )
         for name in MAY_CHANGE_ON_RESUME:
             if (then := saved["config"][name]) != (now := getattr(run.config, name)):
                 run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
         self.earlier_code = saved.get("earlier_code", [])
         if saved["code"] != self.origin["code"]:
-            self.earlier_code = [*self.earlier_code, dict(until_step=saved["step"], phase=phase, sha256=saved["code"])]
-            run.log.line("WARNING: the code is not that which wrote the checkpoint")
+            self.earlier_code = [
+                *self.earlier_code,
+                dict(until_step=saved["step"], phase=phase, sha256=saved["code"]),
+            ]
+            run.log.line("WARNING: other code wrote the checkpoint; its source is kept in source_until_*")
 
     def begin(self, phase: str, parts: Mapping[str, Any]) -> int:
-        """Begin a phase, or go on with it: its parts are put where the checkpoint has them. Returns the steps done."""
+        """Begin a phase, or load its parts from the checkpoint. Returns the steps done."""
         self.phase, self.parts, self.checked = phase, parts, self.clock.seconds()
         if self.saved is None or self.saved["phase"] != phase:
             return 0
@@ -4173,7 +4413,8 @@ class Progress:
         return self.first
 
     def finish(self, step: int) -> None:
-        """The phase is done, with its steps. It is kept, for whatever stops the export or the scoring."""
+        """The phase is done after `step` steps; a checkpoint keeps it, whatever stops the export or the
+        scoring."""
         self.check_replicas(step)
         check_finite(f"after step {step}", dict(self.model.named_parameters()))
         self.done[self.phase] = [step, self.seconds()]
@@ -4181,23 +4422,28 @@ class Progress:
         self.checkpoint(step, due=True)
 
     def seconds(self, failure: Exception | None = None) -> float:
-        """The clock's seconds, the same on all ranks; they call it together, and hear whether any has to stop.
+        """The clock's seconds, identical on all ranks; a collective, which also tells whether any rank has to
+        stop.
 
-        A rank must stop if a signal asked it to, or if reading its next batch raised `failure`.
+        A rank has to stop after a signal, or if reading its next batch raised `failure`.
         """
         self.failure = failure
-        elapsed, asked = max_over_ranks(self.clock.seconds(), DATA_FAILED if failure else self.signals.number())
+        elapsed, asked = max_over_ranks(
+            self.clock.seconds(), DATA_FAILED if failure else self.signals.number()
+        )
         self.asked = int(asked)
         return elapsed
 
     def checkpoint(self, step: int, due: bool) -> None:
-        """Write a checkpoint where it is due, or where any rank has to stop.
+        """Write a checkpoint if it is due, or if any rank has to stop.
 
         Raises Stopped for a signal, and the error of the rank whose data failed (on the others a UserError).
         """
         saved = self.save(step) if due or self.asked else True
         if self.asked == DATA_FAILED:
-            raise self.failure or UserError(f"stopped after step {step}: another process could not read its data")
+            raise self.failure or UserError(
+                f"stopped after step {step}: another process could not read its data"
+            )
         if self.asked:
             lost = "" if saved else ", WITHOUT a checkpoint of it"
             self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}{lost}")
@@ -4205,9 +4451,10 @@ class Progress:
 
     @contextmanager
     def kept(self, step: int) -> Iterator[None]:
-        """Data that cannot be read after `step` steps leave a checkpoint: of one process, since several save together.
+        """Write a checkpoint if data cannot be read after `step` steps; on one rank only, since ranks save
+        together.
 
-        Theirs is written where the error was known when they last met (`seconds`).
+        Several ranks write theirs if the error was known at their last collective (`seconds`).
         """
         try:
             yield
@@ -4217,29 +4464,30 @@ class Progress:
             raise
 
     def check_replicas(self, step: int) -> None:
-        """RuntimeError where the ranks do not hold the same weights."""
+        """RuntimeError if the ranks do not hold the same weights."""
         if names := differing_parameters(self.model):
             raise RuntimeError(f"step {step}: the ranks differ in {', '.join(names)}")
 
     def check_loader(self, step: int, waited: float) -> None:
-        """Warn where training waited for data for much of the time since the last call."""
+        """Warn if training waited for data for much of the time since the last call."""
         now = self.clock.seconds()
         seconds, self.checked = now - self.checked, now
         if step > self.first + 10 and waited > 0.05 * seconds:
             share = f"{waited / seconds:.0%} of the last {seconds:.1f} s"
-            self.run.log.line(f"WARNING: the loader kept training waiting for {share}")
+            self.run.log.line(f"WARNING: data loading stalled training for {share}")
 
     def save(self, step: int) -> bool:
-        """Write the checkpoint, all ranks together. False where it could not be written: the run goes on."""
+        """Write the checkpoint, all ranks together. Returns False if it could not be written: the run goes
+        on."""
         self.clock.settle()
         self.check_replicas(step)
         self.clock.stop()
         began = time.perf_counter()
         content = dict(
             **self.origin, phase=self.phase, step=step, done=self.done, seconds=self.clock.seconds(),
-            strict=self.strict(), resumed=self.resumed, model=self.model.state_dict(), looped=self.model.looped,
-            rates=self.rates.state_dict(), parts={name: part.state_dict() for name, part in self.parts.items()},
-            earlier_code=self.earlier_code,
+            strict=self.strict(), resumed=self.resumed, earlier_code=self.earlier_code,
+            model=self.model.state_dict(), looped=self.model.looped, rates=self.rates.state_dict(),
+            parts={name: part.state_dict() for name, part in self.parts.items()},
         )  # fmt: skip
         path = self.run.folder / CHECKPOINT
 
@@ -4258,9 +4506,9 @@ class Progress:
 
 
 def read_checkpoint(run: Run) -> dict[str, Any] | None:
-    """The run's checkpoint, None without one or under RESUME=never.
+    """Read the run's checkpoint; None without one or with RESUME=never.
 
-    UserError where it is broken, or of other settings or data.
+    UserError if it is broken, or was saved with other settings or data.
     """
     path, c = run.folder / CHECKPOINT, run.config
     if c.resume == "never" or not path.exists():
@@ -4272,15 +4520,18 @@ def read_checkpoint(run: Run) -> dict[str, Any] | None:
         saved = torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
         theirs = saved["config"]
     except Exception as error:  # whatever broken bytes lead to
-        raise UserError(f"{path} is no checkpoint: {error}") from error
-    other = [f"{name.upper()}={theirs.get(name)} there, {value} here" for name, value in asdict(c).items()
-             if name not in [*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME] and theirs.get(name) != value]  # fmt: skip
+        raise UserError(f"{path} is not a valid checkpoint: {error}") from error
+    compared = asdict(c).keys() - {*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME}
+    other = [name for name in asdict(c) if name in compared and theirs.get(name) != getattr(c, name)]
     if other:
-        raise UserError(f"{path} is of other settings: {'; '.join(other)}")
+        shown = "; ".join(
+            f"{name.upper()}={theirs.get(name)} there, {getattr(c, name)} here" for name in other
+        )
+        raise UserError(f"{path} was saved with different settings: {shown}")
     if saved["data"] != run.train.fingerprint():
-        raise UserError(f"{path} is of other training shards than {run.train.pattern} has now")
+        raise UserError(f"{path} was saved with other training shards than {run.train.pattern} has now")
     if saved["tokenizer"] != run.tokenizer_sha256:
-        raise UserError(f"{path} is of another tokenizer than TOKENIZER_PATH={c.tokenizer_path}")
+        raise UserError(f"{path} was saved with another tokenizer than TOKENIZER_PATH={c.tokenizer_path}")
     return saved
 
 
@@ -4293,22 +4544,26 @@ def train_step(
     momentum: float,
     round_banks: bool = False,
     loss: Tensor | None = None,
-) -> Measured:
-    """Take one optimizer step on micro-batches of equal size; returns the mean loss of all ranks and gradient norms.
+) -> StepMetrics:
+    """Take one optimizer step on micro-batches of equal size; returns the mean loss of all ranks and gradient
+    norms.
 
-    Gradients are averaged over micro-batches and ranks and added to those that are there (of a meta-step), then
-    clipped, so that the number of ranks changes nothing. loss: of a step without micro-batches, all of whose gradients
-    are there.
+    Gradients are averaged over micro-batches and ranks and added to those that are there (of a meta-step),
+    then clipped, so that the number of ranks changes nothing. loss: of a step without micro-batches, all of
+    whose gradients are there.
     """
     muon, adamw = optimizers
     total = torch.zeros((), device=model.tok_emb.weight.device) if loss is None else loss
 
-    # Loss and backward. The banks are cast, fused and, with round_banks, rounded once for all micro-batches, whose
-    # gradients are added up in float32: in bfloat16 the last of many would be lost.
+    # Loss and backward. The banks are cast, fused and, with round_banks, rounded once for all micro-batches,
+    # whose gradients are added up in float32: in bfloat16 the last of many would be lost.
     if batches:
         banks = model.banks()
         if round_banks:  # straight through: the gradients are those of the banks (arXiv 1308.3432)
-            banks = {name: bank + (fake_quantize(bank, model.config) - bank.detach()) for name, bank in banks.items()}
+            banks = {
+                name: bank + (fake_quantize(bank, model.config) - bank.detach())
+                for name, bank in banks.items()
+            }
         weights = model.weights(banks)
         leaves = Weights(*(part.detach().to(model.dtype).requires_grad_() for part in weights))
         sums = [torch.zeros_like(part) for part in weights]
@@ -4321,11 +4576,13 @@ def train_step(
                 leaf.grad = None
         torch.autograd.backward(weights, sums)
 
-    # Reduction: banks by rows, a reduce-scatter each; everything else in one all-reduce. Nothing waits before all is on
-    # its way.
-    names = {p: name for name, p in model.named_parameters() if p.grad is not None}  # a later loop's scales have none
-    shares = [share for share in muon.shares if share.ranks > 1]
-    waits = [share.start_reduce() for share in shares]
+    # Reduction: banks by rows, a reduce-scatter each; everything else in one all-reduce. Nothing waits before
+    # all is on its way.
+    names = {
+        p: name for name, p in model.named_parameters() if p.grad is not None
+    }  # a later loop's scales have none
+    shards = [shard for shard in muon.shards if shard.ranks > 1]
+    waits = [shard.start_reduce() for shard in shards]
     small = [p for p in names if p.grad is not None]
     *reduced, total = sum_over_ranks([*(p.grad for p in small), total])
     for p, gradient in zip(small, reduced, strict=True):
@@ -4334,12 +4591,12 @@ def train_step(
         wait()
 
     # Clip by the norm of the whole reduced gradient, of which each rank has its rows of the banks.
-    gradients = [*(share.gradient for share in shares), *(p.grad for p in small)]
+    gradients = [*(shard.gradient for shard in shards), *(p.grad for p in small)]
     norms = torch.stack(torch._foreach_norm(gradients))
-    if shares:
-        squares = norms[: len(shares)].square()
+    if shards:
+        squares = norms[: len(shards)].square()
         dist.all_reduce(squares)
-        norms = torch.cat((squares.sqrt(), norms[len(shares) :]))
+        norms = torch.cat((squares.sqrt(), norms[len(shards) :]))
     if limit := model.config.grad_clip_norm:
         torch._foreach_mul_(gradients, (limit / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0))
 
@@ -4349,17 +4606,18 @@ def train_step(
             group["lr"] = group["peak_lr"] * scale
             if "momentum" in group:
                 group["momentum"] = momentum
-    muon.step(meanwhile=adamw.step)
+    muon.step(overlap_fn=adamw.step)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    told = [f"the gradient of {names[p]}" for p in [*(share.bank for share in shares), *small]]
-    return Measured(torch.cat(((total / world_size()).view(1), norms)), ["train_loss", *told], scale)
+    told = [f"the gradient of {names[p]}" for p in [*(shard.bank for shard in shards), *small]]
+    return StepMetrics(torch.cat(((total / world_size()).view(1), norms)), ["train_loss", *told], scale)
 
 
 class Moment(NamedTuple):
-    """Where a phase is before a step: its number from 0, and `elapsed` of `budget` seconds (0: no clock).
+    """Position in a phase before a step: its number from 0, and `elapsed` of `budget` seconds (0: no clock).
 
-    left: the share of the phase that is left by steps or by the clock, whichever is less, with time for one more step.
+    left: fraction of the phase that is left by steps or by the clock, whichever is less, with time for one
+    more step.
     """
 
     step: int
@@ -4369,7 +4627,8 @@ class Moment(NamedTuple):
 
 
 def moment(step: int, count: int, elapsed: float, budget: float, ahead: int) -> Moment:
-    """The Moment before step `step` of `count`; ahead: steps that are not yet in `elapsed` when the next one begins."""
+    """The Moment before step `step` of `count`; ahead: steps that are not yet in `elapsed` when the next one
+    begins."""
     timed = elapsed * (1 + ahead / step) / budget if step and budget else 0.0
     return Moment(step, elapsed, budget, 1 - max(step / count, timed - 1e-9))  # what just fits is taken
 
@@ -4377,24 +4636,25 @@ def moment(step: int, count: int, elapsed: float, budget: float, ahead: int) -> 
 class Phase(NamedTuple):
     """A part of a run, as the loop of `train` sees it.
 
-    parts: whatever has a state_dict, for the checkpoint. finish: called after the last step. loader: what reads ahead.
+    parts: whatever has a state_dict, for the checkpoint. finish: called after the last step. loader: what
+    reads ahead.
     """
 
-    step: Callable[[Moment], Measured]
+    step: Callable[[Moment], StepMetrics]
     parts: Mapping[str, Any] = MappingProxyType({})
     finish: Callable[[], None] = lambda: None
     loader: Loader | None = None
 
 
 def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rates: MetaRates) -> Phase:
-    """Training itself: schedules, FOMAML's part of a step where it is due, the step, the average of the weights."""
+    """Training itself: schedules, FOMAML's term if it is due, the step, the average of the weights."""
     c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.phases["train"])))
     optimizers, average, loader = make_optimizers(model, c), WeightAverage(model, c), Loader(run)
     parts = dict(muon=optimizers[0], adamw=optimizers[1], average=average)
     if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
         parts["fomaml"] = inner_weights(model, c, "fomaml")
 
-    def step(now: Moment) -> Measured:
+    def step(now: Moment) -> StepMetrics:
         number, *clock = now[:3]
         remaining, total = run_length(c, number, *clock)
         if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
@@ -4406,7 +4666,7 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
         scale = lr_scale(c, number, *clock)
         batches = loader.batches(number)
         if "fomaml" in parts and number % c.meta_ttt_every == 0 and scale > c.meta_ttt_min_scale:
-            losses = fomaml_step(model, parts["fomaml"], rates, *meta_rows(batches, c), nll_fn)
+            losses = fomaml_step(model, parts["fomaml"], rates, *meta_sequences(batches, c), nll_fn)
             rates.step(scale)
             if number < 3 * c.meta_ttt_every or number % c.train_log_every < c.meta_ttt_every:
                 means = sum_over_ranks([loss.view(1) / world_size() for loss in losses if loss is not None])
@@ -4414,9 +4674,9 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
                 shown = " ".join(f"{name}:{mean.item():.5f}" for name, mean in named)
                 run.log.line(f"meta_step:{number + 1} {shown}{rates_text(rates.factors())}")
         round_banks = c.late_qat and scale < c.late_qat_threshold
-        measured = train_step(loss_fn, model, batches, optimizers, scale, momentum_at(c, number), round_banks)
+        metrics = train_step(loss_fn, model, batches, optimizers, scale, momentum_at(c, number), round_banks)
         average.update(number + 1, scale)
-        return measured
+        return metrics
 
     def finish() -> None:
         run.log.line(f"average: {average.apply()}")
@@ -4426,38 +4686,44 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
     return Phase(step, parts, finish, loader)
 
 
-def random_places(config: Config, phase: int, step: int) -> np.random.Generator:
-    """The generator of a step of a later phase: the same wherever the run was resumed."""
+def phase_generator(config: Config, phase: int, step: int) -> np.random.Generator:
+    """Random generator of a step of a late phase: the same wherever the run was resumed."""
     return np.random.default_rng([config.seed, 1 + phase, step])
 
 
 def reptile_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rates: MetaRates) -> Phase:
-    """Reptile's step on windows from random places of the training text; it keeps its rate to the end, as #294."""
+    """Reptile's step on sequences from random positions of the text, at a constant rate as in #294."""
     c, fast = run.config, inner_weights(model, run.config, "reptile")
 
-    def step(now: Moment) -> Measured:
+    def step(now: Moment) -> StepMetrics:
         size = (c.reptile_inner_steps, world_size() * fast.sets)
-        starts = random_places(c, 0, now.step).integers(len(run.train), size=size)
+        starts = phase_generator(c, 0, now.step).integers(len(run.train), size=size)
         mine = np.split(starts, world_size(), axis=1)[rank()]
-        rows = np.array([[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine])
+        rows = np.array(
+            [[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine]
+        )
         loss = reptile_step(model, fast, torch.from_numpy(rows).to(run.device), nll_fn)
-        return Measured(loss.view(1), ["the loss of Reptile"])
+        return StepMetrics(loss.view(1), ["the loss of Reptile"])
 
     return Phase(step)
 
 
 def deployed_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rates: MetaRates) -> Phase:
-    """Training for the evaluator's steps, by optimizers of its own, at rates that fall to zero."""
+    """Training for the evaluator's steps, with optimizers of its own, at rates that fall to zero."""
     c, optimizers = run.config, make_optimizers(model, run.config)
     fast = inner_weights(model, c, "deployed")
     if fast.wants_prior:
         fast.moments.start = generated_moments(model, c, fast.sets, nll_fn)
 
-    def step(now: Moment) -> Measured:
-        rows, sizes = sample_documents(run.train, world_size() * fast.sets, c, random_places(c, 1, now.step))
+    def step(now: Moment) -> StepMetrics:
+        rows, sizes = sample_documents(
+            run.train, world_size() * fast.sets, c, phase_generator(c, 1, now.step)
+        )
         loss = deployed_step(model, fast, rates, rows, sizes, nll_fn)
         rates.step(now.left)
-        return train_step(loss_fn, model, [], optimizers, c.meta_ttt_outer_lr * now.left, c.muon_momentum, loss=loss)
+        return train_step(
+            loss_fn, model, [], optimizers, c.meta_ttt_outer_lr * now.left, c.muon_momentum, loss=loss
+        )
 
     return Phase(step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast))
 
@@ -4465,8 +4731,11 @@ def deployed_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
 PHASES = {"train": training_phase, "reptile": reptile_phase, "deployed": deployed_phase}
 
 
-def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress) -> None:
-    """Run all phases that are left: each until its share of ITERATIONS, or of the clock less `reserve` seconds.
+def train(
+    run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress
+) -> None:
+    """Run all phases that are left, each until its fraction of ITERATIONS or of the clock less `reserve`
+    seconds.
 
     The model then holds what is exported. The clock runs on, for what else reads training data.
     """
@@ -4486,7 +4755,9 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
         while True:
             if is_main and now.left <= 0 and step < count:
                 seconds = began + now.elapsed
-                log.line(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{count}")
+                log.line(
+                    f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{count}"
+                )
             if is_main and c.val_loss_every and (now.left <= 0 or step % c.val_loss_every == 0):
                 clock.stop()
                 result = run.score(model, c.eval_seq_len, nll_fn)
@@ -4496,21 +4767,21 @@ def train(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: fl
             if now.left <= 0:
                 break
             with progress.kept(step):  # every kind of step reads its data before it changes anything
-                measured = phase.step(now)
+                metrics = phase.step(now)
             step += 1
-            clock.step_done(step, measured)
+            clock.step_done(step, metrics)
             reads_on = phase.loader is not None and step < count
             elapsed = progress.seconds(phase.loader.failure() if reads_on else None) - began
             now = moment(step, count, elapsed, budget, 1 + clock.lag)
             if is_main and (step <= 10 or step % c.train_log_every == 0):
                 [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
-                also = dict(lr_scale=measured.lr_scale, data_wait=waited)
-                log.step(step, count, elapsed, also, train_loss=measured.loss.item())
+                also = dict(lr_scale=metrics.lr_scale, data_wait=waited)
+                log.step(step, count, elapsed, also, train_loss=metrics.loss.item())
                 progress.check_replicas(step)
                 progress.check_loader(step, waited)
             elif not is_main and (step <= 3 or step % c.train_log_every == 0 or now.left <= 0):
                 times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
-                loss, factors = measured.loss.item(), rates_text(progress.rates.factors())
+                loss, factors = metrics.loss.item(), rates_text(progress.rates.factors())
                 log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
             progress.checkpoint(step, due=c.checkpoint_every > 0 and step % c.checkpoint_every == 0)
         clock.settle()
@@ -4531,14 +4802,14 @@ class RandomTokens:
     def read(self, start: int, count: int) -> np.ndarray:
         return self.generator.integers(BOS_ID + 1, self.vocab_size, count)
 
-    rows = TokenStream.rows
+    sequences = TokenStream.sequences
 
 
 def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
     """Compile and load everything, then undo it; returns the seconds to keep for the statistics.
 
-    It runs outside the clock: some steps of every phase on random tokens. They are cut as real ones are, since
-    torch.compile guards on shapes, strides and whether two arguments are one tensor.
+    It runs outside the clock: some steps of every phase on random tokens. They are cut as real ones are,
+    since torch.compile guards on shapes, strides and whether two arguments are one tensor.
     """
     c, silent = run.config, SimpleNamespace(line=lambda text: None)
     random = replace(run, train=RandomTokens(c.vocab_size), log=silent)
@@ -4559,24 +4830,24 @@ def warm_up(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable) -> float:
 
 @torch.no_grad()
 def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable) -> None:
-    """A pass of whole windows, and one of sliding ones."""
+    """One pass of non-overlapping windows, and one of sliding ones."""
     c, tokens = config, RandomTokens(config.vocab_size).read(0, config.eval_seq_len + 1)
     start = np.zeros(at_once(c)["score"], np.int64)
     for scored in (c.eval_seq_len, c.eval_stride):
         windows = Windows(start, start + c.eval_seq_len - scored, start + c.eval_seq_len)
         batch = make_batch(tokens, windows, power_of_two(scored), model.qo_bank.device)
-        nll_fn(model, batch.ids, batch.targets, batch.columns)
+        nll_fn(model, batch.ids, batch.targets, batch.positions)
 
 
 def calibration_rows(config: Config) -> int:
-    """Sequences of a batch for the statistics: those of a micro-batch."""
+    """Sequences of a calibration batch: those of a micro-batch."""
     return config.step_seqs // config.grad_accum_total
 
 
 def calibration_batches(run: Run, model: GPT, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of `count` micro-batches (input ids, targets), from what CALIB_SOURCE names.
+    """This rank's part of `count` calibration batches (input ids, targets) from CALIB_SOURCE.
 
-    Spread evenly over the training stream, or written by the model; of the validation text it is given nothing.
+    Spread evenly over the training stream, or generated by the model; the validation text is not read.
     """
     c, length, rows = run.config, run.config.train_seq_len, calibration_rows(run.config)
     for batch in range(rank(), count, world_size()):
@@ -4584,11 +4855,13 @@ def calibration_batches(run: Run, model: GPT, count: int) -> Iterator[tuple[Tens
             ids = generate(model, rows, length + 1, seed=c.seed * count + batch)
             yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         else:
-            yield run.train.rows(batch * len(run.train) // count + length * np.arange(rows), length, run.device)
+            yield run.train.sequences(
+                batch * len(run.train) // count + length * np.arange(rows), length, run.device
+            )
 
 
 def read_statistics(run: Run, model: GPT) -> Statistics:
-    """What the export wants to know of text."""
+    """Collect the statistics that the export needs."""
     c, most = run.config, max(at_once(run.config)["statistics"], 1)
     hessians: dict[str, Tensor] = {}
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
@@ -4604,12 +4877,13 @@ def read_statistics(run: Run, model: GPT) -> Statistics:
 
 
 def statistics_seconds(run: Run, model: GPT) -> float:
-    """The seconds to keep for the statistics: what a batch of each takes, as often, and half as much for reading it."""
+    """Seconds to reserve for the statistics: measured time per batch times their number, plus half for
+    reading."""
     c, most, total = run.config, max(at_once(run.config)["statistics"], 1), 0.0
     rows, written = calibration_rows(c), min(c.train_seq_len, 32)
     gradients = c.gptq_grad_batches if c.wants_gradients else 0
     texts = (c.gptq_calib_batches + gradients) * c.train_seq_len / written if c.calib_source == "self" else 0
-    ids, targets = run.train.rows(np.arange(rows), c.train_seq_len, run.device)
+    ids, targets = run.train.sequences(np.arange(rows), c.train_seq_len, run.device)
     for count, work in (
         (c.gptq_calib_batches, lambda: collect_hessians(model, [ids], most)),
         (gradients, lambda: collect_gradients(model, [(ids, targets)], most)),
@@ -4626,13 +4900,17 @@ def statistics_seconds(run: Run, model: GPT) -> float:
     return slowest
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Main
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+
+# From the environment to result.json: checks before anything is trained, the folder and its lock, the head of
+# the log, export, and the score of the artifact as it is read back from disk. Every error of a user is one
+# line.
 
 
 def process_start() -> float:
-    """When the kernel started this process, on the clock of time.time(); now, where it does not say."""
+    """When the kernel started this process, on the clock of time.time(); now, if it does not say."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -4642,7 +4920,7 @@ def process_start() -> float:
 
 
 def announced_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
-    """WORLD_SIZE and LOCAL_RANK as torchrun sets them; 1 and 0 without. UserError for a set that is not whole."""
+    """WORLD_SIZE and LOCAL_RANK as torchrun sets them; 1 and 0 without. UserError for an incomplete set."""
     found = {}
     for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
         text = environ.get(name, str(default))
@@ -4650,7 +4928,9 @@ def announced_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
             raise UserError(f"{name}={text!r}: expected a whole number, as torchrun sets it")
         found[name] = int(text)
     if found["WORLD_SIZE"] < 1 or found["RANK"] >= found["WORLD_SIZE"]:
-        raise UserError(f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}: ranks are 0 to WORLD_SIZE - 1")
+        raise UserError(
+            f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}: ranks are 0 to WORLD_SIZE - 1"
+        )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
     if found["WORLD_SIZE"] > 1 and missing:
         raise UserError(f"WORLD_SIZE={found['WORLD_SIZE']} without {', '.join(missing)}: start with torchrun")
@@ -4658,7 +4938,7 @@ def announced_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
 
 
 def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
-    """Join the process group that torchrun announces, if it announces one; returns this rank's device."""
+    """Join the process group that torchrun announces, if any; returns this rank's device."""
     processes, local_rank = announced_ranks(environ)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda, but torch sees no GPU")
@@ -4669,7 +4949,9 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
             raise UserError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, exact for the Hessians' products of bfloat16 inputs
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32, exact for the Hessians' products of bfloat16 inputs
     if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout))
@@ -4677,10 +4959,10 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
 
 
 def make_run_folder(config: Config) -> tuple[Path, int]:
-    """runs/RUN_ID, and that folder as an open file, which locks it.
+    """Make runs/RUN_ID; returns it, and it as an open file, which locks it.
 
-    UserError where it cannot be made, has work in it (but RESUME=auto), has links where the run writes, or is locked by
-    a run that is still going. A run that failed before its first step makes room: its log becomes failed.log.
+    UserError if it cannot be made, has work in it (unless RESUME=auto), has links where the run writes, or is
+    locked by a running job. A run that failed before its first step makes room: its log becomes failed.log.
     """
     folder = Path("runs") / (config.run_id or f"{datetime.now():%Y-%m-%d_%H-%M-%S}_seed{config.seed}")
     try:
@@ -4691,14 +4973,20 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
             found = {path.name for path in folder.iterdir()} - {path.name for path in stale}
             if "metrics.jsonl" in found and '"train_loss"' not in (folder / "metrics.jsonl").read_text():
                 found.remove("metrics.jsonl")  # of a validation before the first step
-            work = sorted(found - {"train.log", "config.json", "source", "failed.log"} if "source" in found else found)
+            work = sorted(
+                found - {"train.log", "config.json", "source", "failed.log"} if "source" in found else found
+            )
             if work and config.resume == "never":
-                raise UserError(f"{folder} is there already, with {work[0]}: choose another RUN_ID, or RESUME=auto")
+                raise UserError(
+                    f"{folder} is there already, with {work[0]}: choose another RUN_ID, or RESUME=auto"
+                )
             if not work and (folder / "train.log").exists():
                 os.replace(folder / "train.log", folder / "failed.log")
             for name in ("train.log", "metrics.jsonl", "source"):
                 if (folder / name).is_symlink():
-                    raise UserError(f"{folder / name} is a link, but a run writes to its own folder only. Remove it.")
+                    raise UserError(
+                        f"{folder / name} is a link, but a run writes to its own folder only. Remove it."
+                    )
             for path in stale:  # of a process that was killed
                 path.unlink()
         except BaseException:
@@ -4710,7 +4998,8 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
 
 
 def lock_folder(folder: Path, seconds: float = 60.0) -> int:
-    """Lock FOLDER, waiting SECONDS at most for another process; returns it as an open file, which is the lock."""
+    """Lock a folder, waiting at most `seconds` for another process; returns it as an open file, which is the
+    lock."""
     lock, began = os.open(folder, os.O_RDONLY), time.monotonic()
     while True:
         try:
@@ -4722,7 +5011,10 @@ def lock_folder(folder: Path, seconds: float = 60.0) -> int:
                 raise UserError(f"{folder} is locked by a running job") from None
             time.sleep(0.2)
         except OSError as error:  # some network file systems
-            print(f"WARNING: {folder} cannot be locked ({error.strerror}): start no second job in it", file=sys.stderr)
+            print(
+                f"WARNING: {folder} cannot be locked ({error.strerror}): start no second job in it",
+                file=sys.stderr,
+            )
             return lock
 
 
@@ -4738,7 +5030,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     check_listing(stream, tokenizer_sha256, "train")
     if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
         raise UserError(
-            f"{stream.pattern}: {len(stream)} tokens, fewer than a row of TRAIN_SEQ_LEN={config.train_seq_len}"
+            f"{stream.pattern}: {len(stream)} tokens, fewer than a sequence of "
+            f"TRAIN_SEQ_LEN={config.train_seq_len}"
         )
     check_disjoint(stream, find_shards(config.shards("val")))
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
@@ -4758,7 +5051,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
 
 
 def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] | None) -> None:
-    """Copy the code that runs, and the recipe, to source/. Other code that wrote the checkpoint stays beside it."""
+    """Copy the running code and the recipe to source/. Other code that wrote the checkpoint is kept beside
+    it."""
     source = folder / "source"
     if saved and saved["code"] != code_hashes() and source.is_dir():
         os.replace(source, folder / f"source_until_{len(saved.get('earlier_code', [])) + 1}")
@@ -4768,7 +5062,8 @@ def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] 
 
 
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
-    """The head of the log: versions, the settings with those given marked, data and model in the field's dialect."""
+    """Write the head of the log: versions, settings with those given marked, data and model in the lineage's
+    dialect."""
     c, log = run.config, run.log
     log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
     for name, value in asdict(c).items():
@@ -4776,9 +5071,13 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     if run.versions.get("attention_backend") == "math" and run.device.type == "cuda":
         rows = split_batch(c)[0] // split_batch(c)[1]
         stored = rows * c.num_heads * c.train_seq_len**2 * compute_dtype(run.device).itemsize / 1e9
-        log.line(f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores a layer")
+        log.line(
+            f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores per layer"
+        )
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
-    log.line(f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}")
+    log.line(
+        f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}"
+    )
     log.line(overlap_line(run.train, glob(c.shards("val"))))
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
@@ -4791,26 +5090,23 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
 
 
 def export(
-    run: Run,
-    model: GPT,
-    statistics: Statistics,
-    factors: Mapping[str, Tensor] = MappingProxyType({}),
+    run: Run, model: GPT, statistics: Statistics, factors: Mapping[str, Tensor] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Write final_model.pt and the artifact, log the sizes; returns them with the artifact's hash. Rank 0's work."""
+    """Write final_model.pt and the artifact on rank 0; returns and logs sizes and the artifact's hash."""
     c, state = run.config, {name: p for name, p in model.state_dict().items() if param_group(name).stored}
     write_atomically(run.folder / "final_model.pt", saved_bytes({name: p.cpu() for name, p in state.items()}))
     bytes_code = sum(file.stat().st_size for file in code_files())
     if c.meta_ttt_objective == "deployed":  # other objectives learn factors of an update that is not deployed
         logs = {f"factors.{bank}": factor.clamp(min=2.0**-100).log2() for bank, factor in factors.items()}
         state |= logs  # binary logarithms, which float16 keeps to 2 %
-    plans = plan_rounding(state, statistics, c, run.log.line)
+    specs = quant_specs(state, statistics, c, run.log.line)
 
-    def build(factor: float) -> bytes:
-        return encode_artifact(c, round_all(state, plans, c, factor), run.tokenizer_sha256)
+    def build(scale_mult: float) -> bytes:
+        return encode_artifact(c, quantize_by(state, specs, c, scale_mult), run.tokenizer_sha256)
 
-    blob, factor = fit(build, SIZE_CAP - bytes_code) if c.fit_size else (build(1.0), 1.0)
+    blob, scale_mult = fit(build, SIZE_CAP - bytes_code) if c.fit_size else (build(1.0), 1.0)
     if c.fit_size:
-        run.log.line(f"fit_size: steps times {factor:.4f}")
+        run.log.line(f"fit_size: scale_mult:{scale_mult:.4f}")
     write_atomically(run.folder / "final_model.int6.ptz", blob)
     total = bytes_code + len(blob)
     run.log.line(f"Code size: {bytes_code} bytes")
@@ -4819,11 +5115,11 @@ def export(
     if total > SIZE_CAP:
         run.log.line(f"WARNING: over the cap of {SIZE_CAP} bytes by {total - SIZE_CAP}")
     sizes = dict(bytes_code=bytes_code, bytes_model=len(blob), bytes_total=total, fits=total <= SIZE_CAP)
-    return sizes | dict(step_factor=factor, sha256_artifact=hashlib.sha256(blob).hexdigest())
+    return sizes | dict(step_factor=scale_mult, sha256_artifact=hashlib.sha256(blob).hexdigest())
 
 
 def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
-    """Read the artifact back from disk into a fresh model and score it: non-overlapping, then sliding."""
+    """Read the artifact back from disk into a new model and score it: non-overlapping, then sliding."""
     began, values = time.perf_counter(), {}
     artifact = on_rank_0(lambda: read_artifact(run.folder / "final_model.int6.ptz"))
     model = load_model(artifact, run.device, run.kernel, run.byte_table.has_leading_space)
@@ -4840,33 +5136,35 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a run that is done, None without one. UserError where it is not of the artifact beside it."""
+    """Result of a finished run; None without one. UserError if it is not of the artifact beside it."""
     path = folder / "result.json"
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        scores = [result[f"val_{unit}_{name}"] for unit in ("loss", "bpb") for name in ("roundtrip", "sliding")]
+        scores = [
+            result[f"val_{unit}_{name}"] for unit in ("loss", "bpb") for name in ("roundtrip", "sliding")
+        ]
         if not all(map(math.isfinite, scores)) or result["fits"] not in (True, False):
             raise ValueError(f"scores {scores}, fits {result['fits']}")
         if result["sha256_artifact"] != sha256_file(folder / "final_model.int6.ptz"):
             raise ValueError("sha256_artifact is not that of final_model.int6.ptz")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{path} is not the result of a finished run: {error!r}. Delete it to go on from the checkpoint, or, "
-            "where there is none, from the first step."
+            f"{path} is not the result of a finished run: {error!r}. Delete it to resume from the "
+            "checkpoint, or, if there is none, to start again."
         ) from error
     return result
 
 
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
-    """Train, export, read back, score, report; returns the exit code."""
+    """Run, or say that the run is finished; returns the exit code."""
     began, signals = process_start(), StopSignals(environ)
     run = prepare_run(config, notices, environ)
     try:
         result = on_rank_0(lambda: read_result(run.folder))
         if result is not None:
-            run.log.line(f"note: {run.folder} has its result already")
+            run.log.line(f"note: {run.folder}: run already finished, nothing to do")
         else:
             result = finish_run(run, given, environ, signals, began)
     finally:
@@ -4878,17 +5176,24 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
 def finish_run(
     run: Run, given: Mapping[str, Any], environ: Mapping[str, str], signals: StopSignals, began: float
 ) -> dict[str, Any]:
-    """All of a run, or what a checkpoint has left of it, from process start BEGAN; returns its result."""
+    """Train, export, read back, score, report, or what a checkpoint has left of that; returns the result.
+
+    began: start of the process, time.time().
+    """
     config, saved = run.config, on_rank_0(lambda: read_checkpoint(run))
     on_rank_0(partial(keep_source, run.folder, environ, saved))
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
-        for parameter in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
+        for (
+            parameter
+        ) in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
     warn = lambda text: run.log.line(f"WARNING: {text}")  # noqa: E731
-    loss_fn, nll_fn = (maybe_compile(function, config, run.device, warn) for function in (training_loss, token_nll))
+    loss_fn, nll_fn = (
+        maybe_compile(function, config, run.device, warn) for function in (training_loss, token_nll)
+    )
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
     clock, rates, earlier = Clock(run.device), MetaRates(model, config), saved["strict"] if saved else 0.0
@@ -4908,7 +5213,7 @@ def finish_run(
 
 
 def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, Any]:
-    """Log and write the result, which is returned: scores and sizes MEASURED, and the run's times, steps and hashes."""
+    """Log, write, and return the result: `measured` scores and sizes, and times, steps, and hashes."""
     config, (steps, loop_seconds) = run.config, progress.done["train"]
     [train_seconds] = max_over_ranks(progress.clock.seconds())
     result = dict(
@@ -4941,20 +5246,21 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
 
 
 def described(what: str, subject: Any) -> str:
-    """What records/describe.py says of its subject: it explains, so it is no part of what a record ships."""
-    try:
-        from records import describe
-    except ImportError as error:
-        raise UserError(f"--help and --describe need records/describe.py of the project: {error}") from error
+    """Text of records/describe.py. UserError where it is missing, as in a record's folder."""
+    if (describe := project_module("describe")) is None:
+        raise UserError("--help and --describe need records/describe.py of the project beside this file")
     return getattr(describe, what)(subject)
 
 
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Exit code 0: done, 1: failed or over the size cap, 2: the user's input, 128 + n: stopped by signal n."""
+    """Run the command line. Exit code 0: done, 1: failed or over the size cap, 2: user error, 128 + n: signal
+    n."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
         if argv not in ([], ["--help"], ["--describe"]):
-            raise UserError(f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help")
+            raise UserError(
+                f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help"
+            )
         if argv == ["--help"]:
             print(described("help_text", __doc__))
             return 0
@@ -4971,9 +5277,10 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
     except KeyboardInterrupt:  # outside of training, which notes it
         print("stopped: SIGINT", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
-    leave_ranks()
+    cleanup_distributed()
     return code
 
 
 if __name__ == "__main__":
+    sys.modules["train_gpt"] = sys.modules["__main__"]  # one module, whoever in records/ imports it
     sys.exit(main())

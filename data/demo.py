@@ -35,7 +35,18 @@ TEXT_VERSION = 2  # in the manifest: a corpus of another version is rebuilt
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 # Debian and Fedora package these separately or leave them out, so not every machine has their text.
 OPTIONAL_MODULES = {
-    *("tkinter", "turtle", "turtledemo", "idlelib", "lib2to3", "distutils", "ensurepip", "venv", "msilib", "macholib")
+    *(
+        "tkinter",
+        "turtle",
+        "turtledemo",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "ensurepip",
+        "venv",
+        "msilib",
+        "macholib",
+    )
 }
 TOPICS_FILE = "pydoc_data/topics.py"
 MIN_DOCUMENT_CHARACTERS, MIN_REPEATED_CHARACTERS = 200, 80
@@ -44,9 +55,9 @@ VAL_MAX_DOCUMENT_BYTES = 15_000  # otherwise one long document could be half of 
 MAX_PART_BYTES = 5_000  # small, because smoke.env reads only 50,000 bytes of training text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def parse_file(path: Path) -> ast.Module | None:
@@ -85,7 +96,9 @@ def raw_documents(library: Path, modules: Container[str] | None = None) -> Itera
     """
     for name in sorted(path.relative_to(library).as_posix() for path in library.rglob("*.py")):
         parts = name.removesuffix(".py").split("/")
-        if not (SKIPPED_FOLDERS | OPTIONAL_MODULES).isdisjoint(parts) or (modules and parts[0] not in modules):
+        if not (SKIPPED_FOLDERS | OPTIONAL_MODULES).isdisjoint(parts) or (
+            modules and parts[0] not in modules
+        ):
             continue
         if tree := parse_file(library / name):
             yield "\n\n".join(docstrings(tree))
@@ -116,9 +129,13 @@ def draw(text: str, purpose: str) -> float:
 
 def demo_documents(library: Path, modules: Container[str] | None = None) -> tuple[list[str], list[str]]:
     """Return shuffled training and validation documents. InputError if `library` has no Python sources."""
-    documents = sorted(set(without_repeats(raw_documents(library, modules))), key=lambda text: draw(text, "split"))
+    documents = sorted(
+        set(without_repeats(raw_documents(library, modules))), key=lambda text: draw(text, "split")
+    )
     if not documents:
-        raise InputError(f"{library}: no Python sources with docstrings: this Python ships without library sources")
+        raise InputError(
+            f"{library}: no Python sources with docstrings: this Python ships without library sources"
+        )
     sizes = [len(document.encode()) for document in documents]
     target = min(max(VAL_FRACTION * sum(sizes), VAL_MIN_BYTES), VAL_MAX_BYTES)
     train, val, val_bytes = [], [], 0
@@ -154,9 +171,9 @@ def cut(document: str) -> list[str]:
     return ["\n\n".join(part) for part in parts]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Corpus
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def existing_demo(out: Path) -> dict | None:
@@ -172,7 +189,9 @@ def existing_demo(out: Path) -> dict | None:
         name, made_from = manifest["name"], (manifest["python"], manifest.get("text_version"))
         hashes = {entry["file"]: entry["sha256"] for entry in (manifest["tokenizer"], *manifest["shards"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest ({error!r}); remove the folder or choose another --out") from error
+        raise InputError(
+            f"{path}: not a manifest ({error!r}); remove the folder or choose another --out"
+        ) from error
     if name != NAME:
         raise InputError(f'{out}: contains the dataset "{name}"; choose another --out')
     intact = all((out / file).exists() and sha256_of(out / file) == digest for file, digest in hashes.items())
@@ -202,12 +221,19 @@ def build_demo(out: Path) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for a user error."""
-    parser = argparse.ArgumentParser(description="Build the demo corpus from the text that ships with Python.")
-    parser.add_argument("--out", type=Path, default=Path("data/demo"), metavar="DIR", help="default: data/demo")
+    parser = argparse.ArgumentParser(
+        description="Build the demo corpus from the text that ships with Python."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="default: data/demo"
+    )
     options = parser.parse_args(arguments)
     try:
         manifest = existing_demo(options.out)
-        print(f"{options.out}: {'kept' if manifest else 'building'}, demo corpus of Python {platform.python_version()}")
+        print(
+            f"{options.out}: {'kept' if manifest else 'building'}, demo corpus of Python "
+            f"{platform.python_version()}"
+        )
         print(describe(manifest or build_demo(options.out)))
     except InputError as error:
         print(f"error: {escaped(str(error))}", file=sys.stderr)

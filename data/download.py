@@ -37,7 +37,9 @@ from huggingface_hub.utils import disable_progress_bars
 from prepare import escaped
 from tqdm import tqdm
 
-SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")  # val_bytes: bytes of each validation token
+SHARD_FILE = re.compile(
+    r"fineweb_(train|val|val_bytes)_(\d{6})\.bin"
+)  # val_bytes: bytes of each validation token
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # attempts per file, seconds before the second attempt
 
 
@@ -49,9 +51,9 @@ class DownloadError(RuntimeError):
     """Network failure, or downloaded content that differs from the repository's listing. Exit code 1."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Repository
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,14 @@ class Hub:
         api = HfApi(endpoint=self._endpoint)
         try:
             self.commit: str = api.repo_info(repo, repo_type=repo_type, revision=revision).sha
-            entries = list(api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=self.commit))
+            entries = list(
+                api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=self.commit)
+            )
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{repo_type} {repo}, revision {revision or 'default'}: not found ({reason})") from error
+            raise UserError(
+                f"{repo_type} {repo}, revision {revision or 'default'}: not found ({reason})"
+            ) from error
         except (httpx.HTTPError, OSError) as error:
             raise DownloadError(
                 f"{repo}: the hub does not respond ({error}). Check the connection and try again."
@@ -114,9 +120,9 @@ class Hub:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # File selection
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
@@ -125,12 +131,16 @@ def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
     Raises UserError if no folder or more than one matches; the message lists the variants that exist.
     """
     start = f"{prefix.strip('/')}/".lstrip("/")
-    folders = sorted({file.folder for file in files if SHARD_FILE.fullmatch(file.name) and file.path.startswith(start)})
+    folders = sorted(
+        {file.folder for file in files if SHARD_FILE.fullmatch(file.name) and file.path.startswith(start)}
+    )
     names = {folder: PurePosixPath(folder).name for folder in folders}
     labels = {folder: name.split("_", 1)[-1] for folder, name in names.items()}
     matching = [folder for folder in folders if variant in (labels[folder], names[folder])]
     if len(matching) > 1:
-        raise UserError(f'variant "{variant}" is in several folders: {", ".join(matching)}. Choose one with --prefix.')
+        raise UserError(
+            f'variant "{variant}" is in several folders: {", ".join(matching)}. Choose one with --prefix.'
+        )
     if not matching:
         available = ", ".join(sorted(set(labels.values()))) or "none"
         raise UserError(f'no variant "{variant}"; available: {available}')
@@ -182,9 +192,9 @@ def published_entry(manifest: dict, name: str) -> dict:
     return next((entry for entry in manifest.get("datasets", []) if entry.get("name") == name), {})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def digest_of(path: Path, algorithm: str = "sha256", prefix: bytes = b"") -> str:
@@ -209,7 +219,9 @@ def shard_tokens(path: Path) -> int:
         )
     size = path.stat().st_size
     if size != HEADER_BYTES + 2 * tokens:
-        raise DownloadError(f"{path.name}: {size} bytes, but {tokens} tokens need {HEADER_BYTES + 2 * tokens}")
+        raise DownloadError(
+            f"{path.name}: {size} bytes, but {tokens} tokens need {HEADER_BYTES + 2 * tokens}"
+        )
     return tokens
 
 
@@ -265,9 +277,9 @@ def write_json(path: Path, content: object) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Download
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -293,14 +305,18 @@ def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: Hash
     shards_at = options.out / "datasets" / PurePosixPath(folder).name
     chosen = choose_shards(hub.files, folder, options.train_shards)
     wanted = {shards_at / file.name: file for file in chosen}
-    wanted |= {options.out / "tokenizers" / file.name: file for file in choose_tokenizer(hub.files, folder, manifest)}
+    wanted |= {
+        options.out / "tokenizers" / file.name: file for file in choose_tokenizer(hub.files, folder, manifest)
+    }
     kept = {path: file for path, file in wanted.items() if is_intact(path, file, cache)}
     listed = {file.name: file for file in hub.files if file.folder == folder}
     for path in sorted(shards_at.glob("fineweb_*.bin")):
         if path in wanted:
             continue
         if path.name not in listed or not is_intact(path, listed[path.name], cache):
-            raise UserError(f"{path}: not a file of {hub.repo} at {hub.commit[:12]}. Move it or choose another --out.")
+            raise UserError(
+                f"{path}: not a file of {hub.repo} at {hub.commit[:12]}. Move it or choose another --out."
+            )
         kept[path] = listed[path.name]
     return Plan(folder, shards_at, kept, {path: file for path, file in wanted.items() if path not in kept})
 
@@ -342,7 +358,10 @@ def fetch_all(hub: Hub, plan: Plan, staging: Path, workers: int, cache: HashCach
     _check_space(staging, plan.missing_bytes)
     progress = tqdm(desc="downloading", total=plan.missing_bytes, unit="B", unit_scale=True, disable=None)
     with progress, ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(fetch_checked, hub, file, staging): (path, file) for path, file in plan.missing.items()}
+        futures = {
+            pool.submit(fetch_checked, hub, file, staging): (path, file)
+            for path, file in plan.missing.items()
+        }
         try:
             for future in as_completed(futures):
                 path, file = futures[future]
@@ -360,7 +379,9 @@ def _check_space(folder: Path, needed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise DownloadError(f"{folder}: not enough disk space: {needed:,} bytes to download, {free:,} bytes free")
+        raise DownloadError(
+            f"{folder}: not enough disk space: {needed:,} bytes to download, {free:,} bytes free"
+        )
 
 
 def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
@@ -378,14 +399,22 @@ def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def source_record(hub: Hub, plan: Plan, options: argparse.Namespace, manifest: dict, cache: HashCache) -> dict:
+def source_record(
+    hub: Hub, plan: Plan, options: argparse.Namespace, manifest: dict, cache: HashCache
+) -> dict:
     """Return the content of source.json: origin, size and hash of every file in the folder."""
     files = []
     for path, file in sorted((plan.kept | plan.missing).items()):
         tokens = shard_tokens(path) if SHARD_FILE.fullmatch(path.name) else None
         local = path.relative_to(options.out).as_posix()
         files.append(
-            {"file": local, "path": file.path, "size": file.size, "sha256": cache.sha256(path), "tokens": tokens}
+            {
+                "file": local,
+                "path": file.path,
+                "size": file.size,
+                "sha256": cache.sha256(path),
+                "tokens": tokens,
+            }
         )
     return {
         "repo": hub.repo,
@@ -432,20 +461,26 @@ def download(options: argparse.Namespace) -> str:
     return f"{summary}{plan.missing_bytes:,} bytes downloaded"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Download published token shards and their tokenizer.")
     parser.add_argument("--variant", required=True, metavar="NAME", help="for example sp1024")
-    parser.add_argument("--repo", default="willdepueoai/parameter-golf", metavar="OWNER/NAME", help="hub repository")
-    parser.add_argument("--repo-type", choices=("dataset", "model"), default="dataset", help="default: dataset")
+    parser.add_argument(
+        "--repo", default="willdepueoai/parameter-golf", metavar="OWNER/NAME", help="hub repository"
+    )
+    parser.add_argument(
+        "--repo-type", choices=("dataset", "model"), default="dataset", help="default: dataset"
+    )
     parser.add_argument("--prefix", default="", metavar="FOLDER", help="search only this repository folder")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: the main branch)")
-    parser.add_argument("--train-shards", type=int, default=80, metavar="N", help="first N shards (default: 80)")
+    parser.add_argument(
+        "--train-shards", type=int, default=80, metavar="N", help="first N shards (default: 80)"
+    )
     parser.add_argument("--out", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     parser.add_argument("--workers", type=int, default=8, metavar="N", help="parallel downloads (default: 8)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be downloaded and stop")

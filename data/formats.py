@@ -1,7 +1,8 @@
-"""Constants of the shard format, of the contest and of its published validation sets, for data/, records/ and tests/.
+"""Constants of the shard format, of the contest and of its published validation sets, for data/, records/ and
+tests/.
 
-train_gpt.py ships without this file and has a copy of its own; tests/test_data.py holds the two equal. Nothing but the
-standard library is imported, so that tools which read files and logs start without torch.
+train_gpt.py ships without this file and has a copy of its own; tests/test_data.py holds the two equal.
+Nothing but the standard library is imported, so that tools which read files and logs start without torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ BOS_ID = 1  # before every document of every published export
 SIZE_CAP = 16_000_000  # bytes of code and model, decimal
 ARTIFACT_MAGIC = b"PGOLFQ6\0"  # first bytes of the file that train_gpt.py exports
 TEXT_BYTES = 151_080_891  # UTF-8 bytes of the 50,000 validation documents
-CHALLENGE_BYTES = (151_000_000, 151_100_000)  # range for their bytes as tokens, by any tokenizer and way of counting
+CHALLENGE_BYTES = (
+    151_000_000,
+    151_100_000,
+)  # range for their bytes as tokens, by any tokenizer and way of counting
 
 
 class Published(NamedTuple):
@@ -34,7 +38,9 @@ PUBLISHED = (
     Published("sp4096", 45_508_608, 0.30125),
     Published("sp4096", 45_514_752, 0.30125),
     Published("sp8192", 40_540_802, 0.26834),
-    Published("sp8192 caseops", 47_853_344, 0.31674, 151_080_645),  # bytes of the original text, by its sidecar
+    Published(
+        "sp8192 caseops", 47_853_344, 0.31674, 151_080_645
+    ),  # bytes of the original text, by its sidecar
 )
 
 

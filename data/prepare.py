@@ -69,7 +69,9 @@ OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
 }
 FORMATS = (".txt", ".jsonl")
 # C0, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
-UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
+)
 BYTE_ORDER_MARK = "\ufeff".encode()
 
 
@@ -111,7 +113,9 @@ class Job:
             raise InputError(f"--val-docs must be at least 0, not {self.val_docs}")
         for option in ("shard_tokens", "workers", "tokenizer_sample_bytes"):
             if getattr(self, option) < 1:
-                raise InputError(f"--{option.replace('_', '-')} must be at least 1, not {getattr(self, option)}")
+                raise InputError(
+                    f"--{option.replace('_', '-')} must be at least 1, not {getattr(self, option)}"
+                )
 
     @property
     def wants_validation(self) -> bool:
@@ -121,9 +125,9 @@ class Job:
         return self.val_fraction > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Documents
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Document(NamedTuple):
@@ -140,7 +144,8 @@ def import_zstandard() -> Any:
         import zstandard
     except ImportError as error:
         raise InputError(
-            f".zst files need the package zstandard: {error}. Install it (pip install zstandard) or decompress them."
+            f".zst files need the package zstandard: {error}. Install it (pip install zstandard) or "
+            "decompress them."
         ) from None
     return zstandard
 
@@ -156,7 +161,9 @@ class FrameReader(io.RawIOBase):
 
     CHUNK = 1 << 12  # compressed bytes per read; they expand to at most 7,000 times as much in memory
 
-    def __init__(self, path: Path, new_frame: Callable[[], Any], error: type[Exception], padded: bool = False) -> None:
+    def __init__(
+        self, path: Path, new_frame: Callable[[], Any], error: type[Exception], padded: bool = False
+    ) -> None:
         self._file, self._new_frame, self._error, self._padded = path.open("rb"), new_frame, error, padded
         self._frame: Any = None  # decompressor of the current frame
         self._compressed = self._plain = b""
@@ -232,7 +239,11 @@ class LeftOut:
 
     def counts(self) -> dict[str, int]:
         """Return the entry of the manifest."""
-        return {"files": len(self.files), "empty_documents": self.empty_documents, "blank_lines": self.blank_lines}
+        return {
+            "files": len(self.files),
+            "empty_documents": self.empty_documents,
+            "blank_lines": self.blank_lines,
+        }
 
 
 def escaped(text: str) -> str:
@@ -272,9 +283,13 @@ def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
         elif split_suffix(path) is None:
-            raise InputError(f"{path}: unsupported extension; supported are .txt and .jsonl, plain or .gz, .xz, .zst")
+            raise InputError(
+                f"{path}: unsupported extension; supported are .txt and .jsonl, plain or .gz, .xz, .zst"
+            )
         elif not path.is_file():
-            raise InputError(f"{path}: not a regular file; the input is read twice. Write its content to a file.")
+            raise InputError(
+                f"{path}: not a regular file; the input is read twice. Write its content to a file."
+            )
         else:
             found.append((path, False))
     targets = [path.resolve() for path, _ in found]
@@ -315,7 +330,9 @@ def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
                 mode = path.stat().st_mode
             except OSError as error:
                 if split_suffix(path) or not path.suffix:  # a text file, or possibly a folder of text files
-                    raise InputError(f"{path}: cannot be read: {error.strerror}. Fix or remove it.") from error
+                    raise InputError(
+                        f"{path}: cannot be read: {error.strerror}. Fix or remove it."
+                    ) from error
                 left_out.files.append((path, error.strerror))
                 continue
             if stat.S_ISDIR(mode):
@@ -328,7 +345,9 @@ def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
                 yield path, linked or path.is_symlink()
 
 
-def read_texts(path: Path, text_key: str = "text", left_out: LeftOut | None = None) -> Iterator[tuple[str, bytes]]:
+def read_texts(
+    path: Path, text_key: str = "text", left_out: LeftOut | None = None
+) -> Iterator[tuple[str, bytes]]:
     """Yield (text, UTF-8 bytes) of every document of one input file, including empty ones.
 
     Blank lines of .jsonl are counted in `left_out`. Byte order marks before a line are dropped: Windows
@@ -362,7 +381,9 @@ def _decode(content: bytes, path: Path, first_line: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
-        raise InputError(f"{path}, line {line}: not valid UTF-8 ({error.reason}, byte {error.start})") from error
+        raise InputError(
+            f"{path}, line {line}: not valid UTF-8 ({error.reason}, byte {error.start})"
+        ) from error
 
 
 def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[str, bytes]:
@@ -384,7 +405,9 @@ def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[st
         return text, text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise InputError(f"{path}, line {number}: lone surrogate U+{code:04X} at character {error.start}") from error
+        raise InputError(
+            f"{path}, line {number}: lone surrogate U+{code:04X} at character {error.start}"
+        ) from error
 
 
 def read_documents(job: Job, left_out: LeftOut | None = None) -> Iterator[Document]:
@@ -414,9 +437,9 @@ def _choose_split(job: Job, index: int, utf8: bytes) -> str:
     return "val" if int.from_bytes(digest[:8], "big") < job.val_fraction * 2**64 else "train"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Survey: the first pass
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Sampler:
@@ -481,22 +504,27 @@ def _check_split(job: Job, found: Survey) -> None:
     if total == 0:
         raise InputError(f"the input contains no text: {found.left_out.empty_documents} documents, all empty")
     if found.documents["train"] == 0:
-        raise InputError(f"no training documents: all {total} are validation; lower --val-docs or --val-fraction")
+        raise InputError(
+            f"no training documents: all {total} are validation; lower --val-docs or --val-fraction"
+        )
     if found.documents["val"] == 0 and job.wants_validation:
         raise InputError(
             f"no validation documents: all {total} are training; "
-            "use --val-docs, a larger --val-fraction or --val-input (--val-fraction 0 for a training split only)"
+            "use --val-docs, a larger --val-fraction or --val-input (--val-fraction 0 for a training split "
+            "only)"
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tokenizer
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SEGMENT = 1 << 16  # characters per SentencePiece call, which takes about 100 bytes of memory per character
 HOSTILE_TEXT = (
-    " \t  leading, double  and trailing spaces \r\n\n\n \x00\x01\x7f\ufeff<s></s><unk><pad><0x41> \ufb01 \u212b "
-    "e\u0301 \u0301\u0327 \u2585 \u2047 \u00a0\u3000\u200d\u2028 0123 \u6f22\u5b57\U0001f600\U0001f3fd \U0010ffff  "
+    " \t  leading, double  and trailing spaces \r\n\n\n \x00\x01\x7f\ufeff<s></s><unk><pad><0x41> \ufb01 "
+    "\u212b "
+    "e\u0301 \u0301\u0327 \u2585 \u2047 \u00a0\u3000\u200d\u2028 0123 \u6f22\u5b57\U0001f600\U0001f3fd "
+    "\U0010ffff  "
 )
 
 
@@ -633,9 +661,9 @@ def token_bytes(sp: spm.SentencePieceProcessor) -> np.ndarray:
     return np.array([len(_piece_bytes(sp, token)) for token in range(sp.vocab_size())], dtype=np.int64)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Encoding on all cores
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BATCH_CHARACTERS = 1 << 20
 _worker_tokenizer: spm.SentencePieceProcessor | None = None  # one per process, set by _start_worker
@@ -666,7 +694,9 @@ def encode_batch(sp: spm.SentencePieceProcessor, batch: Batch) -> np.ndarray:
     return np.concatenate([np.array([BOS_ID, *encode(sp, text)], dtype="<u2") for text in batch.texts])
 
 
-def encode_batches(model: bytes, batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, np.ndarray]]:
+def encode_batches(
+    model: bytes, batches: Iterable[Batch], workers: int
+) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield every batch with its tokens, in order, encoded by `workers` processes (in this process if 1)."""
     if workers == 1:
         sp = spm.SentencePieceProcessor(model_proto=model)
@@ -674,7 +704,9 @@ def encode_batches(model: bytes, batches: Iterable[Batch], workers: int) -> Iter
             yield batch, encode_batch(sp, batch)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(model,)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(model,)
+    ) as pool:
         # Bounded prefetch: the executor's own map would read the whole input ahead of the workers.
         window: deque = deque()
         try:
@@ -710,9 +742,9 @@ def _encode_in_worker(batch: Batch) -> np.ndarray:
     return encode_batch(_worker_tokenizer, batch)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -785,7 +817,12 @@ class ShardWriter:
         self._stream.write(shard_header(self._tokens))
         self._files.close()
         path = self._path()
-        entry = {"file": path.name, "split": self._split, "tokens": self._tokens, "documents": self._documents}
+        entry = {
+            "file": path.name,
+            "split": self._split,
+            "tokens": self._tokens,
+            "documents": self._documents,
+        }
         text_bytes = None if self._byte_counts is None else self._text_bytes
         self.shards.append({**entry, "text_bytes": text_bytes, "sha256": sha256_of(path)})
         self._stream, self._tokens, self._documents, self._text_bytes = None, 0, 0, 0
@@ -799,15 +836,19 @@ def earlier_output(job: Job) -> list[Path]:
 
     A tokenizer in that folder that this job uses is not included.
     """
-    pattern = re.compile(r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?")
+    pattern = re.compile(
+        r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?"
+    )
     found = sorted(path for path in job.out.glob("*") if pattern.fullmatch(path.name))
     own = job.tokenizer.resolve() if job.tokenizer else None
-    return sorted((path for path in found if path.resolve() != own), key=lambda path: path.name != "manifest.json")
+    return sorted(
+        (path for path in found if path.resolve() != own), key=lambda path: path.name != "manifest.json"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The whole preparation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def prepare(job: Job) -> dict:
@@ -840,7 +881,9 @@ def prepare(job: Job) -> dict:
     try:
         write_json(job.out / "manifest.json", manifest)
     except OSError as error:
-        raise OSError(f"{job.out}: all shards are complete, but manifest.json cannot be written: {error}") from error
+        raise OSError(
+            f"{job.out}: all shards are complete, but manifest.json cannot be written: {error}"
+        ) from error
     return manifest
 
 
@@ -886,13 +929,16 @@ def _write_tokens(job: Job, model: bytes, found: Survey) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically; characters that UTF-8 cannot encode become JSON escapes."""
     with atomic_file(path) as stream:
-        stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+        stream.write(
+            json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        )
 
 
 def _write_shards(job: Job, model: bytes, byte_counts: np.ndarray | None, total_bytes: int) -> list[dict]:
     with contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(ShardWriter(job.out, split, job.shard_tokens, byte_counts)) for split in SPLITS
+            split: stack.enter_context(ShardWriter(job.out, split, job.shard_tokens, byte_counts))
+            for split in SPLITS
         }
         progress = stack.enter_context(
             tqdm(desc="encoding", total=total_bytes, unit="B", unit_scale=True, disable=None)
@@ -917,14 +963,15 @@ def _total(split: str, shards: list[dict], found: Survey) -> dict:
         lossy = key == "text_bytes" and any(shard[key] is None for shard in own)
         if counted[key] != number and not lossy:
             raise InputError(
-                f"{split}: {number} {key} in the first pass, {counted[key]} encoded. Did an input file change?"
+                f"{split}: {number} {key} in the first pass, {counted[key]} encoded. Did an input file "
+                "change?"
             )
     return {**counted, **expected}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Overlap of validation and training shards
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Validation text is looked up in the training shards by 64-bit hashes of 32-token spans, taken at every
 # position of the training tokens and at every 32nd position of a document. Expected false hits at 2,000,000
@@ -942,13 +989,17 @@ def count_overlap(folder: Path) -> dict:
     into manifest.json under "overlap", or into source.json if there is no manifest. Memory: 2 bytes per
     validation token, 64 bytes per span, and 100 MB. InputError if shards are missing or malformed.
     """
-    record = next((folder / name for name in ("manifest.json", "source.json") if (folder / name).exists()), None)
+    record = next(
+        (folder / name for name in ("manifest.json", "source.json") if (folder / name).exists()), None
+    )
     content = read_record(record) if record else {}
     val, train = (list_shards(folder, split) for split in ("val", "train"))
     tokens = np.concatenate([*read_chunks(val)])
     starts, lengths = document_bounds(tokens)
     if not len(starts):
-        raise InputError(f"{folder}: no document in the validation shards: {len(tokens)} tokens, BOS is id {BOS_ID}")
+        raise InputError(
+            f"{folder}: no document in the validation shards: {len(tokens)} tokens, BOS is id {BOS_ID}"
+        )
     owners, hashes = span_hashes(tokens, starts, lengths)
     keys, inverse = np.unique(hashes, return_inverse=True)
     found = find_hashes(train, keys, bool((lengths < SPAN).any()))[inverse]
@@ -984,7 +1035,9 @@ def read_record(path: Path) -> dict:
 
 def list_shards(folder: Path, split: str) -> dict[Path, int]:
     """Return the shards of a split with their token counts, in order. InputError for a malformed shard."""
-    paths = sorted(path for path in folder.glob(f"fineweb_{split}_*.bin") if re.fullmatch(SHARD_FILE, path.name))
+    paths = sorted(
+        path for path in folder.glob(f"fineweb_{split}_*.bin") if re.fullmatch(SHARD_FILE, path.name)
+    )
     if not paths:
         raise InputError(f"{folder}: no {SHARD_NAME.format(split=split, index=0)} in this folder")
     shards = {}
@@ -1041,7 +1094,9 @@ def span_hashes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
     for begin in range(0, len(tokens), CHUNK_TOKENS):
         own = long[slice(*np.searchsorted(positions[long], (begin, begin + CHUNK_TOKENS)))]
         if len(own):
-            hashes[own] = rolling_hashes(tokens[begin : begin + CHUNK_TOKENS + SPAN - 1])[positions[own] - begin]
+            hashes[own] = rolling_hashes(tokens[begin : begin + CHUNK_TOKENS + SPAN - 1])[
+                positions[own] - begin
+            ]
     return owners, hashes
 
 
@@ -1051,9 +1106,13 @@ def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.nd
     table, shift = np.zeros(1 << bits, bool), np.uint64(64 - bits)
     table[keys >> shift] = True
     found = np.zeros(len(keys), bool)
-    with tqdm(desc="comparing", total=sum(shards.values()), unit="token", unit_scale=True, disable=None) as progress:
+    with tqdm(
+        desc="comparing", total=sum(shards.values()), unit="token", unit_scale=True, disable=None
+    ) as progress:
         kept = np.zeros(0, "<u2")
-        for chunk in itertools.chain(read_chunks(shards), [np.array([BOS_ID], "<u2")]):  # the BOS ends a short document
+        for chunk in itertools.chain(
+            read_chunks(shards), [np.array([BOS_ID], "<u2")]
+        ):  # the BOS ends a short document
             tokens = np.concatenate([kept, chunk])
             kept = tokens[-SPAN - 1 :]  # a span, or BOS, a short document and BOS, may cross chunks
             hashes = rolling_hashes(tokens)
@@ -1081,9 +1140,9 @@ def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
                 yield chunk
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def describe(manifest: dict) -> str:
@@ -1098,9 +1157,13 @@ def describe(manifest: dict) -> str:
 
 def describe_overlap(overlap: dict, seconds: float) -> str:
     """Return two lines of text for the result of count_overlap."""
-    rate = f"{overlap['train_tokens']:,} training tokens in {seconds:.2f} s, {overlap['train_tokens'] / seconds:,.0f}"
+    rate = (
+        f"{overlap['train_tokens']:,} training tokens in {seconds:.2f} s, "
+        f"{overlap['train_tokens'] / seconds:,.0f}"
+    )
     return (
-        f"overlap: {overlap['documents_inside']:,} of {overlap['documents']:,} validation documents occur in the "
+        f"overlap: {overlap['documents_inside']:,} of {overlap['documents']:,} validation documents occur in "
+        "the "
         f"training shards, {overlap['documents_touched']:,} share a span of {SPAN} tokens with them; "
         f"{overlap['documents_short']:,} documents of fewer than {SPAN} tokens were compared whole\n"
         f"overlap: {overlap['spans_found']:,} of {overlap['spans']:,} spans found; {rate} tokens/s; "
@@ -1115,8 +1178,12 @@ def core_count() -> int:
 
 def parse_arguments(arguments: list[str] | None) -> Job | Path:
     """Return the job that the command line describes, or the folder of --overlap."""
-    parser = argparse.ArgumentParser(description="Turn any text into a tokenizer, token shards and a manifest.")
-    parser.add_argument("inputs", nargs="*", type=Path, metavar="INPUT", help=".txt, .jsonl (.gz, .xz, .zst) or folder")
+    parser = argparse.ArgumentParser(
+        description="Turn any text into a tokenizer, token shards and a manifest."
+    )
+    parser.add_argument(
+        "inputs", nargs="*", type=Path, metavar="INPUT", help=".txt, .jsonl (.gz, .xz, .zst) or folder"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the result")
     parser.add_argument(
         "--overlap",
@@ -1127,14 +1194,26 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
     parser.add_argument("--name", help="dataset name in the manifest (default: name of the folder)")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in .jsonl objects")
     tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--vocab-size", type=int, default=1024, help="pieces of the new tokenizer (default: 1024)")
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="FILE.model", help="use this SentencePiece model instead")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=1024, help="pieces of the new tokenizer (default: 1024)"
+    )
+    tokenizer.add_argument(
+        "--tokenizer", type=Path, metavar="FILE.model", help="use this SentencePiece model instead"
+    )
     split = parser.add_mutually_exclusive_group()
     split.add_argument("--val-docs", type=int, metavar="N", help="use the first N documents for validation")
-    split.add_argument("--val-fraction", type=float, default=0.02, metavar="F", help="split by hash (default: 0.02)")
-    split.add_argument("--val-input", type=Path, nargs="+", default=[], metavar="PATH", help="separate validation text")
+    split.add_argument(
+        "--val-fraction", type=float, default=0.02, metavar="F", help="split by hash (default: 0.02)"
+    )
+    split.add_argument(
+        "--val-input", type=Path, nargs="+", default=[], metavar="PATH", help="separate validation text"
+    )
     parser.add_argument(
-        "--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens per shard (default: 100000000)"
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens per shard (default: 100000000)",
     )
     parser.add_argument(
         "--tokenizer-sample-bytes",
@@ -1143,8 +1222,12 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
         metavar="N",
         help="bytes of text that the tokenizer is trained on (default: 64000000)",
     )
-    parser.add_argument("--workers", type=int, default=core_count(), metavar="N", help="processes (default: all cores)")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the hash split and the tokenizer sample")
+    parser.add_argument(
+        "--workers", type=int, default=core_count(), metavar="N", help="processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1337, help="seed of the hash split and the tokenizer sample"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier preparation in DIR")
     options = vars(parser.parse_args(arguments))
     if overlap := options.pop("overlap"):

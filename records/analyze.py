@@ -57,10 +57,13 @@ ROWS = (  # key of result.json, label, format
 BLOCK = 2048  # targets per block, the cluster for standard errors if there are too few documents
 MIN_DOCUMENTS = 20  # with fewer documents, standard errors are clustered by block
 NLL_NOTES = {
-    "the gain, nats a target": "By the cluster used for errors; the tables below use the first. ± is a standard error, "
-    "from and to are 95 % intervals: for these weights, on text like this. The training seed changes the gain too: "
+    "the gain, nats a target": "By the cluster used for errors; the tables below use the first. ± is a "
+    "standard error, "
+    "from and to are 95 % intervals: for these weights, on text like this. The training seed changes the "
+    "gain too: "
     "compare trainings over seeds, with sweep.py compare.",
-    "loss, mean of both": "In nats. Binned by the loss of one model, the other would look better in the high bins "
+    "loss, mean of both": "In nats. Binned by the loss of one model, the other would look better in the high "
+    "bins "
     "(regression to the mean).",
 }
 RESAMPLES = 2000  # bootstrap resamples
@@ -72,9 +75,9 @@ BATCH_TOKENS = 2048  # per batch: second derivatives keep every attention matrix
 LANCZOS, PROBES = 24, 16  # Hessian-vector products for the eigenvalues and for the trace
 SHOWN = (2, 4, 8, 16, LANCZOS)  # reported Lanczos steps
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Estimates with standard errors
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
@@ -125,9 +128,9 @@ def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, f
     return float(low), float(high)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading and writing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
@@ -143,7 +146,9 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
             result |= {key: scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
-        if bad := [i for i, row in enumerate(metrics, 1) if not isinstance(row, dict) or "seconds" not in row]:
+        if bad := [
+            i for i, row in enumerate(metrics, 1) if not isinstance(row, dict) or "seconds" not in row
+        ]:
             raise ValueError(f"line {bad[0]} of metrics.jsonl has no time in seconds")
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} has no finished run: {error}") from error
@@ -162,7 +167,9 @@ def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.C
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder} is not a run folder: {error}") from error
     if unknown := sorted(set(settings) - {f.name for f in fields(tg.Config)}):
-        raise ValueError(f"{folder}/config.json: unknown settings {', '.join(unknown)}, written by another version")
+        raise ValueError(
+            f"{folder}/config.json: unknown settings {', '.join(unknown)}, written by another version"
+        )
     settings |= dict(data_path=str(data), val_files="") if data else {}
     settings |= dict(tokenizer_path=str(tokenizer)) if tokenizer else {}
     return tg.Config(**settings | dict(mtp_num_heads=0))  # MTP heads are used in training only
@@ -183,18 +190,26 @@ def documents_of(tokens: np.ndarray) -> np.ndarray:
 def table_text(title: str, note: str, tables: Mapping[str, Table], form: str) -> str:
     """Return `tables` as one text table, with a line per row and table name."""
     rows = list(dict.fromkeys(row for each in tables.values() for row in each))
-    columns = list(dict.fromkeys(column for each in tables.values() for row in each.values() for column in row))
+    columns = list(
+        dict.fromkeys(column for each in tables.values() for row in each.values() for column in row)
+    )
     body = [["", "", *columns]]
     for row in rows:
         for number, (name, each) in enumerate(tables.items()):
-            cells = [each[row][column].text(form) if column in each.get(row, {}) else "" for column in columns]
+            cells = [
+                each[row][column].text(form) if column in each.get(row, {}) else "" for column in columns
+            ]
             body.append(["" if number else row, name, *cells])
     body = body if rows else []
     widths = [max(map(len, column)) for column in zip(*body, strict=True)]
     left = [f"  {row.ljust(widths[0])}  {name.ljust(widths[1])}" for row, name, *_ in body]
-    right = [(cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True)) for _, _, *cells in body]
+    right = [
+        (cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True)) for _, _, *cells in body
+    ]
     lines = [(start + "  " + "  ".join(cells)).rstrip() for start, cells in zip(left, right, strict=True)]
-    return "\n".join(["", title, *textwrap.wrap(note, 116, initial_indent="  ", subsequent_indent="  "), *lines])
+    return "\n".join(
+        ["", title, *textwrap.wrap(note, 116, initial_indent="  ", subsequent_indent="  "), *lines]
+    )
 
 
 def as_json(table: Table) -> dict[str, Any]:
@@ -223,9 +238,9 @@ def write_report(given: argparse.Namespace, text: str, report: Any, paint: Calla
     print(f"written: {stem}.txt, .json, .png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Curves of runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def table(results: dict[str, dict]) -> str:
@@ -245,7 +260,9 @@ def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
     for number, (name, (result, metrics)) in enumerate(runs.items()):
         for axis, key in ((left, "train_loss"), (right, "val_bpb")):
             points = [(row["seconds"], row[key]) for row in metrics if key in row]
-            axis.plot([x for x, _ in points], [y for _, y in points], color=f"C{number}", label=Path(name).name)
+            axis.plot(
+                [x for x, _ in points], [y for _, y in points], color=f"C{number}", label=Path(name).name
+            )
         right.axhline(result["val_bpb_sliding"], color=f"C{number}", linestyle=":")
     left.set(xlabel="training time, s", ylabel="training loss, nats per token")
     right.set(xlabel="training time, s", ylabel="validation bits per byte (dotted: artifact, sliding)")
@@ -264,9 +281,9 @@ def curves(given: argparse.Namespace) -> None:
     print(f"curve: {path}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two scores of the same targets
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
@@ -274,7 +291,9 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
     paths = [path / "nll.npy" if path.is_dir() else path for path in (given.a, given.b)]
     folders = [path.parent for path in paths if (path.parent / "config.json").exists()]
     if not folders:
-        raise ValueError(f"neither {given.a} nor {given.b} is in a run folder, and config.json names the scored text")
+        raise ValueError(
+            f"neither {given.a} nor {given.b} is in a run folder, and config.json names the scored text"
+        )
     tokens, shards, byte_table = read_text(read_config(folders[0], given.data, given.tokenizer))
     losses = []
     for path in paths:
@@ -283,7 +302,8 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{path} is not an nll.npy of eval_ttt.py: {error}") from error
         if losses[-1].shape != (len(tokens) - 1,) or not np.isfinite(losses[-1]).all():
-            raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in {', '.join(shards)}, "
+            raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in "
+                             f"{', '.join(shards)}, "
                              "or not all finite")  # fmt: skip
         if (path.parent / "eval_ttt.json").exists():
             scored = read_object(path.parent / "eval_ttt.json", "sha256_shards")["sha256_shards"]
@@ -292,7 +312,9 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
     return losses, tokens, byte_table
 
 
-def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> dict[str, dict[str, np.ndarray]]:
+def buckets(
+    tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable
+) -> dict[str, dict[str, np.ndarray]]:
     """Return masks over targets by position, kind, frequency and loss: kind of bucket -> name -> (targets,).
 
     Frequencies are those of this text, in fifths of its targets. `loss` is the mean of both models: binned by
@@ -300,7 +322,9 @@ def buckets(tokens: np.ndarray, loss: np.ndarray, byte_table: tg.ByteTable) -> d
     """
     found: dict[str, dict[str, np.ndarray]] = {"place in the document": {}, "kind of target": {}}
     for name, mask in classes(tokens, byte_table).items():
-        kind, name = ("place in the document", name[6:]) if name.startswith("place ") else ("kind of target", name)
+        kind, name = (
+            ("place in the document", name[6:]) if name.startswith("place ") else ("kind of target", name)
+        )
         found[kind][name] = mask
     counts = np.bincount(tokens[1:])
     order = np.argsort(-counts, kind="stable")
@@ -327,14 +351,19 @@ def independent_units(tokens: np.ndarray) -> dict[str, np.ndarray]:
     return found | {f"{len(position)} targets: too small, neighbors correlate": position}
 
 
-def compare_nll(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, Table]:
+def compare_nll(
+    a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg.ByteTable
+) -> dict[str, Table]:
     """Return the gain of B over A (A - B) in nats per target: its mean, its errors, and its breakdown."""
     gain, units = a.astype(np.float64) - b, independent_units(tokens)
     first, errors = next(iter(units.values())), {}
     for name, labels in units.items():
         mean = clustered(gain, labels)
         errors[name] = {"gain": mean}
-        spans = {"t": mean.interval(), "bootstrap": bootstrap(gain, labels) if 1 < labels[-1] + 1 < len(gain) else None}
+        spans = {
+            "t": mean.interval(),
+            "bootstrap": bootstrap(gain, labels) if 1 < labels[-1] + 1 < len(gain) else None,
+        }
         for kind, span in spans.items():
             ends = zip(("from", "to"), map(Estimate, span or ()), strict=False)
             errors[name] |= {f"{kind}: {end}": number for end, number in ends}
@@ -350,7 +379,9 @@ def compare_nll(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg
     return report
 
 
-def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, title: str, path: Path) -> None:
+def draw_nll(
+    report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, title: str, path: Path
+) -> None:
     """Plot the gain in each bucket with two standard errors, by document, and accumulated over the text."""
     figure, axes = new_figure(2, 3, 15, 8)
     _, *parts = report.items()
@@ -359,10 +390,15 @@ def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, 
         found = [cells["gain"] for cells in table.values()]
         errors = [2 * (each.error or 0.0) for each in found]
         axis.bar(names, [each.value for each in found], yerr=errors, capsize=3, color="C0", ecolor="0.3")
-        axis.set(xlabel=f"{kind}; percent of the total gain", ylabel="gain of B, nats per target ± 2 standard errors")
+        axis.set(
+            xlabel=f"{kind}; percent of the total gain",
+            ylabel="gain of B, nats per target ± 2 standard errors",
+        )
         axis.tick_params(axis="x", labelsize=8)
     document = documents_of(tokens)
-    axes[4].scatter(np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6)
+    axes[4].scatter(
+        np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6
+    )
     axes[4].set(xscale="log", xlabel="targets in the document", ylabel="gain of B, nats per target")
     places = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
     axes[5].plot(places, np.cumsum(gain)[places])
@@ -379,18 +415,21 @@ def nll(given: argparse.Namespace) -> None:
     gain, num_bytes = a.astype(np.float64) - b, int(byte_table.count(tokens[:-1], tokens[1:]).sum())
     report, sums = compare_nll(a, b, tokens, byte_table), np.bincount(documents_of(tokens), gain)
     bits = float(gain.sum()) / math.log(2) / num_bytes
-    head = [f"A {given.a}", f"B {given.b}", f"gain of B over A: {gain.mean():+.5f} nats/target, {bits:+.5f} bits per "
+    head = [f"A {given.a}", f"B {given.b}", f"gain of B over A: {gain.mean():+.5f} nats/target, {bits:+.5f} "
+                                            "bits per "
             f"byte of {num_bytes:,}; B is better in {(sums > 0).sum()} of {len(sums)} documents"]  # fmt: skip
     parts = [table_text(kind, NLL_NOTES.get(kind, ""), {"": table}, ".5f") for kind, table in report.items()]
     about = dict(a=str(given.a), b=str(given.b), targets=len(gain), bytes=num_bytes, gain_bpb=bits)
     title = f"A: {given.a}   B: {given.b}   gain of B: {bits:+.4f} bits per byte"
     paint = partial(draw_nll, report, gain, tokens, title)
-    write_report(given, "\n".join(head + parts), about | {kind: as_json(t) for kind, t in report.items()}, paint)
+    write_report(
+        given, "\n".join(head + parts), about | {kind: as_json(t) for kind, t in report.items()}, paint
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two models: analyses
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MATRICES = (  # name, bank, whether its rows are the second L rows of the bank
     ("Q", "qo_bank", 0), ("O", "qo_bank", 1), ("K", "kv_bank", 0), ("V", "kv_bank", 1), ("up", "mlp_up_bank", 0),
@@ -433,11 +472,15 @@ def read_side(folder: Path, config: tg.Config, table: tg.ByteTable, device: torc
     return Side(folder, model, setup, rounded, missing)
 
 
-def sample_rows(tokens: np.ndarray, rows: int, length: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def sample_rows(
+    tokens: np.ndarray, rows: int, length: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return inputs and targets, (rows, length) each, of distinct windows of the text sampled with `seed`."""
     windows = (len(tokens) - 1) // length
     if not 2 <= rows <= windows:
-        raise ValueError(f"--rows {rows}: must be 2 to {windows}, the number of {length}-token sequences in the text")
+        raise ValueError(
+            f"--rows {rows}: must be 2 to {windows}, the number of {length}-token sequences in the text"
+        )
     start = length * np.sort(np.random.default_rng(seed).choice(windows, rows, replace=False))
     part = torch.from_numpy(tokens[start[:, None] + np.arange(length + 1)].astype(np.int64)).to(device)
     return part[:, :-1], part[:, 1:]
@@ -471,7 +514,9 @@ def slices(state: Mapping[str, Tensor], config: tg.Config) -> Iterator[tuple[str
 def over_slices(a: Side, number: Callable[..., float], *states: Mapping[str, Tensor]) -> Table:
     """Apply `number` to each bank row of A and the same rows of `states`: matrix -> layer -> number."""
     found: Table = {name: {} for name, _, _ in MATRICES}
-    for rows in zip(*(slices(state, a.model.config) for state in (a.model.state_dict(), *states)), strict=True):
+    for rows in zip(
+        *(slices(state, a.model.config) for state in (a.model.state_dict(), *states)), strict=True
+    ):
         name, layer, _ = rows[0]
         found[name][layer] = Estimate(number(*(matrix for _, _, matrix in rows)))
     return found
@@ -520,7 +565,9 @@ class Products:
         """Add x (tokens, p) and y (tokens, q) of the same tokens."""
         x, y = x.double(), y.double()
         new = [x.sum(0), y.sum(0), x.mT @ x, y.mT @ y, x.mT @ y]
-        self.sums = new if self.sums is None else [old + part for old, part in zip(self.sums, new, strict=True)]
+        self.sums = (
+            new if self.sums is None else [old + part for old, part in zip(self.sums, new, strict=True)]
+        )
         self.count += len(x)
 
     def cka(self) -> float:
@@ -564,11 +611,14 @@ def path_loss(a: Side, b: Side, text: Text) -> Table:
             for name, p in between.named_parameters():
                 p.copy_(theirs[name] if t == 1 else ours[name].lerp(theirs[name], t))
         losses.append(row_losses(between, text))
-    above = [row_mean(x - (1 - t) * losses[0] - t * losses[-1]) for t, x in zip(FRACTIONS, losses, strict=True)]
+    above = [
+        row_mean(x - (1 - t) * losses[0] - t * losses[-1]) for t, x in zip(FRACTIONS, losses, strict=True)
+    ]
     columns = [f"{t:g}" for t in FRACTIONS]
     return {
         "loss": dict(zip(columns, map(row_mean, losses), strict=True)),
-        "above the line": dict(zip(columns, above, strict=True)) | {"barrier": max(above, key=lambda each: each.value)},
+        "above the line": dict(zip(columns, above, strict=True))
+        | {"barrier": max(above, key=lambda each: each.value)},
     }
 
 
@@ -582,7 +632,10 @@ def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
 
     def product(v: Tensor) -> Tensor:
         total, count = torch.zeros_like(v), sum(map(len, ids))
-        parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
+        parts = [
+            part.view_as(p)
+            for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)
+        ]
         for some, theirs in zip(ids, targets, strict=True):
             with sdpa_kernel(SDPBackend.MATH):  # the only backend with second derivatives
                 loss = tg.training_loss(model, some, theirs) * (len(some) / count)
@@ -595,7 +648,9 @@ def hessian_product(model: tg.GPT, text: Text) -> Callable[[Tensor], Tensor]:
     return product
 
 
-def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor, steps: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the smallest and largest Ritz value after each step, and their residuals.
 
     A residual bounds the distance to an eigenvalue. Each vector is orthogonalized against all previous ones
@@ -642,7 +697,9 @@ def trace(a: Side, text: Text) -> Table:
         z = normal_numbers(a.model, PROBES * text.seed + probe).sign()
         terms = (z * product(z)).double().split([p.numel() for p in parameters.values()])
         for group, own in draws.items():
-            own.append(sum(float(t.sum()) for name, t in zip(groups, terms, strict=True) if group in ("all", name)))
+            own.append(
+                sum(float(t.sum()) for name, t in zip(groups, terms, strict=True) if group in ("all", name))
+            )
     return {"trace": {group: clustered(np.array(own), np.arange(PROBES)) for group, own in draws.items()}}
 
 
@@ -654,7 +711,12 @@ def chunk_losses(adaptation: ev.Adaptation, text: Text, chunk: tg.Chunk) -> tupl
         part, padded = chunk.scored.take(index), chunk.scored.take(np.resize(index, adaptation.batch_rows))
         batch = tg.make_batch(text.tokens, padded, width, adaptation.device, length)
         adaptation.select(chunk, index)
-        found = adaptation.token_nll(adaptation.model, batch.ids, batch.targets, batch.columns).double().cpu().numpy()
+        found = (
+            adaptation.token_nll(adaptation.model, batch.ids, batch.targets, batch.positions)
+            .double()
+            .cpu()
+            .numpy()
+        )
         row, column = np.nonzero(batch.counts[: len(index)])
         targets.append((part.start + part.begin)[row] + column)
         losses.append(found[row, column])
@@ -669,12 +731,18 @@ def along_step(a: Side, text: Text) -> Table:
     """
     c = replace(a.setup.config, ttt_epochs=1, ttt_top_frac=1.0)
     plan = a.setup.plan(text.tokens) if c.ttt_mode != "none" else []
-    if len(plan) < 2 or plan[0].learned is None or (plan[0].slots and plan[1].slots.group != plan[0].slots.group):
+    if (
+        len(plan) < 2
+        or plan[0].adapted is None
+        or (plan[0].slots and plan[1].slots.group != plan[0].slots.group)
+    ):
         return {}  # no adaptation, or no next chunk
     model = deepcopy(a.model).requires_grad_(False)
-    adaptation = ev.Adaptation(model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None)
+    adaptation = ev.Adaptation(
+        model, replace(a.setup, config=c, nll_fn=tg.token_nll), plan, lambda chunk: None
+    )
     adaptation.begin(0, plan[0])
-    adaptation.learn(text.tokens, plan[0], torch.zeros(0))
+    adaptation.adapt(text.tokens, plan[0], torch.zeros(0))
     fast, table, document = adaptation.trainer.fast, {}, documents_of(text.tokens)
     moved = {name: value - fast.base[name] for name, value in fast.values.items()}
     for number, name in ((1, "what comes next"), (0, "what was learned")):
@@ -697,7 +765,13 @@ def rounding(a: Side, text: Text) -> Table:
     model = deepcopy(a.model)
     model.load_state_dict(a.rounded.state)
     plain, rounded = row_losses(a.model, text), row_losses(model, text)
-    return {"nats": {"weights": row_mean(plain), "artifact": row_mean(rounded), "added": row_mean(rounded - plain)}}
+    return {
+        "nats": {
+            "weights": row_mean(plain),
+            "artifact": row_mean(rounded),
+            "added": row_mean(rounded - plain),
+        }
+    }
 
 
 def relative_error(W: Tensor, Q: Tensor, H: Tensor | None = None) -> float:
@@ -723,14 +797,18 @@ def meta_rates(a: Side, text: Text) -> Table:
     factors = a.setup.artifact.factors
     found: Table = {}
     for name, bank, second in MATRICES if factors else ():
-        rows = factors[bank].flatten()[second * a.model.config.num_layers :][: a.model.config.num_layers].tolist()
+        rows = (
+            factors[bank]
+            .flatten()[second * a.model.config.num_layers :][: a.model.config.num_layers]
+            .tolist()
+        )
         found[name] = {str(layer): Estimate(value) for layer, value in enumerate(rows)}
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two models: the report
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Analysis(NamedTuple):
@@ -747,17 +825,21 @@ class Analysis(NamedTuple):
 ANALYSES = {
     "cosines": Analysis(cosines, True, "cosine of the weights, by layer", "0: unrelated"),
     "outputs": Analysis(
-        partial(subspaces, right=False), True, "overlap of leading left singular subspaces (outputs), by layer",
-        f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: identical. Muon leaves flat spectra, "
+        partial(subspaces, right=False), True, "overlap of leading left singular subspaces (outputs), by "
+                                               "layer",
+        f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: identical. Muon leaves "
+        "flat spectra, "
         "so which directions are leading is partly noise."),
     "inputs": Analysis(
-        partial(subspaces, right=True), True, "overlap of leading right singular subspaces (inputs), by layer"),
+        partial(subspaces, right=True), True, "overlap of leading right singular subspaces (inputs), by "
+                                              "layer"),
     "cka": Analysis(
         cka, True, "linear CKA of the inputs of the matrices, by layer",
         "1: equal up to a rotation (including a permutation of units) and a scale."),
     "path": Analysis(
         path_loss, True, "loss under linear interpolation, by fraction of the other model, nats per token",
-        "All parameters. Permutations of hidden units and heads are not removed: runs with different seeds have a "
+        "All parameters. Permutations of hidden units and heads are not removed: runs with different seeds "
+        "have a "
         "barrier whatever their settings.", ".4f"),
     "eigenvalues": Analysis(
         eigenvalues, False, "extreme eigenvalues of the Hessian, by Lanczos step",
@@ -766,12 +848,14 @@ ANALYSES = {
         trace, False, "trace of the Hessian, by parameter group",
         f"Of the same loss; {PROBES} probes, equal for all models; errors are over probes, not over text.", ".4g"),
     "step": Analysis(
-        along_step, False, "change of the loss along the evaluator's first step, by multiple, nats per target",
+        along_step, False, "change of the loss along the evaluator's first step, by multiple, nats per "
+                           "target",
         "All with A's evaluator settings.", ".4f", "TTT_MODE=none, or too little text to adapt"),
     "rounding": Analysis(rounding, False, "loss of weights and artifact, nats per token", "", ".5f", "no artifact"),
     "rounded_weights": Analysis(
         partial(quantization_error, outputs=False), False, "quantization error, |W - Q| / |W|, by layer",
-        "Large where it costs little: scales follow the loss, and GPTQ's later columns compensate earlier ones.", ".4f",
+        "Large where it costs little: scales follow the loss, and GPTQ's later columns compensate earlier "
+        "ones.", ".4f",
         "no artifact"),
     "rounded_outputs": Analysis(
         partial(quantization_error, outputs=True), False, "output error, |(W - Q) x| / |W x|, by layer", "", ".4f",
@@ -792,7 +876,9 @@ def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
                                       for column, cell in cells.items()} for row, cells in table.items()}
                 for name, table in shown.items()}  # fmt: skip
         shown = {"A": first} | more
-    return table_text(analysis.title, analysis.note if shown else f"None: {analysis.empty}.", shown, analysis.form)
+    return table_text(
+        analysis.title, analysis.note if shown else f"None: {analysis.empty}.", shown, analysis.form
+    )
 
 
 def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Path) -> None:
@@ -802,7 +888,9 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Pa
     figure, axes = new_figure(rows, columns, 6 * columns, 4.2 * rows + 0.5)
     for axis, (key, found) in zip(axes, curves.items(), strict=False):
         for name, table in found.items():
-            for color, (row, cells) in enumerate((row, cells) for row, cells in table.items() if row not in ASIDE):
+            for color, (row, cells) in enumerate(
+                (row, cells) for row, cells in table.items() if row not in ASIDE
+            ):
                 points = {column: cell for column, cell in cells.items() if column not in ASIDE}
                 errors = [2 * (cell.error or 0.0) for cell in points.values()]
                 label = row if table is next(each for each in found.values() if each) else None
@@ -815,7 +903,9 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Pa
         axis.legend(fontsize=7)
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
-    figure.suptitle(f"{title}\nsolid: A; dashed: B, or A to B; dotted: null, or A to null; bars: 2 standard errors")
+    figure.suptitle(
+        f"{title}\nsolid: A; dashed: B, or A to B; dotted: null, or A to null; bars: 2 standard errors"
+    )
     save_figure(figure, path, dpi=110)
 
 
@@ -842,7 +932,10 @@ def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[st
     ways = [name for part in ("data", "scoring", "evaluator") for name in tg.sections()[part]]
     same = {name: getattr(configs["A"], name) for name in ways}
     sides = {name: read_side(folders[name], replace(c, **same), table, device) for name, c in configs.items()}
-    shapes = {name: {key: tuple(p.shape) for key, p in side.model.named_parameters()} for name, side in sides.items()}
+    shapes = {
+        name: {key: tuple(p.shape) for key, p in side.model.named_parameters()}
+        for name, side in sides.items()
+    }
     for name, theirs in shapes.items():
         if apart := [f"{key} {shapes['A'].get(key)} -> {theirs.get(key)}" for key in {**shapes["A"], **theirs}
                      if shapes["A"].get(key) != theirs.get(key)]:  # fmt: skip
@@ -860,11 +953,15 @@ def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[s
         lines[-1] += "" if name == "A" else f": {apart}; SEED {config.seed} -> {theirs.seed}"
         lines += [f"     {side.missing}"] if side.missing else []
     if not given.null:
-        lines.append("no --null: the variation between repeats of A is unknown, so no difference here shows an effect")
+        lines.append(
+            "no --null: the variation between repeats of A is unknown, so no difference here shows an effect"
+        )
     elif (sides["B"].setup.config.seed == config.seed) != (sides["null"].setup.config.seed == config.seed):
-        lines.append("only one of B and null has A's seed: similarity from equal initial weights, or its absence, is "
+        lines.append("only one of B and null has A's seed: similarity from equal initial weights, or its "
+                     "absence, is "
                      "not an effect of settings")  # fmt: skip
-    return [*lines, f"sample: {given.rows} sequences of {config.train_seq_len} tokens of the validation text, --seed "
+    return [*lines, f"sample: {given.rows} sequences of {config.train_seq_len} tokens of the validation "
+                    "text, --seed "
             f"{given.seed}; ± is a standard error over sequences, documents or probes; float32"]  # fmt: skip
 
 
@@ -883,21 +980,25 @@ def weights(given: argparse.Namespace) -> None:
         report[key] = {name: analysis.measure(a, side, text) if analysis.pair else analysis.measure(side, text)
                        for name, side in (others if analysis.pair else sides).items()}  # fmt: skip
         parts.append(analysis_text(analysis, report[key]))
-    about = dict(runs={name: str(side.folder) for name, side in sides.items()}, rows=given.rows, seed=given.seed)
+    about = dict(
+        runs={name: str(side.folder) for name, side in sides.items()}, rows=given.rows, seed=given.seed
+    )
     plain = {key: {name: as_json(table) for name, table in found.items()} for key, found in report.items()}
     title = "   ".join(f"{name}: {side.folder}" for name, side in sides.items())
     write_report(given, "\n".join(parts), about | plain, partial(draw_weights, report, title))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 COMMANDS = {"curves": curves, "nll": nll, "weights": weights}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("curves", help="table and curves of runs (the default command)")
     runs.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")

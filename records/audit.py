@@ -1,7 +1,9 @@
-"""Audit: check that an evaluation is legal. `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
+"""Audit: check that an evaluation is legal. `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json
+and .txt.
 
-The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are compared.
-Checks T1 to T21 look at what was computed, not at the plan; records/legality.md says what each mode knows in advance.
+The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are
+compared. Checks T1 to T21 look at what was computed, not at the plan; records/legality.md says what each mode
+knows in advance.
 """
 
 from __future__ import annotations
@@ -28,20 +30,21 @@ import train_gpt as tg
 from eval_ttt import Adaptation, Setup, mode_of
 from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Trace:
-    """An evaluation as the audit sees it, from what was computed, not from what was planned; one entry a target.
+    """An evaluation as the audit sees it, from what was computed, not from what was planned; one entry a
+    target.
 
-    turn: how often something had been learned when it was scored; read_from: the first token that its window read;
-    count: how often it was scored; from_row: -log of its entry in the whole, normalized distribution. rows: the
-    distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn", windows) in order.
-    spread: the largest difference of a loss, in nats, between two evaluations of the same text; 0: none is admitted.
-    base_turns: the turns that follow a step of the base.
+    turn: how often something had been learned when it was scored; read_from: the first token that its window
+    read; count: how often it was scored; from_row: -log of its entry in the whole, normalized distribution.
+    rows: the distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn",
+    windows) in order. spread: the largest difference of a loss, in nats, between two evaluations of the same
+    text; 0: none is admitted. base_turns: the turns that follow a step of the base.
     """
 
     nll: np.ndarray
@@ -55,7 +58,8 @@ class Trace:
     base_turns: Sequence[int] = ()
 
     def differ(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Where two arrays of nats differ by more than chance: at all, or by four times what a repetition does."""
+        """Where two arrays of nats differ by more than chance: at all, or by four times what a repetition
+        does."""
         return (one != other) & ~(np.abs(one - other) <= 4 * self.spread)
 
 
@@ -69,7 +73,7 @@ class Enough(Exception):
 def log_distributions(model: tg.GPT, adaptation: Adaptation | None, batch: tg.Batch) -> Tensor:
     """Logs of the distributions of a batch's targets, (B, C, V)."""
     replaced, adapters = adaptation.replacements() if adaptation else ({}, {})
-    extra = dict(adapters=adapters, columns=batch.columns)
+    extra = dict(adapters=adapters, positions=batch.positions)
     return torch.func.functional_call(model, replaced, (batch.ids,), extra).log_softmax(-1)
 
 
@@ -84,12 +88,14 @@ def ppm_row(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     return -np.log(probability + escape / vocab_size)
 
 
-def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (), until: float = math.inf) -> Trace:
+def trace_evaluation(
+    setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (), until: float = math.inf
+) -> Trace:
     """Evaluate `tokens` and watch.
 
-    probes: targets whose whole distributions are wanted; they are computed again, with the weights of the moment, for
-    every batch. until: the last turn of interest, later ones may miss. With both, only batches that hold probes are
-    computed again, and the evaluation ends with the last of them.
+    probes: targets whose whole distributions are wanted; they are computed again, with the weights of the
+    moment, for every batch. until: the last turn of interest, later ones may miss. With both, only batches
+    that hold probes are computed again, and the evaluation ends with the last of them.
     """
     targets, rows = len(tokens) - 1, {}
     events, base_turns = [], []
@@ -101,13 +107,15 @@ def trace_evaluation(setup: Setup, tokens: np.ndarray, probes: Sequence[int] = (
         turns += 1
         if turns > until and not probes:
             raise Enough
-        events.append(("learn", chunk.learned))
+        events.append(("learn", chunk.adapted))
         if chunk.base:
             base_turns.append(turns)
 
     def observe(model: tg.GPT, adaptation: Any, windows: Windows, batch: tg.Batch, losses: Tensor) -> None:
         held = {*probes} & {t for begin, end in windows.ranges() for t in range(begin, end)}
-        log_p = log_distributions(model, adaptation, batch) if held or (probes and until == math.inf) else None
+        log_p = (
+            log_distributions(model, adaptation, batch) if held or (probes and until == math.inf) else None
+        )
         for w, (start, begin, end) in enumerate(zip(*(part.tolist() for part in windows), strict=True)):
             at = slice(start + begin, start + end)
             turn[at], read_from[at], nll[at] = turns, start, losses[w, : end - begin].float().cpu().numpy()
@@ -149,22 +157,26 @@ class Check(NamedTuple):
 def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
     """Turns, and which targets to change: all that are scored later, and in the turn those beyond some place.
 
-    The turns are the first, the middle one, one at random after that, and those that follow a step of the base. The
-    place is the third smallest in a window, so that almost all of the turn changes; or the middle of the turn's targets
-    in the order of the text, so that the windows before it do not; or the turn's end.
+    The turns are the first, the middle one, one at random after that, and those that follow a step of the
+    base. The place is the third smallest in a window, so that almost all of the turn changes; or the middle
+    of the turn's targets in the order of the text, so that the windows before it do not; or the turn's end.
     """
     index, turns = np.arange(len(base.turn)), np.unique(base.turn)
     late = rng.choice(turns[len(turns) // 2 : max(len(turns) - 1, len(turns) // 2 + 1)])
     for turn in sorted({turns[0], turns[len(turns) // 2], late, *(turns[np.isin(turns, base.base_turns)])}):
         here, offset = base.turn == turn, index - base.read_from
         early, middle = offset > np.sort(offset[here])[:3][-1], index > np.flatnonzero(here)[here.sum() // 2]
-        for beyond in (early, middle, ~here) if turn in (turns[0], turns[len(turns) // 2]) else (early, ~here):
+        for beyond in (
+            (early, middle, ~here) if turn in (turns[0], turns[len(turns) // 2]) else (early, ~here)
+        ):
             later = (base.turn > turn) | here & beyond
             if later.any():
                 yield turn, later
 
 
-def change(tokens: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def change(
+    tokens: np.ndarray, targets: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """The tokens with all `targets` (a mask) changed, and where. BOS stays, since windows follow from it."""
     changed, places = tokens.copy(), 1 + np.flatnonzero(targets & (tokens[1:] != BOS_ID))
     span = int(tokens.max()) - BOS_ID
@@ -191,21 +203,26 @@ def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
     detail = f"{wrong} of {compared} losses changed"
     if base.spread:
         detail += (
-            f" by more than 4 x {base.spread:.1e}, what a repetition on this device changes (at most {MAX_SPREAD})"
+            f" by more than 4 x {base.spread:.1e}, what a repetition on this device changes (at most "
+            f"{MAX_SPREAD})"
         )
-    return Check("T1 later tokens change no earlier loss", wrong == 0 and base.spread <= MAX_SPREAD, compared, detail)
+    return Check(
+        "T1 later tokens change no earlier loss", wrong == 0 and base.spread <= MAX_SPREAD, compared, detail
+    )
 
 
-def check_file_order(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+def check_file_order(
+    setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator
+) -> Check:
     """T1c: another text after a random place, where documents end included, changes no loss before it.
 
-    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this property by
-    documents, and the certificate says so.
+    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this
+    property by documents, and the certificate says so.
     """
     c, other = setup.config, tokens.copy()
     place = max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3)))
     other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
-    other[place + 1 :][rng.random(len(tokens) - place - 1) < 1 / max(c.piece_size, 8)] = BOS_ID
+    other[place + 1 :][rng.random(len(tokens) - place - 1) < 1 / max(c.doc_chunk, 8)] = BOS_ID
     wrong = int(base.differ(trace(other, (), math.inf).nll[:place], base.nll[:place]).sum())
     shared = shares_moments(c)
     detail = f"{wrong} of {place} losses changed" + ", TTT_MOMENTS=shared" * shared
@@ -225,23 +242,29 @@ def check_borders(setup: Setup) -> Check:
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Targets: four of each of the first two turns, one of each later half of the evaluation, two BOS; at least 8."""
+    """Targets: four of each of the first two turns, one of each later half of the evaluation, two BOS; at
+    least 8."""
     turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
     groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
     halves = np.array_split(turns[2:], 2)
     wanted = [(group, 4) for group in groups] + [(np.isin(base.turn, half) & ~is_bos, 1) for half in halves]
     probes = [
-        t for group, count in (*wanted, (is_bos, 2)) for t in rng.permutation(np.flatnonzero(group))[:count].tolist()
+        t
+        for group, count in (*wanted, (is_bos, 2))
+        for t in rng.permutation(np.flatnonzero(group))[:count].tolist()
     ]
     more = [t for t in rng.permutation(np.flatnonzero(~is_bos)).tolist() if t not in probes]
     return probes + more[: max(0, LEAST["T2"] - len(probes))]  # where all is scored in one turn
 
 
-def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True) -> Check:
-    """T2: the distribution of a target is the same whatever the target is: another token, or the document's end.
+def check_target(
+    trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True
+) -> Check:
+    """T2: the distribution of a target is the same whatever the target is: another token, or the document's
+    end.
 
-    ends: whether BOS are changed, and the last other probe into a BOS. With TTT_MOMENTS=shared the steps of all slots
-    depend on where documents end, and nothing is promised.
+    ends: whether BOS are changed, and the last other probe into a BOS. With TTT_MOMENTS=shared the steps of
+    all slots depend on where documents end, and nothing is promised.
     """
     probes = [t for t in probes_of(base, tokens, rng) if ends or tokens[t + 1] != BOS_ID]
     until, wrong, inner = base.turn[probes].max(initial=0), 0, [t for t in probes if tokens[t + 1] != BOS_ID]
@@ -252,18 +275,21 @@ def check_target(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
         if into_bos or not len(places):
             other[t + 1] = BOS_ID if into_bos else rng.integers(BOS_ID + 1, int(tokens.max()) + 1)
         wrong += int(base.differ(trace(other, [t], until).rows[t], rows[t]).any())
-    return Check("T2 no distribution sees its target", wrong == 0, len(tries), f"{wrong} of {len(tries)} changed; "
+    return Check("T2 no distribution sees its target", wrong == 0, len(tries), f"{wrong} of {len(tries)} "
+                                                                               "changed; "
                  f"{len(probes) - len(inner)} of a BOS, {len(tries) - len(probes)} by a BOS")  # fmt: skip
 
 
 def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T3: each loss is -log of the target's entry in a whole distribution, and those in base.rows add up to one."""
+    """T3: each loss is -log of the target's entry in a whole distribution, and those in base.rows add up to
+    one."""
     error = np.abs(base.nll - base.from_row)
     own = [abs(base.nll[t] + row[tokens[t + 1]]) for t, row in base.rows.items()]
     total = [abs(float(np.logaddexp.reduce(row))) for row in base.rows.values()]
     fine = (error < 1e-4).all() and all(x < 1e-4 for x in (*own, *total))
     return Check("T3 losses are of normalized distributions", bool(fine), len(error),
-                 f"largest difference {np.max([*error, *own]):.1e}; log of the sum of {len(total)} distributions "
+                 f"largest difference {np.max([*error, *own]):.1e}; log of the sum of {len(total)} "
+                 "distributions "
                  f"{max(total, default=0.0):.1e}")  # fmt: skip
 
 
@@ -274,7 +300,8 @@ def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Ge
 
 
 def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T5: in the order of events, nothing is learned from that is not scored, and nothing is scored afterwards."""
+    """T5: in the order of events, nothing is learned from that is not scored, and nothing is scored
+    afterwards."""
     scored, learned = set(), set()
     wrong, times = 0, 0
     for kind, windows in base.events:
@@ -302,7 +329,8 @@ def check_bytes(tokens: np.ndarray, byte_table: tg.ByteTable, tokenizer: Any) ->
 def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plain: np.ndarray) -> Check:
     """T10: windows that slide gain over windows side by side; after learning the text by heart they lose.
 
-    The gap may shrink in a legal way, since learning does some of what context does: that alone is no verdict.
+    The gap may shrink in a legal way, since learning does some of what context does: that alone is no
+    verdict.
     """
 
     def mean(x: np.ndarray) -> tuple[float, float]:
@@ -320,20 +348,26 @@ def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plai
 
 
 def float32_nll(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """The losses of `score_plan` by a float32 forward, with torch's own attention: flash kernels take no float32."""
+    """The losses of `score_plan` by a float32 forward, with torch's own attention: flash kernels take no
+    float32."""
     kernel = tg.torch_attention() if setup.device.type == "cuda" else setup.kernel
     model = tg.GPT(setup.artifact.config, torch.float32, kernel, setup.byte_table.has_leading_space)
     model.load_state_dict(setup.artifact.state)
-    model, plan = model.to(setup.device).requires_grad_(False), [c._replace(learned=None) for c in setup.plan(tokens)]
+    model, plan = (
+        model.to(setup.device).requires_grad_(False),
+        [c._replace(adapted=None) for c in setup.plan(tokens)],
+    )
     return tg.score(model, tokens, plan, setup.byte_table, setup.batch_seqs(), setup.nll_fn).nll
 
 
 def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
-    """T11: steps of size zero give the loss of no steps, bit for bit; and the plain forward's, but for rounding.
+    """T11: steps of size zero give the loss of no steps, bit for bit; and the plain forward's, but for
+    rounding.
 
-    Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a float32 forward
-    is the measure: losses of no steps may be twice as far from that (root mean square), and four times that distance
-    from the plain ones (largest). On the first half of the text, if that is longer than a window.
+    Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a float32
+    forward is the measure: losses of no steps may be twice as far from that (root mean square), and four
+    times that distance from the plain ones (largest). On the first half of the text, if that is longer than a
+    window.
     """
     tokens = tokens[: max(len(tokens) // 2, setup.config.eval_seq_len) + 1]
     still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
@@ -342,13 +376,16 @@ def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
     plain, alpha = ev.score_plan(setup, tokens).nll, setup.config.ppm_alpha
     exact = plain if tg.compute_dtype(setup.device) == torch.float32 else float32_nll(setup, tokens)
     if alpha < 1:
-        plain, exact = (ev.mixed_nll(x, ev.ppm_nll(tokens, setup.config.vocab_size), alpha) for x in (plain, exact))
+        plain, exact = (
+            ev.mixed_nll(x, ev.ppm_nll(tokens, setup.config.vocab_size), alpha) for x in (plain, exact)
+        )
     wrong, apart = int((zero != off).sum()), float(np.abs(off - plain).max())
     limit = 1e-3 + 4 * float(np.abs(plain - exact).max())
     near, far = (float(np.sqrt(np.mean((x - exact) ** 2, dtype=np.float64))) for x in (plain, off))
     ok = wrong == 0 and apart < limit and far < 1e-3 + 2 * near
     return Check("T11 learning rate 0 changes nothing", ok, len(zero),
-                 f"{wrong} losses differ from those without steps; the plain forward's within {apart:.1e}, limit "
+                 f"{wrong} losses differ from those without steps; the plain forward's within {apart:.1e}, "
+                 "limit "
                  f"{limit:.1e}; from float32 {far:.1e} on average, plain {near:.1e}")  # fmt: skip
 
 
@@ -360,7 +397,9 @@ def check_parity(setup: Setup, tokens: np.ndarray) -> Check:
     _, adapters = fast.weights(fast.values)
     with torch.no_grad():
         apart = float((model(ids) - model(ids, adapters=adapters)).abs().max())
-    return Check("T14 zero adapters give the plain logits", apart == 0, ids.numel(), f"largest difference {apart:.1e}")
+    return Check(
+        "T14 zero adapters give the plain logits", apart == 0, ids.numel(), f"largest difference {apart:.1e}"
+    )
 
 
 def check_warm_up(setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray) -> Check:
@@ -377,15 +416,20 @@ def check_files(opened: Sequence[str], train_pattern: str, val_pattern: str = ""
 
     opened: the files that the process opened, in order; from index `began` on, by the evaluations.
     """
-    train, val = ({os.path.realpath(path) for path in glob(pattern)} for pattern in (train_pattern, val_pattern))
+    train, val = (
+        {os.path.realpath(path) for path in glob(pattern)} for pattern in (train_pattern, val_pattern)
+    )
     real = [(path, os.path.realpath(path)) for path in opened]
     found = {path for path, file in real if file in train or "fineweb_train" in path + file}
     found |= {path for path, file in real[began:] if file in val}
-    return Check("T6 no training data is opened", not found, len({*opened}), ", ".join(sorted(found)) or "none was")
+    return Check(
+        "T6 no training data is opened", not found, len({*opened}), ", ".join(sorted(found)) or "none was"
+    )
 
 
 def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
-    """T15: targets are scored in the file's order; by documents, the documents of each group begin in that order."""
+    """T15: targets are scored in the file's order; by documents, the documents of each group begin in that
+    order."""
     first = np.full(len(tokens) - 1, len(base.events))
     for number, (kind, windows) in reversed([*enumerate(base.events)]):
         for begin, end in windows.ranges() if kind == "score" else ():
@@ -406,7 +450,8 @@ def has_moments(c: Config) -> bool:
 
 
 def shares_moments(c: Config) -> bool:
-    """Whether documents in different slots share second moments, so that losses depend on text later in the file."""
+    """Whether documents in different slots share second moments, so that losses depend on text later in the
+    file."""
     return has_moments(c) and c.ttt_moments == "shared"
 
 
@@ -427,8 +472,8 @@ def settled(setup: Setup, tokens: np.ndarray) -> int:
 def check_unwatched(
     setup: Setup, base: Trace, tokens: np.ndarray, whole: np.ndarray, rng: np.random.Generator
 ) -> Iterator[Check]:
-    """T16: the losses are the same where nobody watches and, up to `settled`, where the text goes on as it does in
-    `whole`, to a random length. T17: the score of that evaluation follows from its losses."""
+    """T16: the losses are the same where nobody watches and, up to `settled`, where the text goes on as it
+    does in `whole`, to a random length. T17: the score of that evaluation follows from its losses."""
     count, longer = settled(setup, tokens), tokens
     if count:
         longer = whole[: max(int(len(tokens) * rng.uniform(1.3, 2)), len(tokens))]
@@ -451,8 +496,12 @@ def check_unwatched(
 def check_weights(setup: Setup) -> Check:
     """T18: what is evaluated begins with the artifact's weights."""
     state, kept = setup.load().state_dict(), setup.artifact.state
-    wrong = [name for name in state if name not in kept or not torch.equal(state[name].cpu(), kept[name].cpu())]
-    return Check("T18 the weights are the artifact's", not wrong, len(state), ", ".join(wrong) or "none differs")
+    wrong = [
+        name for name in state if name not in kept or not torch.equal(state[name].cpu(), kept[name].cpu())
+    ]
+    return Check(
+        "T18 the weights are the artifact's", not wrong, len(state), ", ".join(wrong) or "none differs"
+    )
 
 
 def audit(
@@ -465,9 +514,13 @@ def audit(
 ) -> list[Check]:
     """All checks on `tokens`, with which the text `whole` begins.
 
-    trace: replaces the evaluation, so that cheats can be tried. seed: of the places, targets and tokens changed.
+    trace: replaces the evaluation, so that cheats can be tried. seed: of the places, targets and tokens
+    changed.
     """
-    trace, began = trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until)), len(opened)
+    trace, began = (
+        trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until)),
+        len(opened),
+    )
     c, whole, rng = setup.config, tokens if whole is None else whole, np.random.default_rng(seed)
     tokenizer = SentencePieceProcessor(model_proto=Path(c.tokenizer_path).read_bytes())
     base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
@@ -486,9 +539,9 @@ def audit(
     return [*checks, check_files(opened, c.shards("train"), c.shards("val"), began)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The certificate
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 T19, T20 = "T19 the printed score is that of nll.npy", "T20 the run's first losses, evaluated alone"
 # A check passes where it looked at enough; without those of ESSENTIAL nothing is certified.
@@ -515,9 +568,11 @@ def refills(plan: Sequence[Chunk]) -> int:
 
 
 def audited_config(c: Config, tokens: np.ndarray) -> Config:
-    """The settings, where needed with smaller chunks, fewer slots, groups and phases, so that little text has them all.
+    """The settings, where needed with smaller chunks, fewer slots, groups and phases, so that little text has
+    them all.
 
-    By flat chunks at least four chunks; by documents a chunk to adapt on, three refills, and steps of the base.
+    By flat chunks at least four chunks; by documents a chunk to adapt on, three refills, and steps of the
+    base.
     """
     if not mode_of(c).by_documents:
         return replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(1, (len(tokens) - 1) // 4)))
@@ -525,7 +580,9 @@ def audited_config(c: Config, tokens: np.ndarray) -> Config:
     count, prefix = len(begin), 0
     if c.ttt_mode == "phased":
         prefix = min(c.phased_ttt_prefix_docs, max(1, count // 4))
-        c = replace(c, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=min(c.phased_ttt_num_phases, 2, prefix))
+        c = replace(
+            c, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=min(c.phased_ttt_num_phases, 2, prefix)
+        )
     groups = min(c.ttt_groups, max(1, (count - prefix) // 4))
     last = (count - prefix) // groups  # documents of a group after the last border
     slots = max(1, min(c.ttt_slots, last // 2, last - MIN_REFILLS))
@@ -543,7 +600,8 @@ def reading(c: Config) -> str:
         return f"invalid: TTT_PROTOCOL={c.ttt_protocol} adapts on text that it scores later"
     shared, cosine = shares_moments(c), bool(adapts) and c.ttt_lr_schedule == "cosine"
     known = [words for holds, words in (
-        (shared, "squared gradients of documents that stand later in the file, in other slots (TTT_MOMENTS=shared)"),
+        (shared, "squared gradients of documents that stand later in the file, in other slots "
+                 "(TTT_MOMENTS=shared)"),
         (cosine, "the length of the text (TTT_LR_SCHEDULE=cosine)"),
         (not by_documents, "the end of the text, in the last window, which is as long as the others"),
     ) if holds]  # fmt: skip
@@ -566,16 +624,18 @@ def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
     """What the evaluation of `tokens` is too short to show."""
     c, plan = setup.config, setup.plan(tokens)
     by_documents, adapts = mode_of(c)
-    adapted_on = any(chunk.learned is not None and not chunk.base for chunk in plan)
+    adapted_on = any(chunk.adapted is not None and not chunk.base for chunk in plan)
     return [words for holds, words in (
         (adapts and c.ttt_protocol == "legal" and not adapted_on, "adaptation: nothing is adapted on"),
-        (by_documents and refills(plan) < MIN_REFILLS, f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
+        (by_documents and refills(plan) < MIN_REFILLS, f"slots: {refills(plan)} refills, {MIN_REFILLS} are "
+                                                       "needed"),
         (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not learn"),
     ) if holds]  # fmt: skip
 
 
 def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """A beginning of the text that has no shortfalls with the settings as they are, or is as long as is bearable."""
+    """A beginning of the text that has no shortfalls with the settings as they are, or is as long as is
+    bearable."""
     c, last = setup.config, len(tokens) - 1
     size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
     while size < most and (shortfalls(setup, tokens[: size + 1]) or not settled(setup, tokens[: size + 1])):
@@ -583,7 +643,9 @@ def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
     return tokens[: size + 1]
 
 
-def check_kept_score(path: Path, told: Mapping[str, Any], config: Config, shards: Sequence[str], targets: int) -> Check:
+def check_kept_score(
+    path: Path, told: Mapping[str, Any], config: Config, shards: Sequence[str], targets: int
+) -> Check:
     """T19: the score in eval_ttt.json is that of the losses in nll.npy (`path`), by code of its own."""
     try:
         nll = np.load(path)
@@ -594,14 +656,17 @@ def check_kept_score(path: Path, told: Mapping[str, Any], config: Config, shards
         told_of_it = told.get("sha256_nll") in (None, tg.sha256_file(path))
     except Exception as error:  # another score, or whatever broken bytes lead to
         return Check(T19, False, 0, f"{path.name}: {error!r}")
-    detail = f"val_loss:{loss:.8f} val_bpb:{bpb:.8f}" + ", but sha256_nll is of another file" * (not told_of_it)
+    detail = f"val_loss:{loss:.8f} val_bpb:{bpb:.8f}" + ", but sha256_nll is of another file" * (
+        not told_of_it
+    )
     return Check(T19, told_of_it, nll.size, detail)
 
 
 def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: Mapping[str, Any]) -> Check:
     """T20: the first losses of the run, `nll`, are those of the beginning of the text evaluated alone.
 
-    With the same versions on a CPU bit for bit. Otherwise within what T11 admits as rounding, and 1e-3 on average.
+    With the same versions on a CPU bit for bit. Otherwise within what T11 admits as rounding, and 1e-3 on
+    average.
     """
     if not settled(setup, tokens):
         return Check(T20, None, 0, "every loss depends on how the text goes on: see the reading")
@@ -612,13 +677,17 @@ def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: M
     exact = setup.device.type == "cpu" and setup.nll_fn is tg.token_nll and told.get("world_size") == 1
     if exact and told.get("versions") == setup.versions:
         wrong = int((apart != 0).sum())
-        detail = f"{wrong} of {count} losses differ, within {np.abs(apart).max():.1e} (the processor must be the run's)"
+        detail = (
+            f"{wrong} of {count} losses differ, within {np.abs(apart).max():.1e} (the processor must "
+            "be the run's)"
+        )
         return Check(T20, wrong == 0, count, detail)
     still = replace(setup, nll_fn=tg.token_nll)
     rounding = ev.score_plan(still, part).nll - float32_nll(still, part)
     limit = 1e-3 + 2 * float(np.sqrt(np.mean(rounding**2, dtype=np.float64)))
     root, mean = float(np.sqrt(np.mean(apart**2))), float(apart.mean())
-    return Check(T20, root < limit and abs(mean) < 1e-3, count, f"of {count} losses: root mean square difference "
+    return Check(T20, root < limit and abs(mean) < 1e-3, count, f"of {count} losses: root mean square "
+                                                                "difference "
                  f"{root:.1e}, limit {limit:.1e}, mean {mean:+.1e}")  # fmt: skip
 
 
@@ -644,7 +713,9 @@ def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Pat
 
 def check_training_text(setup: Setup, shards: Sequence[str], folder: Path) -> Check:
     """T21: no shard that the run in `folder` was trained on is a validation shard."""
-    return Check("T21 not trained on the validation text", *ev.trained_on_other_text(setup.config, shards, folder))
+    return Check(
+        "T21 not trained on the validation text", *ev.trained_on_other_text(setup.config, shards, folder)
+    )
 
 
 def certificate_text(report: Mapping[str, Any], first: str) -> str:
@@ -654,7 +725,9 @@ def certificate_text(report: Mapping[str, Any], first: str) -> str:
         f"  seed: {report['seed']} (--audit={report['seed']} repeats it)",
     ]
     if report["audited_settings"]:
-        lines.append("  audited with " + " ".join(f"{k.upper()}={v}" for k, v in report["audited_settings"].items()))
+        lines.append(
+            "  audited with " + " ".join(f"{k.upper()}={v}" for k, v in report["audited_settings"].items())
+        )
     lines += [f"  not audited: {words}" for words in report["not_audited"]]
     for check in report["checks"]:
         verdict = {True: "pass", False: "FAIL", None: "none"}[check["ok"]]
@@ -664,7 +737,13 @@ def certificate_text(report: Mapping[str, Any], first: str) -> str:
 
 
 def run_checks(
-    setup: Setup, small: Config, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int
+    setup: Setup,
+    small: Config,
+    tokens: np.ndarray,
+    path: Path,
+    shards: Sequence[str],
+    opened: Sequence[str],
+    seed: int,
 ) -> tuple[list[Check], list[str]]:
     """All checks, those of `audit` with the settings `small`, and what they leave out."""
     part, beside = tokens[: small.audit_tokens + 1], [*check_run(setup, tokens, shards, path)]
@@ -685,20 +764,24 @@ def run_checks(
 def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
     """File name of the certificate in `folder` that calls the evaluation with this `result` legal, or None.
 
-    It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same settings.
+    It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same
+    settings.
     """
     found = ev.read_report(folder / CERTIFICATE)[0] or {}
     hashes, settings = object_of(found, "sha256"), object_of(found, "settings")
     wanted = {"artifact": result.get("sha256_artifact"), "tokenizer": result.get("sha256_tokenizer")}
     wanted |= object_of(result, "sha256_code") | object_of(result, "sha256_shards")
     wanted |= {"nll.npy": result.get("sha256_nll")} if "nll.npy" in hashes else {}
-    used = {name: value for name, value in object_of(result, "settings").items() if name not in CHANGE_NO_LOSS}
+    used = {
+        name: value for name, value in object_of(result, "settings").items() if name not in CHANGE_NO_LOSS
+    }
     same = wanted.items() <= hashes.items() and used.items() <= settings.items()
     return CERTIFICATE if same and found.get("legal") is True else None
 
 
 def name_certificate(path: Path) -> None:
-    """Set `audit` in the eval_ttt.json beside the artifact `path`: the certificate, if that calls the run legal."""
+    """Set `audit` in the eval_ttt.json beside the artifact `path`: the certificate, if that calls the run
+    legal."""
     told, _ = ev.read_report(path.with_name("eval_ttt.json"))
     if told and told.get("sha256_artifact") == tg.sha256_file(path):
         told["audit"] = legal_certificate(path.parent, told)
@@ -706,14 +789,23 @@ def name_certificate(path: Path) -> None:
 
 
 def run_audit(
-    setup: Setup, tokens: np.ndarray, path: Path, shards: Sequence[str], opened: Sequence[str], seed: int | None = None
+    setup: Setup,
+    tokens: np.ndarray,
+    path: Path,
+    shards: Sequence[str],
+    opened: Sequence[str],
+    seed: int | None = None,
 ) -> int:
-    """Run the checks, print the certificate and write it; exit code 0 where nothing failed and enough was checked.
+    """Run the checks, print the certificate and write it; exit code 0 where nothing failed and enough was
+    checked.
 
     seed: of what is changed in the text; None: one that nobody knows beforehand.
     """
     c, began = setup.config, time.time()
-    seed, small = secrets.randbits(32) if seed is None else seed, audited_config(c, tokens[: c.audit_tokens + 1])
+    seed, small = (
+        secrets.randbits(32) if seed is None else seed,
+        audited_config(c, tokens[: c.audit_tokens + 1]),
+    )
     for name in (CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
         path.with_name(name).unlink(missing_ok=True)
     checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)

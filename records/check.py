@@ -51,9 +51,9 @@ EXPORT_TOLERANCE = 0.02  # relative; token counts of other exports of all docume
 TAIL_TOKENS = 8192  # more than dropping a partial last window loses
 UNPACK_LIMIT = 1 << 28  # bytes read from a compressed file
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading a log
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 NUM = r"(?:[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)"
 INT = r"\d[\d,]*"
@@ -71,9 +71,16 @@ LINES = tuple(  # of all log formats, anchored to the start of a line; the last 
         ("any", r"model_params: ?(?P<model_params>\d+)"),
         # only after model_params: before it a log may contain the program's source
         ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM}(?: \S+)*? (?:train_time|t): ?(?P<train_ms>{NUM})ms"),
-        ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM} train_time: ?(?P<train_minutes>{NUM})m\b"),  # from #1218 on
+        (
+            "body",
+            rf"{AT_STEP}(?:train_)?loss: ?{NUM} train_time: ?(?P<train_minutes>{NUM})m\b",
+        ),  # from #1218 on
         ("body", rf"{AT_STEP}val_loss: ?{NUM} val_bpb: ?{NUM}(?: train_time: ?(?P<train_ms>{NUM})ms)?"),
-        ("body", rf"stopping_early: ?(?P<stopped>\w+) train_time: ?(?P<train_ms>{NUM})ms step: ?(?P<steps>\d+)/\d+"),
+        (
+            "body",
+            rf"stopping_early: ?(?P<stopped>\w+) train_time: ?(?P<train_ms>{NUM})ms step: "
+            r"?(?P<steps>\d+)/\d+",
+        ),
         ("body", rf"Code size(?: \(uncompressed\))?: (?P<bytes_source>{INT}) bytes"),
         ("body", rf"Code size \(compressed\): (?P<bytes_packed>{INT}) bytes"),
         ("body", rf"Serialized model [^:]+: (?P<bytes_model>{INT}) bytes"),
@@ -93,10 +100,16 @@ SCORE_LINE = re.compile(
 STAMP = re.compile(r"(?:\[[^\]]*\]:? ?|\d+\.\d+ |\d{4}-\d\d-\d\d[T ][\d:.,]+Z? )*")  # rank, time
 SETTING = re.compile(r" +(?P<key>\w+)(?:=|: )(?P<value>.*?)(?: \(given\))?$")  # ours, from #1218 on
 PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$")  # the baseline's settings: name:value pairs on a few lines
-OWN_SETTINGS = re.compile(r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE)  # per-run settings
+OWN_SETTINGS = re.compile(
+    r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE
+)  # per-run settings
 IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights other than the artifact's
 NO_RESULT = re.compile(r"diagnostic|" + IN_MEMORY.pattern, re.IGNORECASE)
-RESULT_SCORES = (("ttt", "legal_ttt"), ("sliding", "final_int6_sliding_window"), ("roundtrip", "final_int6_roundtrip"))
+RESULT_SCORES = (
+    ("ttt", "legal_ttt"),
+    ("sliding", "final_int6_sliding_window"),
+    ("roundtrip", "final_int6_roundtrip"),
+)
 COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total", "train_shards",
           "val_tokens", "val_documents")  # fmt: skip
 
@@ -195,7 +208,9 @@ def read_log(path: str | Path, *more: str | Path) -> LogFacts:
     facts.dataset = found.get("dataset")
     facts.hessian_seconds = found.get("hessian_seconds")
     facts.train_seconds = facts.result.get("train_seconds", loop_ms / 1000 if loop_ms else None)
-    facts.step_avg_ms = facts.result.get("step_avg_ms", loop_ms / facts.steps if loop_ms and facts.steps else None)
+    facts.step_avg_ms = facts.result.get(
+        "step_avg_ms", loop_ms / facts.steps if loop_ms and facts.steps else None
+    )
     if facts.bytes_total is None and None not in (facts.bytes_code, facts.bytes_model):
         facts.bytes_total = facts.bytes_code + facts.bytes_model
     elif facts.bytes_model is None and None not in (facts.bytes_code, facts.bytes_total):
@@ -225,7 +240,8 @@ def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> N
                     if told.get("seed", found.get("seed")) != found.get("seed", told.get("seed")):
                         facts.conflicts.append(f"two seeds in one log: {facts.cite('seed')}; {cited}")
                     found |= {
-                        k: v if k in ("tokenizer", "stopped", "seed", "dataset") else number(v) for k, v in told.items()
+                        k: v if k in ("tokenizer", "stopped", "seed", "dataset") else number(v)
+                        for k, v in told.items()
                     }
                     facts.evidence |= dict.fromkeys(told, cited)
         if "steps" not in found and (match := SETTING.match(line)):
@@ -259,7 +275,9 @@ def add_score(scores: list[Score], match: re.Match, cited: str) -> None:
 def fold_results(facts: LogFacts) -> dict[str, Any]:
     """Merge the evaluator's RESULT into the trainer's; a lone evaluator's RESULT contains the trainer's."""
     for result in facts.results:
-        broken = [k for k in (*COUNTS, "train_seconds", "eval_seconds") if k in result and not is_number(result[k])]
+        broken = [
+            k for k in (*COUNTS, "train_seconds", "eval_seconds") if k in result and not is_number(result[k])
+        ]
         facts.conflicts += [f"{facts.name}: RESULT has {key} {result.pop(key)!r}" for key in broken]
     trained = next((r for r in reversed(facts.results) if "train_seconds" in r), None)
     evaluated = next((r for r in reversed(facts.results) if "val_bpb_ttt" in r), None)
@@ -316,9 +334,9 @@ def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
                     yield f"{name}: RESULT has {unit}_{key} {told:.8f}, but {score.line}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading a record
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -344,7 +362,9 @@ class Record:
 
     def values(self, fact: str) -> list[Any]:
         """Return the finite values of a fact, in the order of the runs."""
-        return [value for run in self.runs if (value := getattr(run, fact)) is not None and math.isfinite(value)]
+        return [
+            value for run in self.runs if (value := getattr(run, fact)) is not None and math.isfinite(value)
+        ]
 
 
 def read_record(path: str | Path) -> Record:
@@ -360,9 +380,13 @@ def read_record(path: str | Path) -> Record:
     record.code = [p for p in files if p.suffix == ".py"]
     record.artifacts = [p for p in files if p.suffix == ".ptz"]
     record.files = files
-    record.manifest = read_claims(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
+    record.manifest = (
+        read_claims(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
+    )
     if is_run:
-        record.runs = [read_log(*(path / name for name in ("train.log", "eval_ttt.log") if (path / name).exists()))]
+        record.runs = [
+            read_log(*(path / name for name in ("train.log", "eval_ttt.log") if (path / name).exists()))
+        ]
         return record
     not_logs = re.compile(r"requirements|certificate|readme|license", re.IGNORECASE)
     for run in gather_runs(p for p in files if p.suffix in (".log", ".txt") and not not_logs.match(p.name)):
@@ -405,9 +429,9 @@ def file_seed(log: LogFacts) -> int | None:
     return int(match[1]) if match else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Test(NamedTuple):
@@ -432,7 +456,9 @@ def paired(new: Mapping[int, float], old: Mapping[int, float]) -> Test:
     """Run a paired t-test on the seeds that both have."""
     seeds = sorted(new.keys() & old.keys())
     result = stats.ttest_rel([new[s] for s in seeds], [old[s] for s in seeds], alternative="less")
-    return Test(f"{len(seeds)} pairs of seeds", float(result.statistic), float(result.df), float(result.pvalue))
+    return Test(
+        f"{len(seeds)} pairs of seeds", float(result.statistic), float(result.df), float(result.pvalue)
+    )
 
 
 def one_sample(scores: Sequence[float], threshold: float) -> Test:
@@ -449,11 +475,17 @@ def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
     """
     ours, theirs = new.values("val_bpb"), old.values("val_bpb")
     if min(len(ours), len(theirs)) < 2:
-        raise ValueError(f"{new.path.name} and {old.path.name} need at least two scores each for a comparison")
+        raise ValueError(
+            f"{new.path.name} and {old.path.name} need at least two scores each for a comparison"
+        )
     gain, factor = mean(theirs) - mean(ours), nats_per_bpb(new)
     seeds = [{run.seed: run.val_bpb for run in record.runs if run.headline} for record in (new, old)]
     pairs = [paired(*seeds)] if len(seeds[0].keys() & seeds[1].keys()) > 1 else []
-    return gain * factor, gain, [welch(ours, theirs), one_sample(ours, mean(theirs) - MARGIN_NATS / factor), *pairs]
+    return (
+        gain * factor,
+        gain,
+        [welch(ours, theirs), one_sample(ours, mean(theirs) - MARGIN_NATS / factor), *pairs],
+    )
 
 
 def nats_per_bpb(record: Record) -> float:
@@ -461,9 +493,9 @@ def nats_per_bpb(record: Record) -> float:
     return math.log(2) / mean(run.headline.tokens_per_byte for run in record.runs if run.headline)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rules on files and claims
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence for it
 REQUIRED_KEYS = {"name": str, "author": str, "github_id": str, "date": str, "val_bpb": (int, Decimal)}
@@ -518,7 +550,11 @@ def seed_claims(record: Record) -> dict[int, dict[str, Any]]:
 
 def claimed_seeds(record: Record) -> list[int]:
     seeds = record.claims.get("seeds")
-    return [seed for seed in seeds if isinstance(seed, int)] if isinstance(seeds, list) else list(seed_claims(record))
+    return (
+        [seed for seed in seeds if isinstance(seed, int)]
+        if isinstance(seeds, list)
+        else list(seed_claims(record))
+    )
 
 
 def check_files(record: Record) -> Iterator[Finding]:
@@ -561,7 +597,9 @@ def check_claims(record: Record) -> Iterator[Finding]:
     for key, fact, combine in MEAN_CLAIMS:
         keys = [name for name, its, factor, _ in SEED_CLAIMS if its == fact and factor == 1]
         unlogged = [
-            next((e[k] for k in keys if is_number(e.get(k))), None) for s, e in entries.items() if s not in by_seed
+            next((e[k] for k in keys if is_number(e.get(k))), None)
+            for s, e in entries.items()
+            if s not in by_seed
         ]
         values = record.values(fact) + [float(value) for value in unlogged if value is not None]
         if is_number(claims.get(key)) and len(values) > (combine is stdev):
@@ -570,13 +608,22 @@ def check_claims(record: Record) -> Iterator[Finding]:
 
 
 def compare_claim(key: str, claim: Any, values: list[float], combine: Callable, lost: list[int]) -> Finding:
-    derived, decimals = f"{combine.__name__} {combine(values):.10g} of {len(values)}", SCORE_DECIMALS.get(key, 0)
+    derived, decimals = (
+        f"{combine.__name__} {combine(values):.10g} of {len(values)}",
+        SCORE_DECIMALS.get(key, 0),
+    )
     if agrees(claim, combine(values), 0, decimals) or (key == "bytes_total" and agrees(claim, mean(values))):
         return "pass", f"{key} {claim}: logs give {derived}"
     if combine is stdev and agrees(claim, pstdev(values)):
-        return "warn", f"{key} {claim} is the population standard deviation; the sample one is {stdev(values):.6f}"
+        return (
+            "warn",
+            f"{key} {claim} is the population standard deviation; the sample one is {stdev(values):.6f}",
+        )
     if lost:
-        return "warn", f"{key} {claim} cannot be recomputed: seeds {lost} have no log; the others give {derived}"
+        return (
+            "warn",
+            f"{key} {claim} cannot be recomputed: seeds {lost} have no log; the others give {derived}",
+        )
     if combine is not stdev and any(agrees(claim, value, 0, decimals) for value in values):
         return "warn", f"{key} {claim} is the value of a single seed; logs give {derived}"
     return "fail", f"{key} is {claim} in submission.json; logs give {derived}"
@@ -608,11 +655,20 @@ def check_seeds(record: Record) -> Iterator[Finding]:
     yield "pass", f"seeds {seeds}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rules on logs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-WANTED = ("seed", "steps", "step_avg_ms", "train_seconds", "eval_seconds", "bytes_code", "bytes_model", "val_tokens")
+WANTED = (
+    "seed",
+    "steps",
+    "step_avg_ms",
+    "train_seconds",
+    "eval_seconds",
+    "bytes_code",
+    "bytes_model",
+    "val_tokens",
+)
 
 
 def check_log(record: Record) -> Iterator[Finding]:
@@ -632,7 +688,9 @@ def check_log(record: Record) -> Iterator[Finding]:
 def check_settings(record: Record) -> Iterator[Finding]:
     for run in record.runs[1:]:
         first, own = record.runs[0].settings, run.settings
-        other = sorted(k for k in first.keys() & own.keys() if first[k] != own[k] and not OWN_SETTINGS.fullmatch(k))
+        other = sorted(
+            k for k in first.keys() & own.keys() if first[k] != own[k] and not OWN_SETTINGS.fullmatch(k)
+        )
         if other:
             shown = ", ".join(f"{key} {first[key]} and {own[key]}" for key in other)
             yield "fail", f"{record.runs[0].name} and {run.name} have different settings: {shown}"
@@ -653,16 +711,23 @@ def check_code(record: Record) -> Iterator[Finding]:
     if len({tuple(run.source_sha256) for run in record.runs if run.source_sha256}) > 1:
         yield "fail", "the source printed in the logs changed between seeds"
     if len(set(record.values("bytes_source"))) > 1:
-        yield "fail", "code changed between seeds: " + "; ".join(run.cite("bytes_source") for run in record.runs)
+        yield (
+            "fail",
+            "code changed between seeds: " + "; ".join(run.cite("bytes_source") for run in record.runs),
+        )
     yield "pass", f"{len(hashed)} logs have the same code, size {sorted(set(record.values('bytes_source')))}"
 
 
 def counted_files(record: Record) -> list[Path]:
     """Return the shipped files that count: those hashed in RESULT, else train_gpt.py, and their imports."""
-    named = {n for run in record.runs for r in run.results for n in r.get("sha256_code", ())} or {"train_gpt.py"}
+    named = {n for run in record.runs for r in run.results for n in r.get("sha256_code", ())} or {
+        "train_gpt.py"
+    }
     files, names = {p.name: p for p in record.code}, sorted(named)
     for name in names:
-        more = {f"{module}.py" for module in imports(parse_python(files[name])[0])} if name in files else set()
+        more = (
+            {f"{module}.py" for module in imports(parse_python(files[name])[0])} if name in files else set()
+        )
         names += sorted((more & files.keys()) - set(names))
     return [files[name] for name in names if name in files]
 
@@ -687,7 +752,9 @@ def read_files(record: Record) -> tuple[list[Path], list[Path]]:
         module = inside.parts[0].partition(".")[0]
         code = len(inside.parts) > 1 or inside.suffix in (".py", ".pyc", ".so", ".pyd")
         taken = (code and (module in modules or module in said)) or any(path.name in text for text in said)
-        page = inside.parts[0] in told or re.fullmatch(r"certificate.*\.(txt|json)|requirements\.txt", inside.parts[0])
+        page = inside.parts[0] in told or re.fullmatch(
+            r"certificate.*\.(txt|json)|requirements\.txt", inside.parts[0]
+        )
         if page and not taken:
             continue
         (used if taken else others).append(path)
@@ -714,24 +781,36 @@ def check_sizes(record: Record) -> Iterator[Finding]:
     for run in record.runs:
         code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
         if None in (code, model, total):
-            yield "warn", f"{run.name}: the log does not report the size of {'code' if code is None else 'the model'}"
+            yield (
+                "warn",
+                f"{run.name}: the log does not report the size of {'code' if code is None else 'the model'}",
+            )
             continue
         sums = {"in the log": total, "code and model in the log": code + model}
         if code + model != total:
             yield "fail", f"{code} + {model} != {total}: {run.cite('bytes_total')}"
         if run.bytes_source not in (None, code):
-            yield "warn", f"counted packed, but shipped with {shipped or run.bytes_source}: {run.cite('bytes_code')}"
+            yield (
+                "warn",
+                f"counted packed, but shipped with {shipped or run.bytes_source}: {run.cite('bytes_code')}",
+            )
         elif files:
             sums["code as shipped and model"] = shipped + model
             if shipped != code:
                 names = ", ".join(p.name for p in files)
-                yield "fail", f"{names} have {shipped} bytes, but the log counts {code}: {run.cite('bytes_code')}"
+                yield (
+                    "fail",
+                    f"{names} have {shipped} bytes, but the log counts {code}: {run.cite('bytes_code')}",
+                )
         if used:
             ways = f"with {', '.join(p.name for p in used)}, which the programs name or import"
             sums[ways] = (shipped or code) + model + sum(p.stat().st_size for p in used)
         way, worst = max(sums.items(), key=lambda item: item[1])
         if worst > SIZE_CAP:
-            yield "fail", f"{worst} bytes ({way}), {worst - SIZE_CAP} over {SIZE_CAP}: {run.cite('bytes_total')}"
+            yield (
+                "fail",
+                f"{worst} bytes ({way}), {worst - SIZE_CAP} over {SIZE_CAP}: {run.cite('bytes_total')}",
+            )
         yield "pass", f"{worst} bytes of {SIZE_CAP}: {run.cite('bytes_total')}"
 
 
@@ -759,14 +838,23 @@ def check_eval_time(record: Record) -> Iterator[Finding]:
         if run.eval_seconds is None:
             yield "warn", f"{run.name}: the log does not report the evaluation time"
             continue
-        cited = f"{run.eval_seconds:.1f} s, with all passes and compilation {run.eval_all_seconds:.1f} s: {run.name}"
-        status = "fail" if run.eval_seconds > TIME_LIMIT else "warn" if run.eval_all_seconds > TIME_LIMIT else "pass"
+        cited = (
+            f"{run.eval_seconds:.1f} s, with all passes and compilation {run.eval_all_seconds:.1f} s: "
+            f"{run.name}"
+        )
+        status = (
+            "fail"
+            if run.eval_seconds > TIME_LIMIT
+            else "warn"
+            if run.eval_all_seconds > TIME_LIMIT
+            else "pass"
+        )
         yield status, f"over {TIME_LIMIT:.0f} s: {cited}" if status != "pass" else cited
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rules on scores
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def published(run: LogFacts) -> Published | None:
@@ -801,27 +889,45 @@ def check_bytes(record: Record) -> Iterator[Finding]:
         if abs(ratio / expected - 1) > RATIO_TOLERANCE + rounding:
             tokens = run.val_tokens or (known.tokens if known else 0)
             counted = f"{tokens / ratio:,.0f} bytes were counted instead of {tokens / expected:,.0f}"
-            yield "fail", f"{ratio:.5f} tokens per byte, but {source} has {expected:.5f}: {counted}: {score.line}"
+            yield (
+                "fail",
+                f"{ratio:.5f} tokens per byte, but {source} has {expected:.5f}: {counted}: {score.line}",
+            )
         elif score is run.headline:
             shown = f"{ratio:.5f} tokens per byte: {run.name}"
-            yield ("pass", f"{source} has {shown}") if known or own else ("warn", f"nothing to compare with {shown}")
+            yield (
+                ("pass", f"{source} has {shown}")
+                if known or own
+                else ("warn", f"nothing to compare with {shown}")
+            )
         if score is run.headline:
             old_log = record.kind == "log" and known  # the first baseline's log can no longer be corrected
             for status, told in challenge_bytes(run, known, ratio, rounding):
                 yield "warn" if old_log else status, told
             if known and own and abs(own / expected - 1) > RATIO_TOLERANCE:
-                yield "fail", f"manifest.json has {own:.5f} tokens per byte, but {known.name} has {expected:.5f}"
+                yield (
+                    "fail",
+                    f"manifest.json has {own:.5f} tokens per byte, but {known.name} has {expected:.5f}",
+                )
 
 
-def challenge_bytes(run: LogFacts, known: Published | None, ratio: float, rounding: float) -> Iterator[Finding]:
+def challenge_bytes(
+    run: LogFacts, known: Published | None, ratio: float, rounding: float
+) -> Iterator[Finding]:
     """Check the bytes of a validation set that is the challenge's by its number of tokens or folder name."""
-    claims = known or "fineweb10B" in f"{run.dataset} {run.settings.get('data_path')} {run.settings.get('val_files')}"
+    claims = (
+        known
+        or "fineweb10B" in f"{run.dataset} {run.settings.get('data_path')} {run.settings.get('val_files')}"
+    )
     if not claims or run.val_tokens is None:
         return
     count, (low, high) = run.val_tokens / ratio, CHALLENGE_BYTES
     if not low * (1 - rounding) <= count <= high * (1 + rounding):
         told = f"{run.val_tokens} tokens of {known.name if known else run.dataset or 'fineweb10B'}"
-        yield "fail", f"{told} are {count:,.0f} bytes, but the challenge's text has {low:,} to {high:,}: {run.name}"
+        yield (
+            "fail",
+            f"{told} are {count:,.0f} bytes, but the challenge's text has {low:,} to {high:,}: {run.name}",
+        )
 
 
 def check_validation(record: Record) -> Iterator[Finding]:
@@ -836,7 +942,10 @@ def check_validation(record: Record) -> Iterator[Finding]:
         if run.train_shards == LEAKY_SHARDS:
             yield "fail", f"an export that trains on 40,000 validation documents: {run.cite('train_shards')}"
         if known and run.val_documents not in (None, VAL_DOCUMENTS):
-            yield "fail", f"only part of the {VAL_DOCUMENTS} validation documents: {run.cite('val_documents')}"
+            yield (
+                "fail",
+                f"only part of the {VAL_DOCUMENTS} validation documents: {run.cite('val_documents')}",
+            )
         if re.fullmatch(r"0?\.\d+", run.settings.get("val_doc_fraction", "1.0")):
             yield "fail", f"{run.name}: val_doc_fraction {run.settings['val_doc_fraction']}"
         if named and (not known or known.name.split(" (")[0] != named.name):
@@ -859,7 +968,10 @@ def check_units(record: Record) -> Iterator[Finding]:
     factor, claims = nats_per_bpb(record), record.claims
     allowed = [factor, *(math.log(2) / p.tokens_per_byte for p in PUBLISHED)]
     text = f"{record.readme}\n{json.dumps(claims, default=str)}"
-    pairs = [(m[1], m[2], m[0]) for m in re.finditer(r"(\d\.\d+)\s*bpb\W{1,8}(\d\.\d+)\s*nats", text, re.IGNORECASE)]
+    pairs = [
+        (m[1], m[2], m[0])
+        for m in re.finditer(r"(\d\.\d+)\s*bpb\W{1,8}(\d\.\d+)\s*nats", text, re.IGNORECASE)
+    ]
     for key in (key for key in claims if key.endswith("_nats")):
         bpb, nats = claims.get(key.removesuffix("_nats") + "_bpb"), claims[key]
         if is_number(bpb) and is_number(nats):
@@ -883,7 +995,10 @@ def check_significance(record: Record, against: Record) -> Iterator[Finding]:
     if nats >= MARGIN_NATS and tests[0].p < P_WRITTEN:
         yield "pass", shown
     elif nats > 0 and tests[0].p < P_APPLIED:
-        yield "warn", f"short of {MARGIN_NATS} nats at p<{P_WRITTEN}, but p<{P_APPLIED}, as accepted later: {shown}"
+        yield (
+            "warn",
+            f"short of {MARGIN_NATS} nats at p<{P_WRITTEN}, but p<{P_APPLIED}, as accepted later: {shown}",
+        )
     else:
         yield "fail", shown
     for key, value in (("t_statistic", tests[0].t), ("welch_df", tests[0].df), ("p_value", tests[0].p)):
@@ -891,11 +1006,13 @@ def check_significance(record: Record, against: Record) -> Iterator[Finding]:
             yield "fail", f"{key} is {record.claims[key]} in submission.json; Welch's test gives {value:.6g}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rules on code
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-VAL_NAME = re.compile(r"(val|valid|validation)_(toks?|tokens|token_ids|data|ids|loader|stream|batch(es)?|seqs|docs)$")
+VAL_NAME = re.compile(
+    r"(val|valid|validation)_(toks?|tokens|token_ids|data|ids|loader|stream|batch(es)?|seqs|docs)$"
+)
 TARGET_NAME = re.compile(r"(targets?|tgts?|labels?|y|next_tok\w*)(_np|_ids?|_tok\w*)?$")
 SCORING_CALL = re.compile(r"model$|forward|logits|cross_entropy|loss|nll|score|bpb")
 CHANGE_NAME = re.compile(r"slot|delta|bias|shift|logit")
@@ -939,7 +1056,9 @@ def parse_source(source: bytes, name: str) -> tuple[ast.Module | None, str]:
         return None, f"{name} does not compile: {error}"
     if "exec" not in {name for _, name, _ in called(tree)}:
         return tree, ""
-    texts = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes)))
+    texts = (
+        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))
+    )
     longest = max(texts, key=len, default="")
     for decode in (base64.b85decode, base64.a85decode, base64.b64decode, bytes_of):
         try:
@@ -964,7 +1083,9 @@ def names_in(*trees: ast.AST) -> set[str]:
 
 def imports(tree: ast.Module | None) -> set[str]:
     nodes = list(ast.walk(tree)) if tree else []
-    found = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found = {
+        alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names
+    }
     return found | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
 
 
@@ -993,7 +1114,9 @@ def made_from(function: ast.AST, sources: set[str]) -> set[str]:
             origin = getattr(node, "iter", getattr(node, "value", None))
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             if isinstance(origin, ast.AST) and names_in(origin) & made:
-                stored = (n for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name))
+                stored = (
+                    n for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name)
+                )
                 made |= {name.id for name in stored if isinstance(name.ctx, ast.Store)}
     return made
 
@@ -1042,7 +1165,10 @@ def learning_shapes(function: ast.FunctionDef, scorers: set[str]) -> Iterator[tu
         repeats = any(re.search("epoch|pass", name) for name in names_in(loop.target, loop.iter))
         inside = range(loop.lineno, (loop.end_lineno or 0) + 1)
         if repeats and scoring_lines(loop, scorers) and any(line in inside for line in learned):
-            yield loop.lineno, f"several passes: {function.name} scores {min(val)} in every epoch that adapts on it"
+            yield (
+                loop.lineno,
+                f"several passes: {function.name} scores {min(val)} in every epoch that adapts on it",
+            )
     for node in ast.walk(function) if val or re.match("eval|score|slot", function.name) else ():
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             name, calls = node.targets[0].id, called(node.value)
@@ -1062,12 +1188,15 @@ def check_tree(record: Record) -> Iterator[Finding]:
         yield from (("fail", f"{path.name}:{line}: {meaning}") for line, meaning in find_shapes(tree))
         if path.name in ("train_gpt.py", "eval_ttt.py") and (network := sorted(imports(tree) & NETWORK)):
             yield "warn", f"{path.name} imports {', '.join(network)}: evaluation must not use the network"
-    yield "pass", f"no known illegal pattern in {', '.join(path.name for path in record.code) or 'no program'}"
+    yield (
+        "pass",
+        f"no known illegal pattern in {', '.join(path.name for path in record.code) or 'no program'}",
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rules on artifact and legality
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def is_pickle(blob: bytes, packed: bool = True) -> bool:
@@ -1113,15 +1242,21 @@ def check_legality(record: Record) -> Iterator[Finding]:
             yield "fail", f'{run.name}: RESULT has "legal": false'
         modes = [str(object_of(result, "settings").get("ttt_mode")) for result in run.results]
         for mode in (mode for mode in modes if ".py:" in mode):
-            yield "fail", f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py"
+            yield (
+                "fail",
+                f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py",
+            )
         if run.headline and "ttt" in run.headline.label and record.kind != "log" and not certified:
-            yield "warn", f"no certificate of an audit, so score-first rests on the log alone: {run.headline.line}"
+            yield (
+                "warn",
+                f"no certificate of an audit, so score-first rests on the log alone: {run.headline.line}",
+            )
     yield from check_certificates(record)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Verdicts
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 EVERY = ("folder", "run", "log")
 RULES = (  # name, kinds of record it applies to, function
@@ -1201,14 +1336,20 @@ def report(record: Record, verdicts: Sequence[Verdict]) -> str:
         lines.append(f"{verdict.status}  {verdict.rule:14}  {verdict.evidence}")
     counts = Counter(verdict.status for verdict in verdicts)
     lines = [escape(line) for line in lines]
-    return "\n".join([*lines, f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings"])
+    return "\n".join(
+        [*lines, f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings"]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="+", type=Path, help="record folders, run folders or logs")
     parser.add_argument("--against", type=Path, help="record to beat: a folder with its logs")
-    parser.add_argument("--data", type=Path, help="folder of the validation shards; default: from the log's settings")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the validation shards; default: from the log's settings"
+    )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer model; default: from the log's settings")
     parser.add_argument("--json", action="store_true", help="print facts and verdicts as JSON")
     arguments = parser.parse_args(argv)

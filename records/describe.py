@@ -26,10 +26,13 @@ def help_text(head: str) -> str:
 
 
 def flops_per_token(config: Config) -> int:
-    """Operations of a training token: 6 for each weight of a matrix product, and 6 T d a layer for causal attention."""
+    """Operations of a training token: 6 for each weight of a matrix product, and 6 T d a layer for causal
+    attention."""
     c, layers = config, len(config.block_rows)
     block = 2 * c.model_dim**2 + 2 * c.kv_dim * c.model_dim + 2 * c.mlp_dim * c.model_dim
-    small = c.bigram_dim * c.model_dim * bool(c.bigram_vocab_size) + c.ve_dim * c.kv_dim * bool(c.value_layers)
+    small = c.bigram_dim * c.model_dim * bool(c.bigram_vocab_size) + c.ve_dim * c.kv_dim * bool(
+        c.value_layers
+    )
     heads = (1 + c.mtp_num_heads) * c.vocab_size * c.model_dim
     return 6 * (layers * block + small + heads) + 6 * layers * c.train_seq_len * c.model_dim
 
@@ -39,17 +42,24 @@ def memory_table(config: Config) -> list[str]:
     lines, plain = [], Memory(config, compiled=False)
     for part, (bytes_of, wanted) in Memory(config).parts().items():
         compiled, eager = (one / GIB for one in (bytes_of(wanted), plain.parts()[part][0](wanted)))
-        lines.append(f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.2f} plain_gib:{eager:.2f}")
+        lines.append(
+            f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.2f} plain_gib:{eager:.2f}"
+        )
     for size in CARD_SIZES:
         limit = tg.usable_bytes(size * 10**9)
         for memory in (Memory(config), plain):
-            chosen = " ".join(f"{part}:{n or 'none'}" for part, n in tg.sequences_at_once(memory, limit).items())
-            lines.append(f"card_gb:{size} compiled:{int(memory.compiled)} usable_gib:{limit / GIB:.1f} {chosen}")
+            chosen = " ".join(
+                f"{part}:{n or 'none'}" for part, n in tg.sequences_at_once(memory, limit).items()
+            )
+            lines.append(
+                f"card_gb:{size} compiled:{int(memory.compiled)} usable_gib:{limit / GIB:.1f} {chosen}"
+            )
     return lines
 
 
 def describe(config: Config) -> str:
-    """The model's parameter count, its parameters with their optimizer groups, operations a token, and GPU memory."""
+    """The model's parameter count, its parameters with their optimizer groups, operations a token, and GPU
+    memory."""
     with torch.device("meta"):
         model = GPT(config)
     lines = [f"model_params:{tg.count_parameters(model)}"]

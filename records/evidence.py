@@ -39,9 +39,9 @@ def object_of(result: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value := result.get(key), dict) else {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The validation text
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def data_folder(record: Any, run: Any) -> Path:
@@ -60,7 +60,9 @@ def named_folder(run: Any) -> Path:
 def allowed(record: Any, path: Path, option: str) -> Path:
     """Return `path`, named by a log. ValueError outside record, repository and working folder."""
     if str(path) in ("", ".") or not is_below(path, record.path, ROOT, Path.cwd()):
-        raise ValueError(f"the log names {path}, which is outside this repository and not read. Pass {option}.")
+        raise ValueError(
+            f"the log names {path}, which is outside this repository and not read. Pass {option}."
+        )
     return path
 
 
@@ -70,12 +72,16 @@ def text_files(record: Any, run: Any) -> tuple[list[Path], Path]:
     shards, folder = object_of(result, "sha256_shards"), data_folder(record, run)
     if not shards or "sha256_tokenizer" not in result:
         raise ValueError("RESULT has no sha256_shards and sha256_tokenizer (older version)")
-    tokenizer = record.tokenizer or allowed(record, Path(run.settings.get("tokenizer_path") or ""), "--tokenizer FILE")
+    tokenizer = record.tokenizer or allowed(
+        record, Path(run.settings.get("tokenizer_path") or ""), "--tokenizer FILE"
+    )
     wanted = [*((folder / Path(name).name, digest) for name, digest in sorted(shards.items())),
               (tokenizer, result["sha256_tokenizer"])]  # fmt: skip
     for path, digest in wanted:
         if not path.is_file() or sha256_file(path) != digest:
-            raise ValueError(f"{path} is missing, or is not the file that was scored (sha256 {str(digest)[:12]}..)")
+            raise ValueError(
+                f"{path} is missing, or is not the file that was scored (sha256 {str(digest)[:12]}..)"
+            )
     return [path for path, _ in wanted[:-1]], tokenizer
 
 
@@ -95,11 +101,15 @@ def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"the text cannot be read: {error}") from error
     size, tokens = pieces.vocab_size(), np.concatenate(texts)
-    silent = np.array([pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(size)])
+    silent = np.array(
+        [pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_unused(i) for i in range(size)]
+    )
     spelled = [pieces.id_to_piece(i).replace("\u2581", " ") for i in range(size)]
     if len(tokens) < 2 or tokens.max() >= size:
         raise ValueError(f"the text cannot be read: {len(tokens)} tokens do not fit a vocabulary of {size}")
-    length = np.array([0 if silent[i] else 1 if pieces.is_byte(i) else len(spelled[i].encode()) for i in range(size)])
+    length = np.array(
+        [0 if silent[i] else 1 if pieces.is_byte(i) else len(spelled[i].encode()) for i in range(size)]
+    )
     total = int(np.bincount(tokens[1:], minlength=size) @ length)
     adds_space = pieces.encode("a", out_type=str)[0].startswith("\u2581")
     if adds_space or pieces.decode(pieces.encode(PROBE)) != PROBE:
@@ -131,12 +141,15 @@ def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
     sizes = {path.stat().st_size for path in shards}
     for path in sorted(folder.glob(own)) if not re.search(r"[*?\[]", str(folder)) else ():
         if path.is_file() and path.stat().st_size in sizes and sha256_file(path) in held_out.values():
-            yield "fail", f"{run.name}: TRAIN_FILES={pattern}, and {path.name} is a validation shard by its content"
+            yield (
+                "fail",
+                f"{run.name}: TRAIN_FILES={pattern}, and {path.name} is a validation shard by its content",
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Losses
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_losses(record: Any) -> Iterator[Finding]:
@@ -170,7 +183,9 @@ def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
         return
     total = float(np.sum(losses, dtype=np.float64))
     yield from same_score(run, "loss", total / len(losses), path)
-    if run.val_tokens is not None and not 0 <= run.val_tokens - len(losses) <= 1:  # a log may say tokens or targets
+    if (
+        run.val_tokens is not None and not 0 <= run.val_tokens - len(losses) <= 1
+    ):  # a log may say tokens or targets
         yield "fail", f"{path.name} has {len(losses)} losses, but {run.cite('val_tokens')}"
     try:
         targets, num_bytes = count_bytes(*text_files(record, run))
@@ -200,9 +215,9 @@ def same_score(run: Any, unit: str, value: float, path: Path) -> Iterator[Findin
     yield "pass", f"val_{unit} {value:.10f} matches {path.name}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Certificates
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_certificates(record: Any) -> Iterator[Finding]:
@@ -227,7 +242,9 @@ def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], li
     faults = text_faults(record, text) if text in record.files else []
     try:
         if not data.exists():
-            raise ValueError(f"no {stem.name}.json, which lists what was audited: put it beside {stem.name}.txt")
+            raise ValueError(
+                f"no {stem.name}.json, which lists what was audited: put it beside {stem.name}.txt"
+            )
         found = read_object(data, "legal", "targets", "checks", "sha256", "settings")
     except ValueError as error:
         return None, [*faults, str(error)], []
@@ -248,7 +265,9 @@ def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], li
         if (told := evaluation(run)) and "nll.npy" not in hashes:
             doubts.append(f"does not name the losses of {run.name}: audit after the evaluation")
         lacking = [key for key in ("sha256_nll", "sha256_shards", "settings") if told and key not in told]
-        doubts += [f"not compared, because RESULT has no {', '.join(lacking)} (older version)"] if lacking else []
+        doubts += (
+            [f"not compared, because RESULT has no {', '.join(lacking)} (older version)"] if lacking else []
+        )
     return artifact, faults, doubts
 
 
@@ -259,7 +278,9 @@ def text_faults(record: Any, path: Path) -> list[str]:
     faults += [line.strip() for line in lines if line.startswith("  FAIL ")]
     hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
     shipped = {path.name: sha256_file(path) for path in record.code}
-    faults += [f"for another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest]
+    faults += [
+        f"for another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest
+    ]
     scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
     other = bool(scored) and hashes.get("artifact") not in scored
     return faults + (["for another artifact than the one the logs scored"] if other else [])
@@ -293,6 +314,10 @@ def differences(run: Any, found: Mapping[str, Any]) -> list[str]:
              if name not in free and settings.get(name) != value]  # fmt: skip
     faults += [f"audited with {', '.join(apart)}"] if apart else []
     targets = found["targets"]
-    if isinstance(targets, bool) or not isinstance(targets, int) or not 1 <= targets <= (run.val_tokens or targets):
+    if (
+        isinstance(targets, bool)
+        or not isinstance(targets, int)
+        or not 1 <= targets <= (run.val_tokens or targets)
+    ):
         faults.append(f"targets is {targets}, but {run.val_tokens} were scored")
     return faults

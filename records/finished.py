@@ -46,12 +46,21 @@ def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
     facts = check.read_log(*logs)
     log = "\n".join(each.read_bytes().decode().rstrip("\n") for each in logs) + "\n"
     trained, evaluated = (
-        next((result for result in facts.results if key in result), {}) for key in ("train_seconds", "val_bpb_ttt")
+        next((result for result in facts.results if key in result), {})
+        for key in ("train_seconds", "val_bpb_ttt")
     )
     parts = [SETTING.findall(part) for part in re.split(r"(?m)^RESULT .*\n", log)]
     settings = [{name.lower(): value for name, value, _ in part} for part in parts]
     given = [{name.lower(): value for name, value, mark in part if mark} for part in parts]
-    said = ("seed", "world_size", "sha256_code", "versions", "sha256_artifact", "val_bpb_sliding", "val_bpb_roundtrip")
+    said = (
+        "seed",
+        "world_size",
+        "sha256_code",
+        "versions",
+        "sha256_artifact",
+        "val_bpb_sliding",
+        "val_bpb_roundtrip",
+    )
     unsaid = [key for key in said if key not in trained]
     if evaluated:
         wanted = ("settings", "world_size", "sha256_artifact", "val_bpb_roundtrip", "ttt_gain_bpb")
@@ -72,12 +81,16 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     evaluated = [name for name in ("eval_ttt.log", "eval_ttt.json") if any(folder.glob("eval_ttt.*"))]
-    if missing := [n for n in ("train.log", "result.json", "source", *evaluated) if not (folder / n).exists()]:
+    if missing := [
+        n for n in ("train.log", "result.json", "source", *evaluated) if not (folder / n).exists()
+    ]:
         raise Refused(f"{folder} is not a finished run: no {', '.join(missing)}")
     try:
         read = {"result.json": read_result(folder / "result.json")}
         read |= {name: read_object(folder / name) for name in evaluated[1:]}
-        run = read_logs(folder, [folder / name for name in ("train.log", *evaluated[:1])], folder / "certificate.txt")
+        run = read_logs(
+            folder, [folder / name for name in ("train.log", *evaluated[:1])], folder / "certificate.txt"
+        )
     except ValueError as error:
         raise Refused(f"{folder}: {error}") from error
     logged = [without_audit(result) for result in run.facts.results]
@@ -93,7 +106,10 @@ def own_faults(run: Run, track: str) -> list[str]:
     faults = [f"{v.rule}: {v.evidence}" for v in check.check(record) if v.status == "fail"]
     windows = str(run.evaluated.get("settings", {}).get("eval_seq_len"))
     key = "val_bpb_roundtrip"
-    if windows == run.settings[0]["eval_seq_len"] and abs(run.evaluated[key] - run.trained[key]) > TEXT_TOLERANCE:
+    if (
+        windows == run.settings[0]["eval_seq_len"]
+        and abs(run.evaluated[key] - run.trained[key]) > TEXT_TOLERANCE
+    ):
         shown = f"{run.trained[key]:.6f} and {run.evaluated[key]:.6f}"
         faults.append(f"log: trainer and evaluator scored different texts, {key} is {shown}")
     return [f"{run.path}: {fault}" for fault in dict.fromkeys(faults)]
@@ -105,7 +121,9 @@ def differences(runs: Sequence[Run], kind: str, what: Callable[[Run], Mapping[st
     for run in runs[1:]:
         other = what(run)
         names = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
-        shown = [f"{k} {first.get(k)} and {other.get(k)}" for k in names if not check.OWN_SETTINGS.fullmatch(k)]
+        shown = [
+            f"{k} {first.get(k)} and {other.get(k)}" for k in names if not check.OWN_SETTINGS.fullmatch(k)
+        ]
         found += [f"{runs[0].path} and {run.path} differ in {kind}: {', '.join(shown)}"] if shown else []
     return found
 
@@ -127,7 +145,9 @@ def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
         same = [run for run in runs if run.trained["sha256_artifact"] == digest]
         if len({run.seed for run in same}) > 1:
             paths = ", ".join(str(run.path) for run in same)
-            reasons.append(f"seeds {', '.join(str(run.seed) for run in same)} have the same artifact: {paths}")
+            reasons.append(
+                f"seeds {', '.join(str(run.seed) for run in same)} have the same artifact: {paths}"
+            )
     if (distinct := len({run.seed for run in runs})) < check.MIN_SEEDS:
         reasons.append(f"{distinct} finished runs with distinct seeds; at least {check.MIN_SEEDS} are needed")
     if runs:

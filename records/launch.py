@@ -142,7 +142,9 @@ def tracker(environ: Mapping[str, str]) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"TRACK={name}: the package is not installed ({error}). pip install {name}") from error
+        raise ValueError(
+            f"TRACK={name}: the package is not installed ({error}). pip install {name}"
+        ) from error
 
 
 def track(name: str, environ: Mapping[str, str], result: Mapping[str, Any]) -> None:

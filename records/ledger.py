@@ -19,7 +19,20 @@ from typing import Any
 
 from launch import ANY_RUN, METRIC, PROGRAMS, ROOT, Crash, digest, train, trainer
 
-COLUMNS = ("date", "commit", "config", "bpb", "bytes", "seconds", "verdict", "note", "scorer", "task", "budget", "run")
+COLUMNS = (
+    "date",
+    "commit",
+    "config",
+    "bpb",
+    "bytes",
+    "seconds",
+    "verdict",
+    "note",
+    "scorer",
+    "task",
+    "budget",
+    "run",
+)
 DIGITS = 6  # decimals of the bpb in a line; scores are compared after rounding to them
 FIXED = ("scorer", "task", "budget")  # must be equal in all lines, or their scores are not comparable
 SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch", "score",
@@ -77,7 +90,9 @@ def commit(root: Path) -> str:
     """Return the commit of the tree, followed by + if tracked files differ; - without git or a repository."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -92,7 +107,9 @@ def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: columns are {reader.fieldnames}, not {COLUMNS}. Start another --ledger.")
+            raise ValueError(
+                f"{path}: columns are {reader.fieldnames}, not {COLUMNS}. Start another --ledger."
+            )
         return list(reader)
 
 
@@ -111,7 +128,8 @@ def refuse_changes(path: Path, line: Mapping[str, Any]) -> None:
     first = next((old for old in read(path) if old["verdict"] != "crash"), line)
     for key in FIXED:
         if line[key] != first[key]:
-            raise ValueError(f"{key} is {line[key]}, but {first[key]} in the first line with a score of {path}: the "
+            raise ValueError(f"{key} is {line[key]}, but {first[key]} in the first line with a score of "
+                             f"{path}: the "
                              "scores are not comparable. Undo the change or start another --ledger.")  # fmt: skip
 
 
@@ -130,14 +148,18 @@ def what_is_tried(environ: Mapping[str, str]) -> dict[str, str]:
         scorer = scorer_hash(*(path.read_text(encoding="utf-8") for path in PROGRAMS))
         tg = trainer()
         config = tg.load_config(environ)[0]
-        files = [tg.sha256_file(path) for path in (config.tokenizer_path, *sorted(glob.glob(config.shards("val"))))]
+        files = [
+            tg.sha256_file(path) for path in (config.tokenizer_path, *sorted(glob.glob(config.shards("val"))))
+        ]
         task = digest(files, config.eval_seq_len, config.eval_stride, config.seed)
     except (SyntaxError, AttributeError, TypeError, NameError) as error:
         raise Crash(f"the programs are broken: {error!r}") from error
     return dict(scorer=scorer, task=task, config=digest(asdict(config) | ANY_RUN))
 
 
-def experiment(note: str, seconds: int, launcher: Sequence[str], environ: Mapping[str, str], path: Path) -> int:
+def experiment(
+    note: str, seconds: int, launcher: Sequence[str], environ: Mapping[str, str], path: Path
+) -> int:
     """Train the working tree for `seconds`, append a line to the ledger at `path`, return the exit code.
 
     ValueError, and no line, if scorer, task or budget differ from the ledger's first line with a score.
@@ -159,7 +181,9 @@ def experiment(note: str, seconds: int, launcher: Sequence[str], environ: Mappin
         result = train(line["run"], environ, launcher, path.parent, watch)
         better = result["fits"] and result.get("legal", True) and is_best(result[METRIC], read(path))
         line |= dict(
-            bpb=f"{result[METRIC]:.{DIGITS}f}", bytes=result["bytes_total"], verdict="keep" if better else "discard"
+            bpb=f"{result[METRIC]:.{DIGITS}f}",
+            bytes=result["bytes_total"],
+            verdict="keep" if better else "discard",
         )
     except Crash as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,9 +7,9 @@ one, and the readable one as NAME_readable.py. Code counts toward the 16,000,000
 available for weights.
 
 A packed file is a Latin-1 source with one string literal: each character is one byte of the compressed
-program, and only characters that a literal cannot hold are escaped. Measured on 2026-11-21 (python-minifier
-3.4.0; LZMA with its best lc, lp, pb) on train_gpt.py and eval_ttt.py together, then 209,781 bytes readable
-and 113,310 minified:
+program, and only characters that a literal cannot hold are escaped. StepMetrics on 2026-11-21
+(python-minifier 3.4.0; LZMA with its best lc, lp, pb) on train_gpt.py and eval_ttt.py together, then 209,781
+bytes readable and 113,310 minified:
 
     bz2, Latin-1          38,914   chosen
     LZMA, Latin-1         39,613   as .lzma; raw LZMA2, which needs an explicit filter: 39,667
@@ -72,9 +72,14 @@ def minify(source: str) -> str:
     def print_fstring(printer: ExpressionPrinter, node: ast.JoinedStr) -> None:
         printer.printer.fstring(str(OuterFString(node, pep701=False)))
 
-    bare, kept = without_docstrings(source), library.RemoveAnnotationsOptions(remove_class_attribute_annotations=False)
+    bare, kept = (
+        without_docstrings(source),
+        library.RemoveAnnotationsOptions(remove_class_attribute_annotations=False),
+    )
     with mock.patch.object(ExpressionPrinter, "visit_JoinedStr", print_fstring):
-        return library.minify(bare, remove_annotations=kept, hoist_literals=False, convert_posargs_to_args=False)
+        return library.minify(
+            bare, remove_annotations=kept, hoist_literals=False, convert_posargs_to_args=False
+        )
 
 
 def literal(blob: bytes) -> bytes:
@@ -112,8 +117,12 @@ def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=PROGRAMS, help="default: train_gpt.py, eval_ttt.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, default=PROGRAMS, help="default: train_gpt.py, eval_ttt.py"
+    )
     parser.add_argument("--out", required=True, type=Path, help="output folder")
     arguments = parser.parse_args()
     try:

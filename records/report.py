@@ -42,7 +42,9 @@ def classes(tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, np.ndarra
     return masks
 
 
-def distribution(tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable) -> dict[str, Any]:
+def distribution(
+    tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable
+) -> dict[str, Any]:
     """Where the loss is, before and after adaptation, in nats: by size, by class and by place."""
     table = []
     for name, mask in classes(tokens, byte_table).items():
@@ -55,7 +57,8 @@ def distribution(tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte
 def distribution_text(report: Mapping[str, Any]) -> str:
     lines = [f"{'nats above':>12} {'targets':>9} {'of the loss':>12} {'adapted':>9} {'of the loss':>12}"]
     for one, other in zip(report["before"], report["after"], strict=True):
-        lines.append(f"{one['above']:>12} {one['targets']:>9.2%} {one['loss']:>12.2%} {other['targets']:>9.2%} "
+        lines.append(f"{one['above']:>12} {one['targets']:>9.2%} {one['loss']:>12.2%} "
+                     f"{other['targets']:>9.2%} "
                      f"{other['loss']:>12.2%}")  # fmt: skip
     lines.append(f"{'class':>14} {'targets':>9} {'before':>8} {'after':>8} {'gain':>8}  nats")
     for row in report["classes"]:
@@ -86,18 +89,24 @@ def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report:
     plt.close(figure)
 
 
-def document_table(tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable) -> str:
+def document_table(
+    tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable
+) -> str:
     """CSV: one line a document, in the order of the text; sums of nats."""
     begin, end = ev.documents(tokens)
     num_bytes = byte_table.count(tokens[:-1], tokens[1:])
     lines = ["document,first_target,targets,bytes,nats,nats_adapted"]
     for number, (a, b) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
         sums = (float(x[a:b].sum(dtype=np.float64)) for x in (before, after))
-        lines.append(f"{number},{a},{b - a},{int(num_bytes[a:b].sum())}," + ",".join(f"{x:.4f}" for x in sums))
+        lines.append(
+            f"{number},{a},{b - a},{int(num_bytes[a:b].sum())}," + ",".join(f"{x:.4f}" for x in sums)
+        )
     return "\n".join(lines) + "\n"
 
 
-def running_bpb(plan: Sequence[Chunk], nll: np.ndarray, num_bytes: np.ndarray, points: int = 20) -> Iterator[str]:
+def running_bpb(
+    plan: Sequence[Chunk], nll: np.ndarray, num_bytes: np.ndarray, points: int = 20
+) -> Iterator[str]:
     """Lines with the score of everything up to some chunks of the plan."""
     loss = total = 0.0
     shown = {round(x) for x in np.linspace(0, len(plan) - 1, points)}
@@ -110,9 +119,15 @@ def running_bpb(plan: Sequence[Chunk], nll: np.ndarray, num_bytes: np.ndarray, p
 
 
 def write_reports(
-    folder: Path, tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable, log: tg.RunLog
+    folder: Path,
+    tokens: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    byte_table: tg.ByteTable,
+    log: tg.RunLog,
 ) -> None:
-    """Log where the loss is; on rank 0 write distribution.json, documents.csv and distribution.png to `folder`."""
+    """Log where the loss is; on rank 0 write distribution.json, documents.csv and distribution.png to
+    `folder`."""
     report = distribution(tokens, before, after, byte_table)
     for line in distribution_text(report).splitlines():
         log.line(line)

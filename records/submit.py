@@ -47,9 +47,9 @@ MARKERS = ("<!-- records: begin -->", "<!-- records: end -->")
 PER_RUN = ("run_id", "seed", "model_path")  # set by the loop in the README's command
 DATA = ("data_path", "tokenizer_path", "val_files")  # read by the evaluator but not in its log
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Comparison(NamedTuple):
@@ -90,7 +90,10 @@ def compare(runs: Sequence[Run], against: str) -> Comparison:
         raise ValueError(f"--against {against}: must be a record folder with scores or a mean in bpb")
     margin = check.MARGIN_NATS / factor
     rows = [(test.name, 0.0, test) for test in tests if not test.name.startswith("against")]
-    for title, less in (("one sample against the mean", 0.0), (f"the same less {check.MARGIN_NATS} nats", margin)):
+    for title, less in (
+        ("one sample against the mean", 0.0),
+        (f"the same less {check.MARGIN_NATS} nats", margin),
+    ):
         rows.append((title, less, check.one_sample(scores, threshold - less)))
     return Comparison(name, threshold - mean(scores), factor, rows)
 
@@ -102,7 +105,9 @@ def rounded(value: float) -> float | None:
 
 def comparison_keys(comparison: Comparison) -> dict[str, Any]:
     """Return the comparison entry of submission.json; a negative delta is a gain."""
-    deltas = dict(delta_bpb=round(-comparison.bpb, 8), delta_nats=round(-comparison.bpb * comparison.factor, 8))
+    deltas = dict(
+        delta_bpb=round(-comparison.bpb, 8), delta_nats=round(-comparison.bpb * comparison.factor, 8)
+    )
     entry = dict(against=comparison.other, **deltas, nats_per_bpb=round(comparison.factor, 6))
     entry |= dict(margin_nats=check.MARGIN_NATS, significant=comparison.shown, tests=[])
     for name, margin, test in comparison.rows:
@@ -111,9 +116,9 @@ def comparison_keys(comparison: Comparison) -> dict[str, Any]:
     return entry
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Content of the folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def seed_entry(run: Run) -> dict[str, Any]:
@@ -132,7 +137,9 @@ def hardware(run: Run) -> str:
     return f"{processes} x {versions['gpu']}" if versions["gpu"] != "none" else f"CPU, processes: {processes}"
 
 
-def submission(runs: Sequence[Run], about: Mapping[str, str], comparison: Comparison | None) -> dict[str, Any]:
+def submission(
+    runs: Sequence[Run], about: Mapping[str, str], comparison: Comparison | None
+) -> dict[str, Any]:
     """Return the object of submission.json."""
     versions, facts = runs[0].trained["versions"], [run.facts for run in runs]
 
@@ -186,13 +193,19 @@ def seed_table(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def comparison_text(comparison: Comparison | None) -> str:
     if comparison is None:
-        return f"No comparison was made, so a gain of {check.MARGIN_NATS} nats per token over a record is not shown."
+        return (
+            f"No comparison was made, so a gain of {check.MARGIN_NATS} nats per token over a record is "
+            "not shown."
+        )
     rows = [["test, one-sided", "gain, nats", "gain, bpb", "t", "df", "p"]]
     for name, margin, test in comparison.rows:
         bpb = comparison.bpb - margin
         rows.append([name, f"{bpb * comparison.factor:.6f}", f"{bpb:.6f}", f"{test.t:.2f}", f"{test.df:.2f}",
                      f"{test.p:.2g}"])  # fmt: skip
-    told = f"One bit per byte is {comparison.factor:.6f} nats per token here; t, df and p do not depend on the unit."
+    told = (
+        f"One bit per byte is {comparison.factor:.6f} nats per token here; t, df and p do not depend on "
+        "the unit."
+    )
     return f"Against {comparison.other}. {comparison.verdict()} {told}\n\n{markdown(rows)}"
 
 
@@ -201,7 +214,11 @@ def compliance(runs: Sequence[Run]) -> str:
     run, facts = runs[0], [run.facts for run in runs]
     c = run.settings[0] | run.evaluated.get("settings", {})
     learns = bool(run.evaluated) and c["ttt_mode"] != "none"
-    how = f"TTT_MODE={c['ttt_mode']}, TTT_PROTOCOL={c['ttt_protocol']}" if learns else "no adaptation at evaluation"
+    how = (
+        f"TTT_MODE={c['ttt_mode']}, TTT_PROTOCOL={c['ttt_protocol']}"
+        if learns
+        else "no adaptation at evaluation"
+    )
     audits = [f"seed {r.seed}: {r.certificate.splitlines()[0]}" for r in runs if r.certificate]
     mixes = bool(run.evaluated) and float(c["ppm_alpha"]) != 1
     mixed = f", mixed with an order-1 PPM (PPM_ALPHA={c['ppm_alpha']})" if mixes else ""
@@ -210,11 +227,14 @@ def compliance(runs: Sequence[Run]) -> str:
         + (f"Audits: {'; '.join(audits)}." if audits else "The runs have no audit certificate."),
         f"2. Normalized: a softmax over {c['vocab_size']} tokens{mixed}, fixed before the target is seen.",
         f"3. Score before update: {how}; every RESULT line says legal.",
-        f"4. One pass: each of the {facts[0].val_tokens or 'validation'} targets is scored once; the scorer's ledger"
+        f"4. One pass: each of the {facts[0].val_tokens or 'validation'} targets is scored once; the "
+        "scorer's ledger"
         " raises an error if one is scored twice, or adapted on before it is scored.",
         "",
-        f"Bytes: {max(f.bytes_total for f in facts):,} at most, code and model, of {check.SIZE_CAP:,}. Training:"
-        f" {max(f.train_seconds for f in facts):.1f} s at most; evaluation: {max(f.eval_seconds for f in facts):.1f} s"
+        f"Bytes: {max(f.bytes_total for f in facts):,} at most, code and model, of {check.SIZE_CAP:,}. "
+        "Training:"
+        f" {max(f.train_seconds for f in facts):.1f} s at most; evaluation: "
+        f"{max(f.eval_seconds for f in facts):.1f} s"
         f" at most; the limit is {check.TIME_LIMIT:.0f} s each. Seeds: {len(runs)}.",
     ])  # fmt: skip
 
@@ -278,12 +298,14 @@ def requirements(versions: Mapping[str, Any]) -> str:
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Building the folder and the table of records
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def write_pages(folder: Path, runs: Sequence[Run], about: Mapping[str, str], against: str, significant: bool) -> None:
+def write_pages(
+    folder: Path, runs: Sequence[Run], about: Mapping[str, str], against: str, significant: bool
+) -> None:
     """Write submission.json and README.md. Refused if `significant` is set and the gain is not."""
     comparison = compare(runs, against) if against else None
     if significant and comparison is None:
@@ -331,7 +353,9 @@ def is_ours(folder: Path) -> bool:
 def refuse_links(folder: Path) -> None:
     """Raise Refused if `folder` holds links, pipes or devices, because only regular files may be copied."""
     if found := sorted(links(folder)):
-        raise Refused(*(f"{path} is a link or a special file. Replace it with a regular file." for path in found))
+        raise Refused(
+            *(f"{path} is a link or a special file. Replace it with a regular file." for path in found)
+        )
 
 
 def verify(folder: Path, run: Run, run_code: bool) -> list[check.Verdict]:
@@ -399,14 +423,20 @@ def named_record(against: str, records: Path) -> str:
         folder = track / against
         if folder.is_dir() and folder.resolve().is_relative_to(records):
             return str(folder)
-    raise ValueError(f"comparison.against is {against}: must be a folder of {records}/track_* or a mean in bpb")
+    raise ValueError(
+        f"comparison.against is {against}: must be a folder of {records}/track_* or a mean in bpb"
+    )
 
 
 def regenerate(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
     """Rewrite README.md and submission.json of a record from its logs; return the same as `submit`."""
     target = arguments.regenerate.resolve()
     refuse_links(target)
-    known = read_object(target / "submission.json", decimals=True) if (target / "submission.json").exists() else {}
+    known = (
+        read_object(target / "submission.json", decimals=True)
+        if (target / "submission.json").exists()
+        else {}
+    )
     logs = {path: path.with_name(path.name.replace("train", "certificate")).with_suffix(".txt")
             for path in target.glob("train_seed*.log")}  # fmt: skip
     if not logs:
@@ -439,9 +469,13 @@ def table(records: Path) -> str:
         numbers = [float(number) if check.is_number(number) else math.inf for number in numbers]
         forms = (".6f", ".6f", ".6f", ".0f", ",.0f")
         cells = ["-" if n == math.inf else format(n, form) for n, form in zip(numbers, forms, strict=True)]
-        link = f"[{str(claims.get('name', folder.name)).replace('|', '/')}]({folder.parent.name}/{folder.name})"
+        link = (
+            f"[{str(claims.get('name', folder.name)).replace('|', '/')}]({folder.parent.name}/{folder.name})"
+        )
         when, who = str(claims.get("date", "-"))[:10], str(claims.get("author") or "-")
-        found.append((folder.parent.name, numbers[0], folder.name, [folder.parent.name, when, link, *cells, who]))
+        found.append(
+            (folder.parent.name, numbers[0], folder.name, [folder.parent.name, when, link, *cells, who])
+        )
     head = ["track", "date", "record", "val_bpb", "std", "val_loss, nats", "seeds", "bytes", "author"]
     return markdown([head, *(row for *_, row in sorted(found))]) if found else "No record yet."
 
@@ -450,26 +484,40 @@ def write_table(records: Path) -> Path:
     """Write the table between the markers of `records`/README.md. ValueError if they are missing."""
     path = records / "README.md"
     text = path.read_text() if path.exists() else ""
-    if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(MARKERS[1]):
-        raise ValueError(f"{path}: must contain the lines {MARKERS[0]} and {MARKERS[1]}, once each, in this order")
+    if [text.count(marker) for marker in MARKERS] != [1, 1] or text.index(MARKERS[0]) > text.index(
+        MARKERS[1]
+    ):
+        raise ValueError(
+            f"{path}: must contain the lines {MARKERS[0]} and {MARKERS[1]}, once each, in this order"
+        )
     head, tail = text.partition(MARKERS[0])[0], text.partition(MARKERS[1])[2]
     write_file(path, f"{head}{MARKERS[0]}\n\n{table(records)}\n\n{MARKERS[1]}{tail}".encode())
     return path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("runs", nargs="*", type=Path, default=[], help="folders of finished runs")
-    what.add_argument("--regenerate", type=Path, metavar="FOLDER", help="rewrite a record's pages from its logs")
-    what.add_argument("--table", action="store_true", help="write the table of all records into OUT/README.md")
-    parser.add_argument("--run-its-code", action="store_true", help="start the folder's train_gpt.py --describe")
+    what.add_argument(
+        "--regenerate", type=Path, metavar="FOLDER", help="rewrite a record's pages from its logs"
+    )
+    what.add_argument(
+        "--table", action="store_true", help="write the table of all records into OUT/README.md"
+    )
+    parser.add_argument(
+        "--run-its-code", action="store_true", help="start the folder's train_gpt.py --describe"
+    )
     parser.add_argument("--name", help="record name; the folder is DATE_NAME")
     parser.add_argument("--track", choices=TRACKS, help=f"default: {TRACKS[0]}")
     parser.add_argument("--author", help="name of the author")
     parser.add_argument("--github", dest="github_id", help="GitHub id of the author")
     parser.add_argument("--what", metavar="FILE|TEXT", help="what changed; the first line is the blurb")
-    parser.add_argument("--against", metavar="FOLDER|BPB", help="record to compare with, or its published mean")
+    parser.add_argument(
+        "--against", metavar="FOLDER|BPB", help="record to compare with, or its published mean"
+    )
     parser.add_argument("--require-significance", action="store_true", help="refuse without a shown gain")
     parser.add_argument("--out", type=Path, default=ROOT / "records", help="parent folder of the tracks")
     arguments = parser.parse_args(argv)

@@ -64,9 +64,9 @@ class Stopped(Exception):
     """The user stopped the sweep."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Search space
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SAMPLERS = {  # grid samples nothing, but Optuna requires a sampler
     "tpe": partial(optuna.samplers.TPESampler, constant_liar=True),  # workers see the other workers' trials
@@ -100,7 +100,13 @@ class Space(NamedTuple):
 
 
 def as_text(value: Any) -> str:
-    return str(int(value)) if isinstance(value, bool) else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return (
+        str(int(value))
+        if isinstance(value, bool)
+        else f"{value:.6g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def ends(kind: BaseDistribution) -> list[Any]:
@@ -115,7 +121,9 @@ def parse_set(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text}: must be NAME=value,value or NAME=low..high or NAME=low..high:log")
     if match := re.fullmatch(r"([^,:]+?)\.\.([^,:]+)(:log)?", values):
         try:
-            low, high = (int(end) if re.fullmatch(r"-?\d+", end) else float(end) for end in match.groups()[:2])
+            low, high = (
+                int(end) if re.fullmatch(r"-?\d+", end) else float(end) for end in match.groups()[:2]
+            )
         except ValueError as error:
             raise ValueError(f"--set {text}: {error}") from error
         return name, dict(low=low, high=high, log=bool(match[3]))
@@ -126,11 +134,15 @@ def distribution(name: str, value: Any) -> BaseDistribution:
     """Return the distribution of an entry: a value, a list, or {low, high, log}. ValueError for others."""
     if isinstance(value, dict):
         bounds = [value.get(end) for end in ("low", "high")]
-        if not set(value) <= {"low", "high", "log"} or not all(isinstance(end, int | float) for end in bounds):
+        if not set(value) <= {"low", "high", "log"} or not all(
+            isinstance(end, int | float) for end in bounds
+        ):
             raise ValueError(f"{name}: a range must be {{low, high, log}}, not {value}")
         if not bounds[0] < bounds[1] or (value.get("log") and bounds[0] <= 0):
             raise ValueError(f"{name}: a range needs low < high, and low > 0 if log: {value}")
-        return (IntDistribution if all(isinstance(end, int) for end in bounds) else FloatDistribution)(**value)
+        return (IntDistribution if all(isinstance(end, int) for end in bounds) else FloatDistribution)(
+            **value
+        )
     values = [as_text(each) for each in (value if isinstance(value, list) else [value])]
     if not values or len(set(values)) < len(values):
         raise ValueError(f"{name}: needs at least one value and no duplicates")
@@ -148,8 +160,13 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
     if wrong := [f"{key} is not a {kind.__name__}" for key, kind in SPACE_KEYS.items() if key in table
                  and not isinstance(table[key], kind)]:  # fmt: skip
         raise ValueError(f"{path}: {', '.join(wrong)}")
-    table |= {key: given[key] for key in ("seeds", "sampler", "trials", "prune") if given.get(key) is not None}
-    rows = {row: {name: as_text(value) for name, value in own.items()} for row, own in table.get("rows", {}).items()}
+    table |= {
+        key: given[key] for key in ("seeds", "sampler", "trials", "prune") if given.get(key) is not None
+    }
+    rows = {
+        row: {name: as_text(value) for name, value in own.items()}
+        for row, own in table.get("rows", {}).items()
+    }
     values = ({"row": list(rows)} if rows else {}) | table.get("space", {}) | dict(map(parse_set, sets))
     kinds = {name: distribution(name, value) for name, value in values.items()}
     ranges = [name for name, kind in kinds.items() if not isinstance(kind, CategoricalDistribution)]
@@ -159,12 +176,24 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
     trials, prune = table.get("trials", points if sampler == "grid" else 20), table.get("prune", 5)
     for wrong, said in (
         (sampler not in SAMPLERS, f"sampler {sampler}: must be one of {', '.join(SAMPLERS)}"),
-        (all(kind.single() for kind in kinds.values()), "nothing to sweep: give several values, a range, or rows"),
+        (
+            all(kind.single() for kind in kinds.values()),
+            "nothing to sweep: give several values, a range, or rows",
+        ),
         (sampler == "grid" and ranges, f"a grid needs values, but {', '.join(ranges)} has a range"),
-        (sampler == "grid" and trials != points, f"the grid has {points} points: omit --trials or the grid sampler"),
-        (trials < 1 or prune < 0, f"trials must be at least 1 and prune at least 0, not {trials} and {prune}"),
+        (
+            sampler == "grid" and trials != points,
+            f"the grid has {points} points: omit --trials or the grid sampler",
+        ),
+        (
+            trials < 1 or prune < 0,
+            f"trials must be at least 1 and prune at least 0, not {trials} and {prune}",
+        ),
         (not seeds or len(distinct) < len(seeds), f"seeds {seeds}: must be distinct integers, at least one"),
-        ("row" in kinds and not set(ends(kinds["row"])) <= set(rows), f"row: known are {', '.join(rows) or 'none'}"),
+        (
+            "row" in kinds and not set(ends(kinds["row"])) <= set(rows),
+            f"row: known are {', '.join(rows) or 'none'}",
+        ),
     ):
         if wrong:
             raise ValueError(said)
@@ -181,7 +210,9 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
     """
     tg, problems, own = trainer(), [], [pair for row in space.rows.values() for pair in row.items()]
     by_name = {f.name.upper(): f for f in fields(tg.Config)}
-    for name, value in [(name, end) for name, kind in space.kinds.items() if name != "row" for end in ends(kind)] + own:
+    for name, value in [
+        (name, end) for name, kind in space.kinds.items() if name != "row" for end in ends(kind)
+    ] + own:
         try:
             if name in ("SEED", "RUN_ID"):
                 raise ValueError(f"{name}: set by the sweep itself")
@@ -202,9 +233,9 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
         raise ValueError("invalid search space:\n" + "\n".join(f"  {p}" for p in dict.fromkeys(problems)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sweep
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 #
 # A study has one ticket per grid point, or per trial whose point the sampler chooses. An attempt at a ticket
 # is an Optuna trial; the process that changes it from waiting to running runs it. If the last attempt at a
@@ -220,7 +251,9 @@ def open_storage(url: str, grace: int) -> optuna.storages.RDBStorage:
     engine = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else None
     for left in range(3, -1, -1):
         try:
-            return optuna.storages.RDBStorage(url, engine, heartbeat_interval=max(grace // 4, 1), grace_period=grace)
+            return optuna.storages.RDBStorage(
+                url, engine, heartbeat_interval=max(grace // 4, 1), grace_period=grace
+            )
         except (ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
             if left == 0 or not isinstance(error, DBAPIError | StorageInternalError):
                 raise ValueError(f"--storage {url.partition('://')[0]}: {error}") from error
@@ -235,9 +268,13 @@ def lost(trial: FrozenTrial) -> bool:
 class Sweep:
     """An opened or newly created study, with everything needed to run its trials."""
 
-    def __init__(self, space: Space, environ: Mapping[str, str], launcher: Sequence[str], storage: str, grace: int):
+    def __init__(
+        self, space: Space, environ: Mapping[str, str], launcher: Sequence[str], storage: str, grace: int
+    ):
         self.space, self.environ, self.launcher = space, environ, launcher
-        self.points = list(space.grid()) if space.sampler == "grid" else [{}] * space.trials  # {}: by the sampler
+        self.points = (
+            list(space.grid()) if space.sampler == "grid" else [{}] * space.trials
+        )  # {}: by the sampler
         self.folder, self.stop, self.lock = Path("runs") / space.name, threading.Event(), threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         own = URL.create("sqlite", database=str(self.folder / "study.db"))  # escapes special characters
@@ -256,7 +293,8 @@ class Sweep:
 
     def check_identity(self) -> None:
         if self.study.user_attrs.get("space", told := self.identity()) != told:
-            raise ValueError(f"study {self.space.name} was started with another space, base or code. Restore them "
+            raise ValueError(f"study {self.space.name} was started with another space, base or code. Restore "
+                             "them "
                              "or choose another --study.")  # fmt: skip
 
     def attempts(self) -> dict[int, list[FrozenTrial]]:
@@ -385,7 +423,9 @@ def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> Non
             dict(trial=ticket, state=trial.state.name.lower(), val_bpb=trial.value)
             | {f"seed_{seed}": result[METRIC] for seed, result in zip(space.seeds, results, strict=False)}
             | dict(bytes_total=max((r["bytes_total"] or 0 for r in results), default=""))
-            | dict(fits=all(r["fits"] for r in results) if results else "", why=trial.user_attrs.get("why", ""))
+            | dict(
+                fits=all(r["fits"] for r in results) if results else "", why=trial.user_attrs.get("why", "")
+            )
             | {name: as_text(value) for name, value in trial.params.items()}
         )
     rows.sort(key=lambda row: (order.index(row["state"]), row["val_bpb"] or 0.0))
@@ -424,9 +464,9 @@ def draw(study: optuna.Study, folder: Path) -> None:
         print(f"plot: {folder / name}.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Paired comparison
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ALPHA, POWER = 0.01, 0.8  # of the smallest detectable effect
 
@@ -453,7 +493,9 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Paired:
     return Paired(n, middle, *test.confidence_interval(0.95), test.pvalue, found * error)
 
 
-def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str], environ: Mapping[str, str]) -> int:
+def compare(
+    files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str], environ: Mapping[str, str]
+) -> int:
     """Run both settings on each seed, then print the test; no result is printed before all runs are done."""
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds {seeds}: must be at least two distinct seeds")
@@ -472,7 +514,9 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
     for turn, seed in enumerate(seeds):
         for side in (0, 1) if turn % 2 == 0 else (1, 0):  # ABBA: drift over time affects both arms equally
             if [config_hash(arm) for arm in arms] != keys:
-                raise ValueError(f"recipes or code changed since {folder} was started. Restore them or start again.")
+                raise ValueError(
+                    f"recipes or code changed since {folder} was started. Restore them or start again."
+                )
             name = f"{folder.name}_{'ab'[side]}_seed{seed}"
             scores[side].append(train(name, {**arms[side], "SEED": str(seed)}, launcher, folder)[METRIC])
             print(f"run {len(scores[0] + scores[1])} of {2 * len(seeds)}: {name}", flush=True)
@@ -482,15 +526,17 @@ def compare(files: Sequence[Path], seeds: Sequence[int], launcher: Sequence[str]
         print(f"{seed:>10} {x:>14.5f} {y:>14.5f} {y - x:>+12.5f}")
     print(f"{b} - {a}: {found.mean:+.5f} bpb, 95 % interval {found.low:+.5f} to {found.high:+.5f}, "
           f"p = {found.p:.2g} (paired t-test, two-sided; n = {found.n}, fixed in advance)")  # fmt: skip
-    print(f"smallest detectable effect with {found.n} seeds (p < {ALPHA}, power {POWER}): {found.visible:.5f}")
+    print(
+        f"smallest detectable effect with {found.n} seeds (p < {ALPHA}, power {POWER}): {found.visible:.5f}"
+    )
     result = dict(seeds=seeds, a=scores[0], b=scores[1], **found._asdict())
     write_file(folder / "result.json", json.dumps(result).encode())
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def int_list(text: str) -> list[int]:
@@ -498,22 +544,32 @@ def int_list(text: str) -> list[int]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="start or continue a sweep")
     run.add_argument("space", nargs="?", type=Path, help="TOML file; or use --set alone")
-    run.add_argument("--set", action="append", default=[], help="NAME=a,b,c or NAME=low..high[:log]; adds or replaces")
+    run.add_argument(
+        "--set", action="append", default=[], help="NAME=a,b,c or NAME=low..high[:log]; adds or replaces"
+    )
     run.add_argument("--trials", type=int, help="trials of the whole study; default: 20, or every grid point")
     run.add_argument("--seeds", type=int_list, help="seeds of each trial; default: 1337")
     run.add_argument("--sampler", choices=SAMPLERS, help="default: tpe if there is a range, else grid")
-    run.add_argument("--prune", type=int, help="prune trials above the median of this many; 0: never; default: 5")
+    run.add_argument(
+        "--prune", type=int, help="prune trials above the median of this many; 0: never; default: 5"
+    )
     run.add_argument("--workers", type=int, default=1, help="parallel trials; default: 1")
     run.add_argument("--gpus", help="split evenly among the workers; default: CUDA_VISIBLE_DEVICES, else all")
     run.add_argument("--storage", default="", help="database URL; default: SQLite in runs/STUDY/study.db")
     run.add_argument("--study", help="study name; default: name of the file")
-    run.add_argument("--grace", type=int, default=60, help="seconds without heartbeat until lost; default: 60")
+    run.add_argument(
+        "--grace", type=int, default=60, help="seconds without heartbeat until lost; default: 60"
+    )
     two = commands.add_parser("compare", help="compare two settings, paired by seed")
-    two.add_argument("files", nargs=2, type=Path, metavar="ENV", help="two recipes; the environment overrides both")
+    two.add_argument(
+        "files", nargs=2, type=Path, metavar="ENV", help="two recipes; the environment overrides both"
+    )
     two.add_argument("--seeds", type=int_list, required=True, help="all seeds, fixed before the first run")
     one = commands.add_parser("one", help="run the working tree once and append a line to the ledger")
     one.add_argument("--note", required=True, help="what was changed, and why")
@@ -533,7 +589,9 @@ def sweep(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if given.workers > 1 and not gpus:
         gpus = [str(gpu) for gpu in range(trainer().torch.cuda.device_count())]
     if given.workers < 1 or len(gpus) % given.workers:
-        raise ValueError(f"--workers {given.workers}: must be at least 1 and divide the number of GPUs, {len(gpus)}")
+        raise ValueError(
+            f"--workers {given.workers}: must be at least 1 and divide the number of GPUs, {len(gpus)}"
+        )
     return Sweep(space, environ, given.launcher, given.storage, given.grace).run(given.workers, gpus)
 
 

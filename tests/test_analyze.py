@@ -1,4 +1,5 @@
-"""records/analyze.py: errors against simulation and scipy, curvature against whole Hessians, a model against itself."""
+"""records/analyze.py: errors against simulation and scipy, curvature against whole Hessians, a model against
+itself."""
 
 import json
 import re
@@ -48,7 +49,13 @@ def several_batches(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Few steps, probes and draws, where it is not their precision that is looked at."""
-    for name, small in (("LANCZOS", 4), ("SHOWN", (2, 4)), ("PROBES", 3), ("CURVATURE_ROWS", 2), ("RESAMPLES", 200)):
+    for name, small in (
+        ("LANCZOS", 4),
+        ("SHOWN", (2, 4)),
+        ("PROBES", 3),
+        ("CURVATURE_ROWS", 2),
+        ("RESAMPLES", 200),
+    ):
         monkeypatch.setattr(analyze, name, small)
 
 
@@ -56,9 +63,9 @@ def values(table: analyze.Table) -> list[float]:
     return [cell.value for cells in table.values() for cell in cells.values()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Errors
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_units_of_equal_size_are_their_means():
@@ -73,7 +80,8 @@ def test_units_of_equal_size_are_their_means():
 
 
 def test_errors_of_unequal_units_by_simulation():
-    """Units of 1 to 40 targets that share an effect: the error is the spread of the mean over draws of whole texts."""
+    """Units of 1 to 40 targets that share an effect: the error is the spread of the mean over draws of whole
+    texts."""
     rng = np.random.default_rng(1)
     means, errors, naive, inside = [], [], [], []
     for _ in range(600):
@@ -102,19 +110,23 @@ def test_what_two_estimates_share_cancels():
     assert clustered(a, np.zeros(200, int)).error is None  # one unit says nothing of its own spread
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two scores of the same targets
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_buckets_by_hand():
     loss = np.random.default_rng(0).uniform(0, 12, len(TOKENS) - 1)
     found = analyze.buckets(TOKENS, loss, TABLE)
     for kind, masks in found.items():
-        assert (np.sum(list(masks.values()), axis=0) == 1).all(), kind  # each target is in one bucket of each kind
+        assert (np.sum(list(masks.values()), axis=0) == 1).all(), (
+            kind
+        )  # each target is in one bucket of each kind
     counts = {token: int((TOKENS[1:] == token).sum()) for token in TOKENS[1:].tolist()}
     for one, other in pairwise(found["frequency of the token"].values()):
-        assert min(counts[t] for t in TOKENS[1:][one].tolist()) >= max(counts[t] for t in TOKENS[1:][other].tolist())
+        assert min(counts[t] for t in TOKENS[1:][one].tolist()) >= max(
+            counts[t] for t in TOKENS[1:][other].tolist()
+        )
     assert found["loss, mean of both"]["3-5"].tolist() == ((loss >= 3) & (loss < 5)).tolist()
     begins = [i for i in range(len(TOKENS) - 1) if i == 0 or TOKENS[i] == 1]
     places = [i - max(b for b in begins if b <= i) for i in range(len(TOKENS) - 1)]
@@ -131,7 +143,9 @@ def test_gain_by_hand():
     assert len(report["the gain, nats a target"]) == 3
     for kind, masks in analyze.buckets(TOKENS, (a.astype(float) + b) / 2, TABLE).items():
         rows = report[kind]
-        assert [row["gain"].value for row in rows.values()] == pytest.approx([gain[m].mean() for m in masks.values()])
+        assert [row["gain"].value for row in rows.values()] == pytest.approx(
+            [gain[m].mean() for m in masks.values()]
+        )
         assert sum(row["share of the gain"].value for row in rows.values()) == pytest.approx(1)
         assert sum(row["share of targets"].value for row in rows.values()) == pytest.approx(1)
     same = analyze.compare_nll(a, a, TOKENS, TABLE)
@@ -154,13 +168,20 @@ def test_sorting_by_the_mean_of_both_shows_no_gain_where_there_is_none():
 
 def test_few_documents_are_not_what_errors_rest_on():
     many, few = np.tile([1, 5, 6, 7], 30).astype(np.uint16), np.full(9000, 5, np.uint16)
-    assert [name.split()[1] for name in analyze.independent_units(many)] == ["documents", "blocks", "targets:"]
-    assert [name.split()[:2] for name in analyze.independent_units(few)][:2] == [["5", "blocks"], ["1", "documents"]]
+    assert [name.split()[1] for name in analyze.independent_units(many)] == [
+        "documents",
+        "blocks",
+        "targets:",
+    ]
+    assert [name.split()[:2] for name in analyze.independent_units(few)][:2] == [
+        ["5", "blocks"],
+        ["1", "documents"],
+    ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weights and activations
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
@@ -179,7 +200,10 @@ def test_chance_is_what_unrelated_matrices_have():
     a, b = (side_of(random_model(SMALL, seed=seed)) for seed in (0, 1))
     for right in (False, True):
         table = analyze.subspaces(a, b, text_of(), right)
-        rng, expected = torch.Generator().manual_seed(0), {row: cells["chance"].value for row, cells in table.items()}
+        rng, expected = (
+            torch.Generator().manual_seed(0),
+            {row: cells["chance"].value for row, cells in table.items()},
+        )
         for name, bank, _ in analyze.MATRICES:
             shape = getattr(a.model, bank).shape[1:]
             drawn = [analyze.overlap(*(torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2)), right)
@@ -246,12 +270,16 @@ def test_path_against_the_scores_of_the_models():
     for column, model in (("0", a), ("1", b), ("0.5", middle)):
         losses = train_gpt.score(model, tokens, plan, TABLE, 4)
         assert table["loss"][column].value == pytest.approx(losses.val_loss, rel=1e-5)
-        assert table["loss"][column].error == pytest.approx(stats.sem(losses.nll.reshape(-1, 10).mean(1)), rel=1e-4)
+        assert table["loss"][column].error == pytest.approx(
+            stats.sem(losses.nll.reshape(-1, 10).mean(1)), rel=1e-4
+        )
     above = [cell.value for name, cell in table["above the line"].items() if name != "barrier"]
     assert table["above the line"]["barrier"].value == max(above) > min(above)
     ends = table["loss"]["0"].value + table["loss"]["1"].value
     assert table["above the line"]["0.5"].value == pytest.approx(table["loss"]["0.5"].value - ends / 2)
-    assert a.state_dict()["qo_bank"].equal(random_model(SMALL, torch.float32, 0).qo_bank)  # nothing was changed
+    assert a.state_dict()["qo_bank"].equal(
+        random_model(SMALL, torch.float32, 0).qo_bank
+    )  # nothing was changed
 
 
 def test_sampled_rows_are_windows_of_the_text():
@@ -259,15 +287,16 @@ def test_sampled_rows_are_windows_of_the_text():
     text = TOKENS.tolist()
     for row, next_row in zip(ids.tolist(), targets.tolist(), strict=True):
         assert (
-            any(text[at : at + 8] == [*row, next_row[-1]] for at in range(0, len(text), 7)) and row[1:] == next_row[:-1]
+            any(text[at : at + 8] == [*row, next_row[-1]] for at in range(0, len(text), 7))
+            and row[1:] == next_row[:-1]
         )
     with pytest.raises(ValueError, match="--rows 1000: must be 2 to"):
         analyze.sample_rows(TOKENS, 1000, 7, 1, CPU)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Curvature
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +356,9 @@ def test_trace_against_the_whole_hessian(curved, monkeypatch):
     assert found["all"].value == pytest.approx(float(((signs @ H) * signs).sum()) / 100, rel=1e-6)
     variance = 2 * float(H.square().sum() - H.diagonal().square().sum())  # of z^T H z
     assert found["all"].error == pytest.approx((variance / 100) ** 0.5, rel=0.25)
-    assert sum(cell.value for group, cell in found.items() if group != "all") == pytest.approx(found["all"].value)
+    assert sum(cell.value for group, cell in found.items() if group != "all") == pytest.approx(
+        found["all"].value
+    )
 
 
 def test_lanczos_on_a_matrix():
@@ -342,20 +373,23 @@ def test_lanczos_on_a_matrix():
         for value, residual in zip(ritz, residuals, strict=True):
             assert np.abs(known - value).min() <= residual + 1e-9
     assert found[-1][0] == pytest.approx(known[[0, -1]])
-    two = torch.diag(torch.tensor([2.0, 2.0, 5.0, 5.0], dtype=torch.float64))  # two different eigenvalues: two steps
+    two = torch.diag(
+        torch.tensor([2.0, 2.0, 5.0, 5.0], dtype=torch.float64)
+    )  # two different eigenvalues: two steps
     assert len(analyze.lanczos(lambda v: two @ v, torch.ones(4, dtype=torch.float64), 4)) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The evaluator's first step, rounding, factors
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("mode", "size"), [("doc_banks", 5), ("doc_lora", 5), ("all", 5), ("phased", 5), ("doc_banks", 14)]
 )
 def test_the_whole_step_is_the_evaluators(mode, size):
-    """At the whole step the next chunk has the evaluation's own losses, at none those of the plan without learning.
+    """At the whole step the next chunk has the evaluation's own losses, at none those of the plan without
+    learning.
 
     Half a step is a step of half the size. With chunks of 14 targets, most documents have no second one.
     """
@@ -368,7 +402,9 @@ def test_the_whole_step_is_the_evaluators(mode, size):
     change = adapted[scored].astype(float) - plain[scored]
     row = table["what comes next"]
     assert row["0"].value == 0 and row["1"].value == pytest.approx(change.mean(), abs=1e-5) != 0
-    assert row["1"].error == pytest.approx(clustered(change, analyze.documents_of(TOKENS)[scored]).error, rel=1e-2)
+    assert row["1"].error == pytest.approx(
+        clustered(change, analyze.documents_of(TOKENS)[scored]).error, rel=1e-2
+    )
     slow = eval_ttt.evaluate(replace(side.setup, config=replace(c, ttt_lr=c.ttt_lr / 2)), TOKENS).nll
     assert row["0.5"].value == pytest.approx((slow[scored].astype(float) - plain[scored]).mean(), abs=1e-5)
     small = table["what was learned"]["0.25"]
@@ -394,7 +430,9 @@ def test_rounding_against_the_tensors():
         for layer in range(L):
             W, Q = (part[bank][second * L + layer] for part in (model.state_dict(), state))
             x = read[stack, layer]
-            assert by_weights[name][str(layer)].value == pytest.approx(float((W - Q).norm() / W.norm()), rel=1e-5)
+            assert by_weights[name][str(layer)].value == pytest.approx(
+                float((W - Q).norm() / W.norm()), rel=1e-5
+            )
             expected = float((x @ (W - Q).T).norm() / (x @ W.T).norm())
             assert by_outputs[name][str(layer)].value == pytest.approx(expected, rel=1e-3)
     other = random_model(SMALL, torch.float32)
@@ -431,9 +469,14 @@ def test_a_model_and_itself(few):
             table = analysis.measure(side, text_of())
             lines = analyze.analysis_text(analysis, {"A": table, "B": table}).splitlines()
             numbers = [
-                float(word.split("±")[0]) for line in lines if "B - A" in line for word in line.split("A", 1)[1].split()
+                float(word.split("±")[0])
+                for line in lines
+                if "B - A" in line
+                for word in line.split("A", 1)[1].split()
             ]
-            assert table and numbers and not any(numbers if key != "eigenvalues" else numbers[:2] + numbers[3:5]), key
+            assert (
+                table and numbers and not any(numbers if key != "eigenvalues" else numbers[:2] + numbers[3:5])
+            ), key
     assert values(analyze.quantization_error(side, text_of(), True)) == [0] * 30
 
 
@@ -447,9 +490,9 @@ def test_differences_are_what_the_others_have_more():
     assert single.empty in analyze.analysis_text(single, {"A": {}, "B": {}})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # As a user meets it
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 RUN = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=24, bigram_vocab_size=32, bigram_dim=8,
              ve_dim=8, ve_layers="1", rope_dims=4, xsa_last_n=1, train_seq_len=16, eval_seq_len=16, eval_stride=8,
@@ -462,20 +505,28 @@ def make_run(tmp_path, demo_data):
 
     def make(name: str, seed: int = 0, **settings):
         c = replace(
-            RUN, data_path=str(demo_data), tokenizer_path=str(demo_data / "tokenizer.model"), seed=seed, **settings
+            RUN,
+            data_path=str(demo_data),
+            tokenizer_path=str(demo_data / "tokenizer.model"),
+            seed=seed,
+            **settings,
         )
         folder, model = tmp_path / name, random_model(c, torch.float32, seed)
         folder.mkdir()
         torch.save(model.state_dict(), folder / "final_model.pt")
-        records = train_gpt.quantize(model.state_dict(), train_gpt.Statistics(), c)
+        records = train_gpt.quantize_state_dict(model.state_dict(), train_gpt.Statistics(), c)
         blob = train_gpt.encode_artifact(c, records, train_gpt.sha256_file(c.tokenizer_path))
         (folder / "final_model.int6.ptz").write_bytes(blob)
         (folder / "config.json").write_text(json.dumps(dict(config=asdict(c))))
-        (folder / "result.json").write_text(json.dumps(dict(steps=7 + seed, val_bpb_sliding=2.5, bytes_model=1234)))
+        (folder / "result.json").write_text(
+            json.dumps(dict(steps=7 + seed, val_bpb_sliding=2.5, bytes_model=1234))
+        )
         lines = [dict(step=i, seconds=i, train_loss=7 - i, val_bpb=3 - i / 9) for i in range(4)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         tokens = train_gpt.open_shard(str(demo_data / "fineweb_val_000000.bin"))
-        np.save(folder / "nll.npy", np.random.default_rng(seed).uniform(0, 6, len(tokens) - 1).astype(np.float32))
+        np.save(
+            folder / "nll.npy", np.random.default_rng(seed).uniform(0, 6, len(tokens) - 1).astype(np.float32)
+        )
         return folder
 
     return make
@@ -506,7 +557,9 @@ def test_weights_of_three_runs(make_run, tmp_path, capsys, few):
     for key, analysis in analyze.ANALYSES.items():
         assert list(report[key]) == (["A to B", "A to null"] if analysis.pair else ["A", "B", "null"]), key
         tables = list(report[key].values())
-        assert all(table.keys() == tables[0].keys() for table in tables) and any(tables) == (key != "meta_rates")
+        assert all(table.keys() == tables[0].keys() for table in tables) and any(tables) == (
+            key != "meta_rates"
+        )
         block = text.split(f"\n{analysis.title}\n")[1].split("\n\n")[0].splitlines()
         lines = ("A to B", "A to null") if analysis.pair else ("A ", "B - A", "null - A")
         assert all(any(name in line for line in block) for name in lines) or key == "meta_rates"
@@ -587,7 +640,9 @@ def test_losses_that_cannot_be_compared(make_run, tmp_path, capsys):
     a, b = make_run("a"), make_run("b")
     loose = tmp_path / "loose.npy"
     np.save(loose, np.zeros(5, np.float32))
-    (b / "eval_ttt.json").write_text(json.dumps(dict(settings={}, sha256_shards={"fineweb_val_000000.bin": "0" * 64})))
+    (b / "eval_ttt.json").write_text(
+        json.dumps(dict(settings={}, sha256_shards={"fineweb_val_000000.bin": "0" * 64}))
+    )
     for argv, message in (
         ((loose, loose), "config.json names the scored text"),
         ((a, loose), f"shape (5,), but {len(np.load(a / 'nll.npy'))} targets"),

@@ -22,7 +22,7 @@ from train_gpt import (
     UserError,
     encode_artifact,
     load_model,
-    quantize,
+    quantize_state_dict,
     read_artifact,
     write_atomically,
 )
@@ -33,7 +33,7 @@ TOKENIZER = sha256(b"a tokenizer").hexdigest()
 
 def make_blob(config: Config = SMALL) -> bytes:
     model = random_model(config, torch.float32)
-    return encode_artifact(config, quantize(model.state_dict(), Statistics(), config), TOKENIZER)
+    return encode_artifact(config, quantize_state_dict(model.state_dict(), Statistics(), config), TOKENIZER)
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def unpacked(data: bytes, coder: bytes) -> bytes:
     """Unpack the head or another side part: zstd where the codes are zstd, else the lzma of Python."""
     if coder == b"zstd":
         return zstandard.decompress(data)
-    return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26, "lc": 0}])
+    return lzma.decompress(
+        data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26, "lc": 0}]
+    )
 
 
 def split_body(blob: bytes) -> tuple[dict, bytes, bytes]:
@@ -76,8 +78,9 @@ def join_body(header: dict, rest: bytes, coded: bytes) -> bytes:
 def parse(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, ...]]]:
     """Header and name -> (float16 values,) or (codes, row steps[, column steps]), by the layout in words.
 
-    Prefix; head: JSON, float16 tensors, steps of each tensor, widths of each; then the codes of all tensors, stably
-    sorted by the sum of the widths of row and column, zstd frames of which the first 64 numbers give the lengths.
+    Prefix; head: JSON, float16 tensors, steps of each tensor, widths of each; then the codes of all tensors,
+    stably sorted by the sum of the widths of row and column, zstd frames of which the first 64 numbers give
+    the lengths.
     """
     header, rest, coded = split_body(blob)
 
@@ -90,7 +93,9 @@ def parse(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, ...]]]:
     tensors = {row["name"]: (take(row["shape"], "<f2"),) for row in header["tensors"] if not row["coded"]}
     rows = [row for row in header["tensors"] if row["coded"]]
     sides = [([*row["shape"][:-1], 1], [*row["shape"][:-2], 1, row["shape"][-1]]) for row in rows]
-    steps = [[take(side) for side in both[: 1 + row["columns"]]] for row, both in zip(rows, sides, strict=True)]
+    steps = [
+        [take(side) for side in both[: 1 + row["columns"]]] for row, both in zip(rows, sides, strict=True)
+    ]
     widths = [take(by_row).astype(int) + take(by_column) for by_row, by_column in sides]
     assert not rest
     widths = np.concatenate([np.clip(width + 24, 0, 63).flatten() for width in widths])
@@ -107,17 +112,19 @@ def parse(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, ...]]]:
     return header, {row["name"]: tensors[row["name"]] for row in header["tensors"]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Round trip
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-OTHER = replace(SMALL, tie_embeddings=False, num_layers=2, ve_enabled=False, doc_borders="published", rope_dims=0)
+OTHER = replace(
+    SMALL, tie_embeddings=False, num_layers=2, ve_enabled=False, doc_borders="published", rope_dims=0
+)
 
 
 @pytest.mark.parametrize("config", [SMALL, OTHER])
 def test_round_trip(config, tmp_path):
     model = random_model(config, torch.float32)
-    made = quantize(model.state_dict(), Statistics(), config)
+    made = quantize_state_dict(model.state_dict(), Statistics(), config)
     blob = encode_artifact(config, made, TOKENIZER)
     (tmp_path / "a").write_bytes(blob)
     header, stored = parse(blob)
@@ -127,12 +134,16 @@ def test_round_trip(config, tmp_path):
         codes, *steps = stored[record.name]
         np.testing.assert_array_equal(codes, record.codes.numpy())
         values = codes.astype(np.float32)
-        assert len(steps) == (record.row_steps is not None) and record.column_steps is None and not record.trellis
+        assert (
+            len(steps) == (record.row_scale is not None) and record.col_scale is None and not record.trellis
+        )
         if steps:
-            np.testing.assert_array_equal(steps[0], record.row_steps.numpy())
+            np.testing.assert_array_equal(steps[0], record.row_scale.numpy())
             values = values * (2.0 ** (steps[0].astype(np.float64) / 8)).astype(np.float32)
         got = artifact.state[record.name]
-        assert got.dtype == torch.float32 and got.numpy().tobytes() == values.astype(np.float32).tobytes(), record.name
+        assert got.dtype == torch.float32 and got.numpy().tobytes() == values.astype(np.float32).tobytes(), (
+            record.name
+        )
     assert artifact.tokenizer_sha256 == header["tokenizer_sha256"] == TOKENIZER
     for f in fields(Config):
         if f.name in train_gpt.sections()["model"]:
@@ -152,10 +163,10 @@ def statistics_of(model) -> Statistics:
     return Statistics(hessians, train_gpt.collect_gradients(model, batches))
 
 
-def two_sided_blob(coder: str, trellis: bool) -> tuple[bytes, list[train_gpt.Record]]:
+def two_sided_blob(coder: str, trellis: bool) -> tuple[bytes, list[train_gpt.QuantizedTensor]]:
     config = replace(SMALL, quant_steps="two_sided", quant_loss=0.05, quant_trellis=trellis, compressor=coder)
     model = random_model(config, torch.float32)
-    records = quantize(model.state_dict(), statistics_of(model), config)
+    records = quantize_state_dict(model.state_dict(), statistics_of(model), config)
     return encode_artifact(config, records, TOKENIZER), records
 
 
@@ -164,7 +175,7 @@ def two_sided_blob(coder: str, trellis: bool) -> tuple[bytes, list[train_gpt.Rec
 def test_every_coder_gives_back_every_tensor(tmp_path, coder, trellis):
     if trellis is None:
         config = replace(SMALL, compressor=coder)
-        records = quantize(random_model(config, torch.float32).state_dict(), Statistics(), config)
+        records = quantize_state_dict(random_model(config, torch.float32).state_dict(), Statistics(), config)
         blob = encode_artifact(config, records, TOKENIZER)
     else:
         blob, records = two_sided_blob(coder, trellis)
@@ -173,14 +184,18 @@ def test_every_coder_gives_back_every_tensor(tmp_path, coder, trellis):
     artifact = read_artifact(tmp_path / "a")
     assert list(artifact.state) == [record.name for record in records]
     for record in records:
-        assert record.trellis == (trellis is True and record.row_steps is not None)
-        assert (record.column_steps is not None) == (trellis is not None and record.row_steps is not None)
+        assert record.trellis == (trellis is True and record.row_scale is not None)
+        assert (record.col_scale is not None) == (trellis is not None and record.row_scale is not None)
         got, expected = artifact.state[record.name], train_gpt.dequantize(record)
         assert got.dtype == torch.float32 and torch.equal(got, expected), record.name
-    header, found = train_gpt.decode_records(blob[48:], coder)
+    header, found = train_gpt.decode_tensors(blob[48:], coder)
     for record, other in zip(records, found, strict=True):
         for one, two in zip(record, other, strict=True):
-            assert torch.equal(one, two) and one.dtype == two.dtype if isinstance(one, torch.Tensor) else one == two
+            assert (
+                torch.equal(one, two) and one.dtype == two.dtype
+                if isinstance(one, torch.Tensor)
+                else one == two
+            )
     ids = random_ids(2, 12)
     fresh = train_gpt.GPT(replace(Config(), **header["config"]))
     fresh.load_state_dict({r.name: train_gpt.dequantize(r) for r in records}, strict=True)
@@ -197,11 +212,11 @@ def test_two_sided_steps_are_in_the_layout_in_words():
     blob, records = two_sided_blob("zstd", True)
     _, stored = parse(blob)
     for record in records:
-        if record.row_steps is not None:
+        if record.row_scale is not None:
             codes, rows, columns = stored[record.name]
             np.testing.assert_array_equal(codes, record.codes.numpy())
-            np.testing.assert_array_equal(rows, record.row_steps.numpy())
-            np.testing.assert_array_equal(columns, record.column_steps.numpy())
+            np.testing.assert_array_equal(rows, record.row_scale.numpy())
+            np.testing.assert_array_equal(columns, record.col_scale.numpy())
 
 
 def test_the_same_weights_make_the_same_bytes():
@@ -222,9 +237,9 @@ def test_a_model_that_lacks_a_tensor_does_not_load(path):
         load_model(artifact._replace(state=state), CPU)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Damage
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def refused(path, blob: bytes) -> bool:
@@ -255,8 +270,13 @@ def test_any_flipped_bit(path):
 
 
 def damage(blob: bytes, generator: np.random.Generator) -> bytes:
-    """BLOB with a bit flipped, a byte replaced, inserted or left out, two exchanged, or cut off at a random place."""
-    place, kind, byte = int(generator.integers(len(blob))), int(generator.integers(6)), int(generator.integers(1, 256))
+    """BLOB with a bit flipped, a byte replaced, inserted or left out, two exchanged, or cut off at a random
+    place."""
+    place, kind, byte = (
+        int(generator.integers(len(blob))),
+        int(generator.integers(6)),
+        int(generator.integers(1, 256)),
+    )
     before, here, after = blob[:place], blob[place], blob[place + 1 :]
     if kind == 0:
         return before + bytes([here ^ 1 << byte % 8]) + after
@@ -286,7 +306,7 @@ def test_damage_of_any_kind_at_any_place_is_refused_with_the_path(tmp_path, code
 def test_codes_that_are_not_those_that_went_in_are_refused(tmp_path, coder):
     """With the right checksum around them: as another version of a coder might decode them."""
     blob, records = two_sided_blob(coder, True)
-    coded = [record for record in records if record.row_steps is not None]
+    coded = [record for record in records if record.row_scale is not None]
     order, counts = train_gpt.lay_out([train_gpt.code_widths(record.codes) for record in coded])
     codes = np.concatenate([record.codes.flatten().numpy() for record in coded])[order]
     header, rest, data = split_body(blob)
@@ -303,7 +323,8 @@ def test_codes_that_are_not_those_that_went_in_are_refused(tmp_path, coder):
 
 
 def test_another_path_through_an_ans_stream_is_refused(tmp_path):
-    """Any bytes decode to some codes: the hash in the head tells. The last bits of the first word mean nothing."""
+    """Any bytes decode to some codes: the hash in the head tells. The last bits of the first word mean
+    nothing."""
     blob, _ = two_sided_blob("ans", True)
     header, rest, data = split_body(blob)
     (side,) = struct.unpack_from("<I", data)
@@ -374,9 +395,9 @@ def test_settings_from_another_version(path):
         read_artifact(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Writing, and no pickle
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class HalfWritten:
@@ -425,7 +446,9 @@ def test_reading_needs_no_pickle(path, monkeypatch):
     length = int.from_bytes(blob[48:52], "little")
     for data in (blob, zstandard.decompress(blob[52 : 52 + length]), blob[52 + length :]):
         assert not data.startswith((b"\x80", b"PK"))
-        with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, IndexError)):
+        with pytest.raises(
+            (pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, IndexError)
+        ):
             pickle.loads(data)
 
     def refuse(*_, **__):

@@ -1,4 +1,5 @@
-"""The audit: honest evaluations pass, each cheat is caught by a check, by name, and every check can pass and fail."""
+"""The audit: honest evaluations pass, each cheat is caught by a check, by name, and every check can pass and
+fail."""
 
 import ast
 import json
@@ -71,7 +72,9 @@ def changed(setup: Setup, **settings) -> Setup:
 
 HONEST = {
     **{mode: dict(ttt_mode=mode) for mode in ("none", "banks", "lora", "doc_lora", "phased")},
-    "all, adamw": dict(ttt_mode="all", ttt_optimizer="adamw", ttt_lr=0.003, ttt_lr_schedule="cosine", ttt_epochs=2),
+    "all, adamw": dict(
+        ttt_mode="all", ttt_optimizer="adamw", ttt_lr=0.003, ttt_lr_schedule="cosine", ttt_epochs=2
+    ),
     "doc_banks": dict(ttt_mode="doc_banks"),
     "doc_banks in groups, shared": dict(ttt_mode="doc_banks", ttt_groups=2, ttt_moments="shared"),
     "context and side by side": dict(ttt_mode="all", ttt_context=4, eval_stride=16),
@@ -81,7 +84,9 @@ HONEST = {
 
 
 @in_bfloat16
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "doc_banks")) for n in HONEST])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "doc_banks")) for n in HONEST]
+)
 def test_an_honest_evaluation_in_bfloat16_passes_every_check(name, setup, text):
     checks = audit(changed(setup, **HONEST[name]), text, [], whole=np.tile(text, 3))
     assert not [check for check in checks if check.ok is False]
@@ -93,7 +98,10 @@ def test_an_honest_evaluation_passes_every_check(name, setup, text):
     checks = audit(changed(setup, **HONEST[name]), text, [], whole=np.tile(text, 3))
     found = {check.name.split()[0]: check.ok for check in checks}
     assert not [check for check in checks if check.ok is False]
-    assert all(found[name] for name in ("T1", "T2", "T3", "T4", "T6", "T7", "T9", "T11", "T14")) and "T10" in found
+    assert (
+        all(found[name] for name in ("T1", "T2", "T3", "T4", "T6", "T7", "T9", "T11", "T14"))
+        and "T10" in found
+    )
     assert all(found[name] for name in ("T15", "T16", "T17", "T18"))
     assert found["T5"] or HONEST[name]["ttt_mode"] == "none"
     assert all(check.checked > 0 for check in checks if check.ok and not check.name.startswith("T6"))
@@ -110,9 +118,9 @@ def test_by_documents_the_one_before_is_out_of_reach(setup, text):
         assert moved.tolist() == [place - 2, place - 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Cheats
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def settings(**given):
@@ -166,7 +174,9 @@ def beginning_first(honest, setup, tokens, *hooks):
 def warm_up_kept(setup, patch):
     """Warm-up that reads the validation shard and leaves its traces in the weights."""
     state, val = dict(setup.artifact.state), tg.TokenStream(setup.config.shards("val"), 1024).read(0, 64)
-    patch.setattr(eval_ttt, "warm_up", lambda each: state.update(step_on_embedding(each, val, 0.1).artifact.state))
+    patch.setattr(
+        eval_ttt, "warm_up", lambda each: state.update(step_on_embedding(each, val, 0.1).artifact.state)
+    )
     return dict(setup=replace(setup, artifact=setup.artifact._replace(state=state)))
 
 
@@ -219,7 +229,8 @@ def earlier_windows(honest, *args):
 
 
 def gate_by_target(setup, patch):
-    """Sharper distributions where the target begins a word (#1420): each adds up to one, which one is told by it."""
+    """Sharper distributions where the target begins a word (#1420): each adds up to one, which one is told by
+    it."""
 
     def trace(tokens, probes, until):
         seen = auditing.trace_evaluation(setup, tokens, range(len(tokens) - 1), until)
@@ -233,7 +244,9 @@ def gate_by_target(setup, patch):
 
 def space_twice(setup, patch):
     table = setup.byte_table
-    return dict(setup=replace(setup, byte_table=table._replace(base_bytes=table.base_bytes + table.has_leading_space)))
+    return dict(
+        setup=replace(setup, byte_table=table._replace(base_bytes=table.base_bytes + table.has_leading_space))
+    )
 
 
 def score_of(cheat: Callable[[tg.Score, np.ndarray, tg.ByteTable], dict[str, float]]):
@@ -287,7 +300,7 @@ def next_documents(honest, self, tokens, windows, weight, fast):
 
 def documents_by_loss(honest, self, tokens):
     plan, (begin, end) = honest(self, tokens), documents(tokens)
-    plain = [chunk._replace(learned=None) for chunk in plan]
+    plain = [chunk._replace(adapted=None) for chunk in plan]
     nll = tg.score(self.load(), tokens, plain, self.byte_table, self.batch_seqs()).nll
     order = np.argsort([-nll[a:b].mean() for a, b in zip(begin, end, strict=True)])
     with pytest.MonkeyPatch.context() as patch:
@@ -332,10 +345,16 @@ CHEATS: dict[str, tuple[Callable, str]] = {
         patched(eval_ttt, "evaluate", beginning_first),
         "T1",
     ),  # T1 must cut after a few targets
-    "learning from three targets beyond": (patched(Adaptation, "step", step_beyond), "T1"),  # in each turn that it cuts
+    "learning from three targets beyond": (
+        patched(Adaptation, "step", step_beyond),
+        "T1",
+    ),  # in each turn that it cuts
     "the tail scored 32 times": (patched(eval_ttt, "evaluate", tail_again), "T4"),
     "the leading space counted twice": (space_twice, "T9"),
-    "smear over document borders": (patched(tg.SmearGate, "forward", without_borders), "T1b"),  # a check of `embed`
+    "smear over document borders": (
+        patched(tg.SmearGate, "forward", without_borders),
+        "T1b",
+    ),  # a check of `embed`
     "bigram over document borders": (patched(tg, "bigram_rows", without_borders), "T1b"),
     "windows one token over document borders": (
         BORDERS,
@@ -363,7 +382,9 @@ CHEATS: dict[str, tuple[Callable, str]] = {
 def test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch):
     plant, caught = CHEATS[name]
     assert len(text) <= LONG < 1.3 * len(text)
-    checks = audit(**dict(setup=setup, tokens=text, opened=[], whole=np.tile(text, 3)) | plant(setup, monkeypatch))
+    checks = audit(
+        **dict(setup=setup, tokens=text, opened=[], whole=np.tile(text, 3)) | plant(setup, monkeypatch)
+    )
     failed = [check.name.split()[0] for check in checks if check.ok is False]
     print(f"{name}: caught by {' '.join(failed) or 'nothing'}")
     assert {*failed} >= {*caught.split()}, f"caught by {' '.join(failed) or 'nothing'}, not by {caught}"
@@ -401,7 +422,7 @@ def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypat
     (tmp_path / "model.ptz").write_bytes(b"")
     monkeypatch.setattr(auditing, "audit", lambda setup, tokens, *_: seen.append(setup.plan(tokens)) or [])
     auditing.run_audit(changed(setup, ttt_chunk_tokens=32768), text, tmp_path / "model.ptz", [], [])
-    assert any(chunk.learned is not None for chunk in seen[0])
+    assert any(chunk.adapted is not None for chunk in seen[0])
 
 
 def certified(setup: Setup, text: np.ndarray, folder: Path, **settings) -> tuple[int, dict, str]:
@@ -435,13 +456,18 @@ def test_two_tokens_certify_nothing(setup, text, tmp_path):
     (dict(ttt_mode="none", ttt_chunk_tokens=32768), {"ttt_chunk_tokens"}),
 ])  # fmt: skip
 def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, setup, text):
-    """Three documents that enter a slot after another one, a step of the base where one is asked for, adaptation."""
+    """Three documents that enter a slot after another one, a step of the base where one is asked for,
+    adaptation."""
     given = changed(setup, eval_seq_len=128, **settings)
     small = replace(given, config=auditing.audited_config(given.config, text))
-    assert {name for name, value in vars(small.config).items() if value != getattr(given.config, name)} == shrunk
+    assert {
+        name for name, value in vars(small.config).items() if value != getattr(given.config, name)
+    } == shrunk
     assert not auditing.shortfalls(small, text)
     plan, slots = small.plan(text), {}
-    assert any(chunk.learned is not None and not chunk.base for chunk in plan) or settings["ttt_mode"] == "none"
+    assert (
+        any(chunk.adapted is not None and not chunk.base for chunk in plan) or settings["ttt_mode"] == "none"
+    )
     assert any(chunk.base for chunk in plan) == (settings["ttt_mode"] == "phased")
     if plan[0].slots:
         assert bool(auditing.shortfalls(given, text)) == bool(shrunk)
@@ -454,7 +480,9 @@ def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, se
 
 def test_nobody_knows_the_seed_beforehand(setup, text, tmp_path, monkeypatch):
     seeds = []
-    monkeypatch.setattr(auditing, "audit", lambda setup, tokens, opened, trace, whole, seed: seeds.append(seed) or [])
+    monkeypatch.setattr(
+        auditing, "audit", lambda setup, tokens, opened, trace, whole, seed: seeds.append(seed) or []
+    )
     told = [certified(setup, text, tmp_path) for _ in range(2)]
     assert seeds[0] != seeds[1] and [report["seed"] for _, report, _ in told] == seeds
     assert all(f"--audit={seed} repeats it" in words for seed, (_, _, words) in zip(seeds, told, strict=True))
@@ -489,9 +517,9 @@ def test_the_reading_of_a_mode(start):
     assert reading.startswith(start) and all(each in reading for each in words) and "\n" not in reading
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Each check by itself, on traces made by hand; then the programs as a user runs them
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TOY_TEXT = np.random.default_rng(3).integers(BOS_ID + 1, 40, 121).astype(np.uint16)
 TOY_TEXT[[0, 60]] = BOS_ID
@@ -501,7 +529,8 @@ BESIDE = dict(turn=np.tile(np.arange(60) // 20, 2), read_from=np.repeat([0, 60],
 
 
 def toy(turn, read_from, ahead=(), also=(), gated=0.0) -> Callable[..., Trace]:
-    """A tracer whose losses are sums of what windows read, those in AHEAD one token more, ALSO (a target, a place)."""
+    """A tracer whose losses are sums of what windows read, those in AHEAD one token more, ALSO (a target, a
+    place)."""
 
     def trace(tokens=TOY_TEXT, probes=(), until=np.inf) -> Trace:
         sums, target = np.append(0, np.cumsum(tokens.astype(np.int64))), np.arange(120)
@@ -551,11 +580,21 @@ TOYS = {
     "one is not": (T3, toy(**CHUNKS), FLAT | dict(from_row=OFF), False),
     "one is missing": (T3, toy(**CHUNKS), FLAT | dict(from_row=MISSING), False),
     "a row of another loss": (T3, toy(**CHUNKS), FLAT | dict(rows={7: np.full(40, -np.log(30))}), False),
-    "a row of that loss with too much elsewhere": (T3, toy(**CHUNKS), FLAT | dict(rows={7: -SPREAD[:40]}), False),
+    "a row of that loss with too much elsewhere": (
+        T3,
+        toy(**CHUNKS),
+        FLAT | dict(rows={7: -SPREAD[:40]}),
+        False,
+    ),
     "each once": (T4, toy(**CHUNKS), dict(count=np.ones(120)), True),
     "one never": (T4, toy(**CHUNKS), dict(count=np.arange(120) != 119), False),
     "one twice": (T4, toy(**CHUNKS), dict(count=1 + (np.arange(120) == 0)), False),
-    "in turn": (T5, toy(**CHUNKS), events("score 0 40, learn 0 40, score 40 80, learn 40 80, learn 0 80"), True),
+    "in turn": (
+        T5,
+        toy(**CHUNKS),
+        events("score 0 40, learn 0 40, score 40 80, learn 40 80, learn 0 80"),
+        True,
+    ),
     "learned first": (T5, toy(**CHUNKS), events("learn 0 40, score 0 40"), False),
     "learned one more": (T5, toy(**CHUNKS), events("score 0 40, learn 0 41, score 41 80"), False),
     "scored again": (T5, toy(**CHUNKS), events("score 0 40, learn 10 40, score 20 30"), False),
@@ -585,7 +624,8 @@ def noisy(honest: Callable[..., Trace]) -> Callable[..., Trace]:
 
 @pytest.mark.parametrize("check, leak", [(T1, dict(ahead=[29])), (T2, dict(gated=1e-3))])
 def test_what_a_repetition_changes_is_no_leak(check, leak):
-    """As on a GPU, where gradients are summed in any order; leaks above the noise are caught, and too much noise is."""
+    """As on a GPU, where gradients are summed in any order; leaks above the noise are caught, and too much
+    noise is."""
 
     def ok(tracer, spread: float) -> bool | None:
         return check(tracer, replace(tracer(), spread=spread), TOY_TEXT, np.random.default_rng(1)).ok
@@ -598,7 +638,9 @@ def test_what_a_repetition_changes_is_no_leak(check, leak):
 def test_t1b(setup):
     published = setup.artifact._replace(config=replace(setup.config, doc_borders="published"))
     assert auditing.check_borders(setup).ok
-    assert auditing.check_borders(replace(setup, config=published.config, artifact=published)).ok is None  # no promise
+    assert (
+        auditing.check_borders(replace(setup, config=published.config, artifact=published)).ok is None
+    )  # no promise
     assert auditing.check_borders(replace(setup, artifact=published)).ok is False
 
 
@@ -665,7 +707,8 @@ def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
 
 
 def test_t21(setup, text, tmp_path):
-    """The shard that is scored, under its own name, by links, or copied; without what config.json names no verdict."""
+    """The shard that is scored, under its own name, by links, or copied; without what config.json names no
+    verdict."""
     val, copied = tmp_path / "fineweb_val_0.bin", tmp_path / "copied_0.bin"
     write_shard(val, text)
     write_shard(tmp_path / "other_0.bin", text[::-1].copy())
@@ -681,9 +724,13 @@ def test_t21(setup, text, tmp_path):
         return dict(config=dict(data_path="", train_files=str(tmp_path / pattern)))
 
     assert t21(trained_on("other_*.bin")) is True
-    assert [t21(trained_on(name)) for name in ("fineweb_*.bin", "link_0.bin", "hard_0.bin", "*_0.bin")] == [False] * 4
+    assert [t21(trained_on(name)) for name in ("fineweb_*.bin", "link_0.bin", "hard_0.bin", "*_0.bin")] == [
+        False
+    ] * 4
     assert t21(trained_on("copied_0.bin")) is False
-    assert [t21(each) for each in (trained_on("absent"), {}, "", dict(config=3), dict(config={}))] == [None] * 5
+    assert [t21(each) for each in (trained_on("absent"), {}, "", dict(config=3), dict(config={}))] == [
+        None
+    ] * 5
 
 
 LISTENING = """
@@ -709,14 +756,18 @@ def trained(demo_data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
                 TOKENIZER_PATH=str(demo_data / "tokenizer.model"), OMP_NUM_THREADS="1", TTT_CHUNK_SIZE="32",
                 TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4", TTT_PRIOR_SEQS="2")  # fmt: skip
     training = env | dict(RUN_ID="run", VAL_LOSS_EVERY="0", ITERATIONS="8")
-    done = subprocess.run([sys.executable, "-c", LISTENING], env=training, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], env=training, cwd=folder, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return folder, env | dict(MODEL_PATH=str(folder / "runs/run/final_model.int6.ptz"))
 
 
 def test_t6_training_opens_no_validation_shard_before_the_artifact_is_there(trained):
     opened = json.loads((trained[0] / "opened.json").read_text())
-    first = [min(i for i, path in enumerate(opened) if name in path) for name in ("_train_0", "int6.ptz", "_val_0")]
+    first = [
+        min(i for i, path in enumerate(opened) if name in path) for name in ("_train_0", "int6.ptz", "_val_0")
+    ]
     assert first == sorted(first)
 
 
@@ -740,7 +791,13 @@ def test_audit_as_a_user(mode, protocol, code, trained):
     assert report["reading"].startswith("invalid" if code else "causal") and report["reading"] in words
     assert report["settings"]["ttt_groups"] == 8 and report["settings"]["ttt_slots"] == 2
     assert report["audited_settings"].keys() == (set() if code else {"ttt_groups", "ttt_chunk_size"})
-    assert report["sha256"].keys() >= {"artifact", "tokenizer", "train_gpt.py", "eval_ttt.py", "fineweb_val_0.bin"}
+    assert report["sha256"].keys() >= {
+        "artifact",
+        "tokenizer",
+        "train_gpt.py",
+        "eval_ttt.py",
+        "fineweb_val_0.bin",
+    }
     assert report["sha256"]["artifact"] == tg.sha256_file(env["MODEL_PATH"])
     result = json.loads((folder / "runs/run/eval_ttt.json").read_text())
     assert report["sha256"]["nll.npy"] == result["sha256_nll"] == tg.sha256_file(folder / "runs/run/nll.npy")
@@ -777,7 +834,11 @@ def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
 BESIDE_IT = {
     "honest": ({}, None, (True, True)),
     "honest, flat": (dict(TTT_MODE="banks"), None, (True, True)),
-    "honest, phased": (dict(TTT_MODE="phased", PHASED_TTT_PREFIX_DOCS="3", TTT_SLOTS="2"), None, (True, True)),
+    "honest, phased": (
+        dict(TTT_MODE="phased", PHASED_TTT_PREFIX_DOCS="3", TTT_SLOTS="2"),
+        None,
+        (True, True),
+    ),
     "learned first, for the text is long": (
         dict(TTT_MODE="banks"),
         learns_first_if(lambda tokens, observe: len(tokens) > 700),
@@ -789,7 +850,8 @@ BESIDE_IT = {
 
 @pytest.mark.parametrize("name", BESIDE_IT)
 def test_the_run_beside_the_artifact(name, trained):
-    """T19 and T20, of what an evaluation without --audit left: its losses on the text's beginning alone must recur."""
+    """T19 and T20, of what an evaluation without --audit left: its losses on the text's beginning alone must
+    recur."""
     _, env = trained
     changes, plant, expected = BESIDE_IT[name]
     env = env | dict(TTT_GROUPS="1", AUDIT_TOKENS="150", TTT_CHUNK_SIZE="16")
@@ -816,7 +878,9 @@ def test_t8_budgets(budget, fits, trained, capsys):
     """Bytes on the disk against the cap; seconds against the budget, and a warning where they are too many."""
     folder, env = trained
     assert eval_ttt.main([], env | dict(TTT_MODE="none", EVAL_BUDGET_SECONDS=budget)) == 0
-    result, trained = (json.loads((folder / f"runs/run/{name}.json").read_text()) for name in ("eval_ttt", "result"))
+    result, trained = (
+        json.loads((folder / f"runs/run/{name}.json").read_text()) for name in ("eval_ttt", "result")
+    )
     code = sum((ROOT / name).stat().st_size for name in ("train_gpt.py", "eval_ttt.py"))
     for each in (result, trained):
         assert each["bytes_model"] == Path(env["MODEL_PATH"]).stat().st_size and each["bytes_code"] == code
@@ -826,8 +890,8 @@ def test_t8_budgets(budget, fits, trained, capsys):
 
 
 def trains_before_it_scores(source: str) -> list[str]:
-    """T13, functions as the field's reviewers look for: an argument of validation tokens, a loop with steps or backward
-    passes in it, and no pass without gradients before."""
+    """T13, functions as the field's reviewers look for: an argument of validation tokens, a loop with steps
+    or backward passes in it, and no pass without gradients before."""
     found = []
     for function in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)):
         takes = any("val" in argument.arg for argument in function.args.args)
@@ -840,7 +904,10 @@ def trains_before_it_scores(source: str) -> list[str]:
 
 
 def test_t13_no_function_has_the_shape_of_a_cheat():
-    planted = "def adapt(model, val_tokens):\n for _ in range(9):\n  loss(model, val_tokens).backward()\n  opt.step()\n"
+    planted = (
+        "def adapt(model, val_tokens):\n for _ in range(9):\n  loss(model, val_tokens).backward()\n  "
+        "opt.step()\n"
+    )
     assert trains_before_it_scores(planted) == ["adapt"]
     for name in ("train_gpt.py", "eval_ttt.py"):
         assert trains_before_it_scores((ROOT / name).read_text()) == []

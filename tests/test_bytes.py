@@ -35,7 +35,8 @@ ADVERSARIAL = [
     "\U0001f600 \U0001f3fd\u200d\U0001f469\ufe0f",
     "e\u0301 \u0301lone \u0327marks\u0301 a\u030a\u0327",
     "\ufb01 \u2460 \u212b \uff21 \u00bd \u3000 \u00a0\u2028 \u2585",
-    "\u6f22\u5b57\u4eee\u540d \u0627\u0644\u0639 \u05e2\u05d1 \u0939\u093f\u0928 \u13a0\u13b3 \u16a0 \U00010330",
+    "\u6f22\u5b57\u4eee\u540d \u0627\u0644\u0639 \u05e2\u05d1 \u0939\u093f\u0928 \u13a0\u13b3 \u16a0 "
+    "\U00010330",
     "\ufffd \ufeff \ufdd0 \U0010ffff",
     "<s></s><unk><pad> <0x41><0xE2>",
     "x" * 3000 + " " * 3000,
@@ -50,14 +51,19 @@ def demo_tokenizer(demo_data) -> tuple[spm.SentencePieceProcessor, ByteTable]:
 
 @pytest.fixture
 def train_tokenizer(tmp_path):
-    """A function that trains a small tokenizer with the given options and returns it with the path of its model."""
+    """A function that trains a small tokenizer with the given options and returns it with the path of its
+    model."""
 
     def train(**options) -> tuple[spm.SentencePieceProcessor, str]:
         model = io.BytesIO()
         defaults = dict(model_type="bpe", vocab_size=400, hard_vocab_limit=False, minloglevel=2)
         defaults |= dict(pad_id=0, bos_id=1, eos_id=2, unk_id=3)
-        lines = (ROOT / "pyproject.toml").read_text().splitlines() + ["the caf\u00e9 sat on the mat, 1 fine day"] * 20
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **(defaults | options))
+        lines = (ROOT / "pyproject.toml").read_text().splitlines() + [
+            "the caf\u00e9 sat on the mat, 1 fine day"
+        ] * 20
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, **(defaults | options)
+        )
         path = tmp_path / "trained.model"
         path.write_bytes(model.getvalue())
         return spm.SentencePieceProcessor(model_proto=model.getvalue()), str(path)
@@ -71,9 +77,9 @@ def counted(table: ByteTable, tokens) -> int:
     return int(table.count(tokens[:-1], tokens[1:]).sum())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Lossless tokenizers: the bytes of the text
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ADVERSARIAL, ids=range(len(ADVERSARIAL)))
@@ -115,9 +121,9 @@ def test_the_whole_validation_stream_counts_the_bytes_of_its_documents(demo_data
     assert counted(demo_tokenizer[1], tokens) == manifest["splits"]["val"]["text_bytes"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Other tokenizers: the field's rule
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def field_bytes(sp: spm.SentencePieceProcessor, previous: int, target: int) -> int:
@@ -147,18 +153,32 @@ FIELD = dict(normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, split_d
 
 
 def assert_recomputed(sp: spm.SentencePieceProcessor, path: str, folder: Path) -> None:
-    """The score of random losses on all pairs of some tokens, over two shards, by the field's rule piece by piece."""
+    """The score of random losses on all pairs of some tokens, over two shards, by the field's rule piece by
+    piece."""
     rng = np.random.default_rng(0)
-    tokens = [BOS, *rng.integers(0, sp.vocab_size(), 500).tolist(), BOS, *range(sp.vocab_size()), sp.unk_id(), BOS]
+    tokens = [
+        BOS,
+        *rng.integers(0, sp.vocab_size(), 500).tolist(),
+        BOS,
+        *range(sp.vocab_size()),
+        sp.unk_id(),
+        BOS,
+    ]
     nll, cut = rng.gamma(2.0, size=len(tokens) - 1).astype(np.float32), len(tokens) // 3
-    shards = [str(write_shard(folder / f"{i}.bin", part)) for i, part in enumerate((tokens[:cut], tokens[cut:]))]
+    shards = [
+        str(write_shard(folder / f"{i}.bin", part)) for i, part in enumerate((tokens[:cut], tokens[cut:]))
+    ]
     num_bytes = sum(field_bytes(sp, a, b) for a, b in pairwise(tokens))
     val_loss, val_bpb = recomputed_score(nll, shards, path)
     total = sum(float(x) for x in nll)
     assert val_loss == pytest.approx(total / len(nll), rel=1e-12)
     assert val_bpb == pytest.approx(total / np.log(2) / num_bytes, rel=1e-12)
     check_score(val_loss, val_bpb, nll, shards, path)
-    for wrong in ((val_loss * (1 + 2e-9), val_bpb), (val_loss, val_bpb * (1 - 2e-9)), (float("nan"), val_bpb)):
+    for wrong in (
+        (val_loss * (1 + 2e-9), val_bpb),
+        (val_loss, val_bpb * (1 - 2e-9)),
+        (float("nan"), val_bpb),
+    ):
         with pytest.raises(ArithmeticError, match="disagrees with its losses"):
             check_score(*wrong, nll, shards, path)
     nll[7] = np.nan
@@ -173,14 +193,18 @@ def test_the_score_is_derived_a_second_time(train_tokenizer, tmp_path, byte_fall
     assert_recomputed(sp, path, tmp_path)
 
 
-def test_the_score_of_a_lossless_tokenizer_is_that_of_the_bytes_of_the_text(demo_tokenizer, demo_data, tmp_path):
+def test_the_score_of_a_lossless_tokenizer_is_that_of_the_bytes_of_the_text(
+    demo_tokenizer, demo_data, tmp_path
+):
     sp, _ = demo_tokenizer
     texts = [text for text in ADVERSARIAL if text]
     tokens = [token for text in texts for token in (BOS, *prepare.encode(sp, text))]
     nll = np.ones(len(tokens) - 1, np.float32)
     shard = str(write_shard(tmp_path / "0.bin", tokens))
     _, val_bpb = recomputed_score(nll, [shard], str(demo_data / "tokenizer.model"))
-    assert val_bpb == pytest.approx(len(nll) / np.log(2) / sum(len(text.encode()) for text in texts), rel=1e-12)
+    assert val_bpb == pytest.approx(
+        len(nll) / np.log(2) / sum(len(text.encode()) for text in texts), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("byte_fallback", [True, False])
@@ -224,12 +248,14 @@ def test_a_space_that_the_tokenizer_adds_itself_is_not_counted(train_tokenizer):
     assert counted(load_byte_table(path, sp.vocab_size()), tokens) == len("the mat")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fingerprints and refusals
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [known for known in PUBLISHED if known.num_bytes], ids=lambda known: known.tokens)
+@pytest.mark.parametrize(
+    "known", [known for known in PUBLISHED if known.num_bytes], ids=lambda known: known.tokens
+)
 def test_fingerprint_of_published_validation_sets(known):
     tokens, text_bytes = known.tokens, known.num_bytes
     check_fingerprint(tokens, text_bytes, "")
@@ -239,12 +265,20 @@ def test_fingerprint_of_published_validation_sets(known):
         check_fingerprint(tokens + 1, wrong, "")  # a size that nobody published has no fingerprint
 
 
-FOREIGN_BYTES = (150_638_137, CHALLENGE_BYTES[0] - 1, CHALLENGE_BYTES[1] + 1, 155_770_000, 182_800_000, 30_500_000)
+FOREIGN_BYTES = (
+    150_638_137,
+    CHALLENGE_BYTES[0] - 1,
+    CHALLENGE_BYTES[1] + 1,
+    155_770_000,
+    182_800_000,
+    30_500_000,
+)
 
 
 @pytest.mark.parametrize("num_bytes", FOREIGN_BYTES)
 def test_a_folder_that_claims_the_challenge_has_its_bytes(num_bytes):
-    """151,073,604 to 151,080,891 by the field's ways of counting; 155.8 million in the first baseline's export."""
+    """151,073,604 to 151,080,891 by the field's ways of counting; 155.8 million in the first baseline's
+    export."""
     for right in (151_073_604, TEXT_BYTES, *CHALLENGE_BYTES):
         check_fingerprint(60_000_000, right, "data/datasets/fineweb10B_sp2048/fineweb_val_*.bin")
     with pytest.raises(UserError, match=f"{num_bytes} bytes"):
@@ -275,7 +309,9 @@ def write_wrong(kind: str, path: Path, train_tokenizer) -> tuple[dict[str, str],
     return {}, []
 
 
-@pytest.mark.parametrize("kind", ["missing", "not a model", "another vocabulary", "another BOS", "no lone space"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "not a model", "another vocabulary", "another BOS", "no lone space"]
+)
 def test_wrong_tokenizers(smoke_env, tmp_path, monkeypatch, capsys, train_tokenizer, kind):
     path = tmp_path / "trained.model"
     settings, words = write_wrong(kind, path, train_tokenizer)

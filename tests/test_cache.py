@@ -94,14 +94,15 @@ def test_a_cache_holds_the_tokens_it_was_given_and_changes_nothing_else():
     assert torch.equal(model(ids), model(ids))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text by the model itself
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def from_whole_prefixes(model: GPT, rows: int, length: int, temperature: float, seed: int) -> torch.Tensor:
-    """Every token from the softmax of a forward pass over all before it, by Gumbel's maximum of the same noise."""
+    """Every token from the softmax of a forward pass over all before it, by Gumbel's maximum of the same
+    noise."""
     generator, ids = torch.Generator().manual_seed(seed), torch.full((rows, 1), 1)
     while ids.size(1) < length:
         logits = model(ids)[:, -1]
@@ -149,7 +150,9 @@ def test_tokens_are_drawn_by_their_probabilities():
 
 
 def test_calibration_on_the_models_own_text_is_shared_by_ranks_and_never_repeats(monkeypatch):
-    config = replace(SMALL, calib_source="self", train_batch_tokens=256, seed=3)  # two sequences a micro-batch
+    config = replace(
+        SMALL, calib_source="self", train_batch_tokens=256, seed=3
+    )  # two sequences a micro-batch
     model = random_model(config, torch.float32)
     run = SimpleNamespace(config=config, train=None, device=torch.device("cpu"))
     whole = list(train_gpt.calibration_batches(run, model, 5))

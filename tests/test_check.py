@@ -28,9 +28,9 @@ LOGS = Path(os.environ.get("RECORD_LOGS", ROOT.parent / "shared" / "record_logs"
 real_logs = pytest.mark.skipif(not LOGS.exists(), reason="the field's logs are not beside this checkout")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Real logs: the table was typed from the logs by hand
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FACTS = {"seed": int, "steps": int, "step_avg_ms": float, "train_seconds": float, "eval_seconds": float,
          "bytes_code": int, "bytes_model": int, "bytes_total": int, "val_loss": float, "val_bpb": float}  # fmt: skip
@@ -56,7 +56,8 @@ REAL_DATA = {  # validation tokens, training shards
     "03-17": (63779840, 25), "04-03": (45514752, 143), "04-05": (40540160, 128), "04-06": (40540160, 80),
     "04-14": (40540160, 80), "04-27": (47851520, 80),
 }  # fmt: skip
-# Their own keys, in this module's names; #1413's 588,009 ms against its log's 588,015 is why times have 50 ms of slack.
+# Their own keys, in this module's names; #1413's 588,009 ms against its log's 588,015 is why times have 50 ms
+# of slack.
 THEIR_KEYS = {"artifact_bytes": ("bytes_total", 1), "bytes_total": ("bytes_total", 1), "steps": ("steps", 1),
               "step_avg_ms": ("step_avg_ms", 1), "eval_time_s": ("eval_seconds", 1), "val_bpb": ("val_bpb", 1),
               "val_loss": ("val_loss", 1), "train_time_ms": ("train_seconds", 1000),
@@ -121,9 +122,9 @@ def test_strict_clocks_of_the_last_record():
     assert "604.3 s with calibration" in found["train time"].evidence
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PR549, PR1019 = (1.11922988, 1.12002032, 1.11888882), (1.11508120, 1.11437394, 1.11475014)
 
@@ -141,10 +142,14 @@ def test_tests_against_their_formulas():
     assert test.df == pytest.approx((a + b) ** 2 / (a**2 / 2 + b**2 / 2))
     one = check.one_sample(PR1019, 1.115)
     assert one.t == pytest.approx((new.mean() - 1.115) / math.sqrt(a)) and one.df == 2
-    assert one.p == pytest.approx(0.5 * (1 + one.t / math.sqrt(one.t**2 + 2)))  # Student's with two degrees of freedom
+    assert one.p == pytest.approx(
+        0.5 * (1 + one.t / math.sqrt(one.t**2 + 2))
+    )  # Student's with two degrees of freedom
     difference = np.array([-0.3, -0.1, -0.2])
     pairs = check.paired({1: 0.7, 2: 0.9, 3: 0.8, 9: 5.0}, {3: 1.0, 2: 1.0, 1: 1.0})
-    assert pairs.t == pytest.approx(difference.mean() / difference.std(ddof=1) * math.sqrt(3)) and pairs.df == 2
+    assert (
+        pairs.t == pytest.approx(difference.mean() / difference.std(ddof=1) * math.sqrt(3)) and pairs.df == 2
+    )
     assert check.welch(old, new).p > 0.99
 
 
@@ -160,9 +165,9 @@ def test_a_published_claim_of_significance_is_recomputed(capsys):
     assert '"rule": "significance",\n    "status": "fail"' in capsys.readouterr().out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A good record, and faults planted in copies of it
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 RATIO = 0.41052084  # tokens per byte of the sp1024 validation set
 TARGETS, MODEL = PUBLISHED[0].tokens - 1, "final_model.int6.ptz"
@@ -177,7 +182,10 @@ def sha(blob: bytes) -> str:
 
 def artifact(seed: int) -> bytes:
     codes, steps = torch.zeros(8, 8, dtype=torch.int8), torch.zeros(8, 1, dtype=torch.int8)
-    records = [train_gpt.Record("tok_emb.weight", codes, steps), train_gpt.Record("gate", torch.tensor([seed]).half())]
+    records = [
+        train_gpt.QuantizedTensor("tok_emb.weight", codes, steps),
+        train_gpt.QuantizedTensor("gate", torch.tensor([seed]).half()),
+    ]
     return train_gpt.encode_artifact(train_gpt.Config(), records, sha(b"tokenizer"))
 
 
@@ -261,7 +269,8 @@ def certificate_json(seed: int) -> dict:
 
 def certificate(blob: bytes) -> str:
     return "\n".join([
-        "certificate of final_model.int6.ptz on the first 8192 targets, TTT_MODE=banks TTT_PROTOCOL=legal: legal",
+        "certificate of final_model.int6.ptz on the first 8192 targets, TTT_MODE=banks TTT_PROTOCOL=legal: "
+        "legal",
         "  pass  T1 later tokens change no earlier loss        0 of 20456 losses changed (20456 checked)",
         "  none  T10 no sign of memory                         gap 0.0239 nats (8192 checked)",
         f"  sha256 artifact {sha(blob)}",
@@ -361,7 +370,9 @@ def resize(total: int):
         trainer, _ = results(1337)
         for name in ("train_seed1337.log", "eval_ttt_seed1337.log"):
             text = files[name].decode().replace(str(trainer["bytes_total"]), str(total))
-            files[name] = text.replace(str(trainer["bytes_model"]), str(total - trainer["bytes_code"])).encode()
+            files[name] = text.replace(
+                str(trainer["bytes_model"]), str(total - trainer["bytes_code"])
+            ).encode()
 
     return fault
 
@@ -442,10 +453,12 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "no trainer": (remove("train_gpt.py"), "files", "train_gpt.py"),
     "over the cap by a byte": (resize(SIZE_CAP + 1), "sizes", "16000001 bytes (in the log), 1 over"),
     "sizes do not add up": (misadd, "sizes", "!= 1234567"),
-    "size in RESULT against a line": (edit("train_seed42.log", "zstd: ", "zstd: 1"), "log", "RESULT has bytes_model"),
+    "size in RESULT against a line": (edit("train_seed42.log", "zstd: ", "zstd: 1"), "log", "RESULT has "
+                                                                                            "bytes_model"),
     "600.1 s of training": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 600.1'), "train time",
                             "over 600 s: 600.100 s"),
-    "loop longer than RESULT says": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 500.5'), "log",
+    "loop longer than RESULT says": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": '
+                                                                                       '500.5'), "log",
                                      "RESULT has train_seconds 500.500"),
     "600.1 s of evaluation": (edit("eval_ttt_seed1337", '"eval_seconds": 412.75', '"eval_seconds": 600.1'), "eval time",
                               "over 600 s: 600.1 s"),
@@ -462,7 +475,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
                                                                 remove("eval_ttt_seed42.log"))],
                       "log", "train_seed42.log: no line with a final score"),
     "RESULT cut off": (edit("train_seed42.log", '"seed": 42}', '"se'), "log", "not JSON"),
-    "RESULT against a line's loss": (edit("eval_ttt_seed42.log", "ttt_exact val_loss:1", "ttt_exact val_loss:2"), "log",
+    "RESULT against a line's loss": (edit("eval_ttt_seed42.log", "ttt_exact val_loss:1", "ttt_exact "
+                                                                                         "val_loss:2"), "log",
                                      "RESULT has val_loss_ttt"),
     "RESULT against a line": (edit("train_seed42.log", "val_bpb:1.11510000", "val_bpb:1.11500000"), "log",
                               "RESULT has val_bpb_sliding 1.11510000"),
@@ -471,7 +485,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "evaluator read another model": (stray, "log", "the evaluator scored another artifact"),
     "code changed between seeds": (edit("train_seed2025.log", sha(TRAINER), sha(b"x")), "code",
                                    "train_gpt.py changed between"),
-    "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"), "code", "train_gpt.py as shipped is not what"),
+    "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"), "code", "train_gpt.py as shipped is "
+                                                                               "not what"),
     "more code shipped than counted": (put("train_gpt.py", TRAINER + b"# more\n"), "sizes", "the log counts"),
     "data in the README": (lambda files: files.update({
         "train_gpt.py": TRAINER + b'\nopen("README.md")\n', "README.md": files["README.md"] + bytes(SIZE_CAP)}),
@@ -484,7 +499,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "part of the validation set": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:12404369"),
                                    "validation set", "not the 62,021,846"),
     "tokens of another tokenizer": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:40540801"),
-                                    "validation set", "sp8192's validation tokens with the tokenizer of sp1024"),
+                                    "validation set", "sp8192's validation tokens with the tokenizer of "
+                                                      "sp1024"),
     "bpb given as nats": (edit_json(delta_nats=-0.0051, delta_bpb=-0.0051), "units", "units confused"),
     "units mixed up in README": (put("README.md", b"better by 0.0043 BPB = 0.0030 nats"), "units", "0.0030 nats"),
     "pickle for an artifact": (put(MODEL, saved_by_torch()), "artifact", "is a pickle"),
@@ -492,7 +508,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "artifact cut off": (put(MODEL, artifact(42)[:-1]), "artifact", "truncated or altered"),
     "artifact of no log": (put(MODEL, artifact(43)), "artifact", "not the artifact that the logs scored"),
     "adapt-first evaluator": (put("eval_ttt.py", ADAPT_FIRST), "syntax tree", "eval_ttt.py:6: adapts first"),
-    "program that does not compile": (put("train_gpt.py", b"def main(:\n"), "syntax tree", "does not compile"),
+    "program that does not compile": (put("train_gpt.py", b"def main(:\n"), "syntax tree", "does not "
+                                                                                           "compile"),
     "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"), "legality", "invalid_ttt_exact"),
     "calls itself not legal": (edit("eval_ttt_seed42.log", '"legal": true', '"legal": false'), "legality", "false"),
     "audit failed": (edit("certificate_seed42.txt", "=legal: legal", "=legal: NOT LEGAL"), "legality", "NOT LEGAL"),
@@ -513,7 +530,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "legal in words": (edit_certificate(legal="yes"), "legality", '"legal" is "yes"'),
     "a check of nothing": (edit_certificate(checks=[dict(name="T1", ok=True, checked=0)]), "legality",
                            "T1 passed with 0 checked"),
-    "a check without a count": (edit_certificate(checks=[dict(name="T1", ok=True)]), "legality", "with None checked"),
+    "a check without a count": (edit_certificate(checks=[dict(name="T1", ok=True)]), "legality", "with None "
+                                                                                                 "checked"),
     "a failed check in JSON": (edit_certificate(checks=[dict(name="T2", ok=False)]), "legality", "T2 failed"),
     "a certificate that is not legal beside one that is": (lambda files: files.update({
         "certificate.json": files["certificate_seed42.json"],
@@ -523,16 +541,20 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
        for other in ("T1b embeddings", "T10 memory", *ESSENTIAL) if other != name]), "legality", f"{name} did not pass")
        for name in ESSENTIAL},
     "an essential check that says nothing": (edit_certificate(checks=[
-        dict(name=name, ok=name != "T2" or None, checked=9) for name in ESSENTIAL]), "legality", "T2 did not pass"),
+        dict(name=name, ok=name != "T2" or None, checked=9) for name in ESSENTIAL]), "legality", "T2 did not "
+                                                                                                 "pass"),
     "no check at all": (edit_certificate(checks=[]), "legality", "no check passed"),
     "checks of another shape": (edit_certificate(checks={"T1": True}), "legality", "not a list of objects"),
     "audit without the targets": (edit_certificate(targets=None), "legality", "lacks targets"),
-    "audit of more than was scored": (edit_certificate(targets=TARGETS + 1), "legality", f"targets is {TARGETS + 1}"),
+    "audit of more than was scored": (edit_certificate(targets=TARGETS + 1), "legality", "targets is "
+                                                                                         f"{TARGETS + 1}"),
     "audit of nothing": (edit_certificate(targets=0), "legality", "targets is 0"),
     "audit of another tokenizer": (rehash("tokenizer", sha(b"x")), "legality", "another tokenizer"),
     "audit of other losses": (rehash("nll.npy", sha(b"x")), "legality", "another nll.npy"),
-    "audit of another text": (rehash("fineweb_val_000000.bin", sha(b"x")), "legality", "another fineweb_val_0"),
-    "audit of a text unnamed": (rehash("fineweb_val_000000.bin", None), "legality", "not name fineweb_val_000000.bin"),
+    "audit of another text": (rehash("fineweb_val_000000.bin", sha(b"x")), "legality", "another "
+                                                                                       "fineweb_val_0"),
+    "audit of a text unnamed": (rehash("fineweb_val_000000.bin", None), "legality", "not name "
+                                                                                    "fineweb_val_000000.bin"),
     "audit of code unnamed": (rehash("train_gpt.py", None), "legality", "does not name train_gpt.py"),
     "audited JSON of another artifact": (rehash("artifact", sha(b"x")), "legality", "another artifact"),
     "audited with a rate of 0": (edit_certificate(settings=dict(ttt_mode="banks", ttt_lr=0)), "legality",
@@ -541,10 +563,12 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
                                 "ttt_mode none, scored with banks"),
     "one artifact under two seeds": (lambda files: [fault(files) for fault in (
         edit("train_seed2025.log", sha(artifact(2025)), sha(artifact(42))),
-        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))], "artifact", "the same artifact"),
+        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))], "artifact", "the same "
+                                                                                             "artifact"),
     "inflated bytes with a manifest that says so": (lambda files: [fault(files) for fault in (
         *(rescore(seed, 1 / 1.1) for seed in SCORES), manifest(1.1))], "bytes", "sp1024 has 0.41052"),
-    "manifest with more bytes than published": (lambda files: manifest(1.1)(files), "bytes", "manifest.json has 0.373"),
+    "manifest with more bytes than published": (lambda files: manifest(1.1)(files), "bytes", "manifest.json "
+                                                                                             "has 0.373"),
     "a large file that is read": (lambda files: files.update({
         "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(SIZE_CAP)}), "sizes",
         "with weights.bin, which the programs name or import"),
@@ -553,8 +577,10 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "a large module by its name": (lambda files: files.update({
         "eval_ttt.py": EVALUATOR + b"__import__('tricks')\n", "tricks.pyc": bytes(SIZE_CAP)}), "sizes", "tricks.pyc"),
     "trained on the validation shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/fineweb_val_*.bin"
-                                              " (given)\n  MATRIX_LR"), "validation set", "are validation shards"),
-    "trained on all shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/*.bin (given)\n  MATRIX_LR"),
+                                              " (given)\n  MATRIX_LR"), "validation set", "are validation "
+                                                                                          "shards"),
+    "trained on all shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/*.bin (given)\n  "
+                                                                        "MATRIX_LR"),
                               "validation set", "are validation shards: fineweb_val_000000.bin"),
     "less than the challenge's text": (lambda files: [edit(name, old, new)(files) for seed in SCORES
                                        for name, old, new in (
@@ -621,10 +647,12 @@ DOUBTS = {
     "a log twice": (lambda files: files.update({
         "copy.log": files["train_seed42.log"] + b"\n" + files["eval_ttt_seed42.log"]}), "seeds", "repeats"),
     "a log's seed not claimed": (edit_json(seeds=[42, 1337]), "seeds", "[2025] that have logs"),
-    "another export": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:62500000"), "validation set",
+    "another export": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:62500000"), "validation "
+                                                                                                "set",
                        "not the 62,021,846"),
     "units of another kind": (put("README.md", b"1.0810 bpb, 0.005 nats"), "units", "units do not agree"),
-    "margin in bpb": (put("README.md", b"one-sided test against SOTA - 0.005 bpb"), "units", "0.00296 bpb here"),
+    "margin in bpb": (put("README.md", b"one-sided test against SOTA - 0.005 bpb"), "units", "0.00296 bpb "
+                                                                                             "here"),
     "no audit": (lambda files: [files.pop(name) for name in list(files) if "cert" in name], "legality",
                  "no certificate"),
     "not all was audited": (edit_certificate(not_audited=["phases after the first"]), "legality",
@@ -633,7 +661,8 @@ DOUBTS = {
     "losses not in the certificate": (rehash("nll.npy", None), "legality", "does not name the losses"),
     "an older evaluation": (edit("eval_ttt_seed42", f'"sha256_nll": "{sha(b"nll 42")}", ', ""), "legality",
                             "RESULT has no sha256_nll"),
-    "a file that no program names": (put("data.bin", bytes(100)), "sizes", "not counted: data.bin (100 bytes)"),
+    "a file that no program names": (put("data.bin", bytes(100)), "sizes", "not counted: data.bin (100 "
+                                                                           "bytes)"),
     "a file that a program names": (lambda files: files.update({
         "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(100)}), "sizes", "weights.bin (100"),
     "network": (put("eval_ttt.py", b"import requests\n"), "syntax tree", "requests"),
@@ -706,9 +735,9 @@ def test_bytes_of_an_unpublished_validation_set(tmp_path):
         assert {v.status for v in check.check(check.read_record(run)) if v.rule == "bytes"} == {status}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Dialects
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FOREIGN = """\
 model_params:26993756
@@ -760,10 +789,13 @@ DISGUISES = {
     "epochs": lambda text: "".join(f"1776140000.{i:03d} {line}\n" for i, line in enumerate(text.splitlines())),
     "ranks": lambda text: "".join(f"[rank0]: {line}\n" for line in text.splitlines()),
     "dates": lambda text: "".join(f"2026-03-22T00:11:06.893 {line}\n" for line in text.splitlines()),
-    "progress bars": lambda text: text.replace("step:7103", "train: 10%|#     \rtrain: 100%|######\rstep:7103"),
+    "progress bars": lambda text: text.replace("step:7103", "train: 10%|#     \rtrain: "
+                                                            "100%|######\rstep:7103"),
     "noise": lambda text: f"W0322 \xff\n\x00\n\n{text}\nunknown: 12\nsliding_eval [ 0.0%] running_bpb=1.2\n",
-    "source": lambda text: '"""step:9/9 val_loss:1.0 val_bpb:0.5\nfinal_int6_roundtrip_exact val_loss:1.00000000 '
-                           'val_bpb:0.50000000\n"""\nGPTQ:collected 9 Hessians in 99.9s\nCode size: 1 bytes\n' + text,
+    "source": lambda text: '"""step:9/9 val_loss:1.0 val_bpb:0.5\nfinal_int6_roundtrip_exact '
+                           'val_loss:1.00000000 '
+                           'val_bpb:0.50000000\n"""\nGPTQ:collected 9 Hessians in 99.9s\nCode size: 1 '
+                           'bytes\n' + text,
 }  # fmt: skip
 
 
@@ -799,7 +831,9 @@ def test_the_source_that_a_log_prints_is_its_code(tmp_path):
               for source in (program, program, program + "y = 2\n")]  # fmt: skip
     assert hashes[0] == hashes[1] == [sha(program.strip().encode())] and hashes[2] != hashes[0]
     for seed, source in ((1, program), (2, program), (3, program + "y = 2\n")):
-        text = f"{source}{ruler}\n{FOREIGN.replace('seed:42', f'seed:{seed}').replace('84.48', f'84.4{seed}')}"
+        text = (
+            f"{source}{ruler}\n{FOREIGN.replace('seed:42', f'seed:{seed}').replace('84.48', f'84.4{seed}')}"
+        )
         (tmp_path / f"train_seed{seed}.log").write_text(text)
     (tmp_path / "train_seed42.log").unlink()
     verdicts = check.check(check.read_record(tmp_path))
@@ -832,9 +866,9 @@ def test_two_runs_in_one_log_are_noticed(tmp_path):
     assert facts.seed == 7 and facts.val_bpb == 1.14 and "two seeds in one log" in facts.conflicts[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shapes of code
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ILLEGAL = {
     "adapts first": ADAPT_FIRST.decode(),
@@ -952,7 +986,10 @@ def test_an_illegal_shape_is_found_plain_and_packed(tmp_path, meaning):
     plain = shapes(tmp_path, ILLEGAL[meaning])
     assert any(found.startswith(meaning) for found in plain)
     blob = lzma.compress(textwrap.dedent(ILLEGAL[meaning]).encode())
-    packed = f"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({base64.b85encode(blob).decode()!r})))\n"
+    packed = (
+        "import lzma as L,base64 as "
+        f"B\nexec(L.decompress(B.b85decode({base64.b85encode(blob).decode()!r})))\n"
+    )
     assert shapes(tmp_path, packed) == plain
 
 
@@ -970,9 +1007,9 @@ def test_our_own_programs_have_no_illegal_shape(name):
     assert list(check.find_shapes(check.parse_python(ROOT / name)[0])) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The programs themselves
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_of_the_trainer_and_the_evaluator_passes(demo_data, smoke_env, run_trainer, tmp_path, capsys):
@@ -980,7 +1017,12 @@ def test_a_run_of_the_trainer_and_the_evaluator_passes(demo_data, smoke_env, run
         shard = (demo_data / f"fineweb_{split}_000000.bin").read_bytes()
         content = shard_header(tokens) + shard[1024 : 1024 + 2 * tokens]
         (tmp_path / f"fineweb_{split}_000000.bin").write_bytes(content)
-    env = smoke_env | {"DATA_PATH": str(tmp_path), "ITERATIONS": "3", "TTT_MODE": "none", "OMP_NUM_THREADS": "1"}
+    env = smoke_env | {
+        "DATA_PATH": str(tmp_path),
+        "ITERATIONS": "3",
+        "TTT_MODE": "none",
+        "OMP_NUM_THREADS": "1",
+    }
     assert run_trainer(env).returncode == 0
     run = tmp_path / "runs" / "run"
     env = {**os.environ, **env, "MODEL_PATH": str(run / "final_model.int6.ptz")}
@@ -994,10 +1036,14 @@ def test_a_run_of_the_trainer_and_the_evaluator_passes(demo_data, smoke_env, run
     assert facts["headline"]["val_bpb"] == pytest.approx(evaluated["val_bpb_ttt"], abs=1e-8)
     for key in ("seed", "steps", "step_avg_ms", "train_seconds", "bytes_code", "bytes_model", "bytes_total"):
         assert facts[key] == trained[key]
-    assert facts["eval_seconds"] == evaluated["eval_seconds"] and found["status"] == "warn"  # no published text
+    assert (
+        facts["eval_seconds"] == evaluated["eval_seconds"] and found["status"] == "warn"
+    )  # no published text
 
 
-@pytest.mark.parametrize("arguments", [[], ["/nowhere"], ["--frobnicate", "."], [".", "--against", "/nowhere"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["/nowhere"], ["--frobnicate", "."], [".", "--against", "/nowhere"]]
+)
 def test_wrong_usage_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         sys.exit(check.main(arguments))

@@ -57,7 +57,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 def snapshot(folder: Path) -> dict[str, str]:
     """Every file under a folder with its hash, every other thing with a word."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
-    return {n: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder" for n, p in found.items()}
+    return {
+        n: hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else "folder" for n, p in found.items()
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,7 +85,8 @@ def settings(demo_data, tmp_path_factory) -> dict[str, str]:
 
 
 class Finished(NamedTuple):
-    """A run that is over: its exit code, its working directory, its folder, log and result, and what it printed."""
+    """A run that is over: its exit code, its working directory, its folder, log and result, and what it
+    printed."""
 
     code: int
     work: Path
@@ -107,31 +110,43 @@ def finished(settings, tmp_path_factory) -> Finished:
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function that runs main and expects exit code 2, one message, and nothing written; returns the message."""
+    """A function that runs main and expects exit code 2, one message, and nothing written; returns the
+    message."""
 
     def run(argv: list[str], environ: dict[str, str]) -> str:
         monkeypatch.chdir(tmp_path)
         before = snapshot(tmp_path)
         assert train_gpt.main(argv, environ) == 2
         captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and captured.err.count("error: ") == 1 and captured.out == ""
+        assert (
+            captured.err.startswith("error: ") and captured.err.count("error: ") == 1 and captured.out == ""
+        )
         assert snapshot(tmp_path) == before
         return captured.err
 
     return run
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A run that ends well
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_a_run_leaves_behind(finished):
     assert finished.code == 0
-    names = ["train.log", "config.json", "metrics.jsonl", "final_model.pt", "final_model.int6.ptz", "result.json"]
+    names = [
+        "train.log",
+        "config.json",
+        "metrics.jsonl",
+        "final_model.pt",
+        "final_model.int6.ptz",
+        "result.json",
+    ]
     names += [f"source/{path.name}" for path in (*PROGRAMS, RECIPE)]
     found = snapshot(finished.work)
-    assert sorted(n for n, what in found.items() if what != "folder") == sorted(f"runs/run/{name}" for name in names)
+    assert sorted(n for n, what in found.items() if what != "folder") == sorted(
+        f"runs/run/{name}" for name in names
+    )
     for path in (*PROGRAMS, RECIPE):
         assert found[f"runs/run/source/{path.name}"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -157,7 +172,9 @@ def test_steps_in_the_log(finished):
 def test_metrics_are_those_of_the_log(finished):
     metrics = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     train = [(str(m["step"]), f"{m['train_loss']:.4f}") for m in metrics if "train_loss" in m]
-    val = [(str(m["step"]), f"{m['val_loss']:.4f}", f"{m['val_bpb']:.4f}") for m in metrics if "val_loss" in m]
+    val = [
+        (str(m["step"]), f"{m['val_loss']:.4f}", f"{m['val_bpb']:.4f}") for m in metrics if "val_loss" in m
+    ]
     assert train == [(step, loss) for step, _, loss, *_ in find("train", finished.log)]
     assert val == [(step, loss, bpb) for step, _, loss, bpb in find("val", finished.log)]
 
@@ -175,7 +192,9 @@ def test_bits_per_byte_follow_from_the_loss_and_the_bytes_of_the_text(finished, 
     sp = spm.SentencePieceProcessor(model_file=settings["TOKENIZER_PATH"])
     targets = np.fromfile(Path(settings["DATA_PATH"]) / "fineweb_val_000000.bin", "<u2")[513:].tolist()
     pieces = [sp.id_to_piece(i) for i in targets if not sp.is_control(i)]
-    num_bytes = sum(1 if piece.startswith("<0x") else len(piece.replace("\u2581", " ").encode()) for piece in pieces)
+    num_bytes = sum(
+        1 if piece.startswith("<0x") else len(piece.replace("\u2581", " ").encode()) for piece in pieces
+    )
     assert len(targets) == VAL_TOKENS - 1
     for kind in ("roundtrip", "sliding"):
         nats = finished.result[f"val_loss_{kind}"] * len(targets)
@@ -205,7 +224,9 @@ def test_head_of_the_log(finished):
     assert re.findall(r"train_shards: ?(\d+)", head) == ["1"]
     assert re.findall(r"(?:val_tokens: |tokens:)(\d+)", head) == [str(VAL_TOKENS - 1)]
     assert not any(find(pattern, head) for pattern in PATTERNS)
-    assert re.search(r"^seed:1337$", tail, re.M) and re.search(r"^world_size:1 grad_accum_steps:2$", tail, re.M)
+    assert re.search(r"^seed:1337$", tail, re.M) and re.search(
+        r"^world_size:1 grad_accum_steps:2$", tail, re.M
+    )
     notes = [line for line in head.splitlines() if line.startswith("note: ")]
     assert len(notes) == 1 and "TARGET_MB=15.9" in notes[0]
 
@@ -229,7 +250,11 @@ def test_resolved_settings_in_log_and_config(finished, settings):
         value = saved["config"][name.lower()]
         assert value == saved["given"][name.lower()]
         assert str(value) == text or float(value) == float(text)
-    assert (saved["config"]["iterations"], saved["config"]["num_layers"], saved["config"]["adam_wd"]) == (3, 3, 0.04)
+    assert (saved["config"]["iterations"], saved["config"]["num_layers"], saved["config"]["adam_wd"]) == (
+        3,
+        3,
+        0.04,
+    )
     assert saved["versions"]["torch"] == torch.__version__
 
 
@@ -257,12 +282,14 @@ def test_the_result_has_what_tools_expect(finished):
 
 
 def test_the_result_names_the_tokenizer(finished, settings):
-    assert hashlib.sha256(Path(settings["TOKENIZER_PATH"]).read_bytes()).hexdigest() in json.dumps(finished.result)
+    assert hashlib.sha256(Path(settings["TOKENIZER_PATH"]).read_bytes()).hexdigest() in json.dumps(
+        finished.result
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The run folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_second_run_with_the_same_name_is_refused(finished, settings, monkeypatch, capsys):
@@ -290,7 +317,9 @@ def test_control_characters_of_a_file_are_shown_escaped(tmp_path, refused, setti
     data.mkdir()
     for shard in Path(settings["DATA_PATH"]).glob("*.bin"):
         (data / shard.name).symlink_to(shard)
-    (data / "manifest.json").write_text(json.dumps(dict(shards=[], tokenizer=dict(sha256="\x1b[2J\u202eevil"))))
+    (data / "manifest.json").write_text(
+        json.dumps(dict(shards=[], tokenizer=dict(sha256="\x1b[2J\u202eevil")))
+    )
     message = refused([], {**settings, "DATA_PATH": str(data)})
     assert "\\u001b[2J\\u202e" in message and "\x1b" not in message and "\u202e" not in message
 
@@ -308,16 +337,19 @@ def test_a_name_that_leads_out_of_runs_is_refused(tmp_path, refused, settings, r
 
 def test_without_a_name_the_folder_has_date_and_seed(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
-    assert train_gpt.main([], settings | {"RUN_ID": "", "ITERATIONS": "1", "VAL_LOSS_EVERY": "0", "SEED": "7"}) == 0
+    assert (
+        train_gpt.main([], settings | {"RUN_ID": "", "ITERATIONS": "1", "VAL_LOSS_EVERY": "0", "SEED": "7"})
+        == 0
+    )
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_seed7", folder.name)
     log = (folder / "train.log").read_text()
     assert find("val", log) == [] and len(find("scored", log)) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Over the cap, the clock, failure
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_over_the_cap_all_is_written_and_the_exit_code_is_1(tmp_path, monkeypatch, settings, finished):
@@ -332,7 +364,9 @@ def test_over_the_cap_all_is_written_and_the_exit_code_is_1(tmp_path, monkeypatc
     warnings = [line for line in log.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 3 and "WARMDOWN_ITERS=10" in warnings[0] and "about 3 steps" in warnings[0]
     assert "1000 bytes" in warnings[1] and str(total - 1000) in warnings[1]
-    assert f"{result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS" in warnings[2]  # one step was taken
+    assert (
+        f"{result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS" in warnings[2]
+    )  # one step was taken
     ((_, step, iterations),) = find("stop", log)  # the clock was over after one step
     assert (step, iterations, result["steps"]) == ("1", "3", 1)
 
@@ -364,9 +398,9 @@ def test_a_model_half_written_never_has_its_final_name(tmp_path, monkeypatch):
     assert not (tmp_path / "final_model.pt").exists() and not (tmp_path / "final_model.int6.ptz").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bad input
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -389,7 +423,10 @@ def test_bad_settings_leave_nothing(refused, settings, changes, words):
 
 def test_validation_of_exactly_one_window_runs(tmp_path, monkeypatch, settings):
     monkeypatch.chdir(tmp_path)
-    assert train_gpt.main([], settings | {"EVAL_SEQ_LEN": "1999", "EVAL_BATCH_SEQS": "1", "ITERATIONS": "1"}) == 0
+    assert (
+        train_gpt.main([], settings | {"EVAL_SEQ_LEN": "1999", "EVAL_BATCH_SEQS": "1", "ITERATIONS": "1"})
+        == 0
+    )
     assert json.loads((tmp_path / "runs/run/result.json").read_text())["steps"] == 1
 
 
@@ -439,9 +476,9 @@ def test_describe_refuses_wrong_settings(refused):
     assert "SEED='x'" in refused(["--describe"], {"SEED": "x"})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a folder", "a text"])
@@ -459,12 +496,15 @@ def test_a_loss_that_is_no_number_ends_the_process_with_1(run_trainer, tmp_path,
     done = run_trainer(settings | changes)
     assert done.returncode == 1
     assert re.search(r"step:? ?[23]\b.*nan", done.stderr)
-    assert {path.name for path in (tmp_path / "runs/run").iterdir()} & {"result.json", "final_model.int6.ptz"} == set()
+    assert {path.name for path in (tmp_path / "runs/run").iterdir()} & {
+        "result.json",
+        "final_model.int6.ptz",
+    } == set()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # An image that lacks packages
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BARE = """
 import sys
@@ -476,8 +516,16 @@ sys.exit(train_gpt.main([]) or eval_ttt.main([]))
 
 def test_torch_numpy_sentencepiece_and_a_coder_are_enough(settings, tmp_path):
     """COMPRESSOR=ans trains, exports, scores and adapts; a plot that cannot be drawn costs one warning."""
-    env = {**inherited(), **settings, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path(ROOT), "COMPRESSOR": "ans"}
-    env |= dict(ITERATIONS="1", VAL_LOSS_EVERY="0", TTT_MODE="banks", MODEL_PATH="runs/run/final_model.int6.ptz")
+    env = {
+        **inherited(),
+        **settings,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": search_path(ROOT),
+        "COMPRESSOR": "ans",
+    }
+    env |= dict(
+        ITERATIONS="1", VAL_LOSS_EVERY="0", TTT_MODE="banks", MODEL_PATH="runs/run/final_model.int6.ptz"
+    )
     done = subprocess.run([sys.executable, "-c", BARE], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Serialized model int6+ans" in done.stdout and done.stdout.count("WARNING: distribution.png") == 1
@@ -486,7 +534,9 @@ def test_torch_numpy_sentencepiece_and_a_coder_are_enough(settings, tmp_path):
 
 
 @pytest.mark.parametrize("coder, package", [("zstd", "zstandard"), ("ans", "constriction")])
-def test_a_coder_whose_package_is_missing_is_refused_before_training(coder, package, settings, refused, monkeypatch):
+def test_a_coder_whose_package_is_missing_is_refused_before_training(
+    coder, package, settings, refused, monkeypatch
+):
     monkeypatch.setitem(sys.modules, package, None)
     said = refused([], {**settings, "COMPRESSOR": coder})
     assert f"COMPRESSOR={coder}" in said and f"pip install {package}==" in said

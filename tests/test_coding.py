@@ -33,16 +33,19 @@ def decode(data: bytes, order: np.ndarray, counts: np.ndarray, coder: str) -> np
     return codes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Round trips
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def draw_codes(kind: str, bits: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Codes of BITS bits: of rows and columns of different widths, uniform, rare, of one value, or of both ends."""
+    """Codes of BITS bits: of rows and columns of different widths, uniform, rare, of one value, or of both
+    ends."""
     generator, last = np.random.default_rng(seed), 2 ** (bits - 1) - 1
     if kind == "normal":
-        rows, columns = (np.exp2(2 * generator.standard_normal(s)) for s in ((*shape[:-1], 1), (1, shape[-1])))
+        rows, columns = (
+            np.exp2(2 * generator.standard_normal(s)) for s in ((*shape[:-1], 1), (1, shape[-1]))
+        )
         codes = generator.standard_normal(shape) * rows * columns
     elif kind == "uniform":
         codes = generator.integers(-last, last + 1, shape)
@@ -71,7 +74,10 @@ def test_any_codes_come_out_as_they_went_in(coder, drawn):
     tensors = [draw_codes(*each) for each in drawn]
     data, order, counts = encode(tensors, coder)
     assert sorted(order.tolist()) == list(range(sum(codes.numel() for codes in tensors)))
-    assert counts.sum() == len(order) and counts.shape == (64, sum(codes[..., 0, 0].numel() for codes in tensors))
+    assert counts.sum() == len(order) and counts.shape == (
+        64,
+        sum(codes[..., 0, 0].numel() for codes in tensors),
+    )
     flat = np.concatenate([codes.flatten().numpy() for codes in tensors])
     np.testing.assert_array_equal(decode(data, order, counts, coder), flat)
     assert encode(tensors, coder)[0] == data
@@ -95,7 +101,8 @@ def test_every_code_there_is(coder):
 
 
 def test_the_layout_sorts_codes_by_their_width_and_keeps_their_order_within():
-    """Rows of 16, 1 and 4 by columns of 1 and 2; widths in quarter octaves of the root mean square, from numpy."""
+    """Rows of 16, 1 and 4 by columns of 1 and 2; widths in quarter octaves of the root mean square, from
+    numpy."""
     codes = torch.from_numpy(np.random.default_rng(0).normal(0, np.outer([16, 1, 4], [1, 2] * 40)).round())
     codes = codes.clamp(-127, 127).to(torch.int8)
     rows, columns = code_widths(codes)
@@ -112,9 +119,9 @@ def test_the_layout_sorts_codes_by_their_width_and_keeps_their_order_within():
     np.testing.assert_array_equal(counts[:, 0].nonzero()[0], np.unique(widths) + 24)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sizes
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def entropy_bytes(codes: np.ndarray) -> float:
@@ -154,7 +161,9 @@ def test_ans_is_the_smallest_and_the_layout_helps_every_coder():
 def test_a_matrix_that_is_not_like_the_others_has_a_table_of_its_own():
     """Of one width, but of two values alone: one bit a code in place of several."""
     generator = np.random.default_rng(0)
-    plain = [torch.from_numpy(generator.normal(0, 20, (100, 200)).round().clip(-127, 127).astype(np.int8))] * 2
+    plain = [
+        torch.from_numpy(generator.normal(0, 20, (100, 200)).round().clip(-127, 127).astype(np.int8))
+    ] * 2
     ends = torch.from_numpy(generator.choice([-20, 20], (100, 200)).astype(np.int8))
     grown = len(encode([*plain, ends], "ans")[0]) - len(encode(plain, "ans")[0])
     assert 2500 <= grown < 2500 * 1.1
@@ -166,7 +175,9 @@ def test_what_the_symbols_of_a_table_cost_adds_up_to_one(sigma):
     codes = (sigma * randn((100_000,), 3)).round().clamp(-127, 127).to(torch.int8).numpy()
     table = Table.of(codes)
     model, total, expected = table.model(), 0.0, 0.0
-    some = np.arange(1000, dtype=np.int32) % len(table.frequencies)  # on an empty stack the first symbol is for free
+    some = np.arange(1000, dtype=np.int32) % len(
+        table.frequencies
+    )  # on an empty stack the first symbol is for free
     for symbol in range(len(table.frequencies)):
         stack = train_gpt.coder_package("ans").stream.stack.AnsCoder()
         stack.encode_reverse(some, model)
@@ -186,9 +197,9 @@ def test_tables_are_as_near_to_the_shares_of_their_codes_as_16_bits_are():
     assert whole.low == 127 and whole.frequencies.tolist() == [65535, 1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fitting
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 BUDGET = 200_000
 
@@ -281,7 +292,7 @@ def test_an_export_that_is_to_fit_fills_the_cap(tmp_path, monkeypatch, how, shar
     budget = cap - sizes["bytes_code"]
     assert sizes["fits"] and 0.999 * budget <= sizes["bytes_model"] <= budget
     assert (sizes["step_factor"] < 1) == (share > 1)
-    assert f"fit_size: steps times {sizes['step_factor']:.4f}" in (tmp_path / "fitted/train.log").read_text()
+    assert f"fit_size: scale_mult:{sizes['step_factor']:.4f}" in (tmp_path / "fitted/train.log").read_text()
     artifact = train_gpt.read_artifact(tmp_path / "fitted/final_model.int6.ptz")
     assert train_gpt.load_model(artifact, CPU).config.model_dim == 64
 

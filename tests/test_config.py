@@ -1,6 +1,8 @@
-"""Configuration: types, ranges, contradictions, misspelt names, recipes, aliases, absent variables, --help, --describe.
+"""Configuration: types, ranges, contradictions, misspelt names, recipes, aliases, absent variables, --help,
+--describe.
 
-The expected numbers are those of the published systems: their environments, and their parameter counts by shape.
+The expected numbers are those of the published systems: their environments, and their parameter counts by
+shape.
 """
 
 from __future__ import annotations
@@ -79,9 +81,9 @@ def recipe(tmp_path):
     return write
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Values
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_those_of_the_published_line():
@@ -231,9 +233,19 @@ def test_near_contradictions_taken(text):
 
 def test_every_problem_is_named_at_once(recipe):
     environ = recipe("NUM_LAYERS=11\nNO_SUCH_THING=1\nEMA_DECAY=high\n")
-    environ |= environment("MATRX_LR=0.02 SEED=x MIN_LR=2 DEVICE=tpu GATED_ATTENTION=1 XSA_LAYERS=3 XSA_LAST_N=4")
+    environ |= environment(
+        "MATRX_LR=0.02 SEED=x MIN_LR=2 DEVICE=tpu GATED_ATTENTION=1 XSA_LAYERS=3 XSA_LAST_N=4"
+    )
     message = problems(environ)
-    wanted = ["NO_SUCH_THING", "EMA_DECAY='high'", "MATRX_LR", "SEED='x'", "MIN_LR=2", "tpu", "GATED_ATTENTION=1"]
+    wanted = [
+        "NO_SUCH_THING",
+        "EMA_DECAY='high'",
+        "MATRX_LR",
+        "SEED='x'",
+        "MIN_LR=2",
+        "tpu",
+        "GATED_ATTENTION=1",
+    ]
     assert [word for word in [*wanted, "XSA_LAYERS=3"] if word not in message] == []
     assert "NUM_LAYERS" not in message  # nothing is wrong with it
 
@@ -243,9 +255,9 @@ def test_a_contradiction_is_named_beside_a_misspelt_name():
     assert "MATRIX_LR" in message and "NUM_HEADS=7" in message
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Names
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -293,9 +305,9 @@ def test_unrelated_names_do_not_trip(names):
     assert [name for name in names if not starts({name: "1"})] == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Recipes, aliases, absent variables
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_environment_overrides_recipe_overrides_default(recipe):
@@ -352,14 +364,17 @@ def test_every_recipe_loads(path):
 
 def test_aliases():
     text = "BIGRAM_BUCKETS=2048 BIGRAM_EMBED_DIM=96 XSA_LAYERS=4 QAT_THRESHOLD=0.25 SWA_START_FRAC=0.5"
-    expected = dict(bigram_vocab_size=2048, bigram_dim=96, xsa_last_n=4, late_qat_threshold=0.25, swa_threshold=0.5)
+    expected = dict(
+        bigram_vocab_size=2048, bigram_dim=96, xsa_last_n=4, late_qat_threshold=0.25, swa_threshold=0.5
+    )
     config, given, _ = load_config(environment(text))
     assert given == expected and {name: getattr(config, name) for name in expected} == expected
     assert load_config(environment("XSA_LAYERS=4 XSA_LAST_N=4"))[0].xsa_last_n == 4
 
 
 @pytest.mark.parametrize("text", [
-    "XSA_LAYERS=4 XSA_LAST_N=5", "BIGRAM_VOCAB_SIZE=64 BIGRAM_BUCKETS=65", "BIGRAM_DIM=64 BIGRAM_EMBED_DIM=65",
+    "XSA_LAYERS=4 XSA_LAST_N=5", "BIGRAM_VOCAB_SIZE=64 BIGRAM_BUCKETS=65", "BIGRAM_DIM=64 "
+                                                                           "BIGRAM_EMBED_DIM=65",
     "QAT_THRESHOLD=0.1 LATE_QAT_THRESHOLD=0.2", "SWA_START_FRAC=0.1 SWA_THRESHOLD=0.2",
 ])  # fmt: skip
 def test_an_alias_that_contradicts_its_name(text):
@@ -368,7 +383,10 @@ def test_an_alias_that_contradicts_its_name(text):
 
 
 def test_an_alias_in_the_environment_overrides_the_recipe(recipe):
-    assert load_config(recipe("BIGRAM_VOCAB_SIZE=3072\n") | {"BIGRAM_BUCKETS": "2048"})[0].bigram_vocab_size == 2048
+    assert (
+        load_config(recipe("BIGRAM_VOCAB_SIZE=3072\n") | {"BIGRAM_BUCKETS": "2048"})[0].bigram_vocab_size
+        == 2048
+    )
     assert load_config(recipe("XSA_LAYERS=11\n") | {"XSA_LAST_N": "4"})[0].xsa_last_n == 4
 
 
@@ -417,9 +435,9 @@ def test_published_environments_start(text, expected, recipe, capsys):
     assert load_config(recipe(exports))[0] == config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # --help and --describe
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
@@ -434,7 +452,9 @@ def test_help_lists_every_setting_with_its_default(capsys):
     }  # fmt: skip
 
 
-def count_parameters(bigram: tuple[int, int], *, L=11, d=512, H=8, K=4, m=1536, V=1024, ve=(128, 2), tied=True) -> int:
+def count_parameters(
+    bigram: tuple[int, int], *, L=11, d=512, H=8, K=4, m=1536, V=1024, ve=(128, 2), tied=True
+) -> int:
     """Parameters of the bank model, summed over the published shapes."""
     kv = K * d // H
     banks = 2 * L * d * d + 2 * L * kv * d + L * m * d + L * d * m
@@ -465,7 +485,10 @@ def test_describe(recipe_name, more, by_shape, published, capsys, tmp_path, monk
     shapes = {name: (shape, group) for name, shape, _, group in table}
     assert len(shapes) == len(table)
     assert shapes["qo_bank"] == ("22x512x512", "bank") and shapes["mlp_down_bank"] == ("11x512x1536", "bank")
-    assert shapes["tok_emb.weight"] == ("1024x512", "embed") and shapes["blocks.10.attn.q_gain"] == ("8", "scalar")
+    assert shapes["tok_emb.weight"] == ("1024x512", "embed") and shapes["blocks.10.attn.q_gain"] == (
+        "8",
+        "scalar",
+    )
     assert ("lm_head.weight" in shapes) == ("TIE_EMBEDDINGS=0" in more)
     assert list(tmp_path.iterdir()) == []
 
@@ -474,7 +497,8 @@ def test_describe(recipe_name, more, by_shape, published, capsys, tmp_path, monk
 def test_describe_operations_a_token(capsys, order, heads):
     settings = {"RECIPE": str(RECIPES / "pr1019.env"), "BLOCK_ORDER": order, "MTP_NUM_HEADS": str(heads)}
     assert train_gpt.main(["--describe"], settings) == 0
-    # forward and backward: 3 times 2 for each weight of a product; attention: QK^T and AV over half of 2048 positions
+    # forward and backward: 3 times 2 for each weight of a product; attention: QK^T and AV over half of 2048
+    # positions
     layers = 13 if order else 11
     products = 25_952_256 // 11 * layers + 112 * 512 + 128 * 256 + (1 + heads) * 1024 * 512
     attention = layers * 2 * 512 * 2048 // 2

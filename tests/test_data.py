@@ -1,4 +1,5 @@
-"""Data: shards written by struct and read back, broken shards, the endless stream, batches by rank, the manifest."""
+"""Data: shards written by struct and read back, broken shards, the endless stream, batches by rank, the
+manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ VOCAB = 1024
 SHARED = ("SHARD_MAGIC", "SHARD_VERSION", "BOS_ID", "SIZE_CAP", "ARTIFACT_MAGIC")
 
 
-def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+def write_shard(
+    path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None
+) -> Path:
     """A shard, byte by byte: 256 little-endian int32, then little-endian uint16."""
     header = struct.pack("<256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
     path.write_bytes(header + struct.pack(f"<{len(tokens)}H", *tokens))
@@ -62,7 +65,8 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture
 def stream(tmp_path):
-    """A function that writes shards of the given lengths and returns the stream of them, with its tokens in order."""
+    """A function that writes shards of the given lengths and returns the stream of them, with its tokens in
+    order."""
 
     def make(*lengths: int, split: str = "train") -> tuple[TokenStream, np.ndarray]:
         tokens = random_tokens(sum(lengths))
@@ -80,9 +84,9 @@ def message_of(function, *args) -> str:
     return str(error.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shards
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_open_shard_reads_what_struct_wrote(tmp_path):
@@ -116,7 +120,10 @@ def broken_shards() -> dict[str, tuple]:
         "wrong magic": (lambda path: write_shard(path, tokens, magic=20240521), ["20240521", "20240520"]),
         "wrong version": (lambda path: write_shard(path, tokens, version=2), ["version 2", "version 1"]),
         "a text": (lambda path: path.write_text("Once upon a time. " * 100), ["1701015119", "20240520"]),
-        "token beyond the vocabulary": (lambda path: write_shard(path, [*tokens, 1024]), ["1024", "VOCAB_SIZE=1024"]),
+        "token beyond the vocabulary": (
+            lambda path: write_shard(path, [*tokens, 1024]),
+            ["1024", "VOCAB_SIZE=1024"],
+        ),
         "a link to nothing": (lambda path: path.symlink_to(path.with_name("gone")), []),
         "a folder": (lambda path: path.mkdir(), []),
     }
@@ -145,9 +152,9 @@ def test_a_token_beyond_the_vocabulary_later_in_a_shard_is_found_when_read(tmp_p
     assert TokenStream(str(path), 2001).read(69_990, 1).tolist() == [2000]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stream and batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lengths", [(37,), (10, 1, 26), (7, 30, 1, 1, 5)])
@@ -170,10 +177,10 @@ def test_read_gives_an_array_of_its_own(stream):
 
 def test_rows_are_inputs_and_the_tokens_after_them(stream):
     found, tokens = stream(11, 20)
-    inputs, targets = found.rows(np.array([5, 11, 17]), 6, torch.device("cpu"))
+    inputs, targets = found.sequences(np.array([5, 11, 17]), 6, torch.device("cpu"))
     assert inputs.tolist() == tokens[5:23].reshape(3, 6).tolist()
     assert targets.tolist() == tokens[6:24].reshape(3, 6).tolist()
-    around = found.rows(np.array([29]), 4, torch.device("cpu"))
+    around = found.sequences(np.array([29]), 4, torch.device("cpu"))
     assert around[0].tolist() == [[*tokens[29:], *tokens[:2]]]
     assert around[1].tolist() == [[*tokens[30:], *tokens[:3]]]
 
@@ -220,7 +227,9 @@ def test_step_batches_of_all_ranks_are_the_plain_stream(stream, monkeypatch, ran
 )
 def test_split_batch(monkeypatch, rows, accumulate, ranks, expected):
     monkeypatch.setattr(train_gpt, "world_size", lambda: ranks)
-    mine, parts = split_batch(Config(train_seq_len=4, train_batch_tokens=4 * rows, grad_accum_total=accumulate))
+    mine, parts = split_batch(
+        Config(train_seq_len=4, train_batch_tokens=4 * rows, grad_accum_total=accumulate)
+    )
     assert (mine, parts) == expected
     assert mine * ranks == rows and mine % parts == 0 and mine / parts <= math.ceil(rows / accumulate)
 
@@ -231,15 +240,17 @@ def test_ranks_that_do_not_divide_the_batch(monkeypatch):
     assert "3 processes" in message and "8 rows" in message
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Manifest
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 HASH = "ab" * 32
 
 
 def manifest_of(shards: dict[str, int], sha256: str | None = HASH) -> str:
-    listed = [{"file": name, "tokens": tokens, "split": name.split("_")[1]} for name, tokens in shards.items()]
+    listed = [
+        {"file": name, "tokens": tokens, "split": name.split("_")[1]} for name, tokens in shards.items()
+    ]
     return json.dumps({"tokenizer": {"sha256": sha256}, "shards": listed})
 
 
@@ -284,7 +295,10 @@ def test_what_was_downloaded_must_be_there(stream, tmp_path):
 def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
     """The keys of data/prepare.py --overlap; without a count the log says how to get one."""
     found, _ = stream(20, 30)
-    path, listed = tmp_path / "manifest.json", {"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}
+    path, listed = (
+        tmp_path / "manifest.json",
+        {"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30},
+    )
     path.write_text(manifest_of(listed))
     val = [str(tmp_path / "fineweb_val_000000.bin")]
     assert "prepare.py --overlap" in overlap_line(found, val)
@@ -293,12 +307,15 @@ def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
     line = overlap_line(found, val)
     assert line == "overlap: 3 of 50 validation documents occur inside training shards, 8 in part"
     assert "not counted" in overlap_line(found, ["elsewhere/fineweb_val_000000.bin"])
-    path.write_text(json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted | dict(train_tokens=51))))
+    path.write_text(
+        json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted | dict(train_tokens=51)))
+    )
     assert "not counted" in overlap_line(found, val)
 
 
 def test_the_split_and_the_content_are_those_listed(stream, tmp_path):
-    """Training shards are no validation text, and a validation shard of as many other tokens is not what was listed."""
+    """Training shards are no validation text, and a validation shard of as many other tokens is not what was
+    listed."""
     train, _ = stream(20)
     val, _ = stream(30, split="val")
     path = Path(val.paths[0])

@@ -1,4 +1,5 @@
-"""data/demo.py: the corpus from Python's own text is disjoint, reproducible, reused, and imports nothing of it."""
+"""data/demo.py: the corpus from Python's own text is disjoint, reproducible, reused, and imports nothing of
+it."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     code = IMPORT_CHECK.format(script=str(SCRIPT))
     command = [sys.executable, "-c", code, "unused", str(out)]
     env = {"PYTHONPATH": search_path(SCRIPT.parent), "PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}
-    env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # none of these may matter: see "built again"
+    env |= {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+    }  # none of these may matter: see "built again"
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -51,7 +56,10 @@ def documents(out: Path, split: str) -> list[str]:
         content = path.read_bytes()
         tokens = struct.unpack(f"<{(len(content) - 1024) // 2}H", content[1024:])
         starts = [index for index, token in enumerate(tokens) if token == 1]
-        found += [sp.decode(list(tokens[a + 1 : b])) for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+        found += [
+            sp.decode(list(tokens[a + 1 : b]))
+            for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)
+        ]
     return found
 
 
@@ -83,7 +91,9 @@ def test_no_document_or_long_paragraph_is_on_both_sides(corpus: tuple[Path, str]
 
 def test_no_step_sees_one_module_alone(corpus: tuple[Path, str]) -> None:
     """No two documents that the smoke recipe reads are of one module; help topics are of none."""
-    recipe = dict(line.split("#")[0].strip().split("=") for line in SMOKE.read_text().splitlines() if "=" in line)
+    recipe = dict(
+        line.split("#")[0].strip().split("=") for line in SMOKE.read_text().splitlines() if "=" in line
+    )
     tokens = int(recipe["ITERATIONS"]) * int(recipe["TRAIN_BATCH_TOKENS"])
     content = (corpus[0] / "fineweb_train_000000.bin").read_bytes()[1024 : 1024 + 2 * tokens]
     starts = [index for index, token in enumerate(struct.unpack(f"<{tokens}H", content)) if token == 1]
@@ -93,7 +103,9 @@ def test_no_step_sees_one_module_alone(corpus: tuple[Path, str]) -> None:
     modules = []
     for text in documents(corpus[0], "train")[: len(starts)]:
         line = max((line for line in text.splitlines() if "\\" not in line), key=len).strip().encode()
-        modules.append({path for path, content in sources.items() if line in content and path.name != "topics.py"})
+        modules.append(
+            {path for path, content in sources.items() if line in content and path.name != "topics.py"}
+        )
     assert all(a.isdisjoint(b) for a, b in pairwise(modules))
     found = [min(module) for module in modules if module]
     assert len(set(found)) == len(found) >= 8 and len(starts) >= 14
@@ -111,7 +123,9 @@ def test_built_again_it_is_the_same_and_built_once_it_is_kept(
     corpus: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = json.loads((corpus[0] / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "text_version": 1}))  # of an earlier demo.py
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**manifest, "text_version": 1})
+    )  # of an earlier demo.py
     for name in ("tokenizer.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin"):
         (tmp_path / name).write_bytes((corpus[0] / name).read_bytes())
     assert demo.main(["--out", str(tmp_path)]) == 0
@@ -129,7 +143,8 @@ def small_library(root: Path) -> Path:
     words = " ".join(f"word{number}" for number in range(60))
     repeated = "the same paragraph " * 10
     files = {
-        "b.py": f'"""Module {words}"""\nraise SystemExit\nclass C:\n    """C."""\n    def f(self):\n        """F."""\n',
+        "b.py": f'"""Module {words}"""\nraise SystemExit\nclass C:\n    """C."""\n    def f(self):\n        '
+        '"""F."""\n',
         "a.py": 'def g():\n    """Dup."""\ndef h():\n    """Dup."""\nasync def i():\n'
         f'    """\n    I {words} x\n    """\n',
         "broken.py": f'"""Broken {words}"""\ndef (\n',
@@ -174,7 +189,9 @@ def test_machines_of_one_python_have_the_same_text(tmp_path: Path) -> None:
         path.write_text(f'"""{name} {"of this machine " * 40}"""\n')
     modules = {"a", "b", "broken", "short", "pydoc_data", "tkinter", "turtle"}
     expected = demo.demo_documents(first)
-    assert demo.demo_documents(first, modules) == demo.demo_documents(tmp_path / "second", modules) == expected
+    assert (
+        demo.demo_documents(first, modules) == demo.demo_documents(tmp_path / "second", modules) == expected
+    )
 
 
 def test_long_documents_are_cut_and_nothing_is_lost() -> None:
@@ -187,13 +204,24 @@ def test_long_documents_are_cut_and_nothing_is_lost() -> None:
     assert sorted(len(part) > demo.MAX_PART_BYTES for part in cut)[-2:] == [False, True]
     places = [index for index, part in enumerate(parts) if part in cut]
     distances = [b - a for a, b in pairwise(places)]
-    assert len(cut) > 5 and 0.5 < min(distances) * len(cut) / len(parts) and max(distances) * len(cut) < 2 * len(parts)
+    assert (
+        len(cut) > 5
+        and 0.5 < min(distances) * len(cut) / len(parts)
+        and max(distances) * len(cut) < 2 * len(parts)
+    )
 
 
-def test_a_python_without_sources_and_a_foreign_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_python_without_sources_and_a_foreign_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(ValueError, match="no Python sources"):
         demo.demo_documents(tmp_path)
-    manifest = {"name": "mine\x1b[2J\u202e", "python": "3", "tokenizer": {"file": "t", "sha256": "0"}, "shards": []}
+    manifest = {
+        "name": "mine\x1b[2J\u202e",
+        "python": "3",
+        "tokenizer": {"file": "t", "sha256": "0"},
+        "shards": [],
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert demo.main(["--out", str(tmp_path)]) == 2
     assert r'"mine\x1b[2J\u202e"' in capsys.readouterr().err

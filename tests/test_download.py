@@ -52,13 +52,19 @@ class Repository:
         self.files["datasets/manifest.json"] = json.dumps(
             {
                 "version": version,
-                "datasets": [{"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": {"version": version}}],
+                "datasets": [
+                    {"name": "fineweb10B_sp1024", "tokenizer_name": "t", "stats": {"version": version}}
+                ],
                 "tokenizers": [{"name": "t", "model_path": "tokenizers/fineweb_1024_bpe.model"}],
             }
         ).encode()
 
     def downloads(self) -> list[str]:
-        return [path for method, path, _ in self.requests if method == "GET" and not path.endswith("manifest.json")]
+        return [
+            path
+            for method, path, _ in self.requests
+            if method == "GET" and not path.endswith("manifest.json")
+        ]
 
     def tree(self) -> list[dict]:
         entries = []
@@ -66,7 +72,11 @@ class Repository:
             blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
             entry = {"type": "file", "path": path, "size": len(content), "oid": blob}
             if path.endswith(".bin"):
-                entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                entry["lfs"] = {
+                    "oid": hashlib.sha256(content).hexdigest(),
+                    "size": len(content),
+                    "pointerSize": 130,
+                }
             entries.append(entry)
         return entries
 
@@ -130,20 +140,26 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # what arrives in part is kept in multiples of this
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 100
+    )  # what arrives in part is kept in multiples of this
     yield repository
     server.shutdown()
     server.server_close()
 
 
 def run(out: Path, *options: str, variant: str = "sp1024") -> int:
-    return download.main(["--repo", REPO, "--variant", variant, "--train-shards", "2", "--out", str(out), *options])
+    return download.main(
+        ["--repo", REPO, "--variant", variant, "--train-shards", "2", "--out", str(out), *options]
+    )
 
 
 def contents(out: Path) -> dict[str, bytes]:
     """All files of a folder but the downloader's own notes."""
     files = [path for path in out.rglob("*") if path.is_file() and ".download" not in path.parts]
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files if path.name != "source.json"}
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes() for path in files if path.name != "source.json"
+    }
 
 
 def source(out: Path) -> dict:
@@ -154,7 +170,9 @@ def expected(hub: Repository, train_shards: int = 2) -> dict[str, bytes]:
     names = [f"fineweb_val_{index:06d}.bin" for index in range(2)]
     names += [f"fineweb_train_{index:06d}.bin" for index in range(train_shards)]
     shards = {f"datasets/fineweb10B_sp1024/{name}": hub.files[f"{FOLDER}/{name}"] for name in names}
-    return shards | {"tokenizers/fineweb_1024_bpe.model": hub.files["datasets/tokenizers/fineweb_1024_bpe.model"]}
+    return shards | {
+        "tokenizers/fineweb_1024_bpe.model": hub.files["datasets/tokenizers/fineweb_1024_bpe.model"]
+    }
 
 
 def test_layout_and_source(hub: Repository, tmp_path: Path) -> None:
@@ -169,7 +187,9 @@ def test_layout_and_source(hub: Repository, tmp_path: Path) -> None:
         assert entry["tokens"] == ((len(content) - 1024) // 2 if entry["file"].endswith(".bin") else None)
 
 
-def test_second_run_downloads_nothing_and_more_shards_only_the_new_ones(hub: Repository, tmp_path: Path) -> None:
+def test_second_run_downloads_nothing_and_more_shards_only_the_new_ones(
+    hub: Repository, tmp_path: Path
+) -> None:
     assert run(tmp_path) == 0
     hub.requests.clear()
     assert run(tmp_path) == 0 and hub.downloads() == []
@@ -180,7 +200,9 @@ def test_second_run_downloads_nothing_and_more_shards_only_the_new_ones(hub: Rep
     assert len(source(tmp_path)["files"]) == 6
 
 
-def test_interrupted_download_resumes(hub: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_resumes(
+    hub: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"{FOLDER}/fineweb_val_000000.bin"
     hub.cut_once[name] = 700
     monkeypatch.setattr(download, "ATTEMPTS", 1)
@@ -221,8 +243,12 @@ def test_damaged_local_file_is_fetched_again(hub: Repository, tmp_path: Path, da
     assert contents(tmp_path) == expected(hub)
 
 
-@pytest.mark.parametrize("name", [f"{FOLDER}/fineweb_val_000001.bin", "datasets/tokenizers/fineweb_1024_bpe.model"])
-def test_wrong_hash_is_refused(hub: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [f"{FOLDER}/fineweb_val_000001.bin", "datasets/tokenizers/fineweb_1024_bpe.model"]
+)
+def test_wrong_hash_is_refused(
+    hub: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     hub.listed[name] = hub.files[name][:-1] + b"\xff"
     assert run(tmp_path) == 1
     assert Path(name).name in capsys.readouterr().err
@@ -230,7 +256,9 @@ def test_wrong_hash_is_refused(hub: Repository, tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "datasets/fineweb10B_sp1024/source.json").exists()
 
 
-def test_bad_shard_header_is_refused(hub: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_shard_header_is_refused(
+    hub: Repository, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = f"{FOLDER}/fineweb_train_000000.bin"
     hub.files[name] = struct.pack("<i", SHARD_MAGIC + 1) + shard_header(500)[4:] + bytes(1000)
     assert run(tmp_path) == 1
@@ -268,7 +296,9 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(download.os, "replace", lambda *paths: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         download.write_json(tmp_path / "a.json", {})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (
+        tmp_path / "a.json"
+    ).read_text() == "old"
 
 
 def test_shards_of_another_export_are_not_mixed_in(

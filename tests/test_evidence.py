@@ -27,7 +27,8 @@ def sha(path: Path) -> str:
 
 @pytest.fixture
 def made(demo_data, tmp_path, monkeypatch) -> SimpleNamespace:
-    """The folder of an evaluated run, in two shards, with scores counted from the decoded text; write() writes it."""
+    """The folder of an evaluated run, in two shards, with scores counted from the decoded text; write()
+    writes it."""
     monkeypatch.chdir(tmp_path)
     data, run = tmp_path / "data", tmp_path / "runs/a"
     run.mkdir(parents=True)
@@ -50,12 +51,18 @@ def made(demo_data, tmp_path, monkeypatch) -> SimpleNamespace:
     )
 
     def write() -> list[check.Verdict]:
-        head = [*(f"  {name}={value} (given)" for name, value in made.logged.items()), "model_params:1", "seed:7"]
+        head = [
+            *(f"  {name}={value} (given)" for name, value in made.logged.items()),
+            "model_params:1",
+            "seed:7",
+        ]
         step = "step:1/1 train_loss:1.0 train_time:9ms step_avg:9.00ms"
         (run / "train.log").write_text("\n".join([*head, step, 'RESULT {"train_seconds": 1.0, "seed": 7}\n']))
         (run / "result.json").write_text("{}")
         scores = "val_loss:{val_loss_ttt:.8f} val_bpb:{val_bpb_ttt:.8f}".format(**made.printed or made.result)
-        (run / "eval_ttt.log").write_text(f"legal_ttt_exact {scores} time:1.0s\nRESULT {json.dumps(made.result)}\n")
+        (run / "eval_ttt.log").write_text(
+            f"legal_ttt_exact {scores} time:1.0s\nRESULT {json.dumps(made.result)}\n"
+        )
         record = check.read_record(run)
         record.data, record.tokenizer = made.options
         rules = {"losses": evidence.check_losses, "validation set": check.check_validation}
@@ -127,10 +134,14 @@ def test_what_holds_no_losses(made, array):
 
 def test_a_text_that_is_not_at_hand_is_said(made, tmp_path, monkeypatch):
     (made.shards[1]).write_bytes(made.shards[0].read_bytes())
-    assert "fineweb_val_000001.bin is missing, or is not the file that was scored" in told(made.write(), "warn")
+    assert "fineweb_val_000001.bin is missing, or is not the file that was scored" in told(
+        made.write(), "warn"
+    )
     write_shard(made.shards[1], made.tokens[1234:])
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")  # now the log's paths lead out of record, repository and working folder
+    monkeypatch.chdir(
+        tmp_path / "elsewhere"
+    )  # now the log's paths lead out of record, repository and working folder
     verdicts = made.write()
     assert "not read. Pass --tokenizer FILE" in (words := told(verdicts, "warn")) or "--data FOLDER" in words
     made.options = (made.data, made.data / "tokenizer.model")
@@ -146,9 +157,13 @@ def test_a_missing_file_of_losses_is_said(made):
 
 def trained(path: Path, **options) -> Path:
     """A tokenizer as the field trains them: a dummy prefix, bytes for what has no piece."""
-    words = "the cat sat on a mat and the dog ran to it; naïve café at noon in an old town near the sea".split()
+    words = (
+        "the cat sat on a mat and the dog ran to it; naïve café at noon in an old town near the sea".split()
+    )
     lines = [" ".join(np.random.default_rng(i).permutation(words)) for i in range(60)]
-    options = dict(vocab_size=330, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, bos_id=1) | options
+    options = (
+        dict(vocab_size=330, byte_fallback=True, hard_vocab_limit=False, minloglevel=2, bos_id=1) | options
+    )
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **options)
     path.write_bytes(model.getvalue())
@@ -158,7 +173,8 @@ def trained(path: Path, **options) -> Path:
 @pytest.mark.parametrize("options", [{}, dict(add_dummy_prefix=False, normalization_rule_name="identity",
                                               remove_extra_whitespaces=False)], ids=["field", "lossless"])  # fmt: skip
 def test_bytes_are_the_fields(tmp_path, options):
-    """Against the trainer's table, target by target: control tokens before words, bytes, unknown and lone spaces."""
+    """Against the trainer's table, target by target: control tokens before words, bytes, unknown and lone
+    spaces."""
     path = trained(tmp_path / "t.model", **options)
     pieces = spm.SentencePieceProcessor(model_file=str(path))
     size = pieces.vocab_size()
@@ -220,6 +236,10 @@ def test_equal_names_in_two_folders_are_two_shards(made):
 @pytest.mark.parametrize("pattern", ["", "elsewhere/part_*.bin"])
 def test_validation_text_that_is_training_text(made, pattern):
     made.shards[1].rename(made.data / "fineweb_train_000003.bin")
-    made.result["sha256_shards"]["fineweb_train_000003.bin"] = made.result["sha256_shards"].pop(made.shards[1].name)
+    made.result["sha256_shards"]["fineweb_train_000003.bin"] = made.result["sha256_shards"].pop(
+        made.shards[1].name
+    )
     made.logged["TRAIN_FILES"] = pattern
-    assert "VAL_FILES are training shards: fineweb_train_000003.bin" in told(made.write(), "fail", "validation set")
+    assert "VAL_FILES are training shards: fineweb_train_000003.bin" in told(
+        made.write(), "fail", "validation set"
+    )

@@ -1,10 +1,12 @@
 """Real torchrun jobs that lose a process at a seeded random moment: nothing is lost, nothing is half-written.
 
-Each case starts train_gpt.py on two CPU processes, waits until the run is where the plan says (a line of its log, a
-file being written), kills what the plan names, waits until every process is gone, looks at the files, and goes on with
-RESUME=auto. In the end weights, artifact, losses and scores are those of a run that nobody touched, bit for bit.
+Each case starts train_gpt.py on two CPU processes, waits until the run is where the plan says (a line of its
+log, a file being written), kills what the plan names, waits until every process is gone, looks at the files,
+and goes on with RESUME=auto. In the end weights, artifact, losses and scores are those of a run that nobody
+touched, bit for bit.
 
-Nothing is patched in these jobs. Linux only: inotify says when a file is being written, /proc who belongs to a job.
+Nothing is patched in these jobs. Linux only: inotify says when a file is being written, /proc who belongs to
+a job.
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="inotify and /pr
 ROOT = Path(__file__).resolve().parent.parent
 STARTS, ENDS = 120, 60  # seconds that a job may take to reach a moment of the plan, and to end after a kill
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Jobs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Watch:
@@ -63,7 +65,8 @@ class Watch:
             raise OSError(ctypes.get_errno(), f"inotify on {folder}")
 
     def names(self, seconds: float) -> set[str]:
-        """The files that were made, written to or renamed since the last call; waits up to SECONDS for the first."""
+        """The files that were made, written to or renamed since the last call; waits up to SECONDS for the
+        first."""
         if not select.select([self.descriptor], [], [], seconds)[0]:
             return set()
         data, names = os.read(self.descriptor, 1 << 16), set()
@@ -85,7 +88,7 @@ def processes_in(folder: Path) -> list[int]:
             if entry.name.isdigit() and f"{os.readlink(entry / 'cwd')}/".startswith(f"{folder}/"):
                 found.append(int(entry.name))
         except OSError:
-            pass  # gone meanwhile, a zombie, or not ours
+            pass  # gone overlap_fn, a zombie, or not ours
     return found
 
 
@@ -113,10 +116,9 @@ def free_port() -> int:
 class Job:
     """train_gpt.py in a folder of its own, as LAUNCH says:
 
-    alone      one process
-    torchrun   two, started by one agent
-    agents     two agents of one process each, as on two machines: the second has another folder, and no runs in it
-    bare       two processes without an agent, so that each one's exit code and errors can be seen
+    alone      one process torchrun   two, started by one agent agents     two agents of one process each, as
+    on two machines: the second has another folder, and no runs in it bare       two processes without an
+    agent, so that each one's exit code and errors can be seen
     """
 
     def __init__(self, work: Path, env: dict[str, str], launch: str = "torchrun"):
@@ -136,7 +138,9 @@ class Job:
         }[launch]  # fmt: skip
 
         def begin() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore, and so would the run
+            signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            )  # which a shell's background jobs ignore, and so would the run
 
         self.started, self.outputs = [], []
         for number, (arguments, more) in enumerate(starts):
@@ -174,8 +178,11 @@ class Job:
     def over(self) -> bool:
         return all(process.poll() is not None for process in self.started)
 
-    def wait_for(self, moment: Callable[[set[str], str], bool], act: Callable[[], None] = lambda: None) -> bool:
-        """Wait until MOMENT(files touched since the last look, log of this job), and ACT; False: the job ended before.
+    def wait_for(
+        self, moment: Callable[[set[str], str], bool], act: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Wait until MOMENT(files touched since the last look, log of this job), and ACT; False: the job
+        ended before.
 
         To close a watch takes longer than to write a checkpoint.
         """
@@ -209,7 +216,7 @@ class Job:
     def kill(self, whom: str | list[int], how: signal.Signals) -> None:
         """WHOM as for `pids`, or what it returned: to look for processes takes longer than to write a file."""
         for pid in self.pids(whom) if isinstance(whom, str) else whom:
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself meanwhile
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself overlap_fn
                 os.kill(pid, how)
 
     def wait(self, seconds: float = ENDS) -> list[int]:
@@ -240,12 +247,13 @@ def start():
         job.clean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs that nobody touches
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 STEPS = 24
-LATE = dict(  # everything that has a state of its own; ten steps of training, four of Reptile, six for deployment
+# everything that has a state of its own; ten steps of training, four of Reptile, six for deployment
+LATE = dict(
     ITERATIONS="20", DATA_ORDER="shuffled", BLOCK_ORDER="0,1,2,1", LOOP_START_FRAC="0.4", WARMDOWN_ITERS="6",
     SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.9", LATE_QAT="1", LATE_QAT_THRESHOLD="0.5", CAUTIOUS_MUON="1",
     DECODER_LR_MULT="0.5", META_SGD_ENABLED="1", META_SGD_LR="0.1", META_TTT_ENABLED="1",
@@ -300,7 +308,8 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
 
 @pytest.fixture(scope="module")
 def untouched(settings, tmp_path_factory):
-    """A function that returns the Outcome of a run without checkpoints and without faults; each is trained once."""
+    """A function that returns the Outcome of a run without checkpoints and without faults; each is trained
+    once."""
     kept: dict[tuple[str, bool], Outcome] = {}
 
     def train(kind: str = "plain", alone: bool = False) -> Outcome:
@@ -321,9 +330,9 @@ def untouched(settings, tmp_path_factory):
     return train
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Kills
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def step_begun(step: int) -> Callable[[set[str], str], bool]:
@@ -337,7 +346,9 @@ def logged(pattern: str) -> Callable[[set[str], str], bool]:
 
 def writing(name: str) -> Callable[[set[str], str], bool]:
     def moment(touched: set[str], log: str) -> bool:
-        return name not in touched and any(re.fullmatch(rf"{re.escape(name)}\.\w+\.tmp", file) for file in touched)
+        return name not in touched and any(
+            re.fullmatch(rf"{re.escape(name)}\.\w+\.tmp", file) for file in touched
+        )
 
     return moment  # begun, and not renamed yet
 
@@ -388,12 +399,16 @@ def check_files(run: Path, expected: Outcome) -> None:
     if (run / "final_model.int6.ptz").exists():
         assert (run / "final_model.int6.ptz").read_bytes() == expected.artifact
         train_gpt.read_artifact(run / "final_model.int6.ptz")
-    for line in (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []:
+    for line in (
+        (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    ):
         json.loads(line)
 
 
 def resumed_steps(log: str) -> list[int]:
-    return [int(n) for n in re.findall(r"^resumed: phase:.+ step:(\d+) world_size:\d+ \(was \d+\)$", log, re.M)]
+    return [
+        int(n) for n in re.findall(r"^resumed: phase:.+ step:(\d+) world_size:\d+ \(was \d+\)$", log, re.M)
+    ]
 
 
 def strike(job: Job, kill: Kill, dice: random.Random, done: int, more: int = 0) -> bool:
@@ -418,10 +433,13 @@ def strike(job: Job, kill: Kill, dice: random.Random, done: int, more: int = 0) 
     return not (job.run / "result.json").exists()
 
 
-def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int, expected: Outcome, launch: str):
+def survive(
+    start, work: Path, env: dict[str, str], kills: list[Kill], seed: int, expected: Outcome, launch: str
+):
     """Run under KILLS, then to the end.
 
-    Returns how often a kill hit a running job, the files that were cut short under a temporary name, and the log.
+    Returns how often a kill hit a running job, the files that were cut short under a temporary name, and the
+    log.
     """
     dice, hits, done, cut = random.Random(seed), 0, 0, set()
     for number, kill in enumerate(kills, 1):
@@ -445,8 +463,13 @@ def survive(start, work: Path, env: dict[str, str], kills: list[Kill], seed: int
     got, log = outcome(job.run), (job.run / "train.log").read_text()
     assert_same(got, expected)
     resumed = resumed_steps(log)  # those that came to a checkpoint, and the last
-    assert sorted(set(got.result["resumed"])) == sorted(set(resumed)) and got.result["resumed"][-1:] == resumed[-1:]
-    left = {file.name for file in job.run.iterdir() if file.suffix == ".tmp" or file.name.startswith("checkpoint")}
+    assert (
+        sorted(set(got.result["resumed"])) == sorted(set(resumed))
+        and got.result["resumed"][-1:] == resumed[-1:]
+    )
+    left = {
+        file.name for file in job.run.iterdir() if file.suffix == ".tmp" or file.name.startswith("checkpoint")
+    }
     assert not left, left
     return hits, cut, log
 
@@ -476,15 +499,25 @@ SLOW = {
     "SIGINT to the agent": [Kill("step", "agent", INT, 0.1)],
     "agent, three times": [Kill("step", "agent", delay=0.1)] * 3,
     "one after the other": [Kill("step", "rank 1"), Kill("step", "agent", TERM), Kill("step", "all")],
-    "at the start": [Kill("start", "all"), Kill("start", "all", delay=3.0), Kill("start", "rank 0", delay=1.0)],
+    "at the start": [
+        Kill("start", "all"),
+        Kill("start", "all", delay=3.0),
+        Kill("start", "rank 0", delay=1.0),
+    ],
     "in the warm-up": [Kill("warm-up", "all", delay=0.3), Kill("warm-up", "rank 1", delay=0.3)],
     "in the warm-up, SIGTERM": [Kill("warm-up", "agent", TERM, 0.3), Kill("warm-up", "rank 0", TERM, 0.3)],
-    "before the first checkpoint": [Kill("first step", "rank 0", delay=0.1), Kill("first step", "all", delay=0.1)],
+    "before the first checkpoint": [
+        Kill("first step", "rank 0", delay=0.1),
+        Kill("first step", "all", delay=0.1),
+    ],
     "in the statistics": [Kill("statistics", "all", delay=0.05), Kill("statistics", "rank 1", delay=0.05)],
     "in the statistics, SIGTERM": [Kill("statistics", "agent", TERM, 0.05)],
     "while the weights are written": [Kill("weights", "rank 0"), Kill("weights", "all")],
     "while the artifact is written": [Kill("artifact", "rank 0"), Kill("artifact", "all")],
-    "while the artifact is made": [Kill("weights", "rank 0", delay=0.05), Kill("weights", "agent", TERM, 0.05)],
+    "while the artifact is made": [
+        Kill("weights", "rank 0", delay=0.05),
+        Kill("weights", "agent", TERM, 0.05),
+    ],
     "while it is scored": [Kill("scoring", "rank 0", delay=0.1), Kill("scoring", "rank 1", delay=0.1)],
     "while it is scored, SIGTERM": [Kill("scoring", "agent", TERM, 0.1), Kill("second score", "agent", TERM)],
     "while the result is written": [Kill("result", "rank 0"), Kill("result", "all")],
@@ -495,7 +528,9 @@ SLOW = {
 @pytest.mark.parametrize("name", SLOW)
 def test_kills_at_any_moment(start, settings, untouched, tmp_path, name):
     kills, expected = SLOW[name], untouched()
-    hits, cut, log = survive(start, tmp_path, settings, kills, 100 + list(SLOW).index(name), expected, "torchrun")
+    hits, cut, log = survive(
+        start, tmp_path, settings, kills, 100 + list(SLOW).index(name), expected, "torchrun"
+    )
     assert hits == len(kills) or kills[0].at == "result"  # which is written in an instant
     if name == "while the weights are written":
         assert cut == {"final_model.pt"}
@@ -511,7 +546,8 @@ def test_kills_at_any_moment(start, settings, untouched, tmp_path, name):
 @pytest.mark.parametrize("whom, how", [("rank 0", signal.SIGKILL), ("agent", TERM), ("agent", signal.SIGKILL),
                                        ("all", signal.SIGKILL)])  # fmt: skip
 def test_kills_while_a_checkpoint_is_written(start, settings, untouched, tmp_path, whom, how):
-    """The file under its temporary name shows that the moment was hit; the one before it is whole and is used."""
+    """The file under its temporary name shows that the moment was hit; the one before it is whole and is
+    used."""
     env, dice, halves = {**settings, "CHECKPOINT_EVERY": "1"}, random.Random(7), 0
     for _ in range(4):
         job, whole, part = start(tmp_path, env), [dice.randint(2, 4)], [dice.randint(1, 8)]
@@ -573,7 +609,9 @@ def test_every_kind_of_state_comes_back(start, settings, untouched, tmp_path, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom, how", [("second agent", signal.SIGKILL), ("agent", TERM), ("rank 1", signal.SIGKILL)])
+@pytest.mark.parametrize(
+    "whom, how", [("second agent", signal.SIGKILL), ("agent", TERM), ("rank 1", signal.SIGKILL)]
+)
 def test_two_agents_of_which_one_is_killed(start, settings, untouched, tmp_path, whom, how):
     hits, _, _ = survive(start, tmp_path, settings, [Kill("step", whom, how, 0.1)], 11, untouched(), "agents")
     assert hits == 1 and not list((tmp_path / "machine 2").iterdir())
@@ -591,9 +629,9 @@ def test_storms(start, settings, untouched, tmp_path, seed):
     survive(start, tmp_path, settings, kills, 2000 + seed, untouched(), "torchrun")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One process
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -615,13 +653,18 @@ def test_a_process_that_is_asked_to_stop(start, settings, untouched, tmp_path, h
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["alone", "torchrun"])
 def test_a_signal_in_the_last_validation_is_not_forgotten(start, settings, demo_data, tmp_path, launch):
-    """No step comes after it, and training is not over: the run stops, or the agent would kill it in its export."""
+    """No step comes after it, and training is not over: the run stops, or the agent would kill it in its
+    export."""
     env = {**settings, "VAL_FILES": f"{demo_data}/fineweb_val_000000.bin", "CHECKPOINT_EVERY": "0"}
     job = start(tmp_path, env, launch)
     assert job.wait_for(step_begun(STEPS))
     job.kill("agent", TERM)
     codes = job.wait()
-    assert not (job.run / "result.json").exists() and codes == ([143] if launch == "alone" else codes) and codes != [0]
+    assert (
+        not (job.run / "result.json").exists()
+        and codes == ([143] if launch == "alone" else codes)
+        and codes != [0]
+    )
     assert f"stopped: SIGTERM after step:{STEPS}" in job.log() and "final_int6" not in job.log()
     job = start(tmp_path, env, launch)
     assert job.wait(300) == [0] and resumed_steps(job.log()) == [STEPS]
@@ -669,9 +712,9 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(start, settings, tm
     assert torch.load(job.run / "checkpoint.pt", weights_only=True)["step"] == int(stops[0]) >= 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A disk that is full
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
@@ -690,7 +733,8 @@ def longest_file(size: int):
 
 
 def test_a_disk_that_is_full(settings, stopped, untouched, tmp_path, capsys):
-    """RLIMIT_FSIZE makes the writes fail: first those of checkpoints, which are longer, alone, then the export's too.
+    """RLIMIT_FSIZE makes the writes fail: first those of checkpoints, which are longer, alone, then the
+    export's too.
 
     The checkpoint that is there outlives both, and from it the run comes to its end.
     """
@@ -707,7 +751,9 @@ def test_a_disk_that_is_full(settings, stopped, untouched, tmp_path, capsys):
     assert re.search(r"^WARNING: no checkpoint: ", added, re.M)
     assert f"step:{STEPS}/{STEPS} train_loss" in added
     assert sha256(checkpoint) == before
-    assert not [name for name in ("final_model.pt", "final_model.int6.ptz", "result.json") if (run / name).exists()]
+    assert not [
+        name for name in ("final_model.pt", "final_model.int6.ptz", "result.json") if (run / name).exists()
+    ]
     assert not list(run.glob("*.tmp"))
     old = log.stat().st_size
     with longest_file((model + 50_000 + size) // 2):
@@ -716,9 +762,9 @@ def test_a_disk_that_is_full(settings, stopped, untouched, tmp_path, capsys):
     assert_same(outcome(run), untouched(alone=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is refused
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -789,7 +835,9 @@ def test_another_tokenizer_is_refused(settings, stopped, tmp_path, monkeypatch, 
     copy_of(stopped, tmp_path)
     monkeypatch.chdir(tmp_path)
     blob = Path(settings["TOKENIZER_PATH"]).read_bytes()
-    (tmp_path / "other.model").write_bytes(blob + b"\xda\x06\x00")  # an unknown field of protobuf, which is skipped
+    (tmp_path / "other.model").write_bytes(
+        blob + b"\xda\x06\x00"
+    )  # an unknown field of protobuf, which is skipped
     given = {**settings, "TOKENIZER_PATH": "other.model", "DATA_PATH": "data"}
     (tmp_path / "data").mkdir()
     for shard in Path(settings["DATA_PATH"]).glob("fineweb_train_*.bin"):
@@ -798,8 +846,11 @@ def test_another_tokenizer_is_refused(settings, stopped, tmp_path, monkeypatch, 
     assert "another tokenizer" in capsys.readouterr().err
 
 
-def test_moved_data_and_what_comes_after_training_may_differ(settings, stopped, untouched, tmp_path, monkeypatch):
-    """Contents are compared, not names. The weights are those of a run that nobody touched; the log has each change."""
+def test_moved_data_and_what_comes_after_training_may_differ(
+    settings, stopped, untouched, tmp_path, monkeypatch
+):
+    """Contents are compared, not names. The weights are those of a run that nobody touched; the log has each
+    change."""
     run = copy_of(stopped, tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moved").mkdir()
@@ -881,7 +932,8 @@ def test_a_link_out_of_the_run_folder_is_not_followed(settings, stopped, tmp_pat
 
 
 def test_a_write_goes_through_no_link(tmp_path):
-    """Neither of the final name nor of any name that could be guessed; a link under the final name is replaced."""
+    """Neither of the final name nor of any name that could be guessed; a link under the final name is
+    replaced."""
     precious, path = tmp_path / "precious", tmp_path / "x.json"
     precious.write_text("precious")
     for name in ("x.json", "x.json.tmp"):
@@ -897,16 +949,16 @@ def umask() -> int:
     return mask
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What comes after training
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Interrupted(BaseException):
     """Stands in for a signal that ends the process where it is."""
 
 
-@pytest.mark.parametrize("at", ["read_statistics", "plan_rounding", "score_artifact"])
+@pytest.mark.parametrize("at", ["read_statistics", "quant_specs", "score_artifact"])
 def test_training_that_is_done_is_kept_whatever_comes_after(settings, untouched, tmp_path, monkeypatch, at):
     """Without periodic checkpoints too: the same command goes on with what is left, and trains nothing again."""
     monkeypatch.chdir(tmp_path)
@@ -948,7 +1000,8 @@ NOT_FINITE = {  # by where the first value that is none turns up
 
 @pytest.mark.parametrize("where", NOT_FINITE)
 def test_what_is_not_finite_after_the_last_step_ends_the_run(settings, tmp_path, monkeypatch, capsys, where):
-    """No later step would see it: without this the quantizer never ends, or rounds it to numbers that are scored."""
+    """No later step would see it: without this the quantizer never ends, or rounds it to numbers that are
+    scored."""
     monkeypatch.chdir(tmp_path)
     if "bank" in where:
         finish = train_gpt.Progress.finish
@@ -1002,7 +1055,9 @@ def test_a_folder_without_leave_to_resume_and_a_resume_without_a_name_are_refuse
 
 DAMAGE = {
     "truncated": lambda blob: blob[: len(blob) // 2],
-    "one bit": lambda blob: blob[: len(blob) // 2] + bytes([blob[len(blob) // 2] ^ 4]) + blob[len(blob) // 2 + 1 :],
+    "one bit": lambda blob: blob[: len(blob) // 2]
+    + bytes([blob[len(blob) // 2] ^ 4])
+    + blob[len(blob) // 2 + 1 :],
     "one bit of the checksum": lambda blob: blob[:-1] + bytes([blob[-1] ^ 128]),
     "without its checksum": lambda blob: blob[:-32],
     "empty": lambda blob: b"",
@@ -1012,7 +1067,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_named(settings, stopped, tmp_path, monkeypatch, capsys, name):
-    """By a fault of the disk, since we never leave one half-written: an error that says which file, not a new start."""
+    """By a fault of the disk, since we never leave one half-written: an error that says which file, not a new
+    start."""
     run = copy_of(stopped, tmp_path)
     (run / "checkpoint.pt").write_bytes(DAMAGE[name]((run / "checkpoint.pt").read_bytes()))
     monkeypatch.chdir(tmp_path)

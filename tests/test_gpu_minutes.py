@@ -33,8 +33,10 @@ PROGRAMS = {  # what stands for a part: it reads its context as a part does
     "good": "put(number=7)",
     "crash": "put(before=1); raise ValueError('on purpose')",
     "hang": "put(before=2); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-            "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, signal.SIG_IGN); "
-            "open(sys.argv[1], \"w\").write(str(os.getpid())); time.sleep(600)'.replace('import', 'import os, sys,'), "
+            "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, "
+            "signal.SIG_IGN); "
+            "open(sys.argv[1], \"w\").write(str(os.getpid())); time.sleep(600)'.replace('import', 'import "
+            "os, sys,'), "
             "sys.argv[2]], start_new_session=True); time.sleep(600)",
     "last": "put(number=8)",
 }  # fmt: skip
@@ -50,7 +52,9 @@ def driver(tmp_path, parts, seconds=60.0, out="out", **more):
         return [sys.executable, "-c", PROLOGUE + PROGRAMS[part.name], str(context), str(tmp_path / "pid")]
 
     context = Context(str(tmp_path / "work"), str(tmp_path / out), True, {}, "ans", 1.0)
-    return gpu_minutes.Driver(tmp_path / out, tmp_path / "work", seconds, context, parts, command=command, **more)
+    return gpu_minutes.Driver(
+        tmp_path / out, tmp_path / "work", seconds, context, parts, command=command, **more
+    )
 
 
 def is_running(pid: int) -> bool:
@@ -78,7 +82,9 @@ def test_a_crash_and_a_hang_cost_nothing_after_them(tmp_path, monkeypatch):
     ]
     assert "ValueError: on purpose" in entries["crash"]["log_tail"][-1]
     assert entries["crash"]["exit_code"] == 1 and "left_running" not in entries["hang"]
-    assert not is_running(int((tmp_path / "pid").read_text()))  # a child in a session of its own, deaf to SIGTERM
+    assert not is_running(
+        int((tmp_path / "pid").read_text())
+    )  # a child in a session of its own, deaf to SIGTERM
     assert (tmp_path / "out/logs.tgz").stat().st_size > 0
     assert "good" in (tmp_path / "out/summary.txt").read_text()
 
@@ -162,7 +168,9 @@ def test_a_fallback_runs_only_where_nothing_was_left(tmp_path, monkeypatch):
     assert driver(tmp_path, parts).run() == 0
     states = json.loads((tmp_path / "out/gpu_minutes.json").read_text())["parts"]
     assert states["last"]["result"] == {"number": 8}  # no artifact: it ran
-    monkeypatch.setitem(PROGRAMS, "good", "open(os.path.dirname(result) + '/../../second/final_model.int6.ptz', 'w')")
+    monkeypatch.setitem(
+        PROGRAMS, "good", "open(os.path.dirname(result) + '/../../second/final_model.int6.ptz', 'w')"
+    )
     assert driver(tmp_path, parts, out="second").run() == 0
     states = json.loads((tmp_path / "second/gpu_minutes.json").read_text())["parts"]
     assert states["last"]["state"] == "not needed"
@@ -225,7 +233,9 @@ def test_the_real_parts_start_programs_with_settings_that_they_accept(name, tmp_
     (tmp_path / "out/final_model.int6.ptz").write_bytes(b"x")
     report = tmp_path / "report.bin"
     report.write_bytes(gpu_stage.shard_bytes(array("H", [1] * 100)))
-    data = dict(train="train.bin", report=str(report), tuning="tuning.bin", tokenizer="tokenizer.model", small="small")
+    data = dict(
+        train="train.bin", report=str(report), tuning="tuning.bin", tokenizer="tokenizer.model", small="small"
+    )
     monkeypatch.setattr(Context, "program", record)
     context = Context(str(tmp_path / "work"), str(tmp_path / "out"), False, data, "ans", 150.0, 140.0,
                       str(tmp_path / "result.json"))  # fmt: skip
@@ -239,15 +249,17 @@ def test_the_real_parts_start_programs_with_settings_that_they_accept(name, tmp_
         gpu = importlib.import_module("gpu")
         monkeypatch.setattr(sys, "argv", command[1:])
         arguments = gpu.parse_arguments()
-        assert set(arguments.phases.split(",")) <= gpu.PHASES.keys() and set(arguments.arms.split(",")) <= {*gpu.ARMS}
+        assert set(arguments.phases.split(",")) <= gpu.PHASES.keys() and set(arguments.arms.split(",")) <= {
+            *gpu.ARMS
+        }
     if program != "-m":
         config, _, _ = train_gpt.load_config(environ)
         assert {key: getattr(config, key) for key in expected} == expected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The carried folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,7 +270,9 @@ def wheels(tmp_path):
     folder, tag = tmp_path / "wheels", f"cp{sys.version_info.major}{sys.version_info.minor}"
     folder.mkdir()
     for name, python in (("zstandard", tag), ("constriction", "cp27")):
-        with zipfile.ZipFile(folder / f"{name}-1.0-{python}-{python}-manylinux2014_x86_64.whl", "w") as archive:
+        with zipfile.ZipFile(
+            folder / f"{name}-1.0-{python}-{python}-manylinux2014_x86_64.whl", "w"
+        ) as archive:
             archive.writestr(f"{name}/__init__.py", "")
     return folder
 
@@ -271,7 +285,8 @@ def test_the_carried_folder_holds_the_same_tokens(tmp_path, demo_data, wheels):
     assert any("constriction" in note for note in notes) and (work / "site/zstandard/__init__.py").exists()
     assert (Path(data["tokenizer"])).read_bytes() == (demo_data / "tokenizer.model").read_bytes()
     train, val = (
-        np.fromfile(demo_data / f"fineweb_{split}_000000.bin", "<u2", offset=1024) for split in ("train", "val")
+        np.fromfile(demo_data / f"fineweb_{split}_000000.bin", "<u2", offset=1024)
+        for split in ("train", "val")
     )
     assert np.array_equal(train_gpt.open_shard(data["train"]), train[:100_000])
     tuning, report = (train_gpt.open_shard(data[name]) for name in ("tuning", "report"))
@@ -296,7 +311,9 @@ def test_a_stage_without_a_wheel_for_the_gpu_machine_says_so(tmp_path, demo_data
     """The fixture has zstandard for this Python, and constriction for another one."""
     here, carried = f"{sys.version_info.major}.{sys.version_info.minor}", tmp_path / "stage/wheels"
     for python, lacking in ((here, {"constriction"}), ("3.99", {"constriction", "zstandard"})):
-        told = gpu_stage.prepare(tmp_path / "stage", demo_data, wheels=wheels, python=python, tokens=1000, tuning=20)
+        told = gpu_stage.prepare(
+            tmp_path / "stage", demo_data, wheels=wheels, python=python, tokens=1000, tuning=20
+        )
         warnings = [line for line in told.splitlines() if line.startswith("WARNING")]
         assert len(warnings) == len(lacking) and all(str(carried) in line for line in warnings)
         for name in lacking:
@@ -334,14 +351,20 @@ def test_shards_survive_a_big_endian_reading():
     (["--rehearse", "--only", "nonsense"], "unknown part: nonsense"),
 ])  # fmt: skip
 def test_users_mistakes(tmp_path, arguments, words, demo_data):
-    command = [sys.executable, str(ROOT / "tests/benchmarks/gpu_minutes.py"), "--out", str(tmp_path / "o"), *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/benchmarks/gpu_minutes.py"),
+        "--out",
+        str(tmp_path / "o"),
+        *arguments,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The page
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def entry(kind="a", state="ok", **result):
@@ -357,7 +380,9 @@ def test_the_page_sets_the_measured_beside_the_predicted():
                         dict(name="place 0+", targets=100, before=4.0, after=3.5, gain=0.5)]),
         losses=dict(entry("b", "limit"), log_tail=["the last line"]),
     )  # fmt: skip
-    report = dict(rehearsal=False, calls=[dict(date="2027-01-01 10:00", seconds=540, used_seconds=480)], parts=parts)
+    report = dict(
+        rehearsal=False, calls=[dict(date="2027-01-01 10:00", seconds=540, used_seconds=480)], parts=parts
+    )
     page = gpu_page.page(report, "gpu_minutes.json")
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in page.splitlines()
             if line.startswith("|")}  # fmt: skip
@@ -384,9 +409,9 @@ def test_a_failed_attempt_hides_no_older_measurement():
     assert gpu_page.lookup(report, "adapt.val_bpb_ttt") is None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # --preflight
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget, code", [("600", 0), pytest.param("0.001", 1, marks=pytest.mark.slow)])

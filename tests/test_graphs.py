@@ -1,8 +1,8 @@
-"""The step as a GPU wants it, checked without one: it never waits for the device, it is one graph forward and backward,
-and nothing is compiled after warm-up.
+"""The step as a GPU wants it, checked without one: it never waits for the device, it is one graph forward and
+backward, and nothing is compiled after warm-up.
 
-A tensor on torch's meta device has no values: whatever would bring one to the host (item, tolist, cpu, a condition, a
-mask of unknown size) raises there, as it would make the host wait on a GPU.
+A tensor on torch's meta device has no values: whatever would bring one to the host (item, tolist, cpu, a
+condition, a mask of unknown size) raises there, as it would make the host wait on a GPU.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ FEW_LAYERS = dict(num_layers=3, ve_layers="1,2", xsa_last_n=2)
 SMALL_FEW = replace(SMALL, **FEW_LAYERS)
 ALL_FEW = replace(ALL, **FEW_LAYERS, block_order="2,0,1,0,2")
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # No wait for the device
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def meta_model(config: Config) -> GPT:
@@ -43,7 +43,8 @@ def meta_model(config: Config) -> GPT:
 
 
 def meta_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """Those of the run; torch has the fused AdamW for real devices only, so it is the one of many tensors here."""
+    """Those of the run; torch has the fused AdamW for real devices only, so it is the one of many tensors
+    here."""
     muon, adamw = train_gpt.make_optimizers(model, model.config)
     groups = [{key: value for key, value in group.items() if key != "fused"} for group in adamw.param_groups]
     return [muon, torch.optim.AdamW(groups, foreach=True)]
@@ -54,7 +55,9 @@ def meta_ids(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "look", [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, bool, torch.nonzero], ids=lambda f: f.__name__
+    "look",
+    [torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, bool, torch.nonzero],
+    ids=lambda f: f.__name__,
 )
 def test_a_look_at_a_value_is_noticed(look):
     """The control of the tests below."""
@@ -79,7 +82,9 @@ def test_a_step_does_not_wait(changes):
     optimizers, average = meta_optimizers(model), train_gpt.WeightAverage(model, model.config)
     batches = [(meta_ids(2, 16), meta_ids(2, 16))] * 2
     for step in (1, 2):
-        measured = train_gpt.train_step(train_gpt.training_loss, model, batches, optimizers, 0.9, 0.9, step == 2)
+        measured = train_gpt.train_step(
+            train_gpt.training_loss, model, batches, optimizers, 0.9, 0.9, step == 2
+        )
         average.update(step, 0.9)
     assert measured.values.device == META
     assert measured.values.shape == (len(measured.names),) == (1 + len(list(model.parameters())),)
@@ -95,7 +100,7 @@ def test_a_meta_step_does_not_wait(objective):
     elif objective == "reptile":
         loss = train_gpt.reptile_step(model, fast, meta_ids(2, fast.sets, 17))
     else:
-        length = c.meta_ttt_pieces * c.piece_size
+        length = c.meta_ttt_pieces * c.doc_chunk
         rows = random_ids(fast.sets, length + 1).numpy()
         loss = train_gpt.deployed_step(model, fast, rates, rows, np.full(fast.sets, length))
     if objective != "reptile":  # which has no rates to learn
@@ -110,9 +115,9 @@ def test_what_an_artifact_brings_goes_to_the_device_of_the_model():
     assert {rate.device for rate in fast.rates.values() if isinstance(rate, torch.Tensor)} == {META}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One graph
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def one_graph(function):
@@ -151,7 +156,8 @@ def test_rounded_banks_use_the_same_graph():
 
 @pytest.fixture
 def stand_in_compiler(monkeypatch):
-    """Make maybe_compile use a stand-in backend and two graphs at most; returns the graphs in the order they ran."""
+    """Make maybe_compile use a stand-in backend and two graphs at most; returns the graphs in the order they
+    ran."""
     ran, honest = [], torch.compile
 
     def backend(module, inputs):
@@ -170,7 +176,8 @@ def stand_in_compiler(monkeypatch):
 
 @pytest.mark.parametrize("function", [train_gpt.training_loss, train_gpt.token_nll])
 def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_in_compiler):
-    """Losses, and gradients in training, stay those of plain torch; one warning; shapes that have a graph keep it."""
+    """Losses, and gradients in training, stay those of plain torch; one warning; shapes that have a graph
+    keep it."""
     config, warnings = replace(SMALL, num_layers=1, ve_enabled=False, use_compile="1"), []
     model, trains = random_model(config), function is train_gpt.training_loss
     compiled = train_gpt.maybe_compile(function, config, torch.device("cpu"), warnings.append)
@@ -180,16 +187,18 @@ def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_
         for each in (function, compiled):
             with torch.set_grad_enabled(trains):
                 loss = each(model, ids, targets)
-            results.append([loss.detach(), *(torch.autograd.grad(loss, list(model.parameters())) if trains else ())])
+            results.append(
+                [loss.detach(), *(torch.autograd.grad(loss, list(model.parameters())) if trains else ())]
+            )
         torch.testing.assert_close(*results)
         assert len(stand_in_compiler) - before == (rows <= 2)
     assert len(set(stand_in_compiler)) == 2
     assert len(warnings) == 1 and function.__name__ in warnings[0] and "(3, 12)" in warnings[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fewer products, and weights cast once a step
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("looped", [True, False])
@@ -197,18 +206,23 @@ def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_
     "config", [SMALL, ALL, replace(SMALL, block_order="0,1,2,3,4,2,0")], ids=["small", "all", "loop"]
 )
 def test_fused_products_are_those_of_the_banks_one_by_one(config, looped, monkeypatch):
-    """Logits and every gradient, against products with the rows of the banks and scales applied to their outputs."""
+    """Logits and every gradient, against products with the rows of the banks and scales applied to their
+    outputs."""
     model, ids, results = lever_model(config, looped=looped), random_ids(2, 12), []
     parameters = list(model.parameters())
 
     def one_by_one(own, block, name, x):
-        each = [getattr(model, bank)[half * config.num_layers + block.layer] for bank, half in PRODUCTS[name][1]]
+        each = [
+            getattr(model, bank)[half * config.num_layers + block.layer] for bank, half in PRODUCTS[name][1]
+        ]
         y = torch.cat([x @ matrix.mT for matrix in each], dim=-1)
         return {"o": block.attn_scale, "down": block.mlp_scale}.get(name, 1.0) * y
 
     for tap in (None, lambda block, product, x, y: None):
         if tap is not None:  # it tells the block
-            monkeypatch.setattr(BlockWeights, "product", lambda own, name, x: one_by_one(own, own.tap.args[0], name, x))
+            monkeypatch.setattr(
+                BlockWeights, "product", lambda own, name, x: one_by_one(own, own.tap.args[0], name, x)
+            )
         logits = model(ids, tap=tap)
         loss = train_gpt.nll(logits, random_ids(2, 12, 1)).mean()
         results.append((logits.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)))
@@ -253,9 +267,9 @@ def test_a_step_casts_and_fuses_the_banks_once(monkeypatch):
     assert len(calls) == len(seen) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the GPU benchmarks count
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def benchmark(name: str):
@@ -281,7 +295,9 @@ def planned(traffic, function, *arguments) -> list[list]:
     """(kind, bytes read, bytes written) of the kernels of each graph of FUNCTION on the imagined GPU."""
     graphs: list[list] = []
     with traffic.imagined_gpu(graphs), torch._subclasses.FakeTensorMode() as mode:
-        found = torch.compile(function, dynamic=False, fullgraph=True)(*(mode.from_tensor(x) for x in arguments))
+        found = torch.compile(function, dynamic=False, fullgraph=True)(
+            *(mode.from_tensor(x) for x in arguments)
+        )
         if found.requires_grad:
             found.backward(torch.ones_like(found))
     return [[(kernel.kind, kernel.read, kernel.written) for kernel in graph] for graph in graphs]
@@ -297,27 +313,38 @@ def test_traffic_counts_what_a_kernel_must_move(traffic):
     assert planned(traffic, lambda x: x[:, :256].relu(), x) == [[("fused", n // 2, n // 2)]]
     assert planned(traffic, lambda x: x + x.flip(-1), x) == [[("fused", n, n)]]
     assert planned(traffic, lambda x, table: x * table, x, table) == [[("fused", n + 4 * 512, n)]]
-    assert planned(traffic, lambda x: (x * (x.square().mean(-1, keepdim=True) + 1).rsqrt()), x) == [[("fused", n, n)]]
+    assert planned(traffic, lambda x: (x * (x.square().mean(-1, keepdim=True) + 1).rsqrt()), x) == [
+        [("fused", n, n)]
+    ]
     ((product, (kind, read, written)),) = planned(traffic, lambda x, w: (x @ w.mT).relu(), x, w)
-    assert product == ("product", n + 4 * w.numel(), n // 2) and (kind, read, written) == ("fused", n // 2, n // 2)
+    assert product == ("product", n + 4 * w.numel(), n // 2) and (kind, read, written) == (
+        "fused",
+        n // 2,
+        n // 2,
+    )
     forward, backward = planned(traffic, lambda x: x.square(), x.requires_grad_())
     assert forward == [("fused", n, n)] and backward == [("fused", 2 * n, n)]
 
 
 def test_the_step_moves_no_more_than_it_did(traffic):
-    """A layer of pr1019 in passes over (B, T, d), by the compiler's plan; 72 before products and scales were fused.
+    """A layer of pr1019 in passes over (B, T, d), by the compiler's plan; 72 before products and scales were
+    fused.
 
-    Queries and keys: 2 and 1 forward, 3.1 and 1.5 backward; the token's own value 2.5 and 6; each norm with what is
-    added before it 4 to 9; the MLP's activation 6 and 9.
+    Queries and keys: 2 and 1 forward, 3.1 and 1.5 backward; the token's own value 2.5 and 6; each norm with
+    what is added before it 4 to 9; the MLP's activation 6 and 9.
     """
     config, _, _ = train_gpt.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "NUM_LAYERS": "3",
                                           "VE_LAYERS": "1,2", "XSA_LAST_N": "3"})  # fmt: skip
     counted = traffic.count(config, 48)
     report = traffic.summary(config, 48, counted)
-    estimate = train_gpt.Memory(config).training(48 * 2048, 48 * 2048) / train_gpt.GIB  # what a card is fitted by
+    estimate = (
+        train_gpt.Memory(config).training(48 * 2048, 48 * 2048) / train_gpt.GIB
+    )  # what a card is fitted by
     assert 0.95 < estimate / report["peak_gib"] < 1.15
     operators = {name for kernels in counted.values() for kernel in kernels for name in kernel.origins}
-    assert "tanh" in operators and not {"cos", "sin", "iota"} & operators  # of the logits; no kernel works out angles
+    assert (
+        "tanh" in operators and not {"cos", "sin", "iota"} & operators
+    )  # of the logits; no kernel works out angles
     most = 66 if torch.__version__ >= "2.13" else 68  # the compiler of 2.11 fuses a little less: 67.0 for 65
     assert 40 < report["fused_passes_a_layer"] < most
     assert report["kinds"]["forward, product"]["kernels"] == 3 * 4 + 3
@@ -329,10 +356,14 @@ def products(work) -> int:
     with FlopCounterMode(display=False) as counter:
         work()
     counts = counter.get_flop_counts()["Global"]
-    return sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.bmm", "aten.addmm"))
+    return sum(
+        count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.bmm", "aten.addmm")
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, dict(bigram_vocab_size=0, ve_enabled=False), dict(block_order="0,1,2,3,4,2")])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(bigram_vocab_size=0, ve_enabled=False), dict(block_order="0,1,2,3,4,2")]
+)
 def test_the_floors_count_the_operations_that_run(gpu, changes):
     c = replace(SMALL, train_batch_tokens=64, grad_accum_total=1, **changes)
     model, ids = random_model(c, torch.float32), random_ids(4, 16)
@@ -359,9 +390,9 @@ def test_kernels_are_told_apart_by_name(gpu, kernel, kind):
     assert gpu.region(kernel) == kind
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Nothing is compiled on the clock
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TWO_LAYERS = {"NUM_LAYERS": "2", "XSA_LAST_N": "1", "VE_LAYERS": "1"}
 PHASES = {
@@ -378,7 +409,8 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_nothing_is_compiled_after_warm_up(quick, tmp_path, monkeypatch, phase):  # noqa: F811
-    """All graphs, of phases, validations and the scores of the artifact too, are made before the clock starts."""
+    """All graphs, of phases, validations and the scores of the artifact too, are made before the clock
+    starts."""
     made, start = [], train_gpt.Clock.start
 
     def count(module, inputs):

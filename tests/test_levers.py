@@ -1,4 +1,5 @@
-"""The levers: each against a few lines from its formula, in float64; causality, switches during a run, whole runs.
+"""The levers: each against a few lines from its formula, in float64; causality, switches during a run, whole
+runs.
 
 That they change nothing when off is for test_model.py and the stored losses of test_training.py to say.
 """
@@ -23,11 +24,11 @@ from train_gpt import (
     GPT,
     Config,
     Statistics,
+    decode_scale,
     dequantize,
     fake_quantized_banks,
-    from_log,
     prune_smallest,
-    quantize,
+    quantize_state_dict,
     training_loss,
 )
 
@@ -43,9 +44,14 @@ ALL = replace(SMALL, **SHUFFLED, **FAMILY, mlp_hidden=31, star_relu=True, skip_g
 LOSSES = dict(mtp_num_heads=2, mtp_loss_weight=0.4, zloss_weight=0.01)
 
 
-def lever_model(config: Config, dtype: torch.dtype = torch.float64, looped: bool = True, seed: int = 0) -> GPT:
+def lever_model(
+    config: Config, dtype: torch.dtype = torch.float64, looped: bool = True, seed: int = 0
+) -> GPT:
     """A model with every parameter random, that knows which tokens begin a word."""
-    state, word_start = random_model(config, dtype, seed).state_dict(), np.resize(WORD_START, config.vocab_size)
+    state, word_start = (
+        random_model(config, dtype, seed).state_dict(),
+        np.resize(WORD_START, config.vocab_size),
+    )
     model = GPT(config, dtype, word_start=word_start).to(dtype)
     model.load_state_dict(state, strict=True)
     model.looped = looped
@@ -53,7 +59,8 @@ def lever_model(config: Config, dtype: torch.dtype = torch.float64, looped: bool
 
 
 def ids_with_borders() -> torch.Tensor:
-    """Two rows of eleven tokens, in which documents begin at the first place, elsewhere, and right after another."""
+    """Two rows of eleven tokens, in which documents begin at the first place, elsewhere, and right after
+    another."""
     ids = random_ids(2, 11)
     ids[0, 4] = ids[0, 5] = ids[1, 0] = ids[1, 8] = train_gpt.BOS_ID
     return ids
@@ -63,9 +70,9 @@ def numbers(model: GPT) -> dict[str, np.ndarray]:
     return {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The reference
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sigmoid(x):
@@ -112,12 +119,18 @@ def lever_stream(model: GPT, ids: list[int]) -> np.ndarray:
             skip = p["skip_weights"][second] * outputs[half - 1 - second]
             g = sigmoid(p["skip_gates"][second]) if c.skip_gates else None
             x = x + skip if g is None else g * x + (1 - g) * skip
-        x, value, factor = p[own + "resid_mix"][0] * x + p[own + "resid_mix"][1] * x0, 0.0, 1 / np.sqrt(row + 1)
+        x, value, factor = (
+            p[own + "resid_mix"][0] * x + p[own + "resid_mix"][1] * x0,
+            0.0,
+            1 / np.sqrt(row + 1),
+        )
         if row in ve_layers:
             value = p["ve_shared.scale"] * p["ve_shared.embed.weight"][ids] @ p["ve_shared.proj.weight"].T
             value = value * p[f"ve_layer_scales.{ve_layers.index(row)}"]
         gains = {f"blocks.{row}.attn.q_gain": p[own + "attn.q_gain"]}
-        x = x + p[own + "attn_scale"] * reference_attention(c, p | gains, row, norm(x) * factor, value + np.zeros(1))
+        x = x + p[own + "attn_scale"] * reference_attention(
+            c, p | gains, row, norm(x) * factor, value + np.zeros(1)
+        )
         u = norm(x) * factor @ p["mlp_up_bank"][row].T
         u = np.where(u < 0, c.mlp_leaky_slope * u, u) ** 2
         u = p[own + "mlp.scale"] * u + p[own + "mlp.bias"] if c.star_relu else u
@@ -130,9 +143,9 @@ def lever_logits(c: Config, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return c.logit_softcap * np.tanh(norm(x) @ weight.T / c.logit_softcap)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The forward pass
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FORWARD = {
     "all": ({}, ALL),
@@ -159,7 +172,9 @@ FORWARD = {
     "nothing but memory": dict(num_memory_tokens=15),
     "as many kv heads": dict(num_kv_heads=4),
 }
-CASES = {name: case if isinstance(case, tuple) else ({}, replace(SMALL, **case)) for name, case in FORWARD.items()}
+CASES = {
+    name: case if isinstance(case, tuple) else ({}, replace(SMALL, **case)) for name, case in FORWARD.items()
+}
 
 
 @pytest.mark.parametrize("how, config", CASES.values(), ids=CASES.keys())
@@ -185,14 +200,21 @@ def test_each_case_has_its_own_logits():
 
 @pytest.mark.parametrize("how, config", CASES.values(), ids=CASES.keys())
 def test_no_logit_depends_on_a_later_token(how, config):
-    """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not move."""
-    model, ids, other = lever_model(config, torch.float32, **how), ids_with_borders(), random_ids(2, 11, seed=1)
+    """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not
+    move."""
+    model, ids, other = (
+        lever_model(config, torch.float32, **how),
+        ids_with_borders(),
+        random_ids(2, 11, seed=1),
+    )
     other[0, 7] = train_gpt.BOS_ID
     with torch.no_grad():
         before = model(ids)
         for cut in range(1, 11):
             changed = torch.cat((ids[:, :cut], other[:, cut:]), dim=1)
-            changed[:, cut] = torch.where(changed[:, cut] == ids[:, cut], ids[:, cut] % 38 + 2, changed[:, cut])
+            changed[:, cut] = torch.where(
+                changed[:, cut] == ids[:, cut], ids[:, cut] % 38 + 2, changed[:, cut]
+            )
             after = model(changed)
             assert torch.equal(before[:, :cut], after[:, :cut]), cut
             assert not torch.equal(before[:, cut:], after[:, cut:]), cut
@@ -204,7 +226,9 @@ def test_hashes_of_large_ids_wrap_at_32_bits(changes, rows):
     config = replace(SMALL, vocab_size=65536, bigram_vocab_size=rows, **changes)
     model, ids = lever_model(config), [60000, 65535, 59200, 2, 1, 41000, 64321, 50000, 7, 8, 65000, 65001]
     expected = lever_embedding(config, numbers(model), ids)
-    np.testing.assert_allclose(model.embed(torch.tensor([ids])).detach().numpy()[0], expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        model.embed(torch.tensor([ids])).detach().numpy()[0], expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("changes", [dict(bigram_hash="linear"), {}], ids=str)
@@ -215,7 +239,10 @@ def test_hashes_look_back_across_a_border_only_as_published(changes):
         model.qo_bank[L:].zero_()
     published = GPT(replace(model.config, doc_borders="published"), torch.float64).double()
     published.load_state_dict(model.state_dict())
-    ids, others = torch.tensor([[1, 5, 9, 30, 1, 7, 8, 20, 21]]), torch.tensor([[1, 5, 9, 12, 1, 7, 17, 20, 21]])
+    ids, others = (
+        torch.tensor([[1, 5, 9, 30, 1, 7, 8, 20, 21]]),
+        torch.tensor([[1, 5, 9, 12, 1, 7, 17, 20, 21]]),
+    )
 
     def places(one: GPT) -> list[int]:
         return torch.nonzero((one(ids) != one(others)).any(-1)[0]).flatten().tolist()
@@ -241,9 +268,9 @@ def test_gradients_reach_every_parameter():
         assert (gradient > 1e-9).all(), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shared blocks and initial weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_of_a_bank_row_are_means_over_its_uses():
@@ -259,10 +286,22 @@ def test_statistics_of_a_bank_row_are_means_over_its_uses():
 
     model(ids, tap=tap)
     used = [3, 1, 4, 0, 4, 2, 1, 2]
-    pattern = [("qo_bank", 0), ("kv_bank", 0), ("kv_bank", L), ("qo_bank", L), ("mlp_up_bank", 0), ("mlp_down_bank", 0)]
+    pattern = [
+        ("qo_bank", 0),
+        ("kv_bank", 0),
+        ("kv_bank", L),
+        ("qo_bank", L),
+        ("mlp_up_bank", 0),
+        ("mlp_down_bank", 0),
+    ]
     assert seen == [(bank, offset + row) for row in used for bank, offset in pattern]
     hessians = train_gpt.collect_hessians(model, [ids[:1], ids[1:]])
-    stacks = {"attn_in": ("qo_bank", 0), "attn_out": ("qo_bank", L), "mlp_in": pattern[4], "mlp_mid": pattern[5]}
+    stacks = {
+        "attn_in": ("qo_bank", 0),
+        "attn_out": ("qo_bank", L),
+        "mlp_in": pattern[4],
+        "mlp_mid": pattern[5],
+    }
     for stack, (bank, offset) in stacks.items():
         for row in range(L):
             expected = explicit[bank, offset + row] / (ids.numel() * used.count(row))
@@ -302,7 +341,9 @@ def test_overtone(vocab):
     assert s[3] > 1.1 * s[0] / 2 or vocab == 16  # another spectrum than before
 
 
-@pytest.mark.parametrize("changes, layers", [({}, 5), (dict(block_order=",".join("012" * 4), num_layers=3), 12)])
+@pytest.mark.parametrize(
+    "changes, layers", [({}, 5), (dict(block_order=",".join("012" * 4), num_layers=3), 12)]
+)
 def test_phase_transition(changes, layers):
     """From 0.182 of the stream and 0.818 of the first embedding to the reverse, along a sigmoid."""
     config = replace(SMALL, ve_layers="1", phase_resid_mix=True, **changes)
@@ -323,14 +364,17 @@ def test_initial_weights():
     assert state["memory_tokens"].shape == (1, 100, 24) and state["skip_gates"].shape == (4, 24)
     assert state["word_start_boost"] == 1 and not state["skip_gates"].any()
     for n in range(8):
-        assert torch.equal(state[f"blocks.{n}.mlp.scale"], torch.ones(31)) and not state[f"blocks.{n}.mlp.bias"].any()
+        assert (
+            torch.equal(state[f"blocks.{n}.mlp.scale"], torch.ones(31))
+            and not state[f"blocks.{n}.mlp.bias"].any()
+        )
     for k in range(2):
         assert state[f"mtp_heads.{k}.weight"].shape == (V, 24) and not state[f"mtp_heads.{k}.weight"].any()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LOSS_CASES = [
     {},
@@ -355,7 +399,9 @@ def test_training_loss_equals_its_formula(changes):
         losses = []
         for b, x in enumerate(streams):
             z = lever_logits(c, x, weight)
-            losses += [np.logaddexp.reduce(z[t]) - z[t, targets[b, t + ahead]] for t in kept if t + ahead < 11]
+            losses += [
+                np.logaddexp.reduce(z[t]) - z[t, targets[b, t + ahead]] for t in kept if t + ahead < 11
+            ]
         return np.mean(losses)
 
     expected = plain = cross_entropy(p["tok_emb.weight"], 0)
@@ -372,7 +418,9 @@ def test_heads_and_z_loss_leave_evaluation_alone():
     model, ids, targets = lever_model(replace(SMALL, **LOSSES)), ids_with_borders(), random_ids(2, 11, 5)
     plain = GPT(SMALL, torch.float64).double()
     state = model.state_dict()
-    plain.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("mtp_heads.")})
+    plain.load_state_dict(
+        {name: tensor for name, tensor in state.items() if not name.startswith("mtp_heads.")}
+    )
     assert len(state) == len(plain.state_dict()) + 2
     assert torch.equal(model(ids), plain(ids))
     assert torch.equal(train_gpt.token_nll(model, ids, targets), train_gpt.token_nll(plain, ids, targets))
@@ -380,13 +428,14 @@ def test_heads_and_z_loss_leave_evaluation_alone():
     assert torch.equal(training_loss(plain, ids, targets), train_gpt.token_nll(plain, ids, targets).mean())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Late rounding
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def rounded(bank: np.ndarray) -> np.ndarray:
-    """int6 codes within +-31, of one float32 step a row, in eighths of an octave: six standard deviations on 31."""
+    """int6 codes within +-31, of one float32 step a row, in eighths of an octave: six standard deviations on
+    31."""
     eighths = np.round(8 * np.log2(bank.std(-1, ddof=1, keepdims=True) * 6 / 31))
     step = (2.0 ** (eighths / 8)).astype(np.float32).astype(np.float64)
     return np.clip(np.round(bank / step), -31, 31) * step
@@ -394,7 +443,11 @@ def rounded(bank: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_rounded_step_is_the_gradient_at_the_rounded_banks_applied_to_the_others(parts):
-    model, ids, targets = lever_model(replace(SMALL, grad_clip_norm=0.0)), random_ids(4, 12, 1), random_ids(4, 12, 2)
+    model, ids, targets = (
+        lever_model(replace(SMALL, grad_clip_norm=0.0)),
+        random_ids(4, 12, 1),
+        random_ids(4, 12, 2),
+    )
     at_rounded, before = lever_model(model.config), flat(model)
     with torch.no_grad():
         for bank in map(at_rounded.get_parameter, GPT.BANKS):
@@ -403,19 +456,22 @@ def test_a_rounded_step_is_the_gradient_at_the_rounded_banks_applied_to_the_othe
     gradient = gradient_of(at_rounded, training_loss, ids, targets)
     assert np.linalg.norm(gradient - gradient_of(model, training_loss, ids, targets)) > 1e-2
     step = train_gpt.train_step(training_loss, model, batches, sgd(model), 0.5, 0.9, round_banks=True)
-    assert float(step.loss) == pytest.approx(float(training_loss(at_rounded, ids, targets).detach()), abs=1e-5)
+    assert float(step.loss) == pytest.approx(
+        float(training_loss(at_rounded, ids, targets).detach()), abs=1e-5
+    )
     np.testing.assert_allclose(flat(model), before - 0.5 * gradient, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("sigmas", [6.0, 2.0])
 def test_the_grid_of_late_rounding_is_that_of_the_export(sigmas):
-    """Bit for bit what plain rounding stores, on the steps that GPTQ takes; afterwards the banks are what they were."""
+    """Bit for bit what plain rounding stores, on the steps that GPTQ takes; afterwards the banks are what
+    they were."""
     model = lever_model(replace(SMALL, matrix_clip_sigmas=sigmas), torch.float32)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = {r.name: dequantize(r) for r in quantize(state, Statistics(), model.config)}
+    plain = {r.name: dequantize(r) for r in quantize_state_dict(state, Statistics(), model.config)}
     hessians = train_gpt.collect_hessians(model, [random_ids(4, 12)])
-    fine = quantize(state, Statistics(hessians), model.config)
-    steps = {r.name: from_log(r.row_steps) for r in fine if r.name in GPT.BANKS}
+    fine = quantize_state_dict(state, Statistics(hessians), model.config)
+    steps = {r.name: decode_scale(r.row_scale) for r in fine if r.name in GPT.BANKS}
     with fake_quantized_banks(model):
         for name, p in model.state_dict().items():
             assert torch.equal(p, plain[name] if name in steps else state[name]), name
@@ -448,13 +504,14 @@ def test_compiled_steps_equal_eager_ones_rounded_or_not():
     assert len(graphs) == 1 and np.linalg.norm(ends[2] - ends[3]) > 1e-3
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Switches during a run
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def watch(monkeypatch, name: str) -> list[tuple[bool, bool]]:
-    """A list that each call of train_gpt.NAME extends by whether the loop runs and the banks are to be rounded."""
+    """A list that each call of train_gpt.NAME extends by whether the loop runs and the banks are to be
+    rounded."""
     calls, function = [], getattr(train_gpt, name)
 
     def watched(*given, **named):
@@ -468,16 +525,23 @@ def watch(monkeypatch, name: str) -> list[tuple[bool, bool]]:
 
 def train_and_watch(folder, monkeypatch, **changes) -> tuple[GPT, list[tuple[bool, bool]]]:
     """Train without a score, one second a step; whether the loop ran and the banks were rounded at each step."""
-    c = replace(ALL, train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, warmdown_iters=5, ema_enabled=False)
+    c = replace(
+        ALL, train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, warmdown_iters=5, ema_enabled=False
+    )
     c = replace(c, **{"iterations": 10, "max_wallclock_seconds": 0.0, **changes})
-    model, seen = lever_model(c, torch.float32, looped=not c.loop_start_frac), watch(monkeypatch, "train_step")
+    model, seen = (
+        lever_model(c, torch.float32, looped=not c.loop_start_frac),
+        watch(monkeypatch, "train_step"),
+    )
     run = make_run(folder, c, train=stream(folder))
     progress = make_progress(run, model, running(StepClock()), train_gpt.MetaRates(model, c))
     train_gpt.train(run, model, training_loss, None, 0.0, progress)
     return model, seen
 
 
-@pytest.mark.parametrize("limits", [{}, dict(iterations=99, max_wallclock_seconds=10.0)], ids=["steps", "clock"])
+@pytest.mark.parametrize(
+    "limits", [{}, dict(iterations=99, max_wallclock_seconds=10.0)], ids=["steps", "clock"]
+)
 @pytest.mark.parametrize("share, step", [(0.5, 5), (0.45, 5), (0.35, 4), (0.0, 0)])
 def test_the_loop_starts_at_its_share_of_the_run(tmp_path, monkeypatch, limits, share, step):
     _, seen = train_and_watch(tmp_path, monkeypatch, loop_start_frac=share, **limits)
@@ -501,30 +565,37 @@ def test_warm_up_steps_with_and_without_the_loop_and_times_statistics_with_it(tm
     config = replace(ALL, loop_start_frac=0.5, warmup_steps=steps, train_batch_tokens=64, grad_accum_total=1,
                      eval_seq_len=16, eval_stride=8, eval_batch_seqs=2)  # fmt: skip
     model = lever_model(config, torch.float32)
-    stepped, counted, before = watch(monkeypatch, "train_step"), watch(monkeypatch, "collect_hessians"), flat(model)
+    stepped, counted, before = (
+        watch(monkeypatch, "train_step"),
+        watch(monkeypatch, "collect_hessians"),
+        flat(model),
+    )
     train_gpt.warm_up(make_run(tmp_path, config), model, training_loss, train_gpt.token_nll)
     assert np.array_equal(flat(model), before) and not model.looped
     assert len(stepped) == 2 * steps and set(stepped) == {(False, False), (True, False)}
     assert set(counted) == {(True, False)}
 
 
-@pytest.mark.parametrize("on, threshold, steps", [(1, 0.5, 2), (1, 0.4, 1), (1, 0.05, 0), (1, 1.0, 4), (0, 1.0, 0)])
+@pytest.mark.parametrize(
+    "on, threshold, steps", [(1, 0.5, 2), (1, 0.4, 1), (1, 0.05, 0), (1, 1.0, 4), (0, 1.0, 0)]
+)
 def test_rounding_is_late(tmp_path, monkeypatch, on, threshold, steps):
     """The rate falls over the last five of ten steps: 1, 0.8, 0.6, 0.4, 0.2."""
     _, seen = train_and_watch(tmp_path, monkeypatch, late_qat=bool(on), late_qat_threshold=threshold)
     assert [bool(late) for _, late in seen] == [False] * (10 - steps) + [True] * steps
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Export
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 31), (1, 40, 24)])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.5, 0.99])
 def test_pruning_zeroes_the_smallest_of_each_matrix(shape, share):
     tensor = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, shape[0])[:, None, None]
+        torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        * torch.logspace(-1, 1, shape[0])[:, None, None]
     )
     pruned = prune_smallest(tensor if shape[0] > 1 else tensor[0], share).view(shape)
     for W, got in zip(tensor.numpy(), pruned.numpy(), strict=True):
@@ -535,14 +606,16 @@ def test_pruning_zeroes_the_smallest_of_each_matrix(shape, share):
 
 def test_pruned_weights_are_stored_as_zero_on_unchanged_steps():
     state = random_model(SMALL, torch.float32).state_dict()
-    pruned = quantize(state, Statistics(), replace(SMALL, prune_frac=0.3))
-    for record, whole in zip(pruned, quantize(state, Statistics(), SMALL), strict=True):
-        if record.row_steps is None:
+    pruned = quantize_state_dict(state, Statistics(), replace(SMALL, prune_frac=0.3))
+    for record, whole in zip(pruned, quantize_state_dict(state, Statistics(), SMALL), strict=True):
+        if record.row_scale is None:
             assert torch.equal(record.codes, whole.codes)
             continue
-        assert torch.equal(record.row_steps, whole.row_steps) and record.column_steps is None
+        assert torch.equal(record.row_scale, whole.row_scale) and record.col_scale is None
         matrices = state[record.name].view(-1, *record.codes.shape[-2:])
-        for W, codes, others in zip(matrices, *(r.codes.view(matrices.shape) for r in (record, whole)), strict=True):
+        for W, codes, others in zip(
+            matrices, *(r.codes.view(matrices.shape) for r in (record, whole)), strict=True
+        ):
             small = W.abs() <= W.abs().flatten().sort().values[int(0.3 * W.numel()) - 1]
             assert (codes[small] == 0).all() and torch.equal(codes[~small], others[~small])
             assert (others[small] != 0).any()
@@ -559,16 +632,18 @@ def test_the_artifact_carries_every_lever_of_the_model_and_no_heads(tmp_path):
     assert set(state) == set(artifact.state) == names and artifact.tokenizer_sha256 == TOKENIZER
     loaded = train_gpt.load_model(artifact, CPU, word_start=WORD_START)
     assert loaded.config.block_order == ALL.block_order and loaded.looped
-    model.load_state_dict({r.name: dequantize(r) for r in quantize(state, Statistics(), config)}, strict=False)
+    model.load_state_dict(
+        {r.name: dequantize(r) for r in quantize_state_dict(state, Statistics(), config)}, strict=False
+    )
     assert torch.equal(loaded(ids), model(ids))
     fresh = GPT(ALL, word_start=WORD_START)
     fresh.load_state_dict(state, strict=True)
     assert not torch.equal(fresh(ids), model(ids))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 MODEL = """
     BLOCK_ORDER=0,1,2,1,2 LOOP_START_FRAC=0.4 MLP_HIDDEN=96 STAR_RELU=1 SKIP_GATES=1 PHASE_RESID_MIX=1 OVERTONE_INIT=1
@@ -590,19 +665,28 @@ def test_a_whole_run_with_many_levers(smoke_env, tmp_path, text):
     settings = dict(word.split("=") for word in text.split())
     folder = train_here({**smoke_env, **short, **settings}, tmp_path)
     result, log = json.loads((folder / "result.json").read_text()), (folder / "train.log").read_text()
-    scores = [result[f"{what}_{kind}"] for what in ("val_loss", "val_bpb") for kind in ("roundtrip", "sliding")]
+    scores = [
+        result[f"{what}_{kind}"] for what in ("val_loss", "val_bpb") for kind in ("roundtrip", "sliding")
+    ]
     assert result["steps"] == 8 and all(map(math.isfinite, scores))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train_loss"] for row in rows if "train_loss" in row]
     assert len(losses) == 8 and losses[-1] < losses[0]
     live = [row["val_loss"] for row in rows if "val_loss" in row][-1]
     assert scores[0] == pytest.approx(live, abs=0.5 if "SWA" in text else 0.01)  # that of the artifact
-    assert ("depth_recurrence:on step:5" in log) == ("LOOP" in text) and ("average: swa of" in log) == ("SWA" in text)
+    assert ("depth_recurrence:on step:5" in log) == ("LOOP" in text) and ("average: swa of" in log) == (
+        "SWA" in text
+    )
     pieces = SentencePieceProcessor(model_file=smoke_env["TOKENIZER_PATH"])
     word_start = np.array([pieces.id_to_piece(i).startswith("\u2581") for i in range(1024)])
-    table, plan = train_gpt.load_byte_table(smoke_env["TOKENIZER_PATH"], 1024), train_gpt.sliding_windows(1000, 64, 64)
+    table, plan = (
+        train_gpt.load_byte_table(smoke_env["TOKENIZER_PATH"], 1024),
+        train_gpt.sliding_windows(1000, 64, 64),
+    )
     for given in (word_start, ~word_start):
-        model = train_gpt.load_model(train_gpt.read_artifact(folder / "final_model.int6.ptz"), CPU, word_start=given)
+        model = train_gpt.load_model(
+            train_gpt.read_artifact(folder / "final_model.int6.ptz"), CPU, word_start=given
+        )
         scores.append(train_gpt.score(model, tokens, [train_gpt.Chunk(plan)], table, 64).val_loss)
     assert scores[4] == pytest.approx(scores[0], abs=1e-6)
     assert (abs(scores[5] - scores[0]) > 1e-4) == ("WORD_START" in text)

@@ -28,7 +28,11 @@ import train_gpt
 from train_gpt import Loader, TokenStream, UserError, step_batches
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS, LENGTH, ROWS = 1003, 16, 12  # 62 windows an epoch, 11 tokens more; a step takes 12 rows, and epochs end within
+TOKENS, LENGTH, ROWS = (
+    1003,
+    16,
+    12,
+)  # 62 windows an epoch, 11 tokens more; a step takes 12 rows, and epochs end within
 
 
 @pytest.fixture
@@ -40,7 +44,9 @@ def text(tmp_path) -> TokenStream:
 
 
 def make(folder: Path, text: TokenStream, order: str = "shuffled", **changes) -> train_gpt.Run:
-    settings = dict(train_seq_len=LENGTH, train_batch_tokens=ROWS * LENGTH, grad_accum_total=1, data_order=order)
+    settings = dict(
+        train_seq_len=LENGTH, train_batch_tokens=ROWS * LENGTH, grad_accum_total=1, data_order=order
+    )
     return make_run(folder, replace(SMALL, **settings | changes), train=text)
 
 
@@ -55,9 +61,9 @@ def rows_of(run: train_gpt.Run, steps) -> np.ndarray:
     return np.concatenate(found)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Order
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 WINDOWS = TOKENS // LENGTH
 
@@ -79,20 +85,27 @@ def test_an_epoch_has_every_token_once_but_for_the_rest_of_a_window(epochs):
 def test_the_order_is_another_in_every_epoch(epochs):
     """Other windows, since they begin elsewhere, and not in the order of the text."""
     starts = epochs[:, :, 0]
-    assert len({int(min(epoch % LENGTH)) for epoch in starts}) > 1 or len({tuple(sorted(e)) for e in starts}) > 1
+    assert (
+        len({int(min(epoch % LENGTH)) for epoch in starts}) > 1 or len({tuple(sorted(e)) for e in starts}) > 1
+    )
     for first in range(4):
         for second in range(first):
             ranks = [np.argsort(np.argsort(starts[n])) for n in (first, second)]
             assert abs(np.corrcoef(*ranks)[0, 1]) < 0.5  # 0.13 is the standard deviation of chance
     for epoch in starts:
         assert abs(np.corrcoef(np.arange(WINDOWS), epoch)[0, 1]) < 0.5
-        assert np.mean(np.diff(epoch) % TOKENS == LENGTH) < 0.2  # neighbours in the text are none in the order
+        assert (
+            np.mean(np.diff(epoch) % TOKENS == LENGTH) < 0.2
+        )  # neighbours in the text are none in the order
 
 
 def test_every_place_of_the_text_comes_to_begin_a_window(tmp_path, text):
     """Over many epochs: the borders of windows move."""
     run = make(tmp_path, text)
-    firsts = {int(rows_of(run, [step])[0, 0]) % LENGTH for step in range(0, 60 * WINDOWS // ROWS, WINDOWS // ROWS + 1)}
+    firsts = {
+        int(rows_of(run, [step])[0, 0]) % LENGTH
+        for step in range(0, 60 * WINDOWS // ROWS, WINDOWS // ROWS + 1)
+    }
     assert len(firsts) > LENGTH / 2
 
 
@@ -131,7 +144,9 @@ def test_a_late_step_reads_no_more_than_the_first(tmp_path, monkeypatch, text, o
     """A run is resumed anywhere at once: no batch before it is read, no order of an epoch before it is drawn."""
     run, read, draw = make(tmp_path, text, order), TokenStream.read, np.random.default_rng
     tokens, drawn = [], []
-    monkeypatch.setattr(TokenStream, "read", lambda self, at, count: tokens.append(count) or read(self, at, count))
+    monkeypatch.setattr(
+        TokenStream, "read", lambda self, at, count: tokens.append(count) or read(self, at, count)
+    )
     monkeypatch.setattr(np.random, "default_rng", lambda *args: drawn.append(args) or draw(*args))
     for step in (0, 10**6):
         tokens.clear()
@@ -162,13 +177,15 @@ def test_a_text_shorter_than_a_window_is_refused_in_any_order_but_its_own(env, t
     given = {**env, "TRAIN_FILES": f"{tmp_path}/short.bin", "ITERATIONS": "2"}
     train_here({**given, "DATA_ORDER": "shuffled"}, tmp_path, code=2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "short.bin" in error and "63" in error and "TRAIN_SEQ_LEN=64" in error
+    assert (
+        error.startswith("error: ") and "short.bin" in error and "63" in error and "TRAIN_SEQ_LEN=64" in error
+    )
     train_here(given, tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A step ahead
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def assert_equal(got, expected) -> None:
@@ -216,7 +233,9 @@ def test_the_next_step_is_read_meanwhile_and_once(tmp_path, text, monkeypatch):
     assert all(thread != threading.get_ident() for step, thread in read if step)
 
 
-@pytest.mark.parametrize("error", [UserError("shard 7"), OSError(5, "Input/output error"), MemoryError("no more")])
+@pytest.mark.parametrize(
+    "error", [UserError("shard 7"), OSError(5, "Input/output error"), MemoryError("no more")]
+)
 def test_what_goes_wrong_in_the_thread_reaches_the_caller(tmp_path, text, monkeypatch, error):
     run = make(tmp_path, text)
 
@@ -234,9 +253,9 @@ def test_what_goes_wrong_in_the_thread_reaches_the_caller(tmp_path, text, monkey
     assert str(raised.value) == str(error)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shards that change
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -334,7 +353,8 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
 
 
 def test_a_run_under_which_a_shard_changes_stops_and_can_go_on(env, tmp_path, monkeypatch, capsys):
-    """With exit code 2, as for all that users can put right, and with a checkpoint; the text is the same after all."""
+    """With exit code 2, as for all that users can put right, and with a checkpoint; the text is the same
+    after all."""
     shard, take_step, steps = Path(env["TRAIN_FILES"].replace("*", "000000")), train_gpt.train_step, []
 
     def touching(*args):
@@ -371,9 +391,9 @@ def test_two_processes_under_which_a_shard_changes(env, tmp_path, start, change)
     assert re.search(rf"^error: {re.escape(str(data))}/fineweb_train_\d+\.bin", job.output(), re.M)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A loader that is too slow
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class LazyPool(ThreadPoolExecutor):
@@ -400,7 +420,9 @@ def imagined(monkeypatch):
             now[0] += stepping
             return take_step(*args)
 
-        for name, value in dict(step_batches=reads, train_step=steps, time=clock, ThreadPoolExecutor=LazyPool).items():
+        for name, value in dict(
+            step_batches=reads, train_step=steps, time=clock, ThreadPoolExecutor=LazyPool
+        ).items():
             monkeypatch.setattr(train_gpt, name, value)
 
     return taking
@@ -425,6 +447,9 @@ def test_waits_are_added_up_between_the_rows_of_the_log(env, tmp_path, imagined)
     """From the eleventh step on there is a row for every fourth step, with the waits of four."""
     imagined(lambda step: 0.01 * (step + 1), 0.3)
     run = train_here({**env, "ITERATIONS": "16", "TRAIN_LOG_EVERY": "4"}, tmp_path)
-    rows = {row["step"]: row["data_wait"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    rows = {
+        row["step"]: row["data_wait"]
+        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    }
     expected = {step: 0.01 * step for step in range(1, 11)} | {12: 0.11 + 0.12, 16: 0.13 + 0.14 + 0.15 + 0.16}
     assert rows == pytest.approx(expected)

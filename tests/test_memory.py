@@ -1,6 +1,7 @@
 """The model of GPU memory against counted bytes, and that what it decides changes no result.
 
-The count follows every storage that a real step makes and frees, on a CPU or, for the published sizes, on meta tensors.
+The count follows every storage that a real step makes and frees, on a CPU or, for the published sizes, on
+meta tensors.
 """
 
 import math
@@ -27,7 +28,8 @@ from train_gpt import GIB, GPT, Config, Memory, load_config, sequences_at_once, 
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"
 LOOPED = "0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10"  # of #1855
-BAND = 0.15  # the estimate is rather over than under: the last layer, frozen weights and small terms are left out
+# the estimate is rather over than under: the last layer, frozen weights and small terms are left out
+BAND = 0.15
 
 
 class LiveBytes(TorchDispatchMode):
@@ -92,7 +94,9 @@ SMALLER = Config(  # wide enough for activations to outweigh what the formula le
 
 
 def assert_near(estimate: float, counted: float) -> None:
-    assert 1 - BAND < estimate / counted < 1 + BAND, f"estimated {estimate / GIB:.4f} GiB, counted {counted / GIB:.4f}"
+    assert 1 - BAND < estimate / counted < 1 + BAND, (
+        f"estimated {estimate / GIB:.4f} GiB, counted {counted / GIB:.4f}"
+    )
 
 
 def counted_step(config: Config, dtype: torch.dtype) -> int:
@@ -133,15 +137,18 @@ def test_the_count_is_that_of_the_allocator():
 
     with LiveBytes() as counted:
         work()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     assert len(changes) > 100 and counted.peak == pytest.approx(np.cumsum(changes).max(), rel=0.05)
 
 
-# By part, at the published sizes and without a GPU: counted bytes of plain torch beside the estimate. The numbers of a
-# micro-batch of 98,304 tokens of pr1019 were 28 and 30 GiB, those of 128 windows 4.3 GiB, when first counted.
+# By part, at the published sizes and without a GPU: counted bytes of plain torch beside the estimate. The
+# numbers of a micro-batch of 98,304 tokens of pr1019 were 28 and 30 GiB, those of 128 windows 4.3 GiB, when
+# first counted.
 
 
 def on_meta(config: Config, work) -> int:
@@ -256,8 +263,12 @@ def test_a_small_card_changes_no_batch(tmp_path, monkeypatch, ranks):
         cut = step_batches(run, 3)
     assert {len(ids) for ids, _ in cut} == {2 if ranks == 3 and 8 % 3 else 3}
     for index in (0, 1):
-        assert torch.equal(torch.cat([batch[index] for batch in whole]), torch.cat([batch[index] for batch in cut]))
-        assert torch.equal(train_gpt.meta_rows(whole, config)[index], train_gpt.meta_rows(cut, config)[index])
+        assert torch.equal(
+            torch.cat([batch[index] for batch in whole]), torch.cat([batch[index] for batch in cut])
+        )
+        assert torch.equal(
+            train_gpt.meta_sequences(whole, config)[index], train_gpt.meta_sequences(cut, config)[index]
+        )
 
 
 def trained(run, config, steps: int) -> tuple[list[float], dict[str, torch.Tensor], list[int]]:
@@ -267,7 +278,7 @@ def trained(run, config, steps: int) -> tuple[list[float], dict[str, torch.Tenso
     fast, rates = train_gpt.inner_weights(model, config, "fomaml"), train_gpt.MetaRates(model, config)
     for step in range(steps):
         batches = step_batches(run, step)
-        train_gpt.fomaml_step(model, fast, rates, *train_gpt.meta_rows(batches, config))
+        train_gpt.fomaml_step(model, fast, rates, *train_gpt.meta_sequences(batches, config))
         measured = train_step(train_gpt.training_loss, model, batches, optimizers, 1.0, 0.9)
         losses.append(measured.loss.item())
         parts.append(len(batches))
@@ -306,10 +317,14 @@ def test_slots_in_smaller_batches(monkeypatch, changes):
     """As many slots, fewer rows at once, the same losses."""
     setup, tokens, sizes = plain_setup(**changes), text_of(MANY), []
     with card(monkeypatch, 1 << 50):
-        whole = evaluate(setup, tokens, lambda model, learner, windows, batch, losses: sizes.append(len(losses))).nll
+        whole = evaluate(
+            setup, tokens, lambda model, learner, windows, batch, losses: sizes.append(len(losses))
+        ).nll
     assert set(sizes) == {train_gpt.SLOT_ROWS}
     with card(monkeypatch, limit_for(setup.config, "slots", 3)):
-        cut = evaluate(setup, tokens, lambda model, learner, windows, batch, losses: sizes.append(len(losses))).nll
+        cut = evaluate(
+            setup, tokens, lambda model, learner, windows, batch, losses: sizes.append(len(losses))
+        ).nll
     assert set(sizes) == {train_gpt.SLOT_ROWS, 3}
     np.testing.assert_allclose(cut, whole, rtol=2e-4, atol=2e-4)
     assert np.abs(whole - score_plan(setup, tokens).nll).max() > 0.05
@@ -335,12 +350,19 @@ def test_a_run_on_a_card_too_small_for_it(smoke_env, tmp_path, monkeypatch, caps
     assert not Path("runs/none").exists()
 
 
-@pytest.mark.parametrize("config", [recipe("pr1019"), PR1855, recipe("pr549")], ids=["pr1019", "pr1855", "pr549"])
+@pytest.mark.parametrize(
+    "config", [recipe("pr1019"), PR1855, recipe("pr549")], ids=["pr1019", "pr1855", "pr549"]
+)
 def test_describe_has_the_table(config):
     lines = describe.describe(config).splitlines()
     parts = {row[1]: row for line in lines if (row := re.match(
         r"memory part:(\w+) sequences:(\d+) compiled_gib:([\d.]+) plain_gib:([\d.]+)$", line))}  # fmt: skip
-    assert list(parts) == ["train", "statistics", "score", *(["slots"] if config.ttt_mode == "doc_banks" else [])]
+    assert list(parts) == [
+        "train",
+        "statistics",
+        "score",
+        *(["slots"] if config.ttt_mode == "doc_banks" else []),
+    ]
     compiled, plain = (float(parts["train"][index]) for index in (3, 4))
     assert plain > 1.3 * compiled and compiled == round(Memory(config).step(48) / GIB, 2)
     cards = [re.match(r"card_gb:(\d+) compiled:([01]) usable_gib:\S+ train:(\w+) ", line) for line in lines]

@@ -1,4 +1,5 @@
-"""Meta-learning against explicit loops and finite differences, and against the evaluator; on two ranks; whole runs."""
+"""Meta-learning against explicit loops and finite differences, and against the evaluator; on two ranks; whole
+runs."""
 
 import json
 import math
@@ -39,7 +40,7 @@ from train_gpt import (
     fomaml_step,
     inner_weights,
     load_config,
-    meta_rows,
+    meta_sequences,
     reptile_step,
     sample_documents,
 )  # fmt: skip
@@ -58,7 +59,8 @@ def double():
 
 
 def exact(fast: FastWeights, model: GPT) -> FastWeights:
-    """Fast weights of a float64 model in float64; their base is the live parameters, as that of a float32 model is."""
+    """Fast weights of a float64 model in float64; their base is the live parameters, as that of a float32
+    model is."""
     own = {name: p.detach() for name, p in model.named_parameters()}
     fast.base = {name: own.get(name, base.double()) for name, base in fast.base.items()}
     fast.values = {name: torch.stack([fast.base[name]] * len(value)) for name, value in fast.values.items()}
@@ -71,7 +73,10 @@ def live_model(config: Config, seed: int = 0) -> GPT:
 
 def random_rates(model: GPT, config: Config) -> MetaRates:
     """Factors between about a half and two."""
-    rates, generator = MetaRates(model, replace(config, meta_sgd_enabled=True)), torch.Generator().manual_seed(5)
+    rates, generator = (
+        MetaRates(model, replace(config, meta_sgd_enabled=True)),
+        torch.Generator().manual_seed(5),
+    )
     for log in rates.logs.values():
         log.copy_(0.4 * torch.randn(log.shape, generator=generator))
     return rates
@@ -95,12 +100,14 @@ def text_rows(count: int, length: int, seed: int) -> tuple[torch.Tensor, torch.T
     return ids[:, :-1], ids[:, 1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # By hand
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def mean_nll(model: GPT, weights: dict, ids: torch.Tensor, targets: torch.Tensor, first: int = 0) -> torch.Tensor:
+def mean_nll(
+    model: GPT, weights: dict, ids: torch.Tensor, targets: torch.Tensor, first: int = 0
+) -> torch.Tensor:
     """The mean over the targets from place FIRST on."""
     log_p = functional_call(model, weights, (ids,)).log_softmax(-1)
     return -log_p.gather(-1, targets.unsqueeze(-1))[:, first:].mean()
@@ -143,13 +150,16 @@ def inner_steps(c: Config, loss, start: dict, factors: dict | None = None) -> di
 
 
 def meta_by_hand(model: GPT, c: Config, ids, targets, factors=None):
-    """The gradients of every parameter, and the outer loss before and after: the steps' displacement is held fixed."""
+    """The gradients of every parameter, and the outer loss before and after: the steps' displacement is held
+    fixed."""
     params = parameters(model)
     inner, outer = tasks(model, c.meta_ttt_split, ids, targets)
     moved = {bank: params[bank] + move for bank, move in inner_steps(c, inner, params, factors).items()}
     before, after = outer(params), outer({**params, **moved})
     w, delta = c.meta_ttt_loss_weight, c.meta_ttt_delta_weight
-    found = torch.autograd.grad((w + delta) * after - delta * before, list(params.values()), allow_unused=True)
+    found = torch.autograd.grad(
+        (w + delta) * after - delta * before, list(params.values()), allow_unused=True
+    )
     found = [torch.zeros_like(p) if g is None else g for g, p in zip(found, params.values(), strict=True)]
     return dict(zip(params, found, strict=True)), before.item(), after.item()
 
@@ -163,9 +173,9 @@ def adapters_of(fast: FastWeights) -> dict[str, torch.Tensor] | None:
     return fast.base if "qo_bank.a" in fast.base else None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # FOMAML
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SEVERAL = dict(meta_ttt_inner_steps=3)
 LEVERS = {name: getattr(test_ttt_runs.TINY, name) for name in train_gpt.sections()["model"]}
@@ -199,13 +209,22 @@ def test_fomaml_equals_explicit_steps(double, changes):
     found = fomaml_step(model, fast, MetaRates(model, c), ids, targets)
     assert_close(gradients(model), expected)
     assert float(found[1]) == pytest.approx(after, abs=1e-9) and abs(before - after) > 1e-3
-    assert found[0] is None if not c.meta_ttt_delta_weight else float(found[0]) == pytest.approx(before, abs=1e-9)
-    still = plain_gradient(model, lambda w: c.meta_ttt_loss_weight * tasks(model, c.meta_ttt_split, ids, targets)[1](w))
+    assert (
+        found[0] is None
+        if not c.meta_ttt_delta_weight
+        else float(found[0]) == pytest.approx(before, abs=1e-9)
+    )
+    still = plain_gradient(
+        model, lambda w: c.meta_ttt_loss_weight * tasks(model, c.meta_ttt_split, ids, targets)[1](w)
+    )
     for name in (*BANKS, "tok_emb.weight", "smear.gate"):  # otherwise nothing is shown
         assert (still[name] - expected[name]).abs().max() > 1e-5
     for row in range(c.meta_ttt_freeze_blocks):
         for bank in BANKS:
-            assert expected[bank][row].abs().max() > 1e-6 and expected[bank][-c.num_layers + row].abs().max() > 1e-6
+            assert (
+                expected[bank][row].abs().max() > 1e-6
+                and expected[bank][-c.num_layers + row].abs().max() > 1e-6
+            )
 
 
 def test_the_inner_step_leaves_frozen_rows(double):
@@ -244,7 +263,11 @@ def test_heads_of_training_take_no_part(double):
 
 
 SPLITS = ("batch", "seq", "cut")
-STILL = [dict(meta_ttt_inner_lr=0.0), dict(meta_control=True), dict(meta_control=True, meta_ttt_delta_weight=0.3)]
+STILL = [
+    dict(meta_ttt_inner_lr=0.0),
+    dict(meta_control=True),
+    dict(meta_control=True, meta_ttt_delta_weight=0.3),
+]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -298,20 +321,22 @@ def test_the_gradient_joins_that_of_the_step_and_is_clipped_with_it(double, limi
     assert_close(after, {name: before[name] - share * g for name, g in expected.items()}, 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The rows and the steps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, accumulate, ranks", [(16, 4, 2), (16, 8, 2), (12, 3, 4), (12, 1, 3), (12, 4, 2)])
+@pytest.mark.parametrize(
+    "rows, accumulate, ranks", [(16, 4, 2), (16, 8, 2), (12, 3, 4), (12, 1, 3), (12, 4, 2)]
+)
 def test_the_rows_do_not_depend_on_the_ranks(rows, accumulate, ranks):
     """One micro-batch in all: every GRAD_ACCUM_TOTAL-th row of the step; or the ranks are refused."""
     c = replace(FOMAML, grad_accum_total=accumulate, meta_ttt_split="seq")
     ids = torch.arange(rows)[:, None].expand(rows, 3)
-    one = meta_rows(list(zip(ids.chunk(accumulate), (ids + 1).chunk(accumulate), strict=True)), c)
+    one = meta_sequences(list(zip(ids.chunk(accumulate), (ids + 1).chunk(accumulate), strict=True)), c)
     assert one[0][:, 0].tolist() == list(range(0, rows, accumulate)) and torch.equal(one[1], one[0] + 1)
     try:
-        parts = [meta_rows([(part, part + 1)], c)[0] for part in ids.chunk(ranks)]
+        parts = [meta_sequences([(part, part + 1)], c)[0] for part in ids.chunk(ranks)]
     except UserError:
         return
     assert torch.equal(torch.cat(parts), one[0])
@@ -320,12 +345,16 @@ def test_the_rows_do_not_depend_on_the_ranks(rows, accumulate, ranks):
 def test_one_row_cannot_be_split():
     part = torch.zeros(4, 3, dtype=torch.long)
     with pytest.raises(UserError, match=r"META_TTT_SPLIT=batch.*GRAD_ACCUM_TOTAL"):
-        meta_rows([(part, part)], replace(FOMAML, grad_accum_total=4))
-    assert len(meta_rows([(part, part)], replace(FOMAML, grad_accum_total=4, meta_ttt_split="cut"))[0]) == 1
+        meta_sequences([(part, part)], replace(FOMAML, grad_accum_total=4))
+    assert (
+        len(meta_sequences([(part, part)], replace(FOMAML, grad_accum_total=4, meta_ttt_split="cut"))[0]) == 1
+    )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_the_weight_is_that_of_the_settings_whatever_the_micro_batches(double, tmp_path, accumulate, monkeypatch):
+def test_the_weight_is_that_of_the_settings_whatever_the_micro_batches(
+    double, tmp_path, accumulate, monkeypatch
+):
     c = replace(FOMAML, grad_accum_total=accumulate, meta_ttt_split="seq")
     model, (ids, targets) = random_model(c, torch.float32), text_rows(8, 12, 1)
     batches = list(zip(ids.chunk(accumulate), targets.chunk(accumulate), strict=True))
@@ -352,7 +381,9 @@ def test_meta_steps_are_due_every_few_steps_while_the_rate_is_high(tmp_path):
     rates = MetaRates(model, c)
     run = make_run(tmp_path, c, train=stream(tmp_path))
     train_gpt.train(run, model, *functions, 0.0, make_progress(run, model, running(StepClock()), rates))
-    lines = [line for line in (tmp_path / "train.log").read_text().splitlines() if line.startswith("meta_step")]
+    lines = [
+        line for line in (tmp_path / "train.log").read_text().splitlines() if line.startswith("meta_step")
+    ]
     assert [int(re.match(r"meta_step:(\d+) ", line)[1]) for line in lines] == [1, 3, 5, 7]  # as `step:`
     number, span = r"\d+\.\d{5}", r"\d\.\d{3}\.\.\d\.\d{3}"
     banks = "".join(f" rates_{bank}:{span}" for bank in BANKS)
@@ -360,7 +391,9 @@ def test_meta_steps_are_due_every_few_steps_while_the_rate_is_high(tmp_path):
     assert all((factor != 1).all() for factor in rates.factors().values())
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(meta_ttt_objective="deployed", reptile_enabled=True)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [dict(), dict(meta_ttt_objective="deployed", reptile_enabled=True)], ids=str
+)
 def test_warm_up_leaves_nothing(tmp_path, changes):
     """It sees no data (there is none here), and leaves weights and gradients as they were."""
     c = replace(TINY, meta_ttt_objective="fomaml", meta_sgd_enabled=True, meta_ttt_docs=2, train_seq_len=16,
@@ -373,9 +406,9 @@ def test_warm_up_leaves_nothing(tmp_path, changes):
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Meta-SGD
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def central_differences(loss, logs: dict[str, torch.Tensor], h: float = 1e-4) -> dict[str, torch.Tensor]:
@@ -411,7 +444,10 @@ def test_gradients_of_the_factors_are_finite_differences(double, changes):
 
     def loss(logs) -> torch.Tensor:
         with torch.no_grad():
-            weights = {**start, **{bank: start[bank] + logs[bank].exp() * move for bank, move in moved.items()}}
+            weights = {
+                **start,
+                **{bank: start[bank] + logs[bank].exp() * move for bank, move in moved.items()},
+            }
             delta = c.meta_ttt_delta_weight
             return (c.meta_ttt_loss_weight + delta) * outer(weights) - delta * outer(start)
 
@@ -440,7 +476,9 @@ def test_the_delta_loss_by_finite_differences(double):
             with torch.no_grad():
                 after = outer({**there, **{bank: there[bank] + move for bank, move in moved.items()}})
                 ends.append(float(0.8 * after - 0.3 * outer(there)))
-        assert float((found[name] * direction).sum()) == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-7), name
+        assert float((found[name] * direction).sum()) == pytest.approx(
+            (ends[0] - ends[1]) / (2 * h), abs=1e-7
+        ), name
 
 
 def test_factors_multiply_the_inner_rate(double):
@@ -454,7 +492,8 @@ def test_factors_multiply_the_inner_rate(double):
 
 @pytest.mark.parametrize("lr, expected", [(0.0, 0.025), (0.3, 0.3)])
 def test_the_first_step_of_the_factors_is_their_rate(double, lr, expected):
-    """Adam's; downhill, at a share of META_SGD_LR, or of SCALAR_LR where that is 0. Rows without a gradient stay 1."""
+    """Adam's; downhill, at a share of META_SGD_LR, or of SCALAR_LR where that is 0. Rows without a gradient
+    stay 1."""
     c = replace(FOMAML, meta_sgd_enabled=True, meta_sgd_lr=lr, meta_ttt_freeze_blocks=2)
     model = live_model(c)
     rates, fast = MetaRates(model, c), exact(inner_weights(model, c, "fomaml"), model)
@@ -476,7 +515,9 @@ def test_factors_stay_positive_and_have_no_decay(double):
         fomaml_step(model, fast, rates, *text_rows(4, 12, seed))
         rates.step(1.0)
     for bank, factor in rates.factors().items():
-        assert factor.isfinite().all() and (factor > 0).all() and (factor[1:5] != 1).all() and factor[0] == 1, bank
+        assert (
+            factor.isfinite().all() and (factor > 0).all() and (factor[1:5] != 1).all() and factor[0] == 1
+        ), bank
     still = random_rates(model, c)
     before = {name: log.clone() for name, log in still.logs.items()}
     for log in still.logs.values():
@@ -537,9 +578,9 @@ def test_the_evaluator_steps_by_the_factors_of_the_artifact(precise, monkeypatch
     assert abs(found - plain).max() > 0.01
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reptile
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 REPTILE = replace(SMALL, reptile_enabled=True, reptile_inner_lr=0.2, reptile_outer_lr=0.3, reptile_tasks=4)
 
@@ -568,7 +609,8 @@ def reptile_by_hand(
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("layers, moving", [("", {4}), ("1,3", {1, 3})])
 def test_reptile_equals_an_explicit_loop(double, layers, moving, control):
-    """The control is plain SGD on the same rows, all of its gradients taken at the weights of the step's start."""
+    """The control is plain SGD on the same rows, all of its gradients taken at the weights of the step's
+    start."""
     c = replace(REPTILE, reptile_layers=layers, meta_control=control, ttt_layers="0", ttt_freeze_blocks=5)
     model, rows = live_model(c), random_ids(12, 13, 3).view(3, 4, 13)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -578,7 +620,9 @@ def test_reptile_equals_an_explicit_loop(double, layers, moving, control):
         assert float(reptile_step(model, fast, rows)) == pytest.approx(loss, abs=1e-9)
         assert_close({name: model.get_parameter(name).detach() for name in expected}, expected)
     for name, p in model.named_parameters():
-        moved = {row for row in range(len(p)) if not torch.equal(p[row], before[name][row])} if p.ndim else set()
+        moved = (
+            {row for row in range(len(p)) if not torch.equal(p[row], before[name][row])} if p.ndim else set()
+        )
         assert moved == (moving if name in expected else set()), name
 
 
@@ -609,13 +653,16 @@ def test_reptile_reads_the_same_rows_whatever_the_ranks(tmp_path, monkeypatch):
             phase.step(train_gpt.Moment(7, 0.0, 0.0, 1.0))
     assert seen[0].shape == (3, 4, 17) and torch.equal(torch.cat(seen[1:], dim=1), seen[0])
     tokens = np.tile(text.shards[0].astype(np.int64), 2)
-    places = [next(p for p in range(1000) if (tokens[p : p + 17] == row).all()) for row in seen[0].view(12, 17).numpy()]
+    places = [
+        next(p for p in range(1000) if (tokens[p : p + 17] == row).all())
+        for row in seen[0].view(12, 17).numpy()
+    ]
     assert len(set(places)) == 12
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training for the evaluator's steps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def documents_of(sizes: list[int], length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -651,10 +698,15 @@ DEPLOYED = {
 }  # fmt: skip
 
 
-def deployed_and_evaluated(c: Config, *sizes: list[int], factors: bool = True) -> tuple[list[float], list[float]]:
-    """The loss of each batch of documents by training's steps, and by the evaluator on it as a text of its own."""
+def deployed_and_evaluated(
+    c: Config, *sizes: list[int], factors: bool = True
+) -> tuple[list[float], list[float]]:
+    """The loss of each batch of documents by training's steps, and by the evaluator on it as a text of its
+    own."""
     c = replace(c, ttt_slots=len(sizes[0]), ttt_groups=1, meta_ttt_docs=len(sizes[0]))
-    batches = [documents_of(each, c.meta_ttt_pieces * c.piece_size, 100 * n) for n, each in enumerate(sizes, 1)]
+    batches = [
+        documents_of(each, c.meta_ttt_pieces * c.doc_chunk, 100 * n) for n, each in enumerate(sizes, 1)
+    ]
     state = random_model(c, torch.float32).state_dict()
     artifact = train_gpt.Artifact(c, state, "hash")
     model = train_gpt.load_model(artifact, CPU, word_start=TABLE.has_leading_space)
@@ -687,7 +739,9 @@ def test_its_loss_is_the_evaluators(precise, changes, control):
 def test_steps_and_factors_matter_to_that_loss(precise):
     """The control of the test above."""
     given = [(SGD, True), (SGD, False), (dict(meta_control=True), True)]
-    losses = [deployed_and_evaluated(replace(TINY, **c), FIRST, factors=factors)[1][0] for c, factors in given]
+    losses = [
+        deployed_and_evaluated(replace(TINY, **c), FIRST, factors=factors)[1][0] for c, factors in given
+    ]
     assert min(abs(one - two) for one, two in pairwise([*losses, losses[0]])) > 1e-3
 
 
@@ -707,7 +761,8 @@ def test_documents_longer_than_a_window(precise, stride):
 
 
 def deployed_by_hand(model: GPT, c: Config, rows, sizes, logs, pairs) -> tuple[float, dict, dict]:
-    """Loss, gradients of the parameters and of the logarithms of the factors; SGD, one document after the other."""
+    """Loss, gradients of the parameters and of the logarithms of the factors; SGD, one document after the
+    other."""
     total, lr, loss = int(sizes.sum()), c.ttt_lr, 0.0
     with train_gpt.fake_quantized_banks(model):
         rounded = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -716,14 +771,21 @@ def deployed_by_hand(model: GPT, c: Config, rows, sizes, logs, pairs) -> tuple[f
     scale = c.ttt_lora_alpha / c.ttt_lora_rank
     for row, size in zip(torch.from_numpy(rows), sizes.tolist(), strict=True):
         start = pairs or rounded
-        fast, velocity = {n: v.clone() for n, v in start.items()}, {n: torch.zeros_like(v) for n, v in start.items()}
+        fast, velocity = (
+            {n: v.clone() for n, v in start.items()},
+            {n: torch.zeros_like(v) for n, v in start.items()},
+        )
 
         def nats(values: dict, own: dict, left: int, a: int, b: int, row=row) -> torch.Tensor:
             moved = (
-                {bank: own[bank] + scale * values[f"{bank}.b"] @ values[f"{bank}.a"] for bank in BANKS} if pairs else {}
+                {bank: own[bank] + scale * values[f"{bank}.b"] @ values[f"{bank}.a"] for bank in BANKS}
+                if pairs
+                else {}
             )
             weights = {**own, **moved} if pairs else values
-            return mean_nll(model, weights, row[None, left:b], row[None, left + 1 : b + 1], a - left) * (b - a)
+            return mean_nll(model, weights, row[None, left:b], row[None, left + 1 : b + 1], a - left) * (
+                b - a
+            )
 
         for a in range(0, size, c.ttt_chunk_size):
             b = min(a + c.ttt_chunk_size, size)
@@ -737,7 +799,9 @@ def deployed_by_hand(model: GPT, c: Config, rows, sizes, logs, pairs) -> tuple[f
                 found[name] += g[name]
             for name in fast:
                 if name.split(".")[0] in BANKS:
-                    of_logs[name.split(".")[0]] += (g[name] * (fast[name] - start[name])).sum((-2, -1), keepdim=True)
+                    of_logs[name.split(".")[0]] += (g[name] * (fast[name] - start[name])).sum(
+                        (-2, -1), keepdim=True
+                    )
             for _ in range(c.ttt_epochs if b < size else 0):
                 leaves = {name: value.clone().requires_grad_() for name, value in fast.items()}
                 mean = nats(leaves, rounded, max(0, a - c.ttt_context), a, b) / (b - a)
@@ -762,7 +826,8 @@ BY_HAND = {
 
 
 def deployed_case(changes: dict):
-    """A model in float64, its fast weights, and documents of which one ends at a piece's border and one is short."""
+    """A model in float64, its fast weights, and documents of which one ends at a piece's border and one is
+    short."""
     c = replace(EXACT, **changes)
     model, length = live_model(c), c.meta_ttt_pieces * 5
     fast = exact(inner_weights(model, c, "deployed"), model)
@@ -779,14 +844,18 @@ def test_its_gradient_is_the_sum_over_pieces(double, changes):
     assert_close(gradients(model), expected, 1e-6)
     assert_close({name: log.grad for name, log in rates.logs.items()}, of_logs, 1e-6)
     for log in rates.logs.values():
-        assert ((log.grad == 0).flatten() == torch.tensor([r % 3 < c.ttt_freeze_blocks for r in range(len(log))])).all()
+        assert (
+            (log.grad == 0).flatten() == torch.tensor([r % 3 < c.ttt_freeze_blocks for r in range(len(log))])
+        ).all()
 
 
 @pytest.mark.parametrize("mode, lr", [("doc_banks", 0.02), ("doc_lora", 0.5)])
 def test_its_factors_have_exact_gradients_after_one_step(double, mode, lr):
     c, model, fast, rates, (rows, sizes) = deployed_case(dict(meta_ttt_pieces=2, ttt_mode=mode, ttt_lr=lr))
     pairs = adapters_of(fast)
-    expected = central_differences(lambda logs: deployed_by_hand(model, c, rows, sizes, logs, pairs)[0], rates.logs)
+    expected = central_differences(
+        lambda logs: deployed_by_hand(model, c, rows, sizes, logs, pairs)[0], rates.logs
+    )
     deployed_step(model, fast, rates, rows, sizes)
     assert_close({name: log.grad for name, log in rates.logs.items()}, expected, 1e-6)
     assert all(g.abs().max() > 1e-5 for g in expected.values())
@@ -795,13 +864,18 @@ def test_its_factors_have_exact_gradients_after_one_step(double, mode, lr):
 def test_heads_of_training_do_not_adapt():
     c = replace(EXACT, mtp_num_heads=1, meta_ttt_pieces=2)
     model = random_model(c, torch.float32)
-    deployed_step(model, inner_weights(model, c, "deployed"), MetaRates(model, c), *documents_of([10, 8, 9], 10, 3))
+    deployed_step(
+        model, inner_weights(model, c, "deployed"), MetaRates(model, c), *documents_of([10, 8, 9], 10, 3)
+    )
     assert model.mtp_heads[0].weight.grad is None or not model.mtp_heads[0].weight.grad.any()
 
 
 def test_many_pieces_can_be_compiled(monkeypatch):
-    """As many as META_TTT_PIECES has by default, beside the shapes of scoring: torch.compile has a limit of shapes."""
-    c = replace(EXACT, num_layers=1, ve_enabled=False, meta_ttt_pieces=Config.meta_ttt_pieces, eval_seq_len=64)
+    """As many as META_TTT_PIECES has by default, beside the shapes of scoring: torch.compile has a limit of
+    shapes."""
+    c = replace(
+        EXACT, num_layers=1, ve_enabled=False, meta_ttt_pieces=Config.meta_ttt_pieces, eval_seq_len=64
+    )
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     losses, (rows, sizes) = [], documents_of([40, 31, 22], 40, 3)
     torch._dynamo.reset()
@@ -817,9 +891,9 @@ def test_many_pieces_can_be_compiled(monkeypatch):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Documents of the training text
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def corpus(folder: Path, lengths: list[int]) -> train_gpt.TokenStream:
@@ -835,7 +909,8 @@ MIXED, LONG = [3, 17, 5, 6, 1, 40, 20, 21, 9, 4, 30, 15], [150, 19, 130, 90, 7, 
 
 @pytest.mark.parametrize("lengths", [MIXED, LONG], ids=["mixed", "long"])
 def test_rows_are_stretches_of_documents(tmp_path, lengths):
-    """From a document's BOS, or from further in than a row is long, to the next BOS or as far as the row goes."""
+    """From a document's BOS, or from further in than a row is long, to the next BOS or as far as the row
+    goes."""
     text = corpus(tmp_path, lengths)
     c = replace(EXACT, meta_ttt_pieces=4)  # of five
     tokens = np.append(text.shards[0].astype(np.int64), train_gpt.BOS_ID)
@@ -851,7 +926,10 @@ def test_rows_are_stretches_of_documents(tmp_path, lengths):
         found[document] += 1
     long = {number: length for number, length in enumerate(np.diff(borders).tolist()) if length > 5}
     assert found.keys() == long.keys()
-    for number, length in long.items():  # by tokens, but that the last few of a document are too few for a piece
+    for (
+        number,
+        length,
+    ) in long.items():  # by tokens, but that the last few of a document are too few for a piece
         least, most = (max(length - 5, min(length, 20)) if length > 20 else length), length
         total = sum(long.values())
         assert 0.7 * least / total < found[number] / count < 1.4 * most / (total - 5 * len(long))
@@ -860,17 +938,23 @@ def test_rows_are_stretches_of_documents(tmp_path, lengths):
 def test_documents_are_those_of_the_generator(tmp_path):
     text, c = corpus(tmp_path, MIXED), replace(EXACT, meta_ttt_pieces=4)
     one, two, other = (sample_documents(text, 8, c, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert np.array_equal(one[0], two[0]) and np.array_equal(one[1], two[1]) and not np.array_equal(one[0], other[0])
+    assert (
+        np.array_equal(one[0], two[0])
+        and np.array_equal(one[1], two[1])
+        and not np.array_equal(one[0], other[0])
+    )
 
 
 def test_no_document_is_long_enough(tmp_path):
     with pytest.raises(UserError, match=r"META_TTT_OBJECTIVE=deployed.* 5 tokens"):
-        sample_documents(corpus(tmp_path, [5, 3, 4, 5]), 1, replace(EXACT, meta_ttt_pieces=4), np.random.default_rng(1))
+        sample_documents(
+            corpus(tmp_path, [5, 3, 4, 5]), 1, replace(EXACT, meta_ttt_pieces=4), np.random.default_rng(1)
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two ranks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 TOGETHER = {
     "batch": FOMAML,
@@ -937,9 +1021,9 @@ def test_two_ranks_take_the_steps_of_one(double, two_ranks, name):
                    if key.startswith(f"{kind} 2")), kind  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Late phases
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LATE = dict(reptile_enabled=True, reptile_time_frac=0.2, meta_ttt_enabled=True, meta_ttt_objective="deployed",
             meta_ttt_time_frac=0.3)  # fmt: skip
@@ -950,11 +1034,13 @@ def phases(monkeypatch) -> SimpleNamespace:
     """Phases that do nothing: `asked` says which, and what was left. A step takes a second of `clock`."""
     given = SimpleNamespace(clock=running(StepClock()), loss=1.5, asked=[])
 
-    def step(name: str, now: train_gpt.Moment) -> train_gpt.Measured:
+    def step(name: str, now: train_gpt.Moment) -> train_gpt.StepMetrics:
         given.asked.append((name, now.left))
-        return train_gpt.Measured(torch.tensor([given.loss]), ["loss"])
+        return train_gpt.StepMetrics(torch.tensor([given.loss]), ["loss"])
 
-    fakes = {name: lambda *_, name=name: train_gpt.Phase(partial(step, name)) for name in ("reptile", "deployed")}
+    fakes = {
+        name: lambda *_, name=name: train_gpt.Phase(partial(step, name)) for name in ("reptile", "deployed")
+    }
     monkeypatch.setattr(train_gpt, "PHASES", train_gpt.PHASES | fakes)
     return given
 
@@ -989,7 +1075,8 @@ def test_phases_that_are_asked_for(tmp_path, phases, changes, expected):
 
 
 def test_shares_of_the_clock(tmp_path, phases):
-    """Training has had 45 of 90 seconds; a fifth are 18, and one more step would not have fitted after the 17th."""
+    """Training has had 45 of 90 seconds; a fifth are 18, and one more step would not have fitted after the
+    17th."""
     phases.clock.now = 45.0  # as training left it
     steps = late(tmp_path, phases, 10.0, iterations=10**6, max_wallclock_seconds=100.0)
     assert 17 <= steps["reptile"] <= 18 and 44 <= sum(steps.values()) <= 45
@@ -1055,9 +1142,9 @@ def test_rates_of_the_deployed_phase_fall_to_zero(tmp_path, monkeypatch):
     assert all((factor != 1).all() for factor in rates.factors().values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings, and whole runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ON = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed")
 REFUSED = {
@@ -1083,10 +1170,15 @@ def test_what_the_user_can_put_right(given, words):
 
 
 def test_what_is_off_is_not_refused():
-    given = dict(META_TTT_OBJECTIVE="deployed", TTT_MODE="banks", META_TTT_TIME_FRAC="0.9", REPTILE_TIME_FRAC="0.9")
+    given = dict(
+        META_TTT_OBJECTIVE="deployed", TTT_MODE="banks", META_TTT_TIME_FRAC="0.9", REPTILE_TIME_FRAC="0.9"
+    )
     config, _, _ = load_config(given)
     assert config.phases == {"train": 1}
-    assert load_config({**given, "REPTILE_ENABLED": "1"})[0].phases == {"train": pytest.approx(0.1), "reptile": 0.9}
+    assert load_config({**given, "REPTILE_ENABLED": "1"})[0].phases == {
+        "train": pytest.approx(0.1),
+        "reptile": 0.9,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -1112,19 +1204,24 @@ RUNS = {
 
 @pytest.mark.parametrize("settings, late_steps, steps", RUNS.values(), ids=RUNS)
 def test_a_whole_run(env, tmp_path, monkeypatch, settings, late_steps, steps):
-    """Train, export, load strictly, evaluate: by the factors of the log and the result where they were deployed."""
+    """Train, export, load strictly, evaluate: by the factors of the log and the result where they were
+    deployed."""
     folder = train_here({**env, **settings}, tmp_path)
     result, log = json.loads((folder / "result.json").read_text()), (folder / "train.log").read_text()
     assert result["late_steps"] == late_steps and result["steps"] == steps and result["legal"] is True
     rates = result["meta_rates"]
-    assert {name: len(row) for name, row in rates.items()} == dict(qo_bank=6, kv_bank=6, mlp_up_bank=3, mlp_down_bank=3)
+    assert {name: len(row) for name, row in rates.items()} == dict(
+        qo_bank=6, kv_bank=6, mlp_up_bank=3, mlp_down_bank=3
+    )
     for row in rates.values():  # the first block is frozen
         assert all((x == 1) == (n % 3 == 0) and x > 0 for n, x in enumerate(row))
     spans = "".join(f" rates_{name}:{min(row):.3f}..{max(row):.3f}" for name, row in rates.items())
     lines = [line for line in log.splitlines() if re.match(r"(meta|reptile|deployed)_step:", line)]
     assert lines[-1].endswith(spans)
     names = [line.split(":")[0] for line in lines]
-    assert names == [f"{name}_step" for name, n in (late_steps or {"meta": len(lines)}).items() for _ in range(n)]
+    assert names == [
+        f"{name}_step" for name, n in (late_steps or {"meta": len(lines)}).items() for _ in range(n)
+    ]
     artifact = train_gpt.read_artifact(folder / "final_model.int6.ptz")
     model = train_gpt.load_model(artifact, CPU)
     model.load_state_dict(torch.load(folder / "final_model.pt", weights_only=True), strict=True)

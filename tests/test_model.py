@@ -1,4 +1,5 @@
-"""The model against an independent one of loops in float64; causality, document borders, banks, adapters, names."""
+"""The model against an independent one of loops in float64; causality, document borders, banks, adapters,
+names."""
 
 import sys
 from contextlib import nullcontext
@@ -25,7 +26,8 @@ SMALL = Config(
 
 
 def random_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
-    """A model with every parameter random (at initialisation the output matrices are zero, and hide what is wrong)."""
+    """A model with every parameter random (at initialisation the output matrices are zero, and hide what is
+    wrong)."""
     model, generator = GPT(config, dtype).double(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -37,9 +39,9 @@ def random_ids(rows: int, length: int, seed: int = 0, vocab: int = 40) -> torch.
     return torch.randint(2, vocab, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The reference
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def norm(x: np.ndarray) -> np.ndarray:
@@ -58,7 +60,10 @@ def reference_rotate(x: np.ndarray, position: int, config: Config) -> np.ndarray
     for i in range(r // 2):
         angle = position * base ** (-2 * i / r)
         a, b = x[i], x[i + r // 2]
-        out[i], out[i + r // 2] = a * np.cos(angle) + b * np.sin(angle), -a * np.sin(angle) + b * np.cos(angle)
+        out[i], out[i + r // 2] = (
+            a * np.cos(angle) + b * np.sin(angle),
+            -a * np.sin(angle) + b * np.cos(angle),
+        )
     return out
 
 
@@ -76,7 +81,9 @@ def reference_embedding(c: Config, p: dict[str, np.ndarray], ids: list[int]) -> 
         return np.array(tokens)
     gate = 1 / (1 + np.exp(-p["smear.gate"]))
     alone = [t == 0 or (borders and token == 1) for t, token in enumerate(ids)]
-    return np.array([(1 - gate) * x + (0 if alone[t] else gate * tokens[t - 1]) for t, x in enumerate(tokens)])
+    return np.array(
+        [(1 - gate) * x + (0 if alone[t] else gate * tokens[t - 1]) for t, x in enumerate(tokens)]
+    )
 
 
 def reference_attention(c: Config, p: dict, layer: int, h: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -172,7 +179,10 @@ def test_each_variant_changes_the_logits():
     """The control of the test above: no lever is without effect on these weights."""
     ids = random_ids(1, 11)
     ids[0, 4] = train_gpt.BOS_ID
-    rows = [reference_logits(random_model(replace(SMALL, **changes)), ids[0].tolist()) for changes in VARIANTS.values()]
+    rows = [
+        reference_logits(random_model(replace(SMALL, **changes)), ids[0].tolist())
+        for changes in VARIANTS.values()
+    ]
     for i, row in enumerate(rows[1:], 1):
         assert abs(row - rows[0]).max() > 1e-3, list(VARIANTS)[i]
 
@@ -190,7 +200,9 @@ def test_the_hash_of_large_ids_wraps_at_32_bits():
     model, ids = random_model(config), [60000, 65535, 59200, 2]
     assert 36313 * ids[0] > 2**31
     expected = reference_embedding(config, {k: v.numpy() for k, v in model.state_dict().items()}, ids)
-    np.testing.assert_allclose(model.embed(torch.tensor([ids])).detach().numpy()[0], expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        model.embed(torch.tensor([ids])).detach().numpy()[0], expected, rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("base", [10000.0, 22081.8])
@@ -235,15 +247,16 @@ def test_rows_longer_than_the_kept_angles():
     torch.testing.assert_close(model(ids), whole, rtol=0, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Causality and document borders
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length, cuts", [(14, range(1, 14)), (600, (1, 31, 32, 64, 511, 512, 599))])
 @pytest.mark.parametrize("borders", ["respect", "published", "attention"])
 def test_no_logit_depends_on_a_later_token(length, cuts, borders):
-    """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not move."""
+    """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not
+    move."""
     model = random_model(replace(SMALL, doc_borders=borders), torch.float32)
     ids, other = random_ids(2, length), random_ids(2, length, seed=1)
     ids[0, length // 2] = other[1, length // 3] = train_gpt.BOS_ID
@@ -251,14 +264,17 @@ def test_no_logit_depends_on_a_later_token(length, cuts, borders):
         before = model(ids)
         for cut in cuts:
             changed = torch.cat((ids[:, :cut], other[:, cut:]), dim=1)
-            changed[:, cut] = torch.where(changed[:, cut] == ids[:, cut], ids[:, cut] % 38 + 2, changed[:, cut])
+            changed[:, cut] = torch.where(
+                changed[:, cut] == ids[:, cut], ids[:, cut] % 38 + 2, changed[:, cut]
+            )
             after = model(changed)
             assert torch.equal(before[:, :cut], after[:, :cut]), cut
             assert (before[:, cut] != after[:, cut]).any(-1).all(), cut
 
 
 def test_a_document_of_a_row_is_read_as_if_it_stood_alone():
-    """DOC_BORDERS=attention, in float64: rotary positions only count by their differences, which stay the same."""
+    """DOC_BORDERS=attention, in float64: rotary positions only count by their differences, which stay the
+    same."""
     model = random_model(replace(SMALL, doc_borders="attention"))
     across = GPT(replace(model.config, doc_borders="respect"), torch.float64).double()
     across.load_state_dict(model.state_dict())
@@ -286,7 +302,9 @@ def test_documents_touch_through_smear_and_bigram_only_where_asked(smear, bigram
     second = torch.tensor([[1, 6, 3, 12, 1, 7, 8, 20]])
     assert torch.equal(respect(first)[:, 4:], respect(second)[:, 4:])
     assert not torch.equal(published(first)[:, 4], published(second)[:, 4])
-    inside = torch.tensor([[1, 5, 9, 30, 1, 17, 8, 20]])  # and within a document it does look back, by one token
+    inside = torch.tensor(
+        [[1, 5, 9, 30, 1, 17, 8, 20]]
+    )  # and within a document it does look back, by one token
     difference = (respect(first) != respect(inside)).any(-1)[0]
     assert difference[6] and not difference[:5].any()
 
@@ -298,9 +316,9 @@ def test_attention_crosses_borders_in_both_ways():
     assert not torch.equal(model(first)[:, 4], model(second)[:, 4])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Banks, adapters, tap
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def banks_of(model: GPT) -> dict[str, torch.Tensor]:
@@ -351,12 +369,16 @@ def test_banks_with_a_document_axis_equal_a_pass_for_each_document(names):
 @pytest.mark.parametrize("names", [GPT.BANKS, ("mlp_up_bank",)])
 def test_adapters_equal_their_product_added_to_the_weights(per_document, names):
     model, ids = random_model(SMALL), random_ids(3, 9)
-    adapters = {n: pair for n, pair in random_adapters(model, 4, (3,) if per_document else ()).items() if n in names}
+    adapters = {
+        n: pair for n, pair in random_adapters(model, 4, (3,) if per_document else ()).items() if n in names
+    }
     adapted = model(ids, adapters=adapters)
     for b in range(3):
         pairs = {n: (a[b], o[b]) if per_document else (a, o) for n, (a, o) in adapters.items()}
         merged = {n: banks_of(model)[n] + o @ a for n, (a, o) in pairs.items()}
-        torch.testing.assert_close(adapted[b : b + 1], model(ids[b : b + 1], model.weights(merged)), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            adapted[b : b + 1], model(ids[b : b + 1], model.weights(merged)), rtol=0, atol=1e-9
+        )
     assert not torch.allclose(adapted, model(ids), atol=1e-3)
 
 
@@ -391,16 +413,18 @@ def test_the_tap_sees_every_bank_row_once_with_its_input_and_output():
 def test_gradients_reach_replaced_banks_and_adapters():
     model, ids = random_model(SMALL), random_ids(2, 9)
     banks = {name: bank.clone().requires_grad_() for name, bank in banks_of(model).items()}
-    adapters = {n: (a.requires_grad_(), b.requires_grad_()) for n, (a, b) in random_adapters(model, 7).items()}
+    adapters = {
+        n: (a.requires_grad_(), b.requires_grad_()) for n, (a, b) in random_adapters(model, 7).items()
+    }
     model(ids, model.weights(banks), adapters).square().sum().backward()
     for tensor in [*banks.values(), *(factor for pair in adapters.values() for factor in pair)]:
         assert (tensor.grad.abs().flatten(1).amax(1) > 0).all()
     assert all(getattr(model, name).grad is None for name in GPT.BANKS)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Names, shapes, initial weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def lineage_shapes(bigram: tuple[int, int]) -> dict[str, tuple[int, ...]]:
@@ -439,7 +463,9 @@ def lineage_shapes(bigram: tuple[int, int]) -> dict[str, tuple[int, ...]]:
     "recipe, bigram, parameters", [("pr1019", (3072, 112), 27_067_484), ("pr549", (1536, 128), 26_928_220)]
 )
 def test_a_state_dict_of_the_lineage_loads_strictly(recipe, bigram, parameters, request):
-    config, _, _ = train_gpt.load_config({"RECIPE": str(request.config.rootpath / f"records/recipes/{recipe}.env")})
+    config, _, _ = train_gpt.load_config(
+        {"RECIPE": str(request.config.rootpath / f"records/recipes/{recipe}.env")}
+    )
     shapes, generator = lineage_shapes(bigram), torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = GPT(config)
@@ -449,7 +475,10 @@ def test_a_state_dict_of_the_lineage_loads_strictly(recipe, bigram, parameters, 
     model = model.to_empty(device="cpu")
     model.load_state_dict(state, strict=True)
     assert all(torch.equal(p, state[name]) for name, p in model.named_parameters())
-    for wrong in ({**state, "word_start_boost": torch.ones(())}, {k: v for k, v in state.items() if k != "smear.gate"}):
+    for wrong in (
+        {**state, "word_start_boost": torch.ones(())},
+        {k: v for k, v in state.items() if k != "smear.gate"},
+    ):
         with pytest.raises(RuntimeError, match=r"word_start_boost|smear\.gate"):
             model.load_state_dict(wrong, strict=True)
 
@@ -468,7 +497,12 @@ def test_a_state_dict_of_the_lineage_loads_strictly(recipe, bigram, parameters, 
                 *(f"ve_layer_scales.{j}" for j in (0, 1)),
             },
         ),
-        (dict(xsa_last_n=0, ln_scale=False, doc_borders="published", logit_softcap=0.0, mlp_leaky_slope=0.0), set()),
+        (
+            dict(
+                xsa_last_n=0, ln_scale=False, doc_borders="published", logit_softcap=0.0, mlp_leaky_slope=0.0
+            ),
+            set(),
+        ),
     ],
 )
 def test_levers_that_are_off_have_no_parameters(changes, absent):
@@ -499,9 +533,13 @@ def test_initial_weights():
     for layer in range(L):
         assert torch.equal(state[f"blocks.{layer}.resid_mix"], torch.stack((torch.ones(24), torch.zeros(24))))
         assert torch.equal(state[f"blocks.{layer}.attn.q_gain"], torch.full((4,), 1.5))
-        assert (state[f"blocks.{layer}.attn_scale"] == 1).all() and (state[f"blocks.{layer}.mlp_scale"] == 1).all()
+        assert (state[f"blocks.{layer}.attn_scale"] == 1).all() and (
+            state[f"blocks.{layer}.mlp_scale"] == 1
+        ).all()
     assert (state["skip_weights"] == 1).all() and (state["smear.gate"] == 0).all()
-    assert float(state["bigram.scale"]) == pytest.approx(0.05) and float(state["ve_shared.scale"]) == pytest.approx(0.1)
+    assert float(state["bigram.scale"]) == pytest.approx(0.05) and float(
+        state["ve_shared.scale"]
+    ) == pytest.approx(0.1)
     assert state["ve_layer_scales.0"] == 1 and state["ve_layer_scales.1"] == 1
 
 
@@ -512,7 +550,8 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
     same, other = GPT(SMALL).init_weights(7).state_dict(), GPT(SMALL).init_weights(8).state_dict()
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(
-        torch.equal(one[name], other[name]) for name in ("qo_bank", "kv_bank", "mlp_up_bank", "tok_emb.weight")
+        torch.equal(one[name], other[name])
+        for name in ("qo_bank", "kv_bank", "mlp_up_bank", "tok_emb.weight")
     )
 
 
@@ -559,7 +598,10 @@ def test_a_gpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch, gen
     for module in ("flash_attn_interface", "flash_attn"):
         monkeypatch.setitem(sys.modules, module, None)
     device = torch.device("cuda")
-    assert train_gpt.compute_dtype(device) == dtype and train_gpt.compute_dtype(torch.device("cpu")) == torch.float32
+    assert (
+        train_gpt.compute_dtype(device) == dtype
+        and train_gpt.compute_dtype(torch.device("cpu")) == torch.float32
+    )
     notices = [notice for notice in train_gpt.choose_attention("auto", device)[2] if "bfloat16" in notice]
     assert len(notices) == (dtype == torch.float32) and all("7.5" in notice for notice in notices)
     with pytest.raises(UserError, match="ATTENTION=fa3: fa3 "):
@@ -583,7 +625,8 @@ def test_the_backend_that_is_named_is_the_one_that_runs(allowed, borders):
 
 
 def by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal):
-    """What flash_attn_varlen_func does, one document at a time: (tokens, heads, D), and the log-sum-exp beside it."""
+    """What flash_attn_varlen_func does, one document at a time: (tokens, heads, D), and the log-sum-exp
+    beside it."""
     assert causal and torch.equal(begins_q, begins_k) and begins_q.dtype == torch.int32
     assert begins_q[0] == 0 and begins_q[-1] == len(q) and longest_q == longest_k
     parts = []
@@ -595,9 +638,12 @@ def by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal):
 
 
 def attention_inputs(rows: int, length: int, often: float = 0.2, seed: int = 0):
-    """q (rows, length, 4, 8), k and v with two heads, and the documents of texts: OFTEN of the places begin one."""
+    """q (rows, length, 4, 8), k and v with two heads, and the documents of texts: OFTEN of the places begin
+    one."""
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(rows, length, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(rows, length, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
     return q, k, v, (torch.rand(rows, length, generator=generator) < often).cumsum(1)
 
 
@@ -606,7 +652,8 @@ CUTS = [(1, 9, 0.0), (3, 300, 0.004), (2, 300, 0.01), (4, 64, 0.3), (2, 40, 1.0)
 
 @pytest.mark.parametrize("rows, length, often", CUTS)
 def test_documents_are_cut_as_a_kernel_of_any_length_wants_them(rows, length, often):
-    """The borders by brute force. Where a row has too many its first ones are kept, whatever the other rows have."""
+    """The borders by brute force. Where a row has too many its first ones are kept, whatever the other rows
+    have."""
     q, k, v, documents = attention_inputs(rows, length, often, seed=rows)
     begins, room, kept = train_gpt.document_begins(documents), length // 128 + 1, []
     assert begins.shape == (rows * (1 + room) + 1,)  # whatever the text
@@ -621,7 +668,9 @@ def test_documents_are_cut_as_a_kernel_of_any_length_wants_them(rows, length, of
     few = all(len(set(text)) - 1 <= room for text in documents.tolist())
     exact = torch.allclose(expected, train_gpt.sdpa_attention(q, k, v, documents), rtol=0, atol=1e-12)
     assert exact == few
-    assert torch.equal(attention(q[:, -3:], k, v, documents), train_gpt.sdpa_attention(q[:, -3:], k, v, documents))
+    assert torch.equal(
+        attention(q[:, -3:], k, v, documents), train_gpt.sdpa_attention(q[:, -3:], k, v, documents)
+    )
 
 
 def test_a_model_by_a_kernel_of_any_length_is_the_model_by_masks():
@@ -644,7 +693,9 @@ def test_torch_has_a_kernel_of_any_length():
     torch._dynamo.reset()
     attention, counter = train_gpt.torch_attention(), CompileCounterWithBackend("aot_eager")
     with torch._subclasses.FakeTensorMode():
-        q, k, v = (torch.empty(2, 300, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4))
+        q, k, v = (
+            torch.empty(2, 300, heads, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 4, 4)
+        )
         documents = torch.zeros(2, 300, dtype=torch.long)
         y = torch.compile(attention, backend=counter, dynamic=False, fullgraph=True)(q, k, v, documents)
         y.sum().backward()
@@ -675,7 +726,8 @@ def test_the_kernel_of_torch_is_asked_for_what_masks_do(stand_in, monkeypatch):
 
 
 def test_in_float32_torch_is_asked_for_kernels_that_take_it(monkeypatch):
-    """varlen_attn takes 16 bits only, and the fast kernels no fewer K/V heads then: none must be asked for these."""
+    """varlen_attn takes 16 bits only, and the fast kernels no fewer K/V heads then: none must be asked for
+    these."""
     attention, asked, honest = train_gpt.torch_attention(), [], F.scaled_dot_product_attention
 
     def record(q, k, v, **how):
@@ -701,7 +753,8 @@ def test_a_value_of_zero_has_no_direction_to_leave_out():
 @pytest.mark.gpu
 @pytest.mark.parametrize("requested", ["fa3", "fa2", "sdpa"])
 def test_attention_on_a_gpu(requested):
-    """Each kernel that is there, with and without documents: results and gradients in bfloat16 near float32's."""
+    """Each kernel that is there, with and without documents: results and gradients in bfloat16 near
+    float32's."""
     device = torch.device("cuda")
     try:
         kernel = train_gpt.choose_attention(requested, device)[1]
@@ -730,7 +783,9 @@ def test_the_backend_of_a_gpu_is_named(allowed):
     assert named == allowed.name.split("_")[0].lower()
 
 
-@pytest.mark.parametrize("given", [{"banks": {"qo": torch.zeros(1)}}, {"adapters": {"lm_head": (torch.zeros(1),) * 2}}])
+@pytest.mark.parametrize(
+    "given", [{"banks": {"qo": torch.zeros(1)}}, {"adapters": {"lm_head": (torch.zeros(1),) * 2}}]
+)
 def test_a_replacement_under_a_wrong_name_is_an_error(given):
     with pytest.raises(AssertionError, match="nothing would use"):
         model = random_model(SMALL)

@@ -1,4 +1,5 @@
-"""Newton-Schulz against an SVD, Muon against torch's and its formula, parameter groups, schedules, weight averages."""
+"""Newton-Schulz against an SVD, Muon against torch's and its formula, parameter groups, schedules, weight
+averages."""
 
 import re
 from dataclasses import replace
@@ -42,9 +43,9 @@ def svd_oracle(G: torch.Tensor, steps: int = 5) -> np.ndarray:
     return np.array(out)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Newton-Schulz and Muon
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -118,7 +119,8 @@ def test_cautious_muon_without_any_entry_to_take():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_muon_on_a_bank_equals_torch_muon_on_each_row(shape):
-    """torch's buffer is (1 - momentum) times ours, and the update keeps only the direction. Both run in bfloat16."""
+    """torch's buffer is (1 - momentum) times ours, and the update keeps only the direction. Both run in
+    bfloat16."""
     settings, start = dict(lr=0.05, weight_decay=0.1, momentum=0.9375), randn(shape, 4, torch.float32)
     bank = nn.Parameter(start.clone())
     rows = [nn.Parameter(matrix.clone()) for matrix in start]
@@ -135,19 +137,28 @@ def test_muon_on_a_bank_equals_torch_muon_on_each_row(shape):
     assert (moved - expected).abs().max() < 0.02
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Groups
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 RATES = dict(
-    matrix_lr=0.001, scalar_lr=0.002, tied_embed_lr=0.003, embed_lr=0.004, head_lr=0.005, muon_wd=0.5, adam_wd=0.25
+    matrix_lr=0.001,
+    scalar_lr=0.002,
+    tied_embed_lr=0.003,
+    embed_lr=0.004,
+    head_lr=0.005,
+    muon_wd=0.5,
+    adam_wd=0.25,
 )
 GROUPS = {  # name -> rate when tied, rate when not, decay
     **{name: (0.001, 0.001, 0.5) for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")},
     **{f"{name}.weight": (0.003, 0.004, 0.25) for name in ("tok_emb", "bigram.embed", "ve_shared.embed")},
     "lm_head.weight": (None, 0.005, 0.25),
     **{name: (0.002, 0.002, 0.25) for name in ("bigram.proj.weight", "ve_shared.proj.weight")},
-    **{name: (0.002, 0.002, 0.0) for name in ("bigram.scale", "ve_shared.scale", "smear.gate", "skip_weights")},
+    **{
+        name: (0.002, 0.002, 0.0)
+        for name in ("bigram.scale", "ve_shared.scale", "smear.gate", "skip_weights")
+    },
     **{f"ve_layer_scales.{j}": (0.002, 0.002, 0.0) for j in range(2)},
     **{
         f"blocks.{i}.{name}": (0.002, 0.002, 0.0)
@@ -181,8 +192,11 @@ DEPTH = dict(decoder_lr_mult=3.0)
 
 
 def test_every_parameter_of_the_levers_has_one_group_with_its_rate_and_decay():
-    """The rates of a block's scales go by its place in the forward pass of eight layers, its halves being four each."""
-    expected = {name: (rate, decay) for name, (rate, _, decay) in GROUPS.items() if rate and name[:7] != "blocks."}
+    """The rates of a block's scales go by its place in the forward pass of eight layers, its halves being
+    four each."""
+    expected = {
+        name: (rate, decay) for name, (rate, _, decay) in GROUPS.items() if rate and name[:7] != "blocks."
+    }
     expected |= {f"mtp_heads.{k}.weight": (0.001, 0.5) for k in range(2)}
     expected |= {"memory_tokens": (0.003, 0.25), "skip_gates": (0.002, 0.0), "word_start_boost": (0.002, 0.0)}
     for n in range(8):
@@ -202,7 +216,9 @@ def test_banks_take_the_rate_of_the_half_of_their_first_use():
         p = model.get_parameter(name)
         for i, W in enumerate(p.detach().view(-1, *p.shape[-2:]).numpy()):
             lr = 0.001 * (3.0 if i % 5 == 2 and name in GPT.BANKS else 1)
-            update = svd_oracle(p.grad.view(-1, *W.shape)[i : i + 1])[0] * np.sqrt(max(1, W.shape[0] / W.shape[1]))
+            update = svd_oracle(p.grad.view(-1, *W.shape)[i : i + 1])[0] * np.sqrt(
+                max(1, W.shape[0] / W.shape[1])
+            )
             start = before[name].view(-1, *W.shape)[i].numpy()
             np.testing.assert_allclose(W, start * (1 - lr * 0.5) - lr * update, rtol=0, atol=1e-7)
 
@@ -253,9 +269,9 @@ def test_adamw_equals_its_formula():
         np.testing.assert_allclose(model.tok_emb.weight.detach().numpy(), W, rtol=1e-9, atol=1e-12)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Schedules
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_lr_by_steps():
@@ -275,7 +291,8 @@ def test_lr_by_steps():
 @pytest.mark.parametrize("pace", [0.01, 0.1, 3.0])
 @pytest.mark.parametrize("min_lr", [0.0, 0.2])
 def test_lr_by_the_clock(iterations, pace, min_lr):
-    """Against the published rule in seconds: min(1, r / W), with r what remains and W = WARMDOWN_ITERS * pace."""
+    """Against the published rule in seconds: min(1, r / W), with r what remains and W = WARMDOWN_ITERS *
+    pace."""
     config, budget = Config(iterations=iterations, warmdown_iters=30, min_lr=min_lr), 100 * pace
     scales = []
     for step in range(1, 140):
@@ -300,7 +317,8 @@ def test_lr_follows_the_pace_of_the_run():
 @pytest.mark.parametrize("iterations, budget", [(300, 0.0), (300, 1e9), (20_000, 465.0)])
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_a_run_shorter_than_its_warmdown_is_told(iterations, budget, shape):
-    """300 steps, by number or by the clock at 1.55 s each: the share that is named is the largest that a step has."""
+    """300 steps, by number or by the clock at 1.55 s each: the share that is named is the largest that a step
+    has."""
     config = Config(iterations=iterations, warmdown_iters=4000, warmdown_shape=shape)
     said = short_run_warning(config, 10, 15.5, budget)
     highest = max(lr_scale(config, step, 1.55 * step, budget) for step in range(1, 300))
@@ -313,15 +331,26 @@ def test_a_run_shorter_than_its_warmdown_is_told(iterations, budget, shape):
 @pytest.mark.parametrize("budget", [0.0, 100.0])
 @pytest.mark.parametrize("min_lr", [0.0, 0.2])
 def test_a_cosine_falls_from_one_to_the_floor(budget, min_lr):
-    """(1 + cos(pi u)) / 2, u being the share of the fall that is over; here it takes the last 40 of 100 steps."""
-    config = Config(iterations=10**6 if budget else 100, warmdown_iters=40, warmdown_shape="cosine", min_lr=min_lr)
+    """(1 + cos(pi u)) / 2, u being the share of the fall that is over; here it takes the last 40 of 100
+    steps."""
+    config = Config(
+        iterations=10**6 if budget else 100, warmdown_iters=40, warmdown_shape="cosine", min_lr=min_lr
+    )
     scales = [lr_scale(config, step, float(step), budget) for step in range(1, 120)]
     over = np.clip((np.arange(1, 120) - 60) / 40, 0, 1)
-    np.testing.assert_allclose(scales, min_lr + (1 - min_lr) * (1 + np.cos(np.pi * over)) / 2, rtol=0, atol=1e-12)
-    assert scales[59] == 1 and scales[79] == pytest.approx((1 + min_lr) / 2) and scales[99] == pytest.approx(min_lr)
+    np.testing.assert_allclose(
+        scales, min_lr + (1 - min_lr) * (1 + np.cos(np.pi * over)) / 2, rtol=0, atol=1e-12
+    )
+    assert (
+        scales[59] == 1
+        and scales[79] == pytest.approx((1 + min_lr) / 2)
+        and scales[99] == pytest.approx(min_lr)
+    )
 
 
-@pytest.mark.parametrize("step, momentum", [(0, 0.92), (375, 0.9375), (750, 0.955), (1500, 0.99), (20000, 0.99)])
+@pytest.mark.parametrize(
+    "step, momentum", [(0, 0.92), (375, 0.9375), (750, 0.955), (1500, 0.99), (20000, 0.99)]
+)
 def test_momentum(step, momentum):
     assert momentum_at(Config(), step) == pytest.approx(momentum, abs=1e-12)
 
@@ -333,22 +362,28 @@ def test_momentum_rises_monotonically_or_is_constant_without_a_warm_up():
     assert {momentum_at(constant, step) for step in (0, 1, 100)} == {constant.muon_momentum}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weight averaging
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("swa", [True, False])
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_weight_average(ema, swa, every):
-    """Against a float64 recurrence from the initial weights; snapshots at steps 6, 9, 12: every third one below 0.5.
+    """Against a float64 recurrence from the initial weights; snapshots at steps 6, 9, 12: every third one
+    below 0.5.
 
     An update every so many steps takes the live weights of its own step, by the decay of all of them.
     """
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     config = Config(
-        ema_enabled=ema, ema_decay=0.8, ema_update_every=every, swa_enabled=swa, swa_every=3, swa_threshold=0.5
+        ema_enabled=ema,
+        ema_decay=0.8,
+        ema_update_every=every,
+        swa_enabled=swa,
+        swa_every=3,
+        swa_threshold=0.5,
     )
     average = WeightAverage(model, config)
     running = [p.detach().double().numpy().copy() for p in model.parameters()]

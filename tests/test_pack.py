@@ -1,7 +1,7 @@
 """records/pack.py: the packed programs do what the readable ones do, and any source survives packing.
 
-The packed files come from one call of the command with another hash seed than this process has. What they do is held
-against the readable programs, what they contain against Python's own reading of sources.
+The packed files come from one call of the command with another hash seed than this process has. What they do
+is held against the readable programs, what they contain against Python's own reading of sources.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("train_gpt.py", "eval_ttt.py")
-AWKWARD = b"\\\r\n\0\"'07x{}%#\t\x0c\x1a\x85\xa0\xc3\xff"  # escapes, ends, what follows an escape, halves of UTF-8
+AWKWARD = (
+    b"\\\r\n\0\"'07x{}%#\t\x0c\x1a\x85\xa0\xc3\xff"  # escapes, ends, what follows an escape, halves of UTF-8
+)
 
 
 def python(*args: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env={"OMP_NUM_THREADS": "1", **inherited(), **environ}, capture_output=True)
+    return subprocess.run(
+        command, cwd=cwd, env={"OMP_NUM_THREADS": "1", **inherited(), **environ}, capture_output=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +70,9 @@ def packed_trainer(shipped) -> ModuleType:
         yield module
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The programs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_files_sizes_and_table(packing):
@@ -89,8 +93,11 @@ def test_packing_again_gives_the_same_bytes(shipped, name):
 
 
 def test_a_run_of_the_packed_trainer(shipped, smoke_env, tmp_path):
-    """Losses, scores and artifact are those of the readable trainer to the last bit; code is counted as shipped."""
-    env = smoke_env | dict(ITERATIONS="5", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="1", EVAL_STRIDE="64", DEVICE="cpu")
+    """Losses, scores and artifact are those of the readable trainer to the last bit; code is counted as
+    shipped."""
+    env = smoke_env | dict(
+        ITERATIONS="5", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="1", EVAL_STRIDE="64", DEVICE="cpu"
+    )
     done = python(shipped / "train_gpt.py", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr.decode()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as readable:
@@ -107,7 +114,9 @@ def test_a_run_of_the_packed_trainer(shipped, smoke_env, tmp_path):
     artifact, expected = ((folder / "final_model.int6.ptz").read_bytes() for folder in folders)
     assert artifact == expected
     result, expected = (json.loads((folder / "result.json").read_text()) for folder in folders)
-    assert all(result[key] == expected[key] for key in expected if key.startswith(("val_", "sha256_artifact")))
+    assert all(
+        result[key] == expected[key] for key in expected if key.startswith(("val_", "sha256_artifact"))
+    )
 
     (size,) = re.findall(r"^Code size: (\d+) bytes$", logs[0], re.M)
     assert int(size) == sum((shipped / name).stat().st_size for name in NAMES) == result["bytes_code"]
@@ -116,7 +125,10 @@ def test_a_run_of_the_packed_trainer(shipped, smoke_env, tmp_path):
 
 
 def test_the_packed_evaluator_runs_with_the_packed_trainer(shipped, tmp_path, capsys):
-    code = "import eval_ttt as e; print(e.__file__, e.tg.__file__, sep='\\n'); raise SystemExit(e.main(['--help']))"
+    code = (
+        "import eval_ttt as e; print(e.__file__, e.tg.__file__, sep='\\n'); raise "
+        "SystemExit(e.main(['--help']))"
+    )
     done = python("-B", "-c", code, cwd=tmp_path, PYTHONPATH=str(shipped))
     assert done.returncode == 0, done.stderr.decode()
     *files, head = done.stdout.decode().split("\n", 2)
@@ -131,20 +143,24 @@ def test_what_the_packed_trainer_says_of_itself(packed_trainer, smoke_env, capsy
 
 
 def test_what_other_files_use_of_the_trainer(packed_trainer):
-    """Globals, settings with their types, and the arguments of every function are those of the readable trainer."""
+    """Globals, settings with their types, and the arguments of every function are those of the readable
+    trainer."""
     own = {
         name: value for name, value in vars(train_gpt).items() if not name.startswith("__")
     }  # torch.compile adds some
     assert {name for name in vars(packed_trainer) if not name.startswith("__")} - {"bz2"} == own.keys()
     ours, theirs = (
-        [(f.name, f.type, f.default, f.metadata) for f in fields(m.Config)] for m in (packed_trainer, train_gpt)
+        [(f.name, f.type, f.default, f.metadata) for f in fields(m.Config)]
+        for m in (packed_trainer, train_gpt)
     )
     assert ours == theirs
     functions = {name: value for name, value in own.items() if inspect.isfunction(value)}
 
     def arguments(function) -> list[tuple]:
         found = inspect.signature(function).parameters.values()
-        return [(a.kind, a.kind is a.VAR_POSITIONAL or a.name) for a in found]  # what * collects is nobody's to name
+        return [
+            (a.kind, a.kind is a.VAR_POSITIONAL or a.name) for a in found
+        ]  # what * collects is nobody's to name
 
     for name, function in functions.items():
         assert arguments(getattr(packed_trainer, name)) == arguments(function), name
@@ -160,9 +176,9 @@ def test_the_check_of_records_reads_packed_programs(shipped, name):
     assert list(check.find_shapes(tree)) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Any source
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_minified_code_does_the_same():
@@ -217,7 +233,11 @@ def test_minified_code_is_for_every_python():
 
 
 @settings(max_examples=200, deadline=None, database=None)
-@given(st.lists(st.sampled_from([bytes([b]) for b in AWKWARD]) | st.binary(max_size=3), max_size=40).map(b"".join))
+@given(
+    st.lists(st.sampled_from([bytes([b]) for b in AWKWARD]) | st.binary(max_size=3), max_size=40).map(
+        b"".join
+    )
+)
 def test_a_literal_holds_any_bytes(blob):
     space: dict[str, str] = {}
     exec(compile(b"#coding:l1\nTEXT = " + pack.literal(blob), "literal", "exec"), space)
@@ -226,7 +246,10 @@ def test_a_literal_holds_any_bytes(blob):
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(
-    st.text(st.sampled_from(AWKWARD.decode("latin-1") + "\u2028\U0001d11e") | st.characters(exclude_categories=["Cs"]))
+    st.text(
+        st.sampled_from(AWKWARD.decode("latin-1") + "\u2028\U0001d11e")
+        | st.characters(exclude_categories=["Cs"])
+    )
 )
 def test_any_source_survives_packing(source):
     """What a packed file hands to exec is the source."""
@@ -246,7 +269,10 @@ def test_a_file_holds_any_bytes(tmp_path):
 
 def test_a_packed_file_runs_in_its_own_place(tmp_path):
     """Same names for itself, the exit code of its own, a line number in its traceback."""
-    source = '"""\u00c4 \\\\ doc."""\nimport sys\nprint(ascii([__doc__, __name__, __file__, sys.argv]))\nraise KeyError'
+    source = (
+        '"""\u00c4 \\\\ doc."""\nimport sys\nprint(ascii([__doc__, __name__, __file__, '
+        "sys.argv]))\nraise KeyError"
+    )
     said = []
     for name, content in (("plain", source.encode()), ("packed", pack.pack(source))):
         (tmp_path / name).mkdir()
@@ -256,9 +282,9 @@ def test_a_packed_file_runs_in_its_own_place(tmp_path):
     assert said[0].returncode == said[1].returncode == 1 and b"line 4, in <module>" in said[1].stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What the user can put right
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def refused(capsys, *args: Path | str) -> str:

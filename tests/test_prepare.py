@@ -146,9 +146,9 @@ def lossy_model(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text and tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -161,7 +161,15 @@ def test_hostile_text_survives(sp: spm.SentencePieceProcessor, text: str) -> Non
 
 def test_random_unicode_survives(sp: spm.SentencePieceProcessor) -> None:
     rng = random.Random(1)
-    ranges = [(32, 127), (0, 32), (0x80, 0x3000), (0x2580, 0x2586), (0x3000, 0xD800), (0xE000, 0x110000), (32, 33)]
+    ranges = [
+        (32, 127),
+        (0, 32),
+        (0x80, 0x3000),
+        (0x2580, 0x2586),
+        (0x3000, 0xD800),
+        (0xE000, 0x110000),
+        (32, 33),
+    ]
     for _ in range(2000):
         text = "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(40)))
         ids = prepare.encode(sp, text)
@@ -203,7 +211,9 @@ def test_vocabulary_of_a_large_script() -> None:
     assert to_bytes(model, prepare.encode(model, text)) == text.encode()
 
 
-@pytest.mark.parametrize("text", ["\t", "\x00", SP_SPACE, "x", "]^-\\\\", " " * 20_000, "\n" * 5000, "ab" * 5000])
+@pytest.mark.parametrize(
+    "text", ["\t", "\x00", SP_SPACE, "x", "]^-\\\\", " " * 20_000, "\n" * 5000, "ab" * 5000]
+)
 def test_text_without_enough_variety_is_an_error(text: str) -> None:
     with pytest.raises(prepare.InputError, match="it yields at most"):
         prepare.train_tokenizer([text], 400)
@@ -222,9 +232,9 @@ def test_sample_is_bounded_uniform_and_reproducible() -> None:
     assert sample(1) == sample(1) != sample(2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shards and manifest
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_documents_come_back(prepared: Path, texts: list[str]) -> None:
@@ -248,7 +258,11 @@ def test_manifest_numbers(prepared: Path, sp: spm.SentencePieceProcessor, texts:
     for shard in manifest["shards"]:
         tokens = read_tokens(prepared / shard["file"])
         text = [token for token in tokens if token != 1]
-        found = {"documents": len(tokens) - len(text), "text_bytes": len(to_bytes(sp, text)), "tokens": len(tokens)}
+        found = {
+            "documents": len(tokens) - len(text),
+            "text_bytes": len(to_bytes(sp, text)),
+            "tokens": len(tokens),
+        }
         assert found == {key: shard[key] for key in found}
         assert shard["sha256"] == hashlib.sha256((prepared / shard["file"]).read_bytes()).hexdigest()
         totals[shard["split"]] = {key: totals[shard["split"]][key] + number for key, number in found.items()}
@@ -262,7 +276,9 @@ def test_shards_are_full_but_the_last(prepared: Path) -> None:
     assert len(sizes) > 3 and set(sizes[:-1]) == {3001} and 0 < sizes[-1] <= 3001
 
 
-def test_given_tokenizer_and_lossy_counts(source: Path, texts: list[str], lossy_model: Path, tmp_path: Path) -> None:
+def test_given_tokenizer_and_lossy_counts(
+    source: Path, texts: list[str], lossy_model: Path, tmp_path: Path
+) -> None:
     assert run([source], tmp_path, "--tokenizer", str(lossy_model), "--val-docs", "20") == 0
     assert (tmp_path / "tokenizer.model").read_bytes() == lossy_model.read_bytes()
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -274,17 +290,24 @@ def test_given_tokenizer_and_lossy_counts(source: Path, texts: list[str], lossy_
     assert read_tokens(tmp_path / "fineweb_val_000000.bin") == expected
 
 
-def test_output_does_not_depend_on_workers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_does_not_depend_on_workers(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(prepare, "BATCH_CHARACTERS", 1500)  # many more batches than the window holds
     for workers in ("1", "2"):
-        assert run([source], tmp_path / workers, "--workers", workers, "--shard-tokens", "2000", "--name", "n") == 0
+        assert (
+            run([source], tmp_path / workers, "--workers", workers, "--shard-tokens", "2000", "--name", "n")
+            == 0
+        )
     assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
 
 
 def zstd_frames(content: bytes) -> bytes:
     """Compress as two frames, as parallel compressors and concatenation do."""
     half = len(content) // 2
-    return zstandard.ZstdCompressor().compress(content[:half]) + zstandard.ZstdCompressor().compress(content[half:])
+    return zstandard.ZstdCompressor().compress(content[:half]) + zstandard.ZstdCompressor().compress(
+        content[half:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -330,7 +353,9 @@ def test_split_by_hash_keeps_duplicates_together(texts: list[str], tmp_path: Pat
     assert documents_in(tmp_path / "1", "val") != documents_in(tmp_path / "2", "val")
 
 
-def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts: list[str], tmp_path: Path) -> None:
+def test_separate_validation_text_stays_out_of_the_tokenizer(
+    source: Path, texts: list[str], tmp_path: Path
+) -> None:
     foreign = write_jsonl(tmp_path / "val.jsonl", ["\u0416\u0416\u0416 " * 500])
     assert run([source], tmp_path / "a", "--val-input", str(foreign)) == 0
     assert documents_in(tmp_path / "a", "train") == texts
@@ -340,9 +365,9 @@ def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts
     assert not list((tmp_path / "b").glob("fineweb_val_*"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What users get wrong
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,7 +379,11 @@ def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', 'bad.jsonl, line 2: no string under the key "text"'),
         ("bad.jsonl", b'{"text": 3}\n', "bad.jsonl, line 1: no string"),
         ("bad.jsonl", b'["text"]\n', "bad.jsonl, line 1: no string"),
-        ("bad.jsonl", b'{"text": "a", "m": 1, "text": "b"}\n', 'line 1: the key "text" occurs more than once'),
+        (
+            "bad.jsonl",
+            b'{"text": "a", "m": 1, "text": "b"}\n',
+            'line 1: the key "text" occurs more than once',
+        ),
         ("bad.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "bad.jsonl, line 1: cannot be parsed"),
         ("bad.jsonl", b"[" * 100_000 + b"\n", "bad.jsonl, line 1: cannot be parsed"),
         ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b\\ud800"}\n', "bad.jsonl, line 3: lone surrogate U+D800"),
@@ -368,7 +397,9 @@ def test_separate_validation_text_stays_out_of_the_tokenizer(source: Path, texts
         ("bad.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "no training documents"),
     ],
 )
-def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str) -> None:
+def test_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     options = ["--val-docs", "2"] if "no training" in message else []
@@ -378,12 +409,17 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
     assert not (tmp_path / "out").exists()
 
 
-def test_only_zst_files_need_zstandard(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_only_zst_files_need_zstandard(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     """Its absence is said before any other file is read, and stops nothing where no input is a .zst file."""
     monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.txt").write_bytes(b"not UTF-8: \xff")
     (tmp_path / "b.jsonl.zst").write_bytes(zstd_frames(b'{"text": "b"}\n'))
-    for names, message in (("a.txt b.jsonl.zst", "pip install zstandard"), ("a.txt", "a.txt, line 1: not valid")):
+    for names, message in (
+        ("a.txt b.jsonl.zst", "pip install zstandard"),
+        ("a.txt", "a.txt, line 1: not valid"),
+    ):
         assert run([tmp_path / name for name in names.split()], tmp_path / "out") == 2
         assert message in capsys.readouterr().err
 
@@ -428,9 +464,9 @@ def test_earlier_output_is_replaced_only_on_request(
     assert documents_in(out, "train") == texts[1:150]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # No text is lost without a word
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 LINES = [b'{"text": "one"}\n', b'{"text": "two"}\n', b'{"text": "three"}\n']
 COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}
@@ -458,7 +494,12 @@ def test_every_stream_is_read_or_the_file_is_an_error(tmp_path: Path, suffix: st
 @pytest.mark.parametrize(("suffix", "zeros"), [(".xz", 2 * prepare.FrameReader.CHUNK + 4), (".zst", 0)])
 def test_streams_and_padding_across_chunks(tmp_path: Path, suffix: str, zeros: int) -> None:
     rng = random.Random(3)
-    parts = [rng.randbytes(10_000).hex().encode(), b"a" * 5_000_000, b"", rng.randbytes(50_000).hex().encode()]
+    parts = [
+        rng.randbytes(10_000).hex().encode(),
+        b"a" * 5_000_000,
+        b"",
+        rng.randbytes(50_000).hex().encode(),
+    ]
     path = tmp_path / f"text.txt{suffix}"
     path.write_bytes(b"".join(COMPRESS[suffix](part) + bytes(zeros) for part in parts))
     assert [utf8 for _, utf8 in prepare.read_texts(path)] == [b"".join(parts)]
@@ -468,13 +509,26 @@ def test_folders_are_read_through_links_and_the_rest_is_named(tmp_path: Path) ->
     folder, other = tmp_path / "in", tmp_path / "other"
     for name in ("in/sub/.hidden", "other/deep"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("in/a.txt", "in/B.TXT", "in/sub/.c.txt", "in/sub/.hidden/d.txt", "other/deep/e.txt", "other/f.txt"):
+    for name in (
+        "in/a.txt",
+        "in/B.TXT",
+        "in/sub/.c.txt",
+        "in/sub/.hidden/d.txt",
+        "other/deep/e.txt",
+        "other/f.txt",
+    ):
         (tmp_path / name).write_text(Path(name).name)
     (folder / "g.JsonL.GZ").write_bytes(gzip.compress(b'{"text": "g"}'))
     for name in ("in/notes.md", "in/no_suffix", "in/x.jsonl.bz2", "in/.txt", "other/h.md"):
         (tmp_path / name).write_text("h")
     os.mkfifo(folder / "pipe.txt")
-    links = {"0_more": other, "1_again": other / "deep", "2_loop": folder, "sub/up": tmp_path, "h.txt": other / "h.md"}
+    links = {
+        "0_more": other,
+        "1_again": other / "deep",
+        "2_loop": folder,
+        "sub/up": tmp_path,
+        "h.txt": other / "h.md",
+    }
     links |= {"same.txt": folder / "a.txt", "sub/f.txt": other / "f.txt", "gone.md": Path("nowhere")}
     for name, target in links.items():
         (folder / name).symlink_to(target)
@@ -485,15 +539,29 @@ def test_folders_are_read_through_links_and_the_rest_is_named(tmp_path: Path) ->
     named = {path.relative_to(folder).as_posix(): reason for path, reason in left_out.files}
     unsupported = {"notes.md", "no_suffix", "x.jsonl.bz2", ".txt", "0_more/h.md"}
     assert {name for name, reason in named.items() if reason == "unsupported extension"} == unsupported
-    assert set(named) - unsupported == {"pipe.txt", "gone.md", "1_again", "2_loop", "sub/up", "same.txt", "sub/f.txt"}
-    assert len(left_out.files) == len(named) and all(str(path) in left_out.describe() for path, _ in left_out.files)
+    assert set(named) - unsupported == {
+        "pipe.txt",
+        "gone.md",
+        "1_again",
+        "2_loop",
+        "sub/up",
+        "same.txt",
+        "sub/f.txt",
+    }
+    assert len(left_out.files) == len(named) and all(
+        str(path) in left_out.describe() for path, _ in left_out.files
+    )
 
 
 def test_links_and_folders_that_cannot_be_read_are_errors(texts: list[str], tmp_path: Path, capsys) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write_jsonl(folder / "a.jsonl", texts)
-    for name, target in (("gone.txt", "nowhere"), ("disk", "/nonexistent/disk"), ("self.jsonl", "self.jsonl")):
+    for name, target in (
+        ("gone.txt", "nowhere"),
+        ("disk", "/nonexistent/disk"),
+        ("self.jsonl", "self.jsonl"),
+    ):
         (folder / name).symlink_to(target)
         assert run([folder], tmp_path / "out") == 2
         assert f"{folder / name}: cannot be read" in capsys.readouterr().err
@@ -521,8 +589,12 @@ def test_a_folder_without_permission_is_an_error() -> None:
 def test_what_holds_no_text_is_counted(texts: list[str], tmp_path: Path, capsys) -> None:
     folder, mark = tmp_path / "in", b"\xef\xbb\xbf"
     folder.mkdir()
-    lines = [json.dumps({"m": {"text": 1, '"text"': 2}, "text": text}).encode() for text in ["", *texts[:200], ""]]
-    (folder / "a.jsonl").write_bytes(mark + b"\r\n".join(lines) + b"\n \n\n" + mark + b'{"text": "after a mark"}')
+    lines = [
+        json.dumps({"m": {"text": 1, '"text"': 2}, "text": text}).encode() for text in ["", *texts[:200], ""]
+    ]
+    (folder / "a.jsonl").write_bytes(
+        mark + b"\r\n".join(lines) + b"\n \n\n" + mark + b'{"text": "after a mark"}'
+    )
     for name, content in (
         ("empty.txt", b""),
         ("blank.jsonl", mark + b"\n\n"),
@@ -539,9 +611,9 @@ def test_what_holds_no_text_is_counted(texts: list[str], tmp_path: Path, capsys)
     assert manifest["left_out"] == {"files": 3, "empty_documents": 3, "blank_lines": 4}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Finished work is kept
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_shown_is_escaped() -> None:
@@ -571,7 +643,9 @@ def test_names_that_are_not_utf8(source: Path, texts: list[str], tmp_path: Path,
     assert {name: again[name] for name in again if name != "manifest.json"} == {
         name: content for name, content in snapshot(out).items() if name != "manifest.json"
     }
-    assert sorted(documents_in(tmp_path / "again", "train") + documents_in(tmp_path / "again", "val")) == sorted(texts)
+    assert sorted(
+        documents_in(tmp_path / "again", "train") + documents_in(tmp_path / "again", "val")
+    ) == sorted(texts)
 
 
 def test_shards_stay_where_the_manifest_cannot_be_written(
@@ -589,12 +663,14 @@ def test_shards_stay_where_the_manifest_cannot_be_written(
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "all shards are complete, but manifest.json cannot be written" in capsys.readouterr().err
     assert snapshot(tmp_path / "full") == {name: good[name] for name in good if name != "manifest.json"}
-    assert run([source], tmp_path / "full", "--overwrite") == 0 and set(snapshot(tmp_path / "full")) == set(good)
+    assert run([source], tmp_path / "full", "--overwrite") == 0 and set(snapshot(tmp_path / "full")) == set(
+        good
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Overlap of validation and training shards
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def write_shards(folder: Path, split: str, tokens: list[int], sizes: int) -> None:
@@ -612,7 +688,9 @@ def split_at_bos(tokens: list[int]) -> list[list[int]]:
 def brute_force_overlap(val: list[int], train: list[int]) -> dict[str, int]:
     windows = {tuple(train[start : start + 32]) for start in range(len(train) - 31)}
     whole = {tuple(document) for document in split_at_bos(train)}
-    counts = Counter(dict.fromkeys(("documents_inside", "documents_touched", "documents_short", "spans_found"), 0))
+    counts = Counter(
+        dict.fromkeys(("documents_inside", "documents_touched", "documents_short", "spans_found"), 0)
+    )
     for document in filter(None, split_at_bos(val)):
         inner = document[8:-8] if len(document) >= 48 else document
         places = sorted({*range(0, len(inner) - 31, 32), len(inner) - 32})
@@ -624,8 +702,11 @@ def brute_force_overlap(val: list[int], train: list[int]) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_overlap_is_what_a_brute_force_counts(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents of 0 to 150 tokens, a third of them copied into the training text: whole, cut, changed, in others."""
+def test_overlap_is_what_a_brute_force_counts(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of 0 to 150 tokens, a third of them copied into the training text: whole, cut, changed, in
+    others."""
     monkeypatch.setattr(prepare, "CHUNK_TOKENS", 97)  # documents and spans lie across chunks and shards
     rng = random.Random(seed)
     val_documents = [[rng.randrange(3, 3 + 2**seed) for _ in range(rng.randrange(150))] for _ in range(60)]
@@ -633,10 +714,18 @@ def test_overlap_is_what_a_brute_force_counts(tmp_path: Path, seed: int, monkeyp
     train_documents = [rng.choices(range(3, 65536), k=rng.randrange(90)) for _ in range(60)]
     for document in val_documents[::3]:
         first = rng.randrange(len(document) + 1) // 3
-        copies = [document, document[first:], document[:-1], [*document[:40], 2, *document[41:]], [7, *document, 8, 9]]
+        copies = [
+            document,
+            document[first:],
+            document[:-1],
+            [*document[:40], 2, *document[41:]],
+            [7, *document, 8, 9],
+        ]
         train_documents.append(rng.choice(copies))
     rng.shuffle(train_documents)
-    val, train = ([token for document in side for token in (1, *document)] for side in (val_documents, train_documents))
+    val, train = (
+        [token for document in side for token in (1, *document)] for side in (val_documents, train_documents)
+    )
     write_shards(tmp_path, "val", val, 1000)
     write_shards(tmp_path, "train", train, 501)
     (tmp_path / "fineweb_val_bytes_000000.bin").write_bytes(b"not tokens")
@@ -651,14 +740,22 @@ def test_overlap_of_text_goes_into_the_record(
     prepared: Path, source: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = [text for text in texts[:30] if len(text) > 250][:3]
-    leak = write_jsonl(tmp_path / "leak.jsonl", ["bado kela", f"before it {long[0]} behind it", long[1], "end"])
+    leak = write_jsonl(
+        tmp_path / "leak.jsonl", ["bado kela", f"before it {long[0]} behind it", long[1], "end"]
+    )
     val = write_jsonl(tmp_path / "val.jsonl", [*long, "bado kela", "bado"])
-    folder, options = tmp_path / "out", ["--tokenizer", str(prepared / "tokenizer.model"), "--val-input", str(val)]
+    folder, options = (
+        tmp_path / "out",
+        ["--tokenizer", str(prepared / "tokenizer.model"), "--val-input", str(val)],
+    )
     assert run([leak], folder, *options) == 0
     before = json.loads((folder / "manifest.json").read_text())
     assert prepare.main(["--overlap", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "overlap: 3 of 5 validation documents occur in the" in out and "tokens/s; written to manifest.json" in out
+    assert (
+        "overlap: 3 of 5 validation documents occur in the" in out
+        and "tokens/s; written to manifest.json" in out
+    )
     after = json.loads((folder / "manifest.json").read_text())
     overlap = after.pop("overlap")
     assert after == before and not list(folder.glob("*.tmp"))
@@ -681,12 +778,14 @@ def test_overlap_of_text_goes_into_the_record(
     assert "no fineweb_train_000000.bin" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Crashes
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_in_the_middle_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_middle_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def failing(sp: spm.SentencePieceProcessor, text: str) -> list[int]:
@@ -715,7 +814,10 @@ sys.exit(prepare.main(sys.argv[1:]))
 
 
 def test_a_killed_run_leaves_no_manifest_and_no_broken_shard(source: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / "out", ["--vocab-size", "400", "--workers", "1", "--shard-tokens", "1000", "--name", "n"]
+    out, options = (
+        tmp_path / "out",
+        ["--vocab-size", "400", "--workers", "1", "--shard-tokens", "1000", "--name", "n"],
+    )
     folder = search_path(Path(prepare.__file__).parent)
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(source), "--out", str(out), *options], env={"PYTHONPATH": folder}

@@ -1,7 +1,8 @@
-"""One, two and four processes: the same steps, statistics, losses and scores, replicas without a different bit.
+"""One, two and four processes: the same steps, statistics, losses and scores, replicas without a different
+bit.
 
-Each number of processes is started once, and does everything there; what one process does alone is the reference. Forms
-that are compared closely run in float64, so that the order of additions does not show.
+Each number of processes is started once, and does everything there; what one process does alone is the
+reference. Forms that are compared closely run in float64, so that the order of additions does not show.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ import train_gpt
 
 ROOT, WORLDS = Path(__file__).resolve().parent.parent, (2, 4)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Steps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CLIPPED = replace(SMALL, grad_clip_norm=0.3)
 STEPPED = {  # rows of the banks: twice or once as many as layers
@@ -58,7 +59,8 @@ RATES = dict(matrix_lr=0.02, scalar_lr=0.01, tied_embed_lr=0.01, muon_wd=0.1, ad
 
 
 def stepper(config) -> tuple[train_gpt.GPT, list[torch.optim.Optimizer], Callable[[int], dict]]:
-    """A model, its optimisers, and a step on this rank's part of the rows of a step; it returns loss and weights."""
+    """A model, its optimisers, and a step on this rank's part of the rows of a step; it returns loss and
+    weights."""
     model = random_model(replace(config, **RATES))
     optimizers = train_gpt.make_optimizers(model, model.config)
 
@@ -67,7 +69,9 @@ def stepper(config) -> tuple[train_gpt.GPT, list[torch.optim.Optimizer], Callabl
         batches = [(ids[train_gpt.rank()], targets[train_gpt.rank()])]
         scale, momentum = 1.0 - 0.1 * number, 0.8 + 0.03 * number
         measured = train_gpt.train_step(train_gpt.training_loss, model, batches, optimizers, scale, momentum)
-        return dict(loss=measured.loss.clone()) | {name: p.detach().clone() for name, p in model.named_parameters()}
+        return dict(loss=measured.loss.clone()) | {
+            name: p.detach().clone() for name, p in model.named_parameters()
+        }
 
     return model, optimizers, step
 
@@ -81,7 +85,8 @@ def saved(model, optimizers) -> dict:
 
 
 def all_steps(other: dict | None) -> dict:
-    """Four steps of each of STEPPED, and the state after two; the two that follow, from the state of OTHER ranks."""
+    """Four steps of each of STEPPED, and the state after two; the two that follow, from the state of OTHER
+    ranks."""
     found = {}
     for name, config in STEPPED.items():
         model, optimizers, step = stepper(config)
@@ -135,9 +140,9 @@ def differing() -> list[list[str]]:
 CHANGES = [("qo_bank", "one bit"), ("smear.gate", "one bit"), ("ve_shared.scale", "one bit"), ("mlp_up_bank", "nan"),
            ("tok_emb.weight", "sign of zero"), ("kv_bank", "up and down"), ("mlp_down_bank", "swap")]  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics and adaptation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 STATISTICS = {  # batches: a multiple of no number of ranks, and fewer than four
     count: replace(SMALL, gptq_calib_batches=count, gptq_grad_batches=count, train_batch_tokens=8 * 16,
@@ -166,7 +171,9 @@ def adaptation(name: str) -> tuple[np.ndarray, list[str]]:
 
     def note(number: int) -> None:
         tensors = [value for learner in learners for value in learner.trainer.weights().values()]
-        hashes.append(sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest())
+        hashes.append(
+            sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+        )
 
     eval_ttt.Adaptation.__init__ = keep
     try:
@@ -185,9 +192,9 @@ def in_float64(function: Callable, *args):
         train_gpt.compute_dtype = before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 WHOLE = {
     "plain": dict(CAUTIOUS_MUON="1", SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.7", DATA_ORDER="shuffled"),
@@ -335,7 +342,8 @@ def uneven_run(place: Place, folder: Path, env: dict[str, str]) -> int:
 
 
 def runs(place: Place, work: Path, env: dict[str, str]) -> dict:
-    """Whole runs of each kind; a run that is stopped; runs that go on where another number of processes stopped."""
+    """Whole runs of each kind; a run that is stopped; runs that go on where another number of processes
+    stopped."""
     found = {name: hashed_run(place, work / name, {**env, **changes}) for name, changes in WHOLE.items()}
     if place.world == 1:
         for name in EVALUATED:
@@ -380,7 +388,8 @@ def worker(rank: int, world: int, work: Path, env: dict[str, str], ports: list[i
 
 
 def made_documents(count: int) -> list[str]:
-    """Return `count` documents of made-up words, each word followed by one of eight: the same under every Python."""
+    """Return `count` documents of made-up words, each word followed by one of eight: the same under every
+    Python."""
     draw = random.Random(1337)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words = ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3)))) for _ in range(500)]
@@ -416,7 +425,8 @@ def env(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done(env, tmp_path_factory) -> dict[int, list[dict]]:
-    """What each rank of 1, 2 and 4 processes found. One process hands a stopped run over to two, two to one and four.
+    """What each rank of 1, 2 and 4 processes found. One process hands a stopped run over to two, two to one
+    and four.
 
     The folders of their runs are in `works`.
     """
@@ -439,20 +449,26 @@ def done(env, tmp_path_factory) -> dict[int, list[dict]]:
         if world == 2:
             hand_over(works[2] / "stopped", works[4] / "from_2")
             hand_over(works[2] / "stopped", works[1] / "from_2")
-            found[1][0]["from_2"] = hashed_run(one, works[1] / "from_2", {**env, **WHOLE["plain"], "RESUME": "auto"})
+            found[1][0]["from_2"] = hashed_run(
+                one, works[1] / "from_2", {**env, **WHOLE["plain"], "RESUME": "auto"}
+            )
     return found | {"works": works}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Steps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert list(got) == list(expected)
     for name, tensor in expected.items():
-        limit = max(tolerance, 2e-6) if tolerance and name == "loss" else tolerance  # which is kept in float32
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=limit, msg=lambda m, name=name: f"{name}: {m}")
+        limit = (
+            max(tolerance, 2e-6) if tolerance and name == "loss" else tolerance
+        )  # which is kept in float32
+        torch.testing.assert_close(
+            got[name], tensor, rtol=0, atol=limit, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -470,7 +486,9 @@ def test_ranks_take_the_steps_of_one_process(done, world, name):
         for got, expected in zip(part["steps"][name]["states"], alone, strict=True):
             assert_near(got, expected, 1e-9)
     for part in done[world][1:]:
-        for got, first in zip(part["steps"][name]["states"], done[world][0]["steps"][name]["states"], strict=True):
+        for got, first in zip(
+            part["steps"][name]["states"], done[world][0]["steps"][name]["states"], strict=True
+        ):
             assert_near(got, first, 0.0)
 
 
@@ -500,7 +518,9 @@ def assert_same_tree(got, expected, tolerance: float) -> None:
     assert sorted(got) == sorted(expected)
     for path, value in expected.items():
         if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(got[path], value, rtol=0, atol=tolerance, msg=lambda m, path=path: f"{path} {m}")
+            torch.testing.assert_close(
+                got[path], value, rtol=0, atol=tolerance, msg=lambda m, path=path: f"{path} {m}"
+            )
         else:
             assert got[path] == value, path
 
@@ -538,9 +558,9 @@ def test_replicas_that_differ_are_named_on_every_rank(done, world):
             assert found == [name], (name, change, found)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics and adaptation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -570,15 +590,17 @@ def test_ranks_adapt_as_one_process_and_stay_the_same(done, world, name):
         assert len(hashes) > 2 and len(set(hashes)) == len(hashes)  # something is learned from every chunk
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def curve(folder: Path) -> list[float]:
     """Every loss of training and of later phases, in order."""
     log = (folder / "runs/run/train.log").read_text()
-    steps = re.findall(r"^(?:step|reptile_step|deployed_step|meta_step):\d+.*?(?:loss|after):([\d.]+)", log, re.M)
+    steps = re.findall(
+        r"^(?:step|reptile_step|deployed_step|meta_step):\d+.*?(?:loss|after):([\d.]+)", log, re.M
+    )
     return [float(loss) for loss in steps]
 
 
@@ -622,7 +644,9 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(done):
         folder = done["works"][world] / f"from_{before}"
         log = (folder / "runs/run/train.log").read_text()
         assert re.search(rf"^stopped: SIGTERM after step:{STOP_AFTER}\b", log, re.M)
-        assert re.search(rf"^resumed: phase:train step:{STOP_AFTER} world_size:{world} \(was {before}\)$", log, re.M)
+        assert re.search(
+            rf"^resumed: phase:train step:{STOP_AFTER} world_size:{world} \(was {before}\)$", log, re.M
+        )
         np.testing.assert_allclose(curve(folder), expected, rtol=0, atol=TOLERANCE)
         assert result_of(folder)["resumed"] == [STOP_AFTER] and result_of(folder)["world_size"] == world
         assert len({tuple(part[folder.name]) for part in done[world]}) == 1
@@ -631,11 +655,13 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(done):
 def test_checkpoints_of_any_number_of_processes_hold_the_same(done):
     """Runs whose forwards are in float64.
 
-    In float32 the gradients of one and four processes differ by 1e-7, and Cautious Muon adds or leaves out a whole
-    entry of the update (0.18) where the gradient's sign does: one entry (-6e-9, 7e-9) moved a weight by 3.5e-3.
+    In float32 the gradients of one and four processes differ by 1e-7, and Cautious Muon adds or leaves out a
+    whole entry of the update (0.18) where the gradient's sign does: one entry (-6e-9, 7e-9) moved a weight by
+    3.5e-3.
     """
     contents = [
-        torch.load(done["works"][world] / "stopped/runs/run/checkpoint.pt", weights_only=True) for world in (1, *WORLDS)
+        torch.load(done["works"][world] / "stopped/runs/run/checkpoint.pt", weights_only=True)
+        for world in (1, *WORLDS)
     ]
     times = {"seconds", "strict", "ranks"}
     for content in contents[1:]:
@@ -655,7 +681,9 @@ def test_replicas_that_differ_stop_the_run(done):
 def test_a_gradient_that_is_no_number_on_one_rank_stops_all_and_is_named(done, name):
     for part in done[2]:
         code, error = part[f"poisoned {name}"]
-        assert code == 1 and re.fullmatch(rf"error: step 3: the gradient of {re.escape(name)} is (nan|inf)\n", error)
+        assert code == 1 and re.fullmatch(
+            rf"error: step 3: the gradient of {re.escape(name)} is (nan|inf)\n", error
+        )
     run = done["works"][2] / f"poisoned_{name}/runs/run"
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 2 and all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
@@ -668,9 +696,9 @@ def test_ranks_whose_clocks_differ_take_as_many_steps(done):
     assert steps == [14, 14] and result_of(done["works"][2] / "uneven")["steps"] == 14
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes that die, wait, or lie on two machines
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -682,7 +710,9 @@ def test_ranks_whose_clocks_differ_take_as_many_steps(done):
         pytest.param("rank 0", signal.SIGSTOP, "3", 40, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_is_gone_ends_the_other_within_a_bounded_time(start, env, tmp_path, whom, how, timeout, within):  # noqa: F811
+def test_a_rank_that_is_gone_ends_the_other_within_a_bounded_time(
+    start, env, tmp_path, whom, how, timeout, within  # noqa: F811
+):  # noqa: F811
     """Killed: at once, whatever DIST_TIMEOUT. Stopped, as on a machine that hangs: after DIST_TIMEOUT."""
     job = start(tmp_path, {**env, "ITERATIONS": "100000", "DIST_TIMEOUT": timeout}, "bare")
     assert job.wait_for(step_begun(3))
@@ -704,7 +734,8 @@ def test_a_loss_that_is_no_number_stops_every_rank(done):
 
 
 def test_two_agents_on_one_machine_train_what_one_agent_trains(start, env, tmp_path, done):  # noqa: F811
-    """`--nnodes=2 --rdzv_backend=c10d`, as on two machines: the same weights as two processes of one, bit for bit.
+    """`--nnodes=2 --rdzv_backend=c10d`, as on two machines: the same weights as two processes of one, bit for
+    bit.
 
     The machine without rank 0 needs no run folder, and is left nothing.
     """
@@ -728,7 +759,7 @@ def leave_after_work(rank: int, folder: str) -> None:
     train_gpt.on_rank_0(lambda: "a word")
     train_gpt.max_over_ranks(1.0)
     counts.append(threads())
-    train_gpt.leave_ranks()
+    train_gpt.cleanup_distributed()
     counts.append(threads())
     Path(folder, f"{rank}.json").write_text(json.dumps(counts))
 

@@ -1,7 +1,8 @@
-"""The recipes of published systems: parameter counts, settings, published environments, settings of later parts.
+"""The recipes of published systems: parameter counts, settings, published environments, settings of later
+parts.
 
-Expected values are written from the sources: the environment of each published run, with the defaults of its script
-where they are not ours, and what its code fixes under the name that it has here.
+Expected values are written from the sources: the environment of each published run, with the defaults of its
+script where they are not ours, and what its code fixes under the name that it has here.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ PR494 = """
     EVAL_STRIDE=64 EVAL_BATCH_SEQS=32 SEED=42 TTT_ENABLED=1 TTT_LR=0.0005 TTT_EPOCHS=30 TTT_BATCH_SEQS=32
     TTT_FREEZE_BLOCKS=0 TTT_MLP_ONLY=0 TTT_COSINE_DECAY=1
 """
-PLAIN = " MLP_LEAKY_SLOPE=0 VE_ENABLED=0"  # ReLU^2, no value embeddings: neither script has variables for them
+PLAIN = (
+    " MLP_LEAKY_SLOPE=0 VE_ENABLED=0"  # ReLU^2, no value embeddings: neither script has variables for them
+)
 PR294 = """
     MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 TRAIN_SEQ_LEN=1024 TRAIN_BATCH_TOKENS=524288 ITERATIONS=20000
     WARMDOWN_ITERS=3000 WARMUP_STEPS=20 MAX_WALLCLOCK_SECONDS=600 TIED_EMBED_LR=0.03 MATRIX_LR=0.02 SCALAR_LR=0.02
@@ -96,14 +99,19 @@ REFUSED = {  # of these variables, those of parts that are not here
     "pr1501_no_meta": {"ADAPTIVE_WARMDOWN=1"},
     "pr1502": {"ADAPTIVE_WARMDOWN=1"},
 }
-# What a recipe corrects. In the banked line late QAT and SWA did nothing, the trigger of the warmdown was noise, and
-# calibration was on other text. A threshold, a number of steps or a block is left out where it would have no effect.
+# What a recipe corrects. In the banked line late QAT and SWA did nothing, the trigger of the warmdown was
+# noise, and calibration was on other text. A threshold, a number of steps or a block is left out where it
+# would have no effect.
 INERT = dict(late_qat=False, swa_enabled=False)
 NOISE = dict(warmdown_shape="cosine", warmdown_frac=0.68, swa_enabled=False) | {
     name: getattr(Config, name) for name in ("warmdown_iters", "late_qat_threshold", "gptq_calib_batches")
 }
 CORRECTED = dict(
-    pr549=INERT, pr1501=NOISE, pr1501_no_meta=NOISE, pr1502=NOISE, pr494=dict(swa_threshold=Config.swa_threshold)
+    pr549=INERT,
+    pr1501=NOISE,
+    pr1501_no_meta=NOISE,
+    pr1502=NOISE,
+    pr494=dict(swa_threshold=Config.swa_threshold),
 )
 
 
@@ -129,7 +137,9 @@ def gates(d: int, heads: int) -> int:
     return d + d + 2 * d + heads
 
 
-COUNT_1501 = matrices(512, 256, 1536) * 11 + 524_288 + 262_144 + 32_768 + 1 + 1 + 512 + 2560 + gates(512, 8) * 11
+COUNT_1501 = (
+    matrices(512, 256, 1536) * 11 + 524_288 + 262_144 + 32_768 + 1 + 1 + 512 + 2560 + gates(512, 8) * 11
+)
 COUNT_1501 += 131_072 + 32_768 + 1 + 4
 
 
@@ -145,7 +155,11 @@ COUNT_1501 += 131_072 + 32_768 + 1 + 4
         ("pr294_depth10", 1024 * 512 + 5 * 512 + 10 * (matrices(512, 256, 1024) + gates(512, 8)), 18_897_488),
         ("pr294_depth11", 26_829_913 + (4096 - 2048) * 128, 27_092_057),
         ("pr294_depth13", 1024 * 512 + 6 * 512 + 13 * (matrices(512, 256, 1024) + gates(512, 8)), 24_409_192),
-        ("pr294_recycled", 1024 * 768 + 6 * 768 + 3 * matrices(768, 384, 1536) + 12 * gates(768, 12), 13_214_352),
+        (
+            "pr294_recycled",
+            1024 * 768 + 6 * 768 + 3 * matrices(768, 384, 1536) + 12 * gates(768, 12),
+            13_214_352,
+        ),
     ],
 )
 def test_parameter_counts(name, by_shape, count, capsys):
@@ -161,7 +175,9 @@ def test_published_settings_are_the_recipe_and_what_is_refused_is_named(name):
     published = load_config({k: v for k, v in environ.items() if f"{k}={v}" not in refused})[0]
     ours, elsewhere = recipe(name), r"train_log_every|val_loss_every|seed|eval_batch_seqs|ttt_\w+"
     compared = [f.name for f in fields(Config) if not re.fullmatch(elsewhere, f.name)]
-    differing = {name: getattr(ours, name) for name in compared if getattr(ours, name) != getattr(published, name)}
+    differing = {
+        name: getattr(ours, name) for name in compared if getattr(ours, name) != getattr(published, name)
+    }
     assert differing == CORRECTED.get(name, {})
     assert ours.late_qat == (name == "pr494") and not (ours.ema_enabled and ours.swa_enabled)
 
@@ -187,7 +203,9 @@ def test_published_adaptation(name):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_of_the_shrunk_model(name):
     c = recipe(name)
-    c = replace(c, model_dim=16 * c.num_heads, mlp_hidden=c.mlp_hidden and 64, vocab_size=64, train_seq_len=16)
+    c = replace(
+        c, model_dim=16 * c.num_heads, mlp_hidden=c.mlp_hidden and 64, vocab_size=64, train_seq_len=16
+    )
     c = replace(c, bigram_vocab_size=min(c.bigram_vocab_size, 32))
     model = train_gpt.GPT(c, word_start=np.arange(64) % 2 == 0).init_weights(1)
     ids = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(1))

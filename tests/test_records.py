@@ -23,7 +23,9 @@ def test_the_table_of_the_readme(arm):
     kept = json.loads((ROOT / "records/benchmarks/2026-11-27_demo_cpu.json").read_text())
     runs = [run for run in kept["runs"] if run["arm"] == arm]
     assert sorted(run["seed"] for run in runs) == [42, 1337, 2025]
-    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {ROWS[arm]}")]
+    (row,) = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {ROWS[arm]}")
+    ]
     numbers = [float(text.replace(",", "")) for text in re.findall(r"[\d,]+\.?\d*", row.split("|", 2)[2])]
     keys = ("model_params", "steps", "bytes_model", "val_bpb_roundtrip", "val_bpb_sliding")
     expected = [round(mean(run[key] for run in runs), 4 if "bpb" in key else 0) for key in keys]
@@ -37,9 +39,9 @@ def test_the_table_of_the_readme(arm):
         assert before / math.log(2) / num_bytes == pytest.approx(run["val_bpb_plan"], abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The meta-learning experiment
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,11 @@ def test_a_paired_comparison(experiment):
     ours, theirs = np.array([1.1, 1.4, 0.9, 1.6, 1.3]), np.array([1.0, 1.2, 0.8, 1.3, 1.3])
     found, known = experiment.compare(list(ours), list(theirs)), stats.ttest_1samp(ours - theirs, 0.0)
     interval = known.confidence_interval(0.95)
-    assert (found.n, found.mean, found.p) == (5, pytest.approx((ours - theirs).mean()), pytest.approx(known.pvalue))
+    assert (found.n, found.mean, found.p) == (
+        5,
+        pytest.approx((ours - theirs).mean()),
+        pytest.approx(known.pvalue),
+    )
     assert found.half == pytest.approx((interval.high - interval.low) / 2)
     spread = (ours - theirs).std(ddof=1)
     draws = np.random.default_rng(0).normal(found.visible, spread, (20_000, 5))
@@ -73,11 +79,14 @@ def test_holm_by_hand(experiment):
 
 
 def test_arms_are_equal_in_time(experiment):
-    """What the steps of an arm cost, counted step by step, comes to the plain arm's, to within one step of a phase."""
+    """What the steps of an arm cost, counted step by step, comes to the plain arm's, to within one step of a
+    phase."""
     cost = {name: row["ms"] for name, row in json.loads(experiment.TIMING.read_text())["steps"].items()}
     for name, settings in experiment.ARMS.items():
         count = experiment.iterations(settings)
-        c, _, _ = experiment.tg.load_config({"RECIPE": str(experiment.RECIPE), **settings, "ITERATIONS": str(count)})
+        c, _, _ = experiment.tg.load_config(
+            {"RECIPE": str(experiment.RECIPE), **settings, "ITERATIONS": str(count)}
+        )
         main, total = round(count * c.phases["train"]), 0.0
         for step in range(main):
             schedule = experiment.replace(c, iterations=main)
@@ -86,5 +95,7 @@ def test_arms_are_equal_in_time(experiment):
             kind = "fomaml, rows, delta, Meta-SGD" if c.meta_sgd_enabled else "fomaml, halves of rows"
             total += cost[kind] if due else cost["plain"]
         for phase, frac in list(c.phases.items())[1:]:
-            total += round(count * frac) * cost["reptile" if phase == "reptile" else f"deployed, {c.ttt_mode}"]
+            total += (
+                round(count * frac) * cost["reptile" if phase == "reptile" else f"deployed, {c.ttt_mode}"]
+            )
         assert total / cost["plain"] == pytest.approx(experiment.PLAIN_STEPS, abs=4), name

@@ -1,4 +1,5 @@
-"""Files of strangers: links are not written through, control characters are shown, a broken result is one line."""
+"""Files of strangers: links are not written through, control characters are shown, a broken result is one
+line."""
 
 import json
 import os
@@ -9,7 +10,9 @@ import pytest
 import runfiles
 
 
-@pytest.mark.parametrize("write", [runfiles.write_file, lambda path, content: runfiles.create(path).write(content)])
+@pytest.mark.parametrize(
+    "write", [runfiles.write_file, lambda path, content: runfiles.create(path).write(content)]
+)
 def test_nothing_is_written_through_a_link(tmp_path, write):
     outside = tmp_path / "outside"
     outside.write_text("kept")
@@ -43,7 +46,9 @@ def test_control_characters_are_shown():
     everything = "".join(map(chr, range(0x2100))) + "\ufeff\ud800"
     shown = runfiles.escape(everything)
     assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")]
-    assert not [c for c in shown if unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI")]
+    assert not [
+        c for c in shown if unicodedata.bidirectional(c) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI")
+    ]
     coded = "a\x1b[31m\x9b\tb\r\x7f"
     assert json.loads('"' + runfiles.escape(coded) + '"') == coded
     assert runfiles.escape("José ▁ 🙂") == "José ▁ 🙂" and runfiles.escape_lines("a\tb\nc") == "a\tb\nc"
@@ -62,7 +67,9 @@ def test_what_is_no_plain_file_is_found(tmp_path):
             runfiles.read_plain(tmp_path / "sub" / name)
 
 
-@pytest.mark.parametrize("path, below", [("a/b", True), ("a", True), ("a/../b", False), ("ab", False), ("/etc", False)])
+@pytest.mark.parametrize(
+    "path, below", [("a/b", True), ("a", True), ("a/../b", False), ("ab", False), ("/etc", False)]
+)
 def test_paths_below_a_folder(monkeypatch, tmp_path, path, below):
     monkeypatch.chdir(tmp_path)
     assert runfiles.is_below(path, "a") == below == runfiles.is_below(path, "nowhere", tmp_path / "a")
@@ -76,8 +83,14 @@ BROKEN = {  # text of result.json, words of the line
     "not UTF-8": (b'{"a": "\xff"}', "is not a JSON object"),
     "fits alone": ('{"fits": true}', "lacks val_bpb_sliding, bytes_total"),
     "no size": ('{"fits": true, "val_bpb_sliding": 1.5}', "lacks bytes_total"),
-    "a score in words": ('{"fits": true, "val_bpb_sliding": "1.5", "bytes_total": 1}', "val_bpb_sliding as a number"),
-    "a score of null": ('{"fits": true, "val_bpb_sliding": null, "bytes_total": 1}', "val_bpb_sliding as a number"),
+    "a score in words": (
+        '{"fits": true, "val_bpb_sliding": "1.5", "bytes_total": 1}',
+        "val_bpb_sliding as a number",
+    ),
+    "a score of null": (
+        '{"fits": true, "val_bpb_sliding": null, "bytes_total": 1}',
+        "val_bpb_sliding as a number",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Scoring: plans that count every target once, and a score that equals brute force whatever the batch and the ranks."""
+"""Scoring: plans that count every target once, and a score that equals brute force whatever the batch and the
+ranks."""
 
 import math
 
@@ -18,9 +19,9 @@ TABLE = ByteTable(
 PLANS = [(16, 16), (16, 4), (16, 7), (16, 1), (74, 5), (30, 30)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plans
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seq_len", [2, 3, 8, 33])
@@ -36,7 +37,9 @@ def test_windows_score_every_target_once_with_enough_context(seq_len, extra):
             count[start + first : start + seq_len] += 1  # target t is tokens[t + 1]
         assert (count == 1).all()
         assert len(plan.start) == 1 + math.ceil((num_tokens - 1 - seq_len) / stride)
-        assert plan.start[0] == 0 and plan.start[-1] + seq_len == num_tokens - 1  # the tail, with a full window
+        assert (
+            plan.start[0] == 0 and plan.start[-1] + seq_len == num_tokens - 1
+        )  # the tail, with a full window
         assert (np.diff(plan.start) > 0).all() and (np.diff(plan.start)[:-1] == stride).all()
 
 
@@ -56,9 +59,9 @@ def test_text_shorter_than_a_window(num_tokens):
     assert len(sliding_windows(17, 16, 4).start) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scores
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,8 @@ def model():
 
 
 def brute_force(seq_len: int, stride: int, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    """Nats of each target, one at a time in float64: the first window from 0, then windows that end STRIDE later."""
+    """Nats of each target, one at a time in float64: the first window from 0, then windows that end STRIDE
+    later."""
     model, nll, end = random_model(SMALL), [], seq_len
     for target in range(1, len(tokens)):
         while target > end:
@@ -105,7 +109,10 @@ def test_the_stride_matters():
 @pytest.mark.parametrize("batch", [1, 3, 7, 64])
 def test_the_batch_changes_nothing(model, batch):
     plan = sliding_windows(len(TOKENS), 16, 5)
-    one, other = score(model, TOKENS, [Chunk(plan)], TABLE, 5), score(model, TOKENS, [Chunk(plan)], TABLE, batch)
+    one, other = (
+        score(model, TOKENS, [Chunk(plan)], TABLE, 5),
+        score(model, TOKENS, [Chunk(plan)], TABLE, batch),
+    )
     np.testing.assert_allclose(one.nll, other.nll, rtol=0, atol=2e-5)
     assert one.val_bpb == pytest.approx(other.val_bpb, abs=1e-6)
 

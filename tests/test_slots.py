@@ -49,9 +49,9 @@ def borders(tokens: np.ndarray) -> list[tuple[int, int]]:
     return list(pairwise([*starts, len(tokens) - 1]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What stands later in the file
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 # Documents of MANY are so short that two groups of them fill a batch each.
 FEW, MANY = [13, 1, 22, 6, 2, 17, 9, 11], [9, 3, *[7, 11, 4, 8] * 5, 2, 11]
@@ -80,7 +80,8 @@ CAUSAL = {
 
 
 def other_ends(tokens: np.ndarray, cut: int, kind: int) -> np.ndarray:
-    """A text that has the targets before CUT in common with TOKENS, and none of the later borders of documents."""
+    """A text that has the targets before CUT in common with TOKENS, and none of the later borders of
+    documents."""
     more = {
         0: [30, 4, 19, 7],  # the document at the cut goes on for some windows
         1: [1, 1, 3, 25, 2, 1, 14, 8],  # it ends a target later, and so do all slots' documents, soon
@@ -92,9 +93,12 @@ def other_ends(tokens: np.ndarray, cut: int, kind: int) -> np.ndarray:
 
 
 def cuts_of(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """Where texts are cut, and how they go on: within the first document, whose age decides shapes, and later."""
+    """Where texts are cut, and how they go on: within the first document, whose age decides shapes, and
+    later."""
     spans = borders(tokens)[1:]
-    places = sorted({place for low, high in spans for place in (low, (low + high) // 2 + 1) if place < len(tokens) - 2})
+    places = sorted(
+        {place for low, high in spans for place in (low, (low + high) // 2 + 1) if place < len(tokens) - 2}
+    )
     later = places[1 :: max(1, len(places) // 4)]
     return [(5, 1), (6, 2), (12, 0), *((cut, (number + 3) % 4) for number, cut in enumerate(later))]
 
@@ -147,7 +151,8 @@ def with_sick_document(lengths: list[int], number: int) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize("changes, factor", OVERFLOW.values(), ids=OVERFLOW)
 def test_a_document_that_overflows_changes_no_earlier_loss(changes, factor):
-    """Its losses times FACTOR. No other group sees it, and nobody where each document has its own optimizer alone."""
+    """Its losses times FACTOR. No other group sees it, and nobody where each document has its own optimizer
+    alone."""
 
     def sick_nll(model, ids, *rest):
         sick = (ids == SICK).sum(1, keepdim=True) > 2
@@ -156,7 +161,9 @@ def test_a_document_that_overflows_changes_no_earlier_loss(changes, factor):
     setup, number = replace(plain_setup(**changes), nll_fn=sick_nll), 5
     tokens, other, document = with_sick_document(MANY if changes.get("ttt_slots") else FEW, number)
     healthy, sick = evaluate(setup, tokens).nll, evaluate(setup, other).nll
-    assert np.isfinite(healthy).all() and not np.array_equal(sick[document == number], healthy[document == number])
+    assert np.isfinite(healthy).all() and not np.array_equal(
+        sick[document == number], healthy[document == number]
+    )
     untouched, c = document < number, setup.config
     if c.ttt_mode != "phased":
         untouched |= document % c.ttt_groups != number % c.ttt_groups
@@ -167,7 +174,9 @@ def test_a_document_that_overflows_changes_no_earlier_loss(changes, factor):
     assert len(later) == 0 or not np.array_equal(later, healthy[~untouched & (document != number)])
 
 
-@pytest.mark.parametrize("changes", [{}, LORA | dict(ttt_lr=0.003), SGD], ids=["precond", "low rank", "momentum"])
+@pytest.mark.parametrize(
+    "changes", [{}, LORA | dict(ttt_lr=0.003), SGD], ids=["precond", "low rank", "momentum"]
+)
 def test_infinite_embeddings_of_a_later_document_change_no_earlier_loss(changes):
     setup, (tokens, other, document) = plain_setup(**changes), with_sick_document(FEW, 5)
     setup.artifact.state["tok_emb.weight"][SICK] = np.inf
@@ -178,15 +187,18 @@ def test_infinite_embeddings_of_a_later_document_change_no_earlier_loss(changes)
 
 def test_shared_moments_see_a_later_document_overflow():
     """The control of the tests above."""
-    setup, (tokens, other, document) = plain_setup(ttt_moments="shared", ttt_slots=6), with_sick_document(FEW, 5)
+    setup, (tokens, other, document) = (
+        plain_setup(ttt_moments="shared", ttt_slots=6),
+        with_sick_document(FEW, 5),
+    )
     setup.artifact.state["tok_emb.weight"][SICK] = np.inf
     healthy, sick = evaluate(setup, tokens).nll, evaluate(setup, other).nll
     assert (sick != healthy)[document < 5].any()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ranks
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 FOUR = dict(ttt_groups=4, ttt_slots=2)
 ON_RANKS = {
@@ -202,7 +214,9 @@ RUNS = [(name, world) for name, (_, worlds) in ON_RANKS.items() for world in wor
 def scores_and_prior(changes: dict) -> tuple[np.ndarray, torch.Tensor]:
     """Losses of the evaluation, and the prior that its learner had."""
     learners = []
-    found = evaluate(plain_setup(**changes), text_of(MANY), lambda model, learner, *_: learners.append(learner))
+    found = evaluate(
+        plain_setup(**changes), text_of(MANY), lambda model, learner, *_: learners.append(learner)
+    )
     return found.nll, learners[0].trainer.fast.moments.start if learners else torch.zeros(0)
 
 
@@ -239,22 +253,30 @@ def test_any_number_of_ranks_gets_the_same_losses(ranks, name, world):
         losses, start = found[name]
         np.testing.assert_array_equal(losses, alone)
         assert len(start) == 0 or torch.equal(start, prior)  # a rank without a group scores nothing
-    assert sum(len(found[name][1]) > 0 for found in ranks[world]) == min(world, ON_RANKS[name][0]["ttt_groups"])
+    assert sum(len(found[name][1]) > 0 for found in ranks[world]) == min(
+        world, ON_RANKS[name][0]["ttt_groups"]
+    )
     assert bool(prior.any()) == (name != "low rank" and "low rank" not in name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The step that training deploys
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 EPISODE = replace(SMALL, meta_ttt_enabled=True, meta_ttt_objective="deployed", meta_ttt_docs=4, meta_ttt_pieces=4,
                   eval_seq_len=12, ttt_chunk_size=5, ttt_lr=3e-3, ttt_slots=4, ttt_context=2, **PRIOR)  # fmt: skip
 SIZES = [15, 7, 20]
-EPISODES = {"another": (13, 50), "shorter": (6, 50), "longer": (20, 50), "same": (13, 3)}  # size and seed of the last
+EPISODES = {
+    "another": (13, 50),
+    "shorter": (6, 50),
+    "longer": (20, 50),
+    "same": (13, 3),
+}  # size and seed of the last
 
 
 def episode(c: train_gpt.Config, last: str, before: int = 0) -> dict[str, torch.Tensor]:
-    """Fast weights and moments of this rank's documents after an episode, or after the last of BEFORE + 1 of them."""
+    """Fast weights and moments of this rank's documents after an episode, or after the last of BEFORE + 1 of
+    them."""
     model, (size, seed) = live_model(c), EPISODES[last]
     fast = exact(inner_weights(model, c, "deployed"), model)
     if fast.wants_prior:  # as deployed_phase does
@@ -265,7 +287,9 @@ def episode(c: train_gpt.Config, last: str, before: int = 0) -> dict[str, torch.
         deployed_step(model, fast, MetaRates(model, c), *documents_of([20, 18, 16, 11], 20, 70 + number))
     loss = deployed_step(model, fast, MetaRates(model, c), rows, sizes)
     found = {name: value.clone() for name, value in fast.values.items()}
-    return found | dict(own=fast.moments.own.clone(), total=fast.moments.total, start=fast.moments.start, loss=loss)
+    return found | dict(
+        own=fast.moments.own.clone(), total=fast.moments.total, start=fast.moments.start, loss=loss
+    )
 
 
 DEPLOYED_AS = {"precond": {}, "low rank": dict(ttt_mode="doc_lora"), "shared": dict(ttt_moments="shared")}
@@ -283,7 +307,9 @@ def test_every_episode_begins_with_the_prior(double, changes):
     c = replace(EPISODE, **changes)
     alone, later = episode(c, "same"), episode(c, "same", before=2)
     assert all(torch.equal(later[name], value) for name, value in alone.items())
-    assert bool(alone["start"].any()) == (c.ttt_mode == "doc_banks") and alone["total"][-1] > alone["start"][-1]
+    assert (
+        bool(alone["start"].any()) == (c.ttt_mode == "doc_banks") and alone["total"][-1] > alone["start"][-1]
+    )
 
 
 def test_moments_of_an_episode_count_earlier_documents(double):
@@ -317,9 +343,9 @@ def test_an_episode_on_two_ranks_is_that_of_one(double, ranks, last):
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, alone["loss"], rtol=1e-8, atol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Graphs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 COMPILED = {
     "doc_banks": {},
@@ -340,7 +366,9 @@ def artifact(demo_data, tmp_path) -> dict[str, str]:
     tokenizer, shard = demo_data / "tokenizer.model", tmp_path / "fineweb_val_000000.bin"
     config = replace(SMALL, vocab_size=1024, model_dim=16, num_layers=1, mlp_mult=2.0, ve_enabled=False,
                      bigram_vocab_size=0, xsa_last_n=0)  # fmt: skip
-    records = train_gpt.quantize(random_model(config, torch.float32).state_dict(), train_gpt.Statistics(), config)
+    records = train_gpt.quantize_state_dict(
+        random_model(config, torch.float32).state_dict(), train_gpt.Statistics(), config
+    )
     content = train_gpt.encode_artifact(config, records, train_gpt.sha256_file(tokenizer))
     (tmp_path / "final_model.int6.ptz").write_bytes(content)
     write_shard(shard, many_lengths())
@@ -352,7 +380,8 @@ def artifact(demo_data, tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("changes", COMPILED.values(), ids=COMPILED)
 def test_few_graphs_and_none_after_warm_up(artifact, monkeypatch, changes):
-    """A whole evaluation by a stand-in for the compiler; `made`: graphs, and where the parts of it begin and end."""
+    """A whole evaluation by a stand-in for the compiler; `made`: graphs, and where the parts of it begin and
+    end."""
     made, parts = [], {name: getattr(eval_ttt, name) for name in ("warm_up", "evaluate", "window_scores")}
 
     def backend(module, inputs):
@@ -384,9 +413,9 @@ def test_few_graphs_and_none_after_warm_up(artifact, monkeypatch, changes):
     assert made.count("graph") == {"doc_banks": 8, "doc_lora": 7, "phased": 8}[result["settings"]["ttt_mode"]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The prior
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def priors(setup: Setup, tokens: np.ndarray, monkeypatch) -> list[torch.Tensor]:
@@ -432,9 +461,9 @@ def test_who_has_no_prior(changes, monkeypatch):
     assert not any(start.any() for start in priors(plain_setup(**changes), text_of(FEW), monkeypatch))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is refused
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 REFUSED = {"TTT_LR_SCHEDULE": "cosine", "TTT_TOP_FRAC": "0.5"}
 

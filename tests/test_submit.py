@@ -1,4 +1,5 @@
-"""From runs to a record folder: end to end on small runs, every refusal, the numbers, the statistics, the table."""
+"""From runs to a record folder: end to end on small runs, every refusal, the numbers, the statistics, the
+table."""
 
 import contextlib
 import io
@@ -54,15 +55,20 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
 def made(env, tmp_path_factory) -> Path:
     """A folder of finished runs, trained and evaluated, named by their seeds.
 
-    Their seconds are put in by hand: the clock of an evaluation counts from the start of the process, here the tests'.
+    Their seconds are put in by hand: the clock of an evaluation counts from the start of the process, here
+    the tests'.
     """
     folder = tmp_path_factory.mktemp("made")
-    short = dict(ITERATIONS="4", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_MOMENTS="artifact")
+    short = dict(
+        ITERATIONS="4", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_MOMENTS="artifact"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for seed in map(str, SEEDS):
             trained = quiet(train_gpt.main, [], env | short | dict(SEED=seed, RUN_ID=seed))
-            adapting = dict(MODEL_PATH=f"runs/{seed}/final_model.int6.ptz", TTT_CHUNK_SIZE="32", TTT_LR="0.002")
+            adapting = dict(
+                MODEL_PATH=f"runs/{seed}/final_model.int6.ptz", TTT_CHUNK_SIZE="32", TTT_LR="0.002"
+            )
             evaluated = quiet(eval_ttt.main, [], env | adapting)
             assert (trained.code, evaluated.code) == (0, 0), trained.err + evaluated.err
     for run in (folder / "runs").iterdir():
@@ -87,9 +93,9 @@ def start(runs, out: Path, *more: str) -> SimpleNamespace:
     return quiet(submit.main, [*map(str, runs), "--out", str(out), *TEST, *more])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # End to end
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +110,18 @@ def record(made, tmp_path_factory) -> SimpleNamespace:
         path.unlink()
     assert done.code == 0, done.err
     (folder,) = (out / "track_10min_16mb").iterdir()
-    results = {seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", "eval_ttt.log")] for seed in SEEDS}
+    results = {
+        seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", "eval_ttt.log")]
+        for seed in SEEDS
+    }
     claims = json.loads((folder / "submission.json").read_text())
     return SimpleNamespace(
-        folder=folder, results=results, claims=claims, readme=(folder / "README.md").read_text(), done=done, out=out
+        folder=folder,
+        results=results,
+        claims=claims,
+        readme=(folder / "README.md").read_text(),
+        done=done,
+        out=out,
     )
 
 
@@ -119,7 +133,9 @@ def certify(run: Path) -> None:
     """The certificate of a run, as --audit writes it, of an audit that found nothing."""
     result = json.loads((run / "eval_ttt.json").read_text())
     hashes = dict(artifact=result["sha256_artifact"], tokenizer=result["sha256_tokenizer"])
-    hashes |= {"nll.npy": train_gpt.sha256_file(run / "nll.npy")} | result["sha256_code"] | result["sha256_shards"]
+    hashes |= (
+        {"nll.npy": train_gpt.sha256_file(run / "nll.npy")} | result["sha256_code"] | result["sha256_shards"]
+    )
     lines = ["certificate of it: legal", *(f"  sha256 {name} {digest}" for name, digest in hashes.items())]
     (run / "certificate.txt").write_text("\n".join(lines) + "\n")
     checks = [dict(name=name, ok=True, checked=9) for name in ("T1", "T2", "T3", "T4")]
@@ -160,8 +176,15 @@ def test_the_numbers_of_the_json_are_those_of_the_result_lines(record):
         assert entry["val_bpb_sliding"] == round(evaluated["val_bpb_sliding"], 8)
         assert entry["ttt_gain_bpb"] == round(evaluated["ttt_gain_bpb"], 8) != 0
         assert entry["artifact_bytes"] == evaluated["bytes_total"] == trained["bytes_total"]
-        assert (entry["steps"], entry["eval_time_s"]) == (trained["steps"], evaluated["eval_seconds"]) == (4, 12.5)
-        assert (entry["step_avg_ms"], entry["train_time_s"]) == (trained["step_avg_ms"], trained["train_seconds"])
+        assert (
+            (entry["steps"], entry["eval_time_s"])
+            == (trained["steps"], evaluated["eval_seconds"])
+            == (4, 12.5)
+        )
+        assert (entry["step_avg_ms"], entry["train_time_s"]) == (
+            trained["step_avg_ms"],
+            trained["train_seconds"],
+        )
     totals = [trained["bytes_total"] for trained, _ in results.values()]
     assert (claims["bytes_total"], claims["artifact_bytes_mean"]) == (max(totals), round(mean(totals), 1))
     assert claims["train_steps_mean"] == 4 and claims["pytorch_version"] == results[7][0]["versions"]["torch"]
@@ -188,14 +211,19 @@ def test_the_numbers_of_the_readme_are_those_of_the_result_lines(record):
 
 
 def table_rows(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line[:2] == "| "
+    ]
 
 
 def test_what_the_readme_says(record):
     # fmt: off
     for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized", "3. Score before",
                  "4. One pass: each of the 399 targets", "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
-                 "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats per token at p < 0.01 is not shown (one "):
+                 "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats per token at p < 0.01 is not shown "
+                 "(one "):
         assert said in record.readme
     # fmt: on
 
@@ -203,9 +231,14 @@ def test_what_the_readme_says(record):
 def test_the_command_makes_the_same_settings_again(record, env, made):
     """The README's loop with a program in python's place that tells its environment."""
     block = "\n".join(line for line in record.readme.splitlines() if line.startswith("    "))
-    tell = f"{shlex.quote(sys.executable)} -c 'import json,os,sys; print(json.dumps([sys.argv[1], dict(os.environ)]))'"
+    tell = (
+        f"{shlex.quote(sys.executable)} -c 'import json,os,sys; print(json.dumps([sys.argv[1], "
+        "dict(os.environ)]))'"
+    )
     shell = f'python() {{ {tell} "$@"; }}\n{block}'
-    told = subprocess.run(["bash", "-c", shell], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    told = subprocess.run(
+        ["bash", "-c", shell], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
     starts = [json.loads(line) for line in told.stdout.splitlines()]
     assert [name for name, _ in starts] == ["train_gpt.py", "eval_ttt.py"] * 3, told.stderr
     for seed, (_, training), (_, evaluation) in zip(SEEDS, starts[::2], starts[1::2], strict=True):
@@ -214,8 +247,13 @@ def test_the_command_makes_the_same_settings_again(record, env, made):
         config = vars(train_gpt.load_config(again)[0])
         assert config == settings | {"run_id": f"seed{seed}"}
         again = {k: v for k, v in evaluation.items() if k.lower() in settings}
-        config, wanted = vars(train_gpt.load_config(again)[0]), last_result(made / f"{seed}/eval_ttt.log")["settings"]
-        assert {k: config[k] for k in wanted} == wanted | {"model_path": f"runs/seed{seed}/final_model.int6.ptz"}
+        config, wanted = (
+            vars(train_gpt.load_config(again)[0]),
+            last_result(made / f"{seed}/eval_ttt.log")["settings"],
+        )
+        assert {k: config[k] for k in wanted} == wanted | {
+            "model_path": f"runs/seed{seed}/final_model.int6.ptz"
+        }
         assert (config["val_files"], config["tokenizer_path"]) == (env["VAL_FILES"], env["TOKENIZER_PATH"])
 
 
@@ -237,19 +275,25 @@ def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
     (folder,) = (tmp_path / "out/track_non_record_16mb").iterdir()
     claims, readme = json.loads((folder / "submission.json").read_text()), (folder / "README.md").read_text()
     scores = [round(last_result(run / "train.log")["val_bpb_sliding"], 8) for run in runs]
-    assert claims["val_bpb"] == pytest.approx(mean(scores), abs=5.1e-9) and claims["track"] == "non_record_16mb"
+    assert (
+        claims["val_bpb"] == pytest.approx(mean(scores), abs=5.1e-9) and claims["track"] == "non_record_16mb"
+    )
     assert "0.005 nats per token over a record is not shown" in readme and "comparison" not in claims
-    assert "no adaptation at evaluation" in readme and "eval_ttt.py \\" not in readme and "## What" not in readme
+    assert (
+        "no adaptation at evaluation" in readme and "eval_ttt.py \\" not in readme and "## What" not in readme
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Refusals
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def resize(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
-    change(run, rf"\b{result['bytes_total']}\b", "16000001")  # the whole number: another may begin with its digits
+    change(
+        run, rf"\b{result['bytes_total']}\b", "16000001"
+    )  # the whole number: another may begin with its digits
     change(run, rf"\b{result['bytes_model']}\b", str(16_000_001 - result["bytes_code"]))
 
 
@@ -268,12 +312,16 @@ def illegal(run: Path) -> None:
 
 REFUSED = {  # what is done to the run of seed 42, words of the reason
     "failed": (lambda run: (run / "result.json").unlink(), "42 is not a finished run: no result.json"),
-    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 is not a finished run: no eval_ttt.json"),
+    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 is not a finished run: no "
+                                                                      "eval_ttt.json"),
     "no log": (lambda run: (run / "train.log").unlink(), "not a finished run: no train.log"),
     "a part of a result": (lambda run: (run / "result.json").write_text('{"fits": true}'), "lacks val_bpb_sliding"),
-    "cut JSON": (lambda run: (run / "result.json").write_text("{"), "result.json is not a JSON object: Expecting"),
-    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "its log does not report seed, world"),
-    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "its log does not report world_size"),
+    "cut JSON": (lambda run: (run / "result.json").write_text("{"), "result.json is not a JSON object: "
+                                                                    "Expecting"),
+    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "its log does not report seed, "
+                                                                              "world"),
+    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "its log does not report "
+                                                                         "world_size"),
     "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "matches result.json"),
     "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
     "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
@@ -289,7 +337,8 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
         run.with_name("7") / "certificate.json", run / "certificate.json"), "another artifact"),
     "the artifact of another seed": (lambda run: change(
         run, train_gpt.sha256_file(run / "final_model.int6.ptz"),
-        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")), "seeds 7, 42 have the same artifact"),
+        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")), "seeds 7, 42 have the same "
+                                                                             "artifact"),
     "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)), "nll.npy"),
     "other code": (recode, "differ in code: train_gpt.py "),
     "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
@@ -335,7 +384,12 @@ def test_every_reason_is_said(runs, tmp_path, no_tree):
     resize(runs[1])
     (runs[2] / "result.json").unlink()
     done = start(runs, tmp_path / "out")
-    for said in ("7: legality", "42: sizes", "1337 is not a finished run", "2 finished runs with distinct seeds"):
+    for said in (
+        "7: legality",
+        "42: sizes",
+        "1337 is not a finished run",
+        "2 finished runs with distinct seeds",
+    ):
         assert said in done.err
 
 
@@ -361,9 +415,9 @@ def test_an_absent_run(runs, tmp_path, no_tree):
     assert done.code == 2 and "absent: no such folder" in done.err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # All or nothing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_overwritten(record, made):
@@ -387,7 +441,11 @@ def test_a_folder_that_fails_the_check_is_not_put_in_place(runs, tmp_path, no_tr
     right = submit.submission
     monkeypatch.setattr(submit, "submission", lambda *args: right(*args) | {"val_bpb": 1.0})
     done = start(runs, tmp_path / "out")
-    assert done.code == 1 and "refused: claims: val_bpb is 1.0" in done.err and not list((tmp_path / "out").iterdir())
+    assert (
+        done.code == 1
+        and "refused: claims: val_bpb is 1.0" in done.err
+        and not list((tmp_path / "out").iterdir())
+    )
 
 
 def test_a_folder_whose_trainer_does_not_start(record, made, tmp_path):
@@ -398,9 +456,9 @@ def test_a_folder_whose_trainer_does_not_start(record, made, tmp_path):
     assert "__pycache__" not in {path.name for path in record.folder.iterdir()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pages written again
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -423,7 +481,11 @@ def regenerate(folder: Path, *more: str) -> SimpleNamespace:
 def test_pages_are_written_again_from_the_logs(record, copy):
     """Whatever a hand has done to them, and though the runs are gone; nothing else is touched."""
     (copy / "README.md").unlink()
-    spoilt = json.loads((copy / "submission.json").read_text()) | {"val_bpb": 1.0, "seeds": [1], "bytes_total": None}
+    spoilt = json.loads((copy / "submission.json").read_text()) | {
+        "val_bpb": 1.0,
+        "seeds": [1],
+        "bytes_total": None,
+    }
     (copy / "submission.json").write_text(json.dumps(spoilt))
     done = regenerate(copy)
     assert done.code == 0 and snapshot(copy) == snapshot(record.folder), done.err
@@ -435,8 +497,12 @@ def test_what_a_person_says_can_be_changed(record, copy, no_start):
     changed = ("--author", "B", "--what", "Other words.\n\nAnd more.", "--against", old)
     assert regenerate(copy, *changed, "--require-significance").code == 0
     claims, text = json.loads((copy / "submission.json").read_text()), (copy / "README.md").read_text()
-    same = {key: value for key, value in record.claims.items() if key not in ("author", "comparison", "blurb")}
-    assert claims == same | {key: claims[key] for key in ("author", "comparison", "blurb", "technique_summary")}
+    same = {
+        key: value for key, value in record.claims.items() if key not in ("author", "comparison", "blurb")
+    }
+    assert claims == same | {
+        key: claims[key] for key in ("author", "comparison", "blurb", "technique_summary")
+    }
     assert (claims["author"], claims["blurb"], claims["date"]) == ("B", "Other words.", record.claims["date"])
     assert claims["comparison"]["against"] == "2026-01-02_Old" and claims["comparison"]["significant"] is True
     assert "at p < 0.01 is shown (Welch: p = " in text and "And more." in text
@@ -453,8 +519,10 @@ def altered(folder: Path) -> None:
 
 UNWRITTEN = {  # what is done to the record, exit code, words
     "a score altered": (altered, 1, "refused: log: train_seed42.log: RESULT has val_bpb_ttt 1.5"),
-    "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1, "refused: seeds: 2 distinct seeds"),
-    "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1, "refused: code: train_gpt.py"),
+    "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1, "refused: seeds: 2 distinct "
+                                                                            "seeds"),
+    "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1, "refused: code: "
+                                                                                     "train_gpt.py"),
     "another program's log": (lambda folder: write_logs(folder / "logs", {42: 1.2}) and shutil.copy(
         folder / "logs/train_seed42.log", folder), 1, "train_seed42.log: its log does not report seed"),
     "no logs": (lambda folder: [path.unlink() for path in folder.glob("*.log")], 2, "no folder with logs"),
@@ -470,9 +538,9 @@ def test_pages_that_cannot_be_written_again_stay(copy, no_start, spoil, code, wo
     assert done.code == code and words in done.err and snapshot(copy) == before
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A stranger's folder
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -508,7 +576,16 @@ def test_a_strangers_runs_are_started_only_when_asked(runs, tmp_path, no_tree, s
     assert done.code == 0 and len(starts) == own + 1 and "note:" not in done.out
 
 
-FOREIGN_NAMES = ("PYTHONPATH", "LD_PRELOAD", "PATH", "PYTHONSTARTUP", "BASH_ENV", "IGNORE_ENV", "RECIPE", "path")
+FOREIGN_NAMES = (
+    "PYTHONPATH",
+    "LD_PRELOAD",
+    "PATH",
+    "PYTHONSTARTUP",
+    "BASH_ENV",
+    "IGNORE_ENV",
+    "RECIPE",
+    "path",
+)
 
 
 def test_only_our_own_settings_are_taken_from_a_log(copy, starts):
@@ -517,7 +594,14 @@ def test_only_our_own_settings_are_taken_from_a_log(copy, starts):
         log.write_text(lines + log.read_text())
     assert regenerate(copy, "--run-its-code").code == 0
     ours = {name.upper() for name in vars(train_gpt.Config())}
-    assert set(starts[0].env) - ours <= {"PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE"}
+    assert set(starts[0].env) - ours <= {
+        "PATH",
+        "HOME",
+        "LANG",
+        "TMPDIR",
+        "VIRTUAL_ENV",
+        "PYTHONDONTWRITEBYTECODE",
+    }
     assert "ITERATIONS" in starts[0].env and not [value for value in starts[0].env.values() if "/x/" in value]
     assert "ITERATIONS=" in (text := (copy / "README.md").read_text()) and "/x/" not in text
 
@@ -559,7 +643,9 @@ def test_links_of_a_record_are_not_copied(copy, tmp_path):
 def test_escape_codes_reach_neither_terminal_nor_page(copy, no_start):
     for log in copy.glob("train_seed*.log"):
         log.write_text(
-            log.read_text().replace("(given)", "\x1b[2J (given)", 3).replace('"gpu": "', '"gpu": "\\u001b[2J\u202e')
+            log.read_text()
+            .replace("(given)", "\x1b[2J (given)", 3)
+            .replace('"gpu": "', '"gpu": "\\u001b[2J\u202e')
         )
     claims = json.loads((copy / "submission.json").read_text())
     claims |= dict(author="A\x1b]0;x\x07", name="N\x9b", technique_summary="one\ntwo\r\x08")
@@ -574,14 +660,16 @@ def test_escape_codes_reach_neither_terminal_nor_page(copy, no_start):
 
 
 def test_a_page_names_no_file_that_is_read(copy, no_start):
-    claims = json.loads((copy / "submission.json").read_text()) | dict(technique_summary=str(ROOT / "pyproject.toml"))
+    claims = json.loads((copy / "submission.json").read_text()) | dict(
+        technique_summary=str(ROOT / "pyproject.toml")
+    )
     (copy / "submission.json").write_text(json.dumps(claims))
     assert regenerate(copy).code == 0 and "[tool." not in (copy / "README.md").read_text()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Statistics
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def facts(seed: int, bpb: float) -> SimpleNamespace:
@@ -613,7 +701,9 @@ def test_statistics_against_scipy(tmp_path):
             "Welch": stats.ttest_ind(ours, theirs, equal_var=False, alternative="less"),
             "2 pairs of seeds": stats.ttest_rel(ours[:2], theirs[:2], alternative="less"),
             "one sample against the mean": stats.ttest_1samp(ours, theirs.mean(), alternative="less"),
-            "the same less 0.005 nats": stats.ttest_1samp(ours, theirs.mean() - unit * margin, alternative="less"),
+            "the same less 0.005 nats": stats.ttest_1samp(
+                ours, theirs.mean() - unit * margin, alternative="less"
+            ),
         }
         assert list(rows) == list(expected)
         for name, known in expected.items():
@@ -628,7 +718,9 @@ def test_statistics_against_scipy(tmp_path):
 
 @real_logs
 def test_statistics_against_a_real_record():
-    new = [SimpleNamespace(facts=check.read_log(path)) for path in next(LOGS.glob("2026-03-25*")).glob("*.log")]
+    new = [
+        SimpleNamespace(facts=check.read_log(path)) for path in next(LOGS.glob("2026-03-25*")).glob("*.log")
+    ]
     found = submit.compare(new, str(next(LOGS.glob("2026-03-23*"))))
     assert [(name, round(test.t, 2), round(test.df, 2)) for name, _, test in found.rows[:1]] == [
         ("Welch", -11.83, 3.31)
@@ -661,9 +753,15 @@ def test_significance_is_the_margin_passed_in_nats(tmp_path):
         assert f"is {'' if found.shown else 'not '}shown" in submit.comparison_text(found)
         verdicts.add(found.shown)
     assert verdicts == {True, False}
-    noisy = write_logs(tmp_path / "noisy", {1: 1.12, 2: 1.18, 3: 1.24})  # its mean is beaten, by luck for all we know
+    noisy = write_logs(
+        tmp_path / "noisy", {1: 1.12, 2: 1.18, 3: 1.24}
+    )  # its mean is beaten, by luck for all we know
     test = stats.ttest_1samp(PR1019, 1.18 - 0.005 / factor, alternative="less")
-    assert test.pvalue < 0.01 < stats.ttest_ind(PR1019, (1.12, 1.18, 1.24), equal_var=False, alternative="less").pvalue
+    assert (
+        test.pvalue
+        < 0.01
+        < stats.ttest_ind(PR1019, (1.12, 1.18, 1.24), equal_var=False, alternative="less").pvalue
+    )
     assert not submit.compare(ours, noisy).shown
 
 
@@ -684,9 +782,9 @@ def test_equal_scores_are_no_number_in_json():
     assert "NaN" not in told and "Infinity" not in told
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The table
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_table(record, tmp_path):
@@ -694,7 +792,10 @@ def test_the_table(record, tmp_path):
     shutil.copytree(record.folder, out / "track_10min_16mb" / record.folder.name)
     better = out / "track_10min_16mb/2026-01-01_Better"
     better.mkdir()
-    for name, text in (("Broken", "{"), ("Odd", '{"val_bpb": null, "seeds": {"1": {}, "2": {}}, "bytes_total": "?"}')):
+    for name, text in (
+        ("Broken", "{"),
+        ("Odd", '{"val_bpb": null, "seeds": {"1": {}, "2": {}}, "bytes_total": "?"}'),
+    ):
         other = out / f"track_10min_16mb/2026-01-01_{name}"
         other.mkdir()
         (other / "submission.json").write_text(text)
@@ -706,7 +807,9 @@ def test_the_table(record, tmp_path):
         text = (out / "README.md").read_text()
         head, first, second, *rest = table_rows(text)
         assert (
-            text.startswith("# Records\n\nBefore.\n\n<!--") and text.endswith("-->\n\nAfter.\n") and "old" not in text
+            text.startswith("# Records\n\nBefore.\n\n<!--")
+            and text.endswith("-->\n\nAfter.\n")
+            and "old" not in text
         )
     assert first == ["track_10min_16mb", "2026-01-01", "[a/b](track_10min_16mb/2026-01-01_Better)", "1.500000",
                      "-", "-", "-", "-", "-"]  # fmt: skip
@@ -715,7 +818,10 @@ def test_the_table(record, tmp_path):
     ]  # fmt: skip
     named = dict(zip(head, second, strict=True))
     claims = record.claims
-    assert float(named["val_bpb"]) == round(claims["val_bpb"], 6) and named["bytes"] == f"{claims['bytes_total']:,}"
+    assert (
+        float(named["val_bpb"]) == round(claims["val_bpb"], 6)
+        and named["bytes"] == f"{claims['bytes_total']:,}"
+    )
     assert (named["seeds"], named["author"]) == ("3", "A") and record.folder.name in named["record"]
 
 

@@ -1,4 +1,5 @@
-"""Sweeps, paired comparisons and the ledger: mostly with a stand-in for the trainer, once with the trainer itself."""
+"""Sweeps, paired comparisons and the ledger: mostly with a stand-in for the trainer, once with the trainer
+itself."""
 
 import csv
 import json
@@ -57,7 +58,11 @@ def place(tmp_path, monkeypatch):
     """A working folder with a stand-in trainer, `launcher` in the command line's words."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
-    for name in ("RECIPE", "CUDA_VISIBLE_DEVICES", *(name for name in os.environ if name.startswith("STAND_IN"))):
+    for name in (
+        "RECIPE",
+        "CUDA_VISIBLE_DEVICES",
+        *(name for name in os.environ if name.startswith("STAND_IN")),
+    ):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -83,9 +88,9 @@ def rows(study: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sweeps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_grid_is_covered_once_and_a_second_start_runs_nothing(place, capsys):
@@ -100,7 +105,10 @@ def test_a_grid_is_covered_once_and_a_second_start_runs_nothing(place, capsys):
         mean = (float(row["seed_1"]) + float(row["seed_2"])) / 2
         assert row["state"] == "complete" and float(row["val_bpb"]) == pytest.approx(mean)
     assert [row["val_bpb"] for row in found] == sorted(row["val_bpb"] for row in found)
-    assert {path.name for path in Path("runs/sweep").glob("*.png")} == {"parallel_coordinate.png", "importance.png"}
+    assert {path.name for path in Path("runs/sweep").glob("*.png")} == {
+        "parallel_coordinate.png",
+        "importance.png",
+    }
     assert sweep.main(command, environment()) == 0 and len(lines("starts.txt")) == 12
     assert sweep.main([*command, "--set", "MATRIX_LR=0.04,0.05"], environment()) == 2
     assert "choose another --study" in capsys.readouterr().err
@@ -108,7 +116,9 @@ def test_a_grid_is_covered_once_and_a_second_start_runs_nothing(place, capsys):
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_a_range_is_sampled_and_a_study_can_be_extended(place, sampler):
-    command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--set", "NUM_LAYERS=3..5", "--sampler", sampler)
+    command = arguments(
+        "run", "--set", "MATRIX_LR=0.01..0.1:log", "--set", "NUM_LAYERS=3..5", "--sampler", sampler
+    )
     assert sweep.main([*command, "--trials", "2", "--prune", "0"], environment()) == 0
     assert sweep.main([*command, "--trials", "4", "--prune", "0"], environment()) == 0
     found = rows("sweep")
@@ -123,7 +133,7 @@ def test_a_range_is_sampled_and_a_study_can_be_extended(place, sampler):
         (["NUM_LAYERS=3,x"], "NUM_LAYERS"),
         (["NUM_LAYERS=-4..4"], "NUM_LAYERS"),
         (["SEED=1,2"], "set by the sweep itself"),
-        (["NUM_HEADS=4,3"], "no multiple"),
+        (["NUM_HEADS=4,3"], "does not divide"),
         (["NUM_LAYERS"], "NAME=value"),
         (["NUM_LAYERS=3"], "nothing to sweep"),
         (["NUM_LAYERS=5..4"], "needs low < high"),
@@ -132,7 +142,10 @@ def test_a_range_is_sampled_and_a_study_can_be_extended(place, sampler):
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given, said):
-    assert sweep.main(arguments("run", *(word for each in given for word in ("--set", each))), environment()) == 2
+    assert (
+        sweep.main(arguments("run", *(word for each in given for word in ("--set", each))), environment())
+        == 2
+    )
     assert said in capsys.readouterr().err
     assert not Path("runs").exists()
 
@@ -140,7 +153,10 @@ def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given,
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--workers", "2", "--gpus", "0,1,2"], "--workers 2: must be at least 1 and divide the number of GPUs, 3"),
+        (
+            ["--workers", "2", "--gpus", "0,1,2"],
+            "--workers 2: must be at least 1 and divide the number of GPUs, 3",
+        ),
         (["--workers", "0"], "--workers 0: must be at least 1"),
         (["--launcher", "no-such-launcher --fast"], "no-such-launcher --fast: no such program"),
         (["--seeds", "1,1"], "must be distinct integers"),
@@ -170,7 +186,8 @@ def test_fewer_trials_than_the_study_has_do_not_wait_for_the_others(place):
 
 def test_a_space_file(place, capsys):
     Path("my.toml").write_text(
-        f'recipe = "{os.path.relpath(SMOKE)}"\nseeds = [5]\n[space]\nMATRIX_LR = [0.02, 0.03]\nTIE_EMBEDDINGS = true\n'
+        f'recipe = "{os.path.relpath(SMOKE)}"\nseeds = [5]\n[space]\nMATRIX_LR = [0.02, '
+        "0.03]\nTIE_EMBEDDINGS = true\n"
         "[rows]\nplain = {}\ndeep = {NUM_LAYERS = 5}\n"
     )
     assert sweep.main(arguments("run", "my.toml"), environment(RECIPE="")) == 0
@@ -197,7 +214,9 @@ def test_a_bad_trial_is_pruned_and_a_crash_is_told(place, capsys):
     command = arguments("run", "--set", "NUM_LAYERS=3,9", "--study", "crash")
     assert sweep.main(command, environment()) == 1
     assert "out of memory" in rows("crash")[-1]["why"] and rows("crash")[-1]["state"] == "fail"
-    assert sweep.main(command, environment()) == 1 and len(lines("starts.txt")) == 6  # it would only fail again
+    assert (
+        sweep.main(command, environment()) == 1 and len(lines("starts.txt")) == 6
+    )  # it would only fail again
     capsys.readouterr()
 
 
@@ -237,7 +256,9 @@ def test_runs_end_with_a_sweep_that_is_killed_alone(place):
 
 @pytest.mark.slow
 def test_workers_of_torchrun_end_with_a_sweep_that_is_killed_alone(place, demo_data):
-    more = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="1000000")
+    more = dict(
+        DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="1000000"
+    )
     first = launch(["run", "--set", "MATRIX_LR=0.01,0.02", "--launcher", TORCHRUN], **more)
 
     def ours() -> list[str]:
@@ -286,7 +307,9 @@ def test_code_that_changes_under_a_study_or_a_comparison_stops_it(place, capsys,
 
 def test_a_score_that_is_no_number_is_a_crash(place):
     with pytest.raises(launch_module.Crash, match="val_bpb_sliding is nan"):
-        launch_module.train("run", environment(STAND_IN_BPB="nan"), [sys.executable, "stand_in.py"], Path("logs"))
+        launch_module.train(
+            "run", environment(STAND_IN_BPB="nan"), [sys.executable, "stand_in.py"], Path("logs")
+        )
 
 
 @pytest.mark.parametrize("text", ['{"fits": true}', '{"val_bpb_sliding": 1.', "[]", ""])
@@ -296,7 +319,10 @@ def test_a_result_that_lacks_something_is_no_finished_run(place, capsys, text):
     for _ in range(2):  # the second finds what the first has run
         found = launch_module.train("run", environment(), [sys.executable, "stand_in.py"], Path("logs"))
         assert found["val_bpb_sliding"] < 3 and list(started()) == ["run_start2"]
-        assert "runs/run/result.json" in capsys.readouterr().err and Path("runs/run/result.json").read_text() == text
+        assert (
+            "runs/run/result.json" in capsys.readouterr().err
+            and Path("runs/run/result.json").read_text() == text
+        )
 
 
 def test_a_run_that_writes_half_a_result_is_a_crash(place):
@@ -327,7 +353,8 @@ def test_a_study_keeps_its_database_in_its_own_folder(place, name):
 
 
 def test_an_identical_score_is_no_gain(place):
-    """The ledger has six decimals: a rerun that gives the same bits must not look better than its own rounding."""
+    """The ledger has six decimals: a rerun that gives the same bits must not look better than its own
+    rounding."""
     for bpb in (3.9117098157, 3.9117101843, 1 / 3, 2.0):
         kept = dict(bpb=f"{bpb:.6f}", verdict="keep")
         assert not ledger.is_best(bpb, [kept]) and ledger.is_best(bpb - 1.1e-6, [kept])
@@ -335,7 +362,8 @@ def test_an_identical_score_is_no_gain(place):
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
-    """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same setting."""
+    """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same
+    setting."""
     command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--trials", "8", "--seeds", "1,2", "--workers", "2",
                         "--prune", "0", "--grace", "1")  # fmt: skip
     first = launch(command, STAND_IN_SECONDS="0.08")
@@ -366,7 +394,9 @@ def test_with_the_trainer(place, demo_data):
         (folder,) = Path("runs").glob(f"sweep_00{row['trial']}_*_seed1337")
         result = json.loads((folder / "result.json").read_text())
         assert float(row["val_bpb"]) == pytest.approx(result["val_bpb_sliding"]) and result["steps"] == 2
-        assert json.loads((folder / "config.json").read_text())["config"]["matrix_lr"] == float(row["MATRIX_LR"])
+        assert json.loads((folder / "config.json").read_text())["config"]["matrix_lr"] == float(
+            row["MATRIX_LR"]
+        )
     trial = optuna.load_study(study_name="sweep", storage="sqlite:///runs/sweep/study.db").trials[0]
     assert list(trial.intermediate_values) == [1]
 
@@ -381,12 +411,16 @@ def test_two_processes_share_a_study_on_postgresql(place):
         free.bind(("127.0.0.1", 0))
         binaries, port = found[-1].parent, free.getsockname()[1]
     as_other = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
-    home = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())  # pytest's folders are closed to others
+    home = Path(
+        subprocess.check_output(["mktemp", "-d"], text=True).strip()
+    )  # pytest's folders are closed to others
     try:
         if as_other:
             shutil.chown(home, "nobody", "nogroup")
         data = str(home / "data")
-        subprocess.run([*as_other, binaries / "initdb", "-D", data, "-U", "golf", "-A", "trust"], check=True, cwd=home)
+        subprocess.run(
+            [*as_other, binaries / "initdb", "-D", data, "-U", "golf", "-A", "trust"], check=True, cwd=home
+        )
         options = f"-h 127.0.0.1 -p {port} -k {home}"
         control = [*as_other, binaries / "pg_ctl", "-D", data, "-w"]
         subprocess.run([*control, "-o", options, "-l", home / "log", "start"], check=True, cwd=home)
@@ -404,9 +438,9 @@ def test_two_processes_share_a_study_on_postgresql(place):
     assert len(started()) == 12 and set(started().values()) == {1} and len(rows("sweep")) == 12
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Comparison and ledger
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_comparison_is_the_paired_t_test():
@@ -464,7 +498,8 @@ def test_the_ledger_keeps_discards_and_tells_crashes(place, capsys, monkeypatch,
     assert [line["verdict"] for line in found] == ["keep", "discard", "discard", "discard", "crash", "keep"]
     assert [line["bpb"] for line in found][-2:] == ["-", "1.950000"] and found[0]["bytes"] == "1000"
     assert (
-        len({line["scorer"] for line in found}) == 1 and found[0]["config"] == found[2]["config"] != found[1]["config"]
+        len({line["scorer"] for line in found}) == 1
+        and found[0]["config"] == found[2]["config"] != found[1]["config"]
     )
     assert all((Path("runs") / line["run"]).exists() for line in found)
     capsys.readouterr()
@@ -488,7 +523,9 @@ def test_what_moves_scores_without_a_better_model_is_refused(place, capsys, demo
         assert sweep.main(one, base | more) == 2 and "task is " in capsys.readouterr().err
     assert sweep.main([*one, "--seconds", "0"], base) == 2
     Path("runs/other.tsv").write_text("commit\tval_bpb\n")
-    assert sweep.main([*one, "--ledger", "runs/other.tsv"], base) == 2 and "columns" in capsys.readouterr().err
+    assert (
+        sweep.main([*one, "--ledger", "runs/other.tsv"], base) == 2 and "columns" in capsys.readouterr().err
+    )
     assert len(written()) == len(started()) == 1
 
 
@@ -517,7 +554,9 @@ def test_a_program_that_cannot_be_imported_is_a_crash_in_the_ledger(place, capsy
 def test_lines_written_at_the_same_time_all_stand_below_one_head(place):
     line = dict.fromkeys(ledger.COLUMNS, "x")
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: ledger.append(Path("new/ledger.tsv"), line | {"note": number}), range(64)))
+        list(
+            pool.map(lambda number: ledger.append(Path("new/ledger.tsv"), line | {"note": number}), range(64))
+        )
     assert sorted(int(each["note"]) for each in ledger.read(Path("new/ledger.tsv"))) == list(range(64))
 
 
@@ -536,11 +575,17 @@ def test_a_tracker_is_told_when_asked_for(place, capsys, monkeypatch, demo_data)
     Path("trackio.py").write_text(textwrap.dedent(TRACKER))
     monkeypatch.syspath_prepend(place)
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), STAND_IN_BPB="2")
+    base = environment(
+        DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), STAND_IN_BPB="2"
+    )
     runs = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--workers", "2")
     one = arguments("one", "--note", "n", "--seconds", "5")
     for name, said in (("wandb", "pip install wandb"), ("tensorboard", "trackio or wandb")):
-        assert sweep.main(runs, base | {"TRACK": name}) == 2 and said in capsys.readouterr().err and not started()
+        assert (
+            sweep.main(runs, base | {"TRACK": name}) == 2
+            and said in capsys.readouterr().err
+            and not started()
+        )
     assert sweep.main(one, base) == 0 and "trackio" not in sys.modules and not lines("told.jsonl")
     for command in (runs, one, runs):  # the third runs nothing, so there is nothing to tell
         assert sweep.main(command, base | {"TRACK": "trackio"}) == 0

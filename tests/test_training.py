@@ -1,10 +1,11 @@
-"""Steps and whole runs: one process against two, the same losses from the same seed, the clock, what must not matter.
+"""Steps and whole runs: one process against two, the same losses from the same seed, the clock, what must not
+matter.
 
     PYTHONPATH=. python tests/test_training.py    trains the smoke recipe, keeps its losses for this machine
 
-Losses are compared bit for bit where torch, Python, CPU and corpus are those of an entry of tests/losses.json, within
-0.02 where only the corpus is, and otherwise for falling from ln(1024). A wanted change of the mathematics is a reason
-to run the command, nothing else is.
+Losses are compared bit for bit where torch, Python, CPU and corpus are those of an entry of
+tests/losses.json, within 0.02 where only the corpus is, and otherwise for falling from ln(1024). A wanted
+change of the mathematics is a reason to run the command, nothing else is.
 """
 
 import json
@@ -46,7 +47,9 @@ def machine(corpus: str) -> str:
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     cpu = f"{models[0] if models else platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return f"torch {torch.__version__} / python {platform.python_version()} / {cpu} / 1 thread / corpus {corpus}"
+    return (
+        f"torch {torch.__version__} / python {platform.python_version()} / {cpu} / 1 thread / corpus {corpus}"
+    )
 
 
 def read_losses(folder: Path) -> list[float]:
@@ -87,9 +90,9 @@ def smoke_run(quick, tmp_path_factory) -> Path:
     return train_here(quick, tmp_path_factory.mktemp("smoke"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Whole runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_twenty_steps_are_reproduced_from_the_seed(quick, smoke_run, run_trainer, tmp_path, demo_data):
@@ -99,7 +102,8 @@ def test_twenty_steps_are_reproduced_from_the_seed(quick, smoke_run, run_trainer
     assert done.returncode == 0, done.stderr
     assert read_losses(tmp_path / "runs/run") == losses
     hashes = [
-        json.loads((run / "result.json").read_text())["sha256_artifact"] for run in (smoke_run, tmp_path / "runs/run")
+        json.loads((run / "result.json").read_text())["sha256_artifact"]
+        for run in (smoke_run, tmp_path / "runs/run")
     ]
     assert hashes[0] == hashes[1]
     kept, corpus = json.loads(LOSSES.read_text()), corpus_hash(demo_data)
@@ -109,7 +113,8 @@ def test_twenty_steps_are_reproduced_from_the_seed(quick, smoke_run, run_trainer
     elif same_corpus:
         assert losses == pytest.approx(same_corpus[0], abs=0.02)
     assert losses[0] == pytest.approx(math.log(1024), abs=0.1)
-    # the last five were 5.9 to 6.1 on average on four stretches of the corpus, 4.1 on the long document that opens it
+    # the last five were 5.9 to 6.1 on average on four stretches of the corpus, 4.1 on the long document that
+    # opens it
     assert np.mean(losses[-5:]) < min(6.5, np.mean(losses[:5]) - 0.3)
 
 
@@ -159,15 +164,18 @@ def test_what_must_not_change_the_training(quick, short_run, tmp_path, changes):
     assert validations == (4 if "VAL_LOSS_EVERY" in changes else 0)
 
 
-@pytest.mark.parametrize("changes", [{"SEED": "2"}, {"MATRIX_LR": "0.02"}, {"GRAD_CLIP_NORM": "0.1"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"SEED": "2"}, {"MATRIX_LR": "0.02"}, {"GRAD_CLIP_NORM": "0.1"}], ids=str
+)
 def test_what_must_change_it(quick, short_run, tmp_path, changes):
     """The control of the test above."""
     assert read_losses(train_here({**quick, **SHORT, **changes}, tmp_path)) != read_losses(short_run)
 
 
 def test_the_average_is_what_is_exported(quick, short_run, tmp_path_factory):
-    """The same training each time; an EMA without memory is the live weights. With a rate that falls by a tenth of its
-    peak a step, snapshots below 0.25 are of steps 5 and 6, and SWA_EVERY=5 takes that of step 5 alone."""
+    """The same training each time; an EMA without memory is the live weights. With a rate that falls by a
+    tenth of its peak a step, snapshots below 0.25 are of steps 5 and 6, and SWA_EVERY=5 takes that of step 5
+    alone."""
     swa, runs = {"EMA_ENABLED": "0", "SWA_ENABLED": "1", "SWA_THRESHOLD": "0.25"}, {}
     for name, changes in {
         "live": {"EMA_ENABLED": "0"},
@@ -195,14 +203,16 @@ def test_a_loss_that_is_no_number_stops_the_run(quick, tmp_path, monkeypatch, ca
     )  # whether or not the step is one that is logged
     settings = {"SCALAR_LR": "1e38", "TIED_EMBED_LR": "1e38", "MATRIX_LR": "1e38"}
     train_here({**quick, **SHORT, **settings}, tmp_path, code=1)
-    assert re.search(r"^error: step \d+: (train_loss|the gradient of \S+) is (nan|inf)$", capsys.readouterr().err, re.M)
+    assert re.search(
+        r"^error: step \d+: (train_loss|the gradient of \S+) is (nan|inf)$", capsys.readouterr().err, re.M
+    )
     left = {file.name for file in (tmp_path / "runs/run").iterdir()}
     assert "config.json" in left and not {name for name in left if name.startswith(("final_model", "result"))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The clock
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class StepClock:
@@ -239,7 +249,9 @@ def running(clock):
 @pytest.mark.parametrize(
     "limit, reserve, iterations, steps", [(10, 0, 99, 10), (10, 2.5, 99, 7), (10, 0, 4, 4), (0, 9, 5, 5)]
 )
-def test_training_stops_where_another_step_and_the_reserve_would_not_fit(tmp_path, limit, reserve, iterations, steps):
+def test_training_stops_where_another_step_and_the_reserve_would_not_fit(
+    tmp_path, limit, reserve, iterations, steps
+):
     config = replace(
         SMALL, max_wallclock_seconds=float(limit), iterations=iterations, warmdown_iters=4, train_log_every=1,
         train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, ema_enabled=False,
@@ -254,7 +266,9 @@ def test_training_stops_where_another_step_and_the_reserve_would_not_fit(tmp_pat
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert ("stopping_early: wallclock_cap" in (tmp_path / "train.log").read_text()) == (steps < iterations)
     end = min(limit - reserve, iterations) if limit else iterations
-    for row in rows[1:]:  # the rate of a step is set before it, when row["step"] - 1 steps and seconds have passed
+    for row in rows[
+        1:
+    ]:  # the rate of a step is set before it, when row["step"] - 1 steps and seconds have passed
         assert row["lr_scale"] == pytest.approx(min(1, (end - row["step"] + 1) / 4))
 
 
@@ -271,9 +285,9 @@ def test_the_clock_does_not_count_pauses(monkeypatch):
     assert clock.seconds() == pytest.approx(6.5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches and steps
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def stream(folder: Path, count: int = 1000) -> train_gpt.TokenStream:
@@ -306,22 +320,23 @@ def test_the_batch_of_a_step_does_not_depend_on_the_ranks(tmp_path, monkeypatch,
 
 def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch):
     monkeypatch.setattr(train_gpt, "world_size", lambda: 5)
-    with pytest.raises(UserError, match="5 processes do not divide the 12 rows"):
+    with pytest.raises(UserError, match="world_size=5 must divide the 12 sequences"):
         split_batch(replace(SMALL, train_batch_tokens=12 * 16, grad_accum_total=1))
 
 
 class Descent(torch.optim.SGD):
     """Plain gradient descent in place of Muon, on parameters that every rank updates whole."""
 
-    shares = ()
+    shards = ()
 
-    def step(self, meanwhile=lambda: None):
+    def step(self, overlap_fn=lambda: None):
         super().step()
-        meanwhile()
+        overlap_fn()
 
 
 def sgd(model: torch.nn.Module, lr: float = 1.0) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Plain descent at rate 1: the update is the gradient that the step used. There is nothing left for AdamW."""
+    """Plain descent at rate 1: the update is the gradient that the step used. There is nothing left for
+    AdamW."""
     optimizer = Descent(model.parameters(), lr=lr)
     optimizer.param_groups[0]["peak_lr"] = lr
     return optimizer, SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda set_to_none: None)
@@ -359,16 +374,18 @@ def test_a_step_takes_the_mean_of_its_micro_batches_clipped(parts, limit):
 def test_a_step_sets_rate_and_momentum_of_every_group():
     model = random_model(SMALL, torch.float32)
     optimizers = train_gpt.make_optimizers(model, SMALL)
-    train_step(train_gpt.training_loss, model, [(random_ids(2, 8), random_ids(2, 8, 1))], optimizers, 0.25, 0.875)
+    train_step(
+        train_gpt.training_loss, model, [(random_ids(2, 8), random_ids(2, 8, 1))], optimizers, 0.25, 0.875
+    )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             assert group["lr"] == 0.25 * group["peak_lr"] > 0
             assert isinstance(optimizer, torch.optim.AdamW) or group["momentum"] == 0.875
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Two processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 CLIPPED, UNCLIPPED = (replace(SMALL, grad_clip_norm=limit) for limit in (0.3, 0.0))
 
@@ -450,13 +467,14 @@ def test_two_ranks_share_the_mean_of_their_squared_gradients(two_ranks):
                 assert (one - other).norm() < 1e-4 * other.norm(), name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # torch.compile
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, monkeypatch):
-    """One whole graph for the step and two widths of scoring, made before the clock starts; losses as without."""
+    """One whole graph for the step and two widths of scoring, made before the clock starts; losses as
+    without."""
     graphs, train = [], train_gpt.train
 
     def count(module, inputs):
@@ -478,13 +496,14 @@ def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, mon
     assert read_losses(folder) == pytest.approx(read_losses(short_run), abs=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Keeping the losses
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def keep_losses() -> None:
-    """Train the smoke recipe in a folder of its own and put its losses into losses.json under this machine's key."""
+    """Train the smoke recipe in a folder of its own and put its losses into losses.json under this machine's
+    key."""
     data = ROOT / "data/demo"
     subprocess.run([sys.executable, str(ROOT / "data/demo.py"), "--out", str(data)], cwd=ROOT, check=True)
     settings = {

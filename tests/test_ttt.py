@@ -1,4 +1,5 @@
-"""The parts of test-time training against explicit computations: plans, ledger, fast weights, steps, moments, PPM."""
+"""The parts of test-time training against explicit computations: plans, ledger, fast weights, steps, moments,
+PPM."""
 
 import copy
 import math
@@ -13,7 +14,17 @@ from test_scoring import TABLE, TOKENS
 
 import train_gpt
 from eval_ttt import document_plan, documents, flat_plan, mixed_nll, ppm_nll
-from train_gpt import GPT, TTT_MODES, Chunk, Config, FastWeights, Ledger, LedgerError, Windows, adaptation_step
+from train_gpt import (
+    GPT,
+    TTT_MODES,
+    Chunk,
+    Config,
+    FastWeights,
+    Ledger,
+    LedgerError,
+    Windows,
+    adaptation_step,
+)
 
 ALL = TTT_MODES["all"][1]
 LEVERS = replace(
@@ -21,9 +32,9 @@ LEVERS = replace(
     block_order="0,1,2,1,3,4", pos_conditional_bigram=True,
 )  # fmt: skip
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plans
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def windows(*rows: tuple[int, int, int]) -> Windows:
@@ -58,8 +69,13 @@ def follow(plan: list[Chunk], targets: int) -> None:
         new = counted(chunk.scored)
         assert len(set(new)) == len(new) and not scored & set(new)
         scored |= set(new)
-        if chunk.learned is not None:
-            read = {t for start, begin, end in rows(chunk.learned) if end > begin for t in range(start, start + end)}
+        if chunk.adapted is not None:
+            read = {
+                t
+                for start, begin, end in rows(chunk.adapted)
+                if end > begin
+                for t in range(start, start + end)
+            }
             assert read and read <= scored
     assert scored == set(range(targets))
 
@@ -72,26 +88,28 @@ FLAT = [  # tokens, EVAL_SEQ_LEN, EVAL_STRIDE, TTT_CHUNK_TOKENS, TTT_CONTEXT
 
 @pytest.mark.parametrize("num_tokens, seq_len, stride, chunk_tokens, context", FLAT)
 def test_flat_plan(num_tokens, seq_len, stride, chunk_tokens, context):
-    config = Config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=chunk_tokens, ttt_context=context)
+    config = Config(
+        eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_tokens=chunk_tokens, ttt_context=context
+    )
     plan = flat_plan(num_tokens, config)
     follow(plan, num_tokens - 1)
     scored = [row for chunk in plan for row in rows(chunk.scored)]
     assert scored == rows(train_gpt.sliding_windows(num_tokens, seq_len, stride))
     numbers = [{(start + begin) // chunk_tokens for start, begin, _ in rows(chunk.scored)} for chunk in plan]
     assert all(len(one) == 1 and min(one) < min(two) for one, two in pairwise([*numbers, {math.inf}]))
-    assert plan[-1].learned is None and not any(chunk.slots or chunk.base for chunk in plan)
+    assert plan[-1].adapted is None and not any(chunk.slots or chunk.base for chunk in plan)
     for chunk in plan[:-1]:
-        assert counted(chunk.learned) == counted(chunk.scored)
-        lengths = [end - begin for _, begin, end in rows(chunk.learned)]
+        assert counted(chunk.adapted) == counted(chunk.scored)
+        lengths = [end - begin for _, begin, end in rows(chunk.adapted)]
         assert all(length == seq_len for length in lengths[:-1]) and 0 < lengths[-1] <= seq_len
-        assert all(begin == min(context, start + begin) for start, begin, _ in rows(chunk.learned))
+        assert all(begin == min(context, start + begin) for start, begin, _ in rows(chunk.adapted))
 
 
 def test_a_flat_plan_in_numbers():
     """Windows end at 8, 12, 16, 20; the first target that each scores is 0, 8, 12, 16."""
     plan = flat_plan(21, Config(eval_seq_len=8, eval_stride=4, ttt_chunk_tokens=8, ttt_context=2))
     assert [rows(chunk.scored) for chunk in plan] == [[(0, 0, 8)], [(4, 4, 8), (8, 4, 8)], [(12, 4, 8)]]
-    assert [rows(chunk.learned) for chunk in plan[:2]] == [[(0, 0, 8)], [(6, 2, 10)]]
+    assert [rows(chunk.adapted) for chunk in plan[:2]] == [[(0, 0, 8)], [(6, 2, 10)]]
 
 
 BORDERS = [
@@ -131,18 +149,23 @@ def in_slots(members: list[tuple[int, int]], slots: int, size: int) -> list[dict
 
 @pytest.mark.parametrize("size, seq_len, stride, slots, groups, context", BY_DOCUMENTS)
 def test_document_plan(size, seq_len, stride, slots, groups, context):
-    """Each step has the next chunk of the document in each slot, in document order; it reads no other document."""
+    """Each step has the next chunk of the document in each slot, in document order; it reads no other
+    document."""
     tokens = text_of(LENGTHS)
     config = Config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_size=size, ttt_context=context)
     plan = document_plan(tokens, replace(config, ttt_slots=slots, ttt_groups=groups))
     follow(plan, len(tokens) - 1)
-    steps = [(group, step) for group in range(groups) for step in in_slots(spans(tokens)[group::groups], slots, size)]
+    steps = [
+        (group, step)
+        for group in range(groups)
+        for step in in_slots(spans(tokens)[group::groups], slots, size)
+    ]
     for chunk, (group, step) in zip(plan, steps, strict=True):
         held = {span: (slot, number) for slot, (span, number) in step.items()}
         expected = [(*held[span], *span) for span in sorted(held)]
         assert chunk.slots.group == group and not chunk.base and chunk.slots.width == size
         assert chunk.slots.fresh.tolist() == [number == 0 for _, number, _, _ in expected]
-        learned = rows(chunk.learned or windows(*[(0, 0, 0)] * len(expected)))
+        learned = rows(chunk.adapted or windows(*[(0, 0, 0)] * len(expected)))
         by_document = zip(expected, chunk.slots.slot.tolist(), rows(chunk.scored), learned, strict=True)
         for (slot, number, low, high), given, (start, begin, end), learn in by_document:
             a, b = low + number * size, min(low + (number + 1) * size, high)
@@ -172,7 +195,9 @@ def test_a_plan_has_few_shapes(seq_len, size, context):
     """Documents of 1 to 100,000 tokens: four lengths at most, and each holds all windows of its batch."""
     lengths = np.unique(np.geomspace(1, 100_000, 60).astype(int))
     tokens = text_of(np.random.default_rng(0).permutation(lengths).tolist())
-    config = Config(eval_seq_len=seq_len, ttt_chunk_size=size, ttt_context=context, ttt_slots=24, ttt_groups=2)
+    config = Config(
+        eval_seq_len=seq_len, ttt_chunk_size=size, ttt_context=context, ttt_slots=24, ttt_groups=2
+    )
     shapes, plan = set(), document_plan(tokens, config)
     for chunk in plan:
         for index, width, length in train_gpt.batches_of(chunk, train_gpt.SLOT_ROWS):
@@ -183,12 +208,20 @@ def test_a_plan_has_few_shapes(seq_len, size, context):
     }
 
 
-PHASES = [(1, 6, 3, [2, 4, 6]), (2, 5, 1, [5]), (3, 6, 2, [3, 6]), (1, 9, 1, []), (2, 2000, 3, []), (1, 4, 2, [2, 4])]
+PHASES = [
+    (1, 6, 3, [2, 4, 6]),
+    (2, 5, 1, [5]),
+    (3, 6, 2, [3, 6]),
+    (1, 9, 1, []),
+    (2, 2000, 3, []),
+    (1, 4, 2, [2, 4]),
+]
 
 
 @pytest.mark.parametrize("groups, prefix, phases, expected", PHASES)
 def test_phases(groups, prefix, phases, expected):
-    """EXPECTED: how many documents are scored at each border, where all slots run empty; none after the last one."""
+    """EXPECTED: how many documents are scored at each border, where all slots run empty; none after the last
+    one."""
     tokens = text_of(LENGTHS)
     config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_slots=2, ttt_groups=groups, ttt_mode="phased")
     plan = document_plan(tokens, replace(config, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases))
@@ -197,31 +230,39 @@ def test_phases(groups, prefix, phases, expected):
     for chunk in plan:
         if chunk.base:
             borders.append([low for low, _ in spans(tokens)].index(len(done)))
-            assert done == set(range(len(done))) and counted(chunk.learned) == sorted(done)
-            assert all(begin == 0 < end <= 12 for _, begin, end in rows(chunk.learned))
-            assert all(any(a <= s and s + e <= b for a, b in spans(tokens)) for s, _, e in rows(chunk.learned))
+            assert done == set(range(len(done))) and counted(chunk.adapted) == sorted(done)
+            assert all(begin == 0 < end <= 12 for _, begin, end in rows(chunk.adapted))
+            assert all(
+                any(a <= s and s + e <= b for a, b in spans(tokens)) for s, _, e in rows(chunk.adapted)
+            )
             assert len(chunk.scored.start) == 0
         done |= {*counted(chunk.scored)}
     assert borders == expected
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Ledger
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_ledger_refuses_a_second_score_and_early_learning():
     ledger = Ledger(20)
     ledger.score(windows((0, 0, 5), (3, 4, 9), (15, 2, 2)))  # 0 to 4 and 7 to 11; the third has no target
-    ledger.learn(windows((0, 0, 5), (8, 2, 4), (0, 9, 9)))
+    ledger.adapt(windows((0, 0, 5), (8, 2, 4), (0, 9, 9)))
     for again in ((4, 0, 1), (0, 4, 6), (6, 0, 2), (7, 3, 9)):
         with pytest.raises(LedgerError, match="scored twice"):
             ledger.score(windows(again))
-    for early in ((0, 0, 6), (4, 3, 6), (5, 3, 6), (11, 0, 2), (19, 0, 1)):  # two of them only as left context
+    for early in (
+        (0, 0, 6),
+        (4, 3, 6),
+        (5, 3, 6),
+        (11, 0, 2),
+        (19, 0, 1),
+    ):  # two of them only as left context
         with pytest.raises(LedgerError, match="before they are scored"):
-            ledger.learn(windows(early))
+            ledger.adapt(windows(early))
     ledger.score(windows((5, 0, 2)))
-    ledger.learn(windows((0, 0, 12)))
+    ledger.adapt(windows((0, 0, 12)))
 
 
 @pytest.mark.parametrize("change, message", [("learn", "before they are scored"), ("score", "scored twice")])
@@ -232,22 +273,23 @@ def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, messag
         learn = staticmethod(lambda *_: pytest.fail("learned"))
 
     plan = flat_plan(len(TOKENS), Config(eval_seq_len=16, eval_stride=8, ttt_chunk_tokens=16))
-    plan = [chunk._replace(learned=None) for chunk in plan]
-    plan[2] = plan[1] if change == "score" else plan[2]._replace(learned=windows((10, 4, 16), (32, 0, 17)))
+    plan = [chunk._replace(adapted=None) for chunk in plan]
+    plan[2] = plan[1] if change == "score" else plan[2]._replace(adapted=windows((10, 4, 16), (32, 0, 17)))
     with pytest.raises(LedgerError, match=message):
-        train_gpt.score(random_model(SMALL, torch.float32), TOKENS, plan, TABLE, 4, learner=Never())
+        train_gpt.score(random_model(SMALL, torch.float32), TOKENS, plan, TABLE, 4, adaptation=Never())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Adaptation by hand
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Moments:
-    """Mean squared gradients as the settings describe them: row and column means of matrices, else every entry.
+    """Mean squared gradients as the settings describe them: row and column means of matrices, else every
+    entry.
 
-    By flat chunks a running mean that forgets with TTT_BETA2; by documents a plain mean over the prior, the document
-    itself and (prefix) those that stand earlier.
+    By flat chunks a running mean that forgets with TTT_BETA2; by documents a plain mean over the prior, the
+    document itself and (prefix) those that stand earlier.
     """
 
     def __init__(self, config: Config, prior=()):
@@ -295,7 +337,8 @@ class Moments:
 
 
 class Hand:
-    """One set of weights that learns by torch's own optimisers, in float64, each setting as its help text says."""
+    """One set of weights that learns by torch's own optimisers, in float64, each setting as its help text
+    says."""
 
     def __init__(self, model: GPT, config: Config, learns: str, moments: Moments | None = None):
         self.config, self.moments = config, moments
@@ -366,9 +409,9 @@ class Hand:
         self.apply(lr)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Fast weights
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def model_of(config: Config, seed: int = 0) -> GPT:
@@ -398,7 +441,10 @@ def batch_of(seed: int, weights: tuple[float, ...], length: int = 12):
 def test_each_row_of_a_batch_reads_its_own_set(config):
     """For every parameter by itself, and for all of them together."""
     model, (_, ids, targets, columns, _) = model_of(config), batch_of(0, (1.0, 1.0, 1.0))
-    plain, others = train_gpt.token_nll(model, ids, targets, columns), [model_of(config, seed) for seed in (1, 2, 3)]
+    plain, others = (
+        train_gpt.token_nll(model, ids, targets, columns),
+        [model_of(config, seed) for seed in (1, 2, 3)],
+    )
     names = [name for name, _ in model.named_parameters()]
     fast = fast_of(model, config, ALL, 3)
     assert set(fast.values) == set(names)
@@ -420,7 +466,10 @@ def test_each_row_of_a_batch_reads_its_own_set(config):
 def test_adapters_count_alpha_over_rank(sets):
     config = replace(LEVERS, ttt_lora_rank=3, ttt_lora_alpha=7.0)
     model, (text, ids, targets, columns, _) = model_of(config), batch_of(0, (1.0, 1.0, 1.0))
-    fast, hands = fast_of(model, config, "adapters", sets), [Hand(model, config, "adapters") for _ in range(3)]
+    fast, hands = (
+        fast_of(model, config, "adapters", sets),
+        [Hand(model, config, "adapters") for _ in range(3)],
+    )
     plain = train_gpt.token_nll(model, ids, targets, columns)
     assert torch.equal(train_gpt.token_nll(model, ids, targets, columns, *fast.weights(fast.used())), plain)
     generator = torch.Generator().manual_seed(1)
@@ -456,7 +505,9 @@ STEPS = {
     "precond": dict(),
     "precond, own moments": dict(ttt_moments="own"),
     "frozen blocks": dict(ttt_freeze_blocks=2),
-    "rates of the MLP": dict(ttt_in_lr_mult=0.5, ttt_out_lr_mult=3.0, ttt_optimizer="adamw", ttt_weight_decay=0.3),
+    "rates of the MLP": dict(
+        ttt_in_lr_mult=0.5, ttt_out_lr_mult=3.0, ttt_optimizer="adamw", ttt_weight_decay=0.3
+    ),
 }
 LEARN = [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]  # the third document ends here
 
@@ -464,7 +515,8 @@ LEARN = [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]  # 
 @pytest.mark.parametrize("learns", [ALL, "adapters"], ids=["all", "adapters"])
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS)
 def test_steps_of_documents_equal_steps_by_hand(changes, learns):
-    """Documents side by side against each by itself; of the moments each has those of the documents before it."""
+    """Documents side by side against each by itself; of the moments each has those of the documents before
+    it."""
     config, lr = replace(LEVERS, **changes), 0.01
     model, moments = model_of(config), Moments(config)
     tolerance = 1e-5 if config.ttt_optimizer == "adamw" else 1e-7  # its corrections of the bias are float32
@@ -479,7 +531,9 @@ def test_steps_of_documents_equal_steps_by_hand(changes, learns):
         for row, hand in enumerate(hands[:count]):
             hand.step(weights[row] * hand.losses(text[row], 0, 0, 12).mean(), lr, row)
             for name, value in hand.values.items():
-                torch.testing.assert_close(fast.values[name][row], value.detach(), rtol=0, atol=tolerance, msg=name)
+                torch.testing.assert_close(
+                    fast.values[name][row], value.detach(), rtol=0, atol=tolerance, msg=name
+                )
     moved = [name for name, base in fast.base.items() if not torch.equal(fast.values[name][0], base)]
     frozen = [f"blocks.{block}." for block in (0, 1, 3)] if config.ttt_freeze_blocks else ()
     assert moved == [name for name in fast.base if not name.startswith(tuple(frozen))]
@@ -530,14 +584,20 @@ def test_reset_forgets_all_but_the_moments(optimizer):
             text, *batch = batch_of(2 * document + number, (1.0, 1.0))
             adaptation_step(model, fast, batch, 0.01, 2)
             fast.moments.end_step()
-            for row, (each, name) in enumerate(sorted([(hand, document), (other, 1)], key=lambda pair: pair[1])):
+            for row, (each, name) in enumerate(
+                sorted([(hand, document), (other, 1)], key=lambda pair: pair[1])
+            ):
                 each.step(each.losses(text[row], 0, 0, 12).mean(), 0.01, name)
         for each, slot in ((hand, 1), (other, 0)):
             for name, value in each.values.items():
-                torch.testing.assert_close(fast.values[name][slot], value.detach(), rtol=0, atol=1e-5, msg=name)
+                torch.testing.assert_close(
+                    fast.values[name][slot], value.detach(), rtol=0, atol=1e-5, msg=name
+                )
     fast.reset(torch.tensor([0]))
     assert all(torch.equal(value[0], fast.base[name]) for name, value in fast.values.items())
-    assert not any(torch.equal(value[1], fast.base[name]) for name, value in fast.values.items() if value.numel() > 2)
+    assert not any(
+        torch.equal(value[1], fast.base[name]) for name, value in fast.values.items() if value.numel() > 2
+    )
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -551,17 +611,20 @@ def test_a_warm_start_keeps_the_input_sides(warm):
     fast.reset(warm=warm)
     for name, value in fast.values.items():
         assert not torch.equal(before[name][0], fast.base[name])
-        assert torch.equal(value, before[name] if warm and name.endswith(".a") else torch.stack([fast.base[name]] * 2))
+        assert torch.equal(
+            value, before[name] if warm and name.endswith(".a") else torch.stack([fast.base[name]] * 2)
+        )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The prior of the second moments
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size, context, clip", [(5, 0, 0.0), (5, 3, 0.3), (16, 0, 2.0)])
 def test_the_prior_is_a_mean_over_chunks_of_generated_text(size, context, clip):
-    """Of three sequences of two chunks each, in batches of two and one; a chunk counts as much as 7 scored ones."""
+    """Of three sequences of two chunks each, in batches of two and one; a chunk counts as much as 7 scored
+    ones."""
     config = replace(LEVERS, ttt_chunk_size=size, ttt_context=context, ttt_grad_clip=clip, ttt_prior_seqs=3,
                      ttt_prior_chunks=2, ttt_prior_weight=7.0)  # fmt: skip
     model, gradients = model_of(config), []
@@ -579,13 +642,14 @@ def test_the_prior_is_a_mean_over_chunks_of_generated_text(size, context, clip):
             torch.testing.assert_close(part[0].double(), mean, rtol=1e-4, atol=1e-12, msg=name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # PPM
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def ppm(tokens: list[int], vocab: int) -> np.ndarray:
-    """The distribution of what follows TOKENS: what the last one was followed by, then all there was, then evenly."""
+    """The distribution of what follows TOKENS: what the last one was followed by, then all there was, then
+    evenly."""
     p, left, pairs = np.zeros(vocab), 1.0, list(pairwise(tokens))
     for followers in ([b for a, b in pairs if a == tokens[-1]], [b for _, b in pairs]):
         if followers:
@@ -618,13 +682,16 @@ def test_ppm_is_normalised_and_looks_back_only(place):
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.9])
 def test_mixtures(alpha):
     nll, other = np.random.default_rng(0).uniform(0, 800, (2, 50))
-    expected = -np.log(alpha * np.exp(-nll.astype(np.longdouble)) + (1 - alpha) * np.exp(-other.astype(np.longdouble)))
+    expected = -np.log(
+        alpha * np.exp(-nll.astype(np.longdouble)) + (1 - alpha) * np.exp(-other.astype(np.longdouble))
+    )
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(mixed_nll(nll, other, alpha), expected.astype(float), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
-    "layers, frozen, expected", [("", 0, {0, 1, 2, 3, 4}), ("1", 0, {1}), ("0, 2", 1, {2}), ("2,0", 0, {0, 2})]
+    "layers, frozen, expected",
+    [("", 0, {0, 1, 2, 3, 4}), ("1", 0, {1}), ("0, 2", 1, {2}), ("2,0", 0, {0, 2})],
 )
 def test_only_the_chosen_layers_adapt(layers, frozen, expected):
     config = replace(LEVERS, ttt_layers=layers, ttt_freeze_blocks=frozen)

@@ -1,4 +1,5 @@
-"""Evaluations with test-time training: against loops by hand, on two ranks, a control, and as a user meets them."""
+"""Evaluations with test-time training: against loops by hand, on two ranks, a control, and as a user meets
+them."""
 
 import contextlib
 import csv
@@ -52,9 +53,9 @@ def exact(monkeypatch):
     monkeypatch.setattr(train_gpt, "compute_dtype", lambda device: torch.float64)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # By hand
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def cosine(config, number: int, count: int) -> float:
@@ -67,7 +68,10 @@ def flat_by_hand(setup: Setup, tokens: np.ndarray, learns: str) -> np.ndarray:
     hand = Hand(setup.load(), c, learns, Moments(c))
     ends = [*range(c.eval_seq_len, targets, c.eval_stride), targets]
     firsts = [0, *ends[:-1]]
-    chunks = [list(group) for _, group in groupby(zip(firsts, ends, strict=True), lambda w: w[0] // c.ttt_chunk_tokens)]
+    chunks = [
+        list(group)
+        for _, group in groupby(zip(firsts, ends, strict=True), lambda w: w[0] // c.ttt_chunk_tokens)
+    ]
     for number, chunk in enumerate(chunks):
         for first, end in chunk:
             nll[first:end] = hand.score(tokens, end - c.eval_seq_len, first, end)
@@ -98,15 +102,21 @@ def documents_by_hand(setup: Setup, tokens: np.ndarray, learns: str, prior: tupl
                 goes_on += [(hand, low, a, b)] if b < high else []
             for _ in range(c.ttt_epochs):
                 for hand, low, a, b in goes_on:
-                    hand.step(hand.losses(tokens, max(low, a - c.ttt_context), a, b).mean(), c.ttt_lr, document=low)
+                    hand.step(
+                        hand.losses(tokens, max(low, a - c.ttt_context), a, b).mean(), c.ttt_lr, document=low
+                    )
     return nll
 
 
 FLAT = {
     "all, sgd": dict(ttt_mode="all", **SGD),
-    "all, adamw": dict(ttt_mode="all", ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3),
+    "all, adamw": dict(
+        ttt_mode="all", ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3
+    ),
     "all, precond, one row a step": dict(ttt_mode="all", ttt_batch_seqs=1, ttt_lr=0.003),
-    "all, precond, three rows a step": dict(ttt_mode="all", ttt_batch_seqs=3, ttt_chunk_tokens=36, ttt_lr=0.003),
+    "all, precond, three rows a step": dict(
+        ttt_mode="all", ttt_batch_seqs=3, ttt_chunk_tokens=36, ttt_lr=0.003
+    ),
     "banks": dict(ttt_mode="banks", **SGD),
     "lora": dict(ttt_mode="lora", ttt_lr=0.3, ttt_lora_alpha=16.0, **SGD),
     "cosine": dict(ttt_mode="all", ttt_lr_schedule="cosine", **SGD),
@@ -206,9 +216,9 @@ def test_phases_equal_a_loop_by_hand(groups, exact):
     assert abs(got - alone)[first:].max() > 0.02
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What must change nothing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimizer", ["precond", "adamw"])
@@ -235,8 +245,8 @@ def test_who_watches_sees_everything(mode):
 
     evaluate(setup, TOKENS, observe, learned.append, numbers.append)
     assert sorted(seen) == list(range(len(TOKENS) - 1)) and numbers == list(range(len(plan)))
-    expected = [rows(chunk.learned) for chunk in plan if chunk.learned is not None and mode != "none"]
-    assert [rows(chunk.learned) for chunk in learned] == expected
+    expected = [rows(chunk.adapted) for chunk in plan if chunk.adapted is not None and mode != "none"]
+    assert [rows(chunk.adapted) for chunk in learned] == expected
 
 
 RANKS = {
@@ -276,9 +286,9 @@ def test_two_ranks_get_the_score_of_one(ranks, name, exact):
     np.testing.assert_allclose(ranks[0][name], alone, rtol=0, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A mode of one's own
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 [EXAMPLE] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
@@ -286,7 +296,10 @@ def test_two_ranks_get_the_score_of_one(ranks, name, exact):
 def plugged(honest: Setup, source: str, folder: Path, name: str = "SignSGD") -> Setup:
     """An evaluation with the class `name` of a file with this source."""
     (folder / "sign.py").write_text(source)
-    plugin, settings = eval_ttt.load_plugin(folder / "sign.py", name), dict(ttt_mode=f"{folder / 'sign.py'}:{name}")
+    plugin, settings = (
+        eval_ttt.load_plugin(folder / "sign.py", name),
+        dict(ttt_mode=f"{folder / 'sign.py'}:{name}"),
+    )
     return replace(honest, config=replace(honest.config, **settings), plugin=plugin)
 
 
@@ -327,9 +340,9 @@ def losses(model: train_gpt.GPT, tokens: np.ndarray, left: int, first: int, end:
     return -logits.gather(-1, ids[0, first - left + 1 :].unsqueeze(-1)).squeeze(-1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is learned from
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -350,8 +363,8 @@ def test_rows_of_the_highest_scored_loss_are_learned_from(share, learned):
     setup = setup_of(ttt_mode="all", ttt_top_frac=share, ttt_chunk_tokens=36, ttt_batch_seqs=50)
     nll, expected = evaluate(setup, TOKENS).nll, []
     for chunk in setup.plan(TOKENS):
-        if chunk.learned is not None:
-            each = [range(s + b, s + e) for s, b, e in rows(chunk.learned) if e > b]
+        if chunk.adapted is not None:
+            each = [range(s + b, s + e) for s, b, e in rows(chunk.adapted) if e > b]
             best = sorted(each, key=lambda row: -nll[row].mean())[: math.ceil(share * len(each))]
             expected.append({target for row in best for target in row})
     assert [set(step) for step in learned] == expected and len(expected) > 1
@@ -361,7 +374,10 @@ def test_rows_of_the_highest_scored_loss_are_learned_from(share, learned):
 def test_invalid_protocols_learn_first(protocol, share, learned):
     """From everything, or from the hardest rows; random text cannot be learned in any other way."""
     setup = setup_of(ttt_mode="all", ttt_protocol=protocol, ttt_top_frac=share, ttt_epochs=5, ttt_lr=0.003)
-    plain, legal = score_plan(setup, TOKENS), replace(setup, config=replace(setup.config, ttt_protocol="legal"))
+    plain, legal = (
+        score_plan(setup, TOKENS),
+        replace(setup, config=replace(setup.config, ttt_protocol="legal")),
+    )
     text = [range(a, min(a + 12, len(TOKENS) - 1)) for a in range(0, len(TOKENS) - 1, 12)]
     hardest = sorted(text, key=lambda row: -plain.nll[row].mean())[: math.ceil(share * len(text))]
     best = min(evaluate(legal, TOKENS).val_loss, plain.val_loss)
@@ -379,7 +395,8 @@ def test_a_mixture_is_of_whole_scores():
 
 
 def test_other_documents_do_not_help_as_the_own_does(monkeypatch):
-    """Each document repeats words of its own; the control learns from its neighbour's pieces, scored just before."""
+    """Each document repeats words of its own; the control learns from its neighbour's pieces, scored just
+    before."""
     rng = np.random.default_rng(0)
 
     def text(count: int) -> np.ndarray:
@@ -400,16 +417,16 @@ def test_other_documents_do_not_help_as_the_own_does(monkeypatch):
 
     def of_the_neighbour(self, tokens):
         turn = np.roll(np.arange(8), 1)
-        return [c._replace(learned=c.learned and c.learned.take(turn)) for c in plan(self, tokens)]
+        return [c._replace(adapted=c.adapted and c.adapted.take(turn)) for c in plan(self, tokens)]
 
     monkeypatch.setattr(Setup, "plan", of_the_neighbour)
     other = evaluate(setup, tokens).val_loss
     assert own < plain - 0.1 and other > plain
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # As a user meets it
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +462,10 @@ def finish(folder: Path, env: dict[str, str], work: Path | None = None) -> Simpl
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.chdir(work or folder)
         assert eval_ttt.main([], env) == 0
-    result, tokens = json.loads((folder / "eval_ttt.json").read_text()), np.fromfile(env["VAL_FILES"], "<u2")[512:]
+    result, tokens = (
+        json.loads((folder / "eval_ttt.json").read_text()),
+        np.fromfile(env["VAL_FILES"], "<u2")[512:],
+    )
     left = dict(result=result, nll=np.load(folder / "nll.npy"))
     return SimpleNamespace(folder=folder, out=out.getvalue(), tokens=tokens, **left)
 
@@ -465,13 +485,20 @@ def test_what_is_printed_is_logged_and_kept(evaluated):
     lines = evaluated.out.splitlines()
     assert (evaluated.folder / "eval_ttt.log").read_text() == evaluated.out
     assert lines[-1].startswith("RESULT ") and json.loads(lines[-1][7:]) == evaluated.result
-    assert "  TTT_CHUNK_SIZE=32 (given)" in lines and "  TTT_LR=0.001" in lines and "  MODEL_DIM=64 (given)" in lines
+    assert (
+        "  TTT_CHUNK_SIZE=32 (given)" in lines
+        and "  TTT_LR=0.001" in lines
+        and "  MODEL_DIM=64 (given)" in lines
+    )
     order = "evaluation order: documents of the file in 8 groups of 4 slots; targets:899 world_size:1"
     assert any(order in line for line in lines)
     for label, name in (("final_int6_roundtrip", "roundtrip"), ("final_int6_sliding_window", "sliding"),
                         ("same_plan_without_ttt", "plan"), ("legal_ttt", "ttt")):  # fmt: skip
         loss, bpb = (evaluated.result[f"val_{unit}_{name}"] for unit in ("loss", "bpb"))
-        assert sum(line.startswith(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}") for line in lines) == 1
+        assert (
+            sum(line.startswith(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}") for line in lines)
+            == 1
+        )
     running = [line for line in lines if "running_bpb:" in line]
     assert len(running) > 3 and running[-1].endswith(f"running_bpb:{evaluated.result['val_bpb_ttt']:.6f}")
 
@@ -512,12 +539,18 @@ def test_the_distribution_is_of_these_losses(evaluated, env):
     for t, token in enumerate(tokens[1:].tolist()):
         place = 0 if tokens[t] == 1 else place + 1
         names[t].append("document end" if token == 1 else "word start" if starts[token] else "within a word")
-        names[t].append(f"place {max(border for border in (0, 128, 256, 512, 1024, 2048) if place >= border)}+")
-    assert sorted(row["name"] for row in report["classes"]) == sorted({name for each in names for name in each})
+        names[t].append(
+            f"place {max(border for border in (0, 128, 256, 512, 1024, 2048) if place >= border)}+"
+        )
+    assert sorted(row["name"] for row in report["classes"]) == sorted(
+        {name for each in names for name in each}
+    )
     for row in report["classes"]:
         nll = [float(x) for x, each in zip(evaluated.nll, names, strict=True) if row["name"] in each]
         assert row["targets"] == len(nll) and row["after"] == pytest.approx(np.mean(nll), abs=1e-5)
-    before = sum(row["before"] * row["targets"] for row in report["classes"] if not row["name"].startswith("place"))
+    before = sum(
+        row["before"] * row["targets"] for row in report["classes"] if not row["name"].startswith("place")
+    )
     assert before / 899 == pytest.approx(evaluated.result["val_loss_plan"], abs=1e-5)
     for row in report["after"]:
         large = evaluated.nll[evaluated.nll > row["above"]].astype(np.float64)
@@ -541,7 +574,7 @@ def test_settings_of_the_training_do_not_matter(env, run):
     """A window of training that does not divide the default batch of training."""
     artifact = train_gpt.read_artifact(run / "final_model.int6.ptz")
     config = replace(artifact.config, train_seq_len=80)
-    records = train_gpt.quantize(artifact.state, train_gpt.Statistics(), config)
+    records = train_gpt.quantize_state_dict(artifact.state, train_gpt.Statistics(), config)
     (run / "other.ptz").write_bytes(train_gpt.encode_artifact(config, records, artifact.tokenizer_sha256))
     finish(run, without_recipe(env) | dict(TTT_MODE="none", MODEL_PATH=str(run / "other.ptz")))
 
@@ -612,7 +645,8 @@ def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
 
 
 def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path, monkeypatch, capsys):
-    """The two shipped files alone score, and refuse text that the model was trained on; --audit says what it needs."""
+    """The two shipped files alone score, and refuse text that the model was trained on; --audit says what it
+    needs."""
     monkeypatch.setattr(eval_ttt, "__file__", str(tmp_path / "eval_ttt.py"))
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
     done = finish(run, settings)
@@ -623,7 +657,9 @@ def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path,
     assert eval_ttt.main(["--audit"], settings) == 2 and "records/audit.py" in capsys.readouterr().err
     shard = tmp_path / "part.bin"
     shard.symlink_to(Path(env["DATA_PATH"]) / "fineweb_train_000000.bin")
-    assert eval_ttt.main([], settings | {"VAL_FILES": str(shard)}) == 2 and str(shard) in capsys.readouterr().err
+    assert (
+        eval_ttt.main([], settings | {"VAL_FILES": str(shard)}) == 2 and str(shard) in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", b"\xff\xfe", "", "[" * 100_000], ids=range(5))
@@ -653,7 +689,9 @@ def test_whoever_writes_into_a_run_locks_it(argv, env, run, monkeypatch, capsys)
     monkeypatch.setattr(eval_ttt.sys, "addaudithook", lambda hook: None)  # it would outlive the test
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
     before, lock = snapshot(run), train_gpt.lock_folder(run)
-    assert eval_ttt.main(argv, settings) == 2 and str(run) in capsys.readouterr().err and snapshot(run) == before
+    assert (
+        eval_ttt.main(argv, settings) == 2 and str(run) in capsys.readouterr().err and snapshot(run) == before
+    )
     os.close(lock)
     held = []
 
@@ -677,14 +715,27 @@ def test_an_invalid_score_is_marked_and_lateness_said(env, run, monkeypatch):
     assert done.result["legal"] is False and '"legal": false' in lines[-1]
     assert any("THIS SCORE IS INVALID" in line for line in lines) and "\nlegal_ttt" not in done.out
     assert sum(line.startswith("invalid_ttt_exact val_loss:") for line in lines) == 1
-    assert done.result["val_loss_ttt"] < done.result["val_loss_plan"] - 0.05 and done.result["fits_budget"] is False
-    early, late = (next(n for n, line in enumerate(lines) if word in line) for word in ("at this pace", "running_bpb"))
-    assert lines[early].startswith("WARNING: ") and lines[early].endswith("EVAL_BUDGET_SECONDS=30") and early < late
+    assert (
+        done.result["val_loss_ttt"] < done.result["val_loss_plan"] - 0.05
+        and done.result["fits_budget"] is False
+    )
+    early, late = (
+        next(n for n, line in enumerate(lines) if word in line) for word in ("at this pace", "running_bpb")
+    )
+    assert (
+        lines[early].startswith("WARNING: ")
+        and lines[early].endswith("EVAL_BUDGET_SECONDS=30")
+        and early < late
+    )
     assert sum("at this pace" in line for line in lines) == 1
-    assert any(line.startswith("WARNING: ") and "is over EVAL_BUDGET_SECONDS=30" in line for line in lines[late:])
+    assert any(
+        line.startswith("WARNING: ") and "is over EVAL_BUDGET_SECONDS=30" in line for line in lines[late:]
+    )
 
 
-@pytest.mark.parametrize("budget, pace, expected", [(100, 1.0, 110), (100, 0.5, None), (0, 5.0, None), (59, 0.5, 60)])
+@pytest.mark.parametrize(
+    "budget, pace, expected", [(100, 1.0, 110), (100, 0.5, None), (0, 5.0, None), (59, 0.5, 60)]
+)
 def test_the_pace_is_extrapolated(monkeypatch, budget, pace, expected):
     """Ten seconds before the first of a hundred chunks, then PACE seconds a chunk."""
     now, said = [10.0], []
@@ -740,7 +791,10 @@ def test_the_text_that_a_model_was_trained_on_is_not_scored(env, run, tmp_path, 
 
 
 REFUSED = {
-    "contradictions": (dict(MODEL_DIM="96", LOGIT_SOFTCAP="9"), ["MODEL_DIM=96, but 64", "LOGIT_SOFTCAP=9.0, but 30"]),
+    "contradictions": (
+        dict(MODEL_DIM="96", LOGIT_SOFTCAP="9"),
+        ["MODEL_DIM=96, but 64", "LOGIT_SOFTCAP=9.0, but 30"],
+    ),
     "missing": (dict(MODEL_PATH="absent.ptz"), ["absent.ptz", "No such file"]),
     "missing weights": (dict(MODEL_PATH="absent.pt"), ["absent.pt", "No such file"]),
     "damaged": (dict(MODEL_PATH="damaged.ptz"), ["damaged.ptz"]),
@@ -777,10 +831,14 @@ def test_a_mode_of_ones_own_as_a_user(env, run, tmp_path, capsys):
     digest = train_gpt.sha256_file(tmp_path / "sign.py")
     assert done.result["sha256_code"] == trained["sha256_code"] | {"sign.py": digest}
     assert (run / "source" / "sign.py").read_text() == EXAMPLE
-    assert done.result["settings"]["ttt_mode"] == mode and f"  TTT_MODE={mode} (given)" in done.out.splitlines()
+    assert (
+        done.result["settings"]["ttt_mode"] == mode and f"  TTT_MODE={mode} (given)" in done.out.splitlines()
+    )
     assert math.isfinite(done.result["ttt_gain_bpb"]) and done.result["ttt_gain_bpb"] != 0
     record = check.read_record(run)
-    assert any(v.rule == "legality" and v.status == "fail" and mode in v.evidence for v in check.check(record))
+    assert any(
+        v.rule == "legality" and v.status == "fail" and mode in v.evidence for v in check.check(record)
+    )
     recipe = tmp_path / "other.env"
     recipe.write_text(f"TTT_MODE={mode}\n")
     assert eval_ttt.main([], env | dict(MODEL_PATH=artifact, RECIPE=str(recipe))) == 2

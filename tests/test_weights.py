@@ -1,4 +1,5 @@
-"""The one form of the weights carries what a deeper model needs: shared loops, two lanes, adapters of each application.
+"""The one form of the weights carries what a deeper model needs: shared loops, two lanes, adapters of each
+application.
 
 A toy of three banks' rows applied five times, the last two blocks in two lanes, built from Block, Weights and
 BlockWeights alone and compared with products of bank rows in float64.
@@ -15,7 +16,13 @@ import train_gpt
 from train_gpt import PRODUCTS, BlockWeights
 
 LOOPED = replace(
-    SMALL, num_layers=3, block_order="0,1,2,1,2", xsa_last_n=2, unet_skips=False, ve_enabled=False, ve_layers=""
+    SMALL,
+    num_layers=3,
+    block_order="0,1,2,1,2",
+    xsa_last_n=2,
+    unet_skips=False,
+    ve_enabled=False,
+    ve_layers="",
 )
 SITES = ("qkv", "o", "up", "down", "attn", "mlp")
 
@@ -32,18 +39,22 @@ def adapters_of(model, rows: int) -> list[dict[str, list[tuple[torch.Tensor, tor
     """For every application and batch row its own A (rows, 2, in) and B (rows, out, 2), at every site."""
     c, generator = model.config, torch.Generator().manual_seed(5)
     d, kv, m = c.model_dim, c.kv_dim, c.mlp_dim
-    shapes = dict(qkv=[(d, d), (d, kv), (d, kv)], o=[(d, d)], up=[(d, m)], down=[(m, d)], attn=[(d, d)], mlp=[(d, d)])
+    shapes = dict(
+        qkv=[(d, d), (d, kv), (d, kv)], o=[(d, d)], up=[(d, m)], down=[(m, d)], attn=[(d, d)], mlp=[(d, d)]
+    )
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(rows, *shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    return [{site: [(draw(2, i), draw(o, 2)) for i, o in shapes[site]] for site in SITES} for _ in model.blocks]
+    return [
+        {site: [(draw(2, i), draw(o, 2)) for i, o in shapes[site]] for site in SITES} for _ in model.blocks
+    ]
 
 
 def lanes(model, ids, products) -> torch.Tensor:
     """The toy's forward: three blocks in one lane, then two whose attention and MLP read and write apart."""
     x = x0 = model.embed(ids)
-    context = model.places(ids, x)
+    context = model.attention_context(ids, x)
     for block, w in zip(model.blocks[:3], products[:3], strict=True):
         x = block(x, x0, w, context, None, None)
     one = two = x
@@ -70,7 +81,9 @@ class Reference:
 
     def product(self, name, x):
         rows = [(bank, half * LOOPED.num_layers + self.block.layer) for bank, half in PRODUCTS[name][1]]
-        y = torch.cat([torch.einsum("oi,bti->bto", getattr(self.model, bank)[row], x) for bank, row in rows], dim=-1)
+        y = torch.cat(
+            [torch.einsum("oi,bti->bto", getattr(self.model, bank)[row], x) for bank, row in rows], dim=-1
+        )
         return self.scale(name) * (y + self.low_rank(name, x))
 
     def adapted(self, name, x, y):
@@ -113,12 +126,16 @@ def test_the_gradient_of_a_shared_module_is_the_sum_of_its_copies(model):
         block.load_state_dict(shared.state_dict())
     train_gpt.nll(model(ids), targets).mean().backward()
     train_gpt.nll(apart(ids), targets).mean().backward()
-    assert sum(p.numel() for p in model.blocks.parameters()) == 3 * sum(p.numel() for p in apart.blocks[0].parameters())
+    assert sum(p.numel() for p in model.blocks.parameters()) == 3 * sum(
+        p.numel() for p in apart.blocks[0].parameters()
+    )
     for first, again in ((1, 3), (2, 4)):
         copies = [dict(apart.blocks[i].named_parameters()) for i in (first, again)]
         for name, p in model.blocks[first].named_parameters():
             assert p.grad.abs().max() > 1e-9
-            torch.testing.assert_close(p.grad, copies[0][name].grad + copies[1][name].grad, rtol=1e-9, atol=1e-13)
+            torch.testing.assert_close(
+                p.grad, copies[0][name].grad + copies[1][name].grad, rtol=1e-9, atol=1e-13
+            )
 
 
 def test_weights_of_documents_reach_every_application(model):

@@ -56,7 +56,12 @@ LATE = {
     "META_TTT_OUTER_LR": "0.1",
 }  # one continuous warmdown over both phases
 DEPLOYED = {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", **LATE}
-FOMAML = {"META_TTT_ENABLED": "1", "META_TTT_EVERY": "4", "META_TTT_INNER_LR": "0.002", "META_TTT_LOSS_WEIGHT": "0.5"}
+FOMAML = {
+    "META_TTT_ENABLED": "1",
+    "META_TTT_EVERY": "4",
+    "META_TTT_INNER_LR": "0.002",
+    "META_TTT_LOSS_WEIGHT": "0.5",
+}
 REPTILE = {"REPTILE_ENABLED": "1", "REPTILE_TIME_FRAC": "0.2"}
 LORA = {"TTT_MODE": "doc_lora", "TTT_OPTIMIZER": "adamw", "TTT_LR": "0.02", "TTT_GRAD_CLIP": "1.0"}
 ARMS = {  # `control` differs from the deployed arms in two settings: it also lacks Meta-SGD factors
@@ -79,9 +84,9 @@ PLAIN_STEPS = 800  # of plain training; the other arms get as many steps as fit 
 KEPT = ("train.log", "result.json", "eval_ttt.log", "eval_ttt.json", "documents.csv")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Probe before training: the effect of an inner step on the outer loss
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count: int) -> dict[str, float]:
@@ -104,7 +109,9 @@ def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count
             task = tg.sample_documents(stream, 1, c, generator)
         else:
             rows = c.train_seq_len * np.arange(c.train_batch_tokens // c.train_seq_len)
-            task = stream.rows(generator.integers(len(stream)) + rows, c.train_seq_len, torch.device("cpu"))
+            task = stream.sequences(
+                generator.integers(len(stream)) + rows, c.train_seq_len, torch.device("cpu")
+            )
         for control in (True, False):
             model.config = replace(c, meta_control=control)
             found = (tg.deployed_step if deployed else tg.fomaml_step)(model, fast, rates, *task)
@@ -127,16 +134,21 @@ def probe(arguments: argparse.Namespace) -> None:
     tg.write_atomically(HERE / "probe.json", json.dumps(found, indent=1).encode())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Runs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def split_data(shards: Path, out: Path) -> None:
     """Write `out`/tuning and `out`/report: links to the training shards, and a validation shard each."""
-    tokens = np.concatenate([tg.open_shard(path) for path in tg.find_shards(str(shards / "fineweb_val_*.bin"))])
+    tokens = np.concatenate(
+        [tg.open_shard(path) for path in tg.find_shards(str(shards / "fineweb_val_*.bin"))]
+    )
     begin, _ = ev.documents(tokens)
-    borders = {"tuning": (0, TUNING_DOCUMENTS), "report": (TUNING_DOCUMENTS, TUNING_DOCUMENTS + REPORT_DOCUMENTS)}
+    borders = {
+        "tuning": (0, TUNING_DOCUMENTS),
+        "report": (TUNING_DOCUMENTS, TUNING_DOCUMENTS + REPORT_DOCUMENTS),
+    }
     for part, (first, last) in borders.items():
         folder = out / part
         folder.mkdir(parents=True, exist_ok=True)
@@ -192,14 +204,20 @@ def run(part: str, arm: str, more: dict[str, str], seed: int, data: Path, work: 
     (folder / "shards").symlink_to(documents(data, part))  # relative, because the logs keep the paths
     base = {"RECIPE": str(RECIPE), "SEED": str(seed), "DATA_PATH": "shards",
             "TOKENIZER_PATH": "shards/tokenizer.model"}  # fmt: skip
-    call("train_gpt.py", {**base, "ITERATIONS": str(iterations(settings)), **settings, "RUN_ID": "run"}, folder)
+    call(
+        "train_gpt.py", {**base, "ITERATIONS": str(iterations(settings)), **settings, "RUN_ID": "run"}, folder
+    )
     trained, temporary = folder / "runs/run", folder / "kept"
     for way, ways_settings in WAYS_OF[arm].items():
         (trained / way).mkdir()
         (trained / way / "shards").symlink_to(documents(data, part))
         shutil.copy(trained / "final_model.int6.ptz", trained / way)
         tuned = {key: value for key, value in more.items() if key.startswith("TTT_")}
-        call("eval_ttt.py", {**base, **ways_settings, **tuned, "MODEL_PATH": "final_model.int6.ptz"}, trained / way)
+        call(
+            "eval_ttt.py",
+            {**base, **ways_settings, **tuned, "MODEL_PATH": "final_model.int6.ptz"},
+            trained / way,
+        )
     for file in [path for path in trained.rglob("*") if path.name in KEPT]:
         target = temporary / file.relative_to(trained)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +241,9 @@ def run_all(arguments: argparse.Namespace) -> None:
             print(done.result(), flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Report
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_kept(part: str) -> dict[tuple[str, str, int], dict[str, float]]:
@@ -233,8 +251,13 @@ def read_kept(part: str) -> dict[tuple[str, str, int], dict[str, float]]:
     scores = {}
     for path in sorted((HERE / "kept" / part).glob("*/*/eval_ttt.json")):
         arm, seed = path.parents[1].name.rsplit("_seed", 1)
-        ours, trained = json.loads(path.read_text()), json.loads((path.parents[1] / "result.json").read_text())
-        row = {name: trained[name] for name in ("val_bpb_roundtrip", "val_bpb_sliding", "train_seconds", "steps")}
+        ours, trained = (
+            json.loads(path.read_text()),
+            json.loads((path.parents[1] / "result.json").read_text()),
+        )
+        row = {
+            name: trained[name] for name in ("val_bpb_roundtrip", "val_bpb_sliding", "train_seconds", "steps")
+        }
         row |= dict(adapted=ours["val_bpb_ttt"], gain=ours["ttt_gain_bpb"], eval_seconds=ours["eval_seconds"])
         row |= dict(late_steps=sum(trained["late_steps"].values()), ttt_lr=ours["settings"]["ttt_lr"])
         scores[arm, path.parent.name, int(seed)] = row
@@ -292,7 +315,8 @@ def confirmation(part: str) -> tuple[list[str], dict[tuple[str, ...], Paired]]:
     def column(arm: str, way: str, key: str, of: Sequence[int] = seeds) -> list[float]:
         return [scores[arm, way, seed][key] for seed in of]
 
-    lines = ["| arm | adapted by | steps + late | seconds | non-overlapping | sliding | adapted | gain of TTT |",
+    lines = ["| arm | adapted by | steps + late | seconds | non-overlapping | sliding | adapted | gain of "
+             "TTT |",
              "|---|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for arm, way in dict.fromkeys((arm, way) for arm, way, seed in scores if seed in seeds):
         cells = [f"{np.mean(column(arm, way, key)):.4f} sd {np.std(column(arm, way, key), ddof=1):.4f}"
@@ -307,17 +331,21 @@ def confirmation(part: str) -> tuple[list[str], dict[tuple[str, ...], Paired]]:
         for key in ("gain", "adapted", "val_bpb_sliding")
         if {(names[0], names[2]), (names[1], names[2])} <= have
     }
-    confirmed = {names: r.p for names, r in found.items() if names[:3] in CONFIRMED and names[3] in ("gain", "adapted")}
+    confirmed = {
+        names: r.p for names, r in found.items() if names[:3] in CONFIRMED and names[3] in ("gain", "adapted")
+    }
     adjusted = holm(confirmed)
     for names, r in found.items():
         ours, theirs, way, key = names
         corrected = f"{adjusted[names]:.2g}" if names in adjusted else ""
-        lines.append(f"| {ours} | {theirs} | {way} | {key.replace('val_bpb_', '')} | {r.mean:+.5f} | ±{r.half:.5f} | "
+        lines.append(f"| {ours} | {theirs} | {way} | {key.replace('val_bpb_', '')} | {r.mean:+.5f} | "
+                     f"±{r.half:.5f} | "
                      f"{r.p:.2g} | {corrected} | {r.visible:.5f} |")  # fmt: skip
     ten = (*seeds, *MORE_PLAIN[part])
     spreads = [f"{np.std(column('none', 'doc_banks', key, ten), ddof=1):.5f}"
                for key in ("val_bpb_sliding", "adapted", "gain")]  # fmt: skip
-    lines += ["", f"Standard deviation of {len(ten)} plain seeds: sliding {spreads[0]}, adapted {spreads[1]}, gain "
+    lines += ["", f"Standard deviation of {len(ten)} plain seeds: sliding {spreads[0]}, adapted "
+                  f"{spreads[1]}, gain "
               f"{spreads[2]} bpb.", ""]  # fmt: skip
     return lines, found
 
@@ -326,7 +354,8 @@ def make_report() -> tuple[str, dict[tuple[str, ...], Paired]]:
     """Return the tables as Markdown, from the kept runs alone, and the comparisons for the plot."""
     second, found = confirmation("report")
     first, others = confirmation("first_confirmation")
-    lines = ["# The confirmation", "", *second, "# The first confirmation, with the fault described in README.md", "",
+    lines = ["# The confirmation", "", *second, "# The first confirmation, with the fault described in "
+                                                "README.md", "",
              *first, "# Tuning seeds and tuning documents", "",
              "| arm, changes | seed | adapted by | TTT_LR | steps + late | sliding | adapted |",
              "|---|---:|---|---:|---:|---:|---:|"]  # fmt: skip
@@ -345,7 +374,9 @@ def plot(found: dict[tuple[str, ...], Paired], path: Path) -> None:
     for axis, key, title in zip(axes, ("gain", "adapted"), ("gain of TTT", "adapted score"), strict=True):
         rows = {names[:3]: r for names, r in found.items() if names[3] == key}
         labels = [f"{ours} - {theirs} ({way})" for ours, theirs, way in rows]
-        axis.errorbar([r.mean for r in rows.values()], labels, xerr=[r.half for r in rows.values()], fmt="o", capsize=3)
+        axis.errorbar(
+            [r.mean for r in rows.values()], labels, xerr=[r.half for r in rows.values()], fmt="o", capsize=3
+        )
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set(title=title, xlabel="difference, bits per byte, 95 % interval")
     axes[0].invert_yaxis()
@@ -353,12 +384,18 @@ def plot(found: dict[tuple[str, ...], Paired], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("data", "probe", "run", "report"))
     parser.add_argument("--shards", type=Path, default=ROOT / "data/weblab", help="data: folder of shards")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/meta_data", help="data: output folder of the split")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs/meta_data", help="data: output folder of the split"
+    )
     parser.add_argument("--data", type=Path, default=ROOT / "runs/meta_data", help="folder written by `data`")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/meta_learning", help="run: folder of models")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs/meta_learning", help="run: folder of models"
+    )
     parser.add_argument("--part", choices=SEEDS, default="report", help="run: seeds and documents")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["none", *DEPLOYED_ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, help="run: seeds instead of those of the part")

@@ -35,8 +35,8 @@ def artifact_codes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes of an artifact in the order of `lay_out`, and their counts by width and matrix."""
     magic, _, coder, _ = tg.ARTIFACT_PREFIX.unpack_from(blob := path.read_bytes())
     assert magic == tg.ARTIFACT_MAGIC
-    _, records = tg.decode_records(blob[tg.ARTIFACT_PREFIX.size :], coder.rstrip(b"\0").decode())
-    return laid_out([record.codes for record in records if record.row_steps is not None])
+    _, records = tg.decode_tensors(blob[tg.ARTIFACT_PREFIX.size :], coder.rstrip(b"\0").decode())
+    return laid_out([record.codes for record in records if record.row_scale is not None])
 
 
 def gaussian_codes() -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +45,9 @@ def gaussian_codes() -> tuple[np.ndarray, np.ndarray]:
     generator, codes = torch.Generator().manual_seed(0), []
     for bank in tg.GPT(config).banks().values():
         *lead, rows, columns = bank.shape
-        spread = torch.randn(*lead, rows, 1, generator=generator) + torch.randn(*lead, 1, columns, generator=generator)
+        spread = torch.randn(*lead, rows, 1, generator=generator) + torch.randn(
+            *lead, 1, columns, generator=generator
+        )
         x = torch.randn(bank.shape, generator=generator) * 5 * (0.3 * spread).exp()
         codes.append(x.round().clamp(-127, 127).to(torch.int8))
     return laid_out(codes)
@@ -56,23 +58,34 @@ def laid_out(codes: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([each.flatten().numpy() for each in codes])[order], counts
 
 
-def zstd_frames(codes: np.ndarray, counts: np.ndarray, level: int, threads: int = 0, pool: int = 1) -> list[bytes]:
+def zstd_frames(
+    codes: np.ndarray, counts: np.ndarray, level: int, threads: int = 0, pool: int = 1
+) -> list[bytes]:
     """Return one zstd frame per width, as in the artifact; `threads` per frame, `pool` frames in parallel."""
     parts = [part.tobytes() for part in np.split(codes, counts.sum(1).cumsum()[:-1])]
     with ThreadPoolExecutor(pool) as workers:
         return list(
-            workers.map(lambda part: zstandard.ZstdCompressor(level=level, threads=threads).compress(part), parts)
+            workers.map(
+                lambda part: zstandard.ZstdCompressor(level=level, threads=threads).compress(part), parts
+            )
         )
 
 
-def measured(encode: Callable[[], bytes], decode: Callable[[bytes], np.ndarray], codes: np.ndarray) -> dict[str, Any]:
+def measured(
+    encode: Callable[[], bytes], decode: Callable[[bytes], np.ndarray], codes: np.ndarray
+) -> dict[str, Any]:
     """Measure bytes and seconds of encoding and decoding; the round trip must be exact."""
     cpu, wall = time.process_time(), time.perf_counter()
     data = encode()
-    found = dict(bytes=len(data), cpu_seconds=time.process_time() - cpu, wall_seconds=time.perf_counter() - wall)
+    found = dict(
+        bytes=len(data), cpu_seconds=time.process_time() - cpu, wall_seconds=time.perf_counter() - wall
+    )
     cpu = time.process_time()
     assert np.array_equal(decode(data), codes)
-    return {key: round(value, 2) for key, value in (found | {"decode_cpu_seconds": time.process_time() - cpu}).items()}
+    return {
+        key: round(value, 2)
+        for key, value in (found | {"decode_cpu_seconds": time.process_time() - cpu}).items()
+    }
 
 
 def compare(codes: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
@@ -97,8 +110,12 @@ def compare(codes: np.ndarray, counts: np.ndarray) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="use the codes of this artifact; default: Gaussian codes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--artifact", type=Path, help="use the codes of this artifact; default: Gaussian codes"
+    )
     arguments = parser.parse_args()
     codes, counts = artifact_codes(arguments.artifact) if arguments.artifact else gaussian_codes()
     shares = np.bincount(codes.astype(np.int16) + 128) / len(codes)

@@ -74,11 +74,16 @@ def bench_speed(setup: ev.Setup, tokens: np.ndarray, count: int) -> dict:
     windows = tg.sliding_windows(len(part), c.eval_seq_len, c.eval_stride)
     seconds: dict[str, list[float]] = {"score": [], "loop": []}
     for _ in range(2):
-        result = tg.score(setup.load(), part, [tg.Chunk(windows)], setup.byte_table, c.eval_batch_seqs, setup.nll_fn)
+        result = tg.score(
+            setup.load(), part, [tg.Chunk(windows)], setup.byte_table, c.eval_batch_seqs, setup.nll_fn
+        )
         seconds["score"].append(result.seconds)
         loss, took = window_loop(setup, part, windows)
         seconds["loop"].append(took)
-    assert abs(loss - result.val_loss) < (1e-4 if setup.device.type == "cpu" else 1e-2), (loss, result.val_loss)
+    assert abs(loss - result.val_loss) < (1e-4 if setup.device.type == "cpu" else 1e-2), (
+        loss,
+        result.val_loss,
+    )
     rate = {name: (len(part) - 1) / min(values) for name, values in seconds.items()}
     peak = (torch.cuda.max_memory_allocated() >> 20) if setup.device.type == "cuda" else peak_memory()
     return dict(targets=len(part) - 1, windows=len(windows.start), targets_per_second=rate["score"],
@@ -98,7 +103,8 @@ def measure(setup: ev.Setup, tokens: np.ndarray, settings: dict) -> dict:
     plain = ev.score_plan(setup, tokens)
     begin, end = ev.documents(tokens)
     gains = [
-        float((plain.nll[a:b] - adapted.nll[a:b]).sum()) for a, b in zip(begin.tolist(), end.tolist(), strict=True)
+        float((plain.nll[a:b] - adapted.nll[a:b]).sum())
+        for a, b in zip(begin.tolist(), end.tolist(), strict=True)
     ]
     per_token = np.array(gains).sum() / len(plain.nll)
     return dict(val_bpb=adapted.val_bpb, plan_bpb=plain.val_bpb, gain_bpb=plain.val_bpb - adapted.val_bpb,
@@ -147,12 +153,15 @@ def markdown(report: dict) -> str:
     speed, versions = report["speed"], report["versions"]
     device = versions["gpu"] if versions["gpu"] != "none" else f"a CPU, {versions['threads']} threads"
     lines = [
-        f"Sliding windows, stride 64, {speed['windows']} of them: {speed['targets_per_second']:,.0f} targets/s, one by "
+        f"Sliding windows, stride 64, {speed['windows']} of them: {speed['targets_per_second']:,.0f} "
+        "targets/s, one by "
         f"one {speed['loop_targets_per_second']:,.0f}: {speed['ratio']:.2f} times as fast; peak memory "
         f"{speed['peak_mib']} MiB.",
         "",
-        f"The learning rate of each mode is chosen on the first {report['tuning_documents']} documents (the JSON file "
-        "has all that were tried). Gain, in bits per byte over the same windows without adaptation, and seconds "
+        f"The learning rate of each mode is chosen on the first {report['tuning_documents']} documents (the "
+        "JSON file "
+        "has all that were tried). Gain, in bits per byte over the same windows without adaptation, and "
+        "seconds "
         f"are for the other documents. torch {versions['torch']}, Python {versions['python']}, {device}.",
         "",
         "| mode | TTT_LR | plan, bpb | adapted, bpb | gain | documents better | seconds | plan alone |",
@@ -167,7 +176,9 @@ def markdown(report: dict) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="an artifact")
     parser.add_argument("--data", default=str(ROOT / "data/demo"), help="folder of the validation shards")
     parser.add_argument("--tokenizer", help="SentencePiece model; default: tokenizer.model beside the shards")
@@ -177,7 +188,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=1000, help="windows in the speed comparison")
     parser.add_argument("--rows", type=int, default=16, help="TTT_SLOTS, TTT_BATCH_SEQS and EVAL_BATCH_SEQS")
     parser.add_argument("--modes", default="", help="substring of the mode names to run; empty: all")
-    parser.add_argument("--quick", action="store_true", help="few documents and windows, one learning rate per mode")
+    parser.add_argument(
+        "--quick", action="store_true", help="few documents and windows, one learning rate per mode"
+    )
     parser.add_argument("--out", type=Path, help="result folder; default: a temporary one")
     return parser.parse_args()
 
@@ -206,13 +219,18 @@ def main() -> int:
         begin, _ = ev.documents(tokens)
         tokens = tokens[: int(begin[total]) + 1] if total < len(begin) else tokens
     speed = bench_speed(setup, tokens, min(windows, (len(tokens) - 1 - setup.config.eval_seq_len) // 64))
-    print(f"score {speed['targets_per_second']:,.0f} targets/s, loop {speed['loop_targets_per_second']:,.0f}: "
+    print(f"score {speed['targets_per_second']:,.0f} targets/s, loop "
+          f"{speed['loop_targets_per_second']:,.0f}: "
           f"{speed['ratio']:.2f}x, peak {speed['peak_mib']} MiB")  # fmt: skip
     results = bench_modes(setup, tokens, tuning, out, modes)
-    print(f"{'mode':28} {'lr':>8} {'plan bpb':>9} {'bpb':>8} {'gain':>8} {'better':>8} {'seconds':>8} {'plain s':>8}")
+    print(
+        f"{'mode':28} {'lr':>8} {'plan bpb':>9} {'bpb':>8} {'gain':>8} {'better':>8} {'seconds':>8} "
+        f"{'plain s':>8}"
+    )
     for name, r in results.items():
         better = f"{r['documents_better']}/{r['documents']}"
-        print(f"{name:28} {r['ttt_lr']:>8.0e} {r['plan_bpb']:>9.4f} {r['val_bpb']:>8.4f} {r['gain_bpb']:>+8.4f} "
+        print(f"{name:28} {r['ttt_lr']:>8.0e} {r['plan_bpb']:>9.4f} {r['val_bpb']:>8.4f} "
+              f"{r['gain_bpb']:>+8.4f} "
               f"{better:>8} {r['seconds']:>8.1f} {r['plan_seconds']:>8.1f}")  # fmt: skip
     versions = tg.library_versions(setup.device, setup.config.attention)
     report = dict(benchmark="evaluator", quick=arguments.quick, model=tg.sha256_file(arguments.model), speed=speed,

@@ -105,7 +105,9 @@ class Bench:
         """Return the name of the attention kernel and the initialized model."""
         attention, kernel, _ = tg.choose_attention(self.config.attention, self.device)
         kernel = float32_attention if dtype == torch.float32 else kernel  # flash kernels are for 16 bits
-        model = tg.GPT(self.config, dtype or tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
+        model = tg.GPT(
+            self.config, dtype or tg.compute_dtype(self.device), kernel, self.table.has_leading_space
+        )
         if not self.initial:
             made = model.init_weights(self.config.seed).state_dict()
             self.initial |= {name: value.clone() for name, value in made.items()}
@@ -119,10 +121,14 @@ class Bench:
             return torch.compile(function, dynamic=False, fullgraph=True, mode=mode, backend=self.backend)
         if arm == "compiled" and self.backend != "inductor":
             return torch.compile(function, dynamic=False, fullgraph=True, backend=self.backend)
-        return tg.maybe_compile(function, replace(self.config, use_compile=str(int(arm == "compiled"))), self.device)
+        return tg.maybe_compile(
+            function, replace(self.config, use_compile=str(int(arm == "compiled"))), self.device
+        )
 
     def batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        return tg.step_batches(SimpleNamespace(config=self.config, train=self.stream, device=self.device), step)
+        return tg.step_batches(
+            SimpleNamespace(config=self.config, train=self.stream, device=self.device), step
+        )
 
     def timed(self, function: Callable[[], Any]) -> tuple[float, Any]:
         """Return the seconds that `function` took, device time included, and its result."""
@@ -139,9 +145,9 @@ class Bench:
         return 1000 * float(np.median([self.timed(function)[0] for _ in range(1 if self.quick else repeats)]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training step
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def count_floors(config: tg.Config) -> dict[str, tuple[float, float, float]]:
@@ -156,7 +162,11 @@ def count_floors(config: tg.Config) -> dict[str, tuple[float, float, float]]:
         "projections": (6.0 * N * L * (2 * d * d + 2 * kv * d), 0.0, MATMUL_FLOPS),
         "MLP": (6.0 * N * L * 2 * m * d, 0.0, MATMUL_FLOPS),
         "attention": (6.0 * N * L * c.train_seq_len * d, 0.0, ATTENTION_FLOPS),
-        "head and side tables": (6.0 * N * (c.vocab_size * d * (1 + c.mtp_num_heads) + side), 0.0, MATMUL_FLOPS),
+        "head and side tables": (
+            6.0 * N * (c.vocab_size * d * (1 + c.mtp_num_heads) + side),
+            0.0,
+            MATMUL_FLOPS,
+        ),
         "norms, gates, mixing": (0.0, 2.0 * N * d * L * ACTIVATION_PASSES, 1.0),
         "loss": (0.0, 3.0 * 4 * N * c.vocab_size, 1.0),
         "Newton-Schulz": (float(c.muon_backend_steps * iteration), 0.0, MATMUL_FLOPS),
@@ -182,7 +192,7 @@ def bench_step(b: Bench, arm: str) -> dict:
     loss_fn = b.run(tg.training_loss, arm)
     loader, clock = tg.Loader(SimpleNamespace(config=c, train=b.stream, device=b.device)), tg.Clock(b.device)
 
-    def step(index: int) -> tg.Measured:
+    def step(index: int) -> tg.StepMetrics:
         measured = tg.train_step(loss_fn, model, loader.batches(index), optimizers, 1.0, c.muon_momentum)
         average.update(index + 1, 1.0)
         clock.step_done(index, measured)
@@ -225,7 +235,7 @@ def pieces(b: Bench, model: tg.GPT) -> dict[str, tuple[int, Callable, tuple[Tens
 
     def block(x: Tensor, x0: Tensor) -> Tensor:
         weights = tg.BlockWeights(matrices, {})
-        return model.blocks[0](x, x0, weights, model.places(ids, x), None, None)
+        return model.blocks[0](x, x0, weights, model.attention_context(ids, x), None, None)
 
     def head(x: Tensor) -> Tensor:
         return tg.nll(model.head(x), ids).mean()
@@ -283,7 +293,9 @@ def bench_profile(b: Bench, arm: str) -> dict:
     with torch.profiler.profile(activities=[kind]) as profile:
         b.timed(step)
     events = profile.key_averages()
-    spent = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events}
+    spent = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) for event in events
+    }
     total, shares = sum(spent.values()), {}
     for name, microseconds in spent.items():
         shares[region(name)] = shares.get(region(name), 0.0) + microseconds / total
@@ -300,7 +312,9 @@ def bench_losses(b: Bench, arm: str) -> dict:
         optimizers, loss_fn, losses = tg.make_optimizers(model, c), b.run(tg.training_loss, way), []
         for step in range(steps):
             momentum = tg.momentum_at(c, step)
-            losses.append(tg.train_step(loss_fn, model, b.batches(step), optimizers, 1.0, momentum).loss.item())
+            losses.append(
+                tg.train_step(loss_fn, model, b.batches(step), optimizers, 1.0, momentum).loss.item()
+            )
         found.append(np.array(losses))
     apart = np.abs(found[0] - found[1])
     return dict(steps=steps, nats_apart_max=float(apart.max()), nats_apart_mean=float(apart.mean()),
@@ -320,7 +334,8 @@ def attention_kernels(b: Bench) -> dict[str, Callable]:
 
     kernels: dict[str, Callable] = {"masks": tg.sdpa_attention}
     kernels |= {
-        f"masks, {kind.name.lower()}": by(kind) for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+        f"masks, {kind.name.lower()}": by(kind)
+        for kind in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     }
     for name in ("fa3", "fa2", "sdpa"):
         with contextlib.suppress(tg.UserError):
@@ -351,9 +366,9 @@ def bench_attention(b: Bench) -> dict:
     return dict(pairs_within_documents=float(pairs / documents.size(1)), kernels=found)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Export and evaluation
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def bench_export(b: Bench) -> dict:
@@ -361,7 +376,7 @@ def bench_export(b: Bench) -> dict:
     (_, model), c = b.model(), b.config
     run = SimpleNamespace(config=c, train=b.stream, device=b.device)
     statistics_seconds, statistics = b.timed(lambda: tg.read_statistics(run, model))
-    rounding_seconds, records = b.timed(lambda: tg.quantize(model.state_dict(), statistics, c))
+    rounding_seconds, records = b.timed(lambda: tg.quantize_state_dict(model.state_dict(), statistics, c))
     result = dict(batches=c.gptq_calib_batches, gradient_batches=c.gptq_grad_batches * c.wants_gradients,
                   statistics_seconds=statistics_seconds, rounding_seconds=rounding_seconds)  # fmt: skip
     try:
@@ -379,7 +394,9 @@ def bench_score(b: Bench, arm: str) -> dict:
     head = tokens[: c.eval_seq_len + 1]
     first = tg.sliding_windows(len(head), c.eval_seq_len, c.eval_seq_len)
     warm, _ = b.timed(lambda: tg.score(model, head, [tg.Chunk(first)], b.table, c.eval_batch_seqs, nll_fn))
-    seconds, _ = b.timed(lambda: tg.score(model, tokens, [tg.Chunk(windows)], b.table, c.eval_batch_seqs, nll_fn))
+    seconds, _ = b.timed(
+        lambda: tg.score(model, tokens, [tg.Chunk(windows)], b.table, c.eval_batch_seqs, nll_fn)
+    )
     rate = (len(tokens) - 1) / seconds
     return dict(windows=len(windows.start), windows_per_second=len(windows.start) / seconds, targets_per_second=rate,
                 full_seconds=full_seconds(rate), first_batch_seconds=warm)  # fmt: skip
@@ -388,7 +405,9 @@ def bench_score(b: Bench, arm: str) -> dict:
 def bench_ttt(b: Bench, arm: str) -> dict:
     """Measure targets per second of each TTT mode after a warm-up, on the artifact of the initial weights."""
     (_, model), found = b.model(), {}
-    rounded = tg.quantize(model.state_dict(), tg.Statistics(), replace(b.config, quant_steps="sigmas"))
+    rounded = tg.quantize_state_dict(
+        model.state_dict(), tg.Statistics(), replace(b.config, quant_steps="sigmas")
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "final_model.int6.ptz"
         path.write_bytes(tg.encode_artifact(b.config, rounded, tg.sha256_file(b.config.tokenizer_path)))
@@ -404,9 +423,9 @@ def bench_ttt(b: Bench, arm: str) -> dict:
     return dict(modes=found)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 ARMS = ("plain", "compiled", "autotuned")
 PHASES = {  # by value: name -> function, arms (empty: no arms)
@@ -423,7 +442,9 @@ PHASES = {  # by value: name -> function, arms (empty: no arms)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default=str(ROOT / "records/recipes/pr1019.env"))
     parser.add_argument("--data", type=Path, help="folder of shards; default: the demo corpus")
     parser.add_argument(
@@ -431,9 +452,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--arms", default="compiled,plain")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps in phase step; half of them in arm plain")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="timed steps in phase step; half of them in arm plain"
+    )
     parser.add_argument("--loss-steps", type=int, default=10, help="steps in phase losses")
-    parser.add_argument("--seconds", type=float, default=0, help="no phase starts after this time; 0: no limit")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="no phase starts after this time; 0: no limit"
+    )
     parser.add_argument("--backend", default="inductor", help="torch.compile backend; eager only traces")
     parser.add_argument("--windows", type=int, default=20000)
     parser.add_argument("--quick", action="store_true", help="two steps and 256 windows per arm")
@@ -445,7 +470,9 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     """Return the bench and the header of its report."""
     data = arguments.data or ROOT / "data/demo"
     if arguments.data is None:
-        subprocess.run([sys.executable, "data/demo.py", "--out", str(data)], cwd=ROOT, check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, "data/demo.py", "--out", str(data)], cwd=ROOT, check=True, stdout=sys.stderr
+        )
     paths = dict(DATA_PATH=str(data), TOKENIZER_PATH=str(arguments.tokenizer or data / "tokenizer.model"))
     config, _, _ = tg.load_config({**os.environ, "RECIPE": arguments.recipe, **paths})
     device = tg.start_ranks(config, {})
@@ -453,7 +480,9 @@ def make_bench(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Any]]:
     stream = tg.TokenStream(config.shards("train"), config.vocab_size)
     table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     versions = tg.library_versions(device, tg.choose_attention(config.attention, device)[0])
-    head = dict(benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[])
+    head = dict(
+        benchmark="gpu", recipe=Path(arguments.recipe).name, data=data.name, versions=versions, results=[]
+    )
     how = (steps, windows, arguments.quick, arguments.loss_steps, arguments.backend)
     return Bench(config, stream, table, device, *how), head
 
@@ -483,7 +512,9 @@ def run_phase(bench: Bench, phase: str, arm: str | None) -> dict[str, Any]:
     except Exception as failure:
         traceback.print_exc()
         text = str(failure).strip().splitlines() or [""]
-        result = dict(error=f"{type(failure).__name__}: {text[0][:200]}", traceback=traceback.format_exc()[-2000:])
+        result = dict(
+            error=f"{type(failure).__name__}: {text[0][:200]}", traceback=traceback.format_exc()[-2000:]
+        )
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -502,7 +533,9 @@ def main() -> int:
         possible = PHASES[phase][1]
         for arm in [arm for arm in arms if arm in possible] if possible else [None]:
             if 0 < arguments.seconds < time.perf_counter() - began:
-                result = dict(phase=phase, arm=arm, error=f"not started: --seconds {arguments.seconds:g} used up")
+                result = dict(
+                    phase=phase, arm=arm, error=f"not started: --seconds {arguments.seconds:g} used up"
+                )
             else:
                 result = run_phase(bench, phase, arm)
             print(shown(result), flush=True)

@@ -65,9 +65,9 @@ REQUIRED = {  # module: what still runs without it
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def marked(token: str) -> list[int]:
@@ -101,7 +101,13 @@ class Running:
     """The process of a part, started by the constructor and stopped by `finish`."""
 
     def __init__(
-        self, part: Part, command: Sequence[str], log: Path, result: Path, limit: float, environ: dict[str, str]
+        self,
+        part: Part,
+        command: Sequence[str],
+        log: Path,
+        result: Path,
+        limit: float,
+        environ: dict[str, str],
     ):
         self.part, self.log, self.result, self.limit = part, log, result, limit
         self.token, self.began = uuid.uuid4().hex, time.monotonic()
@@ -136,9 +142,9 @@ class Running:
         end_group(self.process, self.token)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Choosing the next part
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def is_kept(entry: dict[str, Any] | None, digest: str) -> bool:
@@ -146,7 +152,9 @@ def is_kept(entry: dict[str, Any] | None, digest: str) -> bool:
     return bool(entry) and entry["state"] in DONE and entry["digest"] == digest
 
 
-def due_parts(parts: Sequence[Part], kept: dict[str, dict], digests: dict[str, str], has_model: bool) -> list[Part]:
+def due_parts(
+    parts: Sequence[Part], kept: dict[str, dict], digests: dict[str, str], has_model: bool
+) -> list[Part]:
     """Return the parts to run, most valuable first.
 
     A part that failed twice on the same code and data goes to the end. Training is included if a part needs
@@ -168,7 +176,9 @@ def choose(queue: Sequence[Part], left: float, seconds: Callable[[Part], float])
     for number, part in enumerate(queue):
         if part.fallback:
             continue
-        others = sum(seconds(other) for other in queue[number + 1 :] if other.kind in "abc" and not other.spare)
+        others = sum(
+            seconds(other) for other in queue[number + 1 :] if other.kind in "abc" and not other.spare
+        )
         needed = seconds(part) + others if part.spare else START_SHARE * seconds(part)
         if left >= needed:
             return part
@@ -211,7 +221,8 @@ class Driver:
         report = json.loads(self.path.read_text())
         if report.get("rehearsal") != self.context.rehearse:
             raise gpu_stage.StageError(
-                f"{self.path} is from a {'rehearsal' if report.get('rehearsal') else 'GPU'}. Choose another --out."
+                f"{self.path} is from a {'rehearsal' if report.get('rehearsal') else 'GPU'}. Choose another "
+                "--out."
             )
         return report
 
@@ -261,11 +272,15 @@ class Driver:
     def record(self, part: Part, entry: dict[str, Any]) -> None:
         """Add an entry to the report. A failed entry keeps the last good one beside it."""
         before = self.report["parts"].get(part.name)
-        entry |= dict(digest=self.digests[part.name], kind=part.kind, title=part.title, date=self.call["date"])
+        entry |= dict(
+            digest=self.digests[part.name], kind=part.kind, title=part.title, date=self.call["date"]
+        )
         if entry["state"] not in DONE:
             same = before is not None and before["digest"] == entry["digest"]
             entry["failures"] = 1 + (before.get("failures", 0) if same else 0)
-            good = before if before is not None and before["state"] == "ok" else (before or {}).get("last_good")
+            good = (
+                before if before is not None and before["state"] == "ok" else (before or {}).get("last_good")
+            )
             if good:
                 entry["last_good"] = good
         self.report["parts"][part.name] = entry
@@ -307,7 +322,9 @@ class Driver:
         fallbacks = [part for part in queue if part.fallback]
         while (part := choose(queue, self.left(), self.expected)) is not None:
             queue.remove(part)
-            if (part.needs == "model" and not self.has_model()) or (part.needs == "weights" and not self.has_weights()):
+            if (part.needs == "model" and not self.has_model()) or (
+                part.needs == "weights" and not self.has_weights()
+            ):
                 self.skip(part, f"needs {part.needs}, but training left none on this machine")
                 continue
             self.run_with_companions(part, queue)
@@ -315,7 +332,9 @@ class Driver:
                 self.fall_back(other, part)
         for part in queue:
             if not part.fallback:
-                self.skip(part, f"no time: {max(self.left(), 0):.0f} s left, {self.expected(part):.0f} s expected")
+                self.skip(
+                    part, f"no time: {max(self.left(), 0):.0f} s left, {self.expected(part):.0f} s expected"
+                )
         self.call["used_seconds"] = round(time.monotonic() - self.began, 1)
         self.save()
         lacking = [part.name for part in self.parts if not self.has_result(part)]
@@ -394,9 +413,9 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def can_import(name: str, site: Path) -> bool:
@@ -406,7 +425,8 @@ def can_import(name: str, site: Path) -> bool:
 
 
 def choose_coder(site: Path) -> tuple[str, list[str]]:
-    """The coder that the artifact can have here, and notes about what is missing. StageError where there is none."""
+    """The coder that the artifact can have here, and notes about what is missing. StageError where there is
+    none."""
     lacking = [name for name in gpu_stage.WHEELS if not can_import(name, site)]
     if len(lacking) == len(gpu_stage.WHEELS):
         wheels = " or ".join(f"{name}=={gpu_stage.pins()[name]}" for name in lacking)
@@ -423,32 +443,52 @@ def choose_coder(site: Path) -> tuple[str, list[str]]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="minutes for the whole call")
     parser.add_argument("--stage", type=Path, help="folder made by --prepare")
     parser.add_argument("--out", type=Path, help="result folder; default: runs/gpu_minutes")
-    parser.add_argument("--kept", type=Path, help="result folder of an earlier call, copied to --out if that has none")
+    parser.add_argument(
+        "--kept", type=Path, help="result folder of an earlier call, copied to --out if that has none"
+    )
     parser.add_argument("--work", type=Path, help="folder for data, runs and logs; default: a temporary one")
-    parser.add_argument("--train-seconds", type=float, default=TRAIN_SECONDS, help="contest clock of the experiment, s")
+    parser.add_argument(
+        "--train-seconds", type=float, default=TRAIN_SECONDS, help="contest clock of the experiment, s"
+    )
     parser.add_argument("--only", default="", help="comma list of parts; default: all")
-    parser.add_argument("--rehearse", action="store_true", help="run a toy recipe on the demo corpus, on a CPU")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run a toy recipe on the demo corpus, on a CPU"
+    )
     parser.add_argument("--break", dest="breaks", action="append", default=[], metavar="PART=crash|hang",
                         help="with --rehearse: make a part fail")  # fmt: skip
-    parser.add_argument("--rehearsal-limit", type=float, default=REHEARSAL_SECONDS["limit"], help="seconds per part")
+    parser.add_argument(
+        "--rehearsal-limit", type=float, default=REHEARSAL_SECONDS["limit"], help="seconds per part"
+    )
     parser.add_argument("--list", action="store_true", help="print the parts in order of value")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER", help="make the stage folder")
     parser.add_argument("--shards", type=Path, help="--prepare: folder of token shards")
     parser.add_argument("--train", type=Path, help="--prepare: training text, for data/prepare.py")
     parser.add_argument("--val", type=Path, help="--prepare: validation text")
-    parser.add_argument("--tokenizer", type=Path, help="--prepare: SentencePiece model; default: the shards' own")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="--prepare: SentencePiece model; default: the shards' own"
+    )
     parser.add_argument("--wheels", type=Path, help="--prepare: folder of wheels; default: downloaded by pip")
     parser.add_argument("--python", default="3.12", help="--prepare: Python of the GPU machine")
-    parser.add_argument("--tokens", type=int, default=gpu_stage.MAX_TRAIN_TOKENS, help="--prepare: training tokens")
+    parser.add_argument(
+        "--tokens", type=int, default=gpu_stage.MAX_TRAIN_TOKENS, help="--prepare: training tokens"
+    )
     parser.add_argument("--tuning", type=int, default=gpu_stage.TUNING_DOCUMENTS, help="--prepare: number of "
                         "validation documents for tuning; the others are for reporting")  # fmt: skip
-    parser.add_argument("--page", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page of a result file")
-    parser.add_argument("--preflight", action="store_true", help="check the machine before a run; use with torchrun")
-    parser.add_argument("--preflight-seconds", type=float, default=90.0, help="--preflight: seconds for the check")
+    parser.add_argument(
+        "--page", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page of a result file"
+    )
+    parser.add_argument(
+        "--preflight", action="store_true", help="check the machine before a run; use with torchrun"
+    )
+    parser.add_argument(
+        "--preflight-seconds", type=float, default=90.0, help="--preflight: seconds for the check"
+    )
     parser.add_argument("--run-part", nargs=2, metavar=("PART", "CONTEXT"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -466,7 +506,9 @@ def make_driver(arguments: argparse.Namespace, began: float) -> Driver:
         REHEARSAL_SECONDS["limit"] = arguments.rehearsal_limit
         data, digest, notes = gpu_stage.embedded(work), "demo corpus", []
     elif arguments.stage is None:
-        raise gpu_stage.StageError("--stage FOLDER is missing: give the folder made by --prepare, or --rehearse")
+        raise gpu_stage.StageError(
+            "--stage FOLDER is missing: give the folder made by --prepare, or --rehearse"
+        )
     else:
         data, notes = gpu_stage.unpack(arguments.stage.resolve(), work)
         digest = gpu_stage.sha256(arguments.stage / "stage.json")
@@ -512,7 +554,9 @@ def main() -> int:
         return 0
     if arguments.list:
         for part in PARTS:
-            print(f"{part.kind} {part.name:14} {part.expected:4.0f} s, limit {part.limit:4.0f} s  {part.title}")
+            print(
+                f"{part.kind} {part.name:14} {part.expected:4.0f} s, limit {part.limit:4.0f} s  {part.title}"
+            )
         return 0
     if arguments.preflight:
         import preflight

@@ -38,11 +38,25 @@ SHORT_RUN = dict(TRAIN_BATCH_TOKENS="393216", GRAD_ACCUM_TOTAL="4", WARMUP_STEPS
                  MUON_MOMENTUM_WARMUP_STEPS="100", EMA_DECAY="0.98", DATA_ORDER="shuffled", VAL_LOSS_EVERY="200",
                  TRAIN_LOG_EVERY="20")  # fmt: skip
 REHEARSED = dict(NUM_LAYERS="2", VE_LAYERS="1", ITERATIONS="10")  # toy recipe: everything runs, in seconds
-SGD_CHUNKS = dict(TTT_MODE="all", TTT_OPTIMIZER="sgd", TTT_LR_SCHEDULE="cosine", TTT_LR="0.002", TTT_EPOCHS="3",
-                  TTT_MOMENTUM="0.9", TTT_CHUNK_TOKENS="32768", TTT_GRAD_CLIP="1.0")  # as pr549.env  # fmt: skip
+SGD_CHUNKS = dict(
+    TTT_MODE="all",
+    TTT_OPTIMIZER="sgd",
+    TTT_LR_SCHEDULE="cosine",
+    TTT_LR="0.002",
+    TTT_EPOCHS="3",
+    # as pr549.env  # fmt: skip
+    TTT_MOMENTUM="0.9",
+    TTT_CHUNK_TOKENS="32768",
+    TTT_GRAD_CLIP="1.0",
+)
 DOC_BANKS = dict(TTT_MODE="doc_banks", TTT_GROUPS="1")  # one group: the work of one of eight GPUs
 DOC_LORA = dict(
-    TTT_MODE="doc_lora", TTT_GROUPS="1", TTT_OPTIMIZER="adamw", TTT_BETA2="0.999", TTT_GRAD_CLIP="1.0", TTT_LR="0.01"
+    TTT_MODE="doc_lora",
+    TTT_GROUPS="1",
+    TTT_OPTIMIZER="adamw",
+    TTT_BETA2="0.999",
+    TTT_GRAD_CLIP="1.0",
+    TTT_LR="0.01",
 )
 META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # one graph per chunk
 KEPT_VARIABLES = re.compile(  # kept from the environment, where DEVICE or SEED would act as a setting
@@ -142,9 +156,9 @@ def load_modules() -> tuple[Any, Any]:
     return importlib.import_module("train_gpt"), importlib.import_module("eval_ttt")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading logs
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 Lines = list[tuple[float, str]]
 
@@ -180,9 +194,9 @@ def find_file(folder: Path, name: str) -> Path | None:
     return max(folder.rglob(name), key=lambda path: path.stat().st_mtime, default=None)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # a. The experiment
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[str, Any]:
@@ -214,7 +228,8 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     pace = (late[-1]["seconds"] - late[0]["seconds"]) / max(late[-1]["step"] - late[0]["step"], 1)
     peak = found(lines, r"peak memory allocated: (\d+) MiB reserved: (\d+)") or [(None, None)]
     kept = (
-        "steps step_avg_ms tokens_per_second val_bpb_roundtrip val_bpb_sliding bytes_model bytes_total fits versions "
+        "steps step_avg_ms tokens_per_second val_bpb_roundtrip val_bpb_sliding bytes_model bytes_total fits "
+        "versions "
         "train_seconds strict_seconds eval_seconds model_params late_steps sha256_artifact"
     ).split()
     return {key: result[key] for key in kept if key in result} | dict(
@@ -281,7 +296,8 @@ def adapted_scores(ctx: Context, name: str, model: Path, **settings: str) -> Non
     result = last_json(lines, "RESULT")
     seconds = found(lines, r"legal_ttt_exact .*time:([\d.]+)s")
     seconds = float(seconds[-1][0]) if seconds else result["eval_seconds"]
-    kept = ("val_bpb_ttt val_bpb_plan val_bpb_roundtrip val_bpb_sliding ttt_gain_bpb eval_seconds legal settings "
+    kept = ("val_bpb_ttt val_bpb_plan val_bpb_roundtrip val_bpb_sliding ttt_gain_bpb eval_seconds legal "
+            "settings "
             "sha256_artifact").split()  # fmt: skip
     rate = targets / max(seconds, 1e-9)
     ctx.put(**{key: result[key] for key in kept if key in result}, model=model.name, targets=targets,
@@ -318,9 +334,9 @@ def part_meta(ctx: Context) -> None:
     adapted_scores(ctx, "meta", model, **DOC_BANKS, **tiny)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # b. Correctness
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def bench(ctx: Context, name: str, phases: str, arms: str, *more: str, **settings: str) -> dict[str, Any]:
@@ -329,14 +345,37 @@ def bench(ctx: Context, name: str, phases: str, arms: str, *more: str, **setting
     shutil.rmtree(out, ignore_errors=True)
     quick = ["--quick", "--backend", "eager"] if ctx.rehearse else []
     environ = ctx.environ(**settings)
-    command = [sys.executable, str(ROOT / "tests/benchmarks/gpu.py"), "--recipe", ctx.recipe, "--phases", phases]
-    command += ["--arms", arms, "--out", str(out), "--data", str(Path(ctx.data["train"]).parent), *more, *quick]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/benchmarks/gpu.py"),
+        "--recipe",
+        ctx.recipe,
+        "--phases",
+        phases,
+    ]
+    command += [
+        "--arms",
+        arms,
+        "--out",
+        str(out),
+        "--data",
+        str(Path(ctx.data["train"]).parent),
+        *more,
+        *quick,
+    ]
     command += ["--tokenizer", ctx.data["tokenizer"]]
     try:
         ctx.program(command, environ)
     finally:
-        report = json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else dict(results=[])
-        ctx.put(**{f"{row['phase']}_{row['arm']}" if row["arm"] else row["phase"]: row for row in report["results"]})
+        report = (
+            json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else dict(results=[])
+        )
+        ctx.put(
+            **{
+                f"{row['phase']}_{row['arm']}" if row["arm"] else row["phase"]: row
+                for row in report["results"]
+            }
+        )
     return report
 
 
@@ -346,7 +385,16 @@ def part_kernels(ctx: Context) -> None:
     chosen = ["-m", "gpu"]
     if ctx.rehearse:  # plain kernels instead of CUDA's
         chosen = ["-k", "test_the_kernel_of_torch_is_asked_for_what_masks_do"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(ROOT / "tests/test_model.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests/test_model.py"),
+    ]
     try:
         lines = ctx.program([*command, *chosen], clean_environ(), accepted=(0, 1))
         told = found(lines, r"(\d+) (passed|failed|skipped)")
@@ -413,13 +461,15 @@ def part_resume(ctx: Context) -> None:
     resumed = results[1]["resumed"]
     ctx.put(nats_apart=apart, resumed=resumed, steps=results[1]["steps"],
             checkpoint=[line for _, line in first if line.startswith(("checkpoint:", "stopped:"))])  # fmt: skip
-    if not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02:  # sums are reordered on a GPU
+    if (
+        not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02
+    ):  # sums are reordered on a GPU
         raise PartFailed(f"resumed at {resumed}, {apart:.4f} nats apart from the uninterrupted run")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # c. Milliseconds per step, d. Quantization, e. The rest
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def part_probe(ctx: Context) -> None:
@@ -429,7 +479,10 @@ def part_probe(ctx: Context) -> None:
 
     import torch
 
-    names = "numpy triton sentencepiece zstandard constriction matplotlib scipy pytest flash_attn flash_attn_interface"
+    names = (
+        "numpy triton sentencepiece zstandard constriction matplotlib scipy pytest flash_attn "
+        "flash_attn_interface"
+    )
     versions = {}
     for name in names.split():
         with suppress(metadata.PackageNotFoundError):
@@ -457,7 +510,10 @@ def part_probe(ctx: Context) -> None:
     n, elements, repeats = (8192, 1 << 30, 10) if on_gpu else (256, 1 << 20, 2)
     x = torch.randn(n, n, device=device, dtype=dtype)
     ctx.put(matmul_tflops=2 * n**3 / seconds(lambda: x @ x, repeats) / 1e12)
-    source, target = torch.ones(elements, device=device, dtype=dtype), torch.empty(elements, device=device, dtype=dtype)
+    source, target = (
+        torch.ones(elements, device=device, dtype=dtype),
+        torch.empty(elements, device=device, dtype=dtype),
+    )
     ctx.put(copy_tb_s=2 * source.nbytes / seconds(lambda: target.copy_(source), repeats) / 1e12)
     ctx.put(attention=attention_choices(device, dtype))
 
@@ -515,7 +571,7 @@ def part_quantization(ctx: Context) -> None:
     for loss in (1e-3,) if ctx.rehearse else (1e-3, 3e-4, 3e-3, 1e-2):
         settings = tg.replace(config, quant_steps="two_sided", quant_loss=loss)
         began = time.perf_counter()
-        blob = tg.encode_artifact(settings, tg.quantize(state, statistics, settings), "0" * 64)
+        blob = tg.encode_artifact(settings, tg.quantize_state_dict(state, statistics, settings), "0" * 64)
         seconds = time.perf_counter() - began
         artifact = Path(ctx.work) / "curve.int6.ptz"
         artifact.write_bytes(blob)
@@ -572,9 +628,9 @@ def part_slots_compiled(ctx: Context) -> None:
     ctx.put(**throughput(tokens, ev.evaluate(setup, tokens)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Table of parts
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def own_code(function: Callable) -> list[str]:

@@ -37,7 +37,10 @@ TUNING_DOCUMENTS = 200  # weblab's convention: documents 0 to 199 tune, the rest
 MAX_TRAIN_TOKENS = 64_000_000
 MAX_BYTES = 60 << 20  # repository and folder together
 SMALL_TOKENS = dict(train=1_000_000, val=40_000)  # for runs of seconds
-WHEELS = ("constriction", "zstandard")  # the coders' packages, the fast one first: a bare GPU image lacks both
+WHEELS = (
+    "constriction",
+    "zstandard",
+)  # the coders' packages, the fast one first: a bare GPU image lacks both
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -83,9 +86,9 @@ def split_documents(tokens: array, count: int) -> tuple[array, array]:
     return tokens[: starts[count]], tokens[starts[count] :]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Preparation, on a machine that has the text
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
@@ -112,7 +115,15 @@ def fetch_wheels(folder: Path, python: str) -> None:
     """Download the pinned wheels for CPython `python` ("3.12") and x86-64 Linux, as far as that succeeds."""
     for name in WHEELS:
         command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", "-d", str(folder)]
+        command += [
+            "--only-binary=:all:",
+            "--python-version",
+            python,
+            "--implementation",
+            "cp",
+            "-d",
+            str(folder),
+        ]
         command += [part for platform in PLATFORMS for part in ("--platform", platform)]
         subprocess.run([*command, f"{name}=={pins()[name]}"])
 
@@ -169,7 +180,9 @@ def prepare(
             tokenize(*text, tokenizer, shards)
         tokenizer = tokenizer or shards / "tokenizer.model"
         if not tokenizer.is_file():
-            raise StageError(f"{tokenizer} is missing. Give the tokenizer of the shards with --tokenizer FILE.")
+            raise StageError(
+                f"{tokenizer} is missing. Give the tokenizer of the shards with --tokenizer FILE."
+            )
         counts = pack(shards, tokenizer, out, tokens, tuning)
     carried, tag = out / "wheels", "cp" + python.replace(".", "")
     carried.mkdir(exist_ok=True)
@@ -179,22 +192,29 @@ def prepare(
         for name in WHEELS:
             for path in wheels.glob(f"{name}-*.whl"):
                 shutil.copyfile(path, carried / path.name)
-    lacking = [name for name in WHEELS if not any(fits_python(path, tag) for path in carried.glob(f"{name}-*.whl"))]
-    files = {name: dict(sha256=sha256(out / name), tokens=counts.get(name)) for name in (*counts, "tokenizer.model")}
+    lacking = [
+        name for name in WHEELS if not any(fits_python(path, tag) for path in carried.glob(f"{name}-*.whl"))
+    ]
+    files = {
+        name: dict(sha256=sha256(out / name), tokens=counts.get(name))
+        for name in (*counts, "tokenizer.model")
+    }
     (out / "stage.json").write_text(json.dumps(dict(version=1, files=files), indent=1))
     size, tree = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()), tree_bytes()
     lines = [f"{name}: {count:,} tokens" for name, count in counts.items()]
     lines += [f"WARNING: {carried} has no wheel of {name}=={pins()[name]} for {tag}. Artifacts need one of "
               f"{' and '.join(WHEELS)}: put it there, unless the GPU machine has it." for name in lacking]  # fmt: skip
-    lines.append(f"{out}: {size / 2**20:.1f} MiB, repository {tree / 2**20:.1f} MiB, limit {MAX_BYTES >> 20} MiB")
+    lines.append(
+        f"{out}: {size / 2**20:.1f} MiB, repository {tree / 2**20:.1f} MiB, limit {MAX_BYTES >> 20} MiB"
+    )
     if size + tree > MAX_BYTES:
         raise StageError("\n".join([*lines, "too large together. Lower --tokens."]))
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Unpacking, on the GPU machine
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def read_stage(folder: Path) -> dict:
@@ -251,7 +271,9 @@ def unpack(folder: Path, work: Path) -> tuple[dict[str, str], list[str]]:
     notes = unpack_wheels(folder / "wheels", work / "site")
     for name, entry in stage["files"].items():
         if sha256(folder / name) != entry["sha256"]:
-            raise StageError(f"{folder / name} is damaged: its SHA-256 differs from stage.json. Copy it again.")
+            raise StageError(
+                f"{folder / name} is damaged: its SHA-256 differs from stage.json. Copy it again."
+            )
     targets = {split: data / f"{split}/fineweb_{kind}_000000.bin"
                for split, kind in (("train", "train"), ("report", "val"), ("tuning", "val"))}  # fmt: skip
     for target in targets.values():
@@ -261,7 +283,9 @@ def unpack(folder: Path, work: Path) -> tuple[dict[str, str], list[str]]:
     shutil.copyfile(folder / "val_tuning.bin", targets["tuning"])
     shutil.copyfile(folder / "val_reporting.bin", targets["report"])
     shutil.copyfile(folder / "tokenizer.model", data / "tokenizer.model")
-    return lay_out(targets["train"], targets["report"], targets["tuning"], data / "tokenizer.model", work), notes
+    return lay_out(
+        targets["train"], targets["report"], targets["tuning"], data / "tokenizer.model", work
+    ), notes
 
 
 def embedded(work: Path) -> dict[str, str]:

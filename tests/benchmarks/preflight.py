@@ -129,7 +129,9 @@ class Preflight:
         done, total = 0, 0.0
         while done < STEPS and (done < 2 or tg.max_over_ranks(self.elapsed())[0] < deadline):
             count = min(4, STEPS - done)
-            took, _ = self.bench.timed(lambda first=2 + done, count=count: [step(first + i) for i in range(count)])
+            took, _ = self.bench.timed(
+                lambda first=2 + done, count=count: [step(first + i) for i in range(count)]
+            )
             done, total = done + count, total + tg.max_over_ranks(took)[0]
         self.put(timed_steps=done, ms_per_step=1000 * total / done)
         run = SimpleNamespace(config=c, device=self.device, train=tg.RandomTokens(c.vocab_size))
@@ -150,12 +152,14 @@ class Preflight:
         model = tg.GPT(c, tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
         model = model.init_weights(0).to(self.device)
         ids = torch.randint(c.vocab_size, (2, c.train_seq_len), device=self.device)
-        gradients = tg.collect_gradients(model, [(ids, ids)]) if c.wants_gradients else {}  # all ranks together
+        gradients = (
+            tg.collect_gradients(model, [(ids, ids)]) if c.wants_gradients else {}
+        )  # all ranks together
         statistics = tg.Statistics(tg.collect_hessians(model, [ids]), gradients)
 
         def work() -> float:
             began = time.perf_counter()
-            tg.encode_artifact(c, tg.quantize(model.state_dict(), statistics, c), "0" * 64)
+            tg.encode_artifact(c, tg.quantize_state_dict(model.state_dict(), statistics, c), "0" * 64)
             return (time.perf_counter() - began) * self.config.num_layers / layers
 
         self.put(export_seconds=tg.on_rank_0(work))
@@ -172,13 +176,20 @@ class Preflight:
         self.model.requires_grad_(False)
         with torch.no_grad():
             batch = self.seconds(lambda: tg.token_nll(self.model, ids, ids[:, -c.eval_stride :], columns), 3)
-        batches = math.ceil(max(targets - c.eval_seq_len, 0) / c.eval_stride / c.eval_batch_seqs / tg.world_size()) + 1
+        batches = (
+            math.ceil(max(targets - c.eval_seq_len, 0) / c.eval_stride / c.eval_batch_seqs / tg.world_size())
+            + 1
+        )
         self.put(validation_targets=targets, sliding_seconds=batches * batch)
         if c.ttt_mode == "none":
             return
-        state = {name: value.cpu() for name, value in self.model.state_dict().items() if "mtp_heads" not in name}
+        state = {
+            name: value.cpu() for name, value in self.model.state_dict().items() if "mtp_heads" not in name
+        }
         _, kernel, _ = tg.choose_attention(c.attention, self.device)
-        scored = replace(c, mtp_num_heads=0, ttt_groups=tg.world_size())  # one per rank, however short the text
+        scored = replace(
+            c, mtp_num_heads=0, ttt_groups=tg.world_size()
+        )  # one per rank, however short the text
         artifact = tg.Artifact(scored, state, "")
         setup = ev.Setup(scored, artifact, self.device, kernel, self.table, tg.token_nll)
         count, rate = min(targets, max(1000 * tg.world_size(), c.eval_seq_len + 1)), 0.0
@@ -220,7 +231,11 @@ def broken_limits(found: dict[str, Any], config: Any) -> list[str]:
 
     f = found
     check("package", lambda: not f["missing"], lambda: f"COMPRESSOR={c.compressor} needs {f['missing']}")
-    check("disk", lambda: f["free_disk_gb"] * 1e9 > FREE_DISK_BYTES, lambda: f"{f['free_disk_gb']:.2f} GB are free")
+    check(
+        "disk",
+        lambda: f["free_disk_gb"] * 1e9 > FREE_DISK_BYTES,
+        lambda: f"{f['free_disk_gb']:.2f} GB are free",
+    )
     check("data", lambda: f["read_ms"] <= f["ms_per_step"],
           lambda: f"reading a batch takes {f['read_ms']:.1f} ms, a step {f['ms_per_step']:.1f} ms")  # fmt: skip
     if "card_gib" in f:
@@ -277,5 +292,5 @@ def main(seconds: float) -> int:
     check.evaluation(deadline=seconds - 5)
     watchdog.cancel()
     code = conclude(check)
-    tg.leave_ranks()
+    tg.cleanup_distributed()
     return code

@@ -28,13 +28,15 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402
 
 COLUMNS = (
-    "arm seed steps epochs tokens_per_second bytes_total val_bpb_roundtrip val_bpb_sliding val_bpb_ttt legal".split()
-)
+    "arm seed steps epochs tokens_per_second bytes_total val_bpb_roundtrip val_bpb_sliding val_bpb_ttt legal"
+).split()
 
 
 def start(program: str, environ: dict[str, str], out: Path, nproc: int, result: Path) -> None:
     """Run a program of this tree in `out`; RESULT decides success: exit code 1 may just mean over the cap."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    )
     command = [sys.executable, *launcher, str(ROOT / program)]
     before = result.stat().st_mtime_ns if result.exists() else 0
     done = subprocess.run(command, cwd=out, env={**os.environ, **environ}, stdout=subprocess.DEVNULL)
@@ -69,7 +71,13 @@ def run(
         tokens = len(tg.TokenStream(config.shards("train"), config.vocab_size))
         row["epochs"] = round(row["steps"] * config.train_batch_tokens / tokens, 2)
         if not scored_as(scored, scoring):
-            start("eval_ttt.py", {**score, "MODEL_PATH": str(folder / "final_model.int6.ptz")}, out, nproc, scored)
+            start(
+                "eval_ttt.py",
+                {**score, "MODEL_PATH": str(folder / "final_model.int6.ptz")},
+                out,
+                nproc,
+                scored,
+            )
         row |= json.loads(scored.read_text())
     except subprocess.CalledProcessError as failure:
         row["legal"] = None
@@ -92,14 +100,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arms", default="default,pr1019,pr549,pr398")
     parser.add_argument("--seeds", default="1", help="comma list")
     parser.add_argument("--seconds", type=float, default=120.0, help="contest clock of each run, s")
     parser.add_argument("--data", type=Path, help="folder of shards with tokenizer.model; default: data/demo")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of every arm")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="setting of every arm"
+    )
     parser.add_argument("--set-train", action="append", default=[], metavar="NAME=VALUE", help="trainer only")
-    parser.add_argument("--set-eval", action="append", default=[], metavar="NAME=VALUE", help="evaluator only")
+    parser.add_argument(
+        "--set-eval", action="append", default=[], metavar="NAME=VALUE", help="evaluator only"
+    )
     parser.add_argument("--nproc", type=int, default=1, help="ranks per run")
     parser.add_argument("--quick", action="store_true", help="smoke recipe, twenty steps")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench_quality")
@@ -121,7 +135,10 @@ def main() -> int:
             rows.append(run(arm, seed, settings, only, out, arguments.nproc))
             tg.write_atomically(out / "quality.json", json.dumps(rows, indent=1).encode())
             print(table(rows), flush=True)
-    print("BENCH " + json.dumps(dict(benchmark="quality", data=data.name, settings=settings, only=only, rows=rows)))
+    print(
+        "BENCH "
+        + json.dumps(dict(benchmark="quality", data=data.name, settings=settings, only=only, rows=rows))
+    )
     return int(any(row["error"] for row in rows))
 
 

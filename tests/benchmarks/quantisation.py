@@ -84,7 +84,9 @@ PIPELINES = {
         dict(TWO, quant_trellis=True, compressor="ans"), "quant_loss", LOSSES, ours=True
     ),
     "sigmas, our layout, zstd": Pipeline({}, "matrix_clip_sigmas", SIGMAS),
-    "sigmas, bits by gradient (#398), our layout": Pipeline(dict(grad_quant=True), "matrix_clip_sigmas", SIGMAS),
+    "sigmas, bits by gradient (#398), our layout": Pipeline(
+        dict(grad_quant=True), "matrix_clip_sigmas", SIGMAS
+    ),
     "clip search, our layout": Pipeline(dict(quant_steps="clip"), "matrix_bits", (4, 5, 6, 7)),
     "two-sided, brotli-11, order of the weights": Pipeline(TWO, "quant_loss", LOSSES, brotli_11),
     "two-sided, damping 0.001": Pipeline(dict(TWO, gptq_damp=0.001), "quant_loss", LOSSES),
@@ -92,7 +94,9 @@ PIPELINES = {
     "two-sided, self-generated text": Pipeline(dict(TWO, calib_source="self"), "quant_loss", LOSSES),
     "two-sided, 5 % pruned": Pipeline(dict(TWO, prune_frac=0.05), "quant_loss", LOSSES),
     "two-sided, 20 % pruned": Pipeline(dict(TWO, prune_frac=0.2), "quant_loss", LOSSES),
-    "k sigma, 5 % pruned, brotli-11": Pipeline(dict(prune_frac=0.05), "matrix_clip_sigmas", SIGMAS, brotli_11),
+    "k sigma, 5 % pruned, brotli-11": Pipeline(
+        dict(prune_frac=0.05), "matrix_clip_sigmas", SIGMAS, brotli_11
+    ),
 }
 REFERENCE_GAPS = (0.001, 0.002, 0.003, 0.004, 0.006)
 
@@ -110,7 +114,8 @@ class Weights:
         self.state = torch.load(run / "final_model.pt")
         self.model.load_state_dict(self.state)
         tokens = [
-            tg.open_shard(path) for path in tg.TokenStream(self.config.shards("val"), self.config.vocab_size).paths
+            tg.open_shard(path)
+            for path in tg.TokenStream(self.config.shards("val"), self.config.vocab_size).paths
         ]
         self.tokens = np.concatenate(tokens)[: targets + 1]
         self.found: dict[str, tg.Statistics] = {}
@@ -133,20 +138,25 @@ class Weights:
         return score.val_bpb
 
 
-def with_fixed_scales(plans: dict[str, tg.Plan]) -> dict[str, tg.Plan]:
+def with_fixed_scales(plans: dict[str, tg.QuantSpec]) -> dict[str, tg.QuantSpec]:
     """The plans with a scale of 1/31 for every bank row, as #1019 has them."""
-    return {name: plan._replace(row_step=torch.full_like(plan.row_step, 1 / 31)) if name in tg.GPT.BANKS else plan
+    return {name: plan._replace(row_scale=torch.full_like(plan.row_scale, 1 / 31)) if name in tg.GPT.BANKS else plan
             for name, plan in plans.items()}  # fmt: skip
 
 
-def baseline_bytes(records: list[tg.Record], pack: Callable[[bytes], bytes]) -> int:
-    """Bytes of codes in the order of the weights, and of their float16 scales and all other tensors, packed apart."""
-    codes = b"".join(r.codes.numpy().tobytes() for r in records if r.row_steps is not None)
+def baseline_bytes(records: list[tg.QuantizedTensor], pack: Callable[[bytes], bytes]) -> int:
+    """Bytes of codes in the order of the weights, and of their float16 scales and all other tensors, packed
+    apart."""
+    codes = b"".join(r.codes.numpy().tobytes() for r in records if r.row_scale is not None)
     steps = [
-        part for r in records if r.row_steps is not None for part in (r.row_steps, r.column_steps) if part is not None
+        part
+        for r in records
+        if r.row_scale is not None
+        for part in (r.row_scale, r.col_scale)
+        if part is not None
     ]
-    side = [tg.from_log(part).half().numpy().tobytes() for part in steps]
-    side += [r.codes.numpy().tobytes() for r in records if r.row_steps is None]
+    side = [tg.decode_scale(part).half().numpy().tobytes() for part in steps]
+    side += [r.codes.numpy().tobytes() for r in records if r.row_scale is None]
     return len(pack(codes)) + len(pack(b"".join(side)))
 
 
@@ -156,12 +166,12 @@ def point(weights: Weights, pipeline: Pipeline, value: float, base: float) -> di
     settings = {} if pipeline.varied == "factor" else {pipeline.varied: value}
     config = replace(weights.config, **{"quant_steps": "sigmas", **pipeline.settings, **settings})
     began = time.perf_counter()
-    plans = tg.plan_rounding(weights.state, weights.statistics(config.calib_source), config)
+    plans = tg.quant_specs(weights.state, weights.statistics(config.calib_source), config)
     if pipeline.fixed:
         plans = with_fixed_scales(plans)
     if pipeline.pack is not None and config.quant_steps != "two_sided":
         plans = {name: plan for name, plan in plans.items() if ".proj." not in name}  # float16 there
-    records = tg.round_all(weights.state, plans, config, factor)
+    records = tg.quantize_by(weights.state, plans, config, factor)
     if pipeline.pack is None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "artifact"
@@ -195,7 +205,9 @@ def table(curves: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, dic
              "|---|" + "---:|" * len(REFERENCE_GAPS)]  # fmt: skip
     shares: dict[str, dict[str, float]] = {}
     for name, found in sizes.items():
-        shares[name] = {str(gap): round(size / best[gap], 4) for gap, size in found.items() if size / best[gap] > 0}
+        shares[name] = {
+            str(gap): round(size / best[gap], 4) for gap, size in found.items() if size / best[gap] > 0
+        }
         cells = ["" if math.isnan(size) else f"{size:,.0f}" for size in found.values()]
         cells = [f"{cell} ({shares[name][str(gap)]:.3f})" if str(gap) in shares[name] else cell
                  for gap, cell in zip(REFERENCE_GAPS, cells, strict=True)]  # fmt: skip
@@ -212,8 +224,16 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     for name, points in curves.items():
         points = sorted(points, key=lambda p: p["bytes"])
         style = "-o" if PIPELINES[name].ours else "--s" if PIPELINES[name].pack else ":"
-        axis.plot([p["bytes"] for p in points], [max(p["gap"], 1e-5) for p in points], style, label=name, markersize=3)
-    axis.set(xlabel="bytes", ylabel="gap, bits per byte", yscale="log", title="quantized model minus float weights")
+        axis.plot(
+            [p["bytes"] for p in points],
+            [max(p["gap"], 1e-5) for p in points],
+            style,
+            label=name,
+            markersize=3,
+        )
+    axis.set(
+        xlabel="bytes", ylabel="gap, bits per byte", yscale="log", title="quantized model minus float weights"
+    )
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -235,7 +255,10 @@ def curves_of(arguments: argparse.Namespace) -> dict[str, Any]:
             if value in [p["value"] for p in points]:
                 continue
             points.append(point(weights, pipeline, value, base))
-            print(f"{name:48} {value:8g}  gap {points[-1]['gap']:+.5f}  {points[-1]['bytes']:,} bytes", flush=True)
+            print(
+                f"{name:48} {value:8g}  gap {points[-1]['gap']:+.5f}  {points[-1]['bytes']:,} bytes",
+                flush=True,
+            )
             tg.write_atomically(path, json.dumps(kept, indent=1).encode())
     text, shares = table(curves)
     tg.write_atomically(arguments.out / "table.md", text.encode())
@@ -244,9 +267,9 @@ def curves_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(base=base, parameters=tg.count_parameters(weights.model), shares=shares)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Timing
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def plain_loop(W: Tensor, U: Tensor, order: Tensor, step: Tensor, levels: int, block: int = 128) -> Tensor:
@@ -254,7 +277,11 @@ def plain_loop(W: Tensor, U: Tensor, order: Tensor, step: Tensor, levels: int, b
     W, codes = W[:, order], torch.zeros_like(W)
     for start in range(0, W.size(1), block):
         end = min(start + block, W.size(1))
-        part, errors, inner = W[:, start:end].clone(), torch.zeros_like(W[:, start:end]), U[start:end, start:end]
+        part, errors, inner = (
+            W[:, start:end].clone(),
+            torch.zeros_like(W[:, start:end]),
+            U[start:end, start:end],
+        )
         for j in range(end - start):
             column = part[:, j]
             code = torch.clamp(torch.round(column / step), -levels, levels)
@@ -296,13 +323,18 @@ def random_problem(config: tg.Config) -> tuple[dict[str, Tensor], tg.Statistics]
 
 
 def timing(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of rounding, coding and reading 27 M codes, and of text by the model itself with and without a cache."""
-    config, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "QUANT_STEPS": "sigmas"})
+    """Seconds of rounding, coding and reading 27 M codes, and of text by the model itself with and without a
+    cache."""
+    config, _, _ = tg.load_config(
+        {"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "QUANT_STEPS": "sigmas"}
+    )
     state, statistics = random_problem(config)
     found: dict[str, Any] = {"threads": torch.get_num_threads()}
-    stacked = {name: torch.cat([statistics.hessians[s] for s in tg.bank_sites(name)]) for name in tg.GPT.BANKS}
+    stacked = {
+        name: torch.cat([statistics.hessians[s] for s in tg.bank_sites(name)]) for name in tg.GPT.BANKS
+    }
     factor = [
-        (name, i, tg.make_feedback(stacked[name][i : i + 1], 0.01))
+        (name, i, tg.factor_hessian(stacked[name][i : i + 1], 0.01))
         for name in stacked
         for i in range(len(stacked[name]))
     ]
@@ -312,9 +344,9 @@ def timing(arguments: argparse.Namespace) -> dict[str, Any]:
             plain_loop(state[name][i], U[0], order[0], torch.full((state[name].size(1),), 1 / 31), 31)
 
     found["plain_loop"], _ = timed(loop, 1)
-    found["plan"], plans = timed(lambda: with_fixed_scales(tg.plan_rounding(state, statistics, config)))
+    found["plan"], plans = timed(lambda: with_fixed_scales(tg.quant_specs(state, statistics, config)))
     banks = {name: plan for name, plan in plans.items() if name in tg.GPT.BANKS}
-    found["round"], _ = timed(lambda: tg.round_all({name: state[name] for name in banks}, banks, config))
+    found["round"], _ = timed(lambda: tg.quantize_by({name: state[name] for name in banks}, banks, config))
     print(json.dumps(found), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for trellis in (False, True):
@@ -324,8 +356,10 @@ def timing(arguments: argparse.Namespace) -> dict[str, Any]:
                 )
                 if coder == "zstd":
                     began = time.perf_counter()
-                    records = tg.quantize(state, statistics, ours)
-                    found["quantize trellis" if trellis else "quantize two-sided"] = time.perf_counter() - began
+                    records = tg.quantize_state_dict(state, statistics, ours)
+                    found["quantize trellis" if trellis else "quantize two-sided"] = (
+                        time.perf_counter() - began
+                    )
                 name, path = f"{'trellis ' if trellis else ''}{coder}", Path(folder) / "artifact"
                 found[f"encode {name}"], blob = timed(
                     lambda ours=ours, r=records: tg.encode_artifact(ours, r, "0" * 64), 1
@@ -352,9 +386,13 @@ def full_prefix(model: tg.GPT, rows: int, length: int, temperature: float = 0.8)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, help="finished run folder: config.json, final_model.pt")
-    parser.add_argument("--data", type=Path, default=ROOT / "data/demo", help="shards and tokenizer of the run")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "data/demo", help="shards and tokenizer of the run"
+    )
     parser.add_argument("--targets", type=int, default=150_000, help="maximum number of validation targets")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_quantisation"))
     parser.add_argument("--only", nargs="+", help="run only pipelines whose names contain one of these")

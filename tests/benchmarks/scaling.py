@@ -69,12 +69,14 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 def clean_environment() -> dict[str, str]:
     """Return the environment without settings, with one thread."""
     names = {field.upper() for field in tg.Config.__dataclass_fields__}
-    return {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"} | {"OMP_NUM_THREADS": "1"}
+    return {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"} | {
+        "OMP_NUM_THREADS": "1"
+    }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Throughput
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def start_run(work: Path, settings: dict[str, str], processes: int) -> subprocess.Popen:
@@ -130,9 +132,9 @@ def scaling(quick: bool, work: Path) -> dict[str, Any]:
     return dict(tokens_per_second=found, medians=medians, efficiency=efficiency, batch=batch, steps=steps)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Bytes per step
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def loopback_bytes() -> int | None:
@@ -242,7 +244,10 @@ def by_the_shapes(config: tg.Config, ranks: int, update_bytes: int) -> float:
 def communication(quick: bool, work: Path) -> dict[str, Any]:
     config, _, _ = tg.load_config({**DEMO, "DEVICE": "cpu", "TRAIN_SEQ_LEN": "16", "GRAD_ACCUM_TOTAL": "1"})
     whole, banks = gradient_bytes(config)
-    print(f"\ndemo: {whole / 1e6:.2f} MB of gradients, {banks / 1e6:.2f} of them banks; MB sent per rank and step")
+    print(
+        f"\ndemo: {whole / 1e6:.2f} MB of gradients, {banks / 1e6:.2f} of them banks; MB sent per rank and "
+        "step"
+    )
     print(f"{'ranks':>5} {'bound':>8} {'shapes':>8} {'counted':>8} {'loopback':>9} {'of bound':>9}")
     table = []
     for ranks in (1, 2, 4, 8):
@@ -257,29 +262,40 @@ def communication(quick: bool, work: Path) -> dict[str, Any]:
         table.append(row)
         lo = "none" if row["loopback"] is None else f"{row['loopback'] / 1e6:.3f}"
         share = f"{row['counted'] / bound:.3f}" if bound else ""
-        print(f"{ranks:>5} {bound / 1e6:>8.3f} {shapes / 1e6:>8.3f} {row['counted'] / 1e6:>8.3f} {lo:>9} {share:>9}")
+        print(
+            f"{ranks:>5} {bound / 1e6:>8.3f} {shapes / 1e6:>8.3f} {row['counted'] / 1e6:>8.3f} {lo:>9} "
+            f"{share:>9}"
+        )
     large, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), **DATA})
     whole, banks = gradient_bytes(large)
-    print(f"pr1019: {whole / 1e6:.1f} MB of gradients, {banks / 1e6:.1f} of them banks; MB sent, updates in bfloat16")
+    print(
+        f"pr1019: {whole / 1e6:.1f} MB of gradients, {banks / 1e6:.1f} of them banks; MB sent, updates in "
+        "bfloat16"
+    )
     counts = []
     for ranks in (1, 2, 4, 8):
-        row = dict(ranks=ranks, all_reduce=2 * (ranks - 1) / ranks * whole, shapes=by_the_shapes(large, ranks, 2))
+        row = dict(
+            ranks=ranks, all_reduce=2 * (ranks - 1) / ranks * whole, shapes=by_the_shapes(large, ranks, 2)
+        )
         counts.append(row)
         print(f"{ranks:>5} all-reduce of everything {row['all_reduce'] / 1e6:>7.1f}, banks sharded by row "
               f"{row['shapes'] / 1e6:>7.1f}")  # fmt: skip
     return dict(demo=table, pr1019=counts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loader
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def loader(quick: bool, work: Path) -> dict[str, Any]:
     """Return the tokens per second of step_batches in this thread, by wall clock and by CPU time."""
     seconds, ranks = 1.0 if quick else 5.0, 8
     for index in range(2 if quick else 10):
-        write_shard(work / f"fineweb_train_{index:06d}.bin", np.random.default_rng(index).integers(2, 1000, 10_000_000))
+        write_shard(
+            work / f"fineweb_train_{index:06d}.bin",
+            np.random.default_rng(index).integers(2, 1000, 10_000_000),
+        )
     config, _, _ = tg.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), **DATA})
     stream = tg.TokenStream(f"{work}/fineweb_train_*.bin", config.vocab_size)
     for path in stream.paths:
@@ -287,10 +303,15 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
     kept, found = tg.world_size, {}
     tg.world_size = lambda: ranks
     tokens = config.train_batch_tokens // ranks
-    print(f"\nloader: {tokens:,} tokens of {config.train_seq_len} per rank and step, {len(stream):,} total, one core")
+    print(
+        f"\nloader: {tokens:,} tokens of {config.train_seq_len} per rank and step, {len(stream):,} total, "
+        "one core"
+    )
     try:
         for order in ("sequential", "shuffled"):
-            run = SimpleNamespace(config=replace(config, data_order=order), train=stream, device=torch.device("cpu"))
+            run = SimpleNamespace(
+                config=replace(config, data_order=order), train=stream, device=torch.device("cpu")
+            )
             began, steps = time.perf_counter(), 1
             tg.step_batches(run, 0)  # samples the order of the first epoch
             first, began, own = time.perf_counter() - began, time.perf_counter(), time.thread_time()
@@ -298,7 +319,9 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
                 tg.step_batches(run, steps)
                 steps += 1
             wall, own = time.perf_counter() - began, time.thread_time() - own
-            rates = dict(wall=(steps - 1) * tokens / wall, core=(steps - 1) * tokens / own, first_step_seconds=first)
+            rates = dict(
+                wall=(steps - 1) * tokens / wall, core=(steps - 1) * tokens / own, first_step_seconds=first
+            )
             found[order] = rates
             wall, own = (rates[clock] / 1e6 for clock in ("wall", "core"))
             print(f"{order:11} {wall:>8.1f} million tokens/s by wall clock, {own:.1f} by CPU time; "
@@ -310,9 +333,9 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Long run
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 SOAK = dict(  # many epochs of a short text with periodic checkpoints and validation
     RECIPE=str(ROOT / "records/recipes/smoke.env"), NUM_LAYERS="2", MODEL_DIM="32", ROPE_DIMS="8",
@@ -328,7 +351,11 @@ def status_of(pid: int) -> tuple[float, int, int] | None:
     try:
         text = Path(f"/proc/{pid}/status").read_text()
         files = len(os.listdir(f"/proc/{pid}/fd"))
-        return int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024, files, int(re.search(r"Threads:\s+(\d+)", text)[1])
+        return (
+            int(re.search(r"VmRSS:\s+(\d+)", text)[1]) / 1024,
+            files,
+            int(re.search(r"Threads:\s+(\d+)", text)[1]),
+        )
     except (OSError, TypeError):
         return None
 
@@ -354,7 +381,11 @@ def soak(steps: int, work: Path) -> dict[str, Any]:
     samples, began = [], time.perf_counter()
     with open(work / "output.txt", "wb") as output:
         run = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=work, stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, str(ROOT / "train_gpt.py")],
+            env=env,
+            cwd=work,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     metrics, text = work / "runs/run/metrics.jsonl", ""
     while run.poll() is None:
@@ -370,7 +401,10 @@ def soak(steps: int, work: Path) -> dict[str, Any]:
     if not all(len(quarter) >= 5 for quarter in quarters):
         raise RuntimeError(f"too few samples per quarter: {[len(quarter) for quarter in quarters]}")
     print(f"\nsoak: {steps} steps in {time.perf_counter() - began:.0f} s, {len(samples)} samples")
-    table = [{name: min(s[n] for s in q) for n, name in enumerate(("memory", "files", "threads"), 1)} for q in quarters]
+    table = [
+        {name: min(s[n] for s in q) for n, name in enumerate(("memory", "files", "threads"), 1)}
+        for q in quarters
+    ]
     for number, row in enumerate(table, 1):
         print(f"quarter {number}: {row['memory']:.1f} MiB, {row['files']} files, {row['threads']} threads")
     grown = table[3]["memory"] - table[1]["memory"]
@@ -382,14 +416,18 @@ def soak(steps: int, work: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one round of everything, about a minute")
     parser.add_argument("--out", type=Path, help="folder for scaling.json; default: not written")
     parser.add_argument("--soak", action="store_true", help="only the long run")
     parser.add_argument("--steps", type=int, default=2000, help="with --soak: number of steps")
     parser.add_argument("--only", choices=("scaling", "bytes", "loader"), help="only one part")
     arguments = parser.parse_args()
-    subprocess.run([sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr
+    )
     torch.set_num_threads(1)
     parts = {"scaling": scaling, "bytes": communication, "loader": loader}
     report: dict[str, Any] = dict(benchmark="soak" if arguments.soak else "scaling", quick=arguments.quick)
@@ -408,7 +446,9 @@ def main() -> int:
     report["versions"] = tg.library_versions(torch.device("cpu"), "sdpa")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        tg.write_atomically(arguments.out / f"{report['benchmark']}.json", json.dumps(report, indent=1).encode())
+        tg.write_atomically(
+            arguments.out / f"{report['benchmark']}.json", json.dumps(report, indent=1).encode()
+        )
     print("BENCH " + json.dumps(report))
     return 1 if arguments.soak and not report["soak"]["flat"] else 0
 

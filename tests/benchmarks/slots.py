@@ -42,7 +42,7 @@ FORMS = {  # name: settings for the second moments of a document
 def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[str, Any]:
     """Count documents, graphs, steps and batches of the busiest rank, padding of scoring and adaptation."""
     plan, rows = ev.document_plan(tokens, config), min(tg.SLOT_ROWS, config.ttt_slots)
-    width, steps, batches, shapes = config.ttt_context + config.piece_size, [0] * ranks, [0] * ranks, set()
+    width, steps, batches, shapes = config.ttt_context + config.doc_chunk, [0] * ranks, [0] * ranks, set()
     read, computed, learned, stepped = 0, 0, 0, 0
     for chunk in plan:
         rank = chunk.slots.group % ranks
@@ -51,9 +51,9 @@ def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[st
             batches[rank] += 1
             shapes.add(("score", rows, length, columns))
             read, computed = read + int(chunk.scored.end[index].sum()), computed + rows * length
-        if chunk.learned is not None:
-            ends = chunk.learned.end[chunk.learned.end > chunk.learned.begin]
-            shapes.add(("adapt", rows, width, config.piece_size))
+        if chunk.adapted is not None:
+            ends = chunk.adapted.end[chunk.adapted.end > chunk.adapted.begin]
+            shapes.add(("adapt", rows, width, config.doc_chunk))
             learned, stepped = learned + int(ends.sum()), stepped + -(-len(ends) // rows) * rows * width
     return dict(documents=len(ev.documents(tokens)[0]), targets=len(tokens) - 1, graphs=len(shapes), steps=max(steps),
                 batches=max(batches), padding_of_scoring=computed / read, padding_of_adaptation=stepped / learned,
@@ -69,7 +69,9 @@ def resampled(tokens: np.ndarray, count: int) -> np.ndarray:
     return text
 
 
-def score_forms(models: list[str], environ: Mapping[str, str], documents: int, out: Path) -> list[dict[str, Any]]:
+def score_forms(
+    models: list[str], environ: Mapping[str, str], documents: int, out: Path
+) -> list[dict[str, Any]]:
     """Score each artifact with each of FORMS, and with the same windows without adaptation."""
     found = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["sha256"], row["form"], row["documents"]) for row in found}
@@ -95,7 +97,9 @@ def score_forms(models: list[str], environ: Mapping[str, str], documents: int, o
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="folder of the validation shards")
     parser.add_argument("--resample", type=int, default=0, help="number of documents; 0: the text itself")
     parser.add_argument("--ranks", type=int, default=8)
@@ -113,7 +117,9 @@ def main() -> int:
     tokens = np.concatenate([tg.open_shard(path) for path in paths])
     tokens = resampled(tokens, arguments.resample) if arguments.resample else tokens
     found = count_plan(tokens, config, arguments.ranks)
-    settings = {name: getattr(config, name) for name in ("eval_seq_len", "ttt_chunk_size", "ttt_slots", "ttt_groups")}
+    settings = {
+        name: getattr(config, name) for name in ("eval_seq_len", "ttt_chunk_size", "ttt_slots", "ttt_groups")
+    }
     for name, value in (settings | dict(ranks=arguments.ranks) | found).items():
         print(f"{name:22} {value:.3f}" if isinstance(value, float) else f"{name:22} {value}")
     print("BENCH " + json.dumps(dict(benchmark="slots", ranks=arguments.ranks, settings=settings, **found)))

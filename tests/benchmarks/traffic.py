@@ -79,9 +79,9 @@ class Graph(list):
     peak = 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Simulated GPU
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def on_gpu(value: Any) -> Any:
@@ -108,7 +108,9 @@ def imagined_gpu(graphs: list[list[Kernel]]) -> Iterator[None]:
     """Plan compiled code for a GPU, append its kernels to `graphs`, and run the CPU graph instead."""
     make, run, original = GraphLowering.__init__, GraphLowering.run, {}
 
-    def init(lowering: GraphLowering, gm: torch.fx.GraphModule, example_inputs: Any = None, **kwargs: Any) -> None:
+    def init(
+        lowering: GraphLowering, gm: torch.fx.GraphModule, example_inputs: Any = None, **kwargs: Any
+    ) -> None:
         original[lowering] = copy.deepcopy(gm)
         with unset_fake_temporarily():
             move_graph(gm)
@@ -160,9 +162,9 @@ def imagined_gpu(graphs: list[list[Kernel]]) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Counting
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 INDEXING = {"ModularIndexing": lambda x, by, modulus: x // by % modulus, "FloorDiv": lambda x, by: x // by}
 
@@ -175,7 +177,9 @@ def addresses(index: sympy.Expr, ranges: dict[sympy.Symbol, int]) -> tuple[np.nd
     longest = max(used, key=used.get)
     others = int(np.prod([size for var, size in used.items() if var != longest]))
     part = max(1, min(used[longest], SAMPLE // others))
-    grid = np.meshgrid(*(np.arange(part if var == longest else size) for var, size in used.items()), indexing="ij")
+    grid = np.meshgrid(
+        *(np.arange(part if var == longest else size) for var, size in used.items()), indexing="ij"
+    )
     plain = index.replace(Identity, lambda x: x)
     values = sympy.lambdify(list(used), plain, modules=[INDEXING, "numpy"])(*grid)
     return np.unique(values), used[longest] / part
@@ -209,7 +213,9 @@ def count_kernels(lowering: GraphLowering) -> list[Kernel]:
             reads.setdefault(dep.name, []).append(dep)
         for dep in node.read_writes.writes:
             writes.setdefault(dep.name, []).append(dep)
-        origins = {o.name for part in node.get_nodes() if part.node is not None for o in part.node.get_origins()}
+        origins = {
+            o.name for part in node.get_nodes() if part.node is not None for o in part.node.get_origins()
+        }
         called = str(getattr(node.node, "python_kernel_name", "") or "") if node.is_extern() else ""
         kind = "fused" if not node.is_extern() else "product" if "mm" in called else "attention"
         if type(node).__name__ == "NopKernelSchedulerNode" or "MultiOutput" in type(node.node).__name__:
@@ -231,7 +237,9 @@ def peak_bytes(lowering: GraphLowering) -> int:
     memory.assign_memory_planning_info_for_scheduler_nodes(
         plan.nodes, plan.name_to_fused_node, plan.name_to_buf, freeable
     )
-    peak, *_ = memory.estimate_peak_memory_allocfree(plan.nodes, freeable, OrderedSet(lowering.get_output_names()))
+    peak, *_ = memory.estimate_peak_memory_allocfree(
+        plan.nodes, freeable, OrderedSet(lowering.get_output_names())
+    )
     return peak
 
 
@@ -281,9 +289,9 @@ def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
     return dict(zip(("forward", "backward"), graphs, strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> dict[str, Any]:
@@ -306,7 +314,9 @@ def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> d
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", default=str(ROOT / "records/recipes/pr1019.env"))
     parser.add_argument("--rows", type=int, default=48, help="sequences per micro-batch")
     parser.add_argument("--kernels", type=int, default=0, help="number of largest fused kernels to print")
@@ -322,14 +332,21 @@ def main() -> int:
                   rows=arguments.rows, torch=torch.__version__, **summary(config, arguments.rows, counted))  # fmt: skip
     one_pass = 2 * arguments.rows * config.train_seq_len * config.model_dim
     for name, row in report["kinds"].items():
-        print(f"{name:22} {row['kernels']:4} kernels, {row['small']:3} of them small {row['passes']:7.1f} passes")
+        print(
+            f"{name:22} {row['kernels']:4} kernels, {row['small']:3} of them small {row['passes']:7.1f} "
+            "passes"
+        )
     print(f"peak memory without weights: {report['peak_gib']} GiB")
-    print(f"fused: {report['fused_passes_a_layer']} passes per layer, {report['fused_gb_a_step']} GB per step, ms at "
+    print(f"fused: {report['fused_passes_a_layer']} passes per layer, {report['fused_gb_a_step']} GB per "
+          "step, ms at "
           f"memory bandwidth: {report['fused_ms_a_step']}")  # fmt: skip
     for direction, kernels in counted.items():
-        fused = [(kernel.moved, number, kernel) for number, kernel in enumerate(kernels) if kernel.kind == "fused"]
+        fused = [
+            (kernel.moved, number, kernel) for number, kernel in enumerate(kernels) if kernel.kind == "fused"
+        ]
         for _, number, kernel in sorted(fused, key=lambda row: -row[0])[: arguments.kernels]:
-            print(f"{direction} {number:4} reads {kernel.read / one_pass:5.2f} writes {kernel.written / one_pass:5.2f} "
+            print(f"{direction} {number:4} reads {kernel.read / one_pass:5.2f} writes "
+                  f"{kernel.written / one_pass:5.2f} "
                   f"{' '.join(kernel.origins)[:100]}")  # fmt: skip
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)

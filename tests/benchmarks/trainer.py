@@ -110,7 +110,8 @@ LEVERS = {  # name -> changes to the recipe; first features that it lacks, then 
     "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # LR of the tied matrix
 }
 DEPTHS = {
-    f"depth_{L}": {"NUM_LAYERS": f"{L}", "XSA_LAST_N": f"{L}", "VE_LAYERS": f"{L - 2},{L - 1}"} for L in (10, 11, 13)
+    f"depth_{L}": {"NUM_LAYERS": f"{L}", "XSA_LAST_N": f"{L}", "VE_LAYERS": f"{L - 2},{L - 1}"}
+    for L in (10, 11, 13)
 }
 ARMS = {"recipe": {}, **LEVERS, **DEPTHS}
 COPIES = 4  # timed copies of the recipe: their mean is its time, their spread is the noise
@@ -190,10 +191,15 @@ def compare_with_plain(quick: bool, out: Path) -> None:
         scores = [results[name, seed]["val_bpb_sliding"] for seed in seeds]
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         summary[name] = dict(mean=statistics.mean(scores), sd=spread, n=len(scores), settings=arms[name])
-        print(f"{name:8} sliding bpb of the artifact: mean {summary[name]['mean']:.4f} sd {spread:.4f} n {len(scores)}")
+        print(
+            f"{name:8} sliding bpb of the artifact: mean {summary[name]['mean']:.4f} sd {spread:.4f} n "
+            f"{len(scores)}"
+        )
     kept = ("seed model_params steps step_avg_ms train_seconds strict_seconds bytes_model val_bpb_roundtrip "
             "val_bpb_sliding val_bpb_plan val_bpb_ttt sha256_artifact sha256_code documents").split()  # fmt: skip
-    rows = [dict(arm=name, **{key: result[key] for key in kept}) for (name, _), result in sorted(results.items())]
+    rows = [
+        dict(arm=name, **{key: result[key] for key in kept}) for (name, _), result in sorted(results.items())
+    ]
     versions = results["levers", seeds[0]]["versions"]
     report = dict(benchmark="trainer", date=str(date.today()), quick=quick, arms=summary, versions=versions)
     text = json.dumps(report | dict(runs=rows)).replace('{"arm"', '\n{"arm"')
@@ -217,7 +223,10 @@ def step_kinds(c: train_gpt.Config) -> dict[Kind, list[int]]:
     """Return the steps of a run by kind, with the conditions of train_gpt.train and WeightAverage."""
     kinds: dict[Kind, list[int]] = {}
     for step in range(c.iterations):
-        scale, (remaining, total) = train_gpt.lr_scale(c, step, 0.0, 0.0), train_gpt.run_length(c, step, 0.0, 0.0)
+        scale, (remaining, total) = (
+            train_gpt.lr_scale(c, step, 0.0, 0.0),
+            train_gpt.run_length(c, step, 0.0, 0.0),
+        )
         kind = Kind(
             looped=1 - remaining / total >= c.loop_start_frac,
             rounded=c.late_qat and scale < c.late_qat_threshold,
@@ -295,7 +304,9 @@ def time_steps(arms: list[dict[str, str]], steps: int, rounds: int, count: int) 
     return [stepper.ms() for stepper in steppers]
 
 
-def get_timing(path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: int, count: int) -> dict[str, Any]:
+def get_timing(
+    path: Path, arms: dict[str, dict[str, str]], steps: int, rounds: int, count: int
+) -> dict[str, Any]:
     """Read the timing at `path`, measure missing arms relative to the recipe, and write it back.
 
     `ms` has the milliseconds per step, keyed by the settings that change the time, with the recipe at "".
@@ -333,12 +344,17 @@ def run_lever(job: Job, settings: dict[str, str], out: Path, extra: dict[str, st
     result = run_arm(name, settings, job.seed, out, extra)
     run_id = f"{name}_seed{job.seed}"
     given = json.loads((out / "runs" / run_id / "config.json").read_text())["given"]
-    if given != train_gpt.load_config({**RECIPE, **settings, **extra, "SEED": str(job.seed), "RUN_ID": run_id})[1]:
+    if (
+        given
+        != train_gpt.load_config({**RECIPE, **settings, **extra, "SEED": str(job.seed), "RUN_ID": run_id})[1]
+    ):
         raise ValueError(f"runs/{run_id} has other settings. Remove it or choose another --out.")
     return result
 
 
-def run_jobs(jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra: dict[str, str], workers: int) -> dict:
+def run_jobs(
+    jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra: dict[str, str], workers: int
+) -> dict:
     """Run the jobs, `workers` at a time, and return the results; on failures exit after the others finish."""
     pool = ThreadPoolExecutor(workers)
     try:
@@ -348,7 +364,9 @@ def run_jobs(jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra:
         pool.shutdown(cancel_futures=True)
     failed = [f"{job}: {future.exception()}" for job, future in pending.items() if future.exception()]
     if failed:
-        raise SystemExit("\n".join([f"some runs failed, see {out}/*.txt; the other results are kept:", *failed]))
+        raise SystemExit(
+            "\n".join([f"some runs failed, see {out}/*.txt; the other results are kept:", *failed])
+        )
     return {job: future.result() for job, future in pending.items()}
 
 
@@ -359,10 +377,14 @@ def summarize(results: list[dict], base: list[dict]) -> dict[str, Any]:
     pairs = zip(results, base, strict=True)
     differences = [ours["val_bpb_sliding"] - theirs["val_bpb_sliding"] for ours, theirs in pairs]
     sd = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    return summary | dict(steps=results[0]["steps"], mean=statistics.mean(differences), sd=sd, n=len(differences))
+    return summary | dict(
+        steps=results[0]["steps"], mean=statistics.mean(differences), sd=sd, n=len(differences)
+    )
 
 
-def make_rows(arms: dict[str, dict[str, str]], results: dict[Job, dict], fitting: dict[str, int], timing: dict) -> list:
+def make_rows(
+    arms: dict[str, dict[str, str]], results: dict[Job, dict], fitting: dict[str, int], timing: dict
+) -> list:
     """Return one summary per arm at equal steps and equal time, sorted by sliding bpb at equal time."""
     steps, seeds = timing["run_steps"], list(dict.fromkeys(job.seed for job in results))
     base, rows = [results[Job("recipe", steps, seed)] for seed in seeds], []
@@ -452,7 +474,9 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
     ratio = {name: base_ms / timing["ms"][spell(costly(s))] for name, s in arms.items()}
     resolved = {name: abs(r - 1) > 2 * timing["noise"] for name, r in ratio.items()}  # else noise
     fitting = {name: max(1, round(steps * ratio[name])) if resolved[name] else steps for name in arms}
-    jobs = [Job(name, n, seed) for seed in seeds for name in arms for n in dict.fromkeys((steps, fitting[name]))]
+    jobs = [
+        Job(name, n, seed) for seed in seeds for name in arms for n in dict.fromkeys((steps, fitting[name]))
+    ]
     stride = "256" if arguments.quick else "128"
     fixed = {"MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
     results = run_jobs(jobs, arms, out, {**fixed, "EVAL_STRIDE": stride}, arguments.workers)
@@ -502,11 +526,13 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
         return torch.randint(c.vocab_size, shape, generator=generator)
 
     _, parts = tg.split_batch(c)
-    inputs, targets = tg.shifted(random_ids(c.train_batch_tokens // c.train_seq_len, c.train_seq_len + 1).to(device))
+    inputs, targets = tg.shifted(
+        random_ids(c.train_batch_tokens // c.train_seq_len, c.train_seq_len + 1).to(device)
+    )
     batches = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
     phase = next(iter(c.phases.keys() - {"train"}), "fomaml" if c.meta_ttt_enabled else None)
     fast = phase and tg.inner_weights(model, c, phase)
-    length = c.meta_ttt_pieces * c.piece_size
+    length = c.meta_ttt_pieces * c.doc_chunk
     documents, sizes = random_ids(c.meta_ttt_docs, length + 1).numpy(), np.full(c.meta_ttt_docs, length)
     tasks = random_ids(c.reptile_inner_steps, c.reptile_tasks, c.train_seq_len + 1).to(device)
 
@@ -518,7 +544,7 @@ def make_step(c: train_gpt.Config, device: torch.device) -> Callable[[], Any]:
             tg.train_step(loss_fn, model, [], optimizers, 0.1, c.muon_momentum, loss=loss)
         else:
             if phase == "fomaml":
-                tg.fomaml_step(model, fast, rates, *tg.meta_rows(batches, c), nll_fn)
+                tg.fomaml_step(model, fast, rates, *tg.meta_sequences(batches, c), nll_fn)
             tg.train_step(loss_fn, model, batches, optimizers, 1.0, c.muon_momentum)
         rates.step(1.0)
 
@@ -540,7 +566,11 @@ def time_meta_step(settings: dict[str, str], count: int) -> dict[str, float]:
         if turn >= 2:
             seconds.append(clock() - began)
     on_gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() / 1024 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = (
+        torch.cuda.max_memory_allocated() / 1024
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
     return dict(ms=1000 * statistics.median(seconds), peak_mib=peak / 1024)
 
 
@@ -553,7 +583,8 @@ def compare_meta_steps(arguments: argparse.Namespace, out: Path) -> None:
         command = [sys.executable, __file__, "--time-meta-step", given]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows[name] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name:30} {rows[name]['ms']:>9.1f} ms {rows[name]['ms'] / rows['plain']['ms']:>6.2f} of a plain step "
+        print(f"{name:30} {rows[name]['ms']:>9.1f} ms {rows[name]['ms'] / rows['plain']['ms']:>6.2f} of a "
+              "plain step "
               f"{rows[name]['peak_mib']:>8.0f} MiB", flush=True)  # fmt: skip
     report = dict(
         benchmark="meta",
@@ -568,12 +599,16 @@ def compare_meta_steps(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="five seconds per arm, or four steps; one seed")
     parser.add_argument("--out", type=Path, help="folder for the runs; default: a temporary one")
     parser.add_argument("--levers", action="store_true", help="ablate every lever separately")
     parser.add_argument("--steps", type=int, default=250, help="with --levers: steps of the recipe's runs")
-    parser.add_argument("--workers", type=int, default=2, help="with --levers: parallel runs, one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="with --levers: parallel runs, one thread each"
+    )
     parser.add_argument("--only", help="with --levers: comma list of the arms to run")
     parser.add_argument("--meta", action="store_true", help="time meta-steps and plain steps")
     parser.add_argument("--recipe", help="with --meta: recipe; default: the demo recipe")
@@ -584,7 +619,9 @@ def main() -> int:
         return 0
     out = arguments.out or Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr)
+    subprocess.run(
+        [sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr
+    )
     if arguments.meta:
         compare_meta_steps(arguments, out)
     elif arguments.levers:
