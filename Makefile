@@ -15,6 +15,7 @@ demo: .venv/ready data/demo/manifest.json
 	RECIPE=records/recipes/demo.env MODEL_PATH=runs/$(RUN_ID)/final_model.int6.ptz $(PY) eval_ttt.py
 	RECIPE=records/recipes/demo.env MODEL_PATH=runs/$(RUN_ID)/final_model.int6.ptz $(PY) eval_ttt.py --audit
 	$(PY) records/analyze.py runs/$(RUN_ID)
+	RECIPE=records/recipes/demo.env MODEL_PATH=runs/$(RUN_ID)/final_model.int6.ptz $(PY) eval_ttt.py --sample --document 3 --length 64
 
 test: .venv/ready
 	$(PY) -m ruff check .

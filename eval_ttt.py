@@ -3,9 +3,10 @@ scored.
 
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
-    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit     check legality, write a certificate
-    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7   the same with seed 7, not a random one
-    python eval_ttt.py --help                                                every setting, its default and unit
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit    check legality
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7  the same with seed 7
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --sample --prompt "Once upon a time"
+    python eval_ttt.py --help                                               every setting
 
 The model's settings come from the artifact; TTT_* and EVAL_* say how it is scored. Read top to bottom: plans,
 test-time training, mixture with PPM, evaluation, inputs, results and main. The audit and the reports are
@@ -14,6 +15,7 @@ records/audit.py and records/report.py, imported where they are present. Shapes 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import heapq
 import importlib
@@ -38,6 +40,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 import train_gpt as tg
@@ -329,7 +332,7 @@ class Adaptation:
         return self.config.ttt_lr * (1 + math.cos(math.pi * share)) / 2
 
     def adapt(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
-        """Adapt for TTT_EPOCHS on a scored chunk: SLOT_ROWS documents, or TTT_BATCH_SEQS windows, at a time."""
+        """Adapt for TTT_EPOCHS on a scored chunk, SLOT_ROWS documents or TTT_BATCH_SEQS windows at a time."""
         self.on_adapt(chunk)
         weight = None if chunk.slots else self.row_weights(chunk.adapted, nll)
         for _ in range(self.config.ttt_epochs):
@@ -829,10 +832,11 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     by_documents = mode_of(c).by_documents  # then with the trainer's weights, whose graphs are there
     scores["plan"] = evaluate(setup, tokens, adapts=False) if by_documents else scores["sliding"]
     weights = weights_of(path)
-    for name, dialect in (("roundtrip", f"final_{weights}_roundtrip"), ("sliding", f"final_{weights}_sliding_window"),
-                          ("plan", "same_plan_without_ttt"), ("ttt", label)):  # fmt: skip
+    dialect = {"roundtrip": f"final_{weights}_roundtrip", "sliding": f"final_{weights}_sliding_window"}
+    dialect |= {"plan": "same_plan_without_ttt", "ttt": label}
+    for name, words in dialect.items():
         check_losses_finite(name, scores[name])
-        log.line(f"{dialect}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
+        log.line(f"{words}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
     if report:
         report.write_reports(path.parent, tokens, scores["plan"].nll, adapted.nll, setup.byte_table, log)
@@ -849,24 +853,107 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
         for name, s in scores.items()
         for unit in ("loss", "bpb")
     }
-    return result | dict(ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb, sha256_nll=sha256_nll,
-                         weights=weights, eval_seconds=seconds,
-                         fits_budget=not c.eval_budget_seconds or seconds <= c.eval_budget_seconds)  # fmt: skip
+    fits_budget = not c.eval_budget_seconds or seconds <= c.eval_budget_seconds
+    return result | dict(
+        ttt_gain_bpb=scores["plan"].val_bpb - adapted.val_bpb,
+        sha256_nll=sha256_nll,
+        weights=weights,
+        eval_seconds=seconds,
+        fits_budget=fits_budget,
+    )
+
+
+class SampleArguments(NamedTuple):
+    """What --sample is asked for."""
+
+    prompt: str
+    document: int | None
+    count: int
+    length: int
+    temperature: float
+    seed: int
+
+
+def sample_arguments(argv: Sequence[str]) -> SampleArguments:
+    parser = argparse.ArgumentParser(
+        "eval_ttt.py --sample", description="Continue a prompt with the artifact."
+    )
+    parser.add_argument("--prompt", default="", help="text to continue; empty: a new document")
+    parser.add_argument("--document", type=int, help="continue the first half of this validation document")
+    parser.add_argument("--count", type=int, default=1, help="continuations")
+    parser.add_argument("--length", type=int, default=128, help="tokens per continuation")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the softmax")
+    parser.add_argument("--seed", type=int, default=0)
+    found = SampleArguments(**vars(parser.parse_args(argv)))
+    if found.count < 1 or found.length < 1 or found.temperature <= 0:
+        raise UserError("--count and --length are at least 1, --temperature is above 0")
+    return found
+
+
+def adapted_to(setup: Setup, ids: Sequence[int]) -> tuple[tg.GPT, tg.Adapters]:
+    """A model that has adapted to a prompt as to a document that it has scored, and its adapters, if any.
+
+    Chunks are as small as it takes for the prompt to have four. A last chunk of padding ends the document:
+    nothing adapts on that.
+    """
+    size = max(1, min(setup.config.doc_chunk, (len(ids) - 1) // 4))
+    c = replace(setup.config, ttt_groups=1, ttt_slots=1, ttt_chunk_size=size)
+    setup = replace(setup, config=c, nll_fn=tg.token_nll)
+    tokens = np.array([*ids, *[ids[-1]] * size], np.uint16)
+    model, plan = setup.load(), document_plan(tokens, c)
+    adaptation = Adaptation(model, setup, plan, lambda chunk: None)
+    tg.score(model, tokens, plan, setup.byte_table, 1, setup.nll_fn, adaptation)
+    adaptation.in_use.rows = slice(None)
+    replaced, adapters = adaptation.replacements()
+    with torch.no_grad():
+        for name in replaced:
+            model.get_parameter(name).copy_(adaptation.trainer.weights()[name][0])
+    return model, adapters
+
+
+def sample(setup: Setup, tokens: np.ndarray, given: SampleArguments) -> Iterator[str]:
+    """The prompt and its continuations, without and with adapting to it, with the same random numbers."""
+    c = setup.config
+    sp = SentencePieceProcessor(model_proto=Path(c.tokenizer_path).read_bytes())
+    ids = [BOS_ID, *sp.encode(given.prompt)]
+    if given.document is not None:
+        begin, end = documents(tokens)
+        if not 0 <= given.document < len(begin):
+            raise UserError(
+                f"--document={given.document}: the validation text has documents 0 to {len(begin) - 1}"
+            )
+        low, high = int(begin[given.document]), int(end[given.document])
+        ids = tokens[low : low + max(1, (high - low) // 2)].tolist()
+    models = {"plain": (setup.load(), {})}
+    if mode_of(c).by_documents and len(ids) > 1:
+        models["adapted"] = adapted_to(setup, ids)
+    yield f"prompt: {len(ids)} tokens: {sp.decode(ids)}"
+    for name, (model, adapters) in models.items():
+        length = len(ids) + given.length
+        found = tg.generate(model, given.count, length, given.temperature, given.seed, ids, adapters)
+        for number, row in enumerate(found[:, len(ids) :].tolist()):
+            row = row[: row.index(BOS_ID)] if BOS_ID in row else row
+            yield f"sample:{number + 1} {name}: {sp.decode(row)}"
 
 
 def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Prepare, lock the folder of the model, then audit or score; returns the exit code."""
     began, opened = tg.process_start(), []
-    if argv and (audit := records_module("audit")) is None:
+    is_audit = bool(argv) and argv[0].startswith("--audit")
+    if is_audit and (audit := records_module("audit")) is None:
         raise UserError(
             "--audit needs records/audit.py beside eval_ttt.py: run it in the repository, not in a record"
         )
-    if argv:
+    if is_audit:
         sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
     (config, given, notices), plugin = load_settings(environ)
     inputs = prepare(config, given, environ, plugin)
     if argv and tg.world_size() > 1:
-        raise UserError("--audit runs in one process")
+        raise UserError(f"{argv[0]} runs in one process")
+    if argv and argv[0] == "--sample":
+        for line in sample(inputs.setup, inputs.tokens, sample_arguments(argv[1:])):
+            print(tg.shown(line), flush=True)
+        return 0
     holds = tg.rank() == 0  # when the process group is gone, every rank is rank 0
     lock = tg.on_rank_0(lambda: tg.lock_folder(inputs.path.parent, 0.0))
     try:
@@ -893,7 +980,7 @@ def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterato
     )
     yield f"evaluation order: {order}; targets:{targets} world_size:{tg.world_size()}"
     if setup.artifact.factors:
-        yield f"Meta-SGD factors of the learning rate, by bank row:{tg.rates_text(setup.artifact.factors)}"
+        yield f"Meta-SGD's factors of the learning rate, by bank row:{tg.rates_text(setup.artifact.factors)}"
     if c.ttt_protocol != "legal":
         yield f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID"
 
@@ -958,7 +1045,10 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
         if argv == ["--help"]:
             print(tg.described("help_text", __doc__))
             return 0
-        if argv and not (len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])):
+        is_audit = len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])
+        if argv and argv[0] == "--sample":
+            sample_arguments(argv[1:])
+        elif argv and not is_audit:
             raise UserError(
                 f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help"
             )

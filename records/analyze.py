@@ -462,9 +462,8 @@ def read_side(folder: Path, config: tg.Config, table: tg.ByteTable, device: torc
     rounded, missing = None, ""
     try:
         rounded = tg.read_artifact(folder / "final_model.int6.ptz")
-        moments = {name: [part.to(device) for part in parts] for name, parts in rounded.moments.items()}
         factors = {bank: factor.to(device) for bank, factor in rounded.factors.items()}
-        weights = weights._replace(moments=moments, factors=factors)
+        weights = weights._replace(factors=factors)
     except tg.UserError as error:
         missing = str(error)
     model = tg.load_model(weights, torch.device("cpu"), word_start=table.has_leading_space).to(device)

@@ -7,7 +7,8 @@ from dataclasses import fields
 import torch
 
 import train_gpt as tg
-from train_gpt import GIB, GPT, Config, Memory
+from records.memory import GIB, Memory, sequences_at_once, usable_bytes
+from train_gpt import GPT, Config
 
 CARD_SIZES = (12, 16, 24, 80)  # GB, as sold
 
@@ -46,11 +47,9 @@ def memory_table(config: Config) -> list[str]:
             f"memory part:{part} sequences:{wanted} compiled_gib:{compiled:.2f} plain_gib:{eager:.2f}"
         )
     for size in CARD_SIZES:
-        limit = tg.usable_bytes(size * 10**9)
+        limit = usable_bytes(size * 10**9)
         for memory in (Memory(config), plain):
-            chosen = " ".join(
-                f"{part}:{n or 'none'}" for part, n in tg.sequences_at_once(memory, limit).items()
-            )
+            chosen = " ".join(f"{part}:{n or 'none'}" for part, n in sequences_at_once(memory, limit).items())
             lines.append(
                 f"card_gb:{size} compiled:{int(memory.compiled)} usable_gib:{limit / GIB:.1f} {chosen}"
             )

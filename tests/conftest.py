@@ -16,7 +16,19 @@ import torch.multiprocessing as mp
 ROOT = Path(__file__).resolve().parent.parent
 # Files that take more than 40 CPU seconds. They run first, so that at the end no pytest-xdist worker waits
 # for another.
-LONGEST = ("ranks", "graphs", "faults", "submit", "sweep", "audit", "coding", "slots", "training", "ttt_runs")
+LONGEST = (
+    "ranks",
+    "graphs",
+    "readme",
+    "faults",
+    "submit",
+    "sweep",
+    "audit",
+    "coding",
+    "slots",
+    "training",
+    "ttt_runs",
+)
 torch.set_num_threads(1)  # a second thread does not help on matrices as small as in the tests
 
 

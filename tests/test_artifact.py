@@ -387,6 +387,13 @@ def test_missing_or_a_folder(tmp_path):
             read_artifact(place)
 
 
+@pytest.mark.parametrize("coder", [b"lzma", b"\xff\0\0\0"])
+def test_a_coder_of_another_version(path, coder):
+    path.write_bytes(signed(path.read_bytes()[48:], coder))
+    with pytest.raises(UserError, match="of another version; this one reads zstd, ans"):
+        read_artifact(path)
+
+
 def test_settings_from_another_version(path):
     header, rest, coded = split_body(path.read_bytes())
     header["config"]["lever_of_tomorrow"] = 1

@@ -24,6 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
+from records.memory import GIB, Memory
 from train_gpt import GPT, PRODUCTS, BlockWeights, Config, MetaRates, inner_weights
 
 META = torch.device("meta")
@@ -337,9 +338,7 @@ def test_the_step_moves_no_more_than_it_did(traffic):
                                           "VE_LAYERS": "1,2", "XSA_LAST_N": "3"})  # fmt: skip
     counted = traffic.count(config, 48)
     report = traffic.summary(config, 48, counted)
-    estimate = (
-        train_gpt.Memory(config).training(48 * 2048, 48 * 2048) / train_gpt.GIB
-    )  # what a card is fitted by
+    estimate = Memory(config).training(48 * 2048, 48 * 2048) / GIB  # what a card is fitted by
     assert 0.95 < estimate / report["peak_gib"] < 1.15
     operators = {name for kernels in counted.values() for kernel in kernels for name in kernel.origins}
     assert (

@@ -433,14 +433,14 @@ def test_a_loader_that_is_slower_than_a_step_is_reported(env, tmp_path, imagined
     run = train_here({**env, "ITERATIONS": "16"}, tmp_path)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["data_wait"] for row in rows if "train_loss" in row] == pytest.approx([0.1] * 16)
-    warnings = re.findall(r"^WARNING: the loader.*$", (run / "train.log").read_text(), re.M)
+    warnings = re.findall(r"^WARNING: data loading.*$", (run / "train.log").read_text(), re.M)
     assert len(warnings) == 6 and all(warning.endswith("25% of the last 0.4 s") for warning in warnings)
 
 
 def test_one_that_is_not_is_not(env, tmp_path, imagined):
     imagined(lambda step: 0.01, 0.3)
     run = train_here({**env, "ITERATIONS": "16"}, tmp_path)
-    assert "WARNING: the loader" not in (run / "train.log").read_text()
+    assert "WARNING: data loading" not in (run / "train.log").read_text()
 
 
 def test_waits_are_added_up_between_the_rows_of_the_log(env, tmp_path, imagined):

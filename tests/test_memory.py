@@ -24,7 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from eval_ttt import evaluate, score_plan
-from train_gpt import GIB, GPT, Config, Memory, load_config, sequences_at_once, step_batches, train_step
+from records import memory as planning
+from records.memory import GIB, Memory, sequences_at_once
+from train_gpt import GPT, Config, load_config, step_batches, train_step
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"
 LOOPED = "0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10"  # of #1855
@@ -227,20 +229,20 @@ def test_slots(mode, optimizer, context, layers):
 def card(monkeypatch, limit: float):
     """A GPU on which tensors may take so many bytes."""
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "memory_limit", lambda config: limit)
+        patch.setattr(planning, "memory_limit", lambda config: limit)
         yield
 
 
 def limit_for(config: Config, part: str, sequences: int) -> float:
     """Bytes that just hold so many sequences of a part, on this machine."""
-    return train_gpt.memory_here(config).parts()[part][0](sequences)
+    return planning.memory_here(config).parts()[part][0](sequences)
 
 
 @pytest.mark.parametrize("gb", [4, 12, 16, 24, 80])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_as_many_sequences_as_fit(gb, compiled):
     for config in (recipe("pr1019"), PR1855):
-        memory, limit = Memory(config, compiled=compiled), train_gpt.usable_bytes(gb * 10**9)
+        memory, limit = Memory(config, compiled=compiled), planning.usable_bytes(gb * 10**9)
         chosen = sequences_at_once(memory, limit)
         for part, (bytes_of, wanted) in memory.parts().items():
             assert chosen[part] <= wanted and (chosen[part] == 0 or bytes_of(chosen[part]) <= limit)

@@ -711,8 +711,14 @@ def test_ranks_whose_clocks_differ_take_as_many_steps(done):
     ],
 )
 def test_a_rank_that_is_gone_ends_the_other_within_a_bounded_time(
-    start, env, tmp_path, whom, how, timeout, within  # noqa: F811
-):  # noqa: F811
+    start,  # noqa: F811
+    env,
+    tmp_path,
+    whom,
+    how,
+    timeout,
+    within,
+):
     """Killed: at once, whatever DIST_TIMEOUT. Stopped, as on a machine that hangs: after DIST_TIMEOUT."""
     job = start(tmp_path, {**env, "ITERATIONS": "100000", "DIST_TIMEOUT": timeout}, "bare")
     assert job.wait_for(step_begun(3))

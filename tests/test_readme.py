@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ from test_gpu_minutes import entry, wheels  # noqa: F401
 from test_submit import SEEDS, env, made, start  # noqa: F401
 from test_sweep import STAND_IN
 from torch.distributed.run import get_args_parser
+
+from train_gpt import Config
 
 PAGES = ("README.md", "data/README.md", "records/README.md")
 SMOKE = "records/recipes/smoke.env"
@@ -221,6 +224,8 @@ def run(checkout, readers_files, env, request, monkeypatch, capsys):  # noqa: F8
             return done.returncode, done.stdout + done.stderr
         program = words.index("python") + 1
         own = dict(word.split("=", 1) for word in words[: program - 1])
+        if unknown := own.keys() - {"RECIPE", *(each.name.upper() for each in fields(Config))}:
+            return 2, f"no settings of ours: {unknown}"
         for name, value in {**env, "OMP_NUM_THREADS": "1", **case.settings, **own}.items():
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(checkout)
@@ -257,6 +262,7 @@ def test_every_case_is_of_a_command():
         ("--nproc_per_node=8 train_gpt.py", "--nproc_per_node", "--nprocs"),  # torchrun's own
         ("eval_ttt.py --audit", "--audit", "--audits"),
         ("eval_ttt.py --audit", "MODEL_PATH", "MODEL_PAHT"),
+        ("gpu_minutes.py --preflight", "RECIPE", "RECIEP"),
     ],
 )
 def test_a_wrong_option_is_noticed(run, program, right, wrong):

@@ -43,8 +43,7 @@ SGD_CHUNKS = dict(
     TTT_OPTIMIZER="sgd",
     TTT_LR_SCHEDULE="cosine",
     TTT_LR="0.002",
-    TTT_EPOCHS="3",
-    # as pr549.env  # fmt: skip
+    TTT_EPOCHS="3",  # as pr549.env
     TTT_MOMENTUM="0.9",
     TTT_CHUNK_TOKENS="32768",
     TTT_GRAD_CLIP="1.0",

@@ -307,7 +307,7 @@ def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> d
             table[f"{direction}, {kind}"] = dict(kernels=len(some), small=small, passes=round(passes, 1))
     fused = sum(kernel.moved for kernels in counted.values() for kernel in kernels if kernel.kind == "fused")
     times = {name: round(1000 * steps * fused / rate, 1) for name, rate in MEMORY_BYTES.items()}
-    peak = max(graph.peak for graph in counted.values()) / tg.GIB
+    peak = max(graph.peak for graph in counted.values()) / 2**30
     return dict(kinds=table, peak_gib=round(peak, 2),
                 fused_passes_a_layer=round(fused / one_pass / len(config.block_rows), 1),
                 fused_gb_a_step=round(steps * fused / 1e9, 1), fused_ms_a_step=times)  # fmt: skip
