@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import heapq
-import importlib
 import io
 import json
 import math
@@ -608,19 +607,6 @@ def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
 # from anybody.
 
 
-def records_module(name: str) -> ModuleType | None:
-    """Import records/`name`.py from beside this file. None where it is absent, as in a record."""
-    path = Path(__file__).resolve().parent / "records" / f"{name}.py"
-    if not path.is_file():
-        return None
-    sys.modules.setdefault(
-        "eval_ttt", sys.modules[__name__]
-    )  # which it imports: as a program, this one is __main__
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    return importlib.import_module(name)
-
-
 def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The JSON object in a file and "", or None and why there is none."""
     try:
@@ -820,7 +806,7 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     adapted = evaluate(setup, tokens, progress=Budget(c, began, log, sum(chunk.is_mine for chunk in plan)))
     seconds = time.time() - began
     check_losses_finite("adapted", adapted)
-    if (report := records_module("report")) is None:
+    if (report := tg.project_module("report")) is None:
         log.line(
             "note: no reports, only the score and nll.npy: they need records/report.py beside eval_ttt.py"
         )
@@ -940,7 +926,7 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Prepare, lock the folder of the model, then audit or score; returns the exit code."""
     began, opened = tg.process_start(), []
     is_audit = bool(argv) and argv[0].startswith("--audit")
-    if is_audit and (audit := records_module("audit")) is None:
+    if is_audit and (audit := tg.project_module("audit")) is None:
         raise UserError(
             "--audit needs records/audit.py beside eval_ttt.py: run it in the repository, not in a record"
         )
@@ -1029,7 +1015,7 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
         trainer=trained,
         versions=setup.versions,
     )
-    audit = records_module("audit")
+    audit = tg.project_module("audit")
     result["audit"] = tg.on_rank_0(lambda: audit.legal_certificate(path.parent, result)) if audit else None
     log.line("RESULT " + json.dumps(result))
     if tg.rank() == 0:
@@ -1062,4 +1048,5 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
 
 
 if __name__ == "__main__":
+    sys.modules["eval_ttt"] = sys.modules["__main__"]  # one module, whoever in records/ imports it
     sys.exit(main())

@@ -3829,9 +3829,13 @@ CPU_SLOT_ROWS = 4  # a CPU is full with one, and a batch has all its rows even i
 
 @cache
 def project_module(name: str) -> Any:
-    """Import records/`name`.py, which plans, checks, or explains and does not ship; None where it is missing."""
-    path = Path(__file__).resolve().parent / "records" / f"{name}.py"
-    return importlib.import_module(f"records.{name}") if path.exists() else None
+    """Import records/`name`.py, which plans, checks, or explains, and does not ship; None without it."""
+    folder = Path(__file__).resolve().parent / "records"
+    if not (folder / f"{name}.py").is_file():
+        return None
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    return importlib.import_module(name)
 
 
 def wanted_at_once(config: Config, ranks: int) -> dict[str, int]:
@@ -5119,10 +5123,14 @@ def export(
 
 
 def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
-    """Read the artifact back from disk into a new model and score it: non-overlapping, then sliding."""
+    """Read the artifact back from disk into a new model and score it: non-overlapping, then sliding.
+
+    eval_seconds: reading and the sliding score, without the score it is compared with.
+    """
     began, values = time.perf_counter(), {}
     artifact = on_rank_0(lambda: read_artifact(run.folder / "final_model.int6.ptz"))
     model = load_model(artifact, run.device, run.kernel, run.byte_table.has_leading_space)
+    loaded = time.perf_counter() - began
     for name, label, stride in (
         ("roundtrip", "final_int6_roundtrip", run.config.eval_seq_len),
         ("sliding", "final_int6_sliding_window", run.config.eval_stride),
@@ -5132,7 +5140,7 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
         on_rank_0(lambda r=result: check_score(r.val_loss, r.val_bpb, r.nll, shards, tokenizer))  # noqa: B023
         run.log.line(f"{label}_exact val_loss:{result.val_loss:.8f} val_bpb:{result.val_bpb:.8f}")
         values |= {f"val_loss_{name}": result.val_loss, f"val_bpb_{name}": result.val_bpb}
-    return values | dict(eval_seconds=time.perf_counter() - began)
+    return values | dict(eval_seconds=loaded + result.seconds)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -5246,10 +5254,14 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
 
 
 def described(what: str, subject: Any) -> str:
-    """Text of records/describe.py. UserError where it is missing, as in a record's folder."""
-    if (describe := project_module("describe")) is None:
-        raise UserError("--help and --describe need records/describe.py of the project beside this file")
-    return getattr(describe, what)(subject)
+    """Text of records/describe.py; in a record's folder, which lacks it, the docstring or the parameter
+    count."""
+    if (describe := project_module("describe")) is not None:
+        return getattr(describe, what)(subject)
+    if what == "help_text":
+        return subject + "\nEvery setting: Config in train_gpt.py, or --help in the project."
+    with torch.device("meta"):
+        return f"model_params:{count_parameters(GPT(subject))}"
 
 
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:

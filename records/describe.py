@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import fields
 
 import torch
+from memory import GIB, Memory, sequences_at_once, usable_bytes
 
 import train_gpt as tg
-from records.memory import GIB, Memory, sequences_at_once, usable_bytes
 from train_gpt import GPT, Config
 
 CARD_SIZES = (12, 16, 24, 80)  # GB, as sold

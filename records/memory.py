@@ -1,7 +1,7 @@
 """GPU memory of a run by formula: how many sequences fit at once. For trainer, evaluator, and --describe.
 
-Peak memory is computed before a run starts, so that --describe needs no GPU and a run splits its work in time.
-The coefficients list what autograd keeps per token (plain torch) and what torch.compile's partitioner keeps;
+Peak memory is computed before a run starts: --describe needs no GPU, and a run splits its work in time. The
+coefficients list what autograd keeps per token (plain torch) and what torch.compile's partitioner keeps;
 tests compare them with counted bytes.
 """
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 from describe import flops_per_token
+from memory import GIB, Memory
 from test_levers import ALL, LOSSES, lever_model
 from test_meta import FOMAML, REPTILE, TINY
 from test_model import SMALL, random_ids, random_model
@@ -24,7 +25,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from records.memory import GIB, Memory
 from train_gpt import GPT, PRODUCTS, BlockWeights, Config, MetaRates, inner_weights
 
 META = torch.device("meta")

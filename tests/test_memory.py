@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import describe
+import memory as planning
 import numpy as np
 import pytest
 import torch
+from memory import GIB, Memory, sequences_at_once
 from test_artifact import make_run
 from test_model import SMALL, random_ids, random_model
 from test_slots import MANY, plain_setup, text_of
@@ -24,8 +26,6 @@ from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from eval_ttt import evaluate, score_plan
-from records import memory as planning
-from records.memory import GIB, Memory, sequences_at_once
 from train_gpt import GPT, Config, load_config, step_batches, train_step
 
 RECIPES = Path(__file__).resolve().parent.parent / "records" / "recipes"

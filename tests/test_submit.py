@@ -59,9 +59,7 @@ def made(env, tmp_path_factory) -> Path:
     the tests'.
     """
     folder = tmp_path_factory.mktemp("made")
-    short = dict(
-        ITERATIONS="4", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_MOMENTS="artifact"
-    )
+    short = dict(ITERATIONS="4", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for seed in map(str, SEEDS):

@@ -56,7 +56,6 @@ from gpu_parts import PEAK_FLOPS, full_seconds  # noqa: E402
 
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
-from records.describe import flops_per_token  # noqa: E402
 
 MATMUL_FLOPS, ATTENTION_FLOPS, MEMORY_BYTES = 790e12, 395e12, 4.4e12  # per second, as reached on such a chip
 ACTIVATION_PASSES = 40  # per layer, forward and backward: norms, gates, residuals, rotation
@@ -179,7 +178,12 @@ def bench_floors(b: Bench) -> dict:
     floors = {name: 1000 * max(flops / rate, moved / MEMORY_BYTES)
               for name, (flops, moved, rate) in count_floors(b.config).items()}  # fmt: skip
     total = sum(floors.values())
-    mfu = flops_per_token(b.config) * b.config.train_batch_tokens / (total / 1000) / PEAK_FLOPS
+    mfu = (
+        tg.project_module("describe").flops_per_token(b.config)
+        * b.config.train_batch_tokens
+        / (total / 1000)
+        / PEAK_FLOPS
+    )
     return dict(ms=floors, total_ms=total, mfu=mfu)
 
 
@@ -210,7 +214,7 @@ def bench_step(b: Bench, arm: str) -> dict:
     peak = torch.cuda.max_memory_allocated() / 2**20 if b.device.type == "cuda" else 0.0
     return dict(attention=attention, ms_per_step=1000 * together / count, ms_alone=1000 * float(np.median(times)),
                 ms_min=1000 * min(times), ms_max=1000 * max(times), steps=count, tokens_per_second=rate,
-                mfu=flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
+                mfu=tg.project_module("describe").flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
                 data_wait_ms=1000 * loader.waited / (3 + 2 * count), last_loss=losses[-1].item())  # fmt: skip
 
 

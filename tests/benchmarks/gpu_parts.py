@@ -220,7 +220,7 @@ def train_run(ctx: Context, name: str, seconds: float, **settings: str) -> dict[
     ctx.result.pop("so_far", None)
     tg, _ = load_modules()
     config, _, _ = tg.load_config(environ)
-    flops = importlib.import_module("records.describe").flops_per_token(config)
+    flops = tg.project_module("describe").flops_per_token(config)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row for row in steps if "train_loss" in row]
     late = [row for row in losses if row["step"] >= losses[-1]["step"] // 2]
