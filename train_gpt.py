@@ -437,7 +437,8 @@ KINDS = {  # annotation: pattern of the text, conversion, and what was expected
 
 def parse_value(f: Field, text: str) -> Any:
     """Convert the text of a field of Config; ValueError for a wrong type, value, or range."""
-    name, (pattern, convert, expected) = f.name.upper(), KINDS[f.type]
+    name = f.name.upper()
+    pattern, convert, expected = KINDS[f.type]
     low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
     if not re.fullmatch(pattern, text):
         raise ValueError(f"{name}={text!r}: expected {expected}")
@@ -499,13 +500,15 @@ def lineage_names(given: Mapping[str, str], problems: list[str], notices: list[s
     return values
 
 
+def is_block_list(text: str, num_layers: int) -> bool:
+    """Whether a text is empty or a comma list of blocks."""
+    is_list = re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text) is not None
+    return not text or (is_list and max(int_list(text)) < num_layers)
+
+
 def inconsistencies(c: Config) -> list[str]:
     """Contradictions between settings that are each valid on their own, one message each."""
-    a_list = r"\s*\d+(\s*,\s*\d+)*\s*"
-
-    def blocks_ok(text: str) -> bool:
-        return not text or (bool(re.fullmatch(a_list, text)) and max(int_list(text)) < c.num_layers)
-
+    blocks_ok = partial(is_block_list, num_layers=c.num_layers)
     ve_ok = not c.ve_enabled or (c.ve_layers and blocks_ok(c.ve_layers))
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers)
     order_ok = blocks_ok(c.block_order) and set(c.block_rows) == set(range(c.num_layers))
@@ -543,8 +546,7 @@ def inconsistencies(c: Config) -> list[str]:
         (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: "
          "two-sided scales give every weight its bits"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
-        (c.phases["train"] > 0.05, "META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave "
-         f"{c.phases['train']:.2f} of the run to train"),
+        (c.phases["train"] > 0.05, "META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave under 5 % to train"),
         (not by_documents or (c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1),
          f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones or on the length "
          "of "
@@ -808,9 +810,8 @@ class RunLog:
 
     def _append(self, name: str, text: str) -> None:
         try:
-            flags = (
-                os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-            )  # never through a link out of the folder
+            # never through a link out of the folder
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
             with open(os.open(self.folder / name, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(text + "\n")
         except OSError as error:  # nor is a full disk, until the artifact is written
@@ -1048,7 +1049,7 @@ def check_listing(stream: TokenStream, tokenizer_sha256: str, split: str) -> Non
     listing = read_listing(stream.paths[0])
     if listing is None:
         return
-    path, made_with, listed, _ = listing
+    path, made_with, listed = listing[:3]
     if made_with not in (None, tokenizer_sha256):
         raise UserError(
             f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}"
@@ -1303,9 +1304,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = N
     past, mask = k.size(2) - q.size(2), None
     if past or documents is not None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
-        k, v = (
-            x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v)
-        )  # no fast kernel takes both
+        # no fast kernel takes both
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if documents is not None:
         mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
     y = F.scaled_dot_product_attention(
@@ -1767,9 +1767,8 @@ class GPT(nn.Module):
         self.qo_bank[L:].zero_()
         self.mlp_down_bank.zero_()
         self.tok_emb.weight.normal_(0, self.config.tied_embed_init_std, generator=generator)
-        if (
-            self.config.overtone_init
-        ):  # the k-th singular value, from 1, becomes the first one / sqrt(k) (#60)
+        # the k-th singular value, from 1, becomes the first one / sqrt(k) (#60)
+        if self.config.overtone_init:
             U, S, Vh = torch.linalg.svd(self.tok_emb.weight, full_matrices=False)
             self.tok_emb.weight.copy_(U * (S[0] / torch.arange(1, len(S) + 1).sqrt()) @ Vh)
         for head in (self.lm_head, *self.mtp_heads):
@@ -1820,9 +1819,8 @@ class GPT(nn.Module):
         applications = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
         context = self.attention_context(input_ids, x, cache)
-        values = (
-            self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
-        )  # (B, T, K * D)
+        # (B, T, K * D)
+        values = self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
         skips: list[Tensor] = []
         half = len(applications) // 2
         for depth, (block, block_weights) in enumerate(zip(self.used_blocks(), applications, strict=True)):
@@ -1849,7 +1847,8 @@ class GPT(nn.Module):
         """Fuse the four banks (banks: others, by name) and the blocks' residual scales into Weights."""
         given = self.banks() | dict(banks or {})
         assert [*given] == [*self.BANKS], "a bank that nothing would use"
-        qo, kv, up, down = given.values()
+        qo, kv = given["qo_bank"], given["kv_bank"]
+        up, down = given["mlp_up_bank"], given["mlp_down_bank"]
         L, rows = self.config.num_layers, [block.layer for block in self.used_blocks()]
         lead = torch.broadcast_shapes(qo.shape[:-3], kv.shape[:-3])
         qo, kv = (bank.expand(*lead, *bank.shape[-3:]) for bank in (qo, kv))
@@ -1871,7 +1870,7 @@ class GPT(nn.Module):
         assert {*adapters} <= {*self.BANKS}, "an adapter that nothing would use"
         assert ("qo_bank" in adapters) == ("kv_bank" in adapters), "Q, K and V are adapted together"
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
-        qkv, o, up, down = (part.to(self.dtype).unbind(-3) for part in weights)
+        cast = Weights(*(part.to(self.dtype).unbind(-3) for part in weights))
         lora = {bank: [part.to(self.dtype).unbind(-3) for part in pair] for bank, pair in adapters.items()}
         scales = {"o": self.scales("attn_scale"), "down": self.scales("mlp_scale")} if lora else {}
         found = []
@@ -1885,7 +1884,7 @@ class GPT(nn.Module):
                 if name in scales:
                     scale = scales[name].select(-3, depth).to(self.dtype)  # (..., d, 1)
                     pairs[name] = [(a, scale * b) for a, b in pairs[name]]
-            matrices = dict(qkv=qkv[row], o=o[depth], up=up[row], down=down[depth])
+            matrices = dict(qkv=cast.qkv[row], o=cast.o[depth], up=cast.up[row], down=cast.down[depth])
             found.append(BlockWeights(matrices, pairs, None if tap is None else partial(tap, block)))
         return found
 
@@ -1927,9 +1926,8 @@ class GPT(nn.Module):
         if self.bigram is not None:
             hashed = self.bigram(bigram_rows(self.config, input_ids, first, self.word_start), self.dtype)
             if self.word_start_boost is not None:
-                boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (
-                    self.word_start_boost - 1
-                )  # (B, T, 1)
+                # (B, T, 1)
+                boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (self.word_start_boost - 1)
                 hashed = boost.to(x.dtype) * hashed
             x = x + hashed
         x = rms_norm(x)
@@ -2129,9 +2127,8 @@ class BankShard:
         """Start averaging the gradient over the ranks; the returned function waits for it."""
         sent = self.padded(self.bank.grad)
         self.reduced = torch.empty_like(sent[: self.rows])
-        reduce_scatter = (
-            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        )  # torch < 2.13
+        # torch < 2.13
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         work = reduce_scatter(self.reduced, sent, async_op=True)
         self.bank.grad = None
 
@@ -2178,7 +2175,8 @@ class Muon(torch.optim.Optimizer):
         row_rates: Mapping[Tensor, Tensor],
     ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
-        self.ns_steps, self.dtype, self.cautious, self.row_rates = ns_steps, dtype, cautious, row_rates
+        self.ns_steps, self.dtype = ns_steps, dtype
+        self.cautious, self.row_rates = cautious, row_rates
         shards = [BankShard(p) for group in self.param_groups for p in group["params"]]
         self.shards = sorted(shards, key=lambda shard: -shard.bank.numel())
 
@@ -2489,9 +2487,8 @@ def chunk_windows(
     if c.eval_stride == c.eval_seq_len:
         start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
     lengths = np.array(window_lengths(c))
-    lengths = lengths[
-        np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))
-    ]  # never shorter with age
+    # never shorter with age
+    lengths = lengths[np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))]
     adapted = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
     return Windows(start, a - start, b - start), adapted, lengths
 
@@ -2558,16 +2555,15 @@ def score(
     """Score tokens (uint16, on the host) chunk by chunk of a plan; every rank gets the whole result.
 
     The ranks share the windows of a chunk, or take whole groups of documents, batch_seqs windows at a time
-    (None: all). adaptation: its weights are used, by its `token_nll`, and after each chunk it adapts on that
-    (see eval_ttt.py). observe: sees windows, batch, and losses, before anything adapts. progress: called with
-    the number of each of this rank's chunks before it is scored. Sums are float64. Raises LedgerError if a
-    target would be scored twice, never, or after it was adapted on.
+    (None: all). adaptation: its `token_nll` scores, and after each chunk it adapts on that (see eval_ttt.py).
+    observe: sees windows, batch, and losses before anything adapts. progress: called with the number of each
+    of this rank's chunks. LedgerError if a target would be scored twice, never, or after it was adapted on.
     """
     device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
     forward = nll_fn if adaptation is None else adaptation.token_nll
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
-    ledger, count = Ledger(len(tokens) - 1), torch.zeros(len(tokens) - 1, dtype=torch.int32, device=device)
-    bar = progress_bar(len(nll))
+    count = torch.zeros_like(nll, dtype=torch.int32)
+    ledger, bar = Ledger(len(nll)), progress_bar(len(nll))
     for chunk in plan:
         ledger.score(chunk.scored)
         if chunk.is_mine:
@@ -2581,9 +2577,8 @@ def score(
             if adaptation is not None:
                 adaptation.select(chunk, index)
             losses = forward(model, batch.ids, batch.targets, batch.positions)
-            row, column = np.nonzero(
-                batch.counts[: len(index)]
-            )  # on the host: a mask on the GPU would make it wait
+            # on the host: a mask on the GPU would make it wait
+            row, column = np.nonzero(batch.counts[: len(index)])
             targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
             nll[targets] = losses[
                 torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
@@ -2665,9 +2660,8 @@ class SecondMoments:
     def observe(self, squares: Tensor, sets: Any) -> None:
         """Add squared gradients (n, size + 1) of the sets, in document order, as a step's batches are."""
         earlier, everyone = self.step, squares.sum(0)
-        if (
-            self.across_ranks and self.form != "own" and world_size() > 1
-        ):  # documents of lower ranks stand earlier
+        # documents of lower ranks stand earlier
+        if self.across_ranks and self.form != "own" and world_size() > 1:
             each = torch.zeros(world_size(), len(everyone), device=everyone.device)
             each[rank()] = everyone
             [each] = sum_over_ranks([each])
@@ -2703,9 +2697,8 @@ def inverse_root(square: Tensor, column: Tensor | None = None) -> Tensor:
     if column is None:
         return (square + floor).rsqrt()
     square = (square / square.mean(-1, keepdim=True).clamp(min=1e-30)).unsqueeze(-1)
-    return (
-        (square * column.unsqueeze(-2)).add_(floor.unsqueeze(-1)).rsqrt_()
-    )  # in place: it is as large as 16 banks
+    # in place: it is as large as 16 banks
+    return (square * column.unsqueeze(-2)).add_(floor.unsqueeze(-1)).rsqrt_()
 
 
 class FastWeights:
@@ -3034,9 +3027,8 @@ def collect_gradients(
             nll(model(ids, tap=tap), wanted).sum().backward()
             while outputs:
                 block, product, y = outputs.pop()
-                squares = (
-                    y.grad.float().square().sum((0, 1))
-                )  # (out,), of outputs that carry the residual scale
+                # (out,), of outputs that carry the residual scale
+                squares = y.grad.float().square().sum((0, 1))
                 if product in ("o", "down"):
                     squares *= (block.attn_scale if product == "o" else block.mlp_scale).detach().square()
                 parts = PRODUCTS[product][1]
@@ -3225,9 +3217,8 @@ def trellis_candidates(x: Tensor) -> tuple[Tensor, Tensor]:
     even, odd = x[0::2], x[1::2]
     codes, values = (torch.empty(len(x), 2, *x.shape[1:], device=x.device) for _ in range(2))
     codes[0::2, 0], codes[0::2, 1] = 2 * (even / 4).round(), 2 * (even / 4 - 0.5).round() + 1
-    codes[1::2, 0] = 2 * ((odd.abs() + 1) / 4).round().masked_fill_(
-        odd.abs() < 1.5, 0.0
-    )  # 0, 2, 4 .. for 0, 3, 7 ..
+    # 0, 2, 4 .. for 0, 3, 7 ..
+    codes[1::2, 0] = 2 * ((odd.abs() + 1) / 4).round().masked_fill_(odd.abs() < 1.5, 0.0)
     codes[1::2, 1] = 2 * ((odd.abs() - 1) / 4).round() + 1  # 1, 3 .. for 1, 5 ..
     codes[1::2] *= torch.where(odd < 0, -1.0, 1.0).unsqueeze(1)
     codes[:, 0].clamp_(1 - INT8_MAX, INT8_MAX - 1)  # an even number
@@ -3274,9 +3265,8 @@ def encode_scale(scale: Tensor) -> Tensor:
 
 def decode_scale(encoded: Tensor) -> Tensor:
     """The scales that int8 eighths of an octave stand for."""
-    eighths = torch.tensor(
-        [2 ** (k / 8) for k in range(8)], device=encoded.device
-    )  # exp2 differs by processor
+    # exp2 differs by processor
+    eighths = torch.tensor([2 ** (k / 8) for k in range(8)], device=encoded.device)
     return torch.ldexp(eighths[encoded.long() % 8], encoded // 8)
 
 
@@ -3363,10 +3353,11 @@ def bank_factors(
     """Bank -> its factor, computed once for what Q, K, and V share, and the diagonal of its Hessians (n, 1,
     in)."""
     made = {}
+    # the trellis takes columns as they stand: the decoder knows no other order
     for (
         site,
         H,
-    ) in hessians.items():  # the trellis takes columns as they stand: the decoder knows no other order
+    ) in hessians.items():
         order = torch.arange(H.size(-1), device=H.device).expand(len(H), -1) if config.quant_trellis else None
         made[site] = (*factor_hessian(H, config.gptq_damp, order, warn), H.diagonal(dim1=-2, dim2=-1))
     found = {}
@@ -3436,11 +3427,11 @@ def quantize_by(
         if name not in specs:
             found.append(QuantizedTensor(name, tensor.to(torch.float16).cpu()))
             continue
-        W, factor, row_scale, columns, qmax, least = specs[name]
-        rows = encode_scale((row_scale * scale_mult).clamp(min=least))
+        spec, columns = specs[name], specs[name].col_scale
+        rows = encode_scale((spec.row_scale * scale_mult).clamp(min=spec.least))
         col_scale = None if columns is None else decode_scale(columns)
         trellis = config.quant_trellis and columns is not None
-        codes = gptq(W, factor, decode_scale(rows), col_scale, qmax, trellis=trellis)
+        codes = gptq(spec.W, spec.factor, decode_scale(rows), col_scale, spec.qmax, trellis=trellis)
         lead = tensor.shape[:-2]  # the banks have three axes, the tables two
         columns = None if columns is None else columns.view(*lead, 1, -1).cpu()
         rows = rows.view(*lead, -1, 1).cpu()
@@ -3507,9 +3498,8 @@ LZMA = dict(
 ZSTD_LEVEL = (
     16  # 40 % of the seconds of 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
 )
-ZSTD_MAGIC = bytes.fromhex(
-    "28b52ffd"
-)  # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
+# a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
+ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}
 
 
@@ -3543,9 +3533,8 @@ def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
     squares = codes.float().square() + 2.0**-12
     rows = squares.mean(-1, keepdim=True)
     columns = (squares / rows).mean(-2, keepdim=True)
-    return tuple(
-        (2 * part.log2()).round().to(torch.int8) for part in (rows, columns)
-    )  # quarter octaves of the root
+    # quarter octaves of the root
+    return tuple((2 * part.log2()).round().to(torch.int8) for part in (rows, columns))
 
 
 def lay_out(widths: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
@@ -3616,9 +3605,8 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
         return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
     tables, uses = choose_tables(codes, counts)
     sizes, stack = counts[counts > 0], coder_package("ans").stream.stack.AnsCoder()
-    for part, use in zip(
-        np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True
-    ):  # last in, first out
+    # last in, first out
+    for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):
         stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
     side = [
         struct.pack("<H", len(tables)),
@@ -3773,7 +3761,8 @@ def read_artifact(path: str | Path) -> Artifact:
         raise UserError(
             f"artifact {path}: {len(blob)} bytes, shorter than its {ARTIFACT_PREFIX.size}-byte prefix"
         )
-    magic, version, coder, digest = ARTIFACT_PREFIX.unpack_from(blob)
+    magic, version = ARTIFACT_PREFIX.unpack_from(blob)[:2]
+    coder, digest = ARTIFACT_PREFIX.unpack_from(blob)[2:]
     if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
         raise UserError(
             f"artifact {path}: magic {magic!r} version {version}, "
@@ -4142,7 +4131,8 @@ def reptile_step(model: GPT, fast: FastWeights, rows: Tensor, nll_fn: Callable =
     rows (inner steps, tasks, T + 1): this rank's. Under META_CONTROL each inner step starts from the same
     weights: it is plain SGD on the same rows. Returns the mean loss of the first inner step.
     """
-    c, (_, tasks, length) = model.config, rows.shape
+    c = model.config
+    _, tasks, length = rows.shape
     positions = torch.arange(length - 1, device=rows.device).expand(tasks, -1)
     weight = torch.full(positions.shape, 1 / (length - 1), device=rows.device)
     batches = [TTTBatch(part[:, :-1], part[:, 1:], positions, weight) for part in rows]
@@ -4248,7 +4238,9 @@ class Clock:
         """Wait for the last step, and check it."""
         if self.pending is None:
             return
-        (step, names, values, event), self.pending = self.pending, None
+        step, names = self.pending[:2]
+        values, event = self.pending[2:]
+        self.pending = None
         if event is not None:
             event.synchronize()
         for name, value in zip(names, values.tolist(), strict=True):
@@ -4289,9 +4281,8 @@ class Loader:
 
     def __init__(self, run: Run):
         on_gpu = run.device.type == "cuda"
-        start = (
-            partial(torch.cuda.set_device, run.device) if on_gpu else None
-        )  # a thread would begin on GPU 0
+        # a thread would begin on GPU 0
+        start = partial(torch.cuda.set_device, run.device) if on_gpu else None
         self.run, self.pool, self.waited = run, ThreadPoolExecutor(1, initializer=start), 0.0
         self.ahead: dict[int, Future] = {}
         self.stream = torch.cuda.Stream(run.device) if on_gpu else None
@@ -4369,11 +4360,15 @@ class Progress:
     def __init__(
         self, run: Run, model: GPT, rates: MetaRates, clock: Any, signals: StopSignals, strict: Callable
     ):
-        self.run, self.model, self.rates, self.clock, self.signals = run, model, rates, clock, signals
-        self.strict, self.done, self.resumed, self.saved = strict, {}, [], None
+        self.run, self.model, self.rates = run, model, rates
+        self.clock, self.signals, self.strict = clock, signals, strict
+        self.done: dict[str, list] = {}
+        self.resumed: list[int] = []  # steps of the checkpoints from which the run was resumed
         self.earlier_code: list[dict[str, Any]] = []  # hashes of other versions that trained up to a step
-        self.phase, self.parts, self.first, self.checked, self.asked = "", {}, 0, 0.0, 0
-        self.failure: Exception | None = None
+        self.saved: dict[str, Any] | None = None  # the checkpoint, until its phase begins
+        self.phase, self.parts = "", {}
+        self.first, self.checked = 0, 0.0
+        self.asked, self.failure = 0, None
         self.origin = dict(
             config=asdict(run.config), code=code_hashes(), data=run.train.fingerprint(), ranks=world_size(),
             tokenizer=run.tokenizer_sha256,
@@ -4582,9 +4577,8 @@ def train_step(
 
     # Reduction: banks by rows, a reduce-scatter each; everything else in one all-reduce. Nothing waits before
     # all is on its way.
-    names = {
-        p: name for name, p in model.named_parameters() if p.grad is not None
-    }  # a later loop's scales have none
+    # a later loop's scales have none
+    names = {p: name for name, p in model.named_parameters() if p.grad is not None}
     shards = [shard for shard in muon.shards if shard.ranks > 1]
     waits = [shard.start_reduce() for shard in shards]
     small = [p for p in names if p.grad is not None]
@@ -4953,9 +4947,8 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
             raise UserError(f"process {local_rank} of this machine has no GPU: there are {gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision(
-            "high"
-        )  # TF32, exact for the Hessians' products of bfloat16 inputs
+        # TF32, exact for the Hessians' products of bfloat16 inputs
+        torch.set_float32_matmul_precision("high")
     if processes > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout))
@@ -5065,6 +5058,13 @@ def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] 
         write_atomically(source / path.name, path.read_bytes())
 
 
+def merged_documents(train: TokenStream, seq_len: int, samples: int = 1000) -> tuple[int, int]:
+    """Documents that begin inside sampled sequences, and those that varlen kernels merge with another."""
+    starts = np.linspace(0, len(train) - 1, samples).astype(int).tolist()
+    inner = np.array([np.count_nonzero(train.read(start, seq_len)[1:] == BOS_ID) for start in starts])
+    return int(inner.sum()), int((inner - room_for_documents(seq_len)).clip(min=0).sum())
+
+
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     """Write the head of the log: versions, settings with those given marked, data and model in the lineage's
     dialect."""
@@ -5078,6 +5078,11 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line(
             f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores per layer"
         )
+    if c.doc_borders == "attention" and run.device.type == "cuda":
+        inner, merged = merged_documents(run.train, c.train_seq_len)
+        log.line(f"note: attention's kernels merge {merged} of {inner} documents in 1000 sampled sequences")
+    if (c.late_qat or "deployed" in c.phases) and c.quant_steps == "two_sided":
+        log.line("note: training rounds the banks per row, the export by two-sided scales")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(
         f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}"
@@ -5193,9 +5198,8 @@ def finish_run(
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
     if world_size() > 1:
-        for (
-            parameter
-        ) in model.parameters():  # the initial matrices come from LAPACK, which differs between processors
+        # the initial matrices come from LAPACK, which differs between processors
+        for parameter in model.parameters():
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
     warn = lambda text: run.log.line(f"WARNING: {text}")  # noqa: E731

@@ -37,9 +37,8 @@ from huggingface_hub.utils import disable_progress_bars
 from prepare import escaped
 from tqdm import tqdm
 
-SHARD_FILE = re.compile(
-    r"fineweb_(train|val|val_bytes)_(\d{6})\.bin"
-)  # val_bytes: bytes of each validation token
+# val_bytes: bytes of each validation token
+SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # attempts per file, seconds before the second attempt
 
 

@@ -17,10 +17,11 @@ BOS_ID = 1  # before every document of every published export
 SIZE_CAP = 16_000_000  # bytes of code and model, decimal
 ARTIFACT_MAGIC = b"PGOLFQ6\0"  # first bytes of the file that train_gpt.py exports
 TEXT_BYTES = 151_080_891  # UTF-8 bytes of the 50,000 validation documents
+# range for their bytes as tokens, by any tokenizer and way of counting
 CHALLENGE_BYTES = (
     151_000_000,
     151_100_000,
-)  # range for their bytes as tokens, by any tokenizer and way of counting
+)
 
 
 class Published(NamedTuple):

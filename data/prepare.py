@@ -1110,9 +1110,8 @@ def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.nd
         desc="comparing", total=sum(shards.values()), unit="token", unit_scale=True, disable=None
     ) as progress:
         kept = np.zeros(0, "<u2")
-        for chunk in itertools.chain(
-            read_chunks(shards), [np.array([BOS_ID], "<u2")]
-        ):  # the BOS ends a short document
+        # the BOS ends a short document
+        for chunk in itertools.chain(read_chunks(shards), [np.array([BOS_ID], "<u2")]):
             tokens = np.concatenate([kept, chunk])
             kept = tokens[-SPAN - 1 :]  # a span, or BOS, a short document and BOS, may cross chunks
             hashes = rolling_hashes(tokens)

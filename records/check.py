@@ -100,9 +100,8 @@ SCORE_LINE = re.compile(
 STAMP = re.compile(r"(?:\[[^\]]*\]:? ?|\d+\.\d+ |\d{4}-\d\d-\d\d[T ][\d:.,]+Z? )*")  # rank, time
 SETTING = re.compile(r" +(?P<key>\w+)(?:=|: )(?P<value>.*?)(?: \(given\))?$")  # ours, from #1218 on
 PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$")  # the baseline's settings: name:value pairs on a few lines
-OWN_SETTINGS = re.compile(
-    r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE
-)  # per-run settings
+# per-run settings
+OWN_SETTINGS = re.compile(r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE)
 IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights other than the artifact's
 NO_RESULT = re.compile(r"diagnostic|" + IN_MEMORY.pattern, re.IGNORECASE)
 RESULT_SCORES = (

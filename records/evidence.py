@@ -183,9 +183,8 @@ def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
         return
     total = float(np.sum(losses, dtype=np.float64))
     yield from same_score(run, "loss", total / len(losses), path)
-    if (
-        run.val_tokens is not None and not 0 <= run.val_tokens - len(losses) <= 1
-    ):  # a log may say tokens or targets
+    # a log may say tokens or targets
+    if run.val_tokens is not None and not 0 <= run.val_tokens - len(losses) <= 1:
         yield "fail", f"{path.name} has {len(losses)} losses, but {run.cite('val_tokens')}"
     try:
         targets, num_bytes = count_bytes(*text_files(record, run))

@@ -50,9 +50,8 @@ class Memory:
         c, s, rows = self.config, self.itemsize, self.config.block_rows
         # stream, keys and values, MLP: in bfloat16 plain torch keeps the float32 input of each norm too
         of_d, of_kv, of_m = (9, 3, 2) if self.compiled else (13, 5, 3) if s == 2 else (9, 3, 3)
-        if (
-            s == 4
-        ):  # keys and values are repeated for every query head: attention in float32 has no other kernel
+        # keys and values are repeated for every query head: attention in float32 has no other kernel
+        if s == 4:
             of_d, of_kv = of_d + 2, of_kv - 2
         layer = of_d * c.model_dim + of_kv * c.kv_dim + (of_m + c.star_relu) * c.mlp_dim
         no_xsa = sum(row < c.num_layers - c.xsa_last_n for row in rows)
@@ -71,9 +70,8 @@ class Memory:
         """Bytes of activations of a forward pass: one MLP and the streams that wait for their skip, or the
         logits."""
         c, skips = self.config, len(self.config.block_rows) // 2 * self.config.unet_skips
-        streams, hidden = (
-            (3 * skips + 3, 2) if self.compiled else (skips + 2, 3)
-        )  # compiled, residuals are added late
+        # compiled, residuals are added late
+        streams, hidden = (3 * skips + 3, 2) if self.compiled else (skips + 2, 3)
         layer = self.itemsize * (streams * c.model_dim + hidden * c.mlp_dim + c.kv_dim)
         return max(tokens * layer, targets * c.vocab_size * (self.itemsize if self.compiled else 12))
 
@@ -85,9 +83,8 @@ class Memory:
         total = sum(n.numel() for group in groups.values() for n in group.values())
         momentum = sum(math.ceil(n[0] / (self.ranks if len(n) == 3 else 1)) * n[1:].numel() for n in banks)
         adamw = 2 * (total - sum(n.numel() for n in banks))
-        return 4 * (
-            (2 + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw
-        )  # 1: warm-up's copy
+        # 1: warm-up's copy
+        return 4 * ((2 + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw)
 
     def fused(self) -> int:
         """Bytes of Weights, in float32 and cast."""
@@ -136,9 +133,8 @@ class Memory:
         scored = s * rows * adapted + self.inference(rows * c.eval_seq_len, rows * c.doc_chunk)
         activations = self.training(rows * (c.ttt_context + c.doc_chunk), rows * c.doc_chunk)
         temporaries = {"precond": 2, "sgd": 2, "adamw": 8}[c.ttt_optimizer]  # of the largest tensor
-        update = (
-            4 * rows * (2 * adapted + temporaries * max(n.numel() for n in shapes.values()))
-        )  # 2: and clipped
+        # 2: and clipped
+        update = 4 * rows * (2 * adapted + temporaries * max(n.numel() for n in shapes.values()))
         held = 4 * (weights + slots * (adapted + moments) + rows * adapted) + self.fused()
         return held + max(scored, s * rows * adapted + activations, update)
 

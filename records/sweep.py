@@ -272,9 +272,8 @@ class Sweep:
         self, space: Space, environ: Mapping[str, str], launcher: Sequence[str], storage: str, grace: int
     ):
         self.space, self.environ, self.launcher = space, environ, launcher
-        self.points = (
-            list(space.grid()) if space.sampler == "grid" else [{}] * space.trials
-        )  # {}: by the sampler
+        # {}: by the sampler
+        self.points = list(space.grid()) if space.sampler == "grid" else [{}] * space.trials
         self.folder, self.stop, self.lock = Path("runs") / space.name, threading.Event(), threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         own = URL.create("sqlite", database=str(self.folder / "study.db"))  # escapes special characters

@@ -119,9 +119,8 @@ def test_buckets_by_hand():
     loss = np.random.default_rng(0).uniform(0, 12, len(TOKENS) - 1)
     found = analyze.buckets(TOKENS, loss, TABLE)
     for kind, masks in found.items():
-        assert (np.sum(list(masks.values()), axis=0) == 1).all(), (
-            kind
-        )  # each target is in one bucket of each kind
+        # each target is in one bucket of each kind
+        assert (np.sum(list(masks.values()), axis=0) == 1).all(), kind
     counts = {token: int((TOKENS[1:] == token).sum()) for token in TOKENS[1:].tolist()}
     for one, other in pairwise(found["frequency of the token"].values()):
         assert min(counts[t] for t in TOKENS[1:][one].tolist()) >= max(
@@ -277,9 +276,8 @@ def test_path_against_the_scores_of_the_models():
     assert table["above the line"]["barrier"].value == max(above) > min(above)
     ends = table["loss"]["0"].value + table["loss"]["1"].value
     assert table["above the line"]["0.5"].value == pytest.approx(table["loss"]["0.5"].value - ends / 2)
-    assert a.state_dict()["qo_bank"].equal(
-        random_model(SMALL, torch.float32, 0).qo_bank
-    )  # nothing was changed
+    # nothing was changed
+    assert a.state_dict()["qo_bank"].equal(random_model(SMALL, torch.float32, 0).qo_bank)
 
 
 def test_sampled_rows_are_windows_of_the_text():
@@ -373,9 +371,8 @@ def test_lanczos_on_a_matrix():
         for value, residual in zip(ritz, residuals, strict=True):
             assert np.abs(known - value).min() <= residual + 1e-9
     assert found[-1][0] == pytest.approx(known[[0, -1]])
-    two = torch.diag(
-        torch.tensor([2.0, 2.0, 5.0, 5.0], dtype=torch.float64)
-    )  # two different eigenvalues: two steps
+    # two different eigenvalues: two steps
+    two = torch.diag(torch.tensor([2.0, 2.0, 5.0, 5.0], dtype=torch.float64))
     assert len(analyze.lanczos(lambda v: two @ v, torch.ones(4, dtype=torch.float64), 4)) == 2
 
 

@@ -638,9 +638,8 @@ def test_what_a_repetition_changes_is_no_leak(check, leak):
 def test_t1b(setup):
     published = setup.artifact._replace(config=replace(setup.config, doc_borders="published"))
     assert auditing.check_borders(setup).ok
-    assert (
-        auditing.check_borders(replace(setup, config=published.config, artifact=published)).ok is None
-    )  # no promise
+    # no promise
+    assert auditing.check_borders(replace(setup, config=published.config, artifact=published)).ok is None
     assert auditing.check_borders(replace(setup, artifact=published)).ok is False
 
 

@@ -150,9 +150,8 @@ def test_tokens_are_drawn_by_their_probabilities():
 
 
 def test_calibration_on_the_models_own_text_is_shared_by_ranks_and_never_repeats(monkeypatch):
-    config = replace(
-        SMALL, calib_source="self", train_batch_tokens=256, seed=3
-    )  # two sequences a micro-batch
+    # two sequences a micro-batch
+    config = replace(SMALL, calib_source="self", train_batch_tokens=256, seed=3)
     model = random_model(config, torch.float32)
     run = SimpleNamespace(config=config, train=None, device=torch.device("cpu"))
     whole = list(train_gpt.calibration_batches(run, model, 5))

@@ -142,9 +142,8 @@ def test_tests_against_their_formulas():
     assert test.df == pytest.approx((a + b) ** 2 / (a**2 / 2 + b**2 / 2))
     one = check.one_sample(PR1019, 1.115)
     assert one.t == pytest.approx((new.mean() - 1.115) / math.sqrt(a)) and one.df == 2
-    assert one.p == pytest.approx(
-        0.5 * (1 + one.t / math.sqrt(one.t**2 + 2))
-    )  # Student's with two degrees of freedom
+    # Student's with two degrees of freedom
+    assert one.p == pytest.approx(0.5 * (1 + one.t / math.sqrt(one.t**2 + 2)))
     difference = np.array([-0.3, -0.1, -0.2])
     pairs = check.paired({1: 0.7, 2: 0.9, 3: 0.8, 9: 5.0}, {3: 1.0, 2: 1.0, 1: 1.0})
     assert (
@@ -1036,9 +1035,8 @@ def test_a_run_of_the_trainer_and_the_evaluator_passes(demo_data, smoke_env, run
     assert facts["headline"]["val_bpb"] == pytest.approx(evaluated["val_bpb_ttt"], abs=1e-8)
     for key in ("seed", "steps", "step_avg_ms", "train_seconds", "bytes_code", "bytes_model", "bytes_total"):
         assert facts[key] == trained[key]
-    assert (
-        facts["eval_seconds"] == evaluated["eval_seconds"] and found["status"] == "warn"
-    )  # no published text
+    # no published text
+    assert facts["eval_seconds"] == evaluated["eval_seconds"] and found["status"] == "warn"
 
 
 @pytest.mark.parametrize(

@@ -364,9 +364,8 @@ def test_over_the_cap_all_is_written_and_the_exit_code_is_1(tmp_path, monkeypatc
     warnings = [line for line in log.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 3 and "WARMDOWN_ITERS=10" in warnings[0] and "about 3 steps" in warnings[0]
     assert "1000 bytes" in warnings[1] and str(total - 1000) in warnings[1]
-    assert (
-        f"{result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS" in warnings[2]
-    )  # one step was taken
+    # one step was taken
+    assert f"{result['train_seconds']:.3f} s is over MAX_WALLCLOCK_SECONDS" in warnings[2]
     ((_, step, iterations),) = find("stop", log)  # the clock was over after one step
     assert (step, iterations, result["steps"]) == ("1", "3", 1)
 

@@ -175,9 +175,8 @@ def test_what_the_symbols_of_a_table_cost_adds_up_to_one(sigma):
     codes = (sigma * randn((100_000,), 3)).round().clamp(-127, 127).to(torch.int8).numpy()
     table = Table.of(codes)
     model, total, expected = table.model(), 0.0, 0.0
-    some = np.arange(1000, dtype=np.int32) % len(
-        table.frequencies
-    )  # on an empty stack the first symbol is for free
+    # on an empty stack the first symbol is for free
+    some = np.arange(1000, dtype=np.int32) % len(table.frequencies)
     for symbol in range(len(table.frequencies)):
         stack = train_gpt.coder_package("ans").stream.stack.AnsCoder()
         stack.encode_reverse(some, model)

@@ -38,11 +38,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     code = IMPORT_CHECK.format(script=str(SCRIPT))
     command = [sys.executable, "-c", code, "unused", str(out)]
     env = {"PYTHONPATH": search_path(SCRIPT.parent), "PYTHONHASHSEED": "3", "TZ": "Asia/Tokyo"}
+    # none of these may matter: see "built again"
     env |= {
         "LC_ALL": "C",
         "PYTHONUTF8": "0",
         "PYTHONCOERCECLOCALE": "0",
-    }  # none of these may matter: see "built again"
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -123,9 +124,8 @@ def test_built_again_it_is_the_same_and_built_once_it_is_kept(
     corpus: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = json.loads((corpus[0] / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(
-        json.dumps({**manifest, "text_version": 1})
-    )  # of an earlier demo.py
+    # of an earlier demo.py
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "text_version": 1}))
     for name in ("tokenizer.model", "fineweb_train_000000.bin", "fineweb_val_000000.bin"):
         (tmp_path / name).write_bytes((corpus[0] / name).read_bytes())
     assert demo.main(["--out", str(tmp_path)]) == 0

@@ -140,9 +140,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Repository]:
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(download, "FIRST_PAUSE", 0.0)
-    monkeypatch.setattr(
-        constants, "DOWNLOAD_CHUNK_SIZE", 100
-    )  # what arrives in part is kept in multiples of this
+    # what arrives in part is kept in multiples of this
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
     yield repository
     server.shutdown()
     server.server_close()

@@ -139,9 +139,8 @@ def test_a_text_that_is_not_at_hand_is_said(made, tmp_path, monkeypatch):
     )
     write_shard(made.shards[1], made.tokens[1234:])
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(
-        tmp_path / "elsewhere"
-    )  # now the log's paths lead out of record, repository and working folder
+    # now the log's paths lead out of record, repository and working folder
+    monkeypatch.chdir(tmp_path / "elsewhere")
     verdicts = made.write()
     assert "not read. Pass --tokenizer FILE" in (words := told(verdicts, "warn")) or "--data FOLDER" in words
     made.options = (made.data, made.data / "tokenizer.model")

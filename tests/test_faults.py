@@ -138,9 +138,8 @@ class Job:
         }[launch]  # fmt: skip
 
         def begin() -> None:
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # which a shell's background jobs ignore, and so would the run
+            # which a shell's background jobs ignore, and so would the run
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
         self.started, self.outputs = [], []
         for number, (arguments, more) in enumerate(starts):
@@ -835,9 +834,8 @@ def test_another_tokenizer_is_refused(settings, stopped, tmp_path, monkeypatch, 
     copy_of(stopped, tmp_path)
     monkeypatch.chdir(tmp_path)
     blob = Path(settings["TOKENIZER_PATH"]).read_bytes()
-    (tmp_path / "other.model").write_bytes(
-        blob + b"\xda\x06\x00"
-    )  # an unknown field of protobuf, which is skipped
+    # an unknown field of protobuf, which is skipped
+    (tmp_path / "other.model").write_bytes(blob + b"\xda\x06\x00")
     given = {**settings, "TOKENIZER_PATH": "other.model", "DATA_PATH": "data"}
     (tmp_path / "data").mkdir()
     for shard in Path(settings["DATA_PATH"]).glob("fineweb_train_*.bin"):

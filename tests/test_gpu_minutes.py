@@ -82,9 +82,8 @@ def test_a_crash_and_a_hang_cost_nothing_after_them(tmp_path, monkeypatch):
     ]
     assert "ValueError: on purpose" in entries["crash"]["log_tail"][-1]
     assert entries["crash"]["exit_code"] == 1 and "left_running" not in entries["hang"]
-    assert not is_running(
-        int((tmp_path / "pid").read_text())
-    )  # a child in a session of its own, deaf to SIGTERM
+    # a child in a session of its own, deaf to SIGTERM
+    assert not is_running(int((tmp_path / "pid").read_text()))
     assert (tmp_path / "out/logs.tgz").stat().st_size > 0
     assert "good" in (tmp_path / "out/summary.txt").read_text()
 

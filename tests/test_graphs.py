@@ -341,9 +341,8 @@ def test_the_step_moves_no_more_than_it_did(traffic):
     estimate = Memory(config).training(48 * 2048, 48 * 2048) / GIB  # what a card is fitted by
     assert 0.95 < estimate / report["peak_gib"] < 1.15
     operators = {name for kernels in counted.values() for kernel in kernels for name in kernel.origins}
-    assert (
-        "tanh" in operators and not {"cos", "sin", "iota"} & operators
-    )  # of the logits; no kernel works out angles
+    # of the logits; no kernel works out angles
+    assert "tanh" in operators and not {"cos", "sin", "iota"} & operators
     most = 66 if torch.__version__ >= "2.13" else 68  # the compiler of 2.11 fuses a little less: 67.0 for 65
     assert 40 < report["fused_passes_a_layer"] < most
     assert report["kinds"]["forward, product"]["kernels"] == 3 * 4 + 3

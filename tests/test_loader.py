@@ -28,11 +28,12 @@ import train_gpt
 from train_gpt import Loader, TokenStream, UserError, step_batches
 
 ROOT = Path(__file__).resolve().parent.parent
+# 62 windows an epoch, 11 tokens more; a step takes 12 rows, and epochs end within
 TOKENS, LENGTH, ROWS = (
     1003,
     16,
     12,
-)  # 62 windows an epoch, 11 tokens more; a step takes 12 rows, and epochs end within
+)
 
 
 @pytest.fixture
@@ -94,9 +95,8 @@ def test_the_order_is_another_in_every_epoch(epochs):
             assert abs(np.corrcoef(*ranks)[0, 1]) < 0.5  # 0.13 is the standard deviation of chance
     for epoch in starts:
         assert abs(np.corrcoef(np.arange(WINDOWS), epoch)[0, 1]) < 0.5
-        assert (
-            np.mean(np.diff(epoch) % TOKENS == LENGTH) < 0.2
-        )  # neighbours in the text are none in the order
+        # neighbours in the text are none in the order
+        assert np.mean(np.diff(epoch) % TOKENS == LENGTH) < 0.2
 
 
 def test_every_place_of_the_text_comes_to_begin_a_window(tmp_path, text):

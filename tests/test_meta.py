@@ -926,10 +926,11 @@ def test_rows_are_stretches_of_documents(tmp_path, lengths):
         found[document] += 1
     long = {number: length for number, length in enumerate(np.diff(borders).tolist()) if length > 5}
     assert found.keys() == long.keys()
+    # by tokens, but that the last few of a document are too few for a piece
     for (
         number,
         length,
-    ) in long.items():  # by tokens, but that the last few of a document are too few for a piece
+    ) in long.items():
         least, most = (max(length - 5, min(length, 20)) if length > 20 else length), length
         total = sum(long.values())
         assert 0.7 * least / total < found[number] / count < 1.4 * most / (total - 5 * len(long))

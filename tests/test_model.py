@@ -302,9 +302,8 @@ def test_documents_touch_through_smear_and_bigram_only_where_asked(smear, bigram
     second = torch.tensor([[1, 6, 3, 12, 1, 7, 8, 20]])
     assert torch.equal(respect(first)[:, 4:], respect(second)[:, 4:])
     assert not torch.equal(published(first)[:, 4], published(second)[:, 4])
-    inside = torch.tensor(
-        [[1, 5, 9, 30, 1, 17, 8, 20]]
-    )  # and within a document it does look back, by one token
+    # and within a document it does look back, by one token
+    inside = torch.tensor([[1, 5, 9, 30, 1, 17, 8, 20]])
     difference = (respect(first) != respect(inside)).any(-1)[0]
     assert difference[6] and not difference[:5].any()
 

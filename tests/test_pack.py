@@ -145,9 +145,8 @@ def test_what_the_packed_trainer_says_of_itself(packed_trainer, smoke_env, capsy
 def test_what_other_files_use_of_the_trainer(packed_trainer):
     """Globals, settings with their types, and the arguments of every function are those of the readable
     trainer."""
-    own = {
-        name: value for name, value in vars(train_gpt).items() if not name.startswith("__")
-    }  # torch.compile adds some
+    # torch.compile adds some
+    own = {name: value for name, value in vars(train_gpt).items() if not name.startswith("__")}
     assert {name for name in vars(packed_trainer) if not name.startswith("__")} - {"bz2"} == own.keys()
     ours, theirs = (
         [(f.name, f.type, f.default, f.metadata) for f in fields(m.Config)]
@@ -158,9 +157,8 @@ def test_what_other_files_use_of_the_trainer(packed_trainer):
 
     def arguments(function) -> list[tuple]:
         found = inspect.signature(function).parameters.values()
-        return [
-            (a.kind, a.kind is a.VAR_POSITIONAL or a.name) for a in found
-        ]  # what * collects is nobody's to name
+        # what * collects is nobody's to name
+        return [(a.kind, a.kind is a.VAR_POSITIONAL or a.name) for a in found]
 
     for name, function in functions.items():
         assert arguments(getattr(packed_trainer, name)) == arguments(function), name

@@ -285,9 +285,8 @@ def test_damping_grows_only_where_a_hessian_is_not_positive_definite_and_says_so
 def test_a_singular_hessian_and_almost_no_damping_end_in_a_finite_feedback():
     said, x = [], randn((1, 2, 16), 54)
     _, U, _ = factor_hessian((x.mT @ x).float(), 1e-17, warn=said.append)
-    assert (
-        U.isfinite().all() and 1 <= len(said) < 12
-    )  # 1e-17 is below float64, 1e-6 above what float32 leaves
+    # 1e-17 is below float64, 1e-6 above what float32 leaves
+    assert U.isfinite().all() and 1 <= len(said) < 12
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -866,9 +865,8 @@ def test_two_sided_steps_are_those_of_equal_costs(trellis):
         W = W.reshape(-1, *W.shape[-2:])
         assert r.col_scale.shape == (*state[r.name].shape[:-2], 1, W.shape[-1])
         expected = ideal_steps(r.name, W, statistics, scale, trellis)
-        wide = (
-            np.sort(abs(W) / (expected * reach), axis=1)[:, (W.shape[1] - 1) // 2] > 0.99
-        )  # half is too large
+        # half is too large
+        wide = np.sort(abs(W) / (expected * reach), axis=1)[:, (W.shape[1] - 1) // 2] > 0.99
         stored = (r.row_scale.int() + r.col_scale.int()).numpy().reshape(W.shape)
         column = 2.0 ** (r.col_scale.numpy().reshape(len(W), 1, -1) / 8)
         row = r.row_scale.numpy().reshape(len(W), -1, 1)

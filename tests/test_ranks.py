@@ -463,9 +463,8 @@ def done(env, tmp_path_factory) -> dict[int, list[dict]]:
 def assert_near(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert list(got) == list(expected)
     for name, tensor in expected.items():
-        limit = (
-            max(tolerance, 2e-6) if tolerance and name == "loss" else tolerance
-        )  # which is kept in float32
+        # which is kept in float32
+        limit = max(tolerance, 2e-6) if tolerance and name == "loss" else tolerance
         torch.testing.assert_close(
             got[name], tensor, rtol=0, atol=limit, msg=lambda m, name=name: f"{name}: {m}"
         )

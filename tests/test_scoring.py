@@ -37,9 +37,8 @@ def test_windows_score_every_target_once_with_enough_context(seq_len, extra):
             count[start + first : start + seq_len] += 1  # target t is tokens[t + 1]
         assert (count == 1).all()
         assert len(plan.start) == 1 + math.ceil((num_tokens - 1 - seq_len) / stride)
-        assert (
-            plan.start[0] == 0 and plan.start[-1] + seq_len == num_tokens - 1
-        )  # the tail, with a full window
+        # the tail, with a full window
+        assert plan.start[0] == 0 and plan.start[-1] + seq_len == num_tokens - 1
         assert (np.diff(plan.start) > 0).all() and (np.diff(plan.start)[:-1] == stride).all()
 
 

@@ -266,12 +266,13 @@ def test_any_number_of_ranks_gets_the_same_losses(ranks, name, world):
 EPISODE = replace(SMALL, meta_ttt_enabled=True, meta_ttt_objective="deployed", meta_ttt_docs=4, meta_ttt_pieces=4,
                   eval_seq_len=12, ttt_chunk_size=5, ttt_lr=3e-3, ttt_slots=4, ttt_context=2, **PRIOR)  # fmt: skip
 SIZES = [15, 7, 20]
+# size and seed of the last
 EPISODES = {
     "another": (13, 50),
     "shorter": (6, 50),
     "longer": (20, 50),
     "same": (13, 3),
-}  # size and seed of the last
+}
 
 
 def episode(c: train_gpt.Config, last: str, before: int = 0) -> dict[str, torch.Tensor]:

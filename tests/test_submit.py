@@ -289,9 +289,8 @@ def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
 
 def resize(run: Path) -> None:
     result = json.loads((run / "result.json").read_text())
-    change(
-        run, rf"\b{result['bytes_total']}\b", "16000001"
-    )  # the whole number: another may begin with its digits
+    # the whole number: another may begin with its digits
+    change(run, rf"\b{result['bytes_total']}\b", "16000001")
     change(run, rf"\b{result['bytes_model']}\b", str(16_000_001 - result["bytes_code"]))
 
 
@@ -751,9 +750,8 @@ def test_significance_is_the_margin_passed_in_nats(tmp_path):
         assert f"is {'' if found.shown else 'not '}shown" in submit.comparison_text(found)
         verdicts.add(found.shown)
     assert verdicts == {True, False}
-    noisy = write_logs(
-        tmp_path / "noisy", {1: 1.12, 2: 1.18, 3: 1.24}
-    )  # its mean is beaten, by luck for all we know
+    # its mean is beaten, by luck for all we know
+    noisy = write_logs(tmp_path / "noisy", {1: 1.12, 2: 1.18, 3: 1.24})
     test = stats.ttest_1samp(PR1019, 1.18 - 0.005 / factor, alternative="less")
     assert (
         test.pvalue

@@ -214,9 +214,8 @@ def test_a_bad_trial_is_pruned_and_a_crash_is_told(place, capsys):
     command = arguments("run", "--set", "NUM_LAYERS=3,9", "--study", "crash")
     assert sweep.main(command, environment()) == 1
     assert "out of memory" in rows("crash")[-1]["why"] and rows("crash")[-1]["state"] == "fail"
-    assert (
-        sweep.main(command, environment()) == 1 and len(lines("starts.txt")) == 6
-    )  # it would only fail again
+    # it would only fail again
+    assert sweep.main(command, environment()) == 1 and len(lines("starts.txt")) == 6
     capsys.readouterr()
 
 
@@ -411,9 +410,8 @@ def test_two_processes_share_a_study_on_postgresql(place):
         free.bind(("127.0.0.1", 0))
         binaries, port = found[-1].parent, free.getsockname()[1]
     as_other = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.geteuid() == 0 else []
-    home = Path(
-        subprocess.check_output(["mktemp", "-d"], text=True).strip()
-    )  # pytest's folders are closed to others
+    # pytest's folders are closed to others
+    home = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
     try:
         if as_other:
             shutil.chown(home, "nobody", "nogroup")

@@ -198,9 +198,8 @@ def test_the_average_is_what_is_exported(quick, short_run, tmp_path_factory):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        train_gpt.RunLog, "step", lambda *_, **__: None
-    )  # whether or not the step is one that is logged
+    # whether or not the step is one that is logged
+    monkeypatch.setattr(train_gpt.RunLog, "step", lambda *_, **__: None)
     settings = {"SCALAR_LR": "1e38", "TIED_EMBED_LR": "1e38", "MATRIX_LR": "1e38"}
     train_here({**quick, **SHORT, **settings}, tmp_path, code=1)
     assert re.search(
@@ -266,9 +265,8 @@ def test_training_stops_where_another_step_and_the_reserve_would_not_fit(
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
     assert ("stopping_early: wallclock_cap" in (tmp_path / "train.log").read_text()) == (steps < iterations)
     end = min(limit - reserve, iterations) if limit else iterations
-    for row in rows[
-        1:
-    ]:  # the rate of a step is set before it, when row["step"] - 1 steps and seconds have passed
+    # the rate of a step is set before it, when row["step"] - 1 steps and seconds have passed
+    for row in rows[1:]:
         assert row["lr_scale"] == pytest.approx(min(1, (end - row["step"] + 1) / 4))
 
 
@@ -431,9 +429,8 @@ def test_two_ranks_step_by_the_mean_of_their_gradients_clipped_afterwards(two_ra
     gradients = [gradient_of(model, *rank_data(rank)) for rank in (0, 1)]
     mean = (gradients[0] + gradients[1]) / 2
     each = (clipped(gradients[0], 0.3) + clipped(gradients[1], 0.3)) / 2
-    assert (
-        np.linalg.norm(mean) > 3 and np.linalg.norm(each - clipped(mean, 0.3)) > 0.1
-    )  # clipping first is another step
+    # clipping first is another step
+    assert np.linalg.norm(mean) > 3 and np.linalg.norm(each - clipped(mean, 0.3)) > 0.1
     for part in two_ranks:
         np.testing.assert_allclose(before - part["weights"]["clipped"], clipped(mean, 0.3), rtol=0, atol=2e-6)
         assert np.linalg.norm(before - part["weights"]["unclipped"] - mean) < 1e-5 * np.linalg.norm(mean)

@@ -252,13 +252,14 @@ def test_the_ledger_refuses_a_second_score_and_early_learning():
     for again in ((4, 0, 1), (0, 4, 6), (6, 0, 2), (7, 3, 9)):
         with pytest.raises(LedgerError, match="scored twice"):
             ledger.score(windows(again))
+    # two of them only as left context
     for early in (
         (0, 0, 6),
         (4, 3, 6),
         (5, 3, 6),
         (11, 0, 2),
         (19, 0, 1),
-    ):  # two of them only as left context
+    ):
         with pytest.raises(LedgerError, match="before they are scored"):
             ledger.adapt(windows(early))
     ledger.score(windows((5, 0, 2)))

@@ -49,12 +49,13 @@ SEEDS = {
 MORE_PLAIN = {"first_confirmation": (107, 108, 109, 110), "report": (209, 210)}  # for ten plain seeds
 TUNING_DOCUMENTS, REPORT_DOCUMENTS = 24, 60
 
+# one continuous warmdown over both phases
 LATE = {
     "META_TTT_TIME_FRAC": "0.05",
     "WARMDOWN_FRAC": "0.4737",
     "MIN_LR": "0.1",
     "META_TTT_OUTER_LR": "0.1",
-}  # one continuous warmdown over both phases
+}
 DEPLOYED = {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", **LATE}
 FOMAML = {
     "META_TTT_ENABLED": "1",

@@ -460,9 +460,8 @@ def part_resume(ctx: Context) -> None:
     resumed = results[1]["resumed"]
     ctx.put(nats_apart=apart, resumed=resumed, steps=results[1]["steps"],
             checkpoint=[line for _, line in first if line.startswith(("checkpoint:", "stopped:"))])  # fmt: skip
-    if (
-        not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02
-    ):  # sums are reordered on a GPU
+    # sums are reordered on a GPU
+    if not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02:
         raise PartFailed(f"resumed at {resumed}, {apart:.4f} nats apart from the uninterrupted run")
 
 

@@ -37,10 +37,11 @@ TUNING_DOCUMENTS = 200  # weblab's convention: documents 0 to 199 tune, the rest
 MAX_TRAIN_TOKENS = 64_000_000
 MAX_BYTES = 60 << 20  # repository and folder together
 SMALL_TOKENS = dict(train=1_000_000, val=40_000)  # for runs of seconds
+# the coders' packages, the fast one first: a bare GPU image lacks both
 WHEELS = (
     "constriction",
     "zstandard",
-)  # the coders' packages, the fast one first: a bare GPU image lacks both
+)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 

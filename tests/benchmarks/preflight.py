@@ -152,9 +152,8 @@ class Preflight:
         model = tg.GPT(c, tg.compute_dtype(self.device), kernel, self.table.has_leading_space)
         model = model.init_weights(0).to(self.device)
         ids = torch.randint(c.vocab_size, (2, c.train_seq_len), device=self.device)
-        gradients = (
-            tg.collect_gradients(model, [(ids, ids)]) if c.wants_gradients else {}
-        )  # all ranks together
+        # all ranks together
+        gradients = tg.collect_gradients(model, [(ids, ids)]) if c.wants_gradients else {}
         statistics = tg.Statistics(tg.collect_hessians(model, [ids]), gradients)
 
         def work() -> float:
@@ -187,9 +186,8 @@ class Preflight:
             name: value.cpu() for name, value in self.model.state_dict().items() if "mtp_heads" not in name
         }
         _, kernel, _ = tg.choose_attention(c.attention, self.device)
-        scored = replace(
-            c, mtp_num_heads=0, ttt_groups=tg.world_size()
-        )  # one per rank, however short the text
+        # one per rank, however short the text
+        scored = replace(c, mtp_num_heads=0, ttt_groups=tg.world_size())
         artifact = tg.Artifact(scored, state, "")
         setup = ev.Setup(scored, artifact, self.device, kernel, self.table, tg.token_nll)
         count, rate = min(targets, max(1000 * tg.world_size(), c.eval_seq_len + 1)), 0.0
