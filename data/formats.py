@@ -25,7 +25,7 @@ CHALLENGE_BYTES = (
 
 
 class Published(NamedTuple):
-    """A validation set of the field: tokens in its shards, and what a score over all of them is divided by."""
+    """A published validation set: tokens in its shards, and what a score over all of them is divided by."""
 
     name: str  # of the tokenizer
     tokens: int

@@ -6,10 +6,10 @@
 Inputs are .txt files (one document each), .jsonl files (one JSON object per line, its text under --text-key),
 plain or compressed (.gz, .xz, .zst), or folders of such files. Written to DIR:
 
-    tokenizer.model             SentencePiece BPE, trained on a sample of the training documents, or the one given
-    fineweb_train_%06d.bin      256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
-    fineweb_val_%06d.bin        little-endian uint16 tokens; BOS (id 1) precedes each document, nothing follows it
-    manifest.json               counts and hashes of all of the above; written last, so its presence means "complete"
+    tokenizer.model         SentencePiece BPE, trained on a sample of the training documents, or the one given
+    fineweb_train_%06d.bin  256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then
+    fineweb_val_%06d.bin    little-endian uint16 tokens; BOS (id 1) precedes each document, nothing follows it
+    manifest.json           counts and hashes of all the above; written last: if it exists, all is complete
 
 The second command counts the validation documents of a folder that occur in its training shards
 (count_overlap).
@@ -1160,13 +1160,16 @@ def describe_overlap(overlap: dict, seconds: float) -> str:
         f"{overlap['train_tokens']:,} training tokens in {seconds:.2f} s, "
         f"{overlap['train_tokens'] / seconds:,.0f}"
     )
+    written = (
+        f"written to {overlap['record']}"
+        if overlap["record"]
+        else "no manifest.json or source.json to write to"
+    )
     return (
         f"overlap: {overlap['documents_inside']:,} of {overlap['documents']:,} validation documents occur in "
-        "the "
-        f"training shards, {overlap['documents_touched']:,} share a span of {SPAN} tokens with them; "
+        f"the training shards, {overlap['documents_touched']:,} share a span of {SPAN} tokens with them; "
         f"{overlap['documents_short']:,} documents of fewer than {SPAN} tokens were compared whole\n"
-        f"overlap: {overlap['spans_found']:,} of {overlap['spans']:,} spans found; {rate} tokens/s; "
-        f"{'written to ' + overlap['record'] if overlap['record'] else 'no manifest.json or source.json to write to'}"
+        f"overlap: {overlap['spans_found']:,} of {overlap['spans']:,} spans found; {rate} tokens/s; {written}"
     )
 
 

@@ -334,8 +334,10 @@ def buckets(
     names = ("most frequent", "2nd fifth", "3rd fifth", "4th fifth", "rarest")
     found["frequency of the token"] = {name: fifth[tokens[1:]] == i for i, name in enumerate(names)}
     borders = (0, *LOSS_BORDERS, math.inf)
-    found["loss, mean of both"] = {f"{low}-{high}" if high < math.inf else f"{low}+": (loss >= low) & (loss < high)
-                                   for low, high in pairwise(borders)}  # fmt: skip
+    found["loss, mean of both"] = {
+        f"{low}-{high}" if high < math.inf else f"{low}+": (loss >= low) & (loss < high)
+        for low, high in pairwise(borders)
+    }
     return {kind: {name: mask for name, mask in masks.items() if mask.any()} for kind, masks in found.items()}
 
 
@@ -432,8 +434,8 @@ def nll(given: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 MATRICES = (  # name, bank, whether its rows are the second L rows of the bank
-    ("Q", "qo_bank", 0), ("O", "qo_bank", 1), ("K", "kv_bank", 0), ("V", "kv_bank", 1), ("up", "mlp_up_bank", 0),
-    ("down", "mlp_down_bank", 0),
+    ("Q", "qo_bank", 0), ("O", "qo_bank", 1), ("K", "kv_bank", 0), ("V", "kv_bank", 1),
+    ("up", "mlp_up_bank", 0), ("down", "mlp_down_bank", 0),
 )  # fmt: skip
 
 
@@ -838,27 +840,27 @@ ANALYSES = {
     "path": Analysis(
         path_loss, True, "loss under linear interpolation, by fraction of the other model, nats per token",
         "All parameters. Permutations of hidden units and heads are not removed: runs with different seeds "
-        "have a "
-        "barrier whatever their settings.", ".4f"),
+        "have a barrier whatever their settings.", ".4f"),
     "eigenvalues": Analysis(
         eigenvalues, False, "extreme eigenvalues of the Hessian, by Lanczos step",
         f"Of the mean training loss of the first {CURVATURE_ROWS} sequences, in all parameters.", ".4g"),
     "trace": Analysis(
         trace, False, "trace of the Hessian, by parameter group",
-        f"Of the same loss; {PROBES} probes, equal for all models; errors are over probes, not over text.", ".4g"),
+        f"Of the same loss; {PROBES} probes, equal for all models; errors are over probes, not over text.",
+        ".4g"),
     "step": Analysis(
-        along_step, False, "change of the loss along the evaluator's first step, by multiple, nats per "
-                           "target",
+        along_step, False,
+        "change of the loss along the evaluator's first step, by multiple, nats per target",
         "All with A's evaluator settings.", ".4f", "TTT_MODE=none, or too little text to adapt"),
-    "rounding": Analysis(rounding, False, "loss of weights and artifact, nats per token", "", ".5f", "no artifact"),
+    "rounding": Analysis(rounding, False, "loss of weights and artifact, nats per token", "", ".5f",
+                         "no artifact"),
     "rounded_weights": Analysis(
         partial(quantization_error, outputs=False), False, "quantization error, |W - Q| / |W|, by layer",
         "Large where it costs little: scales follow the loss, and GPTQ's later columns compensate earlier "
-        "ones.", ".4f",
-        "no artifact"),
+        "ones.", ".4f", "no artifact"),
     "rounded_outputs": Analysis(
-        partial(quantization_error, outputs=True), False, "output error, |(W - Q) x| / |W x|, by layer", "", ".4f",
-        "no artifact"),
+        partial(quantization_error, outputs=True), False, "output error, |(W - Q) x| / |W x|, by layer", "",
+        ".4f", "no artifact"),
     "meta_rates": Analysis(
         meta_rates, False, "Meta-SGD learning rate factors, by layer", empty="META_SGD_ENABLED was off"),
 }  # fmt: skip
@@ -893,8 +895,9 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Pa
                 points = {column: cell for column, cell in cells.items() if column not in ASIDE}
                 errors = [2 * (cell.error or 0.0) for cell in points.values()]
                 label = row if table is next(each for each in found.values() if each) else None
-                axis.errorbar(list(points), [cell.value for cell in points.values()], errors, color=f"C{color}",
-                              linestyle=STYLES[name], marker=".", capsize=2, label=label)  # fmt: skip
+                axis.errorbar(list(points), [cell.value for cell in points.values()], errors,
+                              color=f"C{color}", linestyle=STYLES[name], marker=".", capsize=2,
+                              label=label)  # fmt: skip
         if ANALYSES[key].pair and key != "path":  # similarities
             axis.set_ylim(min(axis.get_ylim()[0], -0.05), 1.05)
         axis.set_title(ANALYSES[key].title, fontsize=9)
@@ -976,8 +979,10 @@ def weights(given: argparse.Namespace) -> None:
     text, report, parts = Text(tokens, *rows, given.seed), {}, ["\n".join(weights_head(sides, given))]
     for key in wanted:
         analysis = ANALYSES[key]
-        report[key] = {name: analysis.measure(a, side, text) if analysis.pair else analysis.measure(side, text)
-                       for name, side in (others if analysis.pair else sides).items()}  # fmt: skip
+        report[key] = {
+            name: analysis.measure(a, side, text) if analysis.pair else analysis.measure(side, text)
+            for name, side in (others if analysis.pair else sides).items()
+        }
         parts.append(analysis_text(analysis, report[key]))
     about = dict(
         runs={name: str(side.folder) for name, side in sides.items()}, rows=given.rows, seed=given.seed

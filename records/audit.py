@@ -230,15 +230,16 @@ def check_file_order(
 
 
 def check_borders(setup: Setup) -> Check:
-    """T1b: what follows the beginning of a document has the same first embedding, whatever stands before it."""
+    """T1b: the first embedding after a document begins does not depend on what stands before the document."""
     c, rng, read = setup.config, np.random.default_rng(setup.config.seed), setup.config.num_memory_tokens + 2
     ids = np.tile(rng.integers(BOS_ID + 1, c.vocab_size, read + 8), (64, 1))
     ids[:, :read], ids[:, read] = rng.integers(BOS_ID + 1, c.vocab_size, (64, read)), BOS_ID
     with torch.no_grad():
         x = setup.load().embed(torch.from_numpy(ids).to(setup.device))[:, read:]
     apart = float((x - x[:1]).abs().max())
-    return Check("T1b no embedding crosses a document border", apart == 0 if c.doc_borders != "published" else None,
-                 x[..., 0].numel(), f"largest difference {apart:.1e}, DOC_BORDERS={c.doc_borders}")  # fmt: skip
+    return Check("T1b no embedding crosses a document border",
+                 apart == 0 if c.doc_borders != "published" else None, x[..., 0].numel(),
+                 f"largest difference {apart:.1e}, DOC_BORDERS={c.doc_borders}")  # fmt: skip
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
@@ -481,7 +482,8 @@ def check_unwatched(
     result = ev.evaluate(setup, longer)
     wrong = int(base.differ(result.nll[:count], base.nll[:count]).sum())
     yield Check("T16 unwatched, the losses are the same", wrong == 0, count,
-                f"{wrong} of {count} losses changed in an evaluation of {len(longer) - 1} targets")  # fmt: skip
+                f"{wrong} of {count} losses changed in an evaluation of "
+                f"{len(longer) - 1} targets")  # fmt: skip
     nats, num_bytes = result.nll.astype(np.float64), setup.byte_table.count(longer[:-1], longer[1:]).sum()
     loss, bpb = float(nats.mean()), float(nats.sum() / math.log(2) / num_bytes)
     fine = np.isclose([result.val_loss, result.val_bpb], [loss, bpb], rtol=1e-9, atol=0).all()
@@ -692,7 +694,7 @@ def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: M
 
 
 def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path) -> Iterator[Check]:
-    """T19 and T20 of the evaluation beside the artifact `path`; without a count where it cannot be compared."""
+    """T19 and T20 of the evaluation beside the artifact `path`; no count where it cannot be compared."""
     (told, why), kept = ev.read_report(path.with_name("eval_ttt.json")), path.with_name("nll.npy")
     if told is None or not kept.is_file():
         why = f"{why or f'{kept}: no such file'}. Run eval_ttt.py without --audit first"

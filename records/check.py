@@ -109,8 +109,8 @@ RESULT_SCORES = (
     ("sliding", "final_int6_sliding_window"),
     ("roundtrip", "final_int6_roundtrip"),
 )
-COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total", "train_shards",
-          "val_tokens", "val_documents")  # fmt: skip
+COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total",
+          "train_shards", "val_tokens", "val_documents")  # fmt: skip
 
 
 @dataclass
@@ -1363,8 +1363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.json:
         objects = [
-            dict(path=record.path, kind=record.kind, status=status_of(verdicts), runs=[asdict(r) for r in record.runs],
-                 verdicts=[verdict._asdict() for verdict in verdicts])
+            dict(path=record.path, kind=record.kind, status=status_of(verdicts),
+                 runs=[asdict(r) for r in record.runs], verdicts=[verdict._asdict() for verdict in verdicts])
             for record, verdicts in checked
         ]  # fmt: skip
         print(json.dumps(objects, indent=1, default=str).replace("\x7f", "\\u007f"))

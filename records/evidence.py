@@ -309,8 +309,11 @@ def differences(run: Any, found: Mapping[str, Any]) -> list[str]:
     faults = [f"does not name {name}" if name not in hashes else f"for another {name}"
               for name, digest in wanted.items() if hashes.get(name) != digest]  # fmt: skip
     free = AUDITS_MAY_CHANGE | (set() if "audited_settings" in found else AUDITS_SHRINK)
-    apart = [f"{name} {settings.get(name)}, scored with {value}" for name, value in object_of(told, "settings").items()
-             if name not in free and settings.get(name) != value]  # fmt: skip
+    apart = [
+        f"{name} {settings.get(name)}, scored with {value}"
+        for name, value in object_of(told, "settings").items()
+        if name not in free and settings.get(name) != value
+    ]
     faults += [f"audited with {', '.join(apart)}"] if apart else []
     targets = found["targets"]
     if (

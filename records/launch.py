@@ -108,8 +108,8 @@ def train(
         command = [sys.executable, "-I", "-c", GUARD, *launcher, str(PROGRAMS[0])]
         with (
             create(output) as file,
-            subprocess.Popen(command, env={**environ, "RUN_ID": folder.name}, stdin=subprocess.PIPE, stdout=file,
-                             stderr=subprocess.STDOUT, start_new_session=True) as guard,
+            subprocess.Popen(command, env={**environ, "RUN_ID": folder.name}, stdin=subprocess.PIPE,
+                             stdout=file, stderr=subprocess.STDOUT, start_new_session=True) as guard,
         ):  # fmt: skip
             while guard.poll() is None:
                 watch(folder)

@@ -35,9 +35,10 @@ COLUMNS = (
 )
 DIGITS = 6  # decimals of the bpb in a line; scores are compared after rounding to them
 FIXED = ("scorer", "task", "budget")  # must be equal in all lines, or their scores are not comparable
-SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch", "score",
-          "Run.val_tokens", "Run.score", "score_artifact", "ByteTable", "load_byte_table", "read_validation",
-          "Config.shards", "SIZE_CAP", "BOS_ID", "score_plan", "evaluate", "Setup.plan")  # fmt: skip
+SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch",
+          "score", "Run.val_tokens", "Run.score", "score_artifact", "ByteTable", "load_byte_table",
+          "read_validation", "Config.shards", "SIZE_CAP", "BOS_ID", "score_plan", "evaluate",
+          "Setup.plan")  # fmt: skip
 BORDER = ("Config", "GPT", "load_model", "read_artifact", "Adaptation", "TTT_MODES")  # may change
 
 
@@ -128,9 +129,10 @@ def refuse_changes(path: Path, line: Mapping[str, Any]) -> None:
     first = next((old for old in read(path) if old["verdict"] != "crash"), line)
     for key in FIXED:
         if line[key] != first[key]:
-            raise ValueError(f"{key} is {line[key]}, but {first[key]} in the first line with a score of "
-                             f"{path}: the "
-                             "scores are not comparable. Undo the change or start another --ledger.")  # fmt: skip
+            raise ValueError(
+                f"{key} is {line[key]}, but {first[key]} in the first line with a score of {path}: the "
+                "scores are not comparable. Undo the change or start another --ledger."
+            )
 
 
 def is_best(bpb: float, lines: Sequence[Mapping[str, str]]) -> bool:

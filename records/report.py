@@ -26,7 +26,8 @@ PLACE_BORDERS = (0, 128, 256, 512, 1024, 2048)  # targets after the beginning of
 def loss_shares(nll: np.ndarray) -> list[dict[str, float]]:
     """For each border: how many targets lose more, as a share of the targets and of the whole loss."""
     total = float(nll.sum(dtype=np.float64))
-    return [dict(above=b, targets=float((nll > b).mean()), loss=float(nll[nll > b].sum(dtype=np.float64)) / total)
+    return [dict(above=b, targets=float((nll > b).mean()),
+                 loss=float(nll[nll > b].sum(dtype=np.float64)) / total)
             for b in LOSS_BORDERS]  # fmt: skip
 
 

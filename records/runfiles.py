@@ -129,12 +129,15 @@ def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any
 
 
 def read_result(path: Path, *keys: str) -> dict[str, Any]:
-    """Return result.json of a finished run, with its sliding score and `keys`. ValueError if any is missing."""
+    """Return result.json of a finished run. ValueError if it lacks its sliding score or one of `keys`."""
     result = read_object(path)
     numbers = {key for key in (METRIC, *keys) if key.startswith(("val_", "bytes_")) or key == "steps"}
     missing = [key for key in (METRIC, *keys) if key not in result]
-    missing += [f"{key} as a number, not {escape(str(result[key]))[:40]}" for key in sorted(numbers & result.keys())
-                if not isinstance(result[key], int | float) or isinstance(result[key], bool)]  # fmt: skip
+    missing += [
+        f"{key} as a number, not {escape(str(result[key]))[:40]}"
+        for key in sorted(numbers & result.keys())
+        if not isinstance(result[key], int | float) or isinstance(result[key], bool)
+    ]
     if missing:
         raise ValueError(f"{path} is not the result of a finished run: it lacks {', '.join(missing)}")
     return result

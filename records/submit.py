@@ -1,6 +1,6 @@
 """Build a record folder from finished runs and check it; or regenerate its pages; or list all records.
 
-    python records/submit.py runs/A runs/B runs/C --name Name --track track_10min_16mb [--against FOLDER] [...]
+    python records/submit.py runs/A runs/B runs/C --name Name --track track_10min_16mb [--against FOLDER]
     python records/submit.py --regenerate records/TRACK/FOLDER [--run-its-code]
     python records/submit.py --table
 
@@ -125,8 +125,8 @@ def seed_entry(run: Run) -> dict[str, Any]:
     facts, result = run.facts, run.facts.result
     more = {k: round(run.evaluated[k], 8) for k in ("val_bpb_ttt", "ttt_gain_bpb") if k in run.evaluated}
     return dict(
-        val_bpb=facts.val_bpb, val_loss=facts.val_loss, val_bpb_sliding=round(result["val_bpb_sliding"], 8), **more,
-        artifact_bytes=facts.bytes_total, bytes_model=facts.bytes_model, bytes_code=facts.bytes_code,
+        val_bpb=facts.val_bpb, val_loss=facts.val_loss, val_bpb_sliding=round(result["val_bpb_sliding"], 8),
+        **more, artifact_bytes=facts.bytes_total, bytes_model=facts.bytes_model, bytes_code=facts.bytes_code,
         steps=facts.steps, step_avg_ms=facts.step_avg_ms, train_time_s=facts.train_seconds,
         eval_time_s=facts.eval_seconds, sha256_artifact=result["sha256_artifact"],
     )  # fmt: skip

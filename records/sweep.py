@@ -198,8 +198,8 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
         if wrong:
             raise ValueError(said)
     name = given.get("study") or (path.stem if path else "sweep")
-    return Space(name, str(path.parent / table["recipe"]) if "recipe" in table else "", kinds, rows, seeds, sampler,
-                 trials, prune)  # fmt: skip
+    return Space(name, str(path.parent / table["recipe"]) if "recipe" in table else "", kinds, rows, seeds,
+                 sampler, trials, prune)  # fmt: skip
 
 
 def check_space(space: Space, environ: Mapping[str, str]) -> None:
@@ -279,8 +279,9 @@ class Sweep:
         own = URL.create("sqlite", database=str(self.folder / "study.db"))  # escapes special characters
         self.storage = open_storage(storage or own.render_as_string(), grace)
         pruner = optuna.pruners.MedianPruner(space.prune) if space.prune else optuna.pruners.NopPruner()
-        self.study = optuna.create_study(storage=self.storage, study_name=space.name, sampler=SAMPLERS[space.sampler](),
-                                         pruner=pruner, load_if_exists=True)  # fmt: skip
+        self.study = optuna.create_study(storage=self.storage, study_name=space.name,
+                                         sampler=SAMPLERS[space.sampler](), pruner=pruner,
+                                         load_if_exists=True)  # fmt: skip
         self.check_identity()
         self.study.set_user_attr("space", self.identity())
 

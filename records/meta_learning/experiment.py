@@ -188,8 +188,8 @@ def call(script: str, env: dict[str, str], cwd: Path) -> None:
     names = {name.upper() for name in tg.Config.__dataclass_fields__} | {"RECIPE"}
     clean = {key: value for key, value in os.environ.items() if key not in names}
     with open(cwd / f"{script}.out", "w") as log:
-        subprocess.run([sys.executable, str(ROOT / script)], env={**clean, **env, "OMP_NUM_THREADS": "1"}, cwd=cwd,
-                       check=True, stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
+        subprocess.run([sys.executable, str(ROOT / script)], env={**clean, **env, "OMP_NUM_THREADS": "1"},
+                       cwd=cwd, check=True, stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
 
 
 def run(part: str, arm: str, more: dict[str, str], seed: int, data: Path, work: Path) -> str:
@@ -361,8 +361,10 @@ def make_report() -> tuple[str, dict[tuple[str, ...], Paired]]:
              "| arm, changes | seed | adapted by | TTT_LR | steps + late | sliding | adapted |",
              "|---|---:|---|---:|---:|---:|---:|"]  # fmt: skip
     for (arm, way, seed), row in sorted(read_kept("tuning").items()):
-        lines.append(f"| {arm.replace(',', ', ')} | {seed} | {way} | {row['ttt_lr']:g} | {row['steps']} + "
-                     f"{row['late_steps']} | {row['val_bpb_sliding']:.4f} | {row['adapted']:.4f} |")  # fmt: skip
+        lines.append(
+            f"| {arm.replace(',', ', ')} | {seed} | {way} | {row['ttt_lr']:g} | {row['steps']} + "
+            f"{row['late_steps']} | {row['val_bpb_sliding']:.4f} | {row['adapted']:.4f} |"
+        )
     return "\n".join(lines) + "\n", others | found
 
 
