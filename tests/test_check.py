@@ -1,4 +1,4 @@
-"""The record checker: real logs of the field, a good record with planted faults, statistics, shapes of code."""
+"""The record checker: real logs of the field, a good record with planted faults, statistics, code shapes."""
 
 import base64
 import hashlib
@@ -33,25 +33,29 @@ real_logs = pytest.mark.skipif(not LOGS.exists(), reason="the field's logs are n
 # ------------------------------------------------------------------------------------------------------------
 
 FACTS = {"seed": int, "steps": int, "step_avg_ms": float, "train_seconds": float, "eval_seconds": float,
-         "bytes_code": int, "bytes_model": int, "bytes_total": int, "val_loss": float, "val_bpb": float}  # fmt: skip
+         "bytes_code": int, "bytes_model": int, "bytes_total": int, "val_loss": float,
+         "val_bpb": float}  # fmt: skip
 REAL_TABLE = """
-03-17 1337 13780  43.54 600.038   1.401  47642 15815847 15863489 2.07269931 1.22436570 final_int8_zlib_roundtrip_exact
-03-18 1338 11575  51.84 600.043   1.638  47716 15813523 15861239 2.03657529 1.20617460 final_int8_zlib_roundtrip_exact
-03-20   42  7385  81.26 600.099 154.937  52243 15865061 15917304 1.93591485 1.14656085 final_int8_zlib_roundtrip_exact
-03-22   42  7103  84.48 600.059  73.133  67603 15473072 15540675 1.89715168 1.12360306 final_int6_sliding_window_exact
+03-17 1337 13780  43.54 600.038   1.401  47642 15815847 15863489 2.07269931 1.22436570 {int8}
+03-18 1338 11575  51.84 600.043   1.638  47716 15813523 15861239 2.03657529 1.20617460 {int8}
+03-20   42  7385  81.26 600.099 154.937  52243 15865061 15917304 1.93591485 1.14656085 {int8}
+03-22   42  7103  84.48 600.059  73.133  67603 15473072 15540675 1.89715168 1.12360306 {int6}
 03-23 1337  7179  83.59 600.128 410.268  89458 15887928 15977386 1.88976776 1.11922988 legal_ttt_exact
 03-23 2025  7193  83.43 600.110 407.984  89458 15900548 15990006 1.88919190 1.11888882 legal_ttt_exact
 03-23   42  7182  83.56 600.128 408.049  89458 15787052 15876510 1.89110239 1.12002032 legal_ttt_exact
-03-25  314  6927  86.63 600.109 105.090 101850 15761428 15863278 1.88276292 1.11508120 final_int6_sliding_window_exact
-03-25   42  6922  86.69 600.058  77.178 101850 15883000 15984850 1.88156874 1.11437394 final_int6_sliding_window_exact
-03-25  999  6917  86.76 600.137  77.150 101850 15774460 15876310 1.88220393 1.11475014 final_int6_sliding_window_exact
-04-03    0  5535 106.61 590.081  75.826  21396 15940846 15962242 2.50973163 1.09084142 final_int6_sliding_window
-04-05    1  4988 117.91 588.138  83.990  15516 15972031 15987547 2.80405024 1.08553523 quantized_sliding_window
+03-25  314  6927  86.63 600.109 105.090 101850 15761428 15863278 1.88276292 1.11508120 {int6}
+03-25   42  6922  86.69 600.058  77.178 101850 15883000 15984850 1.88156874 1.11437394 {int6}
+03-25  999  6917  86.76 600.137  77.150 101850 15774460 15876310 1.88220393 1.11475014 {int6}
+04-03    0  5535 106.61 590.081  75.826  21396 15940846 15962242 2.50973163 1.09084142 final_int6_{window}
+04-05    1  4988 117.91 588.138  83.990  15516 15972031 15987547 2.80405024 1.08553523 quantized_{window}
 04-06   42  5082 115.71 588.015 289.945  16719 15975827 15992546 2.79788378 1.08314800 legal_ttt_exact
 04-14   42  4971 119.93 596.148 329.031  27610 15905287 15932897 2.77115720 1.07280131 quantized_ttt_phased
 04-27   42  4945 121.25 599.592 508.785  31999 15865260 15897259 2.31944212 1.05989454 quantized_ttt_phased
 """
-REAL = {tuple(row.split()[:2]): row.split()[1:] for row in REAL_TABLE.strip().splitlines()}
+LABELS = dict(
+    int8="final_int8_zlib_roundtrip_exact", int6="final_int6_sliding_window_exact", window="sliding_window"
+)
+REAL = {tuple(row.split()[:2]): row.split()[1:] for row in REAL_TABLE.format(**LABELS).strip().splitlines()}
 REAL_DATA = {  # validation tokens, training shards
     "03-17": (63779840, 25), "04-03": (45514752, 143), "04-05": (40540160, 128), "04-06": (40540160, 80),
     "04-14": (40540160, 80), "04-27": (47851520, 80),
@@ -59,8 +63,9 @@ REAL_DATA = {  # validation tokens, training shards
 # Their own keys, in this module's names; #1413's 588,009 ms against its log's 588,015 is why times have 50 ms
 # of slack.
 THEIR_KEYS = {"artifact_bytes": ("bytes_total", 1), "bytes_total": ("bytes_total", 1), "steps": ("steps", 1),
-              "step_avg_ms": ("step_avg_ms", 1), "eval_time_s": ("eval_seconds", 1), "val_bpb": ("val_bpb", 1),
-              "val_loss": ("val_loss", 1), "train_time_ms": ("train_seconds", 1000),
+              "step_avg_ms": ("step_avg_ms", 1), "eval_time_s": ("eval_seconds", 1),
+              "val_bpb": ("val_bpb", 1), "val_loss": ("val_loss", 1),
+              "train_time_ms": ("train_seconds", 1000),
               "ttt_time_ms": ("eval_seconds", 1000)}  # fmt: skip
 
 
@@ -197,17 +202,18 @@ def results(seed: int) -> tuple[dict, dict]:
     names, blob = ("roundtrip", "sliding", "ttt"), artifact(seed)
     values = {f"val_bpb_{n}": b for n, b in zip(names, SCORES[seed], strict=True)}
     values |= {key.replace("bpb", "loss"): bpb * math.log(2) / RATIO for key, bpb in values.items()}
-    common = dict(bytes_code=len(TRAINER + EVALUATOR), bytes_model=len(blob), fits=True, world_size=8, legal=True,
-                  bytes_total=len(TRAINER + EVALUATOR + blob), sha256_artifact=sha(blob),
+    common = dict(bytes_code=len(TRAINER + EVALUATOR), bytes_model=len(blob), fits=True, world_size=8,
+                  legal=True, bytes_total=len(TRAINER + EVALUATOR + blob), sha256_artifact=sha(blob),
                   sha256_code={"train_gpt.py": sha(TRAINER), "eval_ttt.py": sha(EVALUATOR)})  # fmt: skip
     trainer = common | {k: v for k, v in values.items() if "ttt" not in k}
-    trainer |= dict(eval_seconds=80.5, train_seconds=598.25, strict_seconds=720.5, steps=6900, step_avg_ms=86.5,
-                    tokens_per_second=9.1e6, model_params=27067484, seed=seed)  # fmt: skip
+    trainer |= dict(eval_seconds=80.5, train_seconds=598.25, strict_seconds=720.5, steps=6900,
+                    step_avg_ms=86.5, tokens_per_second=9.1e6, model_params=27067484, seed=seed)  # fmt: skip
     evaluator = common | values | dict(
         sha256_tokenizer=sha(b"tokenizer"), sha256_shards={"fineweb_val_000000.bin": sha(b"shard")},
-        sha256_nll=sha(b"nll %d" % seed), settings=dict(ttt_mode="banks", ttt_lr=0.001, audit_tokens=8192))  # fmt: skip
+        sha256_nll=sha(b"nll %d" % seed),
+        settings=dict(ttt_mode="banks", ttt_lr=0.001, audit_tokens=8192))  # fmt: skip
     evaluator |= dict(eval_seconds=412.75, strict_seconds=500.5, ttt_gain_bpb=0.0063, seed=1337,
-                                       fits_budget=True, trainer=trainer)  # fmt: skip
+                      fits_budget=True, trainer=trainer)  # fmt: skip
     return trainer, evaluator
 
 
@@ -259,11 +265,15 @@ def certificate_json(seed: int) -> dict:
     """What eval_ttt.py --audit writes, with the hashes and settings of the evaluation."""
     _, result = results(seed)
     hashes = {"artifact": result["sha256_artifact"], "tokenizer": result["sha256_tokenizer"],
-              "nll.npy": result["sha256_nll"], **result["sha256_code"], **result["sha256_shards"]}  # fmt: skip
-    checks = [*(dict(name=f"{name} some words", ok=True, checked=20456, detail="0 changed") for name in ESSENTIAL),
-              dict(name="T10 no sign of memory", ok=None, checked=8192, detail="gap 0.0239 nats")]  # fmt: skip
+              "nll.npy": result["sha256_nll"], **result["sha256_code"],
+              **result["sha256_shards"]}  # fmt: skip
+    checks = [
+        *(dict(name=f"{name} some words", ok=True, checked=20456, detail="0 changed") for name in ESSENTIAL),
+        dict(name="T10 no sign of memory", ok=None, checked=8192, detail="gap 0.0239 nats"),
+    ]
     return dict(legal=True, targets=8192, not_audited=[], checks=checks, sha256=hashes,
-                settings=result["settings"] | dict(seed=seed, audit_tokens=4096), audited_settings={})  # fmt: skip
+                settings=result["settings"] | dict(seed=seed, audit_tokens=4096),
+                audited_settings={})  # fmt: skip
 
 
 def certificate(blob: bytes) -> str:
@@ -290,8 +300,9 @@ def good_files() -> dict[str, bytes]:
     }  # fmt: skip
     claims = dict(
         author="A", github_id="a", name="Test", blurb="A test.", date="2026-12-01", track="10min_16mb",
-        val_bpb=round(mean(adapted), 8), val_loss=round(mean(losses), 8), val_bpb_std=round(stdev(adapted), 6),
-        seeds=list(SCORES), seed_results=entries, bytes_total=max(sizes), bytes_code=len(TRAINER + EVALUATOR),
+        val_bpb=round(mean(adapted), 8), val_loss=round(mean(losses), 8),
+        val_bpb_std=round(stdev(adapted), 6), seeds=list(SCORES), seed_results=entries,
+        bytes_total=max(sizes), bytes_code=len(TRAINER + EVALUATOR),
     )  # fmt: skip
     readme = f"# Record\n\n**{mean(adapted):.6f} BPB / {mean(losses):.6f} nats**, three seeds.\n"
     texts = {
@@ -442,7 +453,8 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "val_loss wrong in JSON": (edit_json(val_loss=1.9), "claims", "val_loss is 1.9 in"),
     "deviation wrong in JSON": (edit_json(val_bpb_std=0.0001), "claims", "val_bpb_std is 0.0001"),
     "size wrong in JSON": (edit_json(bytes_total=15000000), "claims", "bytes_total is 15000000"),
-    "a seed's steps wrong in JSON": (edit("submission.json", '"steps": 6900', '"steps": 6901'), "claims", "6901"),
+    "a seed's steps wrong in JSON": (edit("submission.json", '"steps": 6900', '"steps": 6901'),
+        "claims", "6901"),
     "a seed's ms wrong in JSON": (edit("submission.json", "86.5", "85.5"), "claims", "step_avg_ms is 85.5"),
     "a seed's eval time wrong": (edit("submission.json", "412.8", "402.8"), "claims", "eval_time_s is 402.8"),
     "key missing in JSON": (edit_json(github_id=None), "json", "github_id is missing"),
@@ -452,143 +464,155 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "no trainer": (remove("train_gpt.py"), "files", "train_gpt.py"),
     "over the cap by a byte": (resize(SIZE_CAP + 1), "sizes", "16000001 bytes (in the log), 1 over"),
     "sizes do not add up": (misadd, "sizes", "!= 1234567"),
-    "size in RESULT against a line": (edit("train_seed42.log", "zstd: ", "zstd: 1"), "log", "RESULT has "
-                                                                                            "bytes_model"),
-    "600.1 s of training": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 600.1'), "train time",
-                            "over 600 s: 600.100 s"),
-    "loop longer than RESULT says": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": '
-                                                                                       '500.5'), "log",
-                                     "RESULT has train_seconds 500.500"),
-    "600.1 s of evaluation": (edit("eval_ttt_seed1337", '"eval_seconds": 412.75', '"eval_seconds": 600.1'), "eval time",
-                              "over 600 s: 600.1 s"),
+    "size in RESULT against a line": (edit("train_seed42.log", "zstd: ", "zstd: 1"),
+        "log", "RESULT has bytes_model"),
+    "600.1 s of training": (edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 600.1'),
+        "train time", "over 600 s: 600.100 s"),
+    "loop longer than RESULT says": (
+        edit("train_seed1337", '"train_seconds": 598.25', '"train_seconds": 500.5'),
+        "log", "RESULT has train_seconds 500.500"),
+    "600.1 s of evaluation": (edit("eval_ttt_seed1337", '"eval_seconds": 412.75', '"eval_seconds": 600.1'),
+        "eval time", "over 600 s: 600.1 s"),
     "two seeds": (remove("train_seed42.log", "eval_ttt_seed42.log"), "seeds", "2 distinct seeds"),
     "duplicate seed": (edit("train_seed42.log", "seed:42", "seed:1337"), "log", 'RESULT has seed 42'),
     "duplicate seed, everywhere": (lambda files: [edit("train_seed42.log", *pair)(files) for pair in (
         ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "seed 1337 occurs twice"),
     "duplicate seed in JSON": (edit_json(seeds=[42, 42, 1337]), "seeds", "a seed twice"),
     "seed without a log": (edit_json(seeds=[42, 1337, 7]), "seeds", "seeds [7], but the logs have"),
-    "log named for another seed": (lambda files: files.update({"train_seed7.log": files.pop("train_seed42.log")}),
-                                   "seeds", "train_seed7.log + eval_ttt_seed42.log is named for seed 7"),
+    "log named for another seed": (
+        lambda files: files.update({"train_seed7.log": files.pop("train_seed42.log")}),
+        "seeds", "train_seed7.log + eval_ttt_seed42.log is named for seed 7"),
     "score copied to another seed": (as_seed(2025, 42), "seeds", "the same score 1.10880000"),
-    "no final line": (lambda files: [fault(files) for fault in (cut("train_seed42.log", "final_int6"),
-                                                                remove("eval_ttt_seed42.log"))],
-                      "log", "train_seed42.log: no line with a final score"),
+    "no final line": (lambda files: [fault(files) for fault in (
+        cut("train_seed42.log", "final_int6"), remove("eval_ttt_seed42.log"))],
+        "log", "train_seed42.log: no line with a final score"),
     "RESULT cut off": (edit("train_seed42.log", '"seed": 42}', '"se'), "log", "not JSON"),
-    "RESULT against a line's loss": (edit("eval_ttt_seed42.log", "ttt_exact val_loss:1", "ttt_exact "
-                                                                                         "val_loss:2"), "log",
-                                     "RESULT has val_loss_ttt"),
-    "RESULT against a line": (edit("train_seed42.log", "val_bpb:1.11510000", "val_bpb:1.11500000"), "log",
-                              "RESULT has val_bpb_sliding 1.11510000"),
-    "score not a number": (edit("eval_ttt_seed42.log", "val_bpb:1.10880000", "val_bpb:nan"), "log", "val_bpb:nan"),
+    "RESULT against a line's loss": (
+        edit("eval_ttt_seed42.log", "ttt_exact val_loss:1", "ttt_exact val_loss:2"),
+        "log", "RESULT has val_loss_ttt"),
+    "RESULT against a line": (edit("train_seed42.log", "val_bpb:1.11510000", "val_bpb:1.11500000"),
+        "log", "RESULT has val_bpb_sliding 1.11510000"),
+    "score not a number": (edit("eval_ttt_seed42.log", "val_bpb:1.10880000", "val_bpb:nan"),
+        "log", "val_bpb:nan"),
     "wrong byte count": (rescore(1337, 1 / 1.167), "bytes", "bytes were counted instead of 151,0"),
     "evaluator read another model": (stray, "log", "the evaluator scored another artifact"),
-    "code changed between seeds": (edit("train_seed2025.log", sha(TRAINER), sha(b"x")), "code",
-                                   "train_gpt.py changed between"),
-    "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"), "code", "train_gpt.py as shipped is "
-                                                                               "not what"),
+    "code changed between seeds": (edit("train_seed2025.log", sha(TRAINER), sha(b"x")),
+        "code", "train_gpt.py changed between"),
+    "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"),
+        "code", "train_gpt.py as shipped is not what"),
     "more code shipped than counted": (put("train_gpt.py", TRAINER + b"# more\n"), "sizes", "the log counts"),
     "data in the README": (lambda files: files.update({
-        "train_gpt.py": TRAINER + b'\nopen("README.md")\n', "README.md": files["README.md"] + bytes(SIZE_CAP)}),
+        "train_gpt.py": TRAINER + b'\nopen("README.md")\n',
+        "README.md": files["README.md"] + bytes(SIZE_CAP)}),
         "sizes", "with README.md, which the programs name or import"),
-    "code that is not counted": (lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}),
-                                 "sizes", "tricks.py"),
-    "settings differ": (edit("train_seed2025.log", "MATRIX_LR=0.025", "MATRIX_LR=0.03"), "settings",
-                        "matrix_lr 0.025 and 0.03"),
-    "leaky export": (edit("train_seed1337.log", "train_shards:80", "train_shards:1499"), "validation set", "40,000"),
+    "code that is not counted": (
+        lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}),
+        "sizes", "tricks.py"),
+    "settings differ": (edit("train_seed2025.log", "MATRIX_LR=0.025", "MATRIX_LR=0.03"),
+        "settings", "matrix_lr 0.025 and 0.03"),
+    "leaky export": (edit("train_seed1337.log", "train_shards:80", "train_shards:1499"),
+        "validation set", "40,000"),
     "part of the validation set": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:12404369"),
-                                   "validation set", "not the 62,021,846"),
+        "validation set", "not the 62,021,846"),
     "tokens of another tokenizer": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:40540801"),
-                                    "validation set", "sp8192's validation tokens with the tokenizer of "
-                                                      "sp1024"),
+        "validation set", "sp8192's validation tokens with the tokenizer of sp1024"),
     "bpb given as nats": (edit_json(delta_nats=-0.0051, delta_bpb=-0.0051), "units", "units confused"),
-    "units mixed up in README": (put("README.md", b"better by 0.0043 BPB = 0.0030 nats"), "units", "0.0030 nats"),
+    "units mixed up in README": (put("README.md", b"better by 0.0043 BPB = 0.0030 nats"),
+        "units", "0.0030 nats"),
     "pickle for an artifact": (put(MODEL, saved_by_torch()), "artifact", "is a pickle"),
     "compressed pickle": (put(MODEL, lzma.compress(pickle.dumps({"w": 1}))), "artifact", "is a pickle"),
     "artifact cut off": (put(MODEL, artifact(42)[:-1]), "artifact", "truncated or altered"),
     "artifact of no log": (put(MODEL, artifact(43)), "artifact", "not the artifact that the logs scored"),
     "adapt-first evaluator": (put("eval_ttt.py", ADAPT_FIRST), "syntax tree", "eval_ttt.py:6: adapts first"),
-    "program that does not compile": (put("train_gpt.py", b"def main(:\n"), "syntax tree", "does not "
-                                                                                           "compile"),
-    "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"), "legality", "invalid_ttt_exact"),
-    "calls itself not legal": (edit("eval_ttt_seed42.log", '"legal": true', '"legal": false'), "legality", "false"),
-    "audit failed": (edit("certificate_seed42.txt", "=legal: legal", "=legal: NOT LEGAL"), "legality", "NOT LEGAL"),
-    "a check of the audit failed": (edit("certificate_seed42.txt", "  pass  T1", "  FAIL  T1"), "legality", "FAIL  T1"),
-    "audit of another artifact": (put("certificate_seed42.txt", certificate(b"x").encode()), "legality",
-                                  "another artifact"),
-    "audit of other code": (edit("certificate_seed42.txt", sha(EVALUATOR), sha(b"x")), "legality",
-                            "another eval_ttt.py"),
+    "program that does not compile": (put("train_gpt.py", b"def main(:\n"),
+        "syntax tree", "does not compile"),
+    "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"),
+        "legality", "invalid_ttt_exact"),
+    "calls itself not legal": (edit("eval_ttt_seed42.log", '"legal": true', '"legal": false'),
+        "legality", "false"),
+    "audit failed": (edit("certificate_seed42.txt", "=legal: legal", "=legal: NOT LEGAL"),
+        "legality", "NOT LEGAL"),
+    "a check of the audit failed": (edit("certificate_seed42.txt", "  pass  T1", "  FAIL  T1"),
+        "legality", "FAIL  T1"),
+    "audit of another artifact": (put("certificate_seed42.txt", certificate(b"x").encode()),
+        "legality", "another artifact"),
+    "audit of other code": (edit("certificate_seed42.txt", sha(EVALUATOR), sha(b"x")),
+        "legality", "another eval_ttt.py"),
     "certificate without JSON": (remove("certificate_seed42.json"), "legality", "no certificate_seed42.json"),
     "certificate of broken JSON": (cut("certificate_seed42.json", "checks"), "legality", "not a JSON object"),
-    "one certificate for three seeds": (remove(*(f"certificate_seed{seed}.{end}" for seed in (1337, 2025)
-                                                 for end in ("txt", "json"))), "legality",
-                                        "eval_ttt_seed2025.log: no certificate for its artifact"),
+    "one certificate for three seeds": (
+        remove(*(f"certificate_seed{seed}.{end}" for seed in (1337, 2025) for end in ("txt", "json"))),
+        "legality", "eval_ttt_seed2025.log: no certificate for its artifact"),
     "one line of text": (lambda files: [fault(files) for fault in (
         remove("certificate_seed42.json"), put("certificate_seed42.txt", b"certificate: legal"))],
         "legality", "no certificate_seed42.json"),
     "JSON calls it not legal": (edit_certificate(legal=False), "legality", '"legal" is false'),
     "legal in words": (edit_certificate(legal="yes"), "legality", '"legal" is "yes"'),
-    "a check of nothing": (edit_certificate(checks=[dict(name="T1", ok=True, checked=0)]), "legality",
-                           "T1 passed with 0 checked"),
-    "a check without a count": (edit_certificate(checks=[dict(name="T1", ok=True)]), "legality", "with None "
-                                                                                                 "checked"),
+    "a check of nothing": (edit_certificate(checks=[dict(name="T1", ok=True, checked=0)]),
+        "legality", "T1 passed with 0 checked"),
+    "a check without a count": (edit_certificate(checks=[dict(name="T1", ok=True)]),
+        "legality", "with None checked"),
     "a failed check in JSON": (edit_certificate(checks=[dict(name="T2", ok=False)]), "legality", "T2 failed"),
     "a certificate that is not legal beside one that is": (lambda files: files.update({
         "certificate.json": files["certificate_seed42.json"],
         "certificate.seed42.json": json.dumps(certificate_json(42) | dict(legal=False)).encode()}),
         "legality", 'certificate.seed42: "legal" is false'),
-    **{f"{name} is not among the checks": (edit_certificate(checks=[dict(name=other, ok=True, checked=9)
-       for other in ("T1b embeddings", "T10 memory", *ESSENTIAL) if other != name]), "legality", f"{name} did not pass")
-       for name in ESSENTIAL},
-    "an essential check that says nothing": (edit_certificate(checks=[
-        dict(name=name, ok=name != "T2" or None, checked=9) for name in ESSENTIAL]), "legality", "T2 did not "
-                                                                                                 "pass"),
+    **{f"{name} is not among the checks": (
+        edit_certificate(checks=[dict(name=other, ok=True, checked=9)
+                                 for other in ("T1b embeddings", "T10 memory", *ESSENTIAL) if other != name]),
+        "legality", f"{name} did not pass") for name in ESSENTIAL},
+    "an essential check that says nothing": (
+        edit_certificate(checks=[dict(name=name, ok=name != "T2" or None, checked=9) for name in ESSENTIAL]),
+        "legality", "T2 did not pass"),
     "no check at all": (edit_certificate(checks=[]), "legality", "no check passed"),
     "checks of another shape": (edit_certificate(checks={"T1": True}), "legality", "not a list of objects"),
     "audit without the targets": (edit_certificate(targets=None), "legality", "lacks targets"),
-    "audit of more than was scored": (edit_certificate(targets=TARGETS + 1), "legality", "targets is "
-                                                                                         f"{TARGETS + 1}"),
+    "audit of more than was scored": (edit_certificate(targets=TARGETS + 1),
+        "legality", f"targets is {TARGETS + 1}"),
     "audit of nothing": (edit_certificate(targets=0), "legality", "targets is 0"),
     "audit of another tokenizer": (rehash("tokenizer", sha(b"x")), "legality", "another tokenizer"),
     "audit of other losses": (rehash("nll.npy", sha(b"x")), "legality", "another nll.npy"),
-    "audit of another text": (rehash("fineweb_val_000000.bin", sha(b"x")), "legality", "another "
-                                                                                       "fineweb_val_0"),
-    "audit of a text unnamed": (rehash("fineweb_val_000000.bin", None), "legality", "not name "
-                                                                                    "fineweb_val_000000.bin"),
+    "audit of another text": (rehash("fineweb_val_000000.bin", sha(b"x")),
+        "legality", "another fineweb_val_0"),
+    "audit of a text unnamed": (rehash("fineweb_val_000000.bin", None),
+        "legality", "not name fineweb_val_000000.bin"),
     "audit of code unnamed": (rehash("train_gpt.py", None), "legality", "does not name train_gpt.py"),
     "audited JSON of another artifact": (rehash("artifact", sha(b"x")), "legality", "another artifact"),
-    "audited with a rate of 0": (edit_certificate(settings=dict(ttt_mode="banks", ttt_lr=0)), "legality",
-                                 "audited with ttt_lr 0, scored with 0.001"),
-    "audited in another mode": (edit_certificate(settings=dict(ttt_mode="none", ttt_lr=0.001)), "legality",
-                                "ttt_mode none, scored with banks"),
+    "audited with a rate of 0": (edit_certificate(settings=dict(ttt_mode="banks", ttt_lr=0)),
+        "legality", "audited with ttt_lr 0, scored with 0.001"),
+    "audited in another mode": (edit_certificate(settings=dict(ttt_mode="none", ttt_lr=0.001)),
+        "legality", "ttt_mode none, scored with banks"),
     "one artifact under two seeds": (lambda files: [fault(files) for fault in (
         edit("train_seed2025.log", sha(artifact(2025)), sha(artifact(42))),
-        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))], "artifact", "the same "
-                                                                                             "artifact"),
+        edit("eval_ttt_seed2025.log", sha(artifact(2025)), sha(artifact(42))))],
+        "artifact", "the same artifact"),
     "inflated bytes with a manifest that says so": (lambda files: [fault(files) for fault in (
         *(rescore(seed, 1 / 1.1) for seed in SCORES), manifest(1.1))], "bytes", "sp1024 has 0.41052"),
-    "manifest with more bytes than published": (lambda files: manifest(1.1)(files), "bytes", "manifest.json "
-                                                                                             "has 0.373"),
+    "manifest with more bytes than published": (lambda files: manifest(1.1)(files),
+        "bytes", "manifest.json has 0.373"),
     "a large file that is read": (lambda files: files.update({
-        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(SIZE_CAP)}), "sizes",
-        "with weights.bin, which the programs name or import"),
-    "a large module that is imported": (lambda files: files.update({
-        "train_gpt.py": IMPORTING, "tricks.so": bytes(SIZE_CAP)}), "sizes", "with tricks.so, which"),
+        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(SIZE_CAP)}),
+        "sizes", "with weights.bin, which the programs name or import"),
+    "a large module that is imported": (
+        lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.so": bytes(SIZE_CAP)}),
+        "sizes", "with tricks.so, which"),
     "a large module by its name": (lambda files: files.update({
-        "eval_ttt.py": EVALUATOR + b"__import__('tricks')\n", "tricks.pyc": bytes(SIZE_CAP)}), "sizes", "tricks.pyc"),
-    "trained on the validation shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/fineweb_val_*.bin"
-                                              " (given)\n  MATRIX_LR"), "validation set", "are validation "
-                                                                                          "shards"),
-    "trained on all shards": (edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/*.bin (given)\n  "
-                                                                        "MATRIX_LR"),
-                              "validation set", "are validation shards: fineweb_val_000000.bin"),
-    "less than the challenge's text": (lambda files: [edit(name, old, new)(files) for seed in SCORES
-                                       for name, old, new in (
-        (f"train_seed{seed}.log", "fineweb_1024_bpe", "mine"), (f"eval_ttt_seed{seed}.log", f"targets:{TARGETS}",
-                                                                "targets:60000000"))], "bytes",
-                                       "60000000 tokens of fineweb10B_sp1024 are 146,15"),
-    "the first baseline's export": (lambda files: [edit(f"eval_ttt_seed{seed}.log", f"targets:{TARGETS}",
-                                                        "targets:63779839")(files) for seed in SCORES],
-                                    "bytes", "the challenge's text has 151,000,000"),
+        "eval_ttt.py": EVALUATOR + b"__import__('tricks')\n", "tricks.pyc": bytes(SIZE_CAP)}),
+        "sizes", "tricks.pyc"),
+    "trained on the validation shards": (
+        edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/fineweb_val_*.bin (given)\n  MATRIX_LR"),
+        "validation set", "are validation shards"),
+    "trained on all shards": (
+        edit("train_seed1337.log", "  MATRIX_LR", "  TRAIN_FILES=d/*.bin (given)\n  MATRIX_LR"),
+        "validation set", "are validation shards: fineweb_val_000000.bin"),
+    "less than the challenge's text": (lambda files: [
+        edit(name, old, new)(files) for seed in SCORES for name, old, new in (
+            (f"train_seed{seed}.log", "fineweb_1024_bpe", "mine"),
+            (f"eval_ttt_seed{seed}.log", f"targets:{TARGETS}", "targets:60000000"))],
+        "bytes", "60000000 tokens of fineweb10B_sp1024 are 146,15"),
+    "the first baseline's export": (lambda files: [
+        edit(f"eval_ttt_seed{seed}.log", f"targets:{TARGETS}", "targets:63779839")(files) for seed in SCORES],
+        "bytes", "the challenge's text has 151,000,000"),
 }  # fmt: skip
 
 
@@ -641,29 +665,30 @@ def test_a_folder_with_a_wrong_name(tmp_path, name):
 DOUBTS = {
     "usual key missing": (edit_json(track=None), "json", "track"),
     "best seed's score": (edit_json(val_bpb=1.1082), "claims", "a single seed"),
-    "population's deviation": (edit_json(val_bpb_std=round(float(np.std([row[2] for row in SCORES.values()])), 6)),
-                               "claims", "population standard deviation"),
+    "population's deviation": (
+        edit_json(val_bpb_std=round(float(np.std([row[2] for row in SCORES.values()])), 6)),
+        "claims", "population standard deviation"),
     "a log twice": (lambda files: files.update({
         "copy.log": files["train_seed42.log"] + b"\n" + files["eval_ttt_seed42.log"]}), "seeds", "repeats"),
     "a log's seed not claimed": (edit_json(seeds=[42, 1337]), "seeds", "[2025] that have logs"),
-    "another export": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:62500000"), "validation "
-                                                                                                "set",
-                       "not the 62,021,846"),
+    "another export": (edit("eval_ttt_seed1337.log", f"targets:{TARGETS}", "targets:62500000"),
+        "validation set", "not the 62,021,846"),
     "units of another kind": (put("README.md", b"1.0810 bpb, 0.005 nats"), "units", "units do not agree"),
-    "margin in bpb": (put("README.md", b"one-sided test against SOTA - 0.005 bpb"), "units", "0.00296 bpb "
-                                                                                             "here"),
-    "no audit": (lambda files: [files.pop(name) for name in list(files) if "cert" in name], "legality",
-                 "no certificate"),
-    "not all was audited": (edit_certificate(not_audited=["phases after the first"]), "legality",
-                            "not audited: phases after the first"),
+    "margin in bpb": (put("README.md", b"one-sided test against SOTA - 0.005 bpb"),
+        "units", "0.00296 bpb here"),
+    "no audit": (lambda files: [files.pop(name) for name in list(files) if "cert" in name],
+        "legality", "no certificate"),
+    "not all was audited": (edit_certificate(not_audited=["phases after the first"]),
+        "legality", "not audited: phases after the first"),
     "an older certificate": (edit_certificate(not_audited=None), "legality", "of an older version"),
     "losses not in the certificate": (rehash("nll.npy", None), "legality", "does not name the losses"),
-    "an older evaluation": (edit("eval_ttt_seed42", f'"sha256_nll": "{sha(b"nll 42")}", ', ""), "legality",
-                            "RESULT has no sha256_nll"),
-    "a file that no program names": (put("data.bin", bytes(100)), "sizes", "not counted: data.bin (100 "
-                                                                           "bytes)"),
+    "an older evaluation": (edit("eval_ttt_seed42", f'"sha256_nll": "{sha(b"nll 42")}", ', ""),
+        "legality", "RESULT has no sha256_nll"),
+    "a file that no program names": (put("data.bin", bytes(100)),
+        "sizes", "not counted: data.bin (100 bytes)"),
     "a file that a program names": (lambda files: files.update({
-        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(100)}), "sizes", "weights.bin (100"),
+        "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(100)}),
+        "sizes", "weights.bin (100"),
     "network": (put("eval_ttt.py", b"import requests\n"), "syntax tree", "requests"),
 }  # fmt: skip
 
@@ -779,13 +804,15 @@ def read(tmp_path: Path, text: str | bytes) -> check.LogFacts:
 
 
 def core(facts: check.LogFacts) -> tuple:
-    return (facts.seed, facts.steps, facts.val_bpb, facts.eval_seconds, facts.train_seconds, facts.bytes_total,
-            facts.hessian_seconds, facts.settings.get("train_seq_len"))  # fmt: skip
+    return (facts.seed, facts.steps, facts.val_bpb, facts.eval_seconds, facts.train_seconds,
+            facts.bytes_total, facts.hessian_seconds, facts.settings.get("train_seq_len"))  # fmt: skip
 
 
 DISGUISES = {
     "Windows": lambda text: text.replace("\n", "\r\n"),
-    "epochs": lambda text: "".join(f"1776140000.{i:03d} {line}\n" for i, line in enumerate(text.splitlines())),
+    "epochs": lambda text: "".join(
+        f"1776140000.{i:03d} {line}\n" for i, line in enumerate(text.splitlines())
+    ),
     "ranks": lambda text: "".join(f"[rank0]: {line}\n" for line in text.splitlines()),
     "dates": lambda text: "".join(f"2026-03-22T00:11:06.893 {line}\n" for line in text.splitlines()),
     "progress bars": lambda text: text.replace("step:7103", "train: 10%|#     \rtrain: "

@@ -46,8 +46,8 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
     shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
     write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 400])
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard), DEVICE="cpu",
-        TOKENIZER_PATH=str(demo_data / "tokenizer.model"), EVAL_BUDGET_SECONDS="1000000",
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard),
+        DEVICE="cpu", TOKENIZER_PATH=str(demo_data / "tokenizer.model"), EVAL_BUDGET_SECONDS="1000000",
     )  # fmt: skip
 
 
@@ -143,9 +143,10 @@ def certify(run: Path) -> None:
 
 def test_the_folder(record, made):
     names = {path.name for path in record.folder.iterdir()}
-    assert names == {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "eval_ttt.py", "smoke.env",
-                     *(f"train_seed{seed}.log" for seed in SEEDS),
-                     *(f"certificate_seed{seed}.{end}" for seed in SEEDS for end in ("txt", "json"))}  # fmt: skip
+    assert names == {"README.md", "submission.json", "requirements.txt", "train_gpt.py", "eval_ttt.py",
+                     "smoke.env", *(f"train_seed{seed}.log" for seed in SEEDS),
+                     *(f"certificate_seed{seed}.{end}" for seed in SEEDS
+                       for end in ("txt", "json"))}  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_A_test", record.folder.name)
     assert {path.name for path in record.out.iterdir()} == {"what.md", "track_10min_16mb"}
     for seed in SEEDS:
@@ -193,9 +194,10 @@ def test_the_numbers_of_the_json_are_those_of_the_result_lines(record):
 def test_the_numbers_of_the_readme_are_those_of_the_result_lines(record):
     rows = {cells[0]: cells[1:] for cells in table_rows(record.readme) if len(cells) == 11}
     columns = (
-        (0, "steps", ",d"), (1, "step_avg_ms", ".2f"), (2, "val_bpb_sliding", ".8f"), (3, "val_bpb_ttt", ".8f"),
-        (4, "ttt_gain_bpb", ".8f"), (5, "val_loss_ttt", ".8f"), (6, "bytes_model", ",d"), (7, "bytes_total", ",d"),
-        (8, "train_seconds", ".1f"), (9, "eval_seconds", ".1f"),
+        (0, "steps", ",d"), (1, "step_avg_ms", ".2f"), (2, "val_bpb_sliding", ".8f"),
+        (3, "val_bpb_ttt", ".8f"), (4, "ttt_gain_bpb", ".8f"), (5, "val_loss_ttt", ".8f"),
+        (6, "bytes_model", ",d"), (7, "bytes_total", ",d"), (8, "train_seconds", ".1f"),
+        (9, "eval_seconds", ".1f"),
     )  # fmt: skip
     for seed, (trained, evaluated) in record.results.items():
         both = trained | evaluated
@@ -218,8 +220,9 @@ def table_rows(text: str) -> list[list[str]]:
 
 def test_what_the_readme_says(record):
     # fmt: off
-    for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized", "3. Score before",
-                 "4. One pass: each of the 399 targets", "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
+    for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized",
+                 "3. Score before", "4. One pass: each of the 399 targets",
+                 "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
                  "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats per token at p < 0.01 is not shown "
                  "(one "):
         assert said in record.readme
@@ -309,53 +312,57 @@ def illegal(run: Path) -> None:
 
 REFUSED = {  # what is done to the run of seed 42, words of the reason
     "failed": (lambda run: (run / "result.json").unlink(), "42 is not a finished run: no result.json"),
-    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(), "42 is not a finished run: no "
-                                                                      "eval_ttt.json"),
+    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(),
+        "42 is not a finished run: no eval_ttt.json"),
     "no log": (lambda run: (run / "train.log").unlink(), "not a finished run: no train.log"),
-    "a part of a result": (lambda run: (run / "result.json").write_text('{"fits": true}'), "lacks val_bpb_sliding"),
-    "cut JSON": (lambda run: (run / "result.json").write_text("{"), "result.json is not a JSON object: "
-                                                                    "Expecting"),
-    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"), "its log does not report seed, "
-                                                                              "world"),
-    "older result": (lambda run: change(run, '"world_size"', '"ranks"'), "its log does not report "
-                                                                         "world_size"),
+    "a part of a result": (lambda run: (run / "result.json").write_text('{"fits": true}'),
+        "lacks val_bpb_sliding"),
+    "cut JSON": (lambda run: (run / "result.json").write_text("{"),
+        "result.json is not a JSON object: Expecting"),
+    "no RESULT": (lambda run: change(run, "(?m)^RESULT .*", "", "train.log"),
+        "its log does not report seed, world"),
+    "older result": (lambda run: change(run, '"world_size"', '"ranks"'),
+        "its log does not report world_size"),
     "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "matches result.json"),
     "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
     "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
-                          "42: train time: over 600 s: 600.100 s"),
+        "42: train time: over 600 s: 600.100 s"),
     "evaluation too long": (lambda run: change(run, r'"eval_seconds": [\d.]+', '"eval_seconds": 600.1'),
-                            "42: eval time: over 600 s: 600.1 s"),
+        "42: eval time: over 600 s: 600.1 s"),
     "illegal": (illegal, "42: legality: "),
-    "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"), "legality"),
-    "audited with another rate": (lambda run: [certify(run), change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5',
-                                                                    "certificate.json")],
-                                  "audited with ttt_lr 0.5, scored with 0.002"),
+    "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"),
+        "legality"),
+    "audited with another rate": (
+        lambda run: [certify(run), change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "certificate.json")],
+        "audited with ttt_lr 0.5, scored with 0.002"),
     "one certificate": (lambda run: certify(run.with_name("7")) or shutil.copyfile(
         run.with_name("7") / "certificate.json", run / "certificate.json"), "another artifact"),
     "the artifact of another seed": (lambda run: change(
         run, train_gpt.sha256_file(run / "final_model.int6.ptz"),
-        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")), "seeds 7, 42 have the same "
-                                                                             "artifact"),
-    "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)), "nll.npy"),
+        train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")),
+        "seeds 7, 42 have the same artifact"),
+    "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)),
+        "nll.npy"),
     "other code": (recode, "differ in code: train_gpt.py "),
     "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
-                          "42: code: eval_ttt.py as shipped is not what ran"),
+        "42: code: eval_ttt.py as shipped is not what ran"),
     "no code": (lambda run: shutil.rmtree(run / "source"), "42 is not a finished run: no source"),
     "other settings": (lambda run: change(run, "MATRIX_LR=0.025", "MATRIX_LR=0.5"),
-                       "differ in settings: matrix_lr 0.025 and 0.5"),
+        "differ in settings: matrix_lr 0.025 and 0.5"),
     "other evaluation": (lambda run: change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "eval_ttt.*"),
-                         "differ in evaluation: ttt_lr 0.002 and 0.5"),
+        "differ in evaluation: ttt_lr 0.002 and 0.5"),
     "not evaluated": (lambda run: [path.unlink() for path in run.glob("eval_ttt.*")], "differ in evaluation"),
-    "other text": (lambda run: change(run, r'(?s)\A(.*?"val_bpb_roundtrip": )[\d.]+', r"\g<1>9.5", "eval_ttt.*"),
-                   "42: log: trainer and evaluator scored different texts, val_bpb_roundtrip is "),
+    "other text": (
+        lambda run: change(run, r'(?s)\A(.*?"val_bpb_roundtrip": )[\d.]+', r"\g<1>9.5", "eval_ttt.*"),
+        "42: log: trainer and evaluator scored different texts, val_bpb_roundtrip is "),
     "another seed's": (lambda run: shutil.rmtree(run) or shutil.copytree(run.with_name("7"), run),
-                       "seed 7 occurs twice"),
+        "seed 7 occurs twice"),
 }  # fmt: skip
 
 
 @pytest.fixture
 def no_tree(monkeypatch):
-    """Without the scan of the programs, which takes most of a check's time and none of these faults concerns."""
+    """Leave out the scan of the programs: it takes most of a check's time, and no fault here concerns it."""
     monkeypatch.setattr(check, "RULES", tuple(rule for rule in check.RULES if rule[0] != "syntax tree"))
 
 
@@ -807,8 +814,8 @@ def test_the_table(record, tmp_path):
             and text.endswith("-->\n\nAfter.\n")
             and "old" not in text
         )
-    assert first == ["track_10min_16mb", "2026-01-01", "[a/b](track_10min_16mb/2026-01-01_Better)", "1.500000",
-                     "-", "-", "-", "-", "-"]  # fmt: skip
+    assert first == ["track_10min_16mb", "2026-01-01", "[a/b](track_10min_16mb/2026-01-01_Better)",
+                     "1.500000", "-", "-", "-", "-", "-"]  # fmt: skip
     assert [(row[2].partition("]")[0], row[3:8]) for row in rest] == [
         ("[2026-01-01_Broken", ["-"] * 5), ("[2026-01-01_Odd", ["-", "-", "-", "2", "-"])
     ]  # fmt: skip
