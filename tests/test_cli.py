@@ -79,8 +79,9 @@ def settings(demo_data, tmp_path_factory) -> dict[str, str]:
         tokens = np.fromfile(demo_data / f"fineweb_{split}_000000.bin", "<u2")[512 : 512 + count]
         write_shard(data / f"fineweb_{split}_000000.bin", tokens)
     return dict(
-        RECIPE=str(RECIPE), DATA_PATH=str(data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), RUN_ID="run",
-        ITERATIONS="3", VAL_LOSS_EVERY="2", WARMUP_STEPS="1", GPTQ_CALIB_BATCHES="1", TARGET_MB="15.9", DEVICE="cpu",
+        RECIPE=str(RECIPE), DATA_PATH=str(data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"),
+        RUN_ID="run", ITERATIONS="3", VAL_LOSS_EVERY="2", WARMUP_STEPS="1", GPTQ_CALIB_BATCHES="1",
+        TARGET_MB="15.9", DEVICE="cpu",
     )  # fmt: skip
 
 
@@ -216,7 +217,7 @@ def test_sizes_in_the_log_are_those_of_the_files(finished):
 
 
 def test_head_of_the_log(finished):
-    """Readers skip all before the first model_params: value, so it must come before the first step and score."""
+    """Readers skip all before the first model_params: value: it must precede the first step and score."""
     (params,) = re.findall(r"^model_params:(\d+)$", finished.log, re.M)
     state = torch.load(finished.folder / "final_model.pt", weights_only=True)
     assert int(params) == sum(tensor.numel() for tensor in state.values()) == finished.result["model_params"]
@@ -267,8 +268,9 @@ def test_the_last_line_is_the_result(finished):
 def test_the_result_has_what_tools_expect(finished):
     result = finished.result
     numbers = """
-        val_bpb_roundtrip val_bpb_sliding val_loss_roundtrip val_loss_sliding bytes_code bytes_model bytes_total
-        train_seconds eval_seconds strict_seconds steps step_avg_ms tokens_per_second model_params seed world_size
+        val_bpb_roundtrip val_bpb_sliding val_loss_roundtrip val_loss_sliding bytes_code bytes_model
+        bytes_total train_seconds eval_seconds strict_seconds steps step_avg_ms tokens_per_second model_params
+        seed world_size
     """.split()
     assert [name for name in numbers if type(result.get(name)) not in (int, float)] == []
     assert [name for name in numbers if not (math.isfinite(result[name]) and result[name] > 0)] == []

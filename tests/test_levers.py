@@ -39,8 +39,8 @@ SHUFFLED = dict(block_order="3, 1,4,0,4,2,1,2")
 FAMILY = dict(pos_conditional_bigram=True, word_start_boost=True)
 
 # Every lever that the model can have at once, and those of the loss.
-ALL = replace(SMALL, **SHUFFLED, **FAMILY, mlp_hidden=31, star_relu=True, skip_gates=True, num_memory_tokens=3,
-              num_kv_heads=4, phase_resid_mix=True, overtone_init=True)  # fmt: skip
+ALL = replace(SMALL, **SHUFFLED, **FAMILY, mlp_hidden=31, star_relu=True, skip_gates=True,
+              num_memory_tokens=3, num_kv_heads=4, phase_resid_mix=True, overtone_init=True)  # fmt: skip
 LOSSES = dict(mtp_num_heads=2, mtp_loss_weight=0.4, zloss_weight=0.01)
 
 
@@ -107,7 +107,7 @@ def lever_embedding(c: Config, p: dict[str, np.ndarray], ids: list[int]) -> np.n
 
 
 def lever_stream(model: GPT, ids: list[int]) -> np.ndarray:
-    """What the head reads, (T, d): layer by layer, each with its own scales and the matrices of its bank row."""
+    """The input of the head, (T, d): layer by layer, each with its own scales and bank rows."""
     c, p = model.config, numbers(model)
     order = [int(n) for n in c.block_order.split(",")] if c.block_order else [*range(c.num_layers)]
     layers = [(n, row) for n, row in enumerate(order) if model.looped or row not in order[:n]]
@@ -233,7 +233,7 @@ def test_hashes_of_large_ids_wrap_at_32_bits(changes, rows):
 
 @pytest.mark.parametrize("changes", [dict(bigram_hash="linear"), {}], ids=str)
 def test_hashes_look_back_across_a_border_only_as_published(changes):
-    """With attention's outputs zero and no smear, the next place depends on a token, but not beyond a border."""
+    """With zero attention and no smear, the next position depends on a token, but not across a border."""
     model = lever_model(replace(SMALL, smear_gate=False, **changes))
     with torch.no_grad():
         model.qo_bank[L:].zero_()
@@ -524,7 +524,7 @@ def watch(monkeypatch, name: str) -> list[tuple[bool, bool]]:
 
 
 def train_and_watch(folder, monkeypatch, **changes) -> tuple[GPT, list[tuple[bool, bool]]]:
-    """Train without a score, one second a step; whether the loop ran and the banks were rounded at each step."""
+    """Train unscored, one second a step; return the model and, per step, whether it looped and rounded."""
     c = replace(
         ALL, train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, warmdown_iters=5, ema_enabled=False
     )
@@ -646,13 +646,13 @@ def test_the_artifact_carries_every_lever_of_the_model_and_no_heads(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 
 MODEL = """
-    BLOCK_ORDER=0,1,2,1,2 LOOP_START_FRAC=0.4 MLP_HIDDEN=96 STAR_RELU=1 SKIP_GATES=1 PHASE_RESID_MIX=1 OVERTONE_INIT=1
-    POS_CONDITIONAL_BIGRAM=1 WORD_START_BOOST=1 NUM_MEMORY_TOKENS=2 NUM_KV_HEADS=4 MTP_NUM_HEADS=2
-    ZLOSS_WEIGHT=0.0001 DECODER_LR_MULT=2 EMA_ENABLED=0
+    BLOCK_ORDER=0,1,2,1,2 LOOP_START_FRAC=0.4 MLP_HIDDEN=96 STAR_RELU=1 SKIP_GATES=1 PHASE_RESID_MIX=1
+    OVERTONE_INIT=1 POS_CONDITIONAL_BIGRAM=1 WORD_START_BOOST=1 NUM_MEMORY_TOKENS=2 NUM_KV_HEADS=4
+    MTP_NUM_HEADS=2 ZLOSS_WEIGHT=0.0001 DECODER_LR_MULT=2 EMA_ENABLED=0
 """
 TRAINING = """
-    LATE_QAT=1 QAT_THRESHOLD=0.8 PRUNE_FRAC=0.05 CAUTIOUS_MUON=1 WARMDOWN_SHAPE=cosine EMA_UPDATE_EVERY=2 SWA_ENABLED=1
-    SWA_EVERY=2 SWA_START_FRAC=0.9 BIGRAM_HASH=linear
+    LATE_QAT=1 QAT_THRESHOLD=0.8 PRUNE_FRAC=0.05 CAUTIOUS_MUON=1 WARMDOWN_SHAPE=cosine EMA_UPDATE_EVERY=2
+    SWA_ENABLED=1 SWA_EVERY=2 SWA_START_FRAC=0.9 BIGRAM_HASH=linear
 """
 
 
