@@ -23,10 +23,12 @@ import train_gpt
 from train_gpt import GPT, Artifact, Config
 
 CPU = torch.device("cpu")
-LEARNS = replace(SMALL, eval_seq_len=12, eval_stride=4, eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16,
-                 ttt_batch_seqs=4, ttt_slots=4, ttt_groups=1, ttt_prior_seqs=2, ttt_lr=0.01)  # fmt: skip
-TINY = Config(vocab_size=6, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=4, bigram_vocab_size=0,
-              ve_enabled=False, rope_dims=4, train_seq_len=6, logit_softcap=4.0)  # fmt: skip
+LEARNS = replace(SMALL, eval_seq_len=12, eval_stride=4, eval_batch_seqs=4, ttt_chunk_size=5,
+                 ttt_chunk_tokens=16, ttt_batch_seqs=4, ttt_slots=4, ttt_groups=1, ttt_prior_seqs=2,
+                 ttt_lr=0.01)  # fmt: skip
+TINY = Config(vocab_size=6, num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_hidden=4,
+              bigram_vocab_size=0, ve_enabled=False, rope_dims=4, train_seq_len=6,
+              logit_softcap=4.0)  # fmt: skip
 
 
 def side_of(model: GPT, config: Config = SMALL, rounded: Artifact | None = None, **learned) -> Side:
@@ -205,8 +207,12 @@ def test_chance_is_what_unrelated_matrices_have():
         )
         for name, bank, _ in analyze.MATRICES:
             shape = getattr(a.model, bank).shape[1:]
-            drawn = [analyze.overlap(*(torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2)), right)
-                     for _ in range(300)]  # fmt: skip
+            drawn = [
+                analyze.overlap(
+                    *(torch.randn(shape, generator=rng, dtype=torch.float64) for _ in range(2)), right
+                )
+                for _ in range(300)
+            ]
             assert np.mean(drawn) == pytest.approx(expected[name], rel=0.25)
 
 
@@ -422,8 +428,9 @@ def test_rounding_against_the_tensors():
     side = side_of(model, rounded=Artifact(SMALL, state, "hash"))
     by_weights, by_outputs = (analyze.quantization_error(side, text, outputs) for outputs in (False, True))
     read, L = analyze.activations(model, text.ids), SMALL.num_layers
-    for (name, bank, second), stack in zip(analyze.MATRICES, ("attn_in", "attn_out", "attn_in", "attn_in", "mlp_in",
-                                                              "mlp_mid"), strict=True):  # fmt: skip
+    for (name, bank, second), stack in zip(
+        analyze.MATRICES, ("attn_in", "attn_out", "attn_in", "attn_in", "mlp_in", "mlp_mid"), strict=True
+    ):
         for layer in range(L):
             W, Q = (part[bank][second * L + layer] for part in (model.state_dict(), state))
             x = read[stack, layer]
@@ -491,9 +498,9 @@ def test_differences_are_what_the_others_have_more():
 # As a user meets it
 # ------------------------------------------------------------------------------------------------------------
 
-RUN = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=24, bigram_vocab_size=32, bigram_dim=8,
-             ve_dim=8, ve_layers="1", rope_dims=4, xsa_last_n=1, train_seq_len=16, eval_seq_len=16, eval_stride=8,
-             ttt_chunk_size=8, ttt_slots=4, ttt_groups=1)  # fmt: skip
+RUN = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden=24, bigram_vocab_size=32,
+             bigram_dim=8, ve_dim=8, ve_layers="1", rope_dims=4, xsa_last_n=1, train_seq_len=16,
+             eval_seq_len=16, eval_stride=8, ttt_chunk_size=8, ttt_slots=4, ttt_groups=1)  # fmt: skip
 
 
 @pytest.fixture

@@ -224,7 +224,7 @@ def test_the_same_weights_make_the_same_bytes():
 
 
 def test_settings_of_the_model_alone_travel(tmp_path):
-    """What does not build the model takes its default, so an artifact scores under the reader's own settings."""
+    """Settings that do not build the model take their defaults, so the reader's own settings score it."""
     header, _ = parse(make_blob(replace(SMALL, iterations=7, eval_stride=3)))
     assert "iterations" not in header["config"] and "eval_stride" not in header["config"]
     assert header["config"]["model_dim"] == 24 and header["config"]["doc_borders"] == "respect"

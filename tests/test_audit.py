@@ -28,11 +28,11 @@ from eval_ttt import Adaptation, Setup, documents, evaluate
 from train_gpt import BOS_ID, GPT, Config, Windows
 
 TINY = Config(
-    vocab_size=1024, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4, xsa_last_n=1,
-    bigram_vocab_size=64, bigram_dim=8, ve_dim=4, ve_layers="1", train_seq_len=16, eval_seq_len=16, eval_stride=8,
-    eval_batch_seqs=5, ttt_chunk_tokens=40, ttt_chunk_size=8, ttt_batch_seqs=3, ttt_lr=0.01, ttt_mode="banks",
-    ttt_slots=2, ttt_groups=1, ttt_moments="prefix", ttt_prior_seqs=2,
-    phased_ttt_prefix_docs=2, phased_ttt_num_phases=2,
+    vocab_size=1024, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4,
+    xsa_last_n=1, bigram_vocab_size=64, bigram_dim=8, ve_dim=4, ve_layers="1", train_seq_len=16,
+    eval_seq_len=16, eval_stride=8, eval_batch_seqs=5, ttt_chunk_tokens=40, ttt_chunk_size=8,
+    ttt_batch_seqs=3, ttt_lr=0.01, ttt_mode="banks", ttt_slots=2, ttt_groups=1, ttt_moments="prefix",
+    ttt_prior_seqs=2, phased_ttt_prefix_docs=2, phased_ttt_num_phases=2,
 )  # fmt: skip
 TEXTS = (
     "The river was high, and nobody went across that day; the ferry stayed where it was.",
@@ -417,7 +417,7 @@ def test_what_the_ledger_refuses_is_certified_as_not_legal(setup, text, tmp_path
 
 
 def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypatch):
-    """With chunks larger than the audited text nothing would be learned, and the checks would be of nothing."""
+    """With chunks larger than the audited text there would be no learning, and nothing to check."""
     seen = []
     (tmp_path / "model.ptz").write_bytes(b"")
     monkeypatch.setattr(auditing, "audit", lambda setup, tokens, *_: seen.append(setup.plan(tokens)) or [])
@@ -499,8 +499,10 @@ def test_probes_are_everywhere_and_of_every_kind(setup, text):
 
 READINGS = {
     "causal": (dict(ttt_mode="doc_banks", ttt_moments="own"), ["documents share nothing"]),
-    "causal: ": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw"), ["not even where documents end", "share nothing"]),
-    "causal:": (dict(ttt_mode="phased", ttt_moments="own", ttt_warm_start_a=True), ["the base", "input sides"]),
+    "causal: ": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw"),
+                 ["not even where documents end", "share nothing"]),
+    "causal:": (dict(ttt_mode="phased", ttt_moments="own", ttt_warm_start_a=True),
+                ["the base", "input sides"]),
     "causal: of": (dict(ttt_mode="doc_banks", ttt_moments="prefix"), ["share second moments"]),
     "shared statistics: ": (dict(ttt_mode="doc_banks", ttt_moments="shared"), ["squared gradients"]),
     "knows the end: ": (dict(ttt_mode="none"), ["end of the text", "share the context of windows"]),
@@ -611,7 +613,7 @@ def test_checks_on_traces(name):
 
 
 def noisy(honest: Callable[..., Trace]) -> Callable[..., Trace]:
-    """A tracer of an evaluation whose losses and distributions change by up to 1e-4 nats when it is repeated."""
+    """A tracer of an evaluation whose losses and distributions change by up to 1e-4 nats on repetition."""
     rng = np.random.default_rng(4)
 
     def trace(*args) -> Trace:
@@ -694,8 +696,10 @@ def fade(honest, first, *args):
 @pytest.mark.parametrize("check, owner, name, wrapper", [
     (auditing.check_no_op, Adaptation, "begin", fade),
     (auditing.check_no_op, tg, "adaptation_step", fade),
-    (auditing.check_parity, tg, "make_adapters", lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
-    (auditing.check_parity, tg.BlockWeights, "product", lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),
+    (auditing.check_parity, tg, "make_adapters",
+     lambda f, *args: {name: x + 1e-3 for name, x in f(*args).items()}),
+    (auditing.check_parity, tg.BlockWeights, "product",
+     lambda f, own, *args: f(own, *args) * (1 + bool(own.adapters))),
 ])  # fmt: skip
 def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
     for mode in ("banks", "doc_lora"):
@@ -751,9 +755,10 @@ def trained(demo_data, tmp_path_factory) -> tuple[Path, dict[str, str]]:
             tokens[::50] = BOS_ID  # six documents in the text that is audited
         write_shard(folder / f"fineweb_{split}_0.bin", tokens)
     env = inherited()
-    env |= dict(PYTHONPATH=search_path(ROOT), RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(folder),
-                TOKENIZER_PATH=str(demo_data / "tokenizer.model"), OMP_NUM_THREADS="1", TTT_CHUNK_SIZE="32",
-                TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4", TTT_PRIOR_SEQS="2")  # fmt: skip
+    env |= dict(PYTHONPATH=search_path(ROOT), RECIPE=str(ROOT / "records/recipes/smoke.env"),
+                DATA_PATH=str(folder), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), OMP_NUM_THREADS="1",
+                TTT_CHUNK_SIZE="32", TTT_CHUNK_TOKENS="64", EVAL_BATCH_SEQS="4",
+                TTT_PRIOR_SEQS="2")  # fmt: skip
     training = env | dict(RUN_ID="run", VAL_LOSS_EVERY="0", ITERATIONS="8")
     done = subprocess.run(
         [sys.executable, "-c", LISTENING], env=training, cwd=folder, capture_output=True, text=True
@@ -804,7 +809,7 @@ def test_audit_as_a_user(mode, protocol, code, trained):
 
 
 def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
-    """An evaluation that is repeated keeps its certificate; one with other settings, losses or code has none."""
+    """A repeated evaluation keeps its certificate; one with other settings, losses or code has none."""
     folder, env = trained
     run = folder / "runs/run"
     env = env | dict(TTT_MODE="none", AUDIT_TOKENS="700")
@@ -825,7 +830,8 @@ def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
     assert named() == named(EVAL_BUDGET_SECONDS="9999") == "certificate.json"
     assert named(EVAL_STRIDE="16") is None
     for key, value in (("legal", False), ("sha256", {**certificate["sha256"], "eval_ttt.py": "0" * 64}),
-                       ("sha256", {**certificate["sha256"], "nll.npy": "0" * 64}), ("settings", 3)):  # fmt: skip
+                       ("sha256", {**certificate["sha256"], "nll.npy": "0" * 64}),
+                       ("settings", 3)):  # fmt: skip
         (run / "certificate.json").write_text(json.dumps(certificate | {key: value}))
         assert named() is None
 
@@ -874,7 +880,7 @@ def test_the_run_beside_the_artifact(name, trained):
 
 @pytest.mark.parametrize("budget, fits", [("0", True), ("0.001", False)])
 def test_t8_budgets(budget, fits, trained, capsys):
-    """Bytes on the disk against the cap; seconds against the budget, and a warning where they are too many."""
+    """Bytes on the disk against the cap; seconds against the budget, with a warning when over it."""
     folder, env = trained
     assert eval_ttt.main([], env | dict(TTT_MODE="none", EVAL_BUDGET_SECONDS=budget)) == 0
     result, trained = (

@@ -1,4 +1,4 @@
-"""Coding of codes: round trips of anything, sizes against entropies, and the search for the size that fits."""
+"""Entropy coding: round trips of anything, sizes against entropies, and the search for the size that fits."""
 
 import math
 from dataclasses import replace
@@ -274,7 +274,7 @@ def at_first(folder, config, model, statistics) -> dict:
 @pytest.mark.parametrize("how", ["sigmas", "two_sided", "trellis"])
 @pytest.mark.parametrize("share", [0.6, 0.8, 1.04])
 def test_an_export_that_is_to_fit_fills_the_cap(tmp_path, monkeypatch, how, share):
-    """To a thousandth of the artifact: rows have steps of an eighth of an octave, but not all change at once."""
+    """To 0.1% of the artifact: rows have scales in steps of 1/8 octave, but not all change at once."""
     steps = "sigmas" if how == "sigmas" else "two_sided"
     config = replace(SMALL, num_layers=6, model_dim=64, quant_steps=steps, quant_trellis=how == "trellis",
                      quant_loss=0.05, compressor="ans", embed_clip_sigmas=8.0)  # fmt: skip

@@ -338,8 +338,10 @@ def test_the_fingerprint_sees_more_than_the_beginning_of_a_shard(tmp_path):
     assert TokenStream(str(write_shard(tmp_path / "b.bin", other)), VOCAB).fingerprint() != first
 
 
-@pytest.mark.parametrize("name", ["fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin",
-                                  "fineweb_val_000000_bytes.bin", "fineweb_val_000000.bytes.bin"])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin", "fineweb_val_000000_bytes.bin",
+    "fineweb_val_000000.bytes.bin",
+])  # fmt: skip
 @pytest.mark.parametrize("pattern", ["fineweb_val_*.bin", "fineweb_val_0*.bin"])
 def test_byte_sidecars_are_never_read_as_text(stream, tmp_path, name, pattern):
     stream(20, split="val")
@@ -376,7 +378,8 @@ def test_training_shards_that_are_validation_shards(tmp_path, lead):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (manifest_of({"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}, "cd" * 32), ["cdcd", "abab"]),
+        (manifest_of({"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 30}, "cd" * 32),
+         ["cdcd", "abab"]),
         (
             manifest_of({"fineweb_train_000000.bin": 20, "fineweb_train_000001.bin": 31}),
             ["fineweb_train_000001.bin", "30 tokens", "31"],
@@ -392,8 +395,8 @@ def test_training_shards_that_are_validation_shards(tmp_path, lead):
         (b"\xff\xfe{}", []),
     ],
     ids=[
-        "tokenizer", "count", "unlisted", "no hash", "cut off", "empty", "list", "bad shards", "shard without count",
-        "no tokenizer", "not UTF-8",
+        "tokenizer", "count", "unlisted", "no hash", "cut off", "empty", "list", "bad shards",
+        "shard without count", "no tokenizer", "not UTF-8",
     ],
 )  # fmt: skip
 def test_a_manifest_that_does_not_fit(stream, tmp_path, text, words):

@@ -27,7 +27,8 @@ try:
     runpy.run_path({script!r}, run_name="__main__")
 except SystemExit as end:
     assert end.code == 0, end.code
-print(sorted({{"antigravity", "this", "turtle", "tkinter", "pydoc_data.topics", "idlelib"}} & set(sys.modules)))
+unwanted = {{"antigravity", "this", "turtle", "tkinter", "pydoc_data.topics", "idlelib"}}
+print(sorted(unwanted & set(sys.modules)))
 """
 
 

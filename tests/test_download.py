@@ -1,4 +1,4 @@
-"""data/download.py against a small stand-in of the hub on 127.0.0.1, through the real huggingface_hub client."""
+"""data/download.py against a stand-in for the hub on 127.0.0.1, through the real huggingface_hub client."""
 
 from __future__ import annotations
 

@@ -119,12 +119,15 @@ def headed(header: bytes) -> bytes:
 
 
 BROKEN = (zipped(), *map(headed, (
-    b"{'a': (", b"", b"[]", b"\xff\n", b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }\n" % 10**30,
+    b"{'a': (", b"", b"[]", b"\xff\n",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }\n" % 10**30,
     b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }\n", b"(" * 9000)))  # fmt: skip
 
 
-@pytest.mark.parametrize("array", [np.zeros((2, 3), np.float32), np.zeros(0, np.float32), np.zeros(5, np.int64),
-                                   np.array([{}], object), b"text", b"", b"PK\x03\x04 no zip", *BROKEN])  # fmt: skip
+@pytest.mark.parametrize("array", [
+    np.zeros((2, 3), np.float32), np.zeros(0, np.float32), np.zeros(5, np.int64), np.array([{}], object),
+    b"text", b"", b"PK\x03\x04 no zip", *BROKEN,
+])  # fmt: skip
 def test_what_holds_no_losses(made, array):
     path = made.run / "nll.npy"
     path.write_bytes(array) if isinstance(array, bytes) else np.save(path, array, allow_pickle=True)
@@ -169,8 +172,9 @@ def trained(path: Path, **options) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [{}, dict(add_dummy_prefix=False, normalization_rule_name="identity",
-                                              remove_extra_whitespaces=False)], ids=["field", "lossless"])  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {}, dict(add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False),
+], ids=["field", "lossless"])  # fmt: skip
 def test_bytes_are_the_fields(tmp_path, options):
     """Against the trainer's table, target by target: control tokens before words, bytes, unknown and lone
     spaces."""
@@ -202,7 +206,8 @@ def test_a_tokenizer_whose_name_is_not_utf8(made):
 
 TRAINING = {  # TRAIN_FILES, and whether it is validation text
     "data/fineweb_val_*.bin": True, "data/*.bin": True, "elsewhere/fineweb_val_000001.bin": True,
-    "data/copy_*.bin": True, "data/fineweb_train_*.bin": False, "data/fineweb_train_000000.bin": False, "": False,
+    "data/copy_*.bin": True, "data/fineweb_train_*.bin": False, "data/fineweb_train_000000.bin": False,
+    "": False,
 }  # fmt: skip
 
 

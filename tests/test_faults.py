@@ -88,7 +88,7 @@ def processes_in(folder: Path) -> list[int]:
             if entry.name.isdigit() and f"{os.readlink(entry / 'cwd')}/".startswith(f"{folder}/"):
                 found.append(int(entry.name))
         except OSError:
-            pass  # gone overlap_fn, a zombie, or not ours
+            pass  # gone by now, a zombie, or not ours
     return found
 
 
@@ -204,7 +204,7 @@ class Job:
         return True
 
     def pids(self, whom: str) -> list[int]:
-        """WHOM: `rank N`, `agent` (the first), `second agent`, or `all`, as when a machine loses its power."""
+        """Process ids of `rank N`, `agent` (the first), `second agent`, or `all` (a machine loses power)."""
         if whom == "all":
             return processes_in(self.work)
         if whom.startswith("rank"):
@@ -213,9 +213,9 @@ class Job:
         return [self.started[-1 if whom == "second agent" else 0].pid]
 
     def kill(self, whom: str | list[int], how: signal.Signals) -> None:
-        """WHOM as for `pids`, or what it returned: to look for processes takes longer than to write a file."""
+        """Signal `whom`: as for `pids`, or what `pids` returned, which saves the search for processes."""
         for pid in self.pids(whom) if isinstance(whom, str) else whom:
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself overlap_fn
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself
                 os.kill(pid, how)
 
     def wait(self, seconds: float = ENDS) -> list[int]:
@@ -254,13 +254,13 @@ STEPS = 24
 # everything that has a state of its own; ten steps of training, four of Reptile, six for deployment
 LATE = dict(
     ITERATIONS="20", DATA_ORDER="shuffled", BLOCK_ORDER="0,1,2,1", LOOP_START_FRAC="0.4", WARMDOWN_ITERS="6",
-    SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.9", LATE_QAT="1", LATE_QAT_THRESHOLD="0.5", CAUTIOUS_MUON="1",
-    DECODER_LR_MULT="0.5", META_SGD_ENABLED="1", META_SGD_LR="0.1", META_TTT_ENABLED="1",
+    SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.9", LATE_QAT="1", LATE_QAT_THRESHOLD="0.5",
+    CAUTIOUS_MUON="1", DECODER_LR_MULT="0.5", META_SGD_ENABLED="1", META_SGD_LR="0.1", META_TTT_ENABLED="1",
     META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3", META_TTT_DOCS="4", META_TTT_PIECES="3",
     REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
 )  # fmt: skip
-FOMAML = dict(META_TTT_ENABLED="1", META_TTT_EVERY="2", META_SGD_ENABLED="1", META_SGD_LR="0.1", MTP_NUM_HEADS="1",
-              DATA_ORDER="shuffled")  # fmt: skip
+FOMAML = dict(META_TTT_ENABLED="1", META_TTT_EVERY="2", META_SGD_ENABLED="1", META_SGD_LR="0.1",
+              MTP_NUM_HEADS="1", DATA_ORDER="shuffled")  # fmt: skip
 KINDS = {"plain": {}, "late": LATE, "fomaml": FOMAML}
 
 
@@ -270,9 +270,10 @@ def settings(demo_data, tmp_path_factory) -> dict[str, str]:
     shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
     write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 1000])
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard), RUN_ID="run",
-        TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu", ITERATIONS=str(STEPS), VAL_LOSS_EVERY="8",
-        GPTQ_CALIB_BATCHES="2", GPTQ_GRAD_BATCHES="2", RESUME="auto", CHECKPOINT_EVERY="3",
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard),
+        RUN_ID="run", TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu", ITERATIONS=str(STEPS),
+        VAL_LOSS_EVERY="8", GPTQ_CALIB_BATCHES="2", GPTQ_GRAD_BATCHES="2", RESUME="auto",
+        CHECKPOINT_EVERY="3",
     )  # fmt: skip
 
 
@@ -856,8 +857,9 @@ def test_moved_data_and_what_comes_after_training_may_differ(
         (tmp_path / "moved" / f"part_{shard.name}").write_bytes(shard.read_bytes())
     (tmp_path / "t.model").write_bytes(Path(settings["TOKENIZER_PATH"]).read_bytes())
     (tmp_path / "v.bin").write_bytes(Path(settings["VAL_FILES"]).read_bytes())
-    changes = dict(TRAIN_FILES="moved/part_*.bin", TOKENIZER_PATH="t.model", VAL_FILES="v.bin", EVAL_BATCH_SEQS="3",
-                   ATTENTION="sdpa", USE_COMPILE="0", COMPRESSOR="ans", EVAL_STRIDE="16")  # fmt: skip
+    changes = dict(TRAIN_FILES="moved/part_*.bin", TOKENIZER_PATH="t.model", VAL_FILES="v.bin",
+                   EVAL_BATCH_SEQS="3", ATTENTION="sdpa", USE_COMPILE="0", COMPRESSOR="ans",
+                   EVAL_STRIDE="16")  # fmt: skip
     assert train_gpt.main([], settings | changes) == 0
     log = (run / "train.log").read_text()
     for name, value in changes.items():
@@ -958,7 +960,7 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize("at", ["read_statistics", "quant_specs", "score_artifact"])
 def test_training_that_is_done_is_kept_whatever_comes_after(settings, untouched, tmp_path, monkeypatch, at):
-    """Without periodic checkpoints too: the same command goes on with what is left, and trains nothing again."""
+    """Without periodic checkpoints too: the same command continues with what is left and retrains nothing."""
     monkeypatch.chdir(tmp_path)
     given = {**settings, "CHECKPOINT_EVERY": "0"}
 

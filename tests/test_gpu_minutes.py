@@ -1,4 +1,4 @@
-"""The nine minutes on a GPU: what fails or hangs costs nothing after it, and a second call goes on by value."""
+"""The nine minutes on a GPU: a failed or hung part costs no later one; a second call goes on by value."""
 
 import importlib
 import json
@@ -201,13 +201,16 @@ class Recorded(Exception):
 
 
 STARTS = {  # part: program, and settings that its configuration must have
-    "train": ("train_gpt.py", dict(train_batch_tokens=393_216, warmdown_frac=0.5, compressor="ans", use_compile="auto",
-                                   max_wallclock_seconds=150.0, ema_decay=0.98, num_layers=11)),
+    "train": ("train_gpt.py",
+              dict(train_batch_tokens=393_216, warmdown_frac=0.5, compressor="ans", use_compile="auto",
+                   max_wallclock_seconds=150.0, ema_decay=0.98, num_layers=11)),
     "train_plain": ("train_gpt.py", dict(use_compile="0", max_wallclock_seconds=105.0)),
     "adapt": ("eval_ttt.py", dict(ttt_mode="doc_banks", ttt_groups=1, eval_seq_len=2048)),
-    "chunk_sgd": ("eval_ttt.py", dict(ttt_mode="all", ttt_optimizer="sgd", ttt_epochs=3, ttt_chunk_tokens=32768)),
+    "chunk_sgd": ("eval_ttt.py",
+                  dict(ttt_mode="all", ttt_optimizer="sgd", ttt_epochs=3, ttt_chunk_tokens=32768)),
     "doc_lora": ("eval_ttt.py", dict(ttt_mode="doc_lora", ttt_optimizer="adamw")),
-    "meta": ("train_gpt.py", dict(meta_ttt_objective="deployed", meta_ttt_enabled=True, max_wallclock_seconds=140.0)),
+    "meta": ("train_gpt.py",
+             dict(meta_ttt_objective="deployed", meta_ttt_enabled=True, max_wallclock_seconds=140.0)),
     "losses": ("gpu.py", dict(train_batch_tokens=98_304, grad_accum_total=1)),
     "resume": ("train_gpt.py", dict(num_layers=3, resume="auto")),
     "step_compiled": ("gpu.py", dict(train_batch_tokens=786_432, grad_accum_total=8)),
@@ -383,8 +386,11 @@ def test_the_page_sets_the_measured_beside_the_predicted():
         rehearsal=False, calls=[dict(date="2027-01-01 10:00", seconds=540, used_seconds=480)], parts=parts
     )
     page = gpu_page.page(report, "gpu_minutes.json")
-    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]] for line in page.splitlines()
-            if line.startswith("|")}  # fmt: skip
+    rows = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]]
+        for line in page.splitlines()
+        if line.startswith("|")
+    }
     assert rows["step of 786,432 tokens, compiled, ms"] == ["475.4", "570", "+20%"]  # 570 / 475.4 = 1.199
     assert rows["matrix product, 8192 cubed, TFLOP/s"] == ["790", "711", "-10%"]
     assert rows["step, plain torch, ms"] == ["1,550", "not measured", ""]
@@ -418,9 +424,9 @@ def test_preflight_of_two_processes(tmp_path, smoke_env, budget, code):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "tests/benchmarks/gpu_minutes.py"), "--preflight", "--preflight-seconds", "250"]
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
-    settings = dict(RUN_ID="", VAL_FILES=str(tmp_path / "val_*.bin"), EVAL_BUDGET_SECONDS=budget, TTT_CHUNK_SIZE="32",
-                    TTT_PRIOR_SEQS="0", EVAL_STRIDE="64", NUM_LAYERS="2", VE_LAYERS="1", TRAIN_BATCH_TOKENS="256",
-                    ITERATIONS="5000")  # fmt: skip
+    settings = dict(RUN_ID="", VAL_FILES=str(tmp_path / "val_*.bin"), EVAL_BUDGET_SECONDS=budget,
+                    TTT_CHUNK_SIZE="32", TTT_PRIOR_SEQS="0", EVAL_STRIDE="64", NUM_LAYERS="2", VE_LAYERS="1",
+                    TRAIN_BATCH_TOKENS="256", ITERATIONS="5000")  # fmt: skip
     tokens = np.fromfile(f"{smoke_env['DATA_PATH']}/fineweb_val_000000.bin", "<u2", 3001, offset=1024)
     (tmp_path / "val_000000.bin").write_bytes(gpu_stage.shard_bytes(array("H", tokens.tolist())))
     env = {**kept, **smoke_env, **settings, "OMP_NUM_THREADS": "1"}
@@ -443,8 +449,8 @@ def test_each_limit_is_named(capsys):
                 adapted_seconds=400.0)  # fmt: skip
     assert preflight.broken_limits(good, config) == []
     for name, change in (
-        ("package", dict(missing="zstandard")), ("disk", dict(free_disk_gb=0.5)), ("data", dict(read_ms=61.0)),
-        ("memory", dict(peak_gib=78.0)), ("clock", dict(predicted_steps=0)),
+        ("package", dict(missing="zstandard")), ("disk", dict(free_disk_gb=0.5)),
+        ("data", dict(read_ms=61.0)), ("memory", dict(peak_gib=78.0)), ("clock", dict(predicted_steps=0)),
         ("sliding_seconds", dict(sliding_seconds=601.0)), ("adapted_seconds", dict(adapted_seconds=700.0)),
     ):  # fmt: skip
         [line] = preflight.broken_limits({**good, **change}, config)

@@ -305,7 +305,7 @@ def planned(traffic, function, *arguments) -> list[list]:
 
 
 def test_traffic_counts_what_a_kernel_must_move(traffic):
-    """By hand: each element that is read or written, once, in the kernels that the compiler makes of these."""
+    """By hand: each element read or written counts once, in the kernels that the compiler makes of these."""
     x, w, table = torch.randn(4096, 512), torch.randn(256, 512), torch.randn(512)
     n = 4 * x.numel()
     assert planned(traffic, lambda x: x.relu() * 2, x) == [[("fused", n, n)]]
@@ -334,8 +334,10 @@ def test_the_step_moves_no_more_than_it_did(traffic):
     Queries and keys: 2 and 1 forward, 3.1 and 1.5 backward; the token's own value 2.5 and 6; each norm with
     what is added before it 4 to 9; the MLP's activation 6 and 9.
     """
-    config, _, _ = train_gpt.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env"), "NUM_LAYERS": "3",
-                                          "VE_LAYERS": "1,2", "XSA_LAST_N": "3"})  # fmt: skip
+    config, _, _ = train_gpt.load_config({
+        "RECIPE": str(ROOT / "records/recipes/pr1019.env"), "NUM_LAYERS": "3", "VE_LAYERS": "1,2",
+        "XSA_LAST_N": "3",
+    })  # fmt: skip
     counted = traffic.count(config, 48)
     report = traffic.summary(config, 48, counted)
     estimate = Memory(config).training(48 * 2048, 48 * 2048) / GIB  # what a card is fitted by
@@ -401,7 +403,8 @@ PHASES = {
                                 "BLOCK_ORDER": "0,1,0", "LOOP_START_FRAC": "0.5"},
     "reptile": {"REPTILE_ENABLED": "1", "REPTILE_TASKS": "2", "REPTILE_TIME_FRAC": "0.4"},
     "deployed": {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_banks",
-                 "META_TTT_DOCS": "2", "META_TTT_PIECES": "2", "TTT_CHUNK_SIZE": "32", "META_TTT_TIME_FRAC": "0.4"},
+                 "META_TTT_DOCS": "2", "META_TTT_PIECES": "2", "TTT_CHUNK_SIZE": "32",
+                 "META_TTT_TIME_FRAC": "0.4"},
 }  # fmt: skip
 
 

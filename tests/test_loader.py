@@ -141,7 +141,7 @@ def test_the_ranks_share_the_rows_of_one_process(tmp_path, monkeypatch, text, or
 
 @pytest.mark.parametrize("order", ["shuffled", "sequential"])
 def test_a_late_step_reads_no_more_than_the_first(tmp_path, monkeypatch, text, order):
-    """A run is resumed anywhere at once: no batch before it is read, no order of an epoch before it is drawn."""
+    """A run resumes anywhere at once: it reads no earlier batch and draws no earlier epoch's order."""
     run, read, draw = make(tmp_path, text, order), TokenStream.read, np.random.default_rng
     tokens, drawn = [], []
     monkeypatch.setattr(
@@ -346,9 +346,10 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
         shutil.copyfile(shard, folder / shard.name)
     write_shard(folder / "val.bin", np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 500])
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), TRAIN_FILES=f"{folder}/fineweb_train_*.bin", RUN_ID="run",
-        VAL_FILES=str(folder / "val.bin"), TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu",
-        VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", QUANT_STEPS="sigmas", TRAIN_BATCH_TOKENS="512", WARMUP_STEPS="0",
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), TRAIN_FILES=f"{folder}/fineweb_train_*.bin",
+        RUN_ID="run", VAL_FILES=str(folder / "val.bin"), TOKENIZER_PATH=f"{demo_data}/tokenizer.model",
+        DEVICE="cpu", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", QUANT_STEPS="sigmas",
+        TRAIN_BATCH_TOKENS="512", WARMUP_STEPS="0",
     )  # fmt: skip
 
 

@@ -90,8 +90,9 @@ PR1855 = Config(
     smear_gate=False, block_order=LOOPED,
 )  # fmt: skip
 SMALLER = Config(  # wide enough for activations to outweigh what the formula leaves out
-    vocab_size=512, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers="2,3", ve_dim=32, bigram_dim=32,
-    bigram_vocab_size=256, train_seq_len=64, train_batch_tokens=16 * 64, grad_accum_total=2, eval_seq_len=64,
+    vocab_size=512, num_layers=4, model_dim=64, num_heads=4, num_kv_heads=2, ve_layers="2,3", ve_dim=32,
+    bigram_dim=32, bigram_vocab_size=256, train_seq_len=64, train_batch_tokens=16 * 64, grad_accum_total=2,
+    eval_seq_len=64,
 )  # fmt: skip
 
 
@@ -341,7 +342,8 @@ def test_a_run_on_a_card_too_small_for_it(smoke_env, tmp_path, monkeypatch, caps
         assert train_gpt.main([], environ) == 0
     log = Path("runs/cut/train.log").read_text()
     chosen = re.search(r"^memory: .* train_sequences:(\d+) train_wanted:8 .* statistics_sequences:3 "
-                       r"statistics_wanted:8 .* score_sequences:(\d+) score_wanted:64 ", log, re.M)  # fmt: skip
+                       r"statistics_wanted:8 .* score_sequences:(\d+) score_wanted:64 ", log,
+                       re.M)  # fmt: skip
     assert int(chosen[1]) in (2, 4) and int(chosen[2]) < 64
     assert f"grad_accum_steps:{16 // int(chosen[1])}" in log
     capsys.readouterr()

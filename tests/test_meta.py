@@ -273,7 +273,7 @@ STILL = [
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("changes", STILL, ids=str)
 def test_a_step_that_leads_nowhere_is_a_plain_gradient(double, changes, split):
-    """META_TTT_LOSS_WEIGHT of the outer loss; the delta loss is zero then, and so are the factors' gradients."""
+    """META_TTT_LOSS_WEIGHT of the outer loss; the delta loss and the factors' gradients are then zero."""
     c = replace(FOMAML, meta_ttt_split=split, meta_sgd_enabled=True, **changes)
     model, (ids, targets) = live_model(c), text_rows(4, 12, 1)
     rates, fast = MetaRates(model, c), exact(inner_weights(model, c, "fomaml"), model)
@@ -373,9 +373,9 @@ def test_the_weight_is_that_of_the_settings_whatever_the_micro_batches(
 def test_meta_steps_are_due_every_few_steps_while_the_rate_is_high(tmp_path):
     """The schedule is 1 until step 5 and 1/2, which is not above META_TTT_MIN_SCALE, at step 8."""
     c = replace(
-        FOMAML, iterations=11, warmdown_iters=6, max_wallclock_seconds=0.0, train_log_every=1, train_batch_tokens=64,
-        grad_accum_total=2, val_loss_every=0, ema_enabled=False, meta_ttt_every=2, meta_sgd_enabled=True,
-        meta_ttt_delta_weight=0.1,
+        FOMAML, iterations=11, warmdown_iters=6, max_wallclock_seconds=0.0, train_log_every=1,
+        train_batch_tokens=64, grad_accum_total=2, val_loss_every=0, ema_enabled=False, meta_ttt_every=2,
+        meta_sgd_enabled=True, meta_ttt_delta_weight=0.1,
     )  # fmt: skip
     model, functions = random_model(c, torch.float32), (train_gpt.training_loss, train_gpt.token_nll)
     rates = MetaRates(model, c)
@@ -689,8 +689,8 @@ DEPLOYED = {
     "sgd": SGD,
     "sgd, context, two epochs": dict(**SGD, ttt_context=7, ttt_epochs=2, ttt_lr=5e-3),
     "unclipped, frozen": dict(ttt_optimizer="sgd", ttt_grad_clip=0.0, ttt_freeze_blocks=1, ttt_lr=3e-3),
-    "adamw, rates of the MLP": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3,
-                                    ttt_in_lr_mult=0.5, ttt_out_lr_mult=2.0),
+    "adamw, rates of the MLP": dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1,
+                                    ttt_lr=3e-3, ttt_in_lr_mult=0.5, ttt_out_lr_mult=2.0),
     "low rank": dict(**LORA, **SGD),
     "low rank, precond, context, two epochs": LORA | dict(ttt_lr=3e-3, ttt_context=3, ttt_epochs=2),
     "low rank, warm start": dict(**LORA, **SGD, ttt_warm_start_a=True),
@@ -964,8 +964,8 @@ TOGETHER = {
     "reptile": replace(REPTILE, reptile_layers="1,3"),
     "reptile, control": replace(REPTILE, meta_control=True),
     "deployed": replace(EXACT, meta_ttt_docs=4, meta_ttt_pieces=3),
-    "deployed, precond": replace(EXACT, meta_ttt_docs=4, meta_ttt_pieces=3, ttt_optimizer="precond", ttt_lr=3e-3,
-                                 ttt_grad_clip=2.0),
+    "deployed, precond": replace(EXACT, meta_ttt_docs=4, meta_ttt_pieces=3, ttt_optimizer="precond",
+                                 ttt_lr=3e-3, ttt_grad_clip=2.0),
     "deployed, lora": replace(EXACT, meta_ttt_docs=4, meta_ttt_pieces=3, ttt_mode="doc_lora", ttt_lr=0.3),
 }  # fmt: skip
 
@@ -1086,8 +1086,8 @@ def test_shares_of_the_clock(tmp_path, phases):
 
 
 def test_training_and_late_phases_fit_the_clock(tmp_path, phases):
-    c = replace(SMALL, **LATE, max_wallclock_seconds=40.0, iterations=999, warmdown_iters=4, train_batch_tokens=64,
-                grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
+    c = replace(SMALL, **LATE, max_wallclock_seconds=40.0, iterations=999, warmdown_iters=4,
+                train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     functions, rates = (train_gpt.training_loss, train_gpt.token_nll), MetaRates(model, c)
     progress = make_progress(run, model, phases.clock, rates)
@@ -1100,8 +1100,8 @@ def test_training_and_late_phases_fit_the_clock(tmp_path, phases):
 
 
 def test_training_has_its_share_of_the_iterations(tmp_path, phases):
-    c = replace(SMALL, **LATE, max_wallclock_seconds=0.0, iterations=10, warmdown_iters=4, train_batch_tokens=64,
-                grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
+    c = replace(SMALL, **LATE, max_wallclock_seconds=0.0, iterations=10, warmdown_iters=4,
+                train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     functions, rates = (train_gpt.training_loss, train_gpt.token_nll), MetaRates(model, c)
     progress = make_progress(run, model, running(StepClock()), rates)
@@ -1122,8 +1122,9 @@ def test_a_loss_that_is_no_number_stops_the_phase(tmp_path, phases, loss):
 
 def test_rates_of_the_deployed_phase_fall_to_zero(tmp_path, monkeypatch):
     """From META_TTT_OUTER_LR of the peak; the factors' rate from its own."""
-    c = replace(SMALL, **LATE | dict(reptile_enabled=False), iterations=10, max_wallclock_seconds=0.0, ttt_chunk_size=5,
-                meta_ttt_pieces=2, meta_ttt_docs=2, meta_ttt_outer_lr=0.2, meta_sgd_enabled=True)  # fmt: skip
+    c = replace(SMALL, **LATE | dict(reptile_enabled=False), iterations=10, max_wallclock_seconds=0.0,
+                ttt_chunk_size=5, meta_ttt_pieces=2, meta_ttt_docs=2, meta_ttt_outer_lr=0.2,
+                meta_sgd_enabled=True)  # fmt: skip
     run, model = make_run(tmp_path, c, train=stream(tmp_path)), random_model(c, torch.float32)
     rates, scales, take = MetaRates(model, c), [], train_gpt.train_step
     weights = [p.detach().clone() for p in model.parameters()]
@@ -1188,17 +1189,18 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
     shard = tmp_path_factory.mktemp("val") / "fineweb_val_000000.bin"
     write_shard(shard, np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 600])
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard), RUN_ID="run",
-        TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10", VAL_LOSS_EVERY="0",
-        GPTQ_CALIB_BATCHES="0", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4", EVAL_BUDGET_SECONDS="1000000",
-        META_TTT_ENABLED="1", META_SGD_ENABLED="1", META_SGD_LR="0.1",
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), VAL_FILES=str(shard),
+        RUN_ID="run", TOKENIZER_PATH=f"{demo_data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10",
+        VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
+        EVAL_BUDGET_SECONDS="1000000", META_TTT_ENABLED="1", META_SGD_ENABLED="1", META_SGD_LR="0.1",
     )  # fmt: skip
 
 
 RUNS = {
     "fomaml": (dict(META_TTT_EVERY="2", META_TTT_FREEZE_BLOCKS="1", META_TTT_DELTA_WEIGHT="0.1"), {}, 10),
-    "deployed": (dict(META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3", META_TTT_DOCS="3", META_TTT_PIECES="3",
-                      TTT_FREEZE_BLOCKS="1", REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2"),
+    "deployed": (dict(META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3", META_TTT_DOCS="3",
+                      META_TTT_PIECES="3", TTT_FREEZE_BLOCKS="1", REPTILE_ENABLED="1",
+                      REPTILE_TIME_FRAC="0.2"),
                  {"reptile": 2, "deployed": 3}, 5),
 }  # fmt: skip
 

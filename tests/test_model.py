@@ -20,8 +20,8 @@ from train_gpt import GPT, Config, UserError
 # Small, odd in every number, with every lever on; positions beyond ROPE_NTK_LEN and document borders occur.
 SMALL = Config(
     vocab_size=40, num_layers=5, model_dim=24, num_heads=4, num_kv_heads=2, mlp_mult=1.5, logit_softcap=8.0,
-    rope_dims=4, rope_base=100.0, rope_ntk_len=8, train_seq_len=16, xsa_last_n=3, bigram_vocab_size=13, bigram_dim=6,
-    ve_dim=5, ve_layers="1,3", ttt_moments="prefix", ttt_prior_weight=1.0,
+    rope_dims=4, rope_base=100.0, rope_ntk_len=8, train_seq_len=16, xsa_last_n=3, bigram_vocab_size=13,
+    bigram_dim=6, ve_dim=5, ve_layers="1,3", ttt_moments="prefix", ttt_prior_weight=1.0,
 )  # fmt: skip
 
 
@@ -325,7 +325,7 @@ def banks_of(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def matrices_of(model: GPT, block, product: str, y: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
-    """Bank, row and part of the output y, without the residual scale, of each matrix of a product (see Tap)."""
+    """Bank, row and part of the output y, without residual scale, of each matrix of a product (see Tap)."""
     parts = train_gpt.PRODUCTS[product][1]
     scale = {"o": block.attn_scale, "down": block.mlp_scale}.get(product, torch.ones(()))
     sizes = [getattr(model, bank).size(1) for bank, _ in parts]

@@ -1,4 +1,4 @@
-"""data/prepare.py: lossless text, shards and manifest re-read independently, determinism, errors and crashes."""
+"""data/prepare.py: lossless text, shards and manifest re-read independently, determinism, errors, crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ against a dense float64 elimination and on real inputs; Hessians, steps and the scheme of each tensor."""
+"""GPTQ against a dense float64 elimination and on real inputs; Hessians, scales and each tensor's scheme."""
 
 import math
 import sys
@@ -386,7 +386,7 @@ def entropy(codes: np.ndarray) -> float:
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("sigma", [1.5, 2.0, 3.0, 8.0])
 def test_the_trellis_errs_half_a_decibel_less_than_uniform_rounding_of_the_same_entropy(sigma, block):
-    """Gaussian weights, entropy of single codes; by theory 8 states gain about 0.9 dB of the 1.53 there are."""
+    """Gaussian weights, entropy of single codes; in theory 8 states gain about 0.9 dB of a possible 1.53."""
     W = sigma * randn((1, 100, 1024), 5).float()
     codes = gptq(W, identity(W), torch.full((1, 100, 1), train_gpt.TRELLIS_SCALE), block=block, trellis=True)
     values = train_gpt.TRELLIS_SCALE * walk_matrix(codes[0], np.arange(1024))

@@ -107,7 +107,7 @@ def all_steps(other: dict | None) -> dict:
 
 
 def differing() -> list[list[str]]:
-    """What the comparison of replicas names: nothing, then after each change of this model on the last rank."""
+    """What comparing replicas names: first nothing, then after each change of the model on the last rank."""
     model, last = random_model(SMALL, torch.float32), train_gpt.rank() == train_gpt.world_size() - 1
     found = [train_gpt.differing_parameters(model)]
 
@@ -137,8 +137,9 @@ def differing() -> list[list[str]]:
     return found
 
 
-CHANGES = [("qo_bank", "one bit"), ("smear.gate", "one bit"), ("ve_shared.scale", "one bit"), ("mlp_up_bank", "nan"),
-           ("tok_emb.weight", "sign of zero"), ("kv_bank", "up and down"), ("mlp_down_bank", "swap")]  # fmt: skip
+CHANGES = [("qo_bank", "one bit"), ("smear.gate", "one bit"), ("ve_shared.scale", "one bit"),
+           ("mlp_up_bank", "nan"), ("tok_emb.weight", "sign of zero"), ("kv_bank", "up and down"),
+           ("mlp_down_bank", "swap")]  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------
 # Statistics and adaptation
@@ -197,12 +198,13 @@ def in_float64(function: Callable, *args):
 # ------------------------------------------------------------------------------------------------------------
 
 WHOLE = {
-    "plain": dict(CAUTIOUS_MUON="1", SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.7", DATA_ORDER="shuffled"),
+    "plain": dict(CAUTIOUS_MUON="1", SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.7",
+                  DATA_ORDER="shuffled"),
     "fomaml": dict(META_TTT_ENABLED="1", META_TTT_EVERY="2", META_SGD_ENABLED="1", META_SGD_LR="0.1",
                    MTP_NUM_HEADS="1"),
-    "late": dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3", META_TTT_DOCS="4",
-                 META_TTT_PIECES="3", REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2", REPTILE_TASKS="4",
-                 META_SGD_ENABLED="1", META_SGD_LR="0.1"),
+    "late": dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3",
+                 META_TTT_DOCS="4", META_TTT_PIECES="3", REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2",
+                 REPTILE_TASKS="4", META_SGD_ENABLED="1", META_SGD_LR="0.1"),
 }  # fmt: skip
 EVALUATED = {"doc_banks": {}, "all": dict(TTT_MODE="all", TTT_CHUNK_TOKENS="256", TTT_LR="0.001")}
 STOP_AFTER = 4
@@ -210,7 +212,7 @@ NO_GPTQ = dict(GPTQ_CALIB_BATCHES="0", GPTQ_GRAD_BATCHES="1")  # for runs that a
 
 
 class Place(NamedTuple):
-    """Which process of how many this is; for each program that they run together, the port where they meet."""
+    """Which process of how many this is; the port where they meet, for each program they run together."""
 
     rank: int
     world: int
@@ -416,10 +418,10 @@ def env(tmp_path_factory) -> dict[str, str]:
     shard = base / "fineweb_val_000000.bin"
     write_shard(shard, np.fromfile(data / "fineweb_val_000000.bin", "<u2")[512 : 512 + 300])
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(data), VAL_FILES=str(shard), RUN_ID="run",
-        TOKENIZER_PATH=f"{data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10", VAL_LOSS_EVERY="0",
-        GPTQ_CALIB_BATCHES="3", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="512", TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4",
-        EVAL_BUDGET_SECONDS="1000000", WARMUP_STEPS="0",
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(data), VAL_FILES=str(shard),
+        RUN_ID="run", TOKENIZER_PATH=f"{data}/tokenizer.model", DEVICE="cpu", ITERATIONS="10",
+        VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="3", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="512",
+        TTT_CHUNK_SIZE="32", TTT_BATCH_SEQS="4", EVAL_BUDGET_SECONDS="1000000", WARMUP_STEPS="0",
     )  # fmt: skip
 
 
@@ -690,7 +692,7 @@ def test_a_gradient_that_is_no_number_on_one_rank_stops_all_and_is_named(done, n
 
 
 def test_ranks_whose_clocks_differ_take_as_many_steps(done):
-    """A fifteenth step would end at 1.05 seconds of the slow rank's clock; the fast one alone would take 99."""
+    """A fifteenth step would end at 1.05 s on the slow rank's clock; the fast rank alone would take 99."""
     steps = [part["uneven"] for part in done[2]]
     assert steps == [14, 14] and result_of(done["works"][2] / "uneven")["steps"] == 14
 

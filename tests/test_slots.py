@@ -1,4 +1,4 @@
-"""Evaluation by documents in slots: later text changes no earlier loss, nor do ranks; few graphs; the prior."""
+"""Evaluation by documents in slots: neither later text nor ranks change a loss; few graphs; the prior."""
 
 import functools
 import json
@@ -28,8 +28,8 @@ PLAIN = dict(num_layers=2, block_order="", model_dim=16, mlp_mult=2.0, ve_enable
 PRIOR = dict(ttt_prior_seqs=3, ttt_prior_chunks=1)
 LORA = dict(ttt_mode="doc_lora", ttt_lr=0.3)
 ADAMW = dict(ttt_optimizer="adamw", ttt_momentum=0.9, ttt_weight_decay=0.1, ttt_lr=3e-3)
-PHASED = dict(ttt_mode="phased", phased_ttt_prefix_docs=6, phased_ttt_num_phases=3, ttt_batch_seqs=3, ttt_lr=0.1,
-              global_ttt_lr=0.01)  # fmt: skip
+PHASED = dict(ttt_mode="phased", phased_ttt_prefix_docs=6, phased_ttt_num_phases=3, ttt_batch_seqs=3,
+              ttt_lr=0.1, global_ttt_lr=0.01)  # fmt: skip
 
 
 def plain_setup(**changes) -> Setup:
@@ -62,7 +62,8 @@ CAUSAL = {
     "prior, groups": (FEW, PRIOR | dict(ttt_groups=3, ttt_slots=2)),
     "one slot": (FEW, dict(ttt_slots=1, ttt_context=3)),
     "more slots than rows": (MANY, dict(ttt_slots=20, ttt_chunk_size=4, **PRIOR)),
-    "more slots than rows, groups, context": (MANY + MANY[:14], dict(ttt_slots=20, ttt_groups=2, ttt_context=4)),
+    "more slots than rows, groups, context": (MANY + MANY[:14],
+                                              dict(ttt_slots=20, ttt_groups=2, ttt_context=4)),
     "windows side by side, two epochs": (FEW, dict(eval_stride=12, ttt_epochs=2, ttt_lr=0.005, **PRIOR)),
     "own moments": (FEW, dict(PRIOR, ttt_moments="own")),
     "momentum": (FEW, dict(**SGD, ttt_context=7)),
@@ -116,7 +117,7 @@ def changed_losses(setup: Setup, tokens: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("lengths, changes", CAUSAL.values(), ids=CAUSAL)
 def test_no_loss_depends_on_what_stands_later(lengths, changes):
-    """Bit for bit; at a border of phases the base learns from earlier documents only, so it holds there too."""
+    """Bit for bit; also at a border of phases, where the base learns from earlier documents only."""
     setup, tokens = plain_setup(**changes), text_of(lengths)
     batches = {len(list(train_gpt.batches_of(chunk, train_gpt.SLOT_ROWS))) for chunk in setup.plan(tokens)}
     assert (max(batches) == 2) == (setup.config.ttt_slots > train_gpt.SLOT_ROWS)
@@ -263,8 +264,9 @@ def test_any_number_of_ranks_gets_the_same_losses(ranks, name, world):
 # The step that training deploys
 # ------------------------------------------------------------------------------------------------------------
 
-EPISODE = replace(SMALL, meta_ttt_enabled=True, meta_ttt_objective="deployed", meta_ttt_docs=4, meta_ttt_pieces=4,
-                  eval_seq_len=12, ttt_chunk_size=5, ttt_lr=3e-3, ttt_slots=4, ttt_context=2, **PRIOR)  # fmt: skip
+EPISODE = replace(SMALL, meta_ttt_enabled=True, meta_ttt_objective="deployed", meta_ttt_docs=4,
+                  meta_ttt_pieces=4, eval_seq_len=12, ttt_chunk_size=5, ttt_lr=3e-3, ttt_slots=4,
+                  ttt_context=2, **PRIOR)  # fmt: skip
 SIZES = [15, 7, 20]
 # size and seed of the last
 EPISODES = {
@@ -314,7 +316,7 @@ def test_every_episode_begins_with_the_prior(double, changes):
 
 
 def test_moments_of_an_episode_count_earlier_documents(double):
-    """Of each document and those before it, all chunks but the last ones that were adapted on by its own end."""
+    """Of each document and those before it: all chunks except last ones, adapted on by its own end."""
     found, steps = episode(EPISODE, "longer"), [-(-size // 5) - 1 for size in [*SIZES, 20]]
     prior = EPISODE.ttt_prior_seqs * EPISODE.ttt_prior_chunks
     expected = [prior + sum(min(one, own) for one in steps[: number + 1]) for number, own in enumerate(steps)]
@@ -373,10 +375,11 @@ def artifact(demo_data, tmp_path) -> dict[str, str]:
     content = train_gpt.encode_artifact(config, records, train_gpt.sha256_file(tokenizer))
     (tmp_path / "final_model.int6.ptz").write_bytes(content)
     write_shard(shard, many_lengths())
-    return dict(MODEL_PATH=str(tmp_path / "final_model.int6.ptz"), TOKENIZER_PATH=str(tokenizer), VAL_FILES=str(shard),
-                DATA_PATH=str(tmp_path), DEVICE="cpu", USE_COMPILE="1", EVAL_SEQ_LEN="32", EVAL_STRIDE="8",
-                EVAL_BATCH_SEQS="4", TTT_CHUNK_SIZE="4", TTT_BATCH_SEQS="4", TTT_GROUPS="2", TTT_SLOTS="3",
-                TTT_PRIOR_SEQS="2", TTT_PRIOR_CHUNKS="1")  # fmt: skip
+    return dict(MODEL_PATH=str(tmp_path / "final_model.int6.ptz"), TOKENIZER_PATH=str(tokenizer),
+                VAL_FILES=str(shard), DATA_PATH=str(tmp_path), DEVICE="cpu", USE_COMPILE="1",
+                EVAL_SEQ_LEN="32", EVAL_STRIDE="8", EVAL_BATCH_SEQS="4", TTT_CHUNK_SIZE="4",
+                TTT_BATCH_SEQS="4", TTT_GROUPS="2", TTT_SLOTS="3", TTT_PRIOR_SEQS="2",
+                TTT_PRIOR_CHUNKS="1")  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", COMPILED.values(), ids=COMPILED)
@@ -472,7 +475,7 @@ REFUSED = {"TTT_LR_SCHEDULE": "cosine", "TTT_TOP_FRAC": "0.5"}
 @pytest.mark.parametrize("mode", [mode for mode in train_gpt.TTT_MODES if mode != "none"])
 @pytest.mark.parametrize("name, value", REFUSED.items())
 def test_what_depends_on_other_documents_is_refused(artifact, capsys, mode, name, value):
-    """By documents: the length of the text, the losses of other documents. By flat chunks both are settings."""
+    """By documents: the text's length and other documents' losses. By flat chunks both are settings."""
     given = {"TTT_MODE": mode, name: value}
     if not train_gpt.TTT_MODES[mode][0]:
         train_gpt.load_config(given)

@@ -94,8 +94,10 @@ def rows(study: str) -> list[dict[str, str]]:
 
 
 def test_a_grid_is_covered_once_and_a_second_start_runs_nothing(place, capsys):
-    command = arguments("run", "--set", "NUM_LAYERS=3,4", "--set", "MATRIX_LR=0.01,0.02,0.03", "--set", "XSA_LAST_N=1",
-                        "--seeds", "1,2", "--workers", "2", "--gpus", "0,1,2,3")  # fmt: skip
+    command = arguments(
+        "run", "--set", "NUM_LAYERS=3,4", "--set", "MATRIX_LR=0.01,0.02,0.03", "--set", "XSA_LAST_N=1",
+        "--seeds", "1,2", "--workers", "2", "--gpus", "0,1,2,3",
+    )  # fmt: skip
     assert sweep.main(command, environment()) == 0
     assert len(started()) == 12 and set(started().values()) == {1}
     assert {line.split()[1] for line in lines("starts.txt")} == {"0,1", "2,3"}
@@ -363,8 +365,8 @@ def test_an_identical_score_is_no_gain(place):
 def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
     """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same
     setting."""
-    command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--trials", "8", "--seeds", "1,2", "--workers", "2",
-                        "--prune", "0", "--grace", "1")  # fmt: skip
+    command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--trials", "8", "--seeds", "1,2",
+                        "--workers", "2", "--prune", "0", "--grace", "1")  # fmt: skip
     first = launch(command, STAND_IN_SECONDS="0.08")
     wait_until(lambda: len(lines("ends.txt")) >= 7)
     os.killpg(first.pid, kill)
@@ -423,8 +425,10 @@ def test_two_processes_share_a_study_on_postgresql(place):
         control = [*as_other, binaries / "pg_ctl", "-D", data, "-w"]
         subprocess.run([*control, "-o", options, "-l", home / "log", "start"], check=True, cwd=home)
         try:
-            command = arguments("run", "--set", "MATRIX_LR=0.01..0.1", "--trials", "12", "--workers", "2",
-                                "--storage", f"postgresql+psycopg2://golf@127.0.0.1:{port}/postgres")  # fmt: skip
+            command = arguments(
+                "run", "--set", "MATRIX_LR=0.01..0.1", "--trials", "12", "--workers", "2",
+                "--storage", f"postgresql+psycopg2://golf@127.0.0.1:{port}/postgres",
+            )  # fmt: skip
             both = [launch(command, STAND_IN_SECONDS="0.1") for _ in range(2)]
             said = [each.communicate(timeout=120)[0] for each in both]
             assert [each.returncode for each in both] == [0, 0], said

@@ -119,7 +119,7 @@ def test_twenty_steps_are_reproduced_from_the_seed(quick, smoke_run, run_trainer
 
 
 def test_one_process_accumulating_two_equals_two_processes(quick, smoke_run, run_trainer, tmp_path):
-    """The smoke recipe takes its two micro-batches on one rank or one on each of two; only roundings differ."""
+    """The smoke recipe takes two micro-batches on one rank or one on each of two; only rounding differs."""
     assert "grad_accum_steps:2" in (smoke_run / "train.log").read_text()
     done = run_trainer(quick, processes=2)
     assert done.returncode == 0, done.stderr
@@ -389,7 +389,7 @@ CLIPPED, UNCLIPPED = (replace(SMALL, grad_clip_norm=limit) for limit in (0.3, 0.
 
 
 def rank_data(rank: int):
-    """Very different work for the two ranks: other tokens, and a loss a hundred times as steep on the second."""
+    """Very different work for the two ranks: other tokens, and a loss 100 times as steep on the second."""
 
     def loss_fn(*arguments):
         return train_gpt.training_loss(*arguments) * (1, 100)[rank]

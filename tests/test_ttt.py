@@ -127,8 +127,8 @@ def test_documents_begin_at_their_first_token(tokens, expected):
 
 LENGTHS = [13, 1, 29, 5, 4, 17, 1, 10, 30]
 BY_DOCUMENTS = [  # TTT_CHUNK_SIZE, EVAL_SEQ_LEN, EVAL_STRIDE, TTT_SLOTS, TTT_GROUPS, TTT_CONTEXT
-    (5, 12, 4, 4, 1, 0), (5, 12, 4, 3, 2, 7), (4, 12, 12, 2, 1, 2), (12, 12, 3, 100, 1, 0), (1, 8, 8, 1, 20, 0),
-    (5, 12, 12, 4, 3, 0),
+    (5, 12, 4, 4, 1, 0), (5, 12, 4, 3, 2, 7), (4, 12, 12, 2, 1, 2), (12, 12, 3, 100, 1, 0),
+    (1, 8, 8, 1, 20, 0), (5, 12, 12, 4, 3, 0),
 ]  # fmt: skip
 
 
@@ -423,7 +423,7 @@ def model_of(config: Config, seed: int = 0) -> GPT:
 
 
 def fast_of(model: GPT, config: Config, learns: str, sets: int | None) -> FastWeights:
-    """Fast weights of a float64 model, held in float64 and not float32, so that many digits can be compared."""
+    """Fast weights of a float64 model, in float64 instead of float32, so that many digits can be compared."""
     fast, own = FastWeights(model, config, learns, sets), dict(model.named_parameters())
     assert {value.dtype for value in fast.values.values()} == {torch.float32}
     fast.base = {name: own.get(name, base).detach().double() for name, base in fast.base.items()}
@@ -432,7 +432,7 @@ def fast_of(model: GPT, config: Config, learns: str, sets: int | None) -> FastWe
 
 
 def batch_of(seed: int, weights: tuple[float, ...], length: int = 12):
-    """Token rows (for Hand), and for adaptation_step: ids, targets, columns, weights of a mean for each row."""
+    """Token rows (for Hand), and for adaptation_step: ids, targets, columns, and each row's mean weights."""
     ids = random_ids(len(weights), length + 1, seed)
     weight = torch.tensor(weights, dtype=torch.float64)[:, None].expand(-1, length) / length
     return ids.numpy(), ids[:, :-1], ids[:, 1:], torch.arange(length).expand(len(weights), -1), weight

@@ -35,9 +35,9 @@ from eval_ttt import Adaptation, Setup, evaluate, score_plan
 from train_gpt import TTT_MODES, Artifact, Chunk
 
 ROOT, CPU = Path(__file__).resolve().parent.parent, torch.device("cpu")
-TINY = replace(LEVERS, num_layers=3, block_order="0,1,2,1", ve_layers="1", xsa_last_n=2, eval_seq_len=12, eval_stride=4,
-               eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16, ttt_batch_seqs=4, ttt_lr=0.01, ttt_slots=3,
-               ttt_groups=1, ttt_prior_seqs=0)  # fmt: skip
+TINY = replace(LEVERS, num_layers=3, block_order="0,1,2,1", ve_layers="1", xsa_last_n=2, eval_seq_len=12,
+               eval_stride=4, eval_batch_seqs=4, ttt_chunk_size=5, ttt_chunk_tokens=16, ttt_batch_seqs=4,
+               ttt_lr=0.01, ttt_slots=3, ttt_groups=1, ttt_prior_seqs=0)  # fmt: skip
 SGD = dict(ttt_optimizer="sgd", ttt_momentum=0.9)
 
 
@@ -164,8 +164,8 @@ def test_documents_equal_a_loop_by_hand(changes, exact):
 @pytest.mark.parametrize(("groups", "form"), [(1, "prefix"), (2, "prefix"), (2, "own")])
 def test_documents_with_a_prior_equal_a_loop_by_hand(groups, form, exact):
     """Every chunk of the generated sequences counts, each as much as two chunks of a document."""
-    setup = setup_of(ttt_prior_seqs=5, ttt_prior_chunks=2, ttt_prior_weight=2.0, ttt_groups=groups, ttt_context=2,
-                     ttt_moments=form, ttt_lr=0.02)  # fmt: skip
+    setup = setup_of(ttt_prior_seqs=5, ttt_prior_chunks=2, ttt_prior_weight=2.0, ttt_groups=groups,
+                     ttt_context=2, ttt_moments=form, ttt_lr=0.02)  # fmt: skip
     c, prior = setup.config, []
     for text in train_gpt.generate(setup.load(), 5, 2 * c.ttt_chunk_size + 1).numpy():
         for a in (0, c.ttt_chunk_size):
@@ -439,8 +439,9 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
     write_shard(shard, text)
     data, budget = str(demo_data), "1000000"  # seconds since the tests began
     return dict(
-        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=data, TOKENIZER_PATH=f"{data}/tokenizer.model",
-        VAL_FILES=str(shard), TTT_CHUNK_SIZE="32", TTT_SLOTS="4", DEVICE="cpu", EVAL_BUDGET_SECONDS=budget,
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=data,
+        TOKENIZER_PATH=f"{data}/tokenizer.model", VAL_FILES=str(shard), TTT_CHUNK_SIZE="32", TTT_SLOTS="4",
+        DEVICE="cpu", EVAL_BUDGET_SECONDS=budget,
         TTT_PRIOR_SEQS="2",  # seconds for each evaluation otherwise
     )  # fmt: skip
 
@@ -593,8 +594,8 @@ def test_the_weights_before_rounding_can_be_scored(env, run, changes):
     assert done.result["val_loss_sliding"] != done.result["trainer"]["val_loss_sliding"]
     assert done.result["ttt_gain_bpb"] == pytest.approx(0, abs=1e-7) and "the file's" in done.out
     labels = [line.split()[0] for line in done.out.splitlines() if "_exact val_loss:" in line]
-    assert labels == ["final_float_roundtrip_exact", "final_float_sliding_window_exact", "same_plan_without_ttt_exact",
-                      "legal_ttt_exact"]  # fmt: skip
+    assert labels == ["final_float_roundtrip_exact", "final_float_sliding_window_exact",
+                      "same_plan_without_ttt_exact", "legal_ttt_exact"]  # fmt: skip
     assert done.result["weights"] == "float" and "int6_" not in done.out
 
 
@@ -709,8 +710,9 @@ def test_whoever_writes_into_a_run_locks_it(argv, env, run, monkeypatch, capsys)
 def test_an_invalid_score_is_marked_and_lateness_said(env, run, monkeypatch):
     seconds = iter(range(10**6))
     monkeypatch.setattr(eval_ttt, "time", SimpleNamespace(time=lambda: time.time() + 10 * next(seconds)))
-    done = finish(run, env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="all", TTT_CHUNK_TOKENS="64",
-                                  TTT_PROTOCOL="adapt_first", EVAL_BUDGET_SECONDS="30"))  # fmt: skip
+    done = finish(run, env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="all",
+                                  TTT_CHUNK_TOKENS="64", TTT_PROTOCOL="adapt_first",
+                                  EVAL_BUDGET_SECONDS="30"))  # fmt: skip
     lines = done.out.splitlines()
     assert done.result["legal"] is False and '"legal": false' in lines[-1]
     assert any("THIS SCORE IS INVALID" in line for line in lines) and "\nlegal_ttt" not in done.out
@@ -745,8 +747,11 @@ def test_the_pace_is_extrapolated(monkeypatch, budget, pace, expected):
     for number in range(100):
         watch(number)
         now[0] += pace
-    assert [text for text, _ in said] == ([] if expected is None else
-            [f"WARNING: at this pace the evaluation takes {expected}s of EVAL_BUDGET_SECONDS={budget}"])  # fmt: skip
+    assert [text for text, _ in said] == (
+        []
+        if expected is None
+        else [f"WARNING: at this pace the evaluation takes {expected}s of EVAL_BUDGET_SECONDS={budget}"]
+    )
     assert all(when < 10 + 100 * pace / 4 for _, when in said)
 
 

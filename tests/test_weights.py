@@ -65,7 +65,7 @@ def lanes(model, ids, products) -> torch.Tensor:
 
 
 class Reference:
-    """The same products from the rows of the banks; the scales multiply the outputs, the adapters' included."""
+    """The same products from the bank rows; the scales multiply the outputs, including the adapters'."""
 
     adapters = ()
 
@@ -95,8 +95,10 @@ def scaled(model, adapters) -> list[dict]:
     found = []
     for block, each in zip(model.blocks, adapters, strict=True):
         scales = dict(o=block.attn_scale, attn=block.attn_scale, down=block.mlp_scale, mlp=block.mlp_scale)
-        found.append({site: [(a, scales[site].unsqueeze(-1) * b) if site in scales else (a, b) for a, b in pairs]
-                      for site, pairs in each.items()})  # fmt: skip
+        found.append({
+            site: [(a, scales[site].unsqueeze(-1) * b) if site in scales else (a, b) for a, b in pairs]
+            for site, pairs in each.items()
+        })  # fmt: skip
     return found
 
 
