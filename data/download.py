@@ -76,8 +76,8 @@ class RemoteFile:
 class Hub:
     """One Hugging Face repository at one commit; reads HF_ENDPOINT and HF_TOKEN from the environment.
 
-    Raises UserError if the repository or the revision does not exist, DownloadError if the hub does not
-    respond.
+    Raises UserError if the repository or the revision does not exist,
+    DownloadError if the hub does not respond.
     """
 
     def __init__(self, repo: str, repo_type: str, revision: str | None) -> None:

@@ -1,5 +1,5 @@
-"""Constants of the shard format, of the contest and of its published validation sets, for data/, records/ and
-tests/.
+"""Constants of the shard format, of the contest and of its published validation sets,
+for data/, records/ and tests/.
 
 train_gpt.py ships without this file and has a copy of its own; tests/test_data.py holds the two equal.
 Nothing but the standard library is imported, so that tools which read files and logs start without torch.

@@ -14,9 +14,9 @@ plain or compressed (.gz, .xz, .zst), or folders of such files. Written to DIR:
 The second command counts the validation documents of a folder that occur in its training shards
 (count_overlap).
 
-The input is read twice: the first pass checks, counts and samples all of it, the second encodes it. Memory
-use does not depend on the length of the input, and the output does not depend on the number of worker
-processes.
+The input is read twice: the first pass checks, counts and samples all of it, the second encodes
+it. Memory use does not depend on the length of the input, and the output does not depend on the
+number of worker processes.
 """
 
 from __future__ import annotations
@@ -268,9 +268,9 @@ def split_suffix(path: Path) -> tuple[str, str] | None:
 def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[Path]:
     """Return the input files in order: files as given; folders recursively, sorted, following links.
 
-    Skipped entries of a folder are added to `left_out`, including a link to a file that is read anyway.
-    Raises InputError for an input that does not exist, cannot be read, has an unsupported extension, or is
-    given twice.
+    Skipped entries of a folder are added to `left_out`, including a link to a file that is read
+    anyway. Raises InputError for an input that does not exist, cannot be read, has an unsupported
+    extension, or is given twice.
     """
     left_out = left_out or LeftOut()
     found: list[tuple[Path, bool]] = []

@@ -654,9 +654,9 @@ def lanczos(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return the smallest and largest Ritz value after each step, and their residuals.
 
-    A residual bounds the distance to an eigenvalue. Each vector is orthogonalized against all previous ones
-    (Golub and Van Loan, section 10.3). `start` is (n,). Stops early when the vectors span an invariant
-    subspace.
+    A residual bounds the distance to an eigenvalue. Each vector is orthogonalized against all
+    previous ones (Golub and Van Loan, section 10.3). `start` is (n,). Stops early when the vectors
+    span an invariant subspace.
     """
     basis, diagonal, beside, found = [start / start.norm()], [], [], []
     for _ in range(min(steps, len(start))):

@@ -1,5 +1,5 @@
-"""Audit: check that an evaluation is legal. `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json
-and .txt.
+"""Audit: check that an evaluation is legal.
+`eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
 
 The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are
 compared. Checks T1 to T21 look at what was computed, not at the plan; records/legality.md says what each mode
@@ -37,8 +37,8 @@ from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
 
 @dataclass
 class Trace:
-    """An evaluation as the audit sees it, from what was computed, not from what was planned; one entry a
-    target.
+    """An evaluation as the audit sees it, from what was computed,
+    not from what was planned; one entry a target.
 
     turn: how often something had been learned when it was scored; read_from: the first token that its window
     read; count: how often it was scored; from_row: -log of its entry in the whole, normalized distribution.
@@ -58,8 +58,8 @@ class Trace:
     base_turns: Sequence[int] = ()
 
     def differ(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        """Where two arrays of nats differ by more than chance: at all, or by four times what a repetition
-        does."""
+        """Where two arrays of nats differ by more than chance:
+        at all, or by four times what a repetition does."""
         return (one != other) & ~(np.abs(one - other) <= 4 * self.spread)
 
 
@@ -243,8 +243,8 @@ def check_borders(setup: Setup) -> Check:
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Targets: four of each of the first two turns, one of each later half of the evaluation, two BOS; at
-    least 8."""
+    """Targets: four of each of the first two turns,
+    one of each later half of the evaluation, two BOS; at least 8."""
     turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
     groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
     halves = np.array_split(turns[2:], 2)
@@ -261,8 +261,8 @@ def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list
 def check_target(
     trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True
 ) -> Check:
-    """T2: the distribution of a target is the same whatever the target is: another token, or the document's
-    end.
+    """T2: the distribution of a target is the same whatever the target is:
+    another token, or the document's end.
 
     ends: whether BOS are changed, and the last other probe into a BOS. With TTT_MOMENTS=shared the steps of
     all slots depend on where documents end, and nothing is promised.
@@ -282,8 +282,8 @@ def check_target(
 
 
 def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T3: each loss is -log of the target's entry in a whole distribution, and those in base.rows add up to
-    one."""
+    """T3: each loss is -log of the target's entry in a whole distribution,
+    and those in base.rows add up to one."""
     error = np.abs(base.nll - base.from_row)
     own = [abs(base.nll[t] + row[tokens[t + 1]]) for t, row in base.rows.items()]
     total = [abs(float(np.logaddexp.reduce(row))) for row in base.rows.values()]
@@ -301,8 +301,8 @@ def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Ge
 
 
 def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T5: in the order of events, nothing is learned from that is not scored, and nothing is scored
-    afterwards."""
+    """T5: in the order of events, nothing is learned from that is not scored,
+    and nothing is scored afterwards."""
     scored, learned = set(), set()
     wrong, times = 0, 0
     for kind, windows in base.events:
@@ -330,8 +330,8 @@ def check_bytes(tokens: np.ndarray, byte_table: tg.ByteTable, tokenizer: Any) ->
 def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plain: np.ndarray) -> Check:
     """T10: windows that slide gain over windows side by side; after learning the text by heart they lose.
 
-    The gap may shrink in a legal way, since learning does some of what context does: that alone is no
-    verdict.
+    The gap may shrink in a legal way, since learning does some of what context does:
+    that alone is no verdict.
     """
 
     def mean(x: np.ndarray) -> tuple[float, float]:
@@ -349,8 +349,8 @@ def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plai
 
 
 def float32_nll(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """The losses of `score_plan` by a float32 forward, with torch's own attention: flash kernels take no
-    float32."""
+    """The losses of `score_plan` by a float32 forward,
+    with torch's own attention: flash kernels take no float32."""
     kernel = tg.torch_attention() if setup.device.type == "cuda" else setup.kernel
     model = tg.GPT(setup.artifact.config, torch.float32, kernel, setup.byte_table.has_leading_space)
     model.load_state_dict(setup.artifact.state)
@@ -362,13 +362,13 @@ def float32_nll(setup: Setup, tokens: np.ndarray) -> np.ndarray:
 
 
 def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
-    """T11: steps of size zero give the loss of no steps, bit for bit; and the plain forward's, but for
-    rounding.
+    """T11: steps of size zero give the loss of no steps, bit for bit;
+    and the plain forward's, but for rounding.
 
-    Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a float32
-    forward is the measure: losses of no steps may be twice as far from that (root mean square), and four
-    times that distance from the plain ones (largest). On the first half of the text, if that is longer than a
-    window.
+    Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a
+    float32 forward is the measure: losses of no steps may be twice as far from that (root mean square),
+    and four times that distance from the plain ones (largest). On the first half of the text, if that
+    is longer than a window.
     """
     tokens = tokens[: max(len(tokens) // 2, setup.config.eval_seq_len) + 1]
     still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
@@ -429,8 +429,8 @@ def check_files(opened: Sequence[str], train_pattern: str, val_pattern: str = ""
 
 
 def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
-    """T15: targets are scored in the file's order; by documents, the documents of each group begin in that
-    order."""
+    """T15: targets are scored in the file's order;
+    by documents, the documents of each group begin in that order."""
     first = np.full(len(tokens) - 1, len(base.events))
     for number, (kind, windows) in reversed([*enumerate(base.events)]):
         for begin, end in windows.ranges() if kind == "score" else ():
@@ -451,8 +451,8 @@ def has_moments(c: Config) -> bool:
 
 
 def shares_moments(c: Config) -> bool:
-    """Whether documents in different slots share second moments, so that losses depend on text later in the
-    file."""
+    """Whether documents in different slots share second moments,
+    so that losses depend on text later in the file."""
     return has_moments(c) and c.ttt_moments == "shared"
 
 
@@ -516,8 +516,8 @@ def audit(
 ) -> list[Check]:
     """All checks on `tokens`, with which the text `whole` begins.
 
-    trace: replaces the evaluation, so that cheats can be tried. seed: of the places, targets and tokens
-    changed.
+    trace: replaces the evaluation, so that cheats can be tried.
+    seed: of the places, targets and tokens changed.
     """
     trace, began = (
         trace or (lambda text, probes, until: trace_evaluation(setup, text, probes, until)),
@@ -570,11 +570,11 @@ def refills(plan: Sequence[Chunk]) -> int:
 
 
 def audited_config(c: Config, tokens: np.ndarray) -> Config:
-    """The settings, where needed with smaller chunks, fewer slots, groups and phases, so that little text has
-    them all.
+    """The settings, where needed with smaller chunks, fewer slots,
+    groups and phases, so that little text has them all.
 
-    By flat chunks at least four chunks; by documents a chunk to adapt on, three refills, and steps of the
-    base.
+    By flat chunks at least four chunks;
+    by documents a chunk to adapt on, three refills, and steps of the base.
     """
     if not mode_of(c).by_documents:
         return replace(c, ttt_chunk_tokens=min(c.ttt_chunk_tokens, max(1, (len(tokens) - 1) // 4)))
@@ -636,8 +636,8 @@ def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
 
 
 def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """A beginning of the text that has no shortfalls with the settings as they are, or is as long as is
-    bearable."""
+    """A beginning of the text that has no shortfalls with the settings as they are,
+    or is as long as is bearable."""
     c, last = setup.config, len(tokens) - 1
     size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
     while size < most and (shortfalls(setup, tokens[: size + 1]) or not settled(setup, tokens[: size + 1])):
@@ -667,8 +667,8 @@ def check_kept_score(
 def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: Mapping[str, Any]) -> Check:
     """T20: the first losses of the run, `nll`, are those of the beginning of the text evaluated alone.
 
-    With the same versions on a CPU bit for bit. Otherwise within what T11 admits as rounding, and 1e-3 on
-    average.
+    With the same versions on a CPU bit for bit.
+    Otherwise within what T11 admits as rounding, and 1e-3 on average.
     """
     if not settled(setup, tokens):
         return Check(T20, None, 0, "every loss depends on how the text goes on: see the reading")
@@ -766,8 +766,8 @@ def run_checks(
 def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
     """File name of the certificate in `folder` that calls the evaluation with this `result` legal, or None.
 
-    It must name the same artifact, tokenizer, code, shards and, where it knows any, losses, and the same
-    settings.
+    It must name the same artifact, tokenizer, code, shards and,
+    where it knows any, losses, and the same settings.
     """
     found = ev.read_report(folder / CERTIFICATE)[0] or {}
     hashes, settings = object_of(found, "sha256"), object_of(found, "settings")
@@ -782,8 +782,8 @@ def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
 
 
 def name_certificate(path: Path) -> None:
-    """Set `audit` in the eval_ttt.json beside the artifact `path`: the certificate, if that calls the run
-    legal."""
+    """Set `audit` in the eval_ttt.json beside the artifact `path`:
+    the certificate, if that calls the run legal."""
     told, _ = ev.read_report(path.with_name("eval_ttt.json"))
     if told and told.get("sha256_artifact") == tg.sha256_file(path):
         told["audit"] = legal_certificate(path.parent, told)
@@ -798,8 +798,8 @@ def run_audit(
     opened: Sequence[str],
     seed: int | None = None,
 ) -> int:
-    """Run the checks, print the certificate and write it; exit code 0 where nothing failed and enough was
-    checked.
+    """Run the checks, print the certificate and write it;
+    exit code 0 where nothing failed and enough was checked.
 
     seed: of what is changed in the text; None: one that nobody knows beforehand.
     """

@@ -1,8 +1,8 @@
 """Rules for the files beside the logs: per-target losses, audit certificates, and the validation text.
 
-The score is recomputed from nll.npy, shards and tokenizer. No code is shared with train_gpt.py's scorer, so
-that a bug there cannot hide itself. check.py runs these rules; `record` is its Record, `run` one of its
-LogFacts.
+The score is recomputed from nll.npy, shards and tokenizer. No code is shared with train_gpt.py's
+scorer, so that a bug there cannot hide itself. check.py runs these rules; `record` is its Record,
+`run` one of its LogFacts.
 """
 
 from __future__ import annotations

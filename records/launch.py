@@ -1,7 +1,7 @@
 """Start a run of train_gpt.py, watch it, stop it when its parent dies, and log it to an experiment tracker.
 
-`records/sweep.py` and its ledger start all their runs here. TRACK=trackio or TRACK=wandb also logs each run
-there.
+`records/sweep.py` and its ledger start all their runs here.
+TRACK=trackio or TRACK=wandb also logs each run there.
 """
 
 from __future__ import annotations

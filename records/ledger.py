@@ -143,8 +143,8 @@ def is_best(bpb: float, lines: Sequence[Mapping[str, str]]) -> bool:
 def what_is_tried(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the hashes of a line: scoring code; task (validation text, tokenizer, windows, seed); settings.
 
-    ValueError for a bad setting, OSError for a missing file, Crash if the programs cannot be parsed or
-    imported.
+    ValueError for a bad setting, OSError for a missing file,
+    Crash if the programs cannot be parsed or imported.
     """
     try:
         scorer = scorer_hash(*(path.read_text(encoding="utf-8") for path in PROGRAMS))

@@ -18,8 +18,8 @@ bytes readable and 113,310 minified:
     LZMA, base 85         48,844
     bz2, not minified     55,815   Latin-1
 
-Tracebacks name function and line of the minified source but do not show it: that would take 96 bytes per
-file.
+Tracebacks name function and line of the minified source but do not show it:
+that would take 96 bytes per file.
 """
 
 from __future__ import annotations

@@ -205,8 +205,8 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
 def check_space(space: Space, environ: Mapping[str, str]) -> None:
     """Raise ValueError, listing every problem, for names or values that the trainer would reject.
 
-    For a grid every point is checked; otherwise every value alone, and the first values of all settings
-    together.
+    For a grid every point is checked; otherwise every value alone,
+    and the first values of all settings together.
     """
     tg, problems, own = trainer(), [], [pair for row in space.rows.values() for pair in row.items()]
     by_name = {f.name.upper(): f for f in fields(tg.Config)}
