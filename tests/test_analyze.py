@@ -1,5 +1,5 @@
-"""records/analyze.py: errors against simulation and scipy, curvature against whole Hessians, a model against
-itself."""
+"""records/analyze.py: errors against simulation and scipy,
+curvature against whole Hessians, a model against itself."""
 
 import json
 import re
@@ -82,8 +82,8 @@ def test_units_of_equal_size_are_their_means():
 
 
 def test_errors_of_unequal_units_by_simulation():
-    """Units of 1 to 40 targets that share an effect: the error is the spread of the mean over draws of whole
-    texts."""
+    """Units of 1 to 40 targets that share an effect:
+    the error is the spread of the mean over draws of whole texts."""
     rng = np.random.default_rng(1)
     means, errors, naive, inside = [], [], [], []
     for _ in range(600):
@@ -391,8 +391,8 @@ def test_lanczos_on_a_matrix():
     ("mode", "size"), [("doc_banks", 5), ("doc_lora", 5), ("all", 5), ("phased", 5), ("doc_banks", 14)]
 )
 def test_the_whole_step_is_the_evaluators(mode, size):
-    """At the whole step the next chunk has the evaluation's own losses, at none those of the plan without
-    learning.
+    """At the whole step the next chunk has the evaluation's own losses,
+    at none those of the plan without learning.
 
     Half a step is a step of half the size. With chunks of 14 targets, most documents have no second one.
     """

@@ -78,9 +78,9 @@ def join_body(header: dict, rest: bytes, coded: bytes) -> bytes:
 def parse(blob: bytes) -> tuple[dict, dict[str, tuple[np.ndarray, ...]]]:
     """Header and name -> (float16 values,) or (codes, row steps[, column steps]), by the layout in words.
 
-    Prefix; head: JSON, float16 tensors, steps of each tensor, widths of each; then the codes of all tensors,
-    stably sorted by the sum of the widths of row and column, zstd frames of which the first 64 numbers give
-    the lengths.
+    Prefix; head: JSON, float16 tensors, steps of each tensor, widths of each; then the codes of all
+    tensors, stably sorted by the sum of the widths of row and column, zstd frames of which the first 64
+    numbers give the lengths.
     """
     header, rest, coded = split_body(blob)
 
@@ -270,8 +270,8 @@ def test_any_flipped_bit(path):
 
 
 def damage(blob: bytes, generator: np.random.Generator) -> bytes:
-    """BLOB with a bit flipped, a byte replaced, inserted or left out, two exchanged, or cut off at a random
-    place."""
+    """BLOB with a bit flipped, a byte replaced, inserted or left out,
+    two exchanged, or cut off at a random place."""
     place, kind, byte = (
         int(generator.integers(len(blob))),
         int(generator.integers(6)),
@@ -323,8 +323,8 @@ def test_codes_that_are_not_those_that_went_in_are_refused(tmp_path, coder):
 
 
 def test_another_path_through_an_ans_stream_is_refused(tmp_path):
-    """Any bytes decode to some codes: the hash in the head tells. The last bits of the first word mean
-    nothing."""
+    """Any bytes decode to some codes: the hash in the head tells.
+    The last bits of the first word mean nothing."""
     blob, _ = two_sided_blob("ans", True)
     header, rest, data = split_body(blob)
     (side,) = struct.unpack_from("<I", data)

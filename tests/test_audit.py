@@ -1,5 +1,5 @@
-"""The audit: honest evaluations pass, each cheat is caught by a check, by name, and every check can pass and
-fail."""
+"""The audit: honest evaluations pass, each cheat is caught by a check,
+by name, and every check can pass and fail."""
 
 import ast
 import json
@@ -229,8 +229,8 @@ def earlier_windows(honest, *args):
 
 
 def gate_by_target(setup, patch):
-    """Sharper distributions where the target begins a word (#1420): each adds up to one, which one is told by
-    it."""
+    """Sharper distributions where the target begins a word (#1420):
+    each adds up to one, which one is told by it."""
 
     def trace(tokens, probes, until):
         seen = auditing.trace_evaluation(setup, tokens, range(len(tokens) - 1), until)
@@ -456,8 +456,8 @@ def test_two_tokens_certify_nothing(setup, text, tmp_path):
     (dict(ttt_mode="none", ttt_chunk_tokens=32768), {"ttt_chunk_tokens"}),
 ])  # fmt: skip
 def test_the_audited_text_has_all_that_the_settings_ask_for(settings, shrunk, setup, text):
-    """Three documents that enter a slot after another one, a step of the base where one is asked for,
-    adaptation."""
+    """Three documents that enter a slot after another one,
+    a step of the base where one is asked for, adaptation."""
     given = changed(setup, eval_seq_len=128, **settings)
     small = replace(given, config=auditing.audited_config(given.config, text))
     assert {
@@ -531,8 +531,8 @@ BESIDE = dict(turn=np.tile(np.arange(60) // 20, 2), read_from=np.repeat([0, 60],
 
 
 def toy(turn, read_from, ahead=(), also=(), gated=0.0) -> Callable[..., Trace]:
-    """A tracer whose losses are sums of what windows read, those in AHEAD one token more, ALSO (a target, a
-    place)."""
+    """A tracer whose losses are sums of what windows read,
+    those in AHEAD one token more, ALSO (a target, a place)."""
 
     def trace(tokens=TOY_TEXT, probes=(), until=np.inf) -> Trace:
         sums, target = np.append(0, np.cumsum(tokens.astype(np.int64))), np.arange(120)
@@ -626,8 +626,8 @@ def noisy(honest: Callable[..., Trace]) -> Callable[..., Trace]:
 
 @pytest.mark.parametrize("check, leak", [(T1, dict(ahead=[29])), (T2, dict(gated=1e-3))])
 def test_what_a_repetition_changes_is_no_leak(check, leak):
-    """As on a GPU, where gradients are summed in any order; leaks above the noise are caught, and too much
-    noise is."""
+    """As on a GPU, where gradients are summed in any order;
+    leaks above the noise are caught, and too much noise is."""
 
     def ok(tracer, spread: float) -> bool | None:
         return check(tracer, replace(tracer(), spread=spread), TOY_TEXT, np.random.default_rng(1)).ok
@@ -710,8 +710,8 @@ def test_t11_and_t14(check, owner, name, wrapper, setup, text, monkeypatch):
 
 
 def test_t21(setup, text, tmp_path):
-    """The shard that is scored, under its own name, by links, or copied; without what config.json names no
-    verdict."""
+    """The shard that is scored, under its own name, by links,
+    or copied; without what config.json names no verdict."""
     val, copied = tmp_path / "fineweb_val_0.bin", tmp_path / "copied_0.bin"
     write_shard(val, text)
     write_shard(tmp_path / "other_0.bin", text[::-1].copy())
@@ -855,8 +855,8 @@ BESIDE_IT = {
 
 @pytest.mark.parametrize("name", BESIDE_IT)
 def test_the_run_beside_the_artifact(name, trained):
-    """T19 and T20, of what an evaluation without --audit left: its losses on the text's beginning alone must
-    recur."""
+    """T19 and T20, of what an evaluation without --audit left:
+    its losses on the text's beginning alone must recur."""
     _, env = trained
     changes, plant, expected = BESIDE_IT[name]
     env = env | dict(TTT_GROUPS="1", AUDIT_TOKENS="150", TTT_CHUNK_SIZE="16")

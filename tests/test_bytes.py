@@ -51,8 +51,8 @@ def demo_tokenizer(demo_data) -> tuple[spm.SentencePieceProcessor, ByteTable]:
 
 @pytest.fixture
 def train_tokenizer(tmp_path):
-    """A function that trains a small tokenizer with the given options and returns it with the path of its
-    model."""
+    """A function that trains a small tokenizer with the given options
+    and returns it with the path of its model."""
 
     def train(**options) -> tuple[spm.SentencePieceProcessor, str]:
         model = io.BytesIO()
@@ -153,8 +153,8 @@ FIELD = dict(normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, split_d
 
 
 def assert_recomputed(sp: spm.SentencePieceProcessor, path: str, folder: Path) -> None:
-    """The score of random losses on all pairs of some tokens, over two shards, by the field's rule piece by
-    piece."""
+    """The score of random losses on all pairs of some tokens,
+    over two shards, by the field's rule piece by piece."""
     rng = np.random.default_rng(0)
     tokens = [
         BOS,
@@ -277,8 +277,8 @@ FOREIGN_BYTES = (
 
 @pytest.mark.parametrize("num_bytes", FOREIGN_BYTES)
 def test_a_folder_that_claims_the_challenge_has_its_bytes(num_bytes):
-    """151,073,604 to 151,080,891 by the field's ways of counting; 155.8 million in the first baseline's
-    export."""
+    """151,073,604 to 151,080,891 by the field's ways of counting;
+    155.8 million in the first baseline's export."""
     for right in (151_073_604, TEXT_BYTES, *CHALLENGE_BYTES):
         check_fingerprint(60_000_000, right, "data/datasets/fineweb10B_sp2048/fineweb_val_*.bin")
     with pytest.raises(UserError, match=f"{num_bytes} bytes"):

@@ -102,8 +102,8 @@ def test_a_cache_holds_the_tokens_it_was_given_and_changes_nothing_else():
 
 @torch.no_grad()
 def from_whole_prefixes(model: GPT, rows: int, length: int, temperature: float, seed: int) -> torch.Tensor:
-    """Every token from the softmax of a forward pass over all before it, by Gumbel's maximum of the same
-    noise."""
+    """Every token from the softmax of a forward pass over all before it,
+    by Gumbel's maximum of the same noise."""
     generator, ids = torch.Generator().manual_seed(seed), torch.full((rows, 1), 1)
     while ids.size(1) < length:
         logits = model(ids)[:, -1]

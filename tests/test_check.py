@@ -60,8 +60,8 @@ REAL_DATA = {  # validation tokens, training shards
     "03-17": (63779840, 25), "04-03": (45514752, 143), "04-05": (40540160, 128), "04-06": (40540160, 80),
     "04-14": (40540160, 80), "04-27": (47851520, 80),
 }  # fmt: skip
-# Their own keys, in this module's names; #1413's 588,009 ms against its log's 588,015 is why times have 50 ms
-# of slack.
+# Their own keys, in this module's names;
+# #1413's 588,009 ms against its log's 588,015 is why times have 50 ms of slack.
 THEIR_KEYS = {"artifact_bytes": ("bytes_total", 1), "bytes_total": ("bytes_total", 1), "steps": ("steps", 1),
               "step_avg_ms": ("step_avg_ms", 1), "eval_time_s": ("eval_seconds", 1),
               "val_bpb": ("val_bpb", 1), "val_loss": ("val_loss", 1),

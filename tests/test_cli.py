@@ -86,8 +86,8 @@ def settings(demo_data, tmp_path_factory) -> dict[str, str]:
 
 
 class Finished(NamedTuple):
-    """A run that is over: its exit code, its working directory, its folder, log and result, and what it
-    printed."""
+    """A run that is over: its exit code, its working directory,
+    its folder, log and result, and what it printed."""
 
     code: int
     work: Path
@@ -111,8 +111,8 @@ def finished(settings, tmp_path_factory) -> Finished:
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function that runs main and expects exit code 2, one message, and nothing written; returns the
-    message."""
+    """A function that runs main and expects exit code 2, one message,
+    and nothing written; returns the message."""
 
     def run(argv: list[str], environ: dict[str, str]) -> str:
         monkeypatch.chdir(tmp_path)

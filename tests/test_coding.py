@@ -39,8 +39,8 @@ def decode(data: bytes, order: np.ndarray, counts: np.ndarray, coder: str) -> np
 
 
 def draw_codes(kind: str, bits: int, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Codes of BITS bits: of rows and columns of different widths, uniform, rare, of one value, or of both
-    ends."""
+    """Codes of BITS bits: of rows and columns of different widths,
+    uniform, rare, of one value, or of both ends."""
     generator, last = np.random.default_rng(seed), 2 ** (bits - 1) - 1
     if kind == "normal":
         rows, columns = (
@@ -101,8 +101,8 @@ def test_every_code_there_is(coder):
 
 
 def test_the_layout_sorts_codes_by_their_width_and_keeps_their_order_within():
-    """Rows of 16, 1 and 4 by columns of 1 and 2; widths in quarter octaves of the root mean square, from
-    numpy."""
+    """Rows of 16, 1 and 4 by columns of 1 and 2;
+    widths in quarter octaves of the root mean square, from numpy."""
     codes = torch.from_numpy(np.random.default_rng(0).normal(0, np.outer([16, 1, 4], [1, 2] * 40)).round())
     codes = codes.clamp(-127, 127).to(torch.int8)
     rows, columns = code_widths(codes)

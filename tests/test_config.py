@@ -1,8 +1,8 @@
-"""Configuration: types, ranges, contradictions, misspelt names, recipes, aliases, absent variables, --help,
---describe.
+"""Configuration: types, ranges, contradictions, misspelt names,
+recipes, aliases, absent variables, --help, --describe.
 
-The expected numbers are those of the published systems: their environments, and their parameter counts by
-shape.
+The expected numbers are those of the published systems:
+their environments, and their parameter counts by shape.
 """
 
 from __future__ import annotations
@@ -501,8 +501,8 @@ def test_describe(recipe_name, more, by_shape, published, capsys, tmp_path, monk
 def test_describe_operations_a_token(capsys, order, heads):
     settings = {"RECIPE": str(RECIPES / "pr1019.env"), "BLOCK_ORDER": order, "MTP_NUM_HEADS": str(heads)}
     assert train_gpt.main(["--describe"], settings) == 0
-    # forward and backward: 3 times 2 for each weight of a product; attention: QK^T and AV over half of 2048
-    # positions
+    # forward and backward: 3 times 2 for each weight of a product;
+    # attention: QK^T and AV over half of 2048 positions
     layers = 13 if order else 11
     products = 25_952_256 // 11 * layers + 112 * 512 + 128 * 256 + (1 + heads) * 1024 * 512
     attention = layers * 2 * 512 * 2048 // 2

@@ -1,5 +1,5 @@
-"""Data: shards written by struct and read back, broken shards, the endless stream, batches by rank, the
-manifest."""
+"""Data: shards written by struct and read back, broken shards,
+the endless stream, batches by rank, the manifest."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture
 def stream(tmp_path):
-    """A function that writes shards of the given lengths and returns the stream of them, with its tokens in
-    order."""
+    """A function that writes shards of the given lengths
+    and returns the stream of them, with its tokens in order."""
 
     def make(*lengths: int, split: str = "train") -> tuple[TokenStream, np.ndarray]:
         tokens = random_tokens(sum(lengths))
@@ -314,8 +314,8 @@ def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
 
 
 def test_the_split_and_the_content_are_those_listed(stream, tmp_path):
-    """Training shards are no validation text, and a validation shard of as many other tokens is not what was
-    listed."""
+    """Training shards are no validation text,
+    and a validation shard of as many other tokens is not what was listed."""
     train, _ = stream(20)
     val, _ = stream(30, split="val")
     path = Path(val.paths[0])

@@ -1,5 +1,5 @@
-"""data/demo.py: the corpus from Python's own text is disjoint, reproducible, reused, and imports nothing of
-it."""
+"""data/demo.py: the corpus from Python's own text is disjoint,
+reproducible, reused, and imports nothing of it."""
 
 from __future__ import annotations
 

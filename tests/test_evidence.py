@@ -27,8 +27,8 @@ def sha(path: Path) -> str:
 
 @pytest.fixture
 def made(demo_data, tmp_path, monkeypatch) -> SimpleNamespace:
-    """The folder of an evaluated run, in two shards, with scores counted from the decoded text; write()
-    writes it."""
+    """The folder of an evaluated run, in two shards,
+    with scores counted from the decoded text; write() writes it."""
     monkeypatch.chdir(tmp_path)
     data, run = tmp_path / "data", tmp_path / "runs/a"
     run.mkdir(parents=True)
@@ -176,8 +176,8 @@ def trained(path: Path, **options) -> Path:
     {}, dict(add_dummy_prefix=False, normalization_rule_name="identity", remove_extra_whitespaces=False),
 ], ids=["field", "lossless"])  # fmt: skip
 def test_bytes_are_the_fields(tmp_path, options):
-    """Against the trainer's table, target by target: control tokens before words, bytes, unknown and lone
-    spaces."""
+    """Against the trainer's table, target by target:
+    control tokens before words, bytes, unknown and lone spaces."""
     path = trained(tmp_path / "t.model", **options)
     pieces = spm.SentencePieceProcessor(model_file=str(path))
     size = pieces.vocab_size()

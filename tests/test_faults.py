@@ -5,8 +5,8 @@ log, a file being written), kills what the plan names, waits until every process
 and goes on with RESUME=auto. In the end weights, artifact, losses and scores are those of a run that nobody
 touched, bit for bit.
 
-Nothing is patched in these jobs. Linux only: inotify says when a file is being written, /proc who belongs to
-a job.
+Nothing is patched in these jobs. Linux only:
+inotify says when a file is being written, /proc who belongs to a job.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Watch:
             raise OSError(ctypes.get_errno(), f"inotify on {folder}")
 
     def names(self, seconds: float) -> set[str]:
-        """The files that were made, written to or renamed since the last call; waits up to SECONDS for the
-        first."""
+        """The files that were made, written to or renamed since the last call;
+        waits up to SECONDS for the first."""
         if not select.select([self.descriptor], [], [], seconds)[0]:
             return set()
         data, names = os.read(self.descriptor, 1 << 16), set()
@@ -180,8 +180,8 @@ class Job:
     def wait_for(
         self, moment: Callable[[set[str], str], bool], act: Callable[[], None] = lambda: None
     ) -> bool:
-        """Wait until MOMENT(files touched since the last look, log of this job), and ACT; False: the job
-        ended before.
+        """Wait until MOMENT(files touched since the last look,
+        log of this job), and ACT; False: the job ended before.
 
         To close a watch takes longer than to write a checkpoint.
         """
@@ -308,8 +308,8 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
 
 @pytest.fixture(scope="module")
 def untouched(settings, tmp_path_factory):
-    """A function that returns the Outcome of a run without checkpoints and without faults; each is trained
-    once."""
+    """A function that returns the Outcome of a run without checkpoints and without faults;
+    each is trained once."""
     kept: dict[tuple[str, bool], Outcome] = {}
 
     def train(kind: str = "plain", alone: bool = False) -> Outcome:
@@ -438,8 +438,8 @@ def survive(
 ):
     """Run under KILLS, then to the end.
 
-    Returns how often a kill hit a running job, the files that were cut short under a temporary name, and the
-    log.
+    Returns how often a kill hit a running job, the files
+    that were cut short under a temporary name, and the log.
     """
     dice, hits, done, cut = random.Random(seed), 0, 0, set()
     for number, kill in enumerate(kills, 1):
@@ -546,8 +546,8 @@ def test_kills_at_any_moment(start, settings, untouched, tmp_path, name):
 @pytest.mark.parametrize("whom, how", [("rank 0", signal.SIGKILL), ("agent", TERM), ("agent", signal.SIGKILL),
                                        ("all", signal.SIGKILL)])  # fmt: skip
 def test_kills_while_a_checkpoint_is_written(start, settings, untouched, tmp_path, whom, how):
-    """The file under its temporary name shows that the moment was hit; the one before it is whole and is
-    used."""
+    """The file under its temporary name shows that the moment was hit;
+    the one before it is whole and is used."""
     env, dice, halves = {**settings, "CHECKPOINT_EVERY": "1"}, random.Random(7), 0
     for _ in range(4):
         job, whole, part = start(tmp_path, env), [dice.randint(2, 4)], [dice.randint(1, 8)]
@@ -653,8 +653,8 @@ def test_a_process_that_is_asked_to_stop(start, settings, untouched, tmp_path, h
 @pytest.mark.slow
 @pytest.mark.parametrize("launch", ["alone", "torchrun"])
 def test_a_signal_in_the_last_validation_is_not_forgotten(start, settings, demo_data, tmp_path, launch):
-    """No step comes after it, and training is not over: the run stops, or the agent would kill it in its
-    export."""
+    """No step comes after it, and training is not over:
+    the run stops, or the agent would kill it in its export."""
     env = {**settings, "VAL_FILES": f"{demo_data}/fineweb_val_000000.bin", "CHECKPOINT_EVERY": "0"}
     job = start(tmp_path, env, launch)
     assert job.wait_for(step_begun(STEPS))
@@ -733,8 +733,8 @@ def longest_file(size: int):
 
 
 def test_a_disk_that_is_full(settings, stopped, untouched, tmp_path, capsys):
-    """RLIMIT_FSIZE makes the writes fail: first those of checkpoints, which are longer, alone, then the
-    export's too.
+    """RLIMIT_FSIZE makes the writes fail: first those of checkpoints,
+    which are longer, alone, then the export's too.
 
     The checkpoint that is there outlives both, and from it the run comes to its end.
     """
@@ -848,8 +848,8 @@ def test_another_tokenizer_is_refused(settings, stopped, tmp_path, monkeypatch, 
 def test_moved_data_and_what_comes_after_training_may_differ(
     settings, stopped, untouched, tmp_path, monkeypatch
 ):
-    """Contents are compared, not names. The weights are those of a run that nobody touched; the log has each
-    change."""
+    """Contents are compared, not names.
+    The weights are those of a run that nobody touched; the log has each change."""
     run = copy_of(stopped, tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "moved").mkdir()
@@ -932,8 +932,8 @@ def test_a_link_out_of_the_run_folder_is_not_followed(settings, stopped, tmp_pat
 
 
 def test_a_write_goes_through_no_link(tmp_path):
-    """Neither of the final name nor of any name that could be guessed; a link under the final name is
-    replaced."""
+    """Neither of the final name nor of any name that could be guessed;
+    a link under the final name is replaced."""
     precious, path = tmp_path / "precious", tmp_path / "x.json"
     precious.write_text("precious")
     for name in ("x.json", "x.json.tmp"):
@@ -1000,8 +1000,8 @@ NOT_FINITE = {  # by where the first value that is none turns up
 
 @pytest.mark.parametrize("where", NOT_FINITE)
 def test_what_is_not_finite_after_the_last_step_ends_the_run(settings, tmp_path, monkeypatch, capsys, where):
-    """No later step would see it: without this the quantizer never ends, or rounds it to numbers that are
-    scored."""
+    """No later step would see it: without this the quantizer never ends,
+    or rounds it to numbers that are scored."""
     monkeypatch.chdir(tmp_path)
     if "bank" in where:
         finish = train_gpt.Progress.finish
@@ -1067,8 +1067,8 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_checkpoint_is_named(settings, stopped, tmp_path, monkeypatch, capsys, name):
-    """By a fault of the disk, since we never leave one half-written: an error that says which file, not a new
-    start."""
+    """By a fault of the disk, since we never leave one half-written:
+    an error that says which file, not a new start."""
     run = copy_of(stopped, tmp_path)
     (run / "checkpoint.pt").write_bytes(DAMAGE[name]((run / "checkpoint.pt").read_bytes()))
     monkeypatch.chdir(tmp_path)

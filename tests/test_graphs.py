@@ -44,8 +44,8 @@ def meta_model(config: Config) -> GPT:
 
 
 def meta_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """Those of the run; torch has the fused AdamW for real devices only, so it is the one of many tensors
-    here."""
+    """Those of the run; torch has the fused AdamW for real devices only,
+    so it is the one of many tensors here."""
     muon, adamw = train_gpt.make_optimizers(model, model.config)
     groups = [{key: value for key, value in group.items() if key != "fused"} for group in adamw.param_groups]
     return [muon, torch.optim.AdamW(groups, foreach=True)]
@@ -157,8 +157,8 @@ def test_rounded_banks_use_the_same_graph():
 
 @pytest.fixture
 def stand_in_compiler(monkeypatch):
-    """Make maybe_compile use a stand-in backend and two graphs at most; returns the graphs in the order they
-    ran."""
+    """Make maybe_compile use a stand-in backend and two graphs at most;
+    returns the graphs in the order they ran."""
     ran, honest = [], torch.compile
 
     def backend(module, inputs):
@@ -177,8 +177,8 @@ def stand_in_compiler(monkeypatch):
 
 @pytest.mark.parametrize("function", [train_gpt.training_loss, train_gpt.token_nll])
 def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_in_compiler):
-    """Losses, and gradients in training, stay those of plain torch; one warning; shapes that have a graph
-    keep it."""
+    """Losses, and gradients in training, stay those of plain torch;
+    one warning; shapes that have a graph keep it."""
     config, warnings = replace(SMALL, num_layers=1, ve_enabled=False, use_compile="1"), []
     model, trains = random_model(config), function is train_gpt.training_loss
     compiled = train_gpt.maybe_compile(function, config, torch.device("cpu"), warnings.append)
@@ -207,8 +207,8 @@ def test_past_the_limit_of_the_compiler_a_function_runs_plainly(function, stand_
     "config", [SMALL, ALL, replace(SMALL, block_order="0,1,2,3,4,2,0")], ids=["small", "all", "loop"]
 )
 def test_fused_products_are_those_of_the_banks_one_by_one(config, looped, monkeypatch):
-    """Logits and every gradient, against products with the rows of the banks and scales applied to their
-    outputs."""
+    """Logits and every gradient, against products with the rows
+    of the banks and scales applied to their outputs."""
     model, ids, results = lever_model(config, looped=looped), random_ids(2, 12), []
     parameters = list(model.parameters())
 
@@ -328,8 +328,8 @@ def test_traffic_counts_what_a_kernel_must_move(traffic):
 
 
 def test_the_step_moves_no_more_than_it_did(traffic):
-    """A layer of pr1019 in passes over (B, T, d), by the compiler's plan; 72 before products and scales were
-    fused.
+    """A layer of pr1019 in passes over (B, T, d), by the compiler's plan;
+    72 before products and scales were fused.
 
     Queries and keys: 2 and 1 forward, 3.1 and 1.5 backward; the token's own value 2.5 and 6; each norm with
     what is added before it 4 to 9; the MLP's activation 6 and 9.
@@ -410,8 +410,8 @@ PHASES = {
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_nothing_is_compiled_after_warm_up(quick, tmp_path, monkeypatch, phase):  # noqa: F811
-    """All graphs, of phases, validations and the scores of the artifact too, are made before the clock
-    starts."""
+    """All graphs, of phases, validations and the scores
+    of the artifact too, are made before the clock starts."""
     made, start = [], train_gpt.Clock.start
 
     def count(module, inputs):

@@ -1,5 +1,5 @@
-"""The levers: each against a few lines from its formula, in float64; causality, switches during a run, whole
-runs.
+"""The levers: each against a few lines from its formula,
+in float64; causality, switches during a run, whole runs.
 
 That they change nothing when off is for test_model.py and the stored losses of test_training.py to say.
 """
@@ -59,8 +59,8 @@ def lever_model(
 
 
 def ids_with_borders() -> torch.Tensor:
-    """Two rows of eleven tokens, in which documents begin at the first place, elsewhere, and right after
-    another."""
+    """Two rows of eleven tokens, in which documents begin
+    at the first place, elsewhere, and right after another."""
     ids = random_ids(2, 11)
     ids[0, 4] = ids[0, 5] = ids[1, 0] = ids[1, 8] = train_gpt.BOS_ID
     return ids
@@ -200,8 +200,8 @@ def test_each_case_has_its_own_logits():
 
 @pytest.mark.parametrize("how, config", CASES.values(), ids=CASES.keys())
 def test_no_logit_depends_on_a_later_token(how, config):
-    """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not
-    move."""
+    """Bit for bit: all tokens from the cut on are replaced,
+    borders among them, and what is before must not move."""
     model, ids, other = (
         lever_model(config, torch.float32, **how),
         ids_with_borders(),
@@ -434,8 +434,8 @@ def test_heads_and_z_loss_leave_evaluation_alone():
 
 
 def rounded(bank: np.ndarray) -> np.ndarray:
-    """int6 codes within +-31, of one float32 step a row, in eighths of an octave: six standard deviations on
-    31."""
+    """int6 codes within +-31, of one float32 step a row,
+    in eighths of an octave: six standard deviations on 31."""
     eighths = np.round(8 * np.log2(bank.std(-1, ddof=1, keepdims=True) * 6 / 31))
     step = (2.0 ** (eighths / 8)).astype(np.float32).astype(np.float64)
     return np.clip(np.round(bank / step), -31, 31) * step
@@ -464,8 +464,8 @@ def test_a_rounded_step_is_the_gradient_at_the_rounded_banks_applied_to_the_othe
 
 @pytest.mark.parametrize("sigmas", [6.0, 2.0])
 def test_the_grid_of_late_rounding_is_that_of_the_export(sigmas):
-    """Bit for bit what plain rounding stores, on the steps that GPTQ takes; afterwards the banks are what
-    they were."""
+    """Bit for bit what plain rounding stores, on the steps that GPTQ takes;
+    afterwards the banks are what they were."""
     model = lever_model(replace(SMALL, matrix_clip_sigmas=sigmas), torch.float32)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = {r.name: dequantize(r) for r in quantize_state_dict(state, Statistics(), model.config)}
@@ -510,8 +510,8 @@ def test_compiled_steps_equal_eager_ones_rounded_or_not():
 
 
 def watch(monkeypatch, name: str) -> list[tuple[bool, bool]]:
-    """A list that each call of train_gpt.NAME extends by whether the loop runs and the banks are to be
-    rounded."""
+    """A list that each call of train_gpt.NAME extends
+    by whether the loop runs and the banks are to be rounded."""
     calls, function = [], getattr(train_gpt, name)
 
     def watched(*given, **named):

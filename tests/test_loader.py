@@ -354,8 +354,8 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
 
 
 def test_a_run_under_which_a_shard_changes_stops_and_can_go_on(env, tmp_path, monkeypatch, capsys):
-    """With exit code 2, as for all that users can put right, and with a checkpoint; the text is the same
-    after all."""
+    """With exit code 2, as for all that users can put right,
+    and with a checkpoint; the text is the same after all."""
     shard, take_step, steps = Path(env["TRAIN_FILES"].replace("*", "000000")), train_gpt.train_step, []
 
     def touching(*args):

@@ -1,7 +1,7 @@
 """The model of GPU memory against counted bytes, and that what it decides changes no result.
 
-The count follows every storage that a real step makes and frees, on a CPU or, for the published sizes, on
-meta tensors.
+The count follows every storage that a real step makes and frees,
+on a CPU or, for the published sizes, on meta tensors.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""Meta-learning against explicit loops and finite differences, and against the evaluator; on two ranks; whole
-runs."""
+"""Meta-learning against explicit loops and finite differences,
+and against the evaluator; on two ranks; whole runs."""
 
 import json
 import math
@@ -59,8 +59,8 @@ def double():
 
 
 def exact(fast: FastWeights, model: GPT) -> FastWeights:
-    """Fast weights of a float64 model in float64; their base is the live parameters, as that of a float32
-    model is."""
+    """Fast weights of a float64 model in float64;
+    their base is the live parameters, as that of a float32 model is."""
     own = {name: p.detach() for name, p in model.named_parameters()}
     fast.base = {name: own.get(name, base.double()) for name, base in fast.base.items()}
     fast.values = {name: torch.stack([fast.base[name]] * len(value)) for name, value in fast.values.items()}
@@ -150,8 +150,8 @@ def inner_steps(c: Config, loss, start: dict, factors: dict | None = None) -> di
 
 
 def meta_by_hand(model: GPT, c: Config, ids, targets, factors=None):
-    """The gradients of every parameter, and the outer loss before and after: the steps' displacement is held
-    fixed."""
+    """The gradients of every parameter, and the outer loss before and after:
+    the steps' displacement is held fixed."""
     params = parameters(model)
     inner, outer = tasks(model, c.meta_ttt_split, ids, targets)
     moved = {bank: params[bank] + move for bank, move in inner_steps(c, inner, params, factors).items()}
@@ -492,8 +492,8 @@ def test_factors_multiply_the_inner_rate(double):
 
 @pytest.mark.parametrize("lr, expected", [(0.0, 0.025), (0.3, 0.3)])
 def test_the_first_step_of_the_factors_is_their_rate(double, lr, expected):
-    """Adam's; downhill, at a share of META_SGD_LR, or of SCALAR_LR where that is 0. Rows without a gradient
-    stay 1."""
+    """Adam's; downhill, at a share of META_SGD_LR, or of SCALAR_LR where that is 0.
+    Rows without a gradient stay 1."""
     c = replace(FOMAML, meta_sgd_enabled=True, meta_sgd_lr=lr, meta_ttt_freeze_blocks=2)
     model = live_model(c)
     rates, fast = MetaRates(model, c), exact(inner_weights(model, c, "fomaml"), model)
@@ -609,8 +609,8 @@ def reptile_by_hand(
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("layers, moving", [("", {4}), ("1,3", {1, 3})])
 def test_reptile_equals_an_explicit_loop(double, layers, moving, control):
-    """The control is plain SGD on the same rows, all of its gradients taken at the weights of the step's
-    start."""
+    """The control is plain SGD on the same rows,
+    all of its gradients taken at the weights of the step's start."""
     c = replace(REPTILE, reptile_layers=layers, meta_control=control, ttt_layers="0", ttt_freeze_blocks=5)
     model, rows = live_model(c), random_ids(12, 13, 3).view(3, 4, 13)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -701,8 +701,8 @@ DEPLOYED = {
 def deployed_and_evaluated(
     c: Config, *sizes: list[int], factors: bool = True
 ) -> tuple[list[float], list[float]]:
-    """The loss of each batch of documents by training's steps, and by the evaluator on it as a text of its
-    own."""
+    """The loss of each batch of documents by training's steps,
+    and by the evaluator on it as a text of its own."""
     c = replace(c, ttt_slots=len(sizes[0]), ttt_groups=1, meta_ttt_docs=len(sizes[0]))
     batches = [
         documents_of(each, c.meta_ttt_pieces * c.doc_chunk, 100 * n) for n, each in enumerate(sizes, 1)
@@ -761,8 +761,8 @@ def test_documents_longer_than_a_window(precise, stride):
 
 
 def deployed_by_hand(model: GPT, c: Config, rows, sizes, logs, pairs) -> tuple[float, dict, dict]:
-    """Loss, gradients of the parameters and of the logarithms of the factors; SGD, one document after the
-    other."""
+    """Loss, gradients of the parameters and of the logarithms of the factors;
+    SGD, one document after the other."""
     total, lr, loss = int(sizes.sum()), c.ttt_lr, 0.0
     with train_gpt.fake_quantized_banks(model):
         rounded = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -826,8 +826,8 @@ BY_HAND = {
 
 
 def deployed_case(changes: dict):
-    """A model in float64, its fast weights, and documents of which one ends at a piece's border and one is
-    short."""
+    """A model in float64, its fast weights, and documents
+    of which one ends at a piece's border and one is short."""
     c = replace(EXACT, **changes)
     model, length = live_model(c), c.meta_ttt_pieces * 5
     fast = exact(inner_weights(model, c, "deployed"), model)
@@ -871,8 +871,8 @@ def test_heads_of_training_do_not_adapt():
 
 
 def test_many_pieces_can_be_compiled(monkeypatch):
-    """As many as META_TTT_PIECES has by default, beside the shapes of scoring: torch.compile has a limit of
-    shapes."""
+    """As many as META_TTT_PIECES has by default, beside the shapes of scoring:
+    torch.compile has a limit of shapes."""
     c = replace(
         EXACT, num_layers=1, ve_enabled=False, meta_ttt_pieces=Config.meta_ttt_pieces, eval_seq_len=64
     )
@@ -909,8 +909,8 @@ MIXED, LONG = [3, 17, 5, 6, 1, 40, 20, 21, 9, 4, 30, 15], [150, 19, 130, 90, 7, 
 
 @pytest.mark.parametrize("lengths", [MIXED, LONG], ids=["mixed", "long"])
 def test_rows_are_stretches_of_documents(tmp_path, lengths):
-    """From a document's BOS, or from further in than a row is long, to the next BOS or as far as the row
-    goes."""
+    """From a document's BOS, or from further in than a row is long,
+    to the next BOS or as far as the row goes."""
     text = corpus(tmp_path, lengths)
     c = replace(EXACT, meta_ttt_pieces=4)  # of five
     tokens = np.append(text.shards[0].astype(np.int64), train_gpt.BOS_ID)
@@ -1076,8 +1076,8 @@ def test_phases_that_are_asked_for(tmp_path, phases, changes, expected):
 
 
 def test_shares_of_the_clock(tmp_path, phases):
-    """Training has had 45 of 90 seconds; a fifth are 18, and one more step would not have fitted after the
-    17th."""
+    """Training has had 45 of 90 seconds; a fifth are 18,
+    and one more step would not have fitted after the 17th."""
     phases.clock.now = 45.0  # as training left it
     steps = late(tmp_path, phases, 10.0, iterations=10**6, max_wallclock_seconds=100.0)
     assert 17 <= steps["reptile"] <= 18 and 44 <= sum(steps.values()) <= 45
@@ -1207,8 +1207,8 @@ RUNS = {
 
 @pytest.mark.parametrize("settings, late_steps, steps", RUNS.values(), ids=RUNS)
 def test_a_whole_run(env, tmp_path, monkeypatch, settings, late_steps, steps):
-    """Train, export, load strictly, evaluate: by the factors of the log and the result where they were
-    deployed."""
+    """Train, export, load strictly, evaluate:
+    by the factors of the log and the result where they were deployed."""
     folder = train_here({**env, **settings}, tmp_path)
     result, log = json.loads((folder / "result.json").read_text()), (folder / "train.log").read_text()
     assert result["late_steps"] == late_steps and result["steps"] == steps and result["legal"] is True

@@ -1,5 +1,5 @@
-"""The model against an independent one of loops in float64; causality, document borders, banks, adapters,
-names."""
+"""The model against an independent one of loops in float64;
+causality, document borders, banks, adapters, names."""
 
 import sys
 from contextlib import nullcontext
@@ -26,8 +26,8 @@ SMALL = Config(
 
 
 def random_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> GPT:
-    """A model with every parameter random (at initialisation the output matrices are zero, and hide what is
-    wrong)."""
+    """A model with every parameter random (at initialisation the output matrices are zero,
+    and hide what is wrong)."""
     model, generator = GPT(config, dtype).double(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -255,8 +255,8 @@ def test_rows_longer_than_the_kept_angles():
 @pytest.mark.parametrize("length, cuts", [(14, range(1, 14)), (600, (1, 31, 32, 64, 511, 512, 599))])
 @pytest.mark.parametrize("borders", ["respect", "published", "attention"])
 def test_no_logit_depends_on_a_later_token(length, cuts, borders):
-    """Bit for bit: all tokens from the cut on are replaced, borders among them, and what is before must not
-    move."""
+    """Bit for bit: all tokens from the cut on are replaced,
+    borders among them, and what is before must not move."""
     model = random_model(replace(SMALL, doc_borders=borders), torch.float32)
     ids, other = random_ids(2, length), random_ids(2, length, seed=1)
     ids[0, length // 2] = other[1, length // 3] = train_gpt.BOS_ID
@@ -273,8 +273,8 @@ def test_no_logit_depends_on_a_later_token(length, cuts, borders):
 
 
 def test_a_document_of_a_row_is_read_as_if_it_stood_alone():
-    """DOC_BORDERS=attention, in float64: rotary positions only count by their differences, which stay the
-    same."""
+    """DOC_BORDERS=attention, in float64:
+    rotary positions only count by their differences, which stay the same."""
     model = random_model(replace(SMALL, doc_borders="attention"))
     across = GPT(replace(model.config, doc_borders="respect"), torch.float64).double()
     across.load_state_dict(model.state_dict())
@@ -624,8 +624,8 @@ def test_the_backend_that_is_named_is_the_one_that_runs(allowed, borders):
 
 
 def by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal):
-    """What flash_attn_varlen_func does, one document at a time: (tokens, heads, D), and the log-sum-exp
-    beside it."""
+    """What flash_attn_varlen_func does, one document at a time:
+    (tokens, heads, D), and the log-sum-exp beside it."""
     assert causal and torch.equal(begins_q, begins_k) and begins_q.dtype == torch.int32
     assert begins_q[0] == 0 and begins_q[-1] == len(q) and longest_q == longest_k
     parts = []
@@ -637,8 +637,8 @@ def by_documents(q, k, v, begins_q, begins_k, longest_q, longest_k, causal):
 
 
 def attention_inputs(rows: int, length: int, often: float = 0.2, seed: int = 0):
-    """q (rows, length, 4, 8), k and v with two heads, and the documents of texts: OFTEN of the places begin
-    one."""
+    """q (rows, length, 4, 8), k and v with two heads,
+    and the documents of texts: OFTEN of the places begin one."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
         torch.randn(rows, length, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
@@ -651,8 +651,8 @@ CUTS = [(1, 9, 0.0), (3, 300, 0.004), (2, 300, 0.01), (4, 64, 0.3), (2, 40, 1.0)
 
 @pytest.mark.parametrize("rows, length, often", CUTS)
 def test_documents_are_cut_as_a_kernel_of_any_length_wants_them(rows, length, often):
-    """The borders by brute force. Where a row has too many its first ones are kept, whatever the other rows
-    have."""
+    """The borders by brute force.
+    Where a row has too many its first ones are kept, whatever the other rows have."""
     q, k, v, documents = attention_inputs(rows, length, often, seed=rows)
     begins, room, kept = train_gpt.document_begins(documents), length // 128 + 1, []
     assert begins.shape == (rows * (1 + room) + 1,)  # whatever the text
@@ -725,8 +725,8 @@ def test_the_kernel_of_torch_is_asked_for_what_masks_do(stand_in, monkeypatch):
 
 
 def test_in_float32_torch_is_asked_for_kernels_that_take_it(monkeypatch):
-    """varlen_attn takes 16 bits only, and the fast kernels no fewer K/V heads then: none must be asked for
-    these."""
+    """varlen_attn takes 16 bits only, and the fast kernels no fewer K/V heads then:
+    none must be asked for these."""
     attention, asked, honest = train_gpt.torch_attention(), [], F.scaled_dot_product_attention
 
     def record(q, k, v, **how):
@@ -752,8 +752,8 @@ def test_a_value_of_zero_has_no_direction_to_leave_out():
 @pytest.mark.gpu
 @pytest.mark.parametrize("requested", ["fa3", "fa2", "sdpa"])
 def test_attention_on_a_gpu(requested):
-    """Each kernel that is there, with and without documents: results and gradients in bfloat16 near
-    float32's."""
+    """Each kernel that is there, with and without documents:
+    results and gradients in bfloat16 near float32's."""
     device = torch.device("cuda")
     try:
         kernel = train_gpt.choose_attention(requested, device)[1]

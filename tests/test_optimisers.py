@@ -1,5 +1,5 @@
-"""Newton-Schulz against an SVD, Muon against torch's and its formula, parameter groups, schedules, weight
-averages."""
+"""Newton-Schulz against an SVD, Muon against torch's and its formula,
+parameter groups, schedules, weight averages."""
 
 import re
 from dataclasses import replace
@@ -119,8 +119,8 @@ def test_cautious_muon_without_any_entry_to_take():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_muon_on_a_bank_equals_torch_muon_on_each_row(shape):
-    """torch's buffer is (1 - momentum) times ours, and the update keeps only the direction. Both run in
-    bfloat16."""
+    """torch's buffer is (1 - momentum) times ours, and the update keeps only the direction.
+    Both run in bfloat16."""
     settings, start = dict(lr=0.05, weight_decay=0.1, momentum=0.9375), randn(shape, 4, torch.float32)
     bank = nn.Parameter(start.clone())
     rows = [nn.Parameter(matrix.clone()) for matrix in start]
@@ -192,8 +192,8 @@ DEPTH = dict(decoder_lr_mult=3.0)
 
 
 def test_every_parameter_of_the_levers_has_one_group_with_its_rate_and_decay():
-    """The rates of a block's scales go by its place in the forward pass of eight layers, its halves being
-    four each."""
+    """The rates of a block's scales go by its place in the forward pass
+    of eight layers, its halves being four each."""
     expected = {
         name: (rate, decay) for name, (rate, _, decay) in GROUPS.items() if rate and name[:7] != "blocks."
     }
@@ -291,8 +291,8 @@ def test_lr_by_steps():
 @pytest.mark.parametrize("pace", [0.01, 0.1, 3.0])
 @pytest.mark.parametrize("min_lr", [0.0, 0.2])
 def test_lr_by_the_clock(iterations, pace, min_lr):
-    """Against the published rule in seconds: min(1, r / W), with r what remains and W = WARMDOWN_ITERS *
-    pace."""
+    """Against the published rule in seconds: min(1, r / W),
+    with r what remains and W = WARMDOWN_ITERS * pace."""
     config, budget = Config(iterations=iterations, warmdown_iters=30, min_lr=min_lr), 100 * pace
     scales = []
     for step in range(1, 140):
@@ -317,8 +317,8 @@ def test_lr_follows_the_pace_of_the_run():
 @pytest.mark.parametrize("iterations, budget", [(300, 0.0), (300, 1e9), (20_000, 465.0)])
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_a_run_shorter_than_its_warmdown_is_told(iterations, budget, shape):
-    """300 steps, by number or by the clock at 1.55 s each: the share that is named is the largest that a step
-    has."""
+    """300 steps, by number or by the clock at 1.55 s each:
+    the share that is named is the largest that a step has."""
     config = Config(iterations=iterations, warmdown_iters=4000, warmdown_shape=shape)
     said = short_run_warning(config, 10, 15.5, budget)
     highest = max(lr_scale(config, step, 1.55 * step, budget) for step in range(1, 300))
@@ -331,8 +331,8 @@ def test_a_run_shorter_than_its_warmdown_is_told(iterations, budget, shape):
 @pytest.mark.parametrize("budget", [0.0, 100.0])
 @pytest.mark.parametrize("min_lr", [0.0, 0.2])
 def test_a_cosine_falls_from_one_to_the_floor(budget, min_lr):
-    """(1 + cos(pi u)) / 2, u being the share of the fall that is over; here it takes the last 40 of 100
-    steps."""
+    """(1 + cos(pi u)) / 2, u being the share of the fall that is over;
+    here it takes the last 40 of 100 steps."""
     config = Config(
         iterations=10**6 if budget else 100, warmdown_iters=40, warmdown_shape="cosine", min_lr=min_lr
     )
@@ -371,8 +371,8 @@ def test_momentum_rises_monotonically_or_is_constant_without_a_warm_up():
 @pytest.mark.parametrize("swa", [True, False])
 @pytest.mark.parametrize("every", [1, 2, 5])
 def test_weight_average(ema, swa, every):
-    """Against a float64 recurrence from the initial weights; snapshots at steps 6, 9, 12: every third one
-    below 0.5.
+    """Against a float64 recurrence from the initial weights;
+    snapshots at steps 6, 9, 12: every third one below 0.5.
 
     An update every so many steps takes the live weights of its own step, by the decay of all of them.
     """

@@ -93,8 +93,8 @@ def test_packing_again_gives_the_same_bytes(shipped, name):
 
 
 def test_a_run_of_the_packed_trainer(shipped, smoke_env, tmp_path):
-    """Losses, scores and artifact are those of the readable trainer to the last bit; code is counted as
-    shipped."""
+    """Losses, scores and artifact are those of the readable trainer to the last bit;
+    code is counted as shipped."""
     env = smoke_env | dict(
         ITERATIONS="5", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="1", EVAL_STRIDE="64", DEVICE="cpu"
     )

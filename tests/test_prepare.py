@@ -705,8 +705,8 @@ def brute_force_overlap(val: list[int], train: list[int]) -> dict[str, int]:
 def test_overlap_is_what_a_brute_force_counts(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents of 0 to 150 tokens, a third of them copied into the training text: whole, cut, changed, in
-    others."""
+    """Documents of 0 to 150 tokens, a third of them copied into the training text:
+    whole, cut, changed, in others."""
     monkeypatch.setattr(prepare, "CHUNK_TOKENS", 97)  # documents and spans lie across chunks and shards
     rng = random.Random(seed)
     val_documents = [[rng.randrange(3, 3 + 2**seed) for _ in range(rng.randrange(150))] for _ in range(60)]

@@ -31,8 +31,8 @@ import quantisation
 
 
 def random_problem(n: int, out: int, width: int, samples: int, seed: int = 0):
-    """Weights (n, out, width), Hessians of correlated inputs of very different size, and steps (n, out, 1),
-    float32."""
+    """Weights (n, out, width), Hessians of correlated inputs
+    of very different size, and steps (n, out, 1), float32."""
     inputs = randn((n, samples, width), seed) @ randn((n, width, width), seed + 1)
     inputs = inputs * (3 * randn((n, 1, width), seed + 2)).exp2()
     W = randn((n, out, width), seed + 3).float()
@@ -40,8 +40,8 @@ def random_problem(n: int, out: int, width: int, samples: int, seed: int = 0):
 
 
 def dense_gptq(W, H, step, levels=31, damp=0.01, column=None, order=None):
-    """One matrix by plain elimination: (codes, rows that came nowhere near a tie, where float32 may round
-    otherwise).
+    """One matrix by plain elimination: (codes, rows that came nowhere near a tie,
+    where float32 may round otherwise).
 
     In the order of falling diag(H), or ORDER: round a column, move the rest by its error times its row of the
     inverse Hessian, and eliminate it from the inverse. The step of an entry is step_i, or step_i * column_j.
@@ -144,8 +144,8 @@ def test_hessians_of_few_samples(samples):
 
 
 def two_sided_problem(n: int, out: int, width: int, seed: int):
-    """Weights, Hessians, steps by row and by column, and an order of the columns that is not that of the
-    Hessian."""
+    """Weights, Hessians, steps by row and by column,
+    and an order of the columns that is not that of the Hessian."""
     W, H, step = random_problem(n, out, width, 200, seed)
     column = (randn((n, 1, width), seed + 4) / 2).exp2().float()
     order = torch.stack([torch.randperm(width, generator=torch.Generator().manual_seed(i)) for i in range(n)])
@@ -248,8 +248,8 @@ def test_the_feedback_honours_an_order(given):
 
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, -1.0])
 def test_what_no_damping_makes_positive_definite_ends(spoil):
-    """Indefinite by much more than rounding, or with values that are not finite: an error, not an endless
-    loop."""
+    """Indefinite by much more than rounding, or with values that are not finite:
+    an error, not an endless loop."""
     _, H, _ = random_problem(2, 4, 24, 100, seed=51)
     H[1] = spoil * H[1] if spoil < 0 else H[1].fill_diagonal_(spoil)
     said = []
@@ -299,8 +299,8 @@ NEXT_STATE = {0: (0, 2), 1: (5, 7), 2: (1, 3), 3: (6, 4), 4: (2, 0), 5: (4, 6), 
 
 
 def walk(codes) -> list[int]:
-    """Values of a sequence of codes, one at a time: even multiples in even states, odd ones and zero in odd
-    states."""
+    """Values of a sequence of codes, one at a time:
+    even multiples in even states, odd ones and zero in odd states."""
     state, values = 0, []
     for code in map(int, codes):
         values.append(2 * code if state % 2 == 0 else 2 * code - (code > 0) + (code < 0))
@@ -351,8 +351,8 @@ def test_values_of_the_trellis_are_those_of_the_state_machine():
 
 @pytest.mark.parametrize("block", [1, 4, 16, 33, 128])
 def test_the_path_goes_on_over_the_borders_of_blocks(block):
-    """What is read back is near the weights in every column; a path that began anew would be lost after a
-    border."""
+    """What is read back is near the weights in every column;
+    a path that began anew would be lost after a border."""
     W = 8 * randn((2, 30, 100), 3).float()
     order = torch.stack([torch.randperm(100, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     codes = gptq(W, identity(W, order), torch.ones(2, 30, 1), block=block, trellis=True)
@@ -443,8 +443,8 @@ def test_with_feedback_the_trellis_leaves_less_weighted_error_than_elimination_o
 
 @pytest.mark.parametrize("config", [SMALL, replace(SMALL, num_layers=2, ve_layers="0")])
 def test_hessians_are_means_over_tokens_of_the_inputs_of_every_row(config):
-    """Against E[x x^T] in float64 from a tap, which also shows that bank_sites names the right one for every
-    row."""
+    """Against E[x x^T] in float64 from a tap,
+    which also shows that bank_sites names the right one for every row."""
     model, batches = random_model(config, torch.float32), [random_ids(3, 12, seed) for seed in (1, 2)]
     explicit = {}
 
@@ -493,8 +493,8 @@ def test_calibration_reads_training_data_spread_over_the_stream_and_ranks_share_
 
 
 def test_on_real_inputs_gptq_beats_rounding_in_every_matrix(demo_data):
-    """Inputs from the demo text through a random model, weighted error of every bank row against plain
-    rounding."""
+    """Inputs from the demo text through a random model,
+    weighted error of every bank row against plain rounding."""
     config = replace(SMALL, vocab_size=1024, model_dim=48, num_layers=3, ve_layers="1", train_seq_len=64)
     model = random_model(config, torch.float32)
     stream = train_gpt.TokenStream(f"{demo_data}/fineweb_train_*.bin", 1024)
@@ -564,8 +564,8 @@ def test_scheme_of_every_tensor(state):
 
 @pytest.mark.parametrize("sigmas", [6.0, 12.85])
 def test_row_steps_of_the_banks_have_no_floor(state, sigmas):
-    """One step a row, MATRIX_CLIP_SIGMAS standard deviations over 31 to a sixteenth of an octave, however
-    small."""
+    """One step a row, MATRIX_CLIP_SIGMAS standard deviations over 31
+    to a sixteenth of an octave, however small."""
     wanted = torch.tensor([1e-2, 1e-3, 1.0, 100.0]).repeat(6)[:, None]
     state["qo_bank"] = state["qo_bank"] / state["qo_bank"].std(-1, keepdim=True) * wanted
     r = records(state, replace(SMALL, matrix_clip_sigmas=sigmas))["qo_bank"]
@@ -763,8 +763,8 @@ def test_a_bit_more_than_eight_is_no_more_than_a_byte_holds():
 
 
 def explicit_gradients(model, batches):
-    """Means over tokens, one token at a time in float64: of (dL/dy)^2 of every bank row's outputs, and of
-    (dL/dW)^2.
+    """Means over tokens, one token at a time in float64:
+    of (dL/dy)^2 of every bank row's outputs, and of (dL/dW)^2.
 
     The outputs are those of the forward pass plus zeros, by which the loss is differentiated.
     """
@@ -850,8 +850,8 @@ def coded_size(state) -> int:
 
 @pytest.mark.parametrize("trellis", [False, True])
 def test_two_sided_steps_are_those_of_equal_costs(trellis):
-    """lambda u_j / sqrt(g_i) to a sixteenth of an octave by row and by column, with N lambda^2 / 24 =
-    QUANT_LOSS."""
+    """lambda u_j / sqrt(g_i) to a sixteenth of an octave by row and by column,
+    with N lambda^2 / 24 = QUANT_LOSS."""
     config = replace(TWO_SIDED, quant_trellis=trellis, tie_embeddings=False)
     model, statistics = calibrated(config)
     state, free, reach = model.state_dict(), 0, 252 if trellis else 127
@@ -916,8 +916,8 @@ def test_small_mean_squares_count_as_a_share_of_their_mean():
 
 @pytest.mark.parametrize("trellis", [False, True])
 def test_no_code_is_cut_off_however_small_the_loss_is_to_be(trellis):
-    """The steps stop where the largest entry of a row is at the last code, or at most an eighth of an octave
-    before."""
+    """The steps stop where the largest entry of a row is at the last code,
+    or at most an eighth of an octave before."""
     config = replace(TWO_SIDED, quant_loss=1e-9, quant_trellis=trellis)
     model, statistics = calibrated(config)
     for r in quantize_state_dict(model.state_dict(), replace_hessians(statistics), config):
@@ -1015,8 +1015,8 @@ def bank_bits(records) -> float:
 
 @pytest.mark.parametrize("trellis", [False, True])
 def test_on_correlated_inputs_rounding_costs_what_its_own_model_says(trellis):
-    """QUANT_LOSS, by the share of the banks among the weights: the steps fit the order in which columns are
-    taken."""
+    """QUANT_LOSS, by the share of the banks among the weights:
+    the steps fit the order in which columns are taken."""
     config = replace(CORRELATED, quant_trellis=trellis)
     model = random_model(config, torch.float32)
     state, statistics = model.state_dict(), correlated_statistics(model)
@@ -1044,8 +1044,8 @@ def test_on_correlated_inputs_the_trellis_costs_half_a_decibel_less_at_the_same_
 
 @pytest.mark.parametrize("trellis", [False, True])
 def test_two_sided_records_are_read_back(trellis):
-    """By the formula of Record and the state machine above; within a step and a half of the weights on
-    average."""
+    """By the formula of Record and the state machine above;
+    within a step and a half of the weights on average."""
     config = replace(TWO_SIDED, quant_loss=0.01, quant_trellis=trellis)
     model, statistics = calibrated(config)
     for r in quantize_state_dict(model.state_dict(), statistics, config):

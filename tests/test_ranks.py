@@ -1,5 +1,5 @@
-"""One, two and four processes: the same steps, statistics, losses and scores, replicas without a different
-bit.
+"""One, two and four processes: the same steps, statistics,
+losses and scores, replicas without a different bit.
 
 Each number of processes is started once, and does everything there; what one process does alone is the
 reference. Forms that are compared closely run in float64, so that the order of additions does not show.
@@ -59,8 +59,8 @@ RATES = dict(matrix_lr=0.02, scalar_lr=0.01, tied_embed_lr=0.01, muon_wd=0.1, ad
 
 
 def stepper(config) -> tuple[train_gpt.GPT, list[torch.optim.Optimizer], Callable[[int], dict]]:
-    """A model, its optimisers, and a step on this rank's part of the rows of a step; it returns loss and
-    weights."""
+    """A model, its optimisers, and a step on this rank's part of the rows of a step;
+    it returns loss and weights."""
     model = random_model(replace(config, **RATES))
     optimizers = train_gpt.make_optimizers(model, model.config)
 
@@ -85,8 +85,8 @@ def saved(model, optimizers) -> dict:
 
 
 def all_steps(other: dict | None) -> dict:
-    """Four steps of each of STEPPED, and the state after two; the two that follow, from the state of OTHER
-    ranks."""
+    """Four steps of each of STEPPED, and the state after two;
+    the two that follow, from the state of OTHER ranks."""
     found = {}
     for name, config in STEPPED.items():
         model, optimizers, step = stepper(config)
@@ -344,8 +344,8 @@ def uneven_run(place: Place, folder: Path, env: dict[str, str]) -> int:
 
 
 def runs(place: Place, work: Path, env: dict[str, str]) -> dict:
-    """Whole runs of each kind; a run that is stopped; runs that go on where another number of processes
-    stopped."""
+    """Whole runs of each kind; a run that is stopped;
+    runs that go on where another number of processes stopped."""
     found = {name: hashed_run(place, work / name, {**env, **changes}) for name, changes in WHOLE.items()}
     if place.world == 1:
         for name in EVALUATED:
@@ -390,8 +390,8 @@ def worker(rank: int, world: int, work: Path, env: dict[str, str], ports: list[i
 
 
 def made_documents(count: int) -> list[str]:
-    """Return `count` documents of made-up words, each word followed by one of eight: the same under every
-    Python."""
+    """Return `count` documents of made-up words, each word followed by one of eight:
+    the same under every Python."""
     draw = random.Random(1337)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     words = ["".join(draw.choices(syllables, k=draw.choice((1, 2, 2, 3)))) for _ in range(500)]
@@ -427,8 +427,8 @@ def env(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done(env, tmp_path_factory) -> dict[int, list[dict]]:
-    """What each rank of 1, 2 and 4 processes found. One process hands a stopped run over to two, two to one
-    and four.
+    """What each rank of 1, 2 and 4 processes found.
+    One process hands a stopped run over to two, two to one and four.
 
     The folders of their runs are in `works`.
     """
@@ -656,9 +656,9 @@ def test_a_checkpoint_goes_on_on_any_number_of_processes(done):
 def test_checkpoints_of_any_number_of_processes_hold_the_same(done):
     """Runs whose forwards are in float64.
 
-    In float32 the gradients of one and four processes differ by 1e-7, and Cautious Muon adds or leaves out a
-    whole entry of the update (0.18) where the gradient's sign does: one entry (-6e-9, 7e-9) moved a weight by
-    3.5e-3.
+    In float32 the gradients of one and four processes differ by 1e-7, and Cautious Muon adds or leaves
+    out a whole entry of the update (0.18) where the gradient's sign does: one entry (-6e-9, 7e-9)
+    moved a weight by 3.5e-3.
     """
     contents = [
         torch.load(done["works"][world] / "stopped/runs/run/checkpoint.pt", weights_only=True)
@@ -741,8 +741,8 @@ def test_a_loss_that_is_no_number_stops_every_rank(done):
 
 
 def test_two_agents_on_one_machine_train_what_one_agent_trains(start, env, tmp_path, done):  # noqa: F811
-    """`--nnodes=2 --rdzv_backend=c10d`, as on two machines: the same weights as two processes of one, bit for
-    bit.
+    """`--nnodes=2 --rdzv_backend=c10d`, as on two machines:
+    the same weights as two processes of one, bit for bit.
 
     The machine without rank 0 needs no run folder, and is left nothing.
     """

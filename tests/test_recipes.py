@@ -1,5 +1,5 @@
-"""The recipes of published systems: parameter counts, settings, published environments, settings of later
-parts.
+"""The recipes of published systems: parameter counts,
+settings, published environments, settings of later parts.
 
 Expected values are written from the sources: the environment of each published run, with the defaults of its
 script where they are not ours, and what its code fixes under the name that it has here.

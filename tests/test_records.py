@@ -79,8 +79,8 @@ def test_holm_by_hand(experiment):
 
 
 def test_arms_are_equal_in_time(experiment):
-    """What the steps of an arm cost, counted step by step, comes to the plain arm's, to within one step of a
-    phase."""
+    """What the steps of an arm cost, counted step by step,
+    comes to the plain arm's, to within one step of a phase."""
     cost = {name: row["ms"] for name, row in json.loads(experiment.TIMING.read_text())["steps"].items()}
     for name, settings in experiment.ARMS.items():
         count = experiment.iterations(settings)

@@ -1,5 +1,5 @@
-"""Files of strangers: links are not written through, control characters are shown, a broken result is one
-line."""
+"""Files of strangers: links are not written through,
+control characters are shown, a broken result is one line."""
 
 import json
 import os

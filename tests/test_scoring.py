@@ -1,5 +1,5 @@
-"""Scoring: plans that count every target once, and a score that equals brute force whatever the batch and the
-ranks."""
+"""Scoring: plans that count every target once,
+and a score that equals brute force whatever the batch and the ranks."""
 
 import math
 
@@ -69,8 +69,8 @@ def model():
 
 
 def brute_force(seq_len: int, stride: int, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    """Nats of each target, one at a time in float64: the first window from 0, then windows that end STRIDE
-    later."""
+    """Nats of each target, one at a time in float64:
+    the first window from 0, then windows that end STRIDE later."""
     model, nll, end = random_model(SMALL), [], seq_len
     for target in range(1, len(tokens)):
         while target > end:

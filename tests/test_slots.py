@@ -81,8 +81,8 @@ CAUSAL = {
 
 
 def other_ends(tokens: np.ndarray, cut: int, kind: int) -> np.ndarray:
-    """A text that has the targets before CUT in common with TOKENS, and none of the later borders of
-    documents."""
+    """A text that has the targets before CUT in common with TOKENS,
+    and none of the later borders of documents."""
     more = {
         0: [30, 4, 19, 7],  # the document at the cut goes on for some windows
         1: [1, 1, 3, 25, 2, 1, 14, 8],  # it ends a target later, and so do all slots' documents, soon
@@ -94,8 +94,8 @@ def other_ends(tokens: np.ndarray, cut: int, kind: int) -> np.ndarray:
 
 
 def cuts_of(tokens: np.ndarray) -> list[tuple[int, int]]:
-    """Where texts are cut, and how they go on: within the first document, whose age decides shapes, and
-    later."""
+    """Where texts are cut, and how they go on:
+    within the first document, whose age decides shapes, and later."""
     spans = borders(tokens)[1:]
     places = sorted(
         {place for low, high in spans for place in (low, (low + high) // 2 + 1) if place < len(tokens) - 2}
@@ -152,8 +152,8 @@ def with_sick_document(lengths: list[int], number: int) -> tuple[np.ndarray, np.
 
 @pytest.mark.parametrize("changes, factor", OVERFLOW.values(), ids=OVERFLOW)
 def test_a_document_that_overflows_changes_no_earlier_loss(changes, factor):
-    """Its losses times FACTOR. No other group sees it, and nobody where each document has its own optimizer
-    alone."""
+    """Its losses times FACTOR. No other group sees it,
+    and nobody where each document has its own optimizer alone."""
 
     def sick_nll(model, ids, *rest):
         sick = (ids == SICK).sum(1, keepdim=True) > 2
@@ -278,8 +278,8 @@ EPISODES = {
 
 
 def episode(c: train_gpt.Config, last: str, before: int = 0) -> dict[str, torch.Tensor]:
-    """Fast weights and moments of this rank's documents after an episode, or after the last of BEFORE + 1 of
-    them."""
+    """Fast weights and moments of this rank's documents after an episode,
+    or after the last of BEFORE + 1 of them."""
     model, (size, seed) = live_model(c), EPISODES[last]
     fast = exact(inner_weights(model, c, "deployed"), model)
     if fast.wants_prior:  # as deployed_phase does
@@ -384,8 +384,8 @@ def artifact(demo_data, tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("changes", COMPILED.values(), ids=COMPILED)
 def test_few_graphs_and_none_after_warm_up(artifact, monkeypatch, changes):
-    """A whole evaluation by a stand-in for the compiler; `made`: graphs, and where the parts of it begin and
-    end."""
+    """A whole evaluation by a stand-in for the compiler;
+    `made`: graphs, and where the parts of it begin and end."""
     made, parts = [], {name: getattr(eval_ttt, name) for name in ("warm_up", "evaluate", "window_scores")}
 
     def backend(module, inputs):

@@ -1,5 +1,5 @@
-"""From runs to a record folder: end to end on small runs, every refusal, the numbers, the statistics, the
-table."""
+"""From runs to a record folder: end to end on small runs,
+every refusal, the numbers, the statistics, the table."""
 
 import contextlib
 import io
@@ -55,8 +55,8 @@ def env(demo_data, tmp_path_factory) -> dict[str, str]:
 def made(env, tmp_path_factory) -> Path:
     """A folder of finished runs, trained and evaluated, named by their seeds.
 
-    Their seconds are put in by hand: the clock of an evaluation counts from the start of the process, here
-    the tests'.
+    Their seconds are put in by hand:
+    the clock of an evaluation counts from the start of the process, here the tests'.
     """
     folder = tmp_path_factory.mktemp("made")
     short = dict(ITERATIONS="4", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0")

@@ -1,5 +1,5 @@
-"""Sweeps, paired comparisons and the ledger: mostly with a stand-in for the trainer, once with the trainer
-itself."""
+"""Sweeps, paired comparisons and the ledger:
+mostly with a stand-in for the trainer, once with the trainer itself."""
 
 import csv
 import json
@@ -354,8 +354,8 @@ def test_a_study_keeps_its_database_in_its_own_folder(place, name):
 
 
 def test_an_identical_score_is_no_gain(place):
-    """The ledger has six decimals: a rerun that gives the same bits must not look better than its own
-    rounding."""
+    """The ledger has six decimals:
+    a rerun that gives the same bits must not look better than its own rounding."""
     for bpb in (3.9117098157, 3.9117101843, 1 / 3, 2.0):
         kept = dict(bpb=f"{bpb:.6f}", verdict="keep")
         assert not ledger.is_best(bpb, [kept]) and ledger.is_best(bpb - 1.1e-6, [kept])
@@ -363,8 +363,8 @@ def test_an_identical_score_is_no_gain(place):
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_half_way_and_resumed_nothing_runs_twice(place, kill):
-    """8 trials of 2 seeds, 2 workers: what had ended is not run again, what had not is, with the same
-    setting."""
+    """8 trials of 2 seeds, 2 workers: what had ended is not run again,
+    what had not is, with the same setting."""
     command = arguments("run", "--set", "MATRIX_LR=0.01..0.1:log", "--trials", "8", "--seeds", "1,2",
                         "--workers", "2", "--prune", "0", "--grace", "1")  # fmt: skip
     first = launch(command, STAND_IN_SECONDS="0.08")

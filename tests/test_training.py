@@ -1,5 +1,5 @@
-"""Steps and whole runs: one process against two, the same losses from the same seed, the clock, what must not
-matter.
+"""Steps and whole runs: one process against two, the same losses
+from the same seed, the clock, what must not matter.
 
     PYTHONPATH=. python tests/test_training.py    trains the smoke recipe, keeps its losses for this machine
 
@@ -113,8 +113,8 @@ def test_twenty_steps_are_reproduced_from_the_seed(quick, smoke_run, run_trainer
     elif same_corpus:
         assert losses == pytest.approx(same_corpus[0], abs=0.02)
     assert losses[0] == pytest.approx(math.log(1024), abs=0.1)
-    # the last five were 5.9 to 6.1 on average on four stretches of the corpus, 4.1 on the long document that
-    # opens it
+    # the last five were 5.9 to 6.1 on average on four stretches
+    # of the corpus, 4.1 on the long document that opens it
     assert np.mean(losses[-5:]) < min(6.5, np.mean(losses[:5]) - 0.3)
 
 
@@ -173,9 +173,9 @@ def test_what_must_change_it(quick, short_run, tmp_path, changes):
 
 
 def test_the_average_is_what_is_exported(quick, short_run, tmp_path_factory):
-    """The same training each time; an EMA without memory is the live weights. With a rate that falls by a
-    tenth of its peak a step, snapshots below 0.25 are of steps 5 and 6, and SWA_EVERY=5 takes that of step 5
-    alone."""
+    """The same training each time; an EMA without memory is the live weights. With a rate that
+    falls by a tenth of its peak a step, snapshots below 0.25 are of steps 5 and 6, and SWA_EVERY=5
+    takes that of step 5 alone."""
     swa, runs = {"EMA_ENABLED": "0", "SWA_ENABLED": "1", "SWA_THRESHOLD": "0.25"}, {}
     for name, changes in {
         "live": {"EMA_ENABLED": "0"},
@@ -333,8 +333,8 @@ class Descent(torch.optim.SGD):
 
 
 def sgd(model: torch.nn.Module, lr: float = 1.0) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """Plain descent at rate 1: the update is the gradient that the step used. There is nothing left for
-    AdamW."""
+    """Plain descent at rate 1: the update is the gradient that the step used.
+    There is nothing left for AdamW."""
     optimizer = Descent(model.parameters(), lr=lr)
     optimizer.param_groups[0]["peak_lr"] = lr
     return optimizer, SimpleNamespace(param_groups=[], step=lambda: None, zero_grad=lambda set_to_none: None)
@@ -470,8 +470,8 @@ def test_two_ranks_share_the_mean_of_their_squared_gradients(two_ranks):
 
 
 def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, monkeypatch):
-    """One whole graph for the step and two widths of scoring, made before the clock starts; losses as
-    without."""
+    """One whole graph for the step and two widths of scoring,
+    made before the clock starts; losses as without."""
     graphs, train = [], train_gpt.train
 
     def count(module, inputs):
@@ -499,8 +499,8 @@ def test_warm_up_compiles_all_that_the_run_needs(quick, short_run, tmp_path, mon
 
 
 def keep_losses() -> None:
-    """Train the smoke recipe in a folder of its own and put its losses into losses.json under this machine's
-    key."""
+    """Train the smoke recipe in a folder of its own and put
+    its losses into losses.json under this machine's key."""
     data = ROOT / "data/demo"
     subprocess.run([sys.executable, str(ROOT / "data/demo.py"), "--out", str(data)], cwd=ROOT, check=True)
     settings = {

@@ -1,5 +1,5 @@
-"""The parts of test-time training against explicit computations: plans, ledger, fast weights, steps, moments,
-PPM."""
+"""The parts of test-time training against explicit computations:
+plans, ledger, fast weights, steps, moments, PPM."""
 
 import copy
 import math
@@ -149,8 +149,8 @@ def in_slots(members: list[tuple[int, int]], slots: int, size: int) -> list[dict
 
 @pytest.mark.parametrize("size, seq_len, stride, slots, groups, context", BY_DOCUMENTS)
 def test_document_plan(size, seq_len, stride, slots, groups, context):
-    """Each step has the next chunk of the document in each slot, in document order; it reads no other
-    document."""
+    """Each step has the next chunk of the document in each slot,
+    in document order; it reads no other document."""
     tokens = text_of(LENGTHS)
     config = Config(eval_seq_len=seq_len, eval_stride=stride, ttt_chunk_size=size, ttt_context=context)
     plan = document_plan(tokens, replace(config, ttt_slots=slots, ttt_groups=groups))
@@ -220,8 +220,8 @@ PHASES = [
 
 @pytest.mark.parametrize("groups, prefix, phases, expected", PHASES)
 def test_phases(groups, prefix, phases, expected):
-    """EXPECTED: how many documents are scored at each border, where all slots run empty; none after the last
-    one."""
+    """EXPECTED: how many documents are scored at each border,
+    where all slots run empty; none after the last one."""
     tokens = text_of(LENGTHS)
     config = Config(eval_seq_len=12, ttt_chunk_size=5, ttt_slots=2, ttt_groups=groups, ttt_mode="phased")
     plan = document_plan(tokens, replace(config, phased_ttt_prefix_docs=prefix, phased_ttt_num_phases=phases))
@@ -286,8 +286,8 @@ def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, messag
 
 
 class Moments:
-    """Mean squared gradients as the settings describe them: row and column means of matrices, else every
-    entry.
+    """Mean squared gradients as the settings describe them:
+    row and column means of matrices, else every entry.
 
     By flat chunks a running mean that forgets with TTT_BETA2; by documents a plain mean over the prior, the
     document itself and (prefix) those that stand earlier.
@@ -338,8 +338,8 @@ class Moments:
 
 
 class Hand:
-    """One set of weights that learns by torch's own optimisers, in float64, each setting as its help text
-    says."""
+    """One set of weights that learns by torch's own optimisers,
+    in float64, each setting as its help text says."""
 
     def __init__(self, model: GPT, config: Config, learns: str, moments: Moments | None = None):
         self.config, self.moments = config, moments
@@ -516,8 +516,8 @@ LEARN = [(1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 1.0, 0.0), (1.0, 1.0, 0.0)]  # 
 @pytest.mark.parametrize("learns", [ALL, "adapters"], ids=["all", "adapters"])
 @pytest.mark.parametrize("changes", STEPS.values(), ids=STEPS)
 def test_steps_of_documents_equal_steps_by_hand(changes, learns):
-    """Documents side by side against each by itself; of the moments each has those of the documents before
-    it."""
+    """Documents side by side against each by itself;
+    of the moments each has those of the documents before it."""
     config, lr = replace(LEVERS, **changes), 0.01
     model, moments = model_of(config), Moments(config)
     tolerance = 1e-5 if config.ttt_optimizer == "adamw" else 1e-7  # its corrections of the bias are float32
@@ -624,8 +624,8 @@ def test_a_warm_start_keeps_the_input_sides(warm):
 
 @pytest.mark.parametrize("size, context, clip", [(5, 0, 0.0), (5, 3, 0.3), (16, 0, 2.0)])
 def test_the_prior_is_a_mean_over_chunks_of_generated_text(size, context, clip):
-    """Of three sequences of two chunks each, in batches of two and one; a chunk counts as much as 7 scored
-    ones."""
+    """Of three sequences of two chunks each, in batches of two and one;
+    a chunk counts as much as 7 scored ones."""
     config = replace(LEVERS, ttt_chunk_size=size, ttt_context=context, ttt_grad_clip=clip, ttt_prior_seqs=3,
                      ttt_prior_chunks=2, ttt_prior_weight=7.0)  # fmt: skip
     model, gradients = model_of(config), []
@@ -649,8 +649,8 @@ def test_the_prior_is_a_mean_over_chunks_of_generated_text(size, context, clip):
 
 
 def ppm(tokens: list[int], vocab: int) -> np.ndarray:
-    """The distribution of what follows TOKENS: what the last one was followed by, then all there was, then
-    evenly."""
+    """The distribution of what follows TOKENS:
+    what the last one was followed by, then all there was, then evenly."""
     p, left, pairs = np.zeros(vocab), 1.0, list(pairwise(tokens))
     for followers in ([b for a, b in pairs if a == tokens[-1]], [b for _, b in pairs]):
         if followers:

@@ -1,5 +1,5 @@
-"""TTT_MODE=path.py:Class in the audit: the README's class passes, cheats are caught, and only scored text is
-given."""
+"""TTT_MODE=path.py:Class in the audit: the README's class passes,
+cheats are caught, and only scored text is given."""
 
 from dataclasses import replace
 

@@ -1,5 +1,5 @@
-"""Evaluations with test-time training: against loops by hand, on two ranks, a control, and as a user meets
-them."""
+"""Evaluations with test-time training: against loops by hand,
+on two ranks, a control, and as a user meets them."""
 
 import contextlib
 import csv
@@ -395,8 +395,8 @@ def test_a_mixture_is_of_whole_scores():
 
 
 def test_other_documents_do_not_help_as_the_own_does(monkeypatch):
-    """Each document repeats words of its own; the control learns from its neighbour's pieces, scored just
-    before."""
+    """Each document repeats words of its own;
+    the control learns from its neighbour's pieces, scored just before."""
     rng = np.random.default_rng(0)
 
     def text(count: int) -> np.ndarray:
@@ -646,8 +646,8 @@ def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
 
 
 def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path, monkeypatch, capsys):
-    """The two shipped files alone score, and refuse text that the model was trained on; --audit says what it
-    needs."""
+    """The two shipped files alone score, and refuse text that the model was trained on;
+    --audit says what it needs."""
     monkeypatch.setattr(eval_ttt, "__file__", str(tmp_path / "eval_ttt.py"))
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
     done = finish(run, settings)

@@ -1,5 +1,5 @@
-"""The one form of the weights carries what a deeper model needs: shared loops, two lanes, adapters of each
-application.
+"""The one form of the weights carries what a deeper model needs:
+shared loops, two lanes, adapters of each application.
 
 A toy of three banks' rows applied five times, the last two blocks in two lanes, built from Block, Weights and
 BlockWeights alone and compared with products of bank rows in float64.
