@@ -509,9 +509,8 @@ def _check_split(job: Job, found: Survey) -> None:
         )
     if found.documents["val"] == 0 and job.wants_validation:
         raise InputError(
-            f"no validation documents: all {total} are training; "
-            "use --val-docs, a larger --val-fraction or --val-input (--val-fraction 0 for a training split "
-            "only)"
+            f"no validation documents: all {total} are training; use --val-docs, a larger --val-fraction or "
+            "--val-input (--val-fraction 0 for a training split only)"
         )
 
 
@@ -522,9 +521,8 @@ def _check_split(job: Job, found: Survey) -> None:
 SEGMENT = 1 << 16  # characters per SentencePiece call, which takes about 100 bytes of memory per character
 HOSTILE_TEXT = (
     " \t  leading, double  and trailing spaces \r\n\n\n \x00\x01\x7f\ufeff<s></s><unk><pad><0x41> \ufb01 "
-    "\u212b "
-    "e\u0301 \u0301\u0327 \u2585 \u2047 \u00a0\u3000\u200d\u2028 0123 \u6f22\u5b57\U0001f600\U0001f3fd "
-    "\U0010ffff  "
+    "\u212b e\u0301 \u0301\u0327 \u2585 \u2047 \u00a0\u3000\u200d\u2028 0123 "
+    "\u6f22\u5b57\U0001f600\U0001f3fd \U0010ffff  "
 )
 
 

@@ -58,13 +58,11 @@ BLOCK = 2048  # targets per block, the cluster for standard errors if there are 
 MIN_DOCUMENTS = 20  # with fewer documents, standard errors are clustered by block
 NLL_NOTES = {
     "the gain, nats a target": "By the cluster used for errors; the tables below use the first. ± is a "
-    "standard error, "
-    "from and to are 95 % intervals: for these weights, on text like this. The training seed changes the "
-    "gain too: "
-    "compare trainings over seeds, with sweep.py compare.",
+    "standard error, from and to are 95 % intervals: for these weights, on text "
+    "like this. The training seed changes the gain too: compare trainings over "
+    "seeds, with sweep.py compare.",
     "loss, mean of both": "In nats. Binned by the loss of one model, the other would look better in the high "
-    "bins "
-    "(regression to the mean).",
+    "bins (regression to the mean).",
 }
 RESAMPLES = 2000  # bootstrap resamples
 TOP = 8  # the leading 1 / TOP of the singular directions are compared
@@ -303,8 +301,7 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
             raise ValueError(f"{path} is not an nll.npy of eval_ttt.py: {error}") from error
         if losses[-1].shape != (len(tokens) - 1,) or not np.isfinite(losses[-1]).all():
             raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in "
-                             f"{', '.join(shards)}, "
-                             "or not all finite")  # fmt: skip
+                             f"{', '.join(shards)}, or not all finite")  # fmt: skip
         if (path.parent / "eval_ttt.json").exists():
             scored = read_object(path.parent / "eval_ttt.json", "sha256_shards")["sha256_shards"]
             if set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
@@ -417,9 +414,12 @@ def nll(given: argparse.Namespace) -> None:
     gain, num_bytes = a.astype(np.float64) - b, int(byte_table.count(tokens[:-1], tokens[1:]).sum())
     report, sums = compare_nll(a, b, tokens, byte_table), np.bincount(documents_of(tokens), gain)
     bits = float(gain.sum()) / math.log(2) / num_bytes
-    head = [f"A {given.a}", f"B {given.b}", f"gain of B over A: {gain.mean():+.5f} nats/target, {bits:+.5f} "
-                                            "bits per "
-            f"byte of {num_bytes:,}; B is better in {(sums > 0).sum()} of {len(sums)} documents"]  # fmt: skip
+    head = [
+        f"A {given.a}",
+        f"B {given.b}",
+        f"gain of B over A: {gain.mean():+.5f} nats/target, {bits:+.5f} bits per byte of {num_bytes:,}; "
+        f"B is better in {(sums > 0).sum()} of {len(sums)} documents",
+    ]
     parts = [table_text(kind, NLL_NOTES.get(kind, ""), {"": table}, ".5f") for kind, table in report.items()]
     about = dict(a=str(given.a), b=str(given.b), targets=len(gain), bytes=num_bytes, gain_bpb=bits)
     title = f"A: {given.a}   B: {given.b}   gain of B: {bits:+.4f} bits per byte"
@@ -826,14 +826,13 @@ class Analysis(NamedTuple):
 ANALYSES = {
     "cosines": Analysis(cosines, True, "cosine of the weights, by layer", "0: unrelated"),
     "outputs": Analysis(
-        partial(subspaces, right=False), True, "overlap of leading left singular subspaces (outputs), by "
-                                               "layer",
+        partial(subspaces, right=False), True,
+        "overlap of leading left singular subspaces (outputs), by layer",
         f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: identical. Muon leaves "
-        "flat spectra, "
-        "so which directions are leading is partly noise."),
+        "flat spectra, so which directions are leading is partly noise."),
     "inputs": Analysis(
-        partial(subspaces, right=True), True, "overlap of leading right singular subspaces (inputs), by "
-                                              "layer"),
+        partial(subspaces, right=True), True,
+        "overlap of leading right singular subspaces (inputs), by layer"),
     "cka": Analysis(
         cka, True, "linear CKA of the inputs of the matrices, by layer",
         "1: equal up to a rotation (including a permutation of units) and a scale."),
@@ -960,11 +959,12 @@ def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[s
         )
     elif (sides["B"].setup.config.seed == config.seed) != (sides["null"].setup.config.seed == config.seed):
         lines.append("only one of B and null has A's seed: similarity from equal initial weights, or its "
-                     "absence, is "
-                     "not an effect of settings")  # fmt: skip
-    return [*lines, f"sample: {given.rows} sequences of {config.train_seq_len} tokens of the validation "
-                    "text, --seed "
-            f"{given.seed}; ± is a standard error over sequences, documents or probes; float32"]  # fmt: skip
+                     "absence, is not an effect of settings")  # fmt: skip
+    return [
+        *lines,
+        f"sample: {given.rows} sequences of {config.train_seq_len} tokens of the validation text, "
+        f"--seed {given.seed}; ± is a standard error over sequences, documents or probes; float32",
+    ]
 
 
 def weights(given: argparse.Namespace) -> None:

@@ -276,9 +276,9 @@ def check_target(
         if into_bos or not len(places):
             other[t + 1] = BOS_ID if into_bos else rng.integers(BOS_ID + 1, int(tokens.max()) + 1)
         wrong += int(base.differ(trace(other, [t], until).rows[t], rows[t]).any())
-    return Check("T2 no distribution sees its target", wrong == 0, len(tries), f"{wrong} of {len(tries)} "
-                                                                               "changed; "
-                 f"{len(probes) - len(inner)} of a BOS, {len(tries) - len(probes)} by a BOS")  # fmt: skip
+    return Check("T2 no distribution sees its target", wrong == 0, len(tries),
+                 f"{wrong} of {len(tries)} changed; {len(probes) - len(inner)} of a BOS, "
+                 f"{len(tries) - len(probes)} by a BOS")  # fmt: skip
 
 
 def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
@@ -290,8 +290,7 @@ def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.ran
     fine = (error < 1e-4).all() and all(x < 1e-4 for x in (*own, *total))
     return Check("T3 losses are of normalized distributions", bool(fine), len(error),
                  f"largest difference {np.max([*error, *own]):.1e}; log of the sum of {len(total)} "
-                 "distributions "
-                 f"{max(total, default=0.0):.1e}")  # fmt: skip
+                 f"distributions {max(total, default=0.0):.1e}")  # fmt: skip
 
 
 def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
@@ -386,8 +385,7 @@ def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
     ok = wrong == 0 and apart < limit and far < 1e-3 + 2 * near
     return Check("T11 learning rate 0 changes nothing", ok, len(zero),
                  f"{wrong} losses differ from those without steps; the plain forward's within {apart:.1e}, "
-                 "limit "
-                 f"{limit:.1e}; from float32 {far:.1e} on average, plain {near:.1e}")  # fmt: skip
+                 f"limit {limit:.1e}; from float32 {far:.1e} on average, plain {near:.1e}")  # fmt: skip
 
 
 def check_parity(setup: Setup, tokens: np.ndarray) -> Check:
@@ -629,8 +627,8 @@ def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
     adapted_on = any(chunk.adapted is not None and not chunk.base for chunk in plan)
     return [words for holds, words in (
         (adapts and c.ttt_protocol == "legal" and not adapted_on, "adaptation: nothing is adapted on"),
-        (by_documents and refills(plan) < MIN_REFILLS, f"slots: {refills(plan)} refills, {MIN_REFILLS} are "
-                                                       "needed"),
+        (by_documents and refills(plan) < MIN_REFILLS,
+         f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
         (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not learn"),
     ) if holds]  # fmt: skip
 
@@ -688,9 +686,9 @@ def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: M
     rounding = ev.score_plan(still, part).nll - float32_nll(still, part)
     limit = 1e-3 + 2 * float(np.sqrt(np.mean(rounding**2, dtype=np.float64)))
     root, mean = float(np.sqrt(np.mean(apart**2))), float(apart.mean())
-    return Check(T20, root < limit and abs(mean) < 1e-3, count, f"of {count} losses: root mean square "
-                                                                "difference "
-                 f"{root:.1e}, limit {limit:.1e}, mean {mean:+.1e}")  # fmt: skip
+    return Check(T20, root < limit and abs(mean) < 1e-3, count,
+                 f"of {count} losses: root mean square difference {root:.1e}, limit {limit:.1e}, "
+                 f"mean {mean:+.1e}")  # fmt: skip
 
 
 def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path) -> Iterator[Check]:

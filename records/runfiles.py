@@ -27,8 +27,8 @@ CONTROL = re.compile(
 
 
 def escape(text: str, keep: str = "") -> str:
-    r"""Return `text` with control characters, tab and newline as \uXXXX (valid in JSON), except those in
-    `keep`."""
+    r"""Return `text` with control characters, tab and newline as \uXXXX (valid in JSON),
+    except those in `keep`."""
     for character in set("\t\n") - set(keep):
         text = text.replace(character, f"\\u{ord(character):04x}")
     return CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -228,14 +228,12 @@ def compliance(runs: Sequence[Run]) -> str:
         f"2. Normalized: a softmax over {c['vocab_size']} tokens{mixed}, fixed before the target is seen.",
         f"3. Score before update: {how}; every RESULT line says legal.",
         f"4. One pass: each of the {facts[0].val_tokens or 'validation'} targets is scored once; the "
-        "scorer's ledger"
-        " raises an error if one is scored twice, or adapted on before it is scored.",
+        "scorer's ledger raises an error if one is scored twice, or adapted on before it is scored.",
         "",
         f"Bytes: {max(f.bytes_total for f in facts):,} at most, code and model, of {check.SIZE_CAP:,}. "
-        "Training:"
-        f" {max(f.train_seconds for f in facts):.1f} s at most; evaluation: "
-        f"{max(f.eval_seconds for f in facts):.1f} s"
-        f" at most; the limit is {check.TIME_LIMIT:.0f} s each. Seeds: {len(runs)}.",
+        f"Training: {max(f.train_seconds for f in facts):.1f} s at most; evaluation: "
+        f"{max(f.eval_seconds for f in facts):.1f} s at most; the limit is {check.TIME_LIMIT:.0f} s each. "
+        f"Seeds: {len(runs)}.",
     ])  # fmt: skip
 
 

@@ -294,8 +294,7 @@ class Sweep:
     def check_identity(self) -> None:
         if self.study.user_attrs.get("space", told := self.identity()) != told:
             raise ValueError(f"study {self.space.name} was started with another space, base or code. Restore "
-                             "them "
-                             "or choose another --study.")  # fmt: skip
+                             "them or choose another --study.")  # fmt: skip
 
     def attempts(self) -> dict[int, list[FrozenTrial]]:
         """Return the trials of each ticket by attempt; of duplicates only the first."""

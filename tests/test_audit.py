@@ -447,8 +447,8 @@ def test_two_tokens_certify_nothing(setup, text, tmp_path):
 
 
 @pytest.mark.parametrize("settings, shrunk", [
-    (dict(ttt_mode="doc_banks", ttt_slots=16, ttt_groups=8, ttt_chunk_size=128), {"ttt_slots", "ttt_groups",
-                                                                                  "ttt_chunk_size"}),
+    (dict(ttt_mode="doc_banks", ttt_slots=16, ttt_groups=8, ttt_chunk_size=128),
+     {"ttt_slots", "ttt_groups", "ttt_chunk_size"}),
     (dict(ttt_mode="phased", ttt_slots=16, phased_ttt_prefix_docs=2000, phased_ttt_num_phases=3),
      {"ttt_slots", "phased_ttt_prefix_docs", "phased_ttt_num_phases"}),
     (dict(ttt_mode="banks", ttt_chunk_tokens=32768), {"ttt_chunk_tokens"}),

@@ -815,8 +815,9 @@ DISGUISES = {
     ),
     "ranks": lambda text: "".join(f"[rank0]: {line}\n" for line in text.splitlines()),
     "dates": lambda text: "".join(f"2026-03-22T00:11:06.893 {line}\n" for line in text.splitlines()),
-    "progress bars": lambda text: text.replace("step:7103", "train: 10%|#     \rtrain: "
-                                                            "100%|######\rstep:7103"),
+    "progress bars": lambda text: text.replace(
+        "step:7103", "train: 10%|#     \rtrain: 100%|######\rstep:7103"
+    ),
     "noise": lambda text: f"W0322 \xff\n\x00\n\n{text}\nunknown: 12\nsliding_eval [ 0.0%] running_bpb=1.2\n",
     "source": lambda text: '"""step:9/9 val_loss:1.0 val_bpb:0.5\nfinal_int6_roundtrip_exact '
                            'val_loss:1.00000000 '

@@ -375,9 +375,9 @@ def test_aliases():
 
 
 @pytest.mark.parametrize("text", [
-    "XSA_LAYERS=4 XSA_LAST_N=5", "BIGRAM_VOCAB_SIZE=64 BIGRAM_BUCKETS=65", "BIGRAM_DIM=64 "
-                                                                           "BIGRAM_EMBED_DIM=65",
-    "QAT_THRESHOLD=0.1 LATE_QAT_THRESHOLD=0.2", "SWA_START_FRAC=0.1 SWA_THRESHOLD=0.2",
+    "XSA_LAYERS=4 XSA_LAST_N=5", "BIGRAM_VOCAB_SIZE=64 BIGRAM_BUCKETS=65",
+    "BIGRAM_DIM=64 BIGRAM_EMBED_DIM=65", "QAT_THRESHOLD=0.1 LATE_QAT_THRESHOLD=0.2",
+    "SWA_START_FRAC=0.1 SWA_THRESHOLD=0.2",
 ])  # fmt: skip
 def test_an_alias_that_contradicts_its_name(text):
     message = problems(environment(text))

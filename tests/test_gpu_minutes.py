@@ -32,11 +32,9 @@ def part(name, expected=1.0, limit=20.0, **more):
 PROGRAMS = {  # what stands for a part: it reads its context as a part does
     "good": "put(number=7)",
     "crash": "put(before=1); raise ValueError('on purpose')",
-    "hang": "put(before=2); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-            "subprocess.Popen([sys.executable, '-c', 'import signal, time; signal.signal(15, "
-            "signal.SIG_IGN); "
-            "open(sys.argv[1], \"w\").write(str(os.getpid())); time.sleep(600)'.replace('import', 'import "
-            "os, sys,'), "
+    "hang": "put(before=2); signal.signal(signal.SIGTERM, signal.SIG_IGN); subprocess.Popen([sys.executable, "
+            "'-c', 'import signal, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[1], "
+            "\"w\").write(str(os.getpid())); time.sleep(600)'.replace('import', 'import os, sys,'), "
             "sys.argv[2]], start_new_session=True); time.sleep(600)",
     "last": "put(number=8)",
 }  # fmt: skip

@@ -523,10 +523,10 @@ def altered(folder: Path) -> None:
 
 UNWRITTEN = {  # what is done to the record, exit code, words
     "a score altered": (altered, 1, "refused: log: train_seed42.log: RESULT has val_bpb_ttt 1.5"),
-    "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1, "refused: seeds: 2 distinct "
-                                                                            "seeds"),
-    "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1, "refused: code: "
-                                                                                     "train_gpt.py"),
+    "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1,
+        "refused: seeds: 2 distinct seeds"),
+    "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1,
+        "refused: code: train_gpt.py"),
     "another program's log": (lambda folder: write_logs(folder / "logs", {42: 1.2}) and shutil.copy(
         folder / "logs/train_seed42.log", folder), 1, "train_seed42.log: its log does not report seed"),
     "no logs": (lambda folder: [path.unlink() for path in folder.glob("*.log")], 2, "no folder with logs"),

@@ -90,8 +90,8 @@ def test_a_class_is_given_scored_text_only(setup, tmp_path, monkeypatch):  # noq
 
 
 @pytest.mark.parametrize("source, words", [
-    ("class Other:\n    pass\n", "SignSGD"), ("class SignSGD:\n    reset = weights = print\n", "it has no "
-                                                                                               "adapt"),
+    ("class Other:\n    pass\n", "SignSGD"),
+    ("class SignSGD:\n    reset = weights = print\n", "it has no adapt"),
     ("1 / 0\n", "ZeroDivisionError"), ("class:\n", "SyntaxError"), (None, "No such file"),
 ])  # fmt: skip
 def test_a_class_that_cannot_be_used(source, words, tmp_path, capsys):

@@ -340,14 +340,12 @@ def confirmation(part: str) -> tuple[list[str], dict[tuple[str, ...], Paired]]:
         ours, theirs, way, key = names
         corrected = f"{adjusted[names]:.2g}" if names in adjusted else ""
         lines.append(f"| {ours} | {theirs} | {way} | {key.replace('val_bpb_', '')} | {r.mean:+.5f} | "
-                     f"±{r.half:.5f} | "
-                     f"{r.p:.2g} | {corrected} | {r.visible:.5f} |")  # fmt: skip
+                     f"±{r.half:.5f} | {r.p:.2g} | {corrected} | {r.visible:.5f} |")  # fmt: skip
     ten = (*seeds, *MORE_PLAIN[part])
     spreads = [f"{np.std(column('none', 'doc_banks', key, ten), ddof=1):.5f}"
                for key in ("val_bpb_sliding", "adapted", "gain")]  # fmt: skip
     lines += ["", f"Standard deviation of {len(ten)} plain seeds: sliding {spreads[0]}, adapted "
-                  f"{spreads[1]}, gain "
-              f"{spreads[2]} bpb.", ""]  # fmt: skip
+                  f"{spreads[1]}, gain {spreads[2]} bpb.", ""]  # fmt: skip
     return lines, found
 
 
