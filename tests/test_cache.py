@@ -120,6 +120,19 @@ def test_text_is_that_of_sampling_from_whole_prefixes(name, temperature):
     assert torch.equal(texts, from_whole_prefixes(model, 3, 14, temperature, 5))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_prompt_is_continued_as_by_whole_prefixes(adapted):
+    """The likeliest tokens after a prompt, with adapters or without, against a forward pass over all before."""
+    model, prompt = cached_model({}), [BOS_ID, 5, 9, 9, 30, 2]
+    adapters = random_adapters(model, 3) if adapted else {}
+    texts = generate(model, 2, 14, 1e-6, 0, prompt, adapters)
+    assert texts.shape == (2, 14) and (texts[:, :6] == torch.tensor(prompt)).all()
+    with torch.no_grad():
+        logits = model(texts, adapters=adapters)
+        assert torch.equal(texts[:, 6:], logits[:, 5:-1].argmax(-1))
+        assert not adapted or not torch.allclose(logits, model(texts), atol=1e-3)
+
+
 def test_texts_begin_documents_and_differ_by_row_and_seed():
     model = cached_model({})
     texts = [generate(model, 4, 12, 0.8, seed) for seed in (0, 1, 0)]
