@@ -1,11 +1,11 @@
 """Test whether meta-learning improves test-time training, with arms of equal time, paired by seed.
 
     python records/meta_learning/experiment.py data --shards data/weblab --out runs/meta_data
-    python records/meta_learning/experiment.py probe --data runs/meta_data       effect of an inner step on the loss
-    python records/meta_learning/experiment.py run --data runs/meta_data         missing runs of the confirmation
-    python records/meta_learning/experiment.py run --data runs/meta_data --part tuning --arms deployed_banks \\
-        --set META_TTT_OUTER_LR=0.3                                              a variant, on the tuning documents
-    python records/meta_learning/experiment.py report                            tables and plot from the kept runs
+    python records/meta_learning/experiment.py probe --data runs/meta_data       effect of one inner step
+    python records/meta_learning/experiment.py run --data runs/meta_data         the confirmation's runs
+    python records/meta_learning/experiment.py run --data runs/meta_data --part tuning \\
+        --arms deployed_banks --set META_TTT_OUTER_LR=0.3                        variant, tuning documents
+    python records/meta_learning/experiment.py report                            tables and plot of kept runs
 
 `data` splits the validation documents into a tuning part and a report part. A run is `train_gpt.py`, then
 `eval_ttt.py` for each adaptation method; its logs and results go to `kept/PART/ARM_seedN`, and existing runs
@@ -122,7 +122,7 @@ def probe_kind(arm: str, model_path: Path, data: Path, dtype: torch.dtype, count
 
 
 def probe(arguments: argparse.Namespace) -> None:
-    """Probe all kinds of inner step in float32 and bfloat16 on one plainly trained model; write probe.json."""
+    """Probe every kind of inner step in float32 and bfloat16 on a plainly trained model; write probe.json."""
     found = {
         f"{arm}, {dtype}".replace("torch.", ""): probe_kind(
             arm, arguments.model, arguments.data, dtype, arguments.tasks

@@ -1,7 +1,8 @@
 """Bytes and seconds of the coders of int6 codes: zstd by level and number of threads, and ans.
 
     python tests/benchmarks/coders.py --artifact runs/NAME/final_model.int6.ptz   codes of a trained model
-    python tests/benchmarks/coders.py                                             27 M Gaussian codes, pr1019's shapes
+    python tests/benchmarks/coders.py                                             27 M Gaussian codes,
+                                                                                  pr1019's shapes
 
 All coders get the codes in the artifact's order, sorted by expected width. CPU seconds are those of the whole
 process; wall seconds depend on the machine's load. Ends with one line `BENCH {json}`.

@@ -50,7 +50,8 @@ MODES = {  # name: settings, learning rates to choose from
     "  left context 128": (dict(ttt_mode="doc_banks", ttt_context=128), (1e-3, 2e-3, 3e-3)),
     "  no prior": (dict(ttt_mode="doc_banks", ttt_prior_seqs=0), (1e-3, 2e-3, 3e-3)),
     "  shared moments": (dict(ttt_mode="doc_banks", ttt_moments="shared"), (1e-3, 2e-3, 3e-3)),
-    "  output side 3x": (dict(ttt_mode="doc_banks", ttt_out_lr_mult=3.0, ttt_in_lr_mult=0.5), (1e-3, 2e-3, 3e-3)),
+    "  output side 3x": (dict(ttt_mode="doc_banks", ttt_out_lr_mult=3.0, ttt_in_lr_mult=0.5),
+                         (1e-3, 2e-3, 3e-3)),
     "  half of the blocks": (dict(ttt_mode="doc_banks", ttt_freeze_blocks=2), (1e-3, 2e-3, 3e-3)),
 }  # fmt: skip
 
@@ -87,7 +88,8 @@ def bench_speed(setup: ev.Setup, tokens: np.ndarray, count: int) -> dict:
     rate = {name: (len(part) - 1) / min(values) for name, values in seconds.items()}
     peak = (torch.cuda.max_memory_allocated() >> 20) if setup.device.type == "cuda" else peak_memory()
     return dict(targets=len(part) - 1, windows=len(windows.start), targets_per_second=rate["score"],
-                loop_targets_per_second=rate["loop"], ratio=rate["score"] / rate["loop"], peak_mib=peak)  # fmt: skip
+                loop_targets_per_second=rate["loop"], ratio=rate["score"] / rate["loop"],
+                peak_mib=peak)  # fmt: skip
 
 
 def peak_memory() -> int:
@@ -168,9 +170,10 @@ def markdown(report: dict) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, r in report["modes"].items():
-        cells = (name.replace("  ", "&emsp;"), f"{r['ttt_lr']:g}", f"{r['plan_bpb']:.4f}", f"{r['val_bpb']:.4f}",
-                 f"{r['gain_bpb']:+.4f}", f"{r['documents_better']} of {r['documents']}", f"{r['seconds']:.0f}",
-                 f"{r['plan_seconds']:.0f}")  # fmt: skip
+        cells = (name.replace("  ", "&emsp;"), f"{r['ttt_lr']:g}", f"{r['plan_bpb']:.4f}",
+                 f"{r['val_bpb']:.4f}", f"{r['gain_bpb']:+.4f}",
+                 f"{r['documents_better']} of {r['documents']}",
+                 f"{r['seconds']:.0f}", f"{r['plan_seconds']:.0f}")  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -197,9 +200,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_setup(arguments: argparse.Namespace) -> tuple[ev.Setup, np.ndarray]:
     tokenizer = arguments.tokenizer or f"{arguments.data}/tokenizer.model"
-    environ = dict(DATA_PATH=arguments.data, TOKENIZER_PATH=tokenizer, MODEL_PATH=arguments.model, EVAL_STRIDE="64",
-                   EVAL_SEQ_LEN=str(arguments.seq_len), EVAL_BATCH_SEQS=str(arguments.rows),
-                   TTT_BATCH_SEQS=str(arguments.rows), TTT_SLOTS=str(arguments.rows), TTT_GROUPS="1")  # fmt: skip
+    environ = dict(DATA_PATH=arguments.data, TOKENIZER_PATH=tokenizer, MODEL_PATH=arguments.model,
+                   EVAL_STRIDE="64", EVAL_SEQ_LEN=str(arguments.seq_len), EVAL_BATCH_SEQS=str(arguments.rows),
+                   TTT_BATCH_SEQS=str(arguments.rows), TTT_SLOTS=str(arguments.rows),
+                   TTT_GROUPS="1")  # fmt: skip
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
     return setup, tokens
@@ -233,8 +237,8 @@ def main() -> int:
               f"{r['gain_bpb']:>+8.4f} "
               f"{better:>8} {r['seconds']:>8.1f} {r['plan_seconds']:>8.1f}")  # fmt: skip
     versions = tg.library_versions(setup.device, setup.config.attention)
-    report = dict(benchmark="evaluator", quick=arguments.quick, model=tg.sha256_file(arguments.model), speed=speed,
-                  modes=results, tuning_documents=tuning, versions=versions)  # fmt: skip
+    report = dict(benchmark="evaluator", quick=arguments.quick, model=tg.sha256_file(arguments.model),
+                  speed=speed, modes=results, tuning_documents=tuning, versions=versions)  # fmt: skip
     assert all(math.isfinite(r["val_bpb"]) for r in results.values())
     tg.write_atomically(out / "evaluator.json", json.dumps(report, indent=1).encode())
     tg.write_atomically(out / "evaluator.md", markdown(report).encode())

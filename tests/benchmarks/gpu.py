@@ -1,22 +1,24 @@
 """Profile one recipe on one GPU: the time of a step by component, and of export, scoring and adaptation.
 
-    python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019 on any shards, under ten minutes
+    python tests/benchmarks/gpu.py --data DIR --tokenizer FILE --out DIR      pr1019, under ten minutes
     python tests/benchmarks/gpu.py --phases step,profile --steps 20           some phases only
-    python tests/benchmarks/gpu.py --quick                                    two steps per arm, on the demo corpus
+    python tests/benchmarks/gpu.py --quick                                    two steps per arm, demo corpus
 
 It needs only this repository's files. Arms are plain torch and torch.compile, side by side, and on request
 autotuned, where the compiler also tries its own matrix products with fused epilogues. Phases:
 
-floors     lower bound in ms per step: operations and bytes, counted from the shapes, at the rates of a large matrix
-           product and of H200 memory; activation passes are a guess, 40 per layer (traffic.py counts 57.7 compiled)
-step       ms per step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which compiles)
-pieces     ms per step of each component alone, forward and backward, at the step's shapes; the rest is norms, gates,
-           mixing
+floors     lower bound in ms per step: operations and bytes, counted from the shapes, at the rates of a large
+           matrix product and of H200 memory; activation passes are a guess, 40 per layer (traffic.py counts
+           57.7 compiled)
+step       ms per step of TRAIN_BATCH_TOKENS, tokens/s, MFU, peak memory, seconds of the first step (which
+           compiles)
+pieces     ms per step of each component alone, forward and backward, at the step's shapes; the rest is norms,
+           gates, mixing
 profile    the kernels of a step by device time, and their fractions by kind
-losses     losses over --loss-steps from one seed: each arm against plain torch, and plain bfloat16 against float32
+losses     losses over --loss-steps from one seed: each arm against plain torch, and plain bfloat16 against
+           float32
 attention  every available kernel, forward and backward, with its error against float32, on whole sequences
-and within
-           the documents of the text
+           and within the documents of the text
 export     seconds of Hessians and gradients, quantization and coding
 score      sliding windows per second, and the seconds for 62 million targets on 8 such GPUs
 ttt        the same for chunk and per-document adaptation
@@ -212,9 +214,11 @@ def bench_step(b: Bench, arm: str) -> dict:
     together, _ = b.timed(lambda: [step(index) for index in range(3 + count, 3 + 2 * count)])
     rate = c.train_batch_tokens * count / together
     peak = torch.cuda.max_memory_allocated() / 2**20 if b.device.type == "cuda" else 0.0
-    return dict(attention=attention, ms_per_step=1000 * together / count, ms_alone=1000 * float(np.median(times)),
-                ms_min=1000 * min(times), ms_max=1000 * max(times), steps=count, tokens_per_second=rate,
-                mfu=tg.project_module("describe").flops_per_token(c) * rate / PEAK_FLOPS, first_step_seconds=first, peak_mib=peak,
+    return dict(attention=attention, ms_per_step=1000 * together / count,
+                ms_alone=1000 * float(np.median(times)), ms_min=1000 * min(times), ms_max=1000 * max(times),
+                steps=count, tokens_per_second=rate,
+                mfu=tg.project_module("describe").flops_per_token(c) * rate / PEAK_FLOPS,
+                first_step_seconds=first, peak_mib=peak,
                 data_wait_ms=1000 * loader.waited / (3 + 2 * count), last_loss=losses[-1].item())  # fmt: skip
 
 
@@ -402,8 +406,9 @@ def bench_score(b: Bench, arm: str) -> dict:
         lambda: tg.score(model, tokens, [tg.Chunk(windows)], b.table, c.eval_batch_seqs, nll_fn)
     )
     rate = (len(tokens) - 1) / seconds
-    return dict(windows=len(windows.start), windows_per_second=len(windows.start) / seconds, targets_per_second=rate,
-                full_seconds=full_seconds(rate), first_batch_seconds=warm)  # fmt: skip
+    return dict(windows=len(windows.start), windows_per_second=len(windows.start) / seconds,
+                targets_per_second=rate, full_seconds=full_seconds(rate),
+                first_batch_seconds=warm)  # fmt: skip
 
 
 def bench_ttt(b: Bench, arm: str) -> dict:

@@ -1,11 +1,11 @@
 """Run all GPU measurements in nine minutes of one rented GPU, most valuable first, tolerating failures.
 
-    python tests/benchmarks/gpu_minutes.py --prepare FOLDER --train FILE --val FILE --tokenizer FILE   once, locally
+    python tests/benchmarks/gpu_minutes.py --prepare FOLDER --train FILE --val FILE --tokenizer FILE   locally
     python tests/benchmarks/gpu_minutes.py --stage FOLDER --out DIR --minutes 9       on the GPU machine
     python tests/benchmarks/gpu_minutes.py --stage FOLDER --out DIR --minutes 3       later: continues
     python tests/benchmarks/gpu_minutes.py --rehearse                                 toy size, on a CPU
-    python tests/benchmarks/gpu_minutes.py --page DIR/gpu_minutes.json PAGE.md        page: measured and predicted
-    torchrun --standalone --nproc_per_node=8 tests/benchmarks/gpu_minutes.py --preflight   before a run on 8 GPUs
+    python tests/benchmarks/gpu_minutes.py --page DIR/gpu_minutes.json PAGE.md        results and predictions
+    torchrun --standalone --nproc_per_node=8 tests/benchmarks/gpu_minutes.py --preflight   before 8-GPU runs
 
 The parts (gpu_parts.py): the experiment (a recipe trained, exported, scored, adapted), correctness,
 milliseconds per step, the quantization curve, the rest. Each runs in its own process group with a time limit.
@@ -113,7 +113,8 @@ class Running:
         self.token, self.began = uuid.uuid4().hex, time.monotonic()
         result.unlink(missing_ok=True)
         with log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
+                                            start_new_session=True,
                                             env={**environ, TOKEN: self.token})  # fmt: skip
 
     def finish(self) -> dict[str, Any]:
@@ -357,8 +358,8 @@ class Driver:
         """Record why a part was skipped, unless it already has an entry."""
         self.say(f"{part.name} skipped: {why}")
         if part.name not in self.report["parts"] or self.report["parts"][part.name]["state"] == "skipped":
-            self.report["parts"][part.name] = dict(state="skipped", why=why, seconds=0.0, result={}, digest="",
-                                                   kind=part.kind, title=part.title)  # fmt: skip
+            self.report["parts"][part.name] = dict(state="skipped", why=why, seconds=0.0, result={},
+                                                   digest="", kind=part.kind, title=part.title)  # fmt: skip
             self.save()
 
     def save(self) -> None:
@@ -375,7 +376,8 @@ class Driver:
     def save_logs(self, most: int = 12 << 20) -> None:
         """Write logs and small reports to logs.tgz, smallest first, up to `most` bytes before compression."""
         files = [path for folder in ("logs", "runs", *(f"bench_{p.name}" for p in self.parts))
-                 for path in (self.work / folder).rglob("*") if path.suffix in LOGGED and path.is_file()]  # fmt: skip
+                 for path in (self.work / folder).rglob("*")
+                 if path.suffix in LOGGED and path.is_file()]  # fmt: skip
         target, total = self.out / "logs.tgz", 0
         with tarfile.open(target.with_suffix(".tmp"), "w:gz", compresslevel=1) as archive:
             for path in sorted(files, key=lambda path: path.stat().st_size):
@@ -409,7 +411,8 @@ def numbers(values: dict[str, Any]) -> Iterator[str]:
 def summary(report: dict[str, Any]) -> str:
     """Return one line per part."""
     lines = [f"{name:14} {entry['kind']} {entry['state']:10} {entry['seconds']:7.1f} s  "
-             f"{entry.get('why') or headline(entry['result'])}" for name, entry in report["parts"].items()]  # fmt: skip
+             f"{entry.get('why') or headline(entry['result'])}"
+             for name, entry in report["parts"].items()]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -569,8 +572,9 @@ def main() -> int:
         return 0
     if arguments.prepare:
         text = (arguments.train, arguments.val) if arguments.train and arguments.val else None
-        print(gpu_stage.prepare(arguments.prepare, arguments.shards, text, arguments.tokenizer, arguments.wheels,
-                                arguments.python, arguments.tokens, arguments.tuning))  # fmt: skip
+        print(gpu_stage.prepare(arguments.prepare, arguments.shards, text, arguments.tokenizer,
+                                arguments.wheels, arguments.python, arguments.tokens,
+                                arguments.tuning))  # fmt: skip
         return 0
     return measure(arguments, began)
 

@@ -35,8 +35,8 @@ MICRO_BATCH_TOKENS = 98_304  # pr1019's micro-batch: one graph for all its runs 
 # Published schedules count steps of ten minutes on eight GPUs; a run of minutes needs fractions of its own
 # length.
 SHORT_RUN = dict(TRAIN_BATCH_TOKENS="393216", GRAD_ACCUM_TOTAL="4", WARMUP_STEPS="2", WARMDOWN_FRAC="0.5",
-                 MUON_MOMENTUM_WARMUP_STEPS="100", EMA_DECAY="0.98", DATA_ORDER="shuffled", VAL_LOSS_EVERY="200",
-                 TRAIN_LOG_EVERY="20")  # fmt: skip
+                 MUON_MOMENTUM_WARMUP_STEPS="100", EMA_DECAY="0.98", DATA_ORDER="shuffled",
+                 VAL_LOSS_EVERY="200", TRAIN_LOG_EVERY="20")  # fmt: skip
 REHEARSED = dict(NUM_LAYERS="2", VE_LAYERS="1", ITERATIONS="10")  # toy recipe: everything runs, in seconds
 SGD_CHUNKS = dict(
     TTT_MODE="all",
@@ -59,7 +59,8 @@ DOC_LORA = dict(
 )
 META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # one graph per chunk
 KEPT_VARIABLES = re.compile(  # kept from the environment, where DEVICE or SEED would act as a setting
-    r"PATH|HOME|USER|LANG|LC_.*|TMPDIR|TZ|VIRTUAL_ENV|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|CC|CXX|OMP_NUM_THREADS|"
+    r"PATH|HOME|USER|LANG|LC_.*|TMPDIR|TZ|VIRTUAL_ENV|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|CC|CXX|"
+    r"OMP_NUM_THREADS|"
     r"GPU_MINUTES_PART|(CUDA|NVIDIA|NCCL|TORCH|TORCHINDUCTOR|TRITON|PYTHON|XDG)_?[A-Z0-9_]*"
 )
 
@@ -459,7 +460,8 @@ def part_resume(ctx: Context) -> None:
     apart = abs(results[0]["val_loss_roundtrip"] - results[1]["val_loss_roundtrip"])
     resumed = results[1]["resumed"]
     ctx.put(nats_apart=apart, resumed=resumed, steps=results[1]["steps"],
-            checkpoint=[line for _, line in first if line.startswith(("checkpoint:", "stopped:"))])  # fmt: skip
+            checkpoint=[line for _, line in first
+                        if line.startswith(("checkpoint:", "stopped:"))])  # fmt: skip
     # sums are reordered on a GPU
     if not resumed or results[1]["steps"] != results[0]["steps"] or apart > 0.02:
         raise PartFailed(f"resumed at {resumed}, {apart:.4f} nats apart from the uninterrupted run")
@@ -485,8 +487,9 @@ def part_probe(ctx: Context) -> None:
     for name in names.split():
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    ctx.put(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda, cores=os.cpu_count(),
-            packages=versions, missing=[name for name in names.split() if name not in versions])  # fmt: skip
+    ctx.put(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+            cores=os.cpu_count(), packages=versions,
+            missing=[name for name in names.split() if name not in versions])  # fmt: skip
     on_gpu = torch.cuda.is_available()
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_gpu else (torch.device("cpu"), torch.float32)
     if on_gpu:

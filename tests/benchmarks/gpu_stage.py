@@ -4,11 +4,13 @@
 contains
 
     stage.json           names, token counts and SHA-256 of the files below
-    train.bin.xz         one training shard (at most MAX_TRAIN_TOKENS), compressed: 57 M tokens of 1,024 take 39 MB
+    train.bin.xz         one training shard (at most MAX_TRAIN_TOKENS), compressed: 57 M tokens of
+                         1,024 take 39 MB
     val_tuning.bin       the validation documents before TUNING_DOCUMENTS, as a shard
     val_reporting.bin    the other validation documents
     tokenizer.model      the tokenizer of all shards
-    wheels/*.whl         packages missing from a bare GPU image, for its Python; unpacked beside the data, not installed
+    wheels/*.whl         packages missing from a bare GPU image, for its Python; unpacked beside the data,
+                         not installed
 
 Both functions need only the standard library, so a broken torch cannot stop them; `prepare` runs
 data/prepare.py if it is given text.
@@ -204,7 +206,8 @@ def prepare(
     size, tree = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()), tree_bytes()
     lines = [f"{name}: {count:,} tokens" for name, count in counts.items()]
     lines += [f"WARNING: {carried} has no wheel of {name}=={pins()[name]} for {tag}. Artifacts need one of "
-              f"{' and '.join(WHEELS)}: put it there, unless the GPU machine has it." for name in lacking]  # fmt: skip
+              f"{' and '.join(WHEELS)}: put it there, unless the GPU machine has it."
+              for name in lacking]  # fmt: skip
     lines.append(
         f"{out}: {size / 2**20:.1f} MiB, repository {tree / 2**20:.1f} MiB, limit {MAX_BYTES >> 20} MiB"
     )

@@ -235,17 +235,20 @@ def broken_limits(found: dict[str, Any], config: Any) -> list[str]:
         lambda: f"{f['free_disk_gb']:.2f} GB are free",
     )
     check("data", lambda: f["read_ms"] <= f["ms_per_step"],
-          lambda: f"reading a batch takes {f['read_ms']:.1f} ms, a step {f['ms_per_step']:.1f} ms")  # fmt: skip
+          lambda: f"reading a batch takes {f['read_ms']:.1f} ms, "
+                  f"a step {f['ms_per_step']:.1f} ms")  # fmt: skip
     if "card_gib" in f:
         check("memory", lambda: f["peak_gib"] <= MEMORY_SHARE * f["card_gib"],
-              lambda: f"{f['peak_gib']:.1f} of {f['card_gib']:.1f} GiB reserved. Raise GRAD_ACCUM_TOTAL.")  # fmt: skip
+              lambda: f"{f['peak_gib']:.1f} of {f['card_gib']:.1f} GiB reserved. "
+                      "Raise GRAD_ACCUM_TOTAL.")  # fmt: skip
     check("clock", lambda: not c.max_wallclock_seconds or f["predicted_steps"] > 0,
           lambda: f"the statistics alone take {f['statistics_seconds']:.0f} s of MAX_WALLCLOCK_SECONDS="
                   f"{c.max_wallclock_seconds:.0f}")  # fmt: skip
     check("export", lambda: f["export_seconds"] > 0, lambda: "no artifact")
     for name in ("sliding_seconds", *(["adapted_seconds"] if c.ttt_mode != "none" else [])):
         check(name, lambda name=name: not c.eval_budget_seconds or f[name] <= c.eval_budget_seconds,
-              lambda name=name: f"{f[name]:.0f} s, EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")  # fmt: skip
+              lambda name=name: f"{f[name]:.0f} s, "
+                                f"EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}")  # fmt: skip
     return broken
 
 

@@ -1,8 +1,8 @@
 """Benchmark quantization: bytes against bits per byte for our scales and coders and for published ones.
 
-    python tests/benchmarks/quantisation.py --run runs/NAME --out runs/bench_quantisation   curves, table, plot
-    python tests/benchmarks/quantisation.py --run runs/NAME --quick                         a minute: few points each
-    python tests/benchmarks/quantisation.py --timing                                        27 M shapes, random weights
+    python tests/benchmarks/quantisation.py --run runs/NAME --out runs/bench_quantisation   curve, table, plot
+    python tests/benchmarks/quantisation.py --run runs/NAME --quick                         a minute, coarser
+    python tests/benchmarks/quantisation.py --timing                                        27 M random codes
 
 Every pipeline quantizes the weights of a run's final_model.pt at several scales. The gap is the bits per byte
 of the model read back from the bytes minus that of the float weights, on the same validation targets, with
@@ -140,8 +140,8 @@ class Weights:
 
 def with_fixed_scales(plans: dict[str, tg.QuantSpec]) -> dict[str, tg.QuantSpec]:
     """The plans with a scale of 1/31 for every bank row, as #1019 has them."""
-    return {name: plan._replace(row_scale=torch.full_like(plan.row_scale, 1 / 31)) if name in tg.GPT.BANKS else plan
-            for name, plan in plans.items()}  # fmt: skip
+    return {name: plan._replace(row_scale=torch.full_like(plan.row_scale, 1 / 31))
+            if name in tg.GPT.BANKS else plan for name, plan in plans.items()}  # fmt: skip
 
 
 def baseline_bytes(records: list[tg.QuantizedTensor], pack: Callable[[bytes], bytes]) -> int:
@@ -199,7 +199,8 @@ def is_published(name: str) -> bool:
 def table(curves: dict[str, list[dict[str, float]]]) -> tuple[str, dict[str, dict[str, float]]]:
     """Return Markdown: bytes of every pipeline at the reference gaps, relative to the best published one."""
     sizes = {name: {gap: bytes_at(points, gap) for gap in REFERENCE_GAPS} for name, points in curves.items()}
-    best = {gap: min((sizes[name][gap] for name in sizes if is_published(name) and not math.isnan(sizes[name][gap])),
+    best = {gap: min((sizes[name][gap] for name in sizes
+                      if is_published(name) and not math.isnan(sizes[name][gap])),
                      default=math.nan) for gap in REFERENCE_GAPS}  # fmt: skip
     lines = ["| pipeline | " + " | ".join(f"gap {gap} bpb" for gap in REFERENCE_GAPS) + " |",
              "|---|" + "---:|" * len(REFERENCE_GAPS)]  # fmt: skip

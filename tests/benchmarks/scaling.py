@@ -2,7 +2,7 @@
 
     python tests/benchmarks/scaling.py --out runs/bench_scaling   about five minutes on 2 cores
     python tests/benchmarks/scaling.py --quick                    about a minute
-    python tests/benchmarks/scaling.py --soak                     2,000 steps of a toy model; exit code 1: memory grew
+    python tests/benchmarks/scaling.py --soak                     2,000 toy steps; exit code 1: memory grew
 
 Scaling: tokens per second of train_gpt.py on one and on two ranks with one thread each, alternating: the same
 batch split in two (strong), and a batch twice as large (weak). Two independent processes show what the
@@ -55,8 +55,8 @@ import train_gpt as tg  # noqa: E402
 DATA = {"DATA_PATH": str(ROOT / "data/demo"), "TOKENIZER_PATH": str(ROOT / "data/demo/tokenizer.model")}
 DEMO = {"RECIPE": str(ROOT / "records/recipes/demo.env"), **DATA}
 LEAN = dict(  # a run that does little apart from its steps
-    MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY="1", WARMUP_STEPS="0", GPTQ_CALIB_BATCHES="0",
-    QUANT_STEPS="sigmas", EVAL_STRIDE="256", DEVICE="cpu", EMA_ENABLED="0",
+    MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY="1", WARMUP_STEPS="0",
+    GPTQ_CALIB_BATCHES="0", QUANT_STEPS="sigmas", EVAL_STRIDE="256", DEVICE="cpu", EMA_ENABLED="0",
 )  # fmt: skip
 NEEDED = 2_000_000  # tokens per second and rank
 SETTLED = 4  # first timed step
@@ -339,8 +339,9 @@ def loader(quick: bool, work: Path) -> dict[str, Any]:
 
 SOAK = dict(  # many epochs of a short text with periodic checkpoints and validation
     RECIPE=str(ROOT / "records/recipes/smoke.env"), NUM_LAYERS="2", MODEL_DIM="32", ROPE_DIMS="8",
-    BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8", VE_DIM="8", VE_LAYERS="1", TRAIN_SEQ_LEN="32", TRAIN_BATCH_TOKENS="128",
-    GRAD_ACCUM_TOTAL="1", WARMUP_STEPS="1", WARMDOWN_ITERS="500", TRAIN_LOG_EVERY="10", VAL_LOSS_EVERY="500",
+    BIGRAM_VOCAB_SIZE="64", BIGRAM_DIM="8", VE_DIM="8", VE_LAYERS="1", TRAIN_SEQ_LEN="32",
+    TRAIN_BATCH_TOKENS="128", GRAD_ACCUM_TOTAL="1", WARMUP_STEPS="1", WARMDOWN_ITERS="500",
+    TRAIN_LOG_EVERY="10", VAL_LOSS_EVERY="500",
     CHECKPOINT_EVERY="100", GPTQ_CALIB_BATCHES="1", DATA_ORDER="shuffled", DEVICE="cpu", RUN_ID="run",
 )  # fmt: skip
 GROWTH = 1.0  # MiB of allowed memory growth, from the second quarter of the run to the last

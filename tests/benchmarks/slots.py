@@ -1,8 +1,9 @@
 """Measure per-document evaluation: the work in its plan, and the score of each form of second moments.
 
     python tests/benchmarks/slots.py --data DIR                    graphs, steps, padding of validation shards
-    python tests/benchmarks/slots.py --data DIR --resample 50000   for 50000 documents with these lengths, by rank
-    python tests/benchmarks/slots.py --data DIR --models A.ptz B.ptz --out FILE.jsonl      scores of artifacts, by form
+    python tests/benchmarks/slots.py --data DIR --resample 50000   for 50000 documents with these lengths,
+                                                                   by rank
+    python tests/benchmarks/slots.py --data DIR --models A.ptz B.ptz --out FILE.jsonl      scores, by form
 
 Settings are environment variables (RECIPE, TOKENIZER_PATH, TTT_SLOTS, TTT_GROUPS, TTT_CHUNK_SIZE,
 EVAL_SEQ_LEN). Counting runs no model; padding is the number of tokens in all batches divided by the tokens in
@@ -55,9 +56,10 @@ def count_plan(tokens: np.ndarray, config: tg.Config, ranks: int = 1) -> dict[st
             ends = chunk.adapted.end[chunk.adapted.end > chunk.adapted.begin]
             shapes.add(("adapt", rows, width, config.doc_chunk))
             learned, stepped = learned + int(ends.sum()), stepped + -(-len(ends) // rows) * rows * width
-    return dict(documents=len(ev.documents(tokens)[0]), targets=len(tokens) - 1, graphs=len(shapes), steps=max(steps),
-                batches=max(batches), padding_of_scoring=computed / read, padding_of_adaptation=stepped / learned,
-                tokens_scored=computed, tokens_adapted=stepped)  # fmt: skip
+    return dict(documents=len(ev.documents(tokens)[0]), targets=len(tokens) - 1, graphs=len(shapes),
+                steps=max(steps), batches=max(batches), padding_of_scoring=computed / read,
+                padding_of_adaptation=stepped / learned, tokens_scored=computed,
+                tokens_adapted=stepped)  # fmt: skip
 
 
 def resampled(tokens: np.ndarray, count: int) -> np.ndarray:

@@ -53,9 +53,9 @@ SAMPLE = 1 << 17  # evaluated points of a kernel's index space
 CUDA = torch.device("cuda", 0)
 HOPPER = SimpleNamespace(
     name="Hopper", major=9, minor=0, multi_processor_count=132, regs_per_multiprocessor=65536, warp_size=32,
-    max_threads_per_multi_processor=2048, max_threads_per_block=1024, total_memory=80 << 30, L2_cache_size=50 << 20,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
-    is_integrated=False, gcnArchName="",
+    max_threads_per_multi_processor=2048, max_threads_per_block=1024, total_memory=80 << 30,
+    L2_cache_size=50 << 20, shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
+    shared_memory_per_multiprocessor=233472, is_integrated=False, gcnArchName="",
 )  # fmt: skip
 
 
@@ -206,7 +206,8 @@ def count_kernels(lowering: GraphLowering) -> list[Kernel]:
         members = {part.get_name() for part in node.get_nodes()} | {node.get_name()}
         own = {buffer.get_name(): buffer for buffer in node.get_outputs()}
         leaving = {name for name, buffer in own.items()
-                   if name in outputs or any(user.get_name() not in members for user in buffer.users)}  # fmt: skip
+                   if name in outputs
+                   or any(user.get_name() not in members for user in buffer.users)}  # fmt: skip
         reads: dict[str, list[Dep]] = {}
         writes: dict[str, list[Dep]] = {}
         for dep in node.read_writes.reads:
@@ -329,7 +330,8 @@ def main() -> int:
     config, _, _ = tg.load_config({"RECIPE": arguments.recipe, **shorter})
     counted = count(config, arguments.rows)
     report = dict(benchmark="traffic", recipe=Path(arguments.recipe).name, layers=len(config.block_rows),
-                  rows=arguments.rows, torch=torch.__version__, **summary(config, arguments.rows, counted))  # fmt: skip
+                  rows=arguments.rows, torch=torch.__version__,
+                  **summary(config, arguments.rows, counted))  # fmt: skip
     one_pass = 2 * arguments.rows * config.train_seq_len * config.model_dim
     for name, row in report["kinds"].items():
         print(

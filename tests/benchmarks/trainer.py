@@ -1,10 +1,10 @@
 """Compare the demo recipe with plain transformers, or ablate its features one by one ("levers").
 
-    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 minutes on 2 cores
+    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 min on 2 cores
     python tests/benchmarks/trainer.py --quick                      five seconds of training per arm, one seed
     python tests/benchmarks/trainer.py --levers --out runs/levers   every lever separately, three seeds, hours
     python tests/benchmarks/trainer.py --levers --quick             four steps of a few levers, one seed
-    python tests/benchmarks/trainer.py --meta                       time of each kind of meta-step and of a plain step
+    python tests/benchmarks/trainer.py --meta                       time of plain steps and all meta-steps
 
 Arms, trained for equal time: `levers`, the demo recipe; `plain`, all features off and the MLP widened to the
 same parameter count; `narrow`, all features off and the same block matrices. Optimizers, data, export and
@@ -196,7 +196,8 @@ def compare_with_plain(quick: bool, out: Path) -> None:
             f"{len(scores)}"
         )
     kept = ("seed model_params steps step_avg_ms train_seconds strict_seconds bytes_model val_bpb_roundtrip "
-            "val_bpb_sliding val_bpb_plan val_bpb_ttt sha256_artifact sha256_code documents").split()  # fmt: skip
+            "val_bpb_sliding val_bpb_plan val_bpb_ttt sha256_artifact sha256_code "
+            "documents").split()  # fmt: skip
     rows = [
         dict(arm=name, **{key: result[key] for key in kept}) for (name, _), result in sorted(results.items())
     ]
@@ -507,7 +508,9 @@ META_STEPS = {  # name -> changes to the recipe
     "fomaml, rows, delta, Meta-SGD": {
         "META_TTT_ENABLED": "1", "META_TTT_DELTA_WEIGHT": "0.3", "META_SGD_ENABLED": "1",
     },
-    "deployed, doc_banks": {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_banks"},
+    "deployed, doc_banks": {
+        "META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_banks",
+    },
     "deployed, doc_lora": {"META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "TTT_MODE": "doc_lora"},
     "reptile": {"REPTILE_ENABLED": "1"},
 }  # fmt: skip
