@@ -1240,7 +1240,7 @@ def check_legality(record: Record) -> Iterator[Finding]:
         if run.result.get("legal") is False:
             yield "fail", f'{run.name}: RESULT has "legal": false'
         if isinstance(others := run.result.get("earlier_code"), list) and others:
-            yield "warn", f"{run.name}: resumed, and {len(others)} other versions of the code trained it before"
+            yield "warn", f"{run.name}: resumed; other code trained it before, versions: {len(others)}"
         modes = [str(object_of(result, "settings").get("ttt_mode")) for result in run.results]
         for mode in (mode for mode in modes if ".py:" in mode):
             yield (

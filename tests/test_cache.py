@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_model import SMALL, random_ids, random_model
+from test_model import SMALL, random_adapters, random_ids, random_model
 
 import train_gpt
 from train_gpt import BOS_ID, GPT, Cache, generate
@@ -122,7 +122,7 @@ def test_text_is_that_of_sampling_from_whole_prefixes(name, temperature):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_prompt_is_continued_as_by_whole_prefixes(adapted):
-    """The likeliest tokens after a prompt, with adapters or without, against a forward pass over all before."""
+    """The likeliest tokens after a prompt, with or without adapters, against a forward pass over all."""
     model, prompt = cached_model({}), [BOS_ID, 5, 9, 9, 30, 2]
     adapters = random_adapters(model, 3) if adapted else {}
     texts = generate(model, 2, 14, 1e-6, 0, prompt, adapters)

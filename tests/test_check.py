@@ -528,9 +528,6 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
         "syntax tree", "does not compile"),
     "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"),
         "legality", "invalid_ttt_exact"),
-    "resumed with other code": (edit("train_seed42.log", '"train_seconds"',
-                                     '"earlier_code": [{"until_step": 3}], "train_seconds"'),
-        "legality", "1 other versions of the code"),
     "calls itself not legal": (edit("eval_ttt_seed42.log", '"legal": true', '"legal": false'),
         "legality", "false"),
     "audit failed": (edit("certificate_seed42.txt", "=legal: legal", "=legal: NOT LEGAL"),
@@ -643,6 +640,14 @@ def test_a_planted_fault_is_found_and_named(tmp_path, capsys, name):
     (found,) = json.loads(capsys.readouterr().out)
     faults = [verdict for verdict in found["verdicts"] if verdict["status"] == "fail"]
     assert any(v["rule"] == rule and words in v["evidence"] for v in faults), faults
+
+
+def test_a_run_resumed_with_other_code_is_named(tmp_path):
+    files = good_files()
+    edit("train_seed42.log", '"train_seconds"', '"earlier_code": [{"until_step": 3}], "train_seconds"')(files)
+    verdicts = check.check(check.read_record(write(tmp_path / "2026-12-01_Resumed", files)))
+    warnings = [v.evidence for v in verdicts if v.status == "warn" and v.rule == "legality"]
+    assert any("other code trained it before, versions: 1" in words for words in warnings), warnings
 
 
 PAGES = ("README.md", "submission.json", "requirements.txt", "certificate.txt", "certificate_seed42.json")
