@@ -284,6 +284,45 @@ def test_the_clock_does_not_count_pauses(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Evidence in the run folder
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_source_of_code_that_trained_before_is_kept(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/train_gpt.py").write_text("old")
+    train_gpt.keep_source(tmp_path, {}, dict(code={"train_gpt.py": "0" * 64}))
+    assert (tmp_path / "source_until_1/train_gpt.py").read_text() == "old"
+    assert (tmp_path / "source/train_gpt.py").read_bytes() == Path(train_gpt.__file__).read_bytes()
+    train_gpt.keep_source(tmp_path, {}, dict(code=train_gpt.code_hashes()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "source_until_1"]
+
+
+def test_a_resumed_run_names_other_code_that_trained_it(tmp_path, monkeypatch):
+    run = make_run(tmp_path, replace(SMALL, resume="auto"), train=stream(tmp_path))
+    model = random_model(SMALL, torch.float32)
+    rates = train_gpt.MetaRates(model, SMALL)
+    first = make_progress(run, model, running(StepClock()), rates)
+    first.begin("train", {})
+    assert first.save(3)
+    for code in (first.origin["code"], {"train_gpt.py": "1" * 64}):
+        monkeypatch.setattr(train_gpt, "code_hashes", lambda code=code: code)
+        again = make_progress(run, model, running(StepClock()), rates)
+        again.resume(train_gpt.read_checkpoint(run))
+        known = dict(until_step=3, phase="train", sha256=first.origin["code"])
+        assert again.earlier_code == ([] if code == first.origin["code"] else [known])
+
+
+def test_documents_that_the_kernels_merge_are_counted(tmp_path):
+    """Against a count in every sampled sequence; there is room for one in 128 tokens, and one more."""
+    text = stream(tmp_path, 5000)
+    found = train_gpt.merged_documents(text, 256, samples=7)
+    tokens = np.tile(np.array(text.shards[0]), 2)
+    inner = [sum(tokens[s + 1 : s + 256] == 1) for s in np.linspace(0, 4999, 7).astype(int)]
+    assert found == (sum(inner), sum(max(n - 3, 0) for n in inner)) and 0 < found[1] < found[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Batches and steps
 # ------------------------------------------------------------------------------------------------------------
 
