@@ -765,7 +765,7 @@ def test_attention_on_a_gpu(requested):
     for given in (None, documents):
         results = []
         for attention, dtype in ((train_gpt.sdpa_attention, torch.float32), (kernel, torch.bfloat16)):
-            inputs = [x.to(dtype).requires_grad_() for x in exact]
+            inputs = [x.to(dtype, copy=True).requires_grad_() for x in exact]
             y = attention(*inputs, given)
             y.float().square().sum().backward()
             results.append([y, *(x.grad for x in inputs)])
