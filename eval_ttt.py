@@ -932,7 +932,8 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         )
     if is_audit:
         sys.addaudithook(lambda event, what: opened.append(str(what[0])) if event == "open" else None)
-    (config, given, notices), plugin = load_settings(environ)
+    settings, plugin = load_settings(environ)
+    config, given, notices = settings
     inputs = prepare(config, given, environ, plugin)
     if argv and tg.world_size() > 1:
         raise UserError(f"{argv[0]} runs in one process")

@@ -2047,8 +2047,8 @@ PARAM_GROUPS = (
     ParamGroup("head", "adamw", "head_lr", "adam_wd", "codes", True, r"lm_head\.weight"),
     ParamGroup("proj", "adamw", "scalar_lr", "adam_wd", "codes", True, r"(bigram|ve_shared)\.proj\.weight"),
     ParamGroup("scalar", "adamw", "scalar_lr", None, "float16", False,
-               r"(bigram|ve_shared)\.scale|smear\.gate|skip_(weights|gates)|word_start_boost|ve_layer_scales\.\d+|"
-               r"blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|mlp\.(scale|bias))"),
+               r"(bigram|ve_shared)\.scale|ve_layer_scales\.\d+|word_start_boost|skip_(weights|gates)"
+               r"|smear\.gate|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|mlp\.(scale|bias))"),
 )  # fmt: skip
 
 

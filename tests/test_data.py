@@ -237,7 +237,7 @@ def test_split_batch(monkeypatch, rows, accumulate, ranks, expected):
 def test_ranks_that_do_not_divide_the_batch(monkeypatch):
     monkeypatch.setattr(train_gpt, "world_size", lambda: 3)
     message = message_of(split_batch, Config(train_seq_len=4, train_batch_tokens=32, grad_accum_total=1))
-    assert "world_size=3" in message and "8 rows" in message
+    assert "world_size=3" in message and "8 sequences" in message
 
 
 # ------------------------------------------------------------------------------------------------------------

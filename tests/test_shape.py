@@ -12,18 +12,18 @@ from shape import SHIPPED, Source, measure, read_sources
 BUDGETS = {
     # measure                                 train_gpt.py        eval_ttt.py
     #                                         aim    reached      aim    reached
-    "lines":                                ((3300, 5013),       (620, 1490)),
-    "settings":                             ((168, 178),         None),
+    "lines":                                ((3300, 5302),       (620, 1053)),
+    "settings":                             ((168, 168),         None),
     "long functions":                       ((0, 0),             (0, 0)),
-    "forward references":                   ((0, 9),             (0, 4)),
-    "one-caller helpers":                   ((None, 73),         (None, 52)),
-    "lines of one-caller helpers":          ((None, 1135),       (None, 827)),
-    "lines over 110 characters":            ((0, 539),           (0, 140)),
-    "packed assignments of over 3 names":   ((0, 8),             (0, 8)),
-    "unpacked assignments of over 3 names": ((0, 4),             (0, 1)),
-    "fmt: off or skip outside tables":      ((0, 16),            (0, 22)),
-    "comments per 100 lines":               ((4, 0.7),           (4, 0.1)),
-    "sections without an opening comment":  ((0, 12),            (0, 8)),
+    "forward references":                   ((0, 0),             (0, 0)),
+    "one-caller helpers":                   ((None, 74),         (None, 17)),
+    "lines of one-caller helpers":          ((None, 1244),       (None, 357)),
+    "lines over 110 characters":            ((0, 0),             (0, 0)),
+    "packed assignments of over 3 names":   ((0, 0),             (0, 0)),
+    "unpacked assignments of over 3 names": ((0, 0),             (0, 0)),
+    "fmt: off or skip outside tables":      ((0, 9),             (0, 3)),
+    "comments per 100 lines":               ((4, 2.2),           (4, 1.8)),
+    "sections without an opening comment":  ((0, 0),             (0, 0)),
 }  # fmt: skip
 AT_LEAST = ("comments per 100 lines",)  # all others: at most
 
@@ -60,7 +60,7 @@ def test_budget(measured, name, index):
 def test_both_programs_have_titled_sections(sources):
     """Without titles that the measures recognize, nothing is a forward reference."""
     assert len(sources[0].titles) > 10 and len(sources[1].titles) > 3
-    assert [source.titles[-1] for source in sources[: len(SHIPPED)]] == ["Main", "Main"]
+    assert [source.titles[-1] for source in sources[: len(SHIPPED)]] == ["Main", "Results and main"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -648,7 +648,8 @@ def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
 def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path, monkeypatch, capsys):
     """The two shipped files alone score, and refuse text that the model was trained on;
     --audit says what it needs."""
-    monkeypatch.setattr(eval_ttt, "__file__", str(tmp_path / "eval_ttt.py"))
+    for module in (eval_ttt, train_gpt):
+        monkeypatch.setattr(module, "__file__", shutil.copy(module.__file__, tmp_path))
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")
     done = finish(run, settings)
     again = train_gpt.recomputed_score(done.nll, [env["VAL_FILES"]], env["TOKENIZER_PATH"])
