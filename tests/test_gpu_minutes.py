@@ -94,7 +94,7 @@ def test_a_second_call_runs_what_has_no_result_of_this_code(tmp_path, monkeypatc
     assert second.call["order"] == ["crash"]
     third = driver(tmp_path, parts, data_digest="other data")
     assert third.run() == 1
-    assert third.call["order"] == ["good", "crash", "last"]
+    assert third.call["order"] == ["crash", "good", "last"]  # crash never had a result
     monkeypatch.setitem(PROGRAMS, "good", "raise SystemExit(3)")
     fourth = driver(tmp_path, parts, data_digest="yet other data")
     fourth.run()
@@ -135,7 +135,10 @@ KEPT = dict(state="ok", digest="now", result={})
     (dict(train=KEPT, adapt=KEPT), True, "ranks step"),
     (dict(train=KEPT, adapt=KEPT, ranks=KEPT), False, "step"),  # nothing that is due needs the model
     (dict(train=KEPT, ranks=KEPT), False, "train adapt step"),  # the artifact is gone
-    (dict(train=KEPT, adapt=dict(KEPT, digest="old")), True, "adapt ranks step"),
+    (dict(train=KEPT, adapt=dict(KEPT, digest="old")), True, "ranks step adapt"),
+    (dict(train=dict(KEPT, digest="old"), ranks=KEPT), True, "adapt step train"),
+    (dict(train=dict(KEPT, digest="old"), ranks=KEPT), False, "train adapt step"),  # adapt needs its model
+    (dict(train=KEPT, adapt=dict(KEPT, state="limit", last_good=KEPT)), True, "ranks step adapt"),
     (dict(train=KEPT, adapt=dict(KEPT, state="limit", failures=1)), True, "adapt ranks step"),
     (dict(train=KEPT, adapt=dict(KEPT, state="limit", failures=2)), True, "ranks step adapt"),
     (dict(train=KEPT, adapt=dict(KEPT, state="limit", failures=2, digest="old")), True, "adapt ranks step"),
@@ -371,13 +374,19 @@ def entry(kind="a", state="ok", **result):
     return dict(kind=kind, title="It.", state=state, seconds=3.0, result=result, digest="x")
 
 
+def test_the_kept_page_is_of_the_kept_file(tmp_path):
+    source = ROOT / "records/benchmarks/2026-11-27_gpu_h100.json"
+    gpu_page.write(source, tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == source.with_suffix(".md").read_text()
+
+
 def test_the_page_sets_the_measured_beside_the_predicted():
     parts = dict(
         probe=entry(gpu="NVIDIA H100 80GB HBM3", matmul_tflops=711.0),
         step_compiled=entry("c", step_compiled=dict(ms_per_step=570.0, mfu=0.3)),
         adapt=entry(val_bpb_ttt=1.30, val_bpb_plan=1.35, score_seconds=20.0, targets_per_second=20_000.0,
                     full_seconds=387.6, gain_by_position=[
-                        dict(name="place 0+", targets=100, before=4.0, after=3.5, gain=0.5)]),
+                        dict(name="position 0+", targets=100, before=4.0, after=3.5, gain=0.5)]),
         losses=dict(entry("b", "limit"), log_tail=["the last line"]),
     )  # fmt: skip
     report = dict(
@@ -393,16 +402,11 @@ def test_the_page_sets_the_measured_beside_the_predicted():
     assert rows["matrix product, 8192 cubed, TFLOP/s"] == ["790", "711", "-10%"]
     assert rows["step, plain torch, ms"] == ["1,550", "not measured", ""]
     assert rows["It"][:2] == ["1.3000", "+0.0500"]
-    assert rows["place 0+"] == ["100", "4.0000", "3.5000"]
+    assert rows["0+"] == ["100", "4.0000", "3.5000"]
     assert "the last line" in page and "8.0 minutes (2027-01-01 10:00)" in page and "rehearsal" not in page
     big = {**report, "parts": {**parts, "probe": entry(gpu="NVIDIA H200")}}
     assert "| 415.2 | 570 |" in gpu_page.page(big, "x")
     assert "A rehearsal" in gpu_page.page({**report, "rehearsal": True}, "x")
-
-
-def test_the_readme_says_whether_a_gpu_was_measured():
-    kept = list((ROOT / "records/benchmarks").glob("*gpu_minutes*.json"))
-    assert ("GPU: not measured" in (ROOT / "README.md").read_text()) == (not kept)
 
 
 def test_a_failed_attempt_hides_no_older_measurement():

@@ -39,6 +39,32 @@ def test_the_table_of_the_readme(arm):
         assert before / math.log(2) / num_bytes == pytest.approx(run["val_bpb_plan"], abs=1e-6)
 
 
+def test_what_the_readme_says_of_the_run_on_a_gpu():
+    report, rates = (
+        json.loads((ROOT / f"records/benchmarks/2026-11-27_{name}_h100.json").read_text())
+        for name in ("gpu", "rates")
+    )
+    train, adapt, step, quantization = (
+        report["parts"][name]["result"] for name in ("train", "adapt", "step_compiled", "quantization")
+    )
+    assert train["sha256_artifact"] == adapt["sha256_artifact"] == rates["sha256_artifact"]
+    step = step["step_compiled"]
+    curve = sorted(quantization["curve"], key=lambda point: point["bytes"])
+    gaps = [f"{point['gap_bpb']:.4f}" for point in curve]
+    sizes = [f"{point['bytes'] / 1e6:.2f}" for point in curve]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for said in (
+        f"takes {step['ms_per_step']:.0f} ms: {train['model_params'] / 1e6:.1f} M parameters",
+        f"{step['tokens_per_second'] / 1e6:.2f} M tokens/s, MFU {step['mfu']:.3f}",
+        f"{train['bytes_model']:,} bytes scores {train['val_bpb_roundtrip']:.4f} non-overlapping and "
+        f"{train['val_bpb_sliding']:.4f} sliding on {adapt['targets']:,} targets",
+        f"it is {max(row['gain'] for row in rates['rows']):.4f} on the first {rates['targets']:,} targets",
+        f"the adapted score is {adapt['val_bpb_ttt']:.4f}, a loss of {-adapt['ttt_gain_bpb']:.2f}",
+        f"costs {gaps[0]}, {gaps[1]}, and {gaps[2]} bpb at {sizes[0]}, {sizes[1]}, and {sizes[2]} MB",
+    ):
+        assert said in readme, said
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The meta-learning experiment
 # ------------------------------------------------------------------------------------------------------------

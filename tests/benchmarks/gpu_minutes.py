@@ -13,9 +13,9 @@ A part that fails or hangs is recorded and killed with all its children, and the
 part DIR has gpu_minutes.json, summary.txt, logs.tgz and the artifact, each below 16 MiB, so that killing the
 command loses at most one part.
 
-A later call with the same DIR (or --kept DIR) starts with the most valuable part that has no result for the
-current code and data, by content hash. Exit codes: 0 every part has a result, 1 some have none, 2 user error.
-This process imports neither torch nor numpy.
+A later call with the same DIR (or --kept DIR) runs what has no result for the current code and data, by
+content hash: first what was never measured, then what was measured with other code. Exit codes: 0 every part
+has a result, 1 some have none, 2 user error. This process imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -156,20 +156,22 @@ def is_kept(entry: dict[str, Any] | None, digest: str) -> bool:
 def due_parts(
     parts: Sequence[Part], kept: dict[str, dict], digests: dict[str, str], has_model: bool
 ) -> list[Part]:
-    """Return the parts to run, most valuable first.
+    """Return the parts to run: first those that never had a result, each time the most valuable first.
 
-    A part that failed twice on the same code and data goes to the end. Training is included if a part needs
-    its artifact and there is none.
+    A part that failed twice on the same code and data goes to the end. Training is first if a part needs its
+    artifact and there is none.
     """
     due = [part for part in parts if not is_kept(kept.get(part.name), digests[part.name])]
     missing = not has_model and any(part.needs for part in due)
     due = [part for part in parts if part in due or (missing and part.name == "train")]
 
-    def hopeless(part: Part) -> bool:
+    def order(part: Part) -> tuple[bool, bool]:
         entry = kept.get(part.name, {})
-        return entry.get("failures", 0) >= 2 and entry["digest"] == digests[part.name]
+        hopeless = entry.get("failures", 0) >= 2 and entry["digest"] == digests[part.name]
+        measured_before = entry.get("state") in DONE or "last_good" in entry
+        return hopeless, measured_before and not (missing and part.name == "train")
 
-    return sorted(due, key=hopeless)
+    return sorted(due, key=order)
 
 
 def choose(queue: Sequence[Part], left: float, seconds: Callable[[Part], float]) -> Part | None:
@@ -362,11 +364,17 @@ class Driver:
                                                    digest="", kind=part.kind, title=part.title)  # fmt: skip
             self.save()
 
+    def without_paths(self, text: str) -> str:
+        """Remove the machine's own folders: the file is made to be published."""
+        for folder in (self.work, ROOT, Path(sys.prefix)):
+            text = text.replace(f"{folder}/", "")
+        return text
+
     def save(self) -> None:
         """Write the JSON atomically, then the summary and the logs; a full disk only causes a warning."""
         try:
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.report, indent=1))
+            temporary.write_text(self.without_paths(json.dumps(self.report, indent=1)))
             os.replace(temporary, self.path)
             (self.out / "summary.txt").write_text(summary(self.report) + "\n")
             self.save_logs()

@@ -275,7 +275,7 @@ def gains_by_position(folder: Path) -> list[dict[str, Any]]:
     """Return targets, nats before and after, and gain of each class of positions in a document."""
     path = find_file(folder, "distribution.json")
     rows = json.loads(path.read_text())["classes"] if path else []
-    rows = [row for row in rows if row["name"].startswith(("place", "position"))]
+    rows = [row for row in rows if row["name"].startswith("position")]
     return [{**row, "gain": row["before"] - row["after"]} for row in rows]
 
 
@@ -689,18 +689,18 @@ class Part(NamedTuple):
 
 TRAINER, EVALUATOR, BENCH = "train_gpt.py", "eval_ttt.py", "tests/benchmarks/gpu.py"
 PARTS = (
-    Part("train", "a", part_train, 360, 270, (TRAINER, RECIPE)),
+    Part("train", "a", part_train, 360, 260, (TRAINER, RECIPE)),
     Part("train_plain", "a", part_train_plain, 240, 180, (TRAINER, RECIPE), fallback="train"),
-    Part("adapt", "a", part_adapt, 120, 55, (TRAINER, EVALUATOR, RECIPE), needs="model"),
+    Part("adapt", "a", part_adapt, 150, 100, (TRAINER, EVALUATOR, RECIPE), needs="model"),
     Part("chunk_sgd", "a", part_chunk_sgd, 90, 40, (TRAINER, EVALUATOR, RECIPE), needs="model", spare=True),
     Part("doc_lora", "a", part_doc_lora, 110, 60, (TRAINER, EVALUATOR, RECIPE), needs="model", spare=True),
     Part("meta", "a", part_meta, 520, 420, (TRAINER, EVALUATOR, RECIPE), needs="model", spare=True),
-    Part("probe", "b", part_probe, 45, 15, (), beside="train"),
+    Part("probe", "b", part_probe, 45, 10, (), beside="train"),
     Part("kernels", "b", part_kernels, 80, 40, (TRAINER, BENCH, "tests/test_model.py"), beside="train"),
-    Part("losses", "b", part_losses, 100, 50, (TRAINER, BENCH, RECIPE)),
-    Part("ranks", "b", part_ranks, 40, 10, (), beside="train"),
+    Part("losses", "b", part_losses, 100, 35, (TRAINER, BENCH, RECIPE)),
+    Part("ranks", "b", part_ranks, 40, 5, (), beside="train"),
     Part("resume", "b", part_resume, 90, 40, (TRAINER, TINY)),
-    Part("step_compiled", "c", part_step_compiled, 110, 45, (TRAINER, BENCH, RECIPE)),
+    Part("step_compiled", "c", part_step_compiled, 110, 60, (TRAINER, BENCH, RECIPE)),
     Part("step_plain", "c", part_step_plain, 90, 45, (TRAINER, BENCH, RECIPE)),
     Part("quantization", "d", part_quantization, 80, 35, (TRAINER, RECIPE), needs="weights"),
     Part("documents", "e", part_documents, 110, 60, (TRAINER, BENCH, RECIPE)),
