@@ -317,12 +317,12 @@ def buckets(
     Frequencies are those of this text, in fifths of its targets. `loss` is the mean of both models: binned by
     the loss of one model, the other would look better in the high bins even if they differed by noise alone.
     """
-    found: dict[str, dict[str, np.ndarray]] = {"place in the document": {}, "kind of target": {}}
+    found: dict[str, dict[str, np.ndarray]] = {"position in the document": {}, "kind of target": {}}
     for name, mask in classes(tokens, byte_table).items():
-        kind, name = (
-            ("place in the document", name[6:]) if name.startswith("place ") else ("kind of target", name)
-        )
-        found[kind][name] = mask
+        if name.startswith("position "):
+            found["position in the document"][name.split()[1]] = mask
+        else:
+            found["kind of target"][name] = mask
     counts = np.bincount(tokens[1:])
     order = np.argsort(-counts, kind="stable")
     before = np.cumsum(counts[order]) - counts[order]  # targets of more frequent tokens
@@ -399,8 +399,8 @@ def draw_nll(
         np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6
     )
     axes[4].set(xscale="log", xlabel="targets in the document", ylabel="gain of B, nats per target")
-    places = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
-    axes[5].plot(places, np.cumsum(gain)[places])
+    drawn = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
+    axes[5].plot(drawn, np.cumsum(gain)[drawn])
     axes[5].set(xlabel="targets, in text order", ylabel="cumulative gain, nats")
     for axis in axes:
         axis.axhline(0, color="black", linewidth=0.8)

@@ -7,7 +7,7 @@ one, and the readable one as NAME_readable.py. Code counts toward the 16,000,000
 available for weights.
 
 A packed file is a Latin-1 source with one string literal: each character is one byte of the compressed
-program, and only characters that a literal cannot hold are escaped. StepMetrics on 2026-11-21
+program, and only characters that a literal cannot hold are escaped. Measured on 2026-11-21
 (python-minifier 3.4.0; LZMA with its best lc, lp, pb) on train_gpt.py and eval_ttt.py together, then 209,781
 bytes readable and 113,310 minified:
 

@@ -20,7 +20,7 @@ import train_gpt as tg
 from train_gpt import BOS_ID, Chunk
 
 LOSS_BORDERS = (1, 3, 5, 7, 10)  # nats
-PLACE_BORDERS = (0, 128, 256, 512, 1024, 2048)  # targets after the beginning of the document
+POSITION_BORDERS = (0, 128, 256, 512, 1024, 2048)  # targets after the beginning of the document
 
 
 def loss_shares(nll: np.ndarray) -> list[dict[str, float]]:
@@ -32,21 +32,21 @@ def loss_shares(nll: np.ndarray) -> list[dict[str, float]]:
 
 
 def classes(tokens: np.ndarray, byte_table: tg.ByteTable) -> dict[str, np.ndarray]:
-    """Masks over the targets: by what the target is, and by its place in its document."""
+    """Masks over the targets: by what the target is, and by its position in its document."""
     target, (begin, end) = tokens[1:], ev.documents(tokens)
-    place = np.arange(len(target)) - np.repeat(begin, end - begin)
+    position = np.arange(len(target)) - np.repeat(begin, end - begin)
     border = target == BOS_ID
     starts = byte_table.has_leading_space[target]
     masks = {"document end": border, "word start": ~border & starts, "within a word": ~border & ~starts}
-    for low, high in pairwise((*PLACE_BORDERS, len(target) + 1)):
-        masks[f"place {low}+"] = (place >= low) & (place < high)
+    for low, high in pairwise((*POSITION_BORDERS, len(target) + 1)):
+        masks[f"position {low}+"] = (position >= low) & (position < high)
     return masks
 
 
 def distribution(
     tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable
 ) -> dict[str, Any]:
-    """Where the loss is, before and after adaptation, in nats: by size, by class and by place."""
+    """Where the loss is, before and after adaptation, in nats: by size, by class and by position."""
     table = []
     for name, mask in classes(tokens, byte_table).items():
         if mask.any():
@@ -80,9 +80,11 @@ def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report:
         left.hist(nll, bins, weights=nll / len(nll), histtype="step", label=name)
     left.set(xlabel="nats of a target", ylabel="share of the mean loss", title="where the loss is")
     left.legend()
-    places = [row for row in report["classes"] if row["name"].startswith("place")]
-    right.bar([row["name"][6:] for row in places], [row["before"] - row["after"] for row in places])
-    right.set(xlabel="targets after the document's beginning", ylabel="nats gained", title="gain by place")
+    positions = [row for row in report["classes"] if row["name"].startswith("position")]
+    right.bar(
+        [row["name"].split()[1] for row in positions], [row["before"] - row["after"] for row in positions]
+    )
+    right.set(xlabel="targets after the document's beginning", ylabel="nats gained", title="gain by position")
     figure.tight_layout()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")

@@ -130,8 +130,8 @@ def test_buckets_by_hand():
         )
     assert found["loss, mean of both"]["3-5"].tolist() == ((loss >= 3) & (loss < 5)).tolist()
     begins = [i for i in range(len(TOKENS) - 1) if i == 0 or TOKENS[i] == 1]
-    places = [i - max(b for b in begins if b <= i) for i in range(len(TOKENS) - 1)]
-    assert found["place in the document"]["0+"].tolist() == [place < 128 for place in places]
+    positions = [i - max(b for b in begins if b <= i) for i in range(len(TOKENS) - 1)]
+    assert found["position in the document"]["0+"].tolist() == [p < 128 for p in positions]
 
 
 def test_gain_by_hand():

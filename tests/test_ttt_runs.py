@@ -488,7 +488,7 @@ def test_what_is_printed_is_logged_and_kept(evaluated):
     assert lines[-1].startswith("RESULT ") and json.loads(lines[-1][7:]) == evaluated.result
     assert (
         "  TTT_CHUNK_SIZE=32 (given)" in lines
-        and "  TTT_LR=0.001" in lines
+        and "  TTT_LR=0.001 (given)" in lines
         and "  MODEL_DIM=64 (given)" in lines
     )
     order = "evaluation order: documents of the file in 8 groups of 4 slots; targets:899 world_size:1"
@@ -536,12 +536,12 @@ def test_losses_and_documents_agree_with_the_score(evaluated):
 def test_the_distribution_is_of_these_losses(evaluated, env):
     report, tokens = json.loads((evaluated.folder / "distribution.json").read_bytes()), evaluated.tokens
     starts = train_gpt.load_byte_table(env["TOKENIZER_PATH"], 1024).has_leading_space
-    names, place = [[] for _ in range(899)], 0
+    names, position = [[] for _ in range(899)], 0
     for t, token in enumerate(tokens[1:].tolist()):
-        place = 0 if tokens[t] == 1 else place + 1
+        position = 0 if tokens[t] == 1 else position + 1
         names[t].append("document end" if token == 1 else "word start" if starts[token] else "within a word")
         names[t].append(
-            f"place {max(border for border in (0, 128, 256, 512, 1024, 2048) if place >= border)}+"
+            f"position {max(border for border in (0, 128, 256, 512, 1024, 2048) if position >= border)}+"
         )
     assert sorted(row["name"] for row in report["classes"]) == sorted(
         {name for each in names for name in each}
@@ -550,7 +550,7 @@ def test_the_distribution_is_of_these_losses(evaluated, env):
         nll = [float(x) for x, each in zip(evaluated.nll, names, strict=True) if row["name"] in each]
         assert row["targets"] == len(nll) and row["after"] == pytest.approx(np.mean(nll), abs=1e-5)
     before = sum(
-        row["before"] * row["targets"] for row in report["classes"] if not row["name"].startswith("place")
+        row["before"] * row["targets"] for row in report["classes"] if not row["name"].startswith("position")
     )
     assert before / 899 == pytest.approx(evaluated.result["val_loss_plan"], abs=1e-5)
     for row in report["after"]:
