@@ -109,7 +109,8 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
     document = np.repeat(np.arange(len(low)), count)
     piece = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
     step = first[document] + piece
-    order = np.lexsort((document, step))  # an earlier document is never younger: the oldest come first
+    # Documents that entered first have the longest windows, and a batch takes its first window's length.
+    order = np.lexsort((document, step))
     document, piece, step = document[order], piece[order], step[order]
     scored, learned, lengths = tg.chunk_windows(low[document], high[document], piece * size, config)
     plan = []
@@ -451,6 +452,15 @@ def mixed_nll(nll: np.ndarray, ppm: np.ndarray, alpha: float) -> np.ndarray:
     return -np.logaddexp(np.log(alpha) - nll, np.log(1 - alpha) - ppm)
 
 
+def mixed_with_ppm(score: tg.Score, tokens: np.ndarray, config: Config) -> tg.Score:
+    """The score of the mixture with PPM_ALPHA; the same score if that is 1."""
+    if config.ppm_alpha == 1:
+        return score
+    nll = mixed_nll(score.nll, ppm_nll(tokens, config.vocab_size), config.ppm_alpha).astype(np.float32)
+    loss = float(nll.mean(dtype=np.float64))  # of the losses as nll.npy keeps them
+    return score._replace(nll=nll, val_loss=loss, val_bpb=score.val_bpb / score.val_loss * loss)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ------------------------------------------------------------------------------------------------------------
@@ -479,8 +489,9 @@ class Setup:
 
     def prior(self, model: tg.GPT) -> Tensor:
         """Second moments of generated text, computed once: an audit evaluates about 30 times."""
-        no_matter = dict(ttt_lr=0.0, global_ttt_lr=0.0, ttt_epochs=1, eval_stride=1)
-        key = id(self.artifact.state), replace(self.config, **no_matter)
+        irrelevant = dict(ttt_lr=0.0, global_ttt_lr=0.0, ttt_epochs=1, eval_stride=1)
+        irrelevant |= dict(phased_ttt_prefix_docs=1, phased_ttt_num_phases=1)
+        key = id(self.artifact.state), replace(self.config, **irrelevant)
         if key not in self.priors:  # the state is kept beside it, so that no other one gets its id
             made = tg.generated_moments(model, self.config, self.batch_seqs(), self.nll_fn)
             self.priors[key] = (made, self.artifact.state)
@@ -533,12 +544,7 @@ def evaluate(
         plan = adapt_first(setup, model, adaptation, tokens, plan)
     seen = None if observe is None else (lambda *args: observe(model, adaptation, *args))
     how = (setup.byte_table, setup.batch_seqs(), setup.nll_fn, adaptation, seen, progress)
-    result = tg.score(model, tokens, plan, *how)
-    if c.ppm_alpha == 1:
-        return result
-    nll = mixed_nll(result.nll, ppm_nll(tokens, c.vocab_size), c.ppm_alpha).astype(np.float32)
-    loss = float(nll.mean(dtype=np.float64))  # of the losses as nll.npy keeps them
-    return result._replace(nll=nll, val_loss=loss, val_bpb=result.val_bpb / result.val_loss * loss)
+    return mixed_with_ppm(tg.score(model, tokens, plan, *how), tokens, c)
 
 
 def adapt_first(
@@ -615,14 +621,13 @@ def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         return None, f"{path} cannot be read: {error}"
-    return (content, "") if isinstance(content, dict) else (None, f"{path} is no JSON object")
+    return (content, "") if isinstance(content, dict) else (None, f"{path} is not a JSON object")
 
 
 def trained_on_other_text(
     config: Config, shards: Sequence[str], folder: Path
 ) -> tuple[bool | None, int, str]:
-    """Whether the run in `folder` was trained on none of `shards` (None: unknown), its number of shards, and
-    why.
+    """Whether the run in `folder` avoided `shards` (None: unknown), how many shards it had, and why.
 
     Check T21 of the audit. A normal evaluation refuses an artifact that was trained on the validation text.
     """
@@ -635,7 +640,11 @@ def trained_on_other_text(
     if not (count := len(glob(pattern))):
         return None, 0, f"the training shards are not here: {pattern}"
     try:
-        tg.check_disjoint(tg.TokenStream(pattern, config.vocab_size), shards)
+        stream = tg.TokenStream(pattern, config.vocab_size)
+    except UserError as error:
+        return None, count, f"the training shards cannot be read: {error}"
+    try:
+        tg.check_disjoint(stream, shards)
     except UserError as error:
         return False, count, str(error)
     return True, count, f"none of {pattern} is a validation shard"
@@ -672,11 +681,9 @@ def read_model(config: Config, given: Mapping[str, Any]) -> tuple[Config, tg.Art
             "MODEL_PATH is not set: an artifact, a final_model.pt, or RUN_ID of a run that has one"
         )
     if weights_of(path) == "float":
-        return (
-            config,
-            tg.Artifact(config, read_weights(path, config), tg.sha256_file(config.tokenizer_path)),
-            path,
-        )
+        tg.load_byte_table(config.tokenizer_path, config.vocab_size)  # UserError if the file is missing
+        sha256 = tg.sha256_file(config.tokenizer_path)
+        return config, tg.Artifact(config, read_weights(path, config), sha256), path
     artifact = tg.read_artifact(path)
     model = tg.settings_of(artifact.config, "model")
     wrong = [f"{name.upper()}={given[name]}, but {value} in the artifact" for name, value in model.items()
@@ -807,16 +814,16 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     seconds = time.time() - began
     check_losses_finite("adapted", adapted)
     if (report := tg.project_module("report")) is None:
-        log.line(
-            "note: no reports, only the score and nll.npy: they need records/report.py beside eval_ttt.py"
-        )
+        log.line("note: no reports, only the score and nll.npy: records/report.py is not beside eval_ttt.py")
     for line in report.running_bpb(plan, adapted.nll, num_bytes) if report else ():
         log.line(line)
     if compiled:
         warm_up_windows(setup)
     scores = {"ttt": adapted, **window_scores(setup, tokens)}
-    by_documents = mode_of(c).by_documents  # then with the trainer's weights, whose graphs are there
-    scores["plan"] = evaluate(setup, tokens, adapts=False) if by_documents else scores["sliding"]
+    if mode_of(c).by_documents:  # the same windows, by the trainer's weights: those graphs are compiled
+        scores["plan"] = evaluate(setup, tokens, adapts=False)
+    else:
+        scores["plan"] = mixed_with_ppm(scores["sliding"], tokens, c)
     weights = weights_of(path)
     dialect = {"roundtrip": f"final_{weights}_roundtrip", "sliding": f"final_{weights}_sliding_window"}
     dialect |= {"plan": "same_plan_without_ttt", "ttt": label}
@@ -879,13 +886,13 @@ def sample_arguments(argv: Sequence[str]) -> SampleArguments:
 def adapted_to(setup: Setup, ids: Sequence[int]) -> tuple[tg.GPT, tg.Adapters]:
     """A model that has adapted to a prompt as to a document that it has scored, and its adapters, if any.
 
-    Chunks are as small as it takes for the prompt to have four. A last chunk of padding ends the document:
-    nothing adapts on that.
+    A chunk is at most a quarter of the prompt. One token of padding follows the prompt, so every whole chunk
+    is adapted on. Nothing adapts on the rest, which is in the document's last chunk.
     """
     size = max(1, min(setup.config.doc_chunk, (len(ids) - 1) // 4))
     c = replace(setup.config, ttt_groups=1, ttt_slots=1, ttt_chunk_size=size)
     setup = replace(setup, config=c, nll_fn=tg.token_nll)
-    tokens = np.array([*ids, *[ids[-1]] * size], np.uint16)
+    tokens = np.array([*ids, ids[-1]], np.uint16)
     model, plan = setup.load(), document_plan(tokens, c)
     adaptation = Adaptation(model, setup, plan, lambda chunk: None)
     tg.score(model, tokens, plan, setup.byte_table, 1, setup.nll_fn, adaptation)
@@ -914,10 +921,11 @@ def sample(setup: Setup, tokens: np.ndarray, given: SampleArguments) -> Iterator
     if mode_of(c).by_documents and len(ids) > 1:
         models["adapted"] = adapted_to(setup, ids)
     yield f"prompt: {len(ids)} tokens: {sp.decode(ids)}"
+    seen = ids[-max(1, c.eval_seq_len - given.length) :]  # no longer than the windows it is scored with
     for name, (model, adapters) in models.items():
-        length = len(ids) + given.length
-        found = tg.generate(model, given.count, length, given.temperature, given.seed, ids, adapters)
-        for number, row in enumerate(found[:, len(ids) :].tolist()):
+        length = len(seen) + given.length
+        found = tg.generate(model, given.count, length, given.temperature, given.seed, seen, adapters)
+        for number, row in enumerate(found[:, len(seen) :].tolist()):
             row = row[: row.index(BOS_ID)] if BOS_ID in row else row
             yield f"sample:{number + 1} {name}: {sp.decode(row)}"
 

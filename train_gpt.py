@@ -1,5 +1,4 @@
-"""Train a language model for OpenAI's Parameter Golf: train, average, quantize, write the artifact, score it
-from disk.
+"""Train, average, quantize, and package a Parameter Golf language model, and score it from disk.
 
 On two cores of an AMD EPYC (torch 2.13.0, Python 3.11.7, 2026-11-27) the demo recipe reaches 1.707 bits per
 byte after 120 s of training (artifact, sliding windows, mean of three seeds, sd 0.014); plain transformers
@@ -87,10 +86,10 @@ ALL_WEIGHTS = "bank embed memory head proj scalar"  # the groups of PARAM_GROUPS
 
 
 class TTTMode(NamedTuple):
-    """What adapts at test time: by documents a set of weights for each, from the artifact, else one for the
-    whole text.
+    """What adapts at test time, and whether each document has weights of its own.
 
-    adapts: groups of PARAM_GROUPS, "adapters", or "" for nothing.
+    by_documents: each document starts from the artifact's weights, with a set of its own; otherwise one set
+    adapts over the whole text. adapts: groups of PARAM_GROUPS, "adapters", or "" for nothing.
     """
 
     by_documents: bool
@@ -126,7 +125,7 @@ class Config:
     # fmt: off
     # run
     run_id: str = setting("", "folder of the run under runs/; empty: date, time, and seed")
-    seed: int = setting(1337, "seed of the initial weights", 0)
+    seed: int = setting(1337, "seed of initial weights, data order, and sampling", 0)
     device: str = setting("auto", "compute device; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     attention: str = setting("auto", "attention kernel; auto: first usable", ("auto", "fa3", "fa2", "sdpa"))
     use_compile: str = setting("auto", "torch.compile; auto: on GPUs only", ("auto", "0", "1"))
@@ -159,7 +158,7 @@ class Config:
     rope_dims: int = setting(16, "rotated dimensions per head; 0: all", 0)
     rope_ntk_len: int = setting(1024, "TRAIN_SEQ_LEN above which ROPE_BASE is scaled (NTK); 0: never", 0)
     qk_gain_init: float = setting(1.5, "initial query gain per head", 0)
-    xsa_last_n: int = setting(11, "last bank rows with exclusive self-attention", 0)
+    xsa_last_n: int = setting(11, "number of last bank rows with exclusive self-attention", 0)
     ln_scale: bool = setting(True, "scale the norms of bank row l by 1 / sqrt(l + 1)")
     resid_mix: bool = setting(True, "mix the first embedding into the input of every block, per channel")
     phase_resid_mix: bool = setting(False, "initial mix: first embedding (early layers) to stream (late)")
@@ -215,9 +214,9 @@ class Config:
     swa_threshold: float = setting(0.2, "LR scale below which snapshots are taken", 0, 1)
     loop_start_frac: float = setting(0.0, "fraction of the run before BLOCK_ORDER's repeats switch on", 0, 1)
     mtp_num_heads: int = setting(0, "multi-token prediction heads, in training only", 0)
-    mtp_loss_weight: float = setting(0.2, "weight of their mean loss", 0)
+    mtp_loss_weight: float = setting(0.2, "weight of the mean multi-token prediction loss", 0)
     zloss_weight: float = setting(0.0, "z-loss: weight of the mean squared log partition function", 0)
-    late_qat: bool = setting(False, "round the banks per row in late steps (not the export's rounding)")
+    late_qat: bool = setting(False, "QAT: round the banks per row in late steps, not as the export does")
     late_qat_threshold: float = setting(0.15, "LR scale below which LATE_QAT rounds", 0, 1)
     # meta
     meta_ttt_enabled: bool = setting(False, "train for the weights that test-time steps lead to")
@@ -226,7 +225,7 @@ class Config:
     meta_ttt_every: int = setting(8, "fomaml: steps between meta-steps", 1)
     meta_ttt_min_scale: float = setting(0.5, "fomaml: LR scale above which meta-steps are taken", 0, 1)
     meta_ttt_loss_weight: float = setting(0.5, "fomaml: weight of the loss after the inner loop", 0)
-    meta_ttt_delta_weight: float = setting(0.0, "fomaml: weight of that loss minus the loss before", 0)
+    meta_ttt_delta_weight: float = setting(0.0, "fomaml: weight of the loss after minus before the loop", 0)
     meta_ttt_split: str = setting("batch", "fomaml: support/query split by sequence (batch), or first/second "
                                   "half of each, with (seq) or without (cut) attention across",
                                   ("batch", "seq", "cut"))
@@ -237,8 +236,8 @@ class Config:
     meta_ttt_outer_lr: float = setting(0.1, "deployed: outer LR, fraction of the peak rates, falling to 0", 0)
     meta_ttt_docs: int = setting(16, "deployed: documents per step, all ranks together", 1)
     meta_ttt_pieces: int = setting(8, "deployed: maximum chunks of TTT_CHUNK_SIZE per document", 2)
-    meta_sgd_enabled: bool = setting(False, "Meta-SGD: learn a factor of the inner LR per bank row; of the "
-                                     "deployed objective they go into the artifact and scale TTT_LR")
+    meta_sgd_enabled: bool = setting(False, "Meta-SGD: learn a factor of the inner LR per bank row; with the "
+                                     "deployed objective, stored in the artifact and applied to TTT_LR")
     meta_sgd_lr: float = setting(0.0, "Adam LR of the log factors; 0: SCALAR_LR", 0)
     reptile_enabled: bool = setting(False, "a last phase of Reptile on the MLPs, on averaged weights")
     reptile_time_frac: float = setting(0.2, "Reptile: fraction of the run, at its end", 0.001, 0.9)
@@ -247,15 +246,15 @@ class Config:
     reptile_inner_steps: int = setting(3, "Reptile: SGD steps, each on a sequence of its own", 1)
     reptile_inner_lr: float = setting(0.1, "Reptile: inner learning rate", 0)
     reptile_outer_lr: float = setting(0.01, "Reptile: step toward the mean of the adapted weights", 0, 1)
-    meta_control: bool = setting(False, "ablation: inner loops with learning rate 0 (same cost, same tokens)")
+    meta_control: bool = setting(False, "ablation, same cost: inner LR 0; Reptile: no inner progress")
     # export
-    quant_steps: str = setting("two_sided", "quantizer scales: by row and column, k sigmas per row,"
+    quant_steps: str = setting("two_sided", "quantizer scales: by row and column, k sigmas per row, "
                              "or a clip search per row", ("two_sided", "sigmas", "clip"))
     quant_loss: float = setting(0.001, "two_sided: target loss increase, nats per token (predicted)", 1e-9)
     quant_trellis: bool = setting(False, "two_sided: trellis-coded quantization")
-    matrix_bits: int = setting(6, "bits per code of the banks, except for two_sided", 3, 8)
-    matrix_clip_sigmas: float = setting(6.0, "sigmas: clip range of a bank row, standard deviations", 0.5)
-    embed_clip_sigmas: float = setting(0.0, "sigmas: clip range of a table row; 0: its largest entry", 0)
+    matrix_bits: int = setting(6, "bits per code of the banks, in sigmas, clip, and late rounding", 3, 8)
+    matrix_clip_sigmas: float = setting(6.0, "clip range of a bank row, sigmas and late rounding, in sd", 0.5)
+    embed_clip_sigmas: float = setting(0.0, "clip range of a table row, in sd; 0: its largest entry", 0)
     grad_quant: bool = setting(False, "one bit more or less by mean squared gradient (#398)")
     grad_quant_int7_frac: float = setting(0.1, "fraction of matrices with one bit more", 0, 1)
     grad_quant_int5_frac: float = setting(0.2, "fraction of matrices with one bit less", 0, 1)
@@ -285,7 +284,7 @@ class Config:
     ttt_prior_seqs: int = setting(16, "generated sequences for the prior of the moments; 0: no prior", 0)
     ttt_prior_chunks: int = setting(4, "chunks of TTT_CHUNK_SIZE tokens per generated sequence", 1)
     ttt_prior_weight: float = setting(64.0, "weight of a generated chunk, in scored chunks", 1e-6)
-    ttt_lr: float = setting(3e-5, "learning rate; for 27 M parameters: a model of 1 M takes 1e-3 and more", 0)
+    ttt_lr: float = setting(3e-5, "learning rate; the default suits 27 M parameters, 1e-3 suits 1 M", 0)
     ttt_lr_schedule: str = setting("flat", "LR schedule over the evaluation", ("flat", "cosine"))
     ttt_in_lr_mult: float = setting(1.0, "LR factor of the MLP input matrices", 0)
     ttt_out_lr_mult: float = setting(1.0, "LR factor of the MLP output matrices", 0)
@@ -444,9 +443,10 @@ def parse_value(f: Field, text: str) -> Any:
         raise ValueError(f"{name}={text!r}: expected {expected}")
     value = convert(text)
     if choices and value not in choices:
-        raise ValueError(f"{name}={text!r}: one of {', '.join(choices)}")
+        raise ValueError(f"{name}={text!r}: expected one of {', '.join(choices)}")
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{name}={text}: at least {low}" + (f", at most {high}" if high is not None else ""))
+        limit = "" if high is None else f", at most {high}"
+        raise ValueError(f"{name}={text}: must be at least {low}{limit}")
     return value
 
 
@@ -515,7 +515,7 @@ def inconsistencies(c: Config) -> list[str]:
     last = c.num_layers - 1
     by_documents = TTT_MODES[c.ttt_mode].by_documents
     rules = [
-        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: a folder name under runs/"),
+        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: must be a folder of runs/"),
         (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
         (c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} does not divide MODEL_DIM={c.model_dim}"),
         (c.num_heads % c.num_kv_heads == 0,
@@ -529,7 +529,7 @@ def inconsistencies(c: Config) -> list[str]:
          "POS_CONDITIONAL_BIGRAM and WORD_START_BOOST need BIGRAM_VOCAB_SIZE"),
         (c.bigram_hash == "xor" or not c.pos_conditional_bigram,
          "POS_CONDITIONAL_BIGRAM needs BIGRAM_HASH=xor"),
-        (order_ok, f"BLOCK_ORDER={c.block_order!r}: every number from 0 to {last}, as often as you like"),
+        (order_ok, f"BLOCK_ORDER={c.block_order!r}: must list every bank row from 0 to {last} at least once"),
         (c.loop_start_frac == 0 or not order_ok or len(c.block_rows) > c.num_layers,
          "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
         (c.resid_mix or not c.phase_resid_mix, "PHASE_RESID_MIX needs RESID_MIX"),
@@ -538,7 +538,7 @@ def inconsistencies(c: Config) -> list[str]:
          f"{c.num_memory_tokens} and MTP_NUM_HEADS={c.mtp_num_heads} leave no target in a sequence"),
         (c.doc_borders != "attention" or not c.num_memory_tokens, "DOC_BORDERS=attention would hide "
          "NUM_MEMORY_TOKENS from all but the first document of a sequence"),
-        (ve_ok, f"VE_LAYERS={c.ve_layers!r}: different numbers from 0 to {last}"),
+        (ve_ok, f"VE_LAYERS={c.ve_layers!r}: must list distinct bank rows from 0 to {last}"),
         (c.train_batch_tokens % c.train_seq_len == 0 and c.step_seqs % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} "
          f"sequences of TRAIN_SEQ_LEN={c.train_seq_len}"),
@@ -548,17 +548,16 @@ def inconsistencies(c: Config) -> list[str]:
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
         (c.phases["train"] > 0.05, "META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave under 5 % to train"),
         (not by_documents or (c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1),
-         f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones or on the length "
-         "of "
-         f"the text: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. Set flat and 1"),
+         f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones or on the text's "
+         f"length: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. Set flat and 1"),
         ("deployed" not in c.phases or by_documents,
          "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
-        (blocks_ok(c.ttt_layers), f"TTT_LAYERS={c.ttt_layers!r}: numbers from 0 to {last}"),
-        (blocks_ok(c.reptile_layers), f"REPTILE_LAYERS={c.reptile_layers!r}: numbers from 0 to {last}"),
+        (blocks_ok(c.ttt_layers), f"TTT_LAYERS={c.ttt_layers!r}: must list numbers up to {last}"),
+        (blocks_ok(c.reptile_layers), f"REPTILE_LAYERS={c.reptile_layers!r}: must list numbers up to {last}"),
         (c.ttt_protocol == "legal" or (TTT_MODES[c.ttt_mode].adapts and not by_documents),
-         f"TTT_PROTOCOL={c.ttt_protocol} is by flat chunks: TTT_MODE=banks, all or lora"),
+         f"TTT_PROTOCOL={c.ttt_protocol} needs TTT_MODE=banks, all, or lora"),
         (c.ppm_alpha == 1 or not by_documents,
-         "PPM_ALPHA needs the order of the text: no TTT_MODE by documents"),
+         "PPM_ALPHA needs the order of the text, so a TTT_MODE that is not by documents"),
         (c.eval_stride <= c.eval_seq_len,
          f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
@@ -700,8 +699,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs of compute capability 8.0 and up; float32 on older ones and on CPUs, which only
-    emulate it."""
+    """bfloat16 on GPUs of compute capability 8.0 and up, else float32: CPUs only emulate bfloat16."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32
@@ -835,9 +833,9 @@ class RunLog:
         self, step: int, count: int, seconds: float, also: Mapping[str, float] | None = None, **values: float
     ) -> None:
         """One line of the lineage's dialect, and the same as JSON together with `also`."""
-        shown = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
+        pairs = " ".join(f"{name}:{value:.4f}" for name, value in values.items())
         times = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / max(step, 1):.2f}ms"
-        self.line(f"step:{step}/{count} {shown} {times}")
+        self.line(f"step:{step}/{count} {pairs} {times}")
         if rank() == 0:
             row = dict(step=step, seconds=seconds, **values, **(also or {}))
             self._append("metrics.jsonl", json.dumps(row))
@@ -879,8 +877,7 @@ def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sample_hash(shard: np.ndarray) -> str:
-    """SHA-256 of 64 blocks of 1,024 tokens spread over a shard: data sets are too large to hash at every
-    start."""
+    """SHA-256 of 64 spread blocks of 1,024 tokens: shards are too large to hash at every start."""
     starts = np.linspace(0, max(len(shard) - 1024, 0), 64).astype(int)
     return hashlib.sha256(b"".join(shard[start : start + 1024].tobytes() for start in starts)).hexdigest()
 
@@ -895,8 +892,7 @@ def file_state(path: str) -> tuple[int, int, int]:
 
 
 class Listing(NamedTuple):
-    """Contents of manifest.json (from data/prepare.py) or source.json (from data/download.py) beside the
-    shards."""
+    """Contents of manifest.json (data/prepare.py) or source.json (data/download.py) beside the shards."""
 
     path: Path
     tokenizer_sha256: str | None
@@ -920,7 +916,7 @@ def read_listing(shard: str) -> Listing | None:
             made_with = str(content["tokenizer"]["sha256"]) if name == "manifest.json" else None
             overlap = {key: int(value) for key, value in (content.get("overlap") or {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is not of data/prepare.py or data/download.py: {error!r}") from error
+            raise UserError(f"{path} is not by data/prepare.py or data/download.py: {error!r}") from error
         return Listing(path, made_with, shards, overlap)
     return None
 
@@ -963,8 +959,7 @@ class TokenStream:
         return int(self.ends[-1])
 
     def _part(self, index: int, offset: int, count: int) -> np.ndarray:
-        """Up to `count` tokens of a shard, which must be unchanged since it was opened, within the
-        vocabulary."""
+        """Up to `count` tokens of a shard, checked to be unchanged and within the vocabulary."""
         path, state = self.paths[index], file_state(self.paths[index])
         if state != self.states[index]:
             self._check_content(index, state)
@@ -1028,8 +1023,7 @@ def shuffled_starts(num_tokens: int, seq_len: int, seed: int, epoch: int) -> np.
 
 
 def sequence_starts(config: Config, num_tokens: int, first: int, count: int) -> np.ndarray:
-    """Starts of training sequences number `first` to first + count - 1; they depend on seed and DATA_ORDER
-    only."""
+    """Starts of the training sequences [first, first + count), which depend on seed and DATA_ORDER only."""
     numbers, T = np.arange(first, first + count), config.train_seq_len
     if config.data_order == "sequential":
         return numbers * T
@@ -1097,15 +1091,12 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
 
 
 def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
-    """Log line with the listed counts of validation documents inside the training shards, if they are of
-    these."""
-    listing, folders = (
-        read_listing(train.paths[0]),
-        {Path(path).parent for path in (train.paths[0], *val_paths)},
-    )
+    """Log line with the overlap counts that the listing has for these training and validation shards."""
+    listing = read_listing(train.paths[0])
+    folders = {Path(path).parent for path in (train.paths[0], *val_paths)}
     found = listing.overlap if listing else {}
     if len(folders) > 1 or found.get("train_tokens") != len(train):
-        return "overlap: not counted for these shards, data/prepare.py --overlap does"
+        return "overlap: not counted for these shards; data/prepare.py --overlap counts it"
     return (
         f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur inside "
         f"training shards, {found['documents_touched']} in part"
@@ -1294,9 +1285,9 @@ def bank_sites(bank: str) -> list[str]:
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Causal attention, q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D). The reference for the other
-    kernels.
+    """Causal attention in plain torch, the reference for the other kernels.
 
+    q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D).
     k and v may begin earlier than q: they end with it. documents (B, past + T): a number per position; only
     positions with the same number see each other.
     """
@@ -1304,7 +1295,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = N
     past, mask = k.size(2) - q.size(2), None
     if past or documents is not None:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril(past)
-        # no fast kernel takes both
+        # with a mask no fast kernel takes fewer K/V heads: repeat them
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if documents is not None:
         mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
@@ -1320,8 +1311,7 @@ def room_for_documents(seq_len: int) -> int:
 
 
 def document_begins(documents: Tensor) -> Tensor:
-    """Offsets (int32) in the flattened batch at which the documents of rows (B, T) begin, padded with its
-    length.
+    """Start offsets of the documents of rows (B, T) in the flattened batch, int32, padded with B * T.
 
     The number of offsets is fixed, so that shapes do not depend on the text. Documents of a row beyond
     room_for_documents are merged, never with another row.
@@ -1346,11 +1336,8 @@ def flash_attention(dense: Callable, varlen: Callable) -> AttentionFn:
         elif k.size(1) > q.size(1):
             return sdpa_attention(q, k, v, documents)
         else:
-            begins, longest, flat = (
-                document_begins(documents),
-                q.size(1),
-                (x.flatten(0, 1) for x in (q, k, v)),
-            )
+            begins, longest = document_begins(documents), q.size(1)
+            flat = (x.flatten(0, 1) for x in (q, k, v))  # (B * T, heads, D)
             out = varlen(*flat, begins, begins, longest, longest, causal=True)
         return (out[0] if isinstance(out, tuple) else out).view(q.shape)
 
@@ -1366,7 +1353,7 @@ def torch_attention() -> AttentionFn:
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11's kernel takes fewer K/V heads as they are; 2.13's wants a flag
+    # torch 2.11's kernel takes fewer K/V heads as they are; 2.13's needs a flag
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     flash = flash_attention(
         lambda q, k, v, causal: sdpa_attention(q, k, v),
@@ -1383,9 +1370,9 @@ def torch_attention() -> AttentionFn:
 
 
 def choose_attention(requested: str, device: torch.device) -> tuple[str, AttentionFn, list[str]]:
-    """The requested attention kernel, or the first usable of fa3, fa2, sdpa: name, function, notices about
-    others.
+    """Choose the requested attention kernel, or the first usable one: name, function, and notices.
 
+    The order is fa3, fa2, sdpa; notices are about those that cannot be used.
     The flash kernels need a GPU, fa3 a Hopper one. UserError if the requested one cannot run.
     """
     notices = []
@@ -1411,8 +1398,7 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
 
 
 def attention_backend(config: Config, kernel: AttentionFn, device: torch.device) -> str:
-    """Name of the operator that torch chooses for a training sequence's attention by `kernel`, one of its
-    own.
+    """Find which operator torch chooses inside `kernel` for the attention of a training sequence.
 
     flash, cudnn, efficient, varlen, or math, which stores (B, H, T, T) scores. It runs one sequence and
     watches: the choice depends on version, card, and shapes (torch 2.11 on Hopper: cuDNN before
@@ -1425,11 +1411,9 @@ def attention_backend(config: Config, kernel: AttentionFn, device: torch.device)
             seen.append(str(operator))
             return operator(*args, **(kwargs or {}))
 
-    heads, of = (
-        (config.num_heads, config.num_kv_heads, config.num_kv_heads),
-        dict(dtype=compute_dtype(device)),
-    )
-    q, k, v = (torch.zeros(1, config.train_seq_len, n, config.head_dim, device=device, **of) for n in heads)
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    shapes = ((1, config.train_seq_len, n, config.head_dim) for n in heads)
+    q, k, v = (torch.zeros(shape, device=device, dtype=compute_dtype(device)) for shape in shapes)
     documents = torch.zeros(1, config.train_seq_len, dtype=torch.long, device=device)
     with Watch():  # the choice depends on whether there will be a backward pass
         kernel(q.requires_grad_(), k, v, documents if config.doc_borders == "attention" else None)
@@ -1458,8 +1442,7 @@ def rotary_base(config: Config) -> float:
 
 
 def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2i / dims), (length, 1, dims / 2) each, with device and dtype of
-    `like`."""
+    """cos and sin of position * base^(-2i / dims), (length, 1, dims / 2) each; dtype and device of `like`."""
     exact = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     frequencies = base ** (-torch.arange(0, dims, 2, **exact) / dims)
     angles = torch.outer(torch.arange(length, **exact), frequencies)
@@ -1467,8 +1450,10 @@ def rotary_tables(length: int, dims: int, base: float, like: Tensor) -> tuple[Te
 
 
 class AttentionContext(NamedTuple):
-    """What attention knows of positions: rotary cos and sin (T, 1, D) with half of the rotated dimensions,
-    the document of each position, and the KV cache."""
+    """Inputs of attention that depend on positions: rotary tables, documents, and the KV cache.
+
+    cos and sin (T, 1, D), and half of the number of rotated dimensions.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -1598,8 +1583,7 @@ class SmearGate(nn.Module):
 
 
 class Cache(dict):
-    """What a forward pass of further tokens needs of earlier ones: "ids" (B, T), and keys and values by
-    Attention."""
+    """State of the tokens read so far: "ids" (B, T), and keys and values by Attention module."""
 
     def append(self, of: str | nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
         """Add tensors (B, T, ...) under the key `of`; returns all that is kept there."""
@@ -1797,8 +1781,7 @@ class GPT(nn.Module):
         self.looped = True
 
     def forward(self, input_ids: Tensor, *how: Any, **named: Any) -> Tensor:
-        """input_ids (B, T) -> logits (B, T, V) or (B, C, V), float32 (float64 for a float64 model); see
-        `stream`."""
+        """input_ids (B, T) -> logits (B, T, V), or (B, C, V) with `positions`; float32, or float64."""
         return self.head(self.stream(input_ids, *how, **named))
 
     def stream(
@@ -1819,8 +1802,7 @@ class GPT(nn.Module):
         applications = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
         context = self.attention_context(input_ids, x, cache)
-        # (B, T, K * D)
-        values = self.ve_shared(input_ids, self.dtype) if self.ve_shared is not None else None
+        values = None if self.ve_shared is None else self.ve_shared(input_ids, self.dtype)  # (B, T, K * D)
         skips: list[Tensor] = []
         half = len(applications) // 2
         for depth, (block, block_weights) in enumerate(zip(self.used_blocks(), applications, strict=True)):
@@ -1865,8 +1847,7 @@ class GPT(nn.Module):
         return torch.cat([scale.expand(*lead, 1, -1) for scale in each], dim=-2).unsqueeze(-1)
 
     def block_weights(self, weights: Weights, adapters: Adapters, tap: Tap | None) -> list[BlockWeights]:
-        """Weights of each application, in `dtype`. An adapter of a bank row serves all applications of that
-        row."""
+        """Weights of each application, in `dtype`; adapters of a bank row serve all its applications."""
         assert {*adapters} <= {*self.BANKS}, "an adapter that nothing would use"
         assert ("qo_bank" in adapters) == ("kv_bank" in adapters), "Q, K and V are adapted together"
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
@@ -1900,8 +1881,7 @@ class GPT(nn.Module):
         return AttentionContext(cos, sin, self.config.rotary_dims // 2, documents, cache)
 
     def rotary(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin (length, 1, D) for `rotate`. Stored: compiled kernels would compute the angles again
-        each."""
+        """cos and sin (length, 1, D) for `rotate`, stored: compiled kernels would recompute the angles."""
         r, like = self.config.rotary_dims, torch.empty((), dtype=self.dtype, device=device)
         cos, sin = rotary_tables(length, r, rotary_base(self.config), like)
         rest = (0, self.config.head_dim - r)
@@ -1910,11 +1890,9 @@ class GPT(nn.Module):
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """Add the output of the mirror block, (B, T, d), to the stream, or blend it in by a gate."""
         skip = self.skip_weights[index].to(x.dtype) * skip
-        return (
-            x + skip
-            if self.skip_gates is None
-            else skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
-        )
+        if self.skip_gates is None:
+            return x + skip
+        return skip.lerp(x, self.skip_gates[index].sigmoid().to(x.dtype))
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> the first embedding (B, T, d): token, hashed bigram, norm, smear."""
@@ -1926,9 +1904,8 @@ class GPT(nn.Module):
         if self.bigram is not None:
             hashed = self.bigram(bigram_rows(self.config, input_ids, first, self.word_start), self.dtype)
             if self.word_start_boost is not None:
-                # (B, T, 1)
-                boost = 1 + self.word_start[input_ids].unsqueeze(-1) * (self.word_start_boost - 1)
-                hashed = boost.to(x.dtype) * hashed
+                starts = self.word_start[input_ids].unsqueeze(-1)  # (B, T, 1)
+                hashed = (1 + starts * (self.word_start_boost - 1)).to(x.dtype) * hashed
             x = x + hashed
         x = rms_norm(x)
         x = x if self.smear is None else self.smear(x, first)
@@ -1975,8 +1952,7 @@ def token_nll(
 
 
 def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weights | None = None) -> Tensor:
-    """Mean nll of the targets without those at memory tokens, plus z-loss and the multi-token prediction
-    heads.
+    """Mean nll of all targets but those at memory tokens, plus z-loss and multi-token prediction loss.
 
     Head k, from 1, predicts at each position the target k positions later. weights as in GPT.stream.
     """
@@ -2102,8 +2078,7 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dt
 
 
 class BankShard:
-    """The rows of a bank (rows, out, in) that this rank updates: equally many on each rank, padded with
-    zeros.
+    """This rank's rows of a bank (rows, out, in): equally many on each rank, padded with zeros.
 
     On one process it is the whole bank, and nothing is copied. A single matrix is whole on every rank, and
     its gradient is reduced with the small ones.
@@ -2127,7 +2102,7 @@ class BankShard:
         """Start averaging the gradient over the ranks; the returned function waits for it."""
         sent = self.padded(self.bank.grad)
         self.reduced = torch.empty_like(sent[: self.rows])
-        # torch < 2.13
+        # the second name is for torch < 2.13
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         work = reduce_scatter(self.reduced, sent, async_op=True)
         self.bank.grad = None
@@ -2182,8 +2157,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, overlap_fn: Callable[[], Any] = lambda: None) -> None:
-        """Update the largest bank first, each while the next is being gathered; overlap_fn runs during the
-        first."""
+        """Update banks, largest first; each gather overlaps the next update, overlap_fn the first."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         apply_last: Callable[[], Any] = overlap_fn
         for shard in (shard for shard in self.shards if shard.gradient is not None):
@@ -2212,10 +2186,8 @@ class Muon(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the momentum of whole banks; a collective."""
-        shards, order = (
-            {s.bank: s for s in self.shards},
-            [p for group in self.param_groups for p in group["params"]],
-        )
+        shards = {shard.bank: shard for shard in self.shards}
+        order = [p for group in self.param_groups for p in group["params"]]
         whole = {number: dict(momentum_buffer=shards[p].start_gather(self.state[p]["momentum_buffer"])())
                  for number, p in enumerate(order) if self.state.get(p)}  # fmt: skip
         return super().state_dict() | dict(state=whole)
@@ -2242,10 +2214,8 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
             block = re.match(r"blocks\.(\d+)\.", name)
             members.setdefault(by_layer[int(block[1])] if block else 1.0, []).append(p)
         for factor, params in members.items():
-            lr, weight_decay = (
-                factor * getattr(config, group.lr),
-                getattr(config, group.decay) if group.decay else 0.0,
-            )
+            lr = factor * getattr(config, group.lr)
+            weight_decay = getattr(config, group.decay) if group.decay else 0.0
             tables[group.optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
     row_rates = {}
     if set(by_layer) != {1.0}:
@@ -2271,9 +2241,9 @@ def run_length(config: Config, step: int, elapsed: float, budget: float) -> tupl
 
 
 def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
-    """LR as a fraction of its peak before step `step`: 1, then falling to MIN_LR; arguments as for
-    run_length.
+    """LR before step `step` as a fraction of its peak: 1, then falling to MIN_LR.
 
+    Arguments as for run_length.
     The warmdown takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps, and is linear or half a cosine.
     """
     remaining, total = run_length(config, step, elapsed, budget)
@@ -2285,8 +2255,10 @@ def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
 
 
 def short_run_warning(config: Config, step: int, elapsed: float, budget: float) -> str:
-    """Warning that WARMDOWN_ITERS is longer than the run, so that no step has the peak LR; else "". As for
-    lr_scale."""
+    """Warning that WARMDOWN_ITERS is longer than the run, so that no step has the peak LR, or "".
+
+    Arguments as for lr_scale.
+    """
     _, total = run_length(config, step, elapsed, budget)
     if config.warmdown_frac or total >= config.warmdown_iters:
         return ""
@@ -2309,12 +2281,11 @@ def momentum_at(config: Config, step: int) -> float:
 # ------------------------------------------------------------------------------------------------------------
 
 # The exported weights are an average: an EMA, the mean of late snapshots (tight SWA), or snapshots of the
-# EMA. In float32, and updated after every step at the price of one pass over the weights.
+# EMA. Averages are float32; each update is one pass over the weights.
 
 
 class WeightAverage:
-    """EMA of the weights, and the mean of late snapshots. `apply` copies the result into the model, if there
-    is one."""
+    """EMA of the weights, and the mean of late snapshots; `apply` copies the result into the model."""
 
     def __init__(self, model: nn.Module, config: Config):
         self.config, self.live = config, [p.detach() for p in model.parameters()]
@@ -2337,6 +2308,15 @@ class WeightAverage:
             source = self.live if self.ema is None else self.ema
             self.swa = self.swa or [torch.zeros_like(p) for p in source]
             torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
+
+    @torch.no_grad()
+    def start_loop(self, model: GPT) -> None:
+        """Begin the averages of repeats at those of their row's first use, as GPT.start_loop does."""
+        ema = dict(zip((name for name, _ in model.named_parameters()), self.ema or (), strict=False))
+        for name, average in ema.items():
+            if block := re.fullmatch(r"blocks\.(\d+)(\..+)", name):
+                first = model.first_uses[model.config.block_rows[int(block[1])]]
+                average.copy_(ema[f"blocks.{first}{block[2]}"])
 
     def state_dict(self) -> dict[str, Any]:
         return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
@@ -2473,9 +2453,10 @@ def window_lengths(config: Config) -> list[int]:
 def chunk_windows(
     low: np.ndarray, high: np.ndarray, first: np.ndarray | int, config: Config
 ) -> tuple[Windows, Windows, np.ndarray]:
-    """Of documents with targets [low, high): how the chunk from target low + first on is scored, how it is
-    adapted on, and one of window_lengths for each.
+    """Windows that score and that adapt on one chunk of each document, and the length of each.
 
+    Documents have targets [low, high); their chunk starts at target low + first. lengths: one of
+    window_lengths for each.
     It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows
     side by side. Windows start, and have the length, that they would have if the document went on: where it
     ends is known only when that is scored. Nothing adapts on a document's last chunk; one that has ended has
@@ -2487,7 +2468,7 @@ def chunk_windows(
     if c.eval_stride == c.eval_seq_len:
         start = np.maximum(start, low + (a - low) // c.eval_seq_len * c.eval_seq_len)
     lengths = np.array(window_lengths(c))
-    # never shorter with age
+    # lengths never shrink as a document goes on
     lengths = lengths[np.searchsorted(lengths, np.minimum(nominal - low, c.eval_seq_len))]
     adapted = Windows(left, a - left, np.where(nominal < high, b - left, a - left))
     return Windows(start, a - start, b - start), adapted, lengths
@@ -2499,8 +2480,7 @@ def power_of_two(number: int) -> int:
 
 
 class Batch(NamedTuple):
-    """Windows as tensors: ids (B, T), targets and positions (B, C), and on the host which of them count, (B,
-    C)."""
+    """Windows as tensors: ids (B, T), targets and positions (B, C); counts (B, C): which targets count."""
 
     ids: Tensor
     targets: Tensor
@@ -2511,8 +2491,7 @@ class Batch(NamedTuple):
 def make_batch(
     tokens: np.ndarray, windows: Windows, width: int, device: torch.device, length: int | None = None
 ) -> Batch:
-    """Make one batch of windows, of `length` tokens or one of a few shapes; after a window's end it reads
-    BOS."""
+    """Make a batch of windows, padded with BOS to `length` tokens or to one of a few lengths."""
     start, begin, end = windows
     most = int((end - begin).max(initial=1))
     if length is None:
@@ -2530,8 +2509,10 @@ def make_batch(
 
 
 def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
-    """This rank's windows of a chunk, `size` at a time (None: all): indices, width, and length if the plan
-    sets it."""
+    """Split this rank's windows of a chunk into batches of `size` (None: one batch).
+
+    Yields indices, width, and length if the plan sets it.
+    """
     all_of_them, slots = np.arange(len(chunk.scored.start)), chunk.slots
     mine = np.array_split(all_of_them, world_size())[rank()] if slots is None else all_of_them
     usual = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(mine) else 1
@@ -2609,9 +2590,9 @@ def score(
 
 # `adaptation_step` is the update that the evaluator deploys and meta-learning trains. It moves one set of
 # weights, or one per document, all in one batch. The default preconditioner divides by the root of the second
-# moment of the gradient; what these moments may be of decides whether a loss could depend on later text.
+# moment of the gradient; which text the moments cover decides whether a loss can depend on later text.
 
-TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: a rare token's row of the embedding must not leap
+TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: the row of a rare token must not take a huge step
 
 
 def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
@@ -2686,8 +2667,7 @@ class SecondMoments:
 
 
 def inverse_root(square: Tensor, column: Tensor | None = None) -> Tensor:
-    """1 / sqrt of mean squared gradients (n, ...) by set, or of row means (n, ..., out) and column means (n,
-    ..., in).
+    """1 / sqrt of mean squared gradients (n, ...), or of the product of their row and column means.
 
     The outer product of the two is exact if the mean square has rank one. TTT_MOMENT_FLOOR of the set's mean
     is added. 0 where a set has none: adapters' A has no gradient while B is zero.
@@ -2697,7 +2677,7 @@ def inverse_root(square: Tensor, column: Tensor | None = None) -> Tensor:
     if column is None:
         return (square + floor).rsqrt()
     square = (square / square.mean(-1, keepdim=True).clamp(min=1e-30)).unsqueeze(-1)
-    # in place: it is as large as 16 banks
+    # in place: this product has the size of the banks of all sets
     return (square * column.unsqueeze(-2)).add_(floor.unsqueeze(-1)).rsqrt_()
 
 
@@ -2789,8 +2769,7 @@ class FastWeights:
     def weights(
         self, values: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Replacements and adapters for token_nll. The axis of the sets goes where it meets that of a batch's
-        rows."""
+        """Replaced parameters and adapters for token_nll, with the sets' axis moved to the batch axis."""
         scale, replaced, adapters = self.config.ttt_lora_alpha / self.config.ttt_lora_rank, {}, {}
         for name, value in values.items():
             if self.shared:
@@ -2872,8 +2851,7 @@ class TTTBatch(NamedTuple):
 def make_ttt_batch(
     tokens: np.ndarray, windows: Windows, weight: np.ndarray, width: int, context: int, device: torch.device
 ) -> TTTBatch:
-    """Windows of up to `context` + `width` tokens as a batch of that shape; weight (windows,): of each
-    target's nll."""
+    """Make a TTTBatch of windows of up to `context` + `width` tokens; weight (windows,): of each nll."""
     *batch, counts = make_batch(tokens, windows, width, device, context + width)
     return TTTBatch(*batch, torch.from_numpy((weight[:, None] * counts).astype(np.float32)).to(device))
 
@@ -2930,8 +2908,7 @@ def adaptation_step(
 
 @torch.no_grad()
 def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = token_nll) -> Tensor:
-    """Prior of the second moments, (size + 1,), identical on all ranks: of text that the model generates
-    itself.
+    """Prior of the second moments, (size + 1,), from generated text; identical on all ranks.
 
     Computed in batches of `rows` sequences with a fixed seed; no other text is read. Each chunk counts as
     TTT_PRIOR_WEIGHT scored ones.
@@ -2965,7 +2942,7 @@ def generated_moments(model: GPT, config: Config, rows: int, nll_fn: Callable = 
 
 
 class Statistics(NamedTuple):
-    """What the export knows of text, as means over its tokens.
+    """Calibration statistics of a text, as means over its tokens.
 
     hessians: site of PRODUCTS -> (L, in, in), E[x x^T] of what is read there. gradients: tensor -> (rows,
     columns); of a bank E[(dL/dy)^2] of its outputs (n, out) and E[(dL/dW)^2] by matrix (n,), of a table
@@ -3064,8 +3041,7 @@ BANK_FLOOR, TABLE_FLOOR = 1e-3, 0.1
 
 
 class QuantizedTensor(NamedTuple):
-    """One stored tensor: int8 codes and the logarithms of their scales, or float16 values as `codes` and no
-    scales.
+    """One stored tensor: int8 codes with encoded scales, or float16 values as `codes` without scales.
 
     The scale of a code is 2^((row + column) / 8): row_scale (..., out, 1) int8, col_scale (..., 1, in) int8
     or None.
@@ -3079,8 +3055,7 @@ class QuantizedTensor(NamedTuple):
 
 
 class HessianFactor(NamedTuple):
-    """How the error of a rounded column is compensated in those that are rounded later (GPTQ, arXiv
-    2210.17323).
+    """How GPTQ compensates the error of a column in the columns rounded later (arXiv 2210.17323).
 
     order (n, in): the columns as they are rounded. U (n, in, in), upper triangular: U^T U is the inverse of
     the damped Hessian, with rows and columns in that order. dead (n, in): inputs that are always zero and
@@ -3109,9 +3084,8 @@ def factor_hessian(
 ) -> HessianFactor:
     """Factor Hessians (n, in, in), with columns in `order` (n, in) or by descending diagonal; in float64.
 
-    `damp` times the mean of the diagonal is added to it, and ten times as much for as long as one is not
-    positive definite, with a warning. FloatingPointError if ten times the mean does not suffice: H is no sum
-    of squares.
+    `damp` times the mean of the diagonal is added to it; damp grows tenfold, with a warning, while one is not
+    positive definite. FloatingPointError once a damp of ten or more has failed: H is no sum of squares.
     """
     dead = H.diagonal(dim1=-2, dim2=-1) == 0
     order = H.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True) if order is None else order
@@ -3126,7 +3100,7 @@ def factor_hessian(
         if not failed.any():
             U = torch.linalg.solve_triangular(lower.flip(-1, -2), eye.expand_as(H), upper=True)
             return HessianFactor(order, U.float(), dead)
-        if not damp <= 10:
+        if not damp < 10:  # not >=: NaN raises, too
             raise FloatingPointError(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite")
         damp *= 10
         warn(f"gptq: {int((failed > 0).sum())} Hessians are not positive definite, damping {damp:g}")
@@ -3180,8 +3154,7 @@ def gptq(
 
 
 def round_block(W: Tensor, V: Tensor, qmax: int | Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and errors of some columns W (n, b, out), in units of the scale, each rounded to the nearest
-    code."""
+    """Round the columns of W (n, b, out), in units of the scale, to nearest; returns codes and errors."""
     W, codes = W.clone(), torch.empty_like(W)
     for j in range(W.size(1)):
         codes[:, j] = W[:, j].round().clamp_(-qmax, qmax).masked_fill_(pruned[:, j], 0.0)
@@ -3201,10 +3174,8 @@ TRELLIS_SCALE = 0.606
 def trellis_values(codes: Tensor) -> Tensor:
     """Values of trellis codes (..., out, in) in units of the scale, float32; columns are decoded in order."""
     table, columns = torch.tensor(TRELLIS, device=codes.device), codes.mT.contiguous()  # (..., in, out)
-    values, state = (
-        torch.empty(columns.shape, device=codes.device),
-        torch.zeros_like(codes[..., 0], dtype=torch.long),
-    )
+    values = torch.empty(columns.shape, device=codes.device)
+    state = torch.zeros_like(codes[..., 0], dtype=torch.long)
     for j, code in enumerate(columns.long().unbind(-2)):
         values[..., j, :] = 2 * code - (state & 1) * code.sign()
         state = table[state, code & 1]
@@ -3212,14 +3183,13 @@ def trellis_values(codes: Tensor) -> Tensor:
 
 
 def trellis_candidates(x: Tensor) -> tuple[Tensor, Tensor]:
-    """From every state the nearest code of either parity, and its value: x (S, n, out) -> (S, 2, n, out)
-    each."""
+    """Nearest code of either parity from every state, and its value: x (S, n, out) -> (S, 2, n, out)."""
     even, odd = x[0::2], x[1::2]
     codes, values = (torch.empty(len(x), 2, *x.shape[1:], device=x.device) for _ in range(2))
     codes[0::2, 0], codes[0::2, 1] = 2 * (even / 4).round(), 2 * (even / 4 - 0.5).round() + 1
-    # 0, 2, 4 .. for 0, 3, 7 ..
+    # codes 0, 2, 4, ... have values 0, 3, 7, ...
     codes[1::2, 0] = 2 * ((odd.abs() + 1) / 4).round().masked_fill_(odd.abs() < 1.5, 0.0)
-    codes[1::2, 1] = 2 * ((odd.abs() - 1) / 4).round() + 1  # 1, 3 .. for 1, 5 ..
+    codes[1::2, 1] = 2 * ((odd.abs() - 1) / 4).round() + 1  # codes 1, 3, ... have values 1, 5, ...
     codes[1::2] *= torch.where(odd < 0, -1.0, 1.0).unsqueeze(1)
     codes[:, 0].clamp_(1 - INT8_MAX, INT8_MAX - 1)  # an even number
     codes[:, 1].clamp_(-INT8_MAX, INT8_MAX)
@@ -3265,26 +3235,26 @@ def encode_scale(scale: Tensor) -> Tensor:
 
 def decode_scale(encoded: Tensor) -> Tensor:
     """The scales that int8 eighths of an octave stand for."""
-    # exp2 differs by processor
+    # a table, since exp2 differs between processors
     eighths = torch.tensor([2 ** (k / 8) for k in range(8)], device=encoded.device)
     return torch.ldexp(eighths[encoded.long() % 8], encoded // 8)
 
 
 def sigma_scale(W: Tensor, qmax: int | Tensor, sigmas: float) -> Tensor:
-    """Scales (n, out, 1): the largest code stands for `sigmas` deviations of its row (#1394), with 0 for its
-    maximum."""
+    """Scales (n, out, 1) whose largest code is `sigmas` standard deviations of the row (#1394).
+
+    With sigmas = 0, the largest code is the row's largest entry.
+    """
     return (W.std(-1, keepdim=True) * sigmas if sigmas else covering_scale(W, 1)) / qmax
 
 
-def covering_scale(W: Tensor, reach: int) -> Tensor:
-    """Scales (n, out, 1) with which no entry of a row is beyond `reach`, however they are rounded to be
-    stored."""
-    return W.abs().amax(-1, keepdim=True) * (2 ** (1 / 16) / reach)
+def covering_scale(W: Tensor, max_value: int) -> Tensor:
+    """Scales (n, out, 1), rounded up for storage, at which no entry of a row exceeds `max_value`."""
+    return W.abs().amax(-1, keepdim=True) * (2 ** (1 / 16) / max_value)
 
 
 def clip_search_scale(W: Tensor, qmax: int | Tensor, weights: Tensor, tried: int = 12) -> Tensor:
-    """Scales (n, out, 1): the largest code at the fraction of the row's largest entry with the least rounding
-    error.
+    """Scales (n, out, 1) with the least rounding error among clips at 0.3 to 1 of the row's maximum.
 
     The squared error is weighted by weights (n, 1, in), the diagonal of the Hessian.
     """
@@ -3297,15 +3267,15 @@ def clip_search_scale(W: Tensor, qmax: int | Tensor, weights: Tensor, tried: int
     return best
 
 
-def two_sided_scales(W: Tensor, g: Tensor, u: Tensor, scale: float, reach: int) -> tuple[Tensor, Tensor]:
+def two_sided_scales(W: Tensor, g: Tensor, u: Tensor, scale: float, max_value: int) -> tuple[Tensor, Tensor]:
     """Scales (n, out, 1) and stored column scales (n, 1, in), whose product is about scale * u_j / sqrt(g_i).
 
-    W (n, out, in), g (n, out), u (n, in). If half of a column's entries would be beyond `reach`, its scale
-    grows.
+    W (n, out, in), g (n, out), u (n, in). The scale of a column grows if half of its entries would be beyond
+    `max_value`.
     """
     row = scale * g.rsqrt().unsqueeze(-1)
     u = u.unsqueeze(1)
-    u = u * (W.abs() / (row * u * reach)).median(1, keepdim=True).values.clamp(min=1.0)
+    u = u * (W.abs() / (row * u * max_value)).median(1, keepdim=True).values.clamp(min=1.0)
     mean = u.log().mean(-1, keepdim=True).exp()  # goes to the rows: one byte has to hold the rest
     return row * mean, encode_scale(u / mean)
 
@@ -3326,8 +3296,7 @@ def qmax_by_gradient(gradients: Mapping[str, tuple[Tensor, Tensor]], config: Con
 
 
 def prune_smallest(tensor: Tensor, fraction: float) -> Tensor:
-    """Zero this fraction of the entries of each matrix of a tensor (..., out, in), those smallest in
-    magnitude."""
+    """Zero the given fraction of entries of each matrix of (..., out, in), smallest magnitude first."""
     magnitude = tensor.abs()
     count = int(fraction * tensor.size(-2) * tensor.size(-1))
     if not count:
@@ -3350,14 +3319,12 @@ class QuantSpec(NamedTuple):
 def bank_factors(
     hessians: Mapping[str, Tensor], config: Config, warn: Callable[[str], None]
 ) -> dict[str, tuple[HessianFactor, Tensor]]:
-    """Bank -> its factor, computed once for what Q, K, and V share, and the diagonal of its Hessians (n, 1,
-    in)."""
+    """Map each bank to its Hessian factor and the diagonal of its Hessians, (n, 1, in).
+
+    A factor is computed once for what Q, K, and V share.
+    """
     made = {}
-    # the trellis takes columns as they stand: the decoder knows no other order
-    for (
-        site,
-        H,
-    ) in hessians.items():
+    for site, H in hessians.items():  # the trellis keeps the stored order, in which its decoder reads
         order = torch.arange(H.size(-1), device=H.device).expand(len(H), -1) if config.quant_trellis else None
         made[site] = (*factor_hessian(H, config.gptq_damp, order, warn), H.diagonal(dim1=-2, dim2=-1))
     found = {}
@@ -3388,7 +3355,7 @@ def quant_specs(
     factors = bank_factors(statistics.hessians, c, warn)
     guided = qmax_by_gradient(statistics.gradients, c) if c.grad_quant else {}
     scale = math.sqrt(24 * c.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
-    scale, reach = (scale * TRELLIS_SCALE, 2 * INT8_MAX - 2) if c.quant_trellis else (scale, INT8_MAX)
+    scale, max_value = (scale * TRELLIS_SCALE, 2 * INT8_MAX - 2) if c.quant_trellis else (scale, INT8_MAX)
     specs = {}
     for name, tensor in tensors.items():
         W = tensor.reshape(-1, *tensor.shape[-2:])
@@ -3400,11 +3367,9 @@ def quant_specs(
             if bank:
                 g, u = floor_at(g, BANK_FLOOR), factor.column_cost()
             else:
-                g, u = (
-                    floor_at(g / g.mean(), TABLE_FLOOR)[None],
-                    floor_at(by_column, BANK_FLOOR).rsqrt()[None],
-                )
-            row, columns = two_sided_scales(W, g, u, scale, reach)
+                g = floor_at(g / g.mean(), TABLE_FLOOR)[None]
+                u = floor_at(by_column, BANK_FLOOR).rsqrt()[None]
+            row, columns = two_sided_scales(W, g, u, scale, max_value)
         elif c.quant_steps == "clip" and bank:
             row = clip_search_scale(W, qmax, weights)
         else:
@@ -3412,7 +3377,7 @@ def quant_specs(
         least: Tensor | float = 0.0
         if columns is not None or c.fit_size:  # the scale decides, the codes have room
             qmax = INT8_MAX
-            least = covering_scale(W if columns is None else W / decode_scale(columns), reach)
+            least = covering_scale(W if columns is None else W / decode_scale(columns), max_value)
         specs[name] = QuantSpec(prune_smallest(W, c.prune_frac), factor, row, columns, qmax, least)
     return specs
 
@@ -3420,8 +3385,7 @@ def quant_specs(
 def quantize_by(
     state: Mapping[str, Tensor], specs: Mapping[str, QuantSpec], config: Config, scale_mult: float = 1.0
 ) -> list[QuantizedTensor]:
-    """Quantize every tensor of a state dict by its spec, its scales multiplied by scale_mult; results on the
-    CPU."""
+    """Quantize a state dict by its specs, all scales multiplied by scale_mult; results on the CPU."""
     found = []
     for name, tensor in state.items():
         if name not in specs:
@@ -3460,7 +3424,7 @@ def fake_quantize(bank: Tensor, config: Config) -> Tensor:
     """Round a bank to nearest, per row, by MATRIX_BITS and MATRIX_CLIP_SIGMAS.
 
     This is not the export's rounding, which uses Hessians and gradients that training does not have: it
-    trains for coarse weights in general. Measured difference of LATE_QAT to training without it: 0.0000 bpb.
+    trains for coarse weights in general. LATE_QAT gained 0.0000 bpb.
     """
     qmax = 2 ** (config.matrix_bits - 1) - 1
     scale = decode_scale(encode_scale(sigma_scale(bank, qmax, config.matrix_clip_sigmas)))
@@ -3495,9 +3459,8 @@ NUM_WIDTHS, NARROWEST = 64, -24
 LZMA = dict(
     format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}]
 )
-ZSTD_LEVEL = (
-    16  # 40 % of the seconds of 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
-)
+# 40 % of the time of level 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
+ZSTD_LEVEL = 16
 # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}
@@ -3515,8 +3478,7 @@ def coder_package(coder: str) -> Any:
 
 
 def pack(data: bytes, coder: str) -> bytes:
-    """Compress side information: with zstd, or else with Python's lzma, so that COMPRESSOR=ans needs one
-    package."""
+    """Compress side information with zstd, or with lzma under COMPRESSOR=ans, to need one package only."""
     return coder_package(coder).compress(data, ZSTD_LEVEL) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
@@ -3528,8 +3490,7 @@ def unpack(data: bytes) -> bytes:
 
 
 def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Root mean square of codes (..., out, in) by row (..., out, 1) and by column, relative to it (..., 1,
-    in)."""
+    """Log2 RMS of codes in quarter octaves, int8: by row, and by column relative to the rows."""
     squares = codes.float().square() + 2.0**-12
     rows = squares.mean(-1, keepdim=True)
     columns = (squares / rows).mean(-2, keepdim=True)
@@ -3556,14 +3517,14 @@ class Table(NamedTuple):
     @classmethod
     def of(cls, codes: np.ndarray) -> Table:
         low = int(codes.min())
-        counts = np.bincount(codes.astype(np.int16) - low, minlength=2)  # the coder wants two symbols
+        counts = np.bincount(codes.astype(np.int16) - low, minlength=2)  # the coder needs two symbols
         return cls(low, np.ceil(counts * (65535 / len(codes))).clip(1, 65535).astype("<u2"))
 
     def dump(self) -> bytes:
         return struct.pack("<bB", self.low, len(self.frequencies) - 1) + self.frequencies.tobytes()
 
     def bits(self, codes: np.ndarray) -> float:
-        """Bits that the codes cost by this table."""
+        """Size of the codes under this table, in bits."""
         probabilities = self.frequencies / self.frequencies.sum(dtype=np.int64)
         return -float(np.log2(probabilities)[codes.astype(np.int16) - self.low].sum())
 
@@ -3605,7 +3566,7 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
         return b"".join([struct.pack(f"<{NUM_WIDTHS}I", *map(len, frames)), *frames])
     tables, uses = choose_tables(codes, counts)
     sizes, stack = counts[counts > 0], coder_package("ans").stream.stack.AnsCoder()
-    # last in, first out
+    # the coder is a stack: encode in reverse order
     for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):
         stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
     side = [
@@ -3751,8 +3712,7 @@ class Artifact(NamedTuple):
 
 
 def read_artifact(path: str | Path) -> Artifact:
-    """Read and verify an artifact. UserError for one that is missing, truncated, altered, or of another
-    format."""
+    """Read and verify an artifact. UserError if it is missing, truncated, altered, or of another format."""
     try:
         blob = Path(path).read_bytes()
     except OSError as error:
@@ -3803,17 +3763,16 @@ def load_model(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Work at once
+# Batch sizes and GPU memory
 # ------------------------------------------------------------------------------------------------------------
 
-# How many sequences are computed at once: that decides speed and memory, never what is computed. The settings
-# ask for a number; on a GPU records/memory.py, where it is present, knows by formula how many fit.
+# How many sequences one pass computes: this decides speed and memory, never the result. The settings request
+# a number; on a GPU, records/memory.py, where present, computes how many fit.
 
 TRAINING_PARTS = ("train", "statistics", "score")
-SLOT_ROWS = (
-    16  # slots computed at once: enough to fill a GPU, few enough that 16 gradients fit beside 64 slots
-)
-CPU_SLOT_ROWS = 4  # a CPU is full with one, and a batch has all its rows even if few documents are left
+# Slots computed at once. Enough to fill a GPU, and their gradients fit beside the weights of all slots; a CPU
+# is full with one, and a batch has all its rows even if few documents are left.
+SLOT_ROWS, CPU_SLOT_ROWS = 16, 4
 
 
 @cache
@@ -4029,8 +3988,7 @@ def fomaml_step(
     targets: Tensor,
     nll_fn: Callable = token_nll,
 ) -> tuple[Tensor | None, Tensor]:
-    """Add the first-order gradient of the loss after inner steps (arXiv 1703.03400) to the gradients of a
-    step.
+    """Add the first-order gradient of the loss after inner steps (FOMAML, arXiv 1703.03400).
 
     ids, targets (B, T): this rank's sequences, as many on each. The outer loss counts META_TTT_LOSS_WEIGHT,
     whatever the ranks and micro-batches; its excess over the loss without inner steps META_TTT_DELTA_WEIGHT
@@ -4083,8 +4041,10 @@ def sample_documents(
 def deployed_events(
     config: Config, rows: np.ndarray, sizes: np.ndarray, device: torch.device
 ) -> Iterator[Event]:
-    """This rank's documents of rows (documents, length + 1) and sizes (documents,), chunk by chunk: score,
-    adapt."""
+    """Yield the events of this rank's documents, chunk by chunk: score, then adapt.
+
+    rows (documents, length + 1), sizes (documents,).
+    """
     c, size = config, config.doc_chunk
     text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
     low, weight = np.arange(len(text)) * rows.shape[1], world_size() / int(sizes.sum())
@@ -4200,8 +4160,7 @@ class StepMetrics(NamedTuple):
 
 
 class Clock:
-    """Training time in seconds, with pauses. On a GPU the host runs a step ahead (`lag`), and checks steps
-    one later."""
+    """Training time in seconds, with pauses. On a GPU, steps are checked one step late (`lag`)."""
 
     def __init__(self, device: torch.device):
         self.device, self.total, self.began = device, 0.0, None
@@ -4249,8 +4208,7 @@ class Clock:
 
 
 def split_batch(config: Config) -> tuple[int, int]:
-    """Sequences of a step per rank, and the number of micro-batches. UserError if the ranks do not divide
-    them.
+    """Sequences per rank and step, and micro-batches. UserError if the ranks do not divide the sequences.
 
     There are more micro-batches than GRAD_ACCUM_TOTAL asks for if the GPU holds fewer sequences: the same
     step.
@@ -4281,7 +4239,7 @@ class Loader:
 
     def __init__(self, run: Run):
         on_gpu = run.device.type == "cuda"
-        # a thread would begin on GPU 0
+        # a new thread would use GPU 0
         start = partial(torch.cuda.set_device, run.device) if on_gpu else None
         self.run, self.pool, self.waited = run, ThreadPoolExecutor(1, initializer=start), 0.0
         self.ahead: dict[int, Future] = {}
@@ -4391,7 +4349,7 @@ class Progress:
             f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
         )
         for name in MAY_CHANGE_ON_RESUME:
-            if (then := saved["config"][name]) != (now := getattr(run.config, name)):
+            if (then := saved["config"].get(name)) != (now := getattr(run.config, name)):
                 run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
         self.earlier_code = saved.get("earlier_code", [])
         if saved["code"] != self.origin["code"]:
@@ -4412,8 +4370,7 @@ class Progress:
         return self.first
 
     def finish(self, step: int) -> None:
-        """The phase is done after `step` steps; a checkpoint keeps it, whatever stops the export or the
-        scoring."""
+        """End the phase after `step` steps, with a checkpoint in case export or scoring fails."""
         self.check_replicas(step)
         check_finite(f"after step {step}", dict(self.model.named_parameters()))
         self.done[self.phase] = [step, self.seconds()]
@@ -4421,8 +4378,7 @@ class Progress:
         self.checkpoint(step, due=True)
 
     def seconds(self, failure: Exception | None = None) -> float:
-        """The clock's seconds, identical on all ranks; a collective, which also tells whether any rank has to
-        stop.
+        """Clock seconds, identical on all ranks, and whether any rank has to stop; a collective.
 
         A rank has to stop after a signal, or if reading its next batch raised `failure`.
         """
@@ -4476,8 +4432,7 @@ class Progress:
             self.run.log.line(f"WARNING: data loading stalled training for {share}")
 
     def save(self, step: int) -> bool:
-        """Write the checkpoint, all ranks together. Returns False if it could not be written: the run goes
-        on."""
+        """Write the checkpoint, all ranks together. Returns False if it could not be written."""
         self.clock.settle()
         self.check_replicas(step)
         self.clock.stop()
@@ -4523,10 +4478,10 @@ def read_checkpoint(run: Run) -> dict[str, Any] | None:
     compared = asdict(c).keys() - {*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME}
     other = [name for name in asdict(c) if name in compared and theirs.get(name) != getattr(c, name)]
     if other:
-        shown = "; ".join(
+        differences = "; ".join(
             f"{name.upper()}={theirs.get(name)} there, {getattr(c, name)} here" for name in other
         )
-        raise UserError(f"{path} was saved with different settings: {shown}")
+        raise UserError(f"{path} was saved with different settings: {differences}")
     if saved["data"] != run.train.fingerprint():
         raise UserError(f"{path} was saved with other training shards than {run.train.pattern} has now")
     if saved["tokenizer"] != run.tokenizer_sha256:
@@ -4544,9 +4499,9 @@ def train_step(
     round_banks: bool = False,
     loss: Tensor | None = None,
 ) -> StepMetrics:
-    """Take one optimizer step on micro-batches of equal size; returns the mean loss of all ranks and gradient
-    norms.
+    """Take one optimizer step on micro-batches of equal size; returns loss and gradient norms.
 
+    The loss is the mean of all ranks.
     Gradients are averaged over micro-batches and ranks and added to those that are there (of a meta-step),
     then clipped, so that the number of ranks changes nothing. loss: of a step without micro-batches, all of
     whose gradients are there.
@@ -4576,8 +4531,7 @@ def train_step(
         torch.autograd.backward(weights, sums)
 
     # Reduction: banks by rows, a reduce-scatter each; everything else in one all-reduce. Nothing waits before
-    # all is on its way.
-    # a later loop's scales have none
+    # all is on its way. Parameters without a gradient (scales of blocks that are not yet used) are left out.
     names = {p: name for name, p in model.named_parameters() if p.grad is not None}
     shards = [shard for shard in muon.shards if shard.ranks > 1]
     waits = [shard.start_reduce() for shard in shards]
@@ -4625,8 +4579,7 @@ class Moment(NamedTuple):
 
 
 def moment(step: int, count: int, elapsed: float, budget: float, ahead: int) -> Moment:
-    """The Moment before step `step` of `count`; ahead: steps that are not yet in `elapsed` when the next one
-    begins."""
+    """The Moment before step `step` of `count`; ahead: steps started but not yet in `elapsed`."""
     timed = elapsed * (1 + ahead / step) / budget if step and budget else 0.0
     return Moment(step, elapsed, budget, 1 - max(step / count, timed - 1e-9))  # what just fits is taken
 
@@ -4657,6 +4610,7 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
         remaining, total = run_length(c, number, *clock)
         if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
             model.start_loop()
+            average.start_loop(model)
             run.log.line(f"depth_recurrence:on step:{number + 1}")
         pace_known = 10 if now.budget and c.iterations >= c.warmdown_iters else 0
         if number == pace_known and (short := short_run_warning(c, number, *clock)):
@@ -4669,8 +4623,8 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
             if number < 3 * c.meta_ttt_every or number % c.train_log_every < c.meta_ttt_every:
                 means = sum_over_ranks([loss.view(1) / world_size() for loss in losses if loss is not None])
                 named = zip(("before", "after")[-len(means) :], means, strict=True)
-                shown = " ".join(f"{name}:{mean.item():.5f}" for name, mean in named)
-                run.log.line(f"meta_step:{number + 1} {shown}{rates_text(rates.factors())}")
+                losses = " ".join(f"{name}:{mean.item():.5f}" for name, mean in named)
+                run.log.line(f"meta_step:{number + 1} {losses}{rates_text(rates.factors())}")
         round_banks = c.late_qat and scale < c.late_qat_threshold
         metrics = train_step(loss_fn, model, batches, optimizers, scale, momentum_at(c, number), round_banks)
         average.update(number + 1, scale)
@@ -4732,8 +4686,7 @@ PHASES = {"train": training_phase, "reptile": reptile_phase, "deployed": deploye
 def train(
     run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, reserve: float, progress: Progress
 ) -> None:
-    """Run all phases that are left, each until its fraction of ITERATIONS or of the clock less `reserve`
-    seconds.
+    """Run the phases that are left, each for its fraction of the steps and of the clock less `reserve`.
 
     The model then holds what is exported. The clock runs on, for what else reads training data.
     """
@@ -4875,8 +4828,7 @@ def read_statistics(run: Run, model: GPT) -> Statistics:
 
 
 def statistics_seconds(run: Run, model: GPT) -> float:
-    """Seconds to reserve for the statistics: measured time per batch times their number, plus half for
-    reading."""
+    """Seconds to reserve for the statistics: measured time per batch times batches, plus 50 % to read."""
     c, most, total = run.config, max(at_once(run.config)["statistics"], 1), 0.0
     rows, written = calibration_rows(c), min(c.train_seq_len, 32)
     gradients = c.gptq_grad_batches if c.wants_gradients else 0
@@ -4995,8 +4947,7 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
 
 
 def lock_folder(folder: Path, seconds: float = 60.0) -> int:
-    """Lock a folder, waiting at most `seconds` for another process; returns it as an open file, which is the
-    lock."""
+    """Lock a folder, waiting up to `seconds`; returns the open file descriptor that holds the lock."""
     lock, began = os.open(folder, os.O_RDONLY), time.monotonic()
     while True:
         try:
@@ -5048,11 +4999,12 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
 
 
 def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] | None) -> None:
-    """Copy the running code and the recipe to source/. Other code that wrote the checkpoint is kept beside
-    it."""
+    """Copy the running code and the recipe to source/, keeping the code that wrote the checkpoint."""
     source = folder / "source"
     if saved and saved["code"] != code_hashes() and source.is_dir():
-        os.replace(source, folder / f"source_until_{len(saved.get('earlier_code', [])) + 1}")
+        until = folder / f"source_until_{len(saved.get('earlier_code', [])) + 1}"
+        if not until.exists():  # a resume that ended before its first checkpoint has moved it already
+            os.replace(source, until)
     source.mkdir(exist_ok=True)
     for path in [*code_files(), *([Path(environ["RECIPE"])] if environ.get("RECIPE") else [])]:
         write_atomically(source / path.name, path.read_bytes())
@@ -5066,8 +5018,10 @@ def merged_documents(train: TokenStream, seq_len: int, samples: int = 1000) -> t
 
 
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
-    """Write the head of the log: versions, settings with those given marked, data and model in the lineage's
-    dialect."""
+    """Log versions, settings, data, and model in the lineage's dialect; write config.json.
+
+    Settings that were given are marked.
+    """
     c, log = run.config, run.log
     log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
     for name, value in asdict(c).items():
@@ -5258,8 +5212,7 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
 
 
 def described(what: str, subject: Any) -> str:
-    """Text of records/describe.py; in a record's folder, which lacks it, the docstring or the parameter
-    count."""
+    """Text of records/describe.py; without it (in a record's folder) a short form of the same."""
     if (describe := project_module("describe")) is not None:
         return getattr(describe, what)(subject)
     if what == "help_text":
@@ -5269,8 +5222,7 @@ def described(what: str, subject: Any) -> str:
 
 
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Run the command line. Exit code 0: done, 1: failed or over the size cap, 2: user error, 128 + n: signal
-    n."""
+    """Run the command line; exit code 0: done, 1: failed or over the cap, 2: user error, 128 + n: signal."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
         if argv not in ([], ["--help"], ["--describe"]):

@@ -77,7 +77,7 @@ def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
     bins = np.linspace(0, 14, 57)
     for nll, name in ((before, "before"), (after, "adapted")):
-        left.hist(nll, bins, weights=nll / len(nll), histtype="step", label=name)
+        left.hist(np.minimum(nll, bins[-1]), bins, weights=nll / len(nll), histtype="step", label=name)
     left.set(xlabel="nats of a target", ylabel="share of the mean loss", title="where the loss is")
     left.legend()
     positions = [row for row in report["classes"] if row["name"].startswith("position")]
@@ -95,7 +95,7 @@ def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report:
 def document_table(
     tokens: np.ndarray, before: np.ndarray, after: np.ndarray, byte_table: tg.ByteTable
 ) -> str:
-    """CSV: one line a document, in the order of the text; sums of nats."""
+    """CSV: one line per document, in the order of the text; sums of nats."""
     begin, end = ev.documents(tokens)
     num_bytes = byte_table.count(tokens[:-1], tokens[1:])
     lines = ["document,first_target,targets,bytes,nats,nats_adapted"]

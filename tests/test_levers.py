@@ -321,6 +321,26 @@ def test_the_loop_starts_with_the_scales_of_the_first_uses():
     assert not torch.equal(before["blocks.7.mlp.bias"], before["blocks.5.mlp.bias"])
 
 
+def test_the_averages_of_repeats_start_with_the_loop():
+    """Before, the EMA of a repeat is that of its first values."""
+    model = lever_model(ALL, looped=False)
+    average = train_gpt.WeightAverage(model, replace(model.config, ema_enabled=True, ema_decay=0.5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    average.update(1, 1.0)
+    before = dict(
+        zip((name for name, _ in model.named_parameters()), map(torch.clone, average.ema), strict=True)
+    )
+    model.start_loop()
+    average.start_loop(model)
+    average.apply()
+    for name, p in model.named_parameters():
+        block, _, rest = name.removeprefix("blocks.").partition(".")
+        first = {"4": "2", "6": "1", "7": "5"}.get(block, block) if name.startswith("blocks.") else None
+        assert torch.equal(p, before[name if first is None else f"blocks.{first}.{rest}"]), name
+
+
 def test_scales_of_repeats_learn_nothing_before_the_loop():
     model = lever_model(ALL, looped=False)
     training_loss(model, random_ids(2, 16), random_ids(2, 16, 1)).backward()

@@ -68,7 +68,7 @@ CASES = (  # the first whose pattern matches
     Case(r".*python eval_ttt.py --audit", "NOT CERTIFIED, too little was audited", 1,
          settings=ADAPT | {"AUDIT_TOKENS": "40"}, swap={"demo.env": "smoke.env"}),
     Case(r".*python eval_ttt.py --sample.*", "sample:1 adapted: ",
-         settings=ADAPT, more="--length 4", swap={"demo.env": "smoke.env"}),
+         settings=ADAPT, more="--length 4", swap={"demo.env": "smoke.env", "--document 3": "--document 0"}),
     Case(r".*eval_ttt.py", "legal_ttt_exact", settings=ADAPT, swap={"demo.env": "smoke.env"}),
     Case(r"python data/demo.py", "kept"),
     Case(r"python data/prepare.py --overlap FOLDER", "documents"),

@@ -378,7 +378,7 @@ def artifact(demo_data, tmp_path) -> dict[str, str]:
     return dict(MODEL_PATH=str(tmp_path / "final_model.int6.ptz"), TOKENIZER_PATH=str(tokenizer),
                 VAL_FILES=str(shard), DATA_PATH=str(tmp_path), DEVICE="cpu", USE_COMPILE="1",
                 EVAL_SEQ_LEN="32", EVAL_STRIDE="8", EVAL_BATCH_SEQS="4", TTT_CHUNK_SIZE="4",
-                TTT_BATCH_SEQS="4", TTT_GROUPS="2", TTT_SLOTS="3", TTT_PRIOR_SEQS="2",
+                TTT_BATCH_SEQS="4", TTT_GROUPS="2", TTT_SLOTS="3", TTT_PRIOR_SEQS="2", TTT_LR="0.001",
                 TTT_PRIOR_CHUNKS="1")  # fmt: skip
 
 

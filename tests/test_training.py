@@ -294,6 +294,8 @@ def test_the_source_of_code_that_trained_before_is_kept(tmp_path):
     train_gpt.keep_source(tmp_path, {}, dict(code={"train_gpt.py": "0" * 64}))
     assert (tmp_path / "source_until_1/train_gpt.py").read_text() == "old"
     assert (tmp_path / "source/train_gpt.py").read_bytes() == Path(train_gpt.__file__).read_bytes()
+    train_gpt.keep_source(tmp_path, {}, dict(code={"train_gpt.py": "0" * 64}))  # ended before a checkpoint
+    assert (tmp_path / "source_until_1/train_gpt.py").read_text() == "old"
     train_gpt.keep_source(tmp_path, {}, dict(code=train_gpt.code_hashes()))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "source_until_1"]
 

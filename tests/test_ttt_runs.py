@@ -567,7 +567,9 @@ def without_recipe(env: dict[str, str]) -> dict[str, str]:
 
 def test_the_artifact_brings_the_settings_of_the_model(evaluated, env, run):
     """No recipe, and a path instead of RUN_ID: the same losses."""
-    done = finish(run, without_recipe(env) | dict(MODEL_PATH=str(run / "final_model.int6.ptz")))
+    done = finish(
+        run, without_recipe(env) | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_LR="0.001")
+    )
     np.testing.assert_array_equal(done.nll, evaluated.nll)
 
 
@@ -642,12 +644,43 @@ def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
     done = finish(run, env | settings | dict(TTT_CHUNK_TOKENS="256"))
     again = train_gpt.recomputed_score(done.nll, [env["VAL_FILES"]], env["TOKENIZER_PATH"])
     assert (done.result["val_loss_ttt"], done.result["val_bpb_ttt"]) == pytest.approx(again, rel=1e-12)
-    assert done.result["val_loss_ttt"] != pytest.approx(done.result["val_loss_plan"], abs=0.01)
+    assert done.result["val_loss_ttt"] != pytest.approx(done.result["val_loss_sliding"], abs=0.01)
+
+
+def test_the_mixture_is_no_gain_of_adaptation(env, run):
+    settings = dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none", PPM_ALPHA="0.5")
+    result = finish(run, env | settings).result
+    assert result["ttt_gain_bpb"] == 0 and result["val_loss_ttt"] != result["val_loss_sliding"]
+
+
+@pytest.mark.parametrize("count", [5, 104, 129, 130])
+def test_a_sample_adapts_on_its_prompt_alone(env, run, monkeypatch, count):
+    """All whole chunks of a quarter of the prompt, and no padding."""
+    config, given, _ = train_gpt.load_config(env | dict(MODEL_PATH=str(run / "final_model.int6.ptz")))
+    setup, tokens = eval_ttt.prepare(config, given, {})[:2]
+    seen = []
+
+    class Recorder(eval_ttt.Adaptation):
+        def __init__(self, model, setup, plan, on_adapt):
+            super().__init__(model, setup, plan, seen.append)
+
+    monkeypatch.setattr(eval_ttt, "Adaptation", Recorder)
+    eval_ttt.adapted_to(setup, tokens[:count].tolist())
+    adapted = [chunk.adapted for chunk in seen]
+    targets = [
+        t
+        for w in adapted
+        for a, b, e in zip(w.start, w.begin, w.end, strict=True)
+        for t in range(a + b, a + e)
+    ]
+    size = max(1, min(setup.config.doc_chunk, (count - 1) // 4))
+    assert targets == list(range((count - 1) // size * size)) and targets[-1] + 1 < count
 
 
 def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path, monkeypatch, capsys):
     """The two shipped files alone score, and refuse text that the model was trained on;
     --audit says what it needs."""
+    monkeypatch.setattr(train_gpt, "project_module", train_gpt.project_module.__wrapped__)  # not cached
     for module in (eval_ttt, train_gpt):
         monkeypatch.setattr(module, "__file__", shutil.copy(module.__file__, tmp_path))
     settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="none")

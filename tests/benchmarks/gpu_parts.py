@@ -55,7 +55,7 @@ DOC_LORA = dict(
     TTT_OPTIMIZER="adamw",
     TTT_BETA2="0.999",
     TTT_GRAD_CLIP="1.0",
-    TTT_LR="0.01",
+    TTT_LR="1e-4",
 )
 META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # one graph per chunk
 KEPT_VARIABLES = re.compile(  # kept from the environment, where DEVICE or SEED would act as a setting
