@@ -1,5 +1,4 @@
-"""Score an artifact on the validation text, without and with test-time training on tokens that have been
-scored.
+"""Score an artifact on the validation text, with and without test-time training on scored tokens.
 
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
@@ -123,8 +122,7 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
 
 
 def document_plan(tokens: np.ndarray, config: Config) -> list[Chunk]:
-    """Documents in slots: TTT_GROUPS groups, one after another, each of every TTT_GROUPS-th document of the
-    text.
+    """Plan for documents in slots: TTT_GROUPS groups in turn, each of every TTT_GROUPS-th document.
 
     TTT_MODE=phased has PHASED_TTT_NUM_PHASES borders. At each of them all slots run empty, and the base
     adapts on all documents before it. Borders beyond the last document are left out.
@@ -210,8 +208,7 @@ class ScoredBatch(NamedTuple):
 
 
 def stand_in(config: Config) -> Config:
-    """The settings for rules and memory, which train_gpt.py derives: for a class of one's own those of
-    doc_banks."""
+    """Settings for rules and memory estimates; a user-defined class counts as doc_banks."""
     return config if config.ttt_mode in TTT_MODES else replace(config, ttt_mode="doc_banks")
 
 
@@ -257,7 +254,7 @@ class SlotWeights(tg.FastWeights):
 
 
 class Adaptation:
-    """What `score` asks for: losses under the weights of the moment, and to adapt on a scored chunk."""
+    """What `score` calls: losses under the current weights, and adaptation on a scored chunk."""
 
     def __init__(self, model: tg.GPT, setup: Setup, plan: Sequence[Chunk], on_adapt: Callable[[Chunk], None]):
         c, by_documents = setup.config, mode_of(setup.config).by_documents
@@ -268,7 +265,8 @@ class Adaptation:
         if c.ttt_mode not in TTT_MODES:
             if setup.plugin is None:
                 raise UserError(
-                    f"TTT_MODE={c.ttt_mode}: a class is taken from the environment of eval_ttt.py only"
+                    f"TTT_MODE={c.ttt_mode}: a user-defined class can only be named in the environment of "
+                    "eval_ttt.py. Set TTT_MODE there."
                 )
             self.trainer = setup.plugin.trainer(model, c)
             return
@@ -385,8 +383,7 @@ class Adaptation:
         trainer.adapt(ScoredBatch(text, slice(None), slice(None), lr, True, dict))
 
     def row_weights(self, windows: Windows, nll: Tensor) -> np.ndarray:
-        """Weight of each window, (windows,): 1, or 0 for those of low scored loss that TTT_TOP_FRAC leaves
-        out.
+        """Weight of each window, (windows,): 1, or 0 for low-loss windows that TTT_TOP_FRAC leaves out.
 
         The legal form of error-guided adaptation: #294 chose windows by the loss of the whole text, before
         scoring it.
@@ -424,8 +421,7 @@ def seen_before(key: np.ndarray) -> np.ndarray:
 
 
 def ppm_nll(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Nats of each target under a normalized PPM-C of orders 1 and 0 that counts as it goes, without
-    exclusions.
+    """Nats of each target under a normalized PPM-C of orders 1 and 0, counted online, no exclusions.
 
     An order gives count / (total + distinct) and passes distinct / (total + distinct) on; the rest is
     uniform.
@@ -550,8 +546,7 @@ def evaluate(
 def adapt_first(
     setup: Setup, model: tg.GPT, adaptation: Adaptation, tokens: np.ndarray, plan: list[Chunk]
 ) -> list[Chunk]:
-    """INVALID, kept to be reproduced: adapt on the text before it is scored; returns the plan that then
-    scores it.
+    """INVALID, kept to reproduce published scores: adapt first; return the plan that then scores.
 
     adapt_first takes all of it (#398, #442, #494), two_pass the rows that a first pass found hardest (#296).
     """
@@ -710,8 +705,7 @@ def load_settings(
 
 
 class Inputs(NamedTuple):
-    """An evaluation's input: its setup, validation tokens (uint16), path of the model, notices to log,
-    shards."""
+    """Input of an evaluation: setup, validation tokens (uint16), model path, notices, shards."""
 
     setup: Setup
     tokens: np.ndarray
@@ -775,13 +769,15 @@ class Budget:
         self.said = not config.eval_budget_seconds
 
     def __call__(self, number: int) -> None:
-        share, now = number / self.chunks, time.time()
+        now, budget = time.time(), self.config.eval_budget_seconds
+        if number == 1:  # the first chunk also takes the time of the prior and of loading kernels
+            self.first = now
+        share = (number - 1) / max(self.chunks - 1, 1)
         if not self.said and share > 0.02 and now - self.first > 2:
             needed = self.first - self.began + (now - self.first) / share
-            if needed > self.config.eval_budget_seconds:
-                self.log.line(f"WARNING: at this pace the evaluation takes {needed:.0f}s of "
-                              "EVAL_BUDGET_SECONDS="
-                              f"{self.config.eval_budget_seconds:.0f}")  # fmt: skip
+            if needed > budget:
+                told = f"the evaluation takes {needed:.0f} s, EVAL_BUDGET_SECONDS={budget:.0f}"
+                self.log.line(f"WARNING: at this pace {told}")
                 self.said = True
 
 
@@ -790,8 +786,7 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
     if (wrong := np.flatnonzero(~np.isfinite(score.nll))).size:
         raise FloatingPointError(
             f"{name} score: {len(wrong)} of {len(score.nll)} losses are not finite, the first at target "
-            f"{wrong[0]}. "
-            "Look for NaN in the artifact, or lower TTT_LR"
+            f"{wrong[0]}. Look for NaN in the artifact, or lower TTT_LR."
         )
 
 
@@ -975,7 +970,7 @@ def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterato
     )
     yield f"evaluation order: {order}; targets:{targets} world_size:{tg.world_size()}"
     if setup.artifact.factors:
-        yield f"Meta-SGD's factors of the learning rate, by bank row:{tg.rates_text(setup.artifact.factors)}"
+        yield f"Meta-SGD's learning-rate factors, range per bank:{tg.rates_text(setup.artifact.factors)}"
     if c.ttt_protocol != "legal":
         yield f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID"
 
@@ -1034,7 +1029,7 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
 
 
 def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Exit code 0: done (with --audit: legal), 1: failed or not legal, 2: the user's input."""
+    """Exit code 0: done (with --audit: legal), 1: failed or not legal, 2: user error."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
         if argv == ["--help"]:

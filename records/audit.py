@@ -1,4 +1,5 @@
 """Audit: check that an evaluation is legal.
+
 `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
 
 The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are
@@ -37,8 +38,7 @@ from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
 
 @dataclass
 class Trace:
-    """An evaluation as the audit sees it, from what was computed,
-    not from what was planned; one entry a target.
+    """An evaluation as computed, not as planned; arrays have one entry per target.
 
     turn: how often something had been learned when it was scored; read_from: the first token that its window
     read; count: how often it was scored; from_row: -log of its entry in the whole, normalized distribution.
@@ -243,8 +243,7 @@ def check_borders(setup: Setup) -> Check:
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Targets: four of each of the first two turns,
-    one of each later half of the evaluation, two BOS; at least 8."""
+    """Targets to probe: four of each of the first two turns, one of each later half, two BOS; at least 8."""
     turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
     groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
     halves = np.array_split(turns[2:], 2)
@@ -282,8 +281,7 @@ def check_target(
 
 
 def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T3: each loss is -log of the target's entry in a whole distribution,
-    and those in base.rows add up to one."""
+    """T3: each loss is -log of its target's probability, and the rows in base.rows sum to one."""
     error = np.abs(base.nll - base.from_row)
     own = [abs(base.nll[t] + row[tokens[t + 1]]) for t, row in base.rows.items()]
     total = [abs(float(np.logaddexp.reduce(row))) for row in base.rows.values()]
@@ -300,8 +298,7 @@ def check_once(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Ge
 
 
 def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
-    """T5: in the order of events, nothing is learned from that is not scored,
-    and nothing is scored afterwards."""
+    """T5: nothing is adapted on before it is scored, and nothing is scored after that."""
     scored, learned = set(), set()
     wrong, times = 0, 0
     for kind, windows in base.events:
@@ -311,8 +308,8 @@ def check_ledger(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
             wrong, learned, times = wrong + len(targets - scored), learned | targets, times + 1
         else:
             wrong, scored = wrong + len(targets & learned), scored | targets
-    return Check("T5 scored first, learned after", wrong == 0 if times else None, len(base.events),
-                 f"{wrong} targets out of order, {times} times learned")  # fmt: skip
+    return Check("T5 scored before it is adapted on", wrong == 0 if times else None, len(base.events),
+                 f"{wrong} targets out of order, {times} times adapted")  # fmt: skip
 
 
 def check_bytes(tokens: np.ndarray, byte_table: tg.ByteTable, tokenizer: Any) -> Check:
@@ -348,8 +345,7 @@ def check_memory(aligned: Trace, adapted: Trace, plain_aligned: np.ndarray, plai
 
 
 def float32_nll(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """The losses of `score_plan` by a float32 forward,
-    with torch's own attention: flash kernels take no float32."""
+    """Losses of `score_plan` in float32 with torch's attention: flash kernels take no float32."""
     kernel = tg.torch_attention() if setup.device.type == "cuda" else setup.kernel
     model = tg.GPT(setup.artifact.config, torch.float32, kernel, setup.byte_table.has_leading_space)
     model.load_state_dict(setup.artifact.state)
@@ -361,8 +357,7 @@ def float32_nll(setup: Setup, tokens: np.ndarray) -> np.ndarray:
 
 
 def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
-    """T11: steps of size zero give the loss of no steps, bit for bit;
-    and the plain forward's, but for rounding.
+    """T11: with learning rate 0 the losses equal those without steps, and the plain ones up to rounding.
 
     Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a
     float32 forward is the measure: losses of no steps may be twice as far from that (root mean square),
@@ -427,8 +422,7 @@ def check_files(opened: Sequence[str], train_pattern: str, val_pattern: str = ""
 
 
 def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
-    """T15: targets are scored in the file's order;
-    by documents, the documents of each group begin in that order."""
+    """T15: targets are scored in file order; by documents, each group's documents begin in that order."""
     first = np.full(len(tokens) - 1, len(base.events))
     for number, (kind, windows) in reversed([*enumerate(base.events)]):
         for begin, end in windows.ranges() if kind == "score" else ():
@@ -449,8 +443,7 @@ def has_moments(c: Config) -> bool:
 
 
 def shares_moments(c: Config) -> bool:
-    """Whether documents in different slots share second moments,
-    so that losses depend on text later in the file."""
+    """Whether slots share second moments, so that losses depend on text later in the file."""
     return has_moments(c) and c.ttt_moments == "shared"
 
 
@@ -568,8 +561,7 @@ def refills(plan: Sequence[Chunk]) -> int:
 
 
 def audited_config(c: Config, tokens: np.ndarray) -> Config:
-    """The settings, where needed with smaller chunks, fewer slots,
-    groups and phases, so that little text has them all.
+    """Settings with smaller chunks and fewer slots, groups and phases, so that little text covers all.
 
     By flat chunks at least four chunks;
     by documents a chunk to adapt on, three refills, and steps of the base.
@@ -629,13 +621,12 @@ def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
         (adapts and c.ttt_protocol == "legal" and not adapted_on, "adaptation: nothing is adapted on"),
         (by_documents and refills(plan) < MIN_REFILLS,
          f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
-        (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not learn"),
+        (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not adapt"),
     ) if holds]  # fmt: skip
 
 
 def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """A beginning of the text that has no shortfalls with the settings as they are,
-    or is as long as is bearable."""
+    """The shortest beginning of the text without shortfalls, up to a limit."""
     c, last = setup.config, len(tokens) - 1
     size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
     while size < most and (shortfalls(setup, tokens[: size + 1]) or not settled(setup, tokens[: size + 1])):
@@ -796,8 +787,7 @@ def run_audit(
     opened: Sequence[str],
     seed: int | None = None,
 ) -> int:
-    """Run the checks, print the certificate and write it;
-    exit code 0 where nothing failed and enough was checked.
+    """Run the checks, print and write the certificate; exit code 0 if legal.
 
     seed: of what is changed in the text; None: one that nobody knows beforehand.
     """

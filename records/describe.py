@@ -27,8 +27,7 @@ def help_text(head: str) -> str:
 
 
 def flops_per_token(config: Config) -> int:
-    """Operations of a training token: 6 for each weight of a matrix product,
-    and 6 T d a layer for causal attention."""
+    """FLOPs per training token: 6 per weight of a matrix product, 6 T d per layer for causal attention."""
     c, layers = config, len(config.block_rows)
     block = 2 * c.model_dim**2 + 2 * c.kv_dim * c.model_dim + 2 * c.mlp_dim * c.model_dim
     small = c.bigram_dim * c.model_dim * bool(c.bigram_vocab_size) + c.ve_dim * c.kv_dim * bool(
@@ -57,8 +56,7 @@ def memory_table(config: Config) -> list[str]:
 
 
 def describe(config: Config) -> str:
-    """The model's parameter count, its parameters with their optimizer groups,
-    operations a token, and GPU memory."""
+    """Parameter count, parameters by optimizer group, FLOPs per token, and GPU memory."""
     with torch.device("meta"):
         model = GPT(config)
     lines = [f"model_params:{tg.count_parameters(model)}"]

@@ -60,15 +60,13 @@ class Memory:
         return s * (len(rows) * (layer + 14 * c.num_heads) + ends * c.model_dim)
 
     def training(self, tokens: int, targets: int) -> int:
-        """Bytes of activations as the backward pass begins:
-        what is kept, logits, their float32 copies and gradients."""
+        """Bytes of activations as the backward pass begins: kept ones, logits, their copies and gradients."""
         c, heads = self.config, 1 + self.config.mtp_num_heads
         logits = heads * self.itemsize + 6 if self.compiled else 8 * (heads + 1 + bool(c.zloss_weight))
         return tokens * self.kept() + targets * (logits * c.vocab_size + heads * 6 * c.model_dim)
 
     def inference(self, tokens: int, targets: int) -> int:
-        """Bytes of activations of a forward pass:
-        one MLP and the streams that wait for their skip, or the logits."""
+        """Bytes of activations of a forward pass: an MLP and the streams kept for skips, or the logits."""
         c, skips = self.config, len(self.config.block_rows) // 2 * self.config.unet_skips
         # compiled, residuals are added late
         streams, hidden = (3 * skips + 3, 2) if self.compiled else (skips + 2, 3)
@@ -76,8 +74,7 @@ class Memory:
         return max(tokens * layer, targets * c.vocab_size * (self.itemsize if self.compiled else 12))
 
     def state(self) -> int:
-        """Bytes of float32 weights, gradients, averages, and optimizer state;
-        of Muon's momentum this rank's rows."""
+        """Bytes of float32 weights, gradients, averages and optimizer state (momentum: this rank's rows)."""
         c, groups = self.config, parameter_shapes(self.config)
         banks = [*groups["bank"].values(), *groups["mtp"].values()]  # Muon's
         total = sum(n.numel() for group in groups.values() for n in group.values())
@@ -98,8 +95,7 @@ class Memory:
         return self.state() + 2 * self.fused() + self.training(tokens, tokens)
 
     def statistics(self, rows: int) -> int:
-        """Bytes for gradients of `rows` sequences for the export,
-        or a forward pass for Hessians; always in plain torch."""
+        """Bytes for the export's gradients or Hessians of `rows` sequences; always in plain torch."""
         plain, tokens = replace(self, compiled=False), rows * self.config.train_seq_len
         gradients = self.config.wants_gradients
         activations = plain.training(tokens, tokens) if gradients else plain.inference(tokens, tokens)
@@ -120,8 +116,7 @@ class Memory:
         return down | {f"{name}.b": torch.Size((rows, out, r)) for name, (rows, out, _) in banks.items()}
 
     def slots(self, slots: int, rows: int) -> int:
-        """Bytes for evaluation by slots, each with float32 weights and moments;
-        `rows` of them are computed at once."""
+        """Bytes for slots with float32 weights and moments, `rows` of them computed at once."""
         c, s, groups, shapes = self.config, self.itemsize, parameter_shapes(self.config), self.adapting()
         adapted = sum(n.numel() for n in shapes.values())
         weights = sum(n.numel() for group in groups.values() for n in group.values())
@@ -139,8 +134,7 @@ class Memory:
         return held + max(scored, s * rows * adapted + activations, update)
 
     def parts(self) -> dict[str, tuple[Callable[[int], int], int]]:
-        """Part of a run -> its bytes as a function of the sequences computed at once,
-        and the number of these wanted."""
+        """Part of a run -> (bytes as a function of sequences at once, sequences wanted)."""
         bytes_of = dict(train=self.step, statistics=self.statistics, score=self.scoring)
         bytes_of["slots"] = partial(self.slots, self.config.ttt_slots)
         return {part: (bytes_of[part], n) for part, n in tg.wanted_at_once(self.config, self.ranks).items()}
@@ -179,8 +173,7 @@ def memory_here(config: Config) -> Memory:
 
 
 def check_memory(config: Config, parts: Sequence[str]) -> list[str]:
-    """The choice for these parts as a line for the log;
-    on a CPU none. UserError if one sequence does not fit."""
+    """Log line with the choice for these parts, none on a CPU. UserError if one sequence does not fit."""
     memory, limit, chosen = memory_here(config), memory_limit(config), tg.at_once(config)
     shown, problems = [f"memory: usable_gib:{limit / GIB:.2f}"], []
     for part, (bytes_of, wanted) in memory.parts().items():

@@ -129,8 +129,7 @@ def write_reports(
     byte_table: tg.ByteTable,
     log: tg.RunLog,
 ) -> None:
-    """Log where the loss is; on rank 0 write distribution.json,
-    documents.csv and distribution.png to `folder`."""
+    """Log the loss distribution; on rank 0 write distribution.json, documents.csv and distribution.png."""
     report = distribution(tokens, before, after, byte_table)
     for line in distribution_text(report).splitlines():
         log.line(line)

@@ -784,9 +784,21 @@ def test_the_pace_is_extrapolated(monkeypatch, budget, pace, expected):
     assert [text for text, _ in said] == (
         []
         if expected is None
-        else [f"WARNING: at this pace the evaluation takes {expected}s of EVAL_BUDGET_SECONDS={budget}"]
+        else [f"WARNING: at this pace the evaluation takes {expected} s, EVAL_BUDGET_SECONDS={budget}"]
     )
     assert all(when < 10 + 100 * pace / 4 for _, when in said)
+
+
+def test_a_slow_first_chunk_is_not_extrapolated(monkeypatch):
+    """It has the prior and the loading of kernels: 30 s, and then 0.1 s a chunk."""
+    now, said = [10.0], []
+    monkeypatch.setattr(eval_ttt, "time", SimpleNamespace(time=lambda: now[0]))
+    log = SimpleNamespace(line=said.append)
+    watch = eval_ttt.Budget(replace(TINY, eval_budget_seconds=100.0), 0.0, log, 400)
+    for number in range(400):
+        watch(number)
+        now[0] += 0.1 if number else 30.0
+    assert now[0] < 100 and not said
 
 
 STAGES = {
