@@ -970,7 +970,7 @@ def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterato
     )
     yield f"evaluation order: {order}; targets:{targets} world_size:{tg.world_size()}"
     if setup.artifact.factors:
-        yield f"Meta-SGD's learning-rate factors, range per bank:{tg.rates_text(setup.artifact.factors)}"
+        yield f"Meta-SGD's factors of TTT_LR, range per bank:{tg.rates_text(setup.artifact.factors)}"
     if c.ttt_protocol != "legal":
         yield f"WARNING: TTT_PROTOCOL={c.ttt_protocol} adapts on what it scores later: THIS SCORE IS INVALID"
 

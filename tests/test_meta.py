@@ -1154,7 +1154,7 @@ REFUSED = {
     "none": (dict(ON, TTT_MODE="none"), ["META_TTT_OBJECTIVE=deployed", "TTT_MODE"]),
     "cosine": (dict(ON, TTT_LR_SCHEDULE="cosine"), ["by documents", "TTT_LR_SCHEDULE=cosine"]),
     "by loss": (dict(ON, TTT_TOP_FRAC="0.5"), ["by documents", "TTT_TOP_FRAC=0.5"]),
-    "layers": (dict(REPTILE_ENABLED="1", REPTILE_LAYERS="9,11"), ["REPTILE_LAYERS='9,11'", "0 to 10"]),
+    "layers": (dict(REPTILE_ENABLED="1", REPTILE_LAYERS="9,11"), ["REPTILE_LAYERS='9,11'", "up to 10"]),
     "no layers": (dict(REPTILE_LAYERS="last"), ["REPTILE_LAYERS='last'"]),
     "nothing left": (dict(ON, REPTILE_ENABLED="1", META_TTT_TIME_FRAC="0.6", REPTILE_TIME_FRAC="0.4"),
                      ["META_TTT_TIME_FRAC", "REPTILE_TIME_FRAC"]),

@@ -614,7 +614,7 @@ def test_the_hash_of_the_scorer():
 
     assert not changed(
         ("\ndef score(", "\n# a comment\ndef score("),
-        ('"""This rank\'s windows of a chunk, `size` at a time', '"""Other'),
+        ('"""Split this rank\'s windows of a chunk into batches', '"""Other'),
         ("matrix_lr: float", "matrix_lr : float"),
         ("class Muon(", "class Muon2("),  # training is what experiments change
         ("def rms_norm(", "def rms_norm2("),
