@@ -3708,7 +3708,7 @@ class Artifact(NamedTuple):
     config: Config
     state: dict[str, Tensor]
     tokenizer_sha256: str
-    factors: Mapping[str, Tensor] = MappingProxyType({})  # Meta-SGD's, by bank
+    factors: Mapping[str, Tensor] = {}  # Meta-SGD's, by bank
 
 
 def read_artifact(path: str | Path) -> Artifact:

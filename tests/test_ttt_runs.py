@@ -639,6 +639,15 @@ def test_a_loss_that_is_no_number_ends_with_1(env, run, capsys):
     assert "losses are not finite" in error and "NaN" in error
 
 
+def test_float_weights_reach_the_other_ranks(env, run):
+    """Rank 0 reads them, and pickle takes them to the others."""
+    config, given, _ = train_gpt.load_config(env | dict(MODEL_PATH=str(run / "final_model.pt")))
+    artifact = eval_ttt.read_model(config, given)[1]
+    received = pickle.loads(pickle.dumps(artifact))
+    assert received.config == artifact.config and received.factors == {}
+    assert all(torch.equal(received.state[name], p) for name, p in artifact.state.items())
+
+
 def test_the_score_of_a_mixture_is_that_of_its_losses(env, run):
     settings = dict(MODEL_PATH=str(run / "final_model.int6.ptz"), TTT_MODE="banks", PPM_ALPHA="0.5")
     done = finish(run, env | settings | dict(TTT_CHUNK_TOKENS="256"))

@@ -57,7 +57,9 @@ DOC_LORA = dict(
     TTT_GRAD_CLIP="1.0",
     TTT_LR="1e-4",
 )
-META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4")  # one graph per chunk
+META = dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_PIECES="4",  # one graph per chunk
+            TTT_LR="1e-4")  # fmt: skip  # above 3e-5, the best rate of weights that were not trained for it
+META_RATES = (1e-9, 3e-5, 1e-4, 3e-4)  # the first: no adaptation
 KEPT_VARIABLES = re.compile(  # kept from the environment, where DEVICE or SEED would act as a setting
     r"PATH|HOME|USER|LANG|LC_.*|TMPDIR|TZ|VIRTUAL_ENV|LD_LIBRARY_PATH|LIBRARY_PATH|CPATH|CC|CXX|"
     r"OMP_NUM_THREADS|"
@@ -326,12 +328,16 @@ def part_doc_lora(ctx: Context) -> None:
 
 
 def part_meta(ctx: Context) -> None:
-    """Train a final phase for the deployed update, against plain training for equal time."""
+    """Train a final phase for the deployed update, in the time of the plain run; adapt at four rates."""
     tiny = tiny_evaluation(ctx)
     settings = META | tiny | (dict(META_TTT_DOCS="2", META_TTT_PIECES="2") if ctx.rehearse else {})
     ctx.put(train=train_run(ctx, "meta", ctx.kept_train_seconds or ctx.train_seconds, **settings))
     model = Path(ctx.work) / "runs/meta/final_model.int6.ptz"
-    adapted_scores(ctx, "meta", model, **DOC_BANKS, **tiny)
+    _, ev, setup, tokens = slots_setup(ctx, model, USE_COMPILE="0")
+    for rate in META_RATES:
+        changed = ev.replace(setup, config=ev.replace(setup.config, ttt_lr=rate))
+        ctx.put(**{f"rate {rate:g}": throughput(tokens[:40_000], ev.evaluate(changed, tokens[:40_000]))})
+    adapted_scores(ctx, "meta", model, **DOC_BANKS, **tiny, TTT_LR=META["TTT_LR"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -591,10 +597,10 @@ def part_autotuned(ctx: Context) -> None:
     bench(ctx, "autotuned", "step", "autotuned", "--steps", "8")
 
 
-def slots_setup(ctx: Context, **settings: str) -> tuple[Any, Any, Any, Any]:
-    """Return the modules, a per-document evaluation setup of the artifact, and the text to time it on."""
+def slots_setup(ctx: Context, model: Path, **settings: str) -> tuple[Any, Any, Any, Any]:
+    """Return the modules, a per-document evaluation setup of a model, and the text to time it on."""
     tg, ev = load_modules()
-    environ = ctx.environ(MODEL_PATH=str(ctx.model()), **{**DOC_BANKS, **tiny_evaluation(ctx), **settings})
+    environ = ctx.environ(MODEL_PATH=str(model), **{**DOC_BANKS, **tiny_evaluation(ctx), **settings})
     config, given, _ = tg.load_config(environ)
     setup, tokens, *_ = ev.prepare(config, given, {})
     return tg, ev, setup, tokens[: 2000 if ctx.rehearse else 200_000]
@@ -607,7 +613,7 @@ def throughput(tokens: Any, score: Any) -> dict[str, float]:
 
 def part_slots(ctx: Context) -> None:
     """Measure targets per second of per-document adaptation by number of slots, in plain torch."""
-    tg, ev, setup, tokens = slots_setup(ctx, USE_COMPILE="0")
+    tg, ev, setup, tokens = slots_setup(ctx, ctx.model(), USE_COMPILE="0")
     for number, count in enumerate((2, 4) if ctx.rehearse else (16, 32, 64, 8)):
         changed = tg.replace(setup, config=tg.replace(setup.config, ttt_slots=count))
         if not number:
@@ -617,7 +623,7 @@ def part_slots(ctx: Context) -> None:
 
 def part_slots_compiled(ctx: Context) -> None:
     """Measure the same compiled; compile time is reported separately."""
-    tg, ev, setup, tokens = slots_setup(ctx, USE_COMPILE="0" if ctx.rehearse else "1")
+    tg, ev, setup, tokens = slots_setup(ctx, ctx.model(), USE_COMPILE="0" if ctx.rehearse else "1")
     if ctx.rehearse:  # trace only, no code generation
         import torch
 
