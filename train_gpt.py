@@ -4578,9 +4578,12 @@ class Moment(NamedTuple):
     left: float
 
 
-def moment(step: int, count: int, elapsed: float, budget: float, ahead: int) -> Moment:
-    """The Moment before step `step` of `count`; ahead: steps started but not yet in `elapsed`."""
-    timed = elapsed * (1 + ahead / step) / budget if step and budget else 0.0
+def moment(step: int, count: int, elapsed: float, budget: float, ahead: int, prepared: float = 0.0) -> Moment:
+    """The Moment before step `step` of `count`.
+
+    ahead: steps started but not yet in `elapsed`; prepared: seconds of `elapsed` before the first step.
+    """
+    timed = (elapsed + ahead * (elapsed - prepared) / step) / budget if step and budget else 0.0
     return Moment(step, elapsed, budget, 1 - max(step / count, timed - 1e-9))  # what just fits is taken
 
 
@@ -4700,9 +4703,11 @@ def train(
         is_main, count = name == "train", max(1, round(c.iterations * frac))
         usable = (c.max_wallclock_seconds - reserve) * share - began
         budget = max(usable, 1e-9) if c.max_wallclock_seconds else 0.0
+        entered = progress.seconds()
         phase = PHASES[name](run, model, loss_fn, nll_fn, progress.rates)
         step = progress.begin(name, phase.parts)
-        now = moment(step, count, progress.seconds() - began, budget, 1 + clock.lag)
+        prepared = progress.seconds() - entered  # such as for generated text: no part of a step's time
+        now = moment(step, count, progress.seconds() - began, budget, 1 + clock.lag, prepared)
         while True:
             if is_main and now.left <= 0 and step < count:
                 seconds = began + now.elapsed
@@ -4723,7 +4728,7 @@ def train(
             clock.step_done(step, metrics)
             reads_on = phase.loader is not None and step < count
             elapsed = progress.seconds(phase.loader.failure() if reads_on else None) - began
-            now = moment(step, count, elapsed, budget, 1 + clock.lag)
+            now = moment(step, count, elapsed, budget, 1 + clock.lag, prepared)
             if is_main and (step <= 10 or step % c.train_log_every == 0):
                 [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
                 also = dict(lr_scale=metrics.lr_scale, data_wait=waited)
@@ -4731,7 +4736,8 @@ def train(
                 progress.check_replicas(step)
                 progress.check_loader(step, waited)
             elif not is_main and (step <= 3 or step % c.train_log_every == 0 or now.left <= 0):
-                times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
+                average = 1000 * (elapsed - prepared) / step
+                times = f"train_time:{1000 * (began + elapsed):.0f}ms step_avg:{average:.2f}ms"
                 loss, factors = metrics.loss.item(), rates_text(progress.rates.factors())
                 log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
             progress.checkpoint(step, due=c.checkpoint_every > 0 and step % c.checkpoint_every == 0)

@@ -1085,6 +1085,22 @@ def test_shares_of_the_clock(tmp_path, phases):
     assert left[0] == 1 and all(a > b > 0 for a, b in pairwise(left)) and left[-1] < 2.5 / steps["deployed"]
 
 
+def test_preparing_a_phase_is_no_part_of_its_pace(tmp_path, phases, monkeypatch):
+    """On an H100 the phase took one step in its thirty seconds, of which preparing it took most of ten."""
+    deployed = train_gpt.PHASES["deployed"]
+
+    def prepare(*given):
+        phases.clock.now += 20.0
+        return deployed(*given)
+
+    monkeypatch.setitem(train_gpt.PHASES, "deployed", prepare)
+    changes = dict(iterations=10**6, max_wallclock_seconds=100.0, reptile_enabled=False)
+    phases.clock.now = 70.0
+    assert late(tmp_path, phases, **changes) == {"deployed": 10}
+    assert phases.clock.now <= 100
+    assert "step_avg:1000.00ms" in (tmp_path / "train.log").read_text()
+
+
 def test_training_and_late_phases_fit_the_clock(tmp_path, phases):
     c = replace(SMALL, **LATE, max_wallclock_seconds=40.0, iterations=999, warmdown_iters=4,
                 train_batch_tokens=64, grad_accum_total=1, val_loss_every=0, train_log_every=1)  # fmt: skip

@@ -12,12 +12,12 @@ from shape import SHIPPED, Source, measure, read_sources
 BUDGETS = {
     # measure                                 train_gpt.py        eval_ttt.py
     #                                         aim    reached      aim    reached
-    "lines":                                ((3300, 5254),       (620, 1056)),
+    "lines":                                ((3300, 5260),       (620, 1056)),
     "settings":                             ((168, 168),         None),
     "long functions":                       ((0, 0),             (0, 0)),
     "forward references":                   ((0, 0),             (0, 0)),
     "one-caller helpers":                   ((None, 74),         (None, 17)),
-    "lines of one-caller helpers":          ((None, 1230),       (None, 357)),
+    "lines of one-caller helpers":          ((None, 1236),       (None, 357)),
     "lines over 110 characters":            ((0, 0),             (0, 0)),
     "packed assignments of over 3 names":   ((0, 0),             (0, 0)),
     "unpacked assignments of over 3 names": ((0, 0),             (0, 0)),

@@ -366,7 +366,7 @@ class Driver:
 
     def without_paths(self, text: str) -> str:
         """Remove the machine's own folders: the file is made to be published."""
-        for folder in (self.work, ROOT, Path(sys.prefix)):
+        for folder in (os.path.relpath(ROOT, self.work), self.work, ROOT, Path(sys.prefix)):
             text = text.replace(f"{folder}/", "")
         return text
 
