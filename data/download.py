@@ -1,12 +1,14 @@
 """Download published token shards and their tokenizer from a repository on the Hugging Face hub.
 
     python data/download.py --variant sp1024 [--train-shards 80] [--repo OWNER/NAME] [--out data]
+    python data/download.py --variant sp8192_caseops [--train-shards 80] [--out data]
 
-All validation shards and the first --train-shards training shards of the variant go to DIR/datasets/FOLDER/,
-where FOLDER is the published folder name (fineweb10B_sp1024), and the tokenizer goes to DIR/tokenizers/. A
-file gets its final name only after its size, hash and shard header have been checked; an existing file is
-kept only if it passes the same checks. Interrupted downloads resume. DIR/datasets/FOLDER/source.json, written
-last, records the origin of the files.
+All validation shards, with their byte sidecars if there are any, and the first --train-shards training shards
+of the variant go to DIR/datasets/FOLDER/, where FOLDER is the published folder name (fineweb10B_sp1024), and
+the tokenizer goes to DIR/tokenizers/. The second command takes repository and folder from the table EXPORTS
+and checks the published totals. A file gets its final name only after its size, hash and shard header have
+been checked; an existing file is kept only if it passes the same checks. Interrupted downloads resume.
+DIR/datasets/FOLDER/source.json, written last, records the origin of the files.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import httpx
-from formats import HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION
+import numpy as np
+from formats import HEADER_BYTES, PUBLISHED, SHARD_MAGIC, SHARD_VERSION, Published
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
@@ -40,6 +44,27 @@ from tqdm import tqdm
 # val_bytes: bytes of each validation token
 SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # attempts per file, seconds before the second attempt
+DEFAULT_REPO = "willdepueoai/parameter-golf"
+
+
+class Export(NamedTuple):
+    """A published export with byte sidecars, in a repository of its own, and its known totals."""
+
+    repo: str
+    variant: str  # the folder of its shards is fineweb10B_VARIANT
+    totals: Published
+
+
+# By the name that --variant takes. The variant is assumed: it is from the paths in the logs of PR #1855, not
+# from the repository. If it is wrong, find_folder lists those that exist. All other names are found in the
+# repository's listing.
+EXPORTS = {
+    "sp8192_caseops": Export(
+        repo="romeerp/parameter-golf-caseops-v1",
+        variant="sp8192_lossless_caps_caseops_v1_reserved",
+        totals=next(known for known in PUBLISHED if known.name == "sp8192 caseops"),
+    ),
+}
 
 
 class UserError(ValueError):
@@ -146,8 +171,17 @@ def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
     return matching[0]
 
 
+def folder_variant(options: argparse.Namespace) -> str:
+    """Return the variant as the repository names it."""
+    return EXPORTS[options.variant].variant if options.variant in EXPORTS else options.variant
+
+
 def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -> list[RemoteFile]:
-    """Return all validation files of a folder, then its first `train_shards` training shards."""
+    """Return all validation files of a folder, then its first `train_shards` training shards.
+
+    Byte sidecars follow the validation shards. Raises UserError if there are fewer training shards, no
+    validation shards, or sidecars that do not match these one to one.
+    """
     kinds: dict[str, list[RemoteFile]] = {"train": [], "val": [], "val_bytes": []}
     for file in sorted(files, key=lambda file: file.path):
         if file.folder == folder and (match := SHARD_FILE.fullmatch(file.name)):
@@ -156,7 +190,20 @@ def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -
         raise UserError(f"--train-shards {train_shards}: {folder} has {len(kinds['train'])} training shards")
     if not kinds["val"]:
         raise UserError(f"{folder} has no validation shards")
+    if kinds["val_bytes"]:
+        shards, sidecars = ({file.name: file.size for file in kinds[kind]} for kind in ("val", "val_bytes"))
+        shards = {name.replace("val_", "val_bytes_"): size for name, size in shards.items()}
+        for name in sorted(shards.keys() | sidecars.keys()):
+            if shards.get(name) != sidecars.get(name):
+                raise UserError(
+                    f"{folder}/{name}: {sidecars.get(name, 'no')} bytes, but its validation shard has "
+                    f"{shards.get(name, 'no')}; a byte sidecar has one entry per token"
+                )
     return kinds["val"] + kinds["val_bytes"] + kinds["train"][:train_shards]
+
+
+def _kind(shard: RemoteFile) -> str:
+    return SHARD_FILE.fullmatch(shard.name)[1]
 
 
 def nearest(files: Iterable[RemoteFile], folder: str, pattern: str) -> list[RemoteFile]:
@@ -239,6 +286,34 @@ def check_content(path: Path, file: RemoteFile, sha256: str) -> None:
         shard_tokens(path)
 
 
+def check_listing(
+    export: Export, repo: str, folder: str, chosen: Iterable[RemoteFile], tokenizer: list[RemoteFile]
+) -> None:
+    """Check a known export by the repository's listing, before anything is downloaded.
+
+    Raises UserError if sidecar or tokenizer are missing, or if the validation shards have other tokens.
+    """
+    files = list(chosen)
+    if not tokenizer:
+        raise UserError(f"{repo}: no tokenizer beside {folder}")
+    if not any(_kind(file) == "val_bytes" for file in files):
+        raise UserError(f"{repo}: no fineweb_val_bytes_000000.bin in {folder}; bits per byte need it")
+    tokens = sum((file.size - HEADER_BYTES) // 2 for file in files if _kind(file) == "val")
+    if tokens != export.totals.tokens:
+        raise UserError(
+            f"{repo}: {tokens} validation tokens in {folder}, the published export has "
+            f"{export.totals.tokens}. Exports with fewer validation documents may train on the others. "
+            f"Choose another --revision, or skip the check with --repo {repo} --variant {export.variant}."
+        )
+
+
+def sidecar_bytes(paths: Iterable[Path]) -> int | None:
+    """Return the sum of all byte sidecars among local files, or None if there are none."""
+    sidecars = [path for path in paths if re.fullmatch(r"fineweb_val_bytes_\d{6}\.bin", path.name)]
+    sums = [np.fromfile(path, "<u2", offset=HEADER_BYTES).sum(dtype=np.int64) for path in sidecars]
+    return int(sum(sums)) if sidecars else None
+
+
 class HashCache:
     """SHA-256 of local files, cached in a JSON file and keyed by size and modification time."""
 
@@ -300,13 +375,14 @@ def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: Hash
 
     Raises UserError if the folder holds shards of another repository: the trainer would read them too.
     """
-    folder = find_folder(hub.files, options.variant, options.prefix)
+    folder = find_folder(hub.files, folder_variant(options), options.prefix)
     shards_at = options.out / "datasets" / PurePosixPath(folder).name
     chosen = choose_shards(hub.files, folder, options.train_shards)
+    tokenizer = choose_tokenizer(hub.files, folder, manifest)
+    if options.variant in EXPORTS:
+        check_listing(EXPORTS[options.variant], hub.repo, folder, chosen, tokenizer)
     wanted = {shards_at / file.name: file for file in chosen}
-    wanted |= {
-        options.out / "tokenizers" / file.name: file for file in choose_tokenizer(hub.files, folder, manifest)
-    }
+    wanted |= {options.out / "tokenizers" / file.name: file for file in tokenizer}
     kept = {path: file for path, file in wanted.items() if is_intact(path, file, cache)}
     listed = {file.name: file for file in hub.files if file.folder == folder}
     for path in sorted(shards_at.glob("fineweb_*.bin")):
@@ -385,7 +461,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
     """Return the repository's manifest of the variant at this commit, or an empty object."""
-    folder = find_folder(hub.files, options.variant, options.prefix)
+    folder = find_folder(hub.files, folder_variant(options), options.prefix)
     found = nearest(hub.files, folder, r"manifest\.json")
     if not found:
         return {}
@@ -401,8 +477,16 @@ def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
 def source_record(
     hub: Hub, plan: Plan, options: argparse.Namespace, manifest: dict, cache: HashCache
 ) -> dict:
-    """Return the content of source.json: origin, size and hash of every file in the folder."""
-    files = []
+    """Return the content of source.json: origin, size and hash of every file, bytes of validation targets.
+
+    Raises DownloadError if the bytes are not those of the known export.
+    """
+    files, val_bytes = [], sidecar_bytes([*plan.kept, *plan.missing])
+    if options.variant in EXPORTS and val_bytes != EXPORTS[options.variant].totals.num_bytes:
+        raise DownloadError(
+            f"{plan.folder}: the validation tokens stand for {val_bytes} bytes by their sidecars, the "
+            f"published export has {EXPORTS[options.variant].totals.num_bytes}. These are other data."
+        )
     for path, file in sorted((plan.kept | plan.missing).items()):
         tokens = shard_tokens(path) if SHARD_FILE.fullmatch(path.name) else None
         local = path.relative_to(options.out).as_posix()
@@ -421,6 +505,7 @@ def source_record(
         "revision": hub.commit,
         "variant": options.variant,
         "files": files,
+        **({} if val_bytes is None else {"val_target_bytes": val_bytes}),
         "published": published_entry(manifest, PurePosixPath(plan.folder).name) or None,
     }
 
@@ -468,9 +553,13 @@ def download(options: argparse.Namespace) -> str:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Download published token shards and their tokenizer.")
-    parser.add_argument("--variant", required=True, metavar="NAME", help="for example sp1024")
     parser.add_argument(
-        "--repo", default="willdepueoai/parameter-golf", metavar="OWNER/NAME", help="hub repository"
+        "--variant", required=True, metavar="NAME", help=f"for example sp1024 or {', '.join(EXPORTS)}"
+    )
+    parser.add_argument(
+        "--repo",
+        metavar="OWNER/NAME",
+        help=f"hub repository (default: the variant's own, else {DEFAULT_REPO})",
     )
     parser.add_argument(
         "--repo-type", choices=("dataset", "model"), default="dataset", help="default: dataset"
@@ -487,6 +576,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.train_shards < 0 or options.workers < 1:
         parser.error("--train-shards must be at least 0 and --workers at least 1")
+    if options.repo is None:
+        options.repo = EXPORTS[options.variant].repo if options.variant in EXPORTS else DEFAULT_REPO
     return options
 
 

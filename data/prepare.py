@@ -1,6 +1,7 @@
 """Turn any text into a tokenizer, token shards and a manifest.
 
     python data/prepare.py INPUT [INPUT ...] --out DIR
+    python data/prepare.py INPUT [INPUT ...] --out DIR --case-ops
     python data/prepare.py --overlap FOLDER
 
 Inputs are .txt files (one document each), .jsonl files (one JSON object per line, its text under --text-key),
@@ -11,7 +12,13 @@ plain or compressed (.gz, .xz, .zst), or folders of such files. Written to DIR:
     fineweb_val_%06d.bin    little-endian uint16 tokens; BOS (id 1) precedes each document, nothing follows it
     manifest.json           counts and hashes of all the above; written last: if it exists, all is complete
 
-The second command counts the validation documents of a folder that occur in its training shards
+With --case-ops the tokens are those of the text in lower case with operators for its capitals
+(data/case_ops.py), and each validation shard has a sidecar with the bytes of the original text that each of
+its tokens stands for:
+
+    fineweb_val_bytes_%06d.bin  the header of the shard, then one little-endian uint16 per token
+
+The last command counts the validation documents of a folder that occur in its training shards
 (count_overlap).
 
 The input is read twice: the first pass checks, counts and samples all of it, the second encodes
@@ -50,6 +57,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import case_ops
 import numpy as np
 import sentencepiece as spm
 from formats import BOS_ID, HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, shard_header
@@ -102,6 +110,7 @@ class Job:
     tokenizer_sample_bytes: int = 64_000_000
     seed: int = 1337
     overwrite: bool = False
+    case_ops: bool = False
     entries: dict[str, Any] = field(default_factory=dict)  # added to the manifest
 
     def __post_init__(self) -> None:
@@ -492,7 +501,7 @@ def survey(job: Job) -> Survey:
             found.documents[document.split] += 1
             found.text_bytes[document.split] += len(document.utf8)
             if document.split == "train" and job.tokenizer is None:
-                sampler.add(document.text)
+                sampler.add(case_ops.encode(document.text) if job.case_ops else document.text)
             progress.update(len(document.utf8))
     _check_split(job, found)
     found.sample = sampler.passages()
@@ -526,13 +535,13 @@ HOSTILE_TEXT = (
 )
 
 
-def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
+def train_tokenizer(passages: list[str], vocab_size: int, symbols: str = "") -> bytes:
     """Train a lossless SentencePiece BPE of exactly `vocab_size` pieces and return its serialized model.
 
-    Ids: pad 0, bos 1, eos 2, unk 3, then the 256 bytes, then learned pieces. Raises InputError if the text is
-    too small for that many pieces.
+    Ids: pad 0, bos 1, eos 2, unk 3, then `symbols`, characters that never become part of another piece, then
+    the 256 bytes, then learned pieces. Raises InputError if the text is too small for that many pieces.
     """
-    sentences = _trainable(passages, vocab_size)
+    sentences = _trainable(passages, vocab_size, symbols)
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -553,6 +562,7 @@ def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             unk_id=UNK_ID,
+            user_defined_symbols=list(symbols),
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -562,27 +572,30 @@ def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _trainable(passages: list[str], vocab_size: int) -> list[str]:
-    """Split the text at characters that become byte tokens: rare ones, and those the trainer cannot handle.
+def _trainable(passages: list[str], vocab_size: int, symbols: str) -> list[str]:
+    """Split the text at `symbols`, at rare characters, and at characters that the trainer cannot handle.
 
-    The trainer reserves tab, U+2585 and NUL and reads a literal U+2581 as a space. Characters with their own
-    piece cover 99.9 % of the text or take half of the learned pieces, whichever is fewer: scripts with many
-    characters need pieces for merges too.
+    The last two become byte tokens. The trainer reserves tab, U+2585 and NUL and reads a literal U+2581 as a
+    space. Characters with their own piece cover 99.9 % of the text or take half of the learned pieces,
+    whichever is fewer: scripts with many characters need pieces for merges too.
     """
     counts: Counter[str] = Counter()
     for passage in passages:
         counts.update(passage)
     common, missing = " ", 0.999 * counts.total()  # always the space: else it becomes U+2581's bytes
-    for character, count in counts.most_common((vocab_size - 260) // 2):
-        if missing > 0 and character not in f"\0\t{SPACE}\u2585":
+    for character, count in counts.most_common((vocab_size - 260 - len(symbols)) // 2):
+        if missing > 0 and character not in f"\0\t{SPACE}\u2585{symbols}":
             common += character
         missing -= count
     pattern = re.compile(f"[{re.escape(common)}]+")
     return [*(part for passage in passages for part in pattern.findall(passage)), " "]
 
 
-def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
-    """Return the tokenizer of a serialized model. InputError unless BOS is id 1 and ids fit in 16 bits."""
+def load_tokenizer(model: bytes, name: str, symbols: str = "") -> spm.SentencePieceProcessor:
+    """Return the tokenizer of a serialized model.
+
+    Raises InputError unless BOS is id 1, ids fit in 16 bits, and each of `symbols` has a piece.
+    """
     try:
         sp = spm.SentencePieceProcessor(model_proto=model)
         bos_id, vocab_size = sp.bos_id(), sp.vocab_size()
@@ -592,6 +605,11 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
         raise InputError(f"{name}: its BOS id is {bos_id}; the shards need {BOS_ID}")
     if vocab_size > 65536:
         raise InputError(f"{name}: {vocab_size} pieces; 16-bit shards hold ids up to 65535")
+    if missing := [f"U+{ord(symbol):04X}" for symbol in symbols if sp.piece_to_id(symbol) == sp.unk_id()]:
+        raise InputError(
+            f"{name}: no piece for {', '.join(missing)}. --case-ops needs a tokenizer that was trained with "
+            "these operators as user-defined symbols."
+        )
     return sp
 
 
@@ -664,7 +682,8 @@ def token_bytes(sp: spm.SentencePieceProcessor) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------
 
 BATCH_CHARACTERS = 1 << 20
-_worker_tokenizer: spm.SentencePieceProcessor | None = None  # one per process, set by _start_worker
+MAX_COUNT = 0xFFFF  # bytes of one token; a sidecar holds uint16
+_worker_encoder: Encoder | None = None  # one per process, set by _start_worker
 
 
 class Batch(NamedTuple):
@@ -687,23 +706,69 @@ def make_batches(documents: Iterable[Document]) -> Iterator[Batch]:
     yield from (batch for batch in pending.values() if batch.texts)
 
 
-def encode_batch(sp: spm.SentencePieceProcessor, batch: Batch) -> np.ndarray:
-    """Return the tokens of a batch as uint16, with BOS before each document."""
-    return np.concatenate([np.array([BOS_ID, *encode(sp, text)], dtype="<u2") for text in batch.texts])
+class Encoder:
+    """A tokenizer that counts the bytes of the original text in each token, where they are known.
+
+    `lossless` tells whether they are known for all tokens. With `case_ops` the text is encoded by
+    case_ops.encode first, and validation tokens are counted for the sidecar under any tokenizer.
+    """
+
+    def __init__(self, model: bytes, case_ops: bool) -> None:
+        self.sp, self.case_ops = spm.SentencePieceProcessor(model_proto=model), case_ops
+        self.lossless = is_lossless(self.sp)
+        self._lengths = token_bytes(self.sp).astype("<u4")
+        self._pieces = [_piece_bytes(self.sp, token) for token in range(self.sp.vocab_size())]
+
+    def document(self, text: str, split: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the tokens of a document, uint16, BOS first, and the bytes of each, uint32 or None.
+
+        Raises InputError if a validation token stands for more bytes than a sidecar can hold.
+        """
+        if not self.case_ops:
+            ids = np.array([BOS_ID, *encode(self.sp, text)], dtype="<u2")
+            return ids, self._lengths[ids] if self.lossless else None
+        marked = case_ops.encode(text)
+        if self.lossless:
+            tokens = [BOS_ID, *encode(self.sp, marked)]
+            pieces = [self._pieces[token] for token in tokens]
+        elif split == "val":
+            proto = self.sp.encode(marked, out_type="immutable_proto").pieces
+            tokens = [BOS_ID, *(piece.id for piece in proto)]
+            pieces = [b"", *(piece.surface.encode() for piece in proto)]
+        else:
+            return np.array([BOS_ID, *encode(self.sp, marked)], dtype="<u2"), None
+        counts = case_ops.byte_counts(pieces)
+        if split == "val" and max(counts) > MAX_COUNT:
+            token = counts.index(max(counts))
+            raise InputError(
+                f"token {token} of the document that begins {text[:30]!r} stands for {counts[token]} bytes: "
+                f"{self.sp.id_to_piece(tokens[token])!r}, id {tokens[token]}; a sidecar holds at most "
+                f"{MAX_COUNT}. Shorten the run of characters that this token stands for."
+            )
+        return np.array(tokens, dtype="<u2"), np.array(counts, dtype="<u4")
+
+
+def encode_batch(encoder: Encoder, batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the tokens of a batch, uint16, and the bytes of each, uint32 or None. BOS begins a document."""
+    tokens, counts = zip(*(encoder.document(text, batch.split) for text in batch.texts), strict=True)
+    return np.concatenate(tokens), None if counts[0] is None else np.concatenate(counts)
 
 
 def encode_batches(
-    model: bytes, batches: Iterable[Batch], workers: int
-) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield every batch with its tokens, in order, encoded by `workers` processes (in this process if 1)."""
+    model: bytes, case_ops: bool, batches: Iterable[Batch], workers: int
+) -> Iterator[tuple[Batch, np.ndarray, np.ndarray | None]]:
+    """Yield every batch with its tokens and their bytes, in order, encoded by `workers` processes.
+
+    With one worker this process encodes.
+    """
     if workers == 1:
-        sp = spm.SentencePieceProcessor(model_proto=model)
+        encoder = Encoder(model, case_ops)
         for batch in batches:
-            yield batch, encode_batch(sp, batch)
+            yield batch, *encode_batch(encoder, batch)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(model,)
+        workers, mp_context=context, initializer=_start_worker, initargs=(model, case_ops)
     ) as pool:
         # Bounded prefetch: the executor's own map would read the whole input ahead of the workers.
         window: deque = deque()
@@ -712,18 +777,18 @@ def encode_batches(
                 window.append((batch, pool.submit(_encode_in_worker, batch)))
                 if len(window) >= 3 * workers:
                     batch, future = window.popleft()
-                    yield batch, future.result()
+                    yield batch, *future.result()
             while window:
                 batch, future = window.popleft()
-                yield batch, future.result()
+                yield batch, *future.result()
         finally:
             for _, future in window:
                 future.cancel()
 
 
-def _start_worker(model: bytes) -> None:
-    global _worker_tokenizer
-    _worker_tokenizer = spm.SentencePieceProcessor(model_proto=model)
+def _start_worker(model: bytes, case_ops: bool) -> None:
+    global _worker_encoder
+    _worker_encoder = Encoder(model, case_ops)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -735,9 +800,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(batch: Batch) -> np.ndarray:
-    assert _worker_tokenizer is not None
-    return encode_batch(_worker_tokenizer, batch)
+def _encode_in_worker(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
+    assert _worker_encoder is not None
+    return encode_batch(_worker_encoder, batch)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -771,16 +836,19 @@ def sha256_of(path: Path) -> str:
 class ShardWriter:
     """Writer of one split's tokens as shards of `shard_tokens` tokens, the last one shorter.
 
-    `shards` holds the manifest entries of the finished shards. `byte_counts` are the bytes of each token id,
-    or None if the tokenizer is not lossless.
+    `shards` holds the manifest entries of the finished shards. With `sidecar` the bytes of each token are
+    written to a file of the same form beside each shard, and `sidecars` holds the entries of these files.
     """
 
-    def __init__(self, out: Path, split: str, shard_tokens: int, byte_counts: np.ndarray | None) -> None:
-        self._out, self._split, self._shard_tokens, self._byte_counts = out, split, shard_tokens, byte_counts
+    def __init__(self, out: Path, split: str, shard_tokens: int, sidecar: bool = False) -> None:
+        self._out, self._split, self._shard_tokens = out, split, shard_tokens
+        self._kinds = (split, f"{split}_bytes") if sidecar else (split,)
         self._files = contextlib.ExitStack()
-        self._stream: BinaryIO | None = None
-        self._tokens = self._documents = self._text_bytes = 0
+        self._streams: list[BinaryIO] = []
+        self._tokens = self._documents = 0
+        self._text_bytes: int | None = 0
         self.shards: list[dict] = []
+        self.sidecars: list[dict] = []
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -788,45 +856,60 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self._files.__exit__(*error)
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Append tokens and finish each shard that is full."""
+    def write(self, tokens: np.ndarray, counts: np.ndarray | None) -> None:
+        """Append tokens and the bytes of each, or None if unknown, and finish each shard that is full."""
         while len(tokens):
             room = self._shard_tokens - self._tokens
-            self._append(tokens[:room])
-            tokens = tokens[room:]
+            self._append(tokens[:room], None if counts is None else counts[:room])
+            tokens, counts = tokens[room:], None if counts is None else counts[room:]
             if self._tokens == self._shard_tokens:
                 self.finish()
 
-    def _append(self, tokens: np.ndarray) -> None:
-        if self._stream is None:
-            self._stream = self._files.enter_context(atomic_file(self._path()))
-            self._stream.write(bytes(HEADER_BYTES))
-        self._stream.write(tokens.astype("<u2").tobytes())
+    def _append(self, tokens: np.ndarray, counts: np.ndarray | None) -> None:
+        if not self._streams:
+            # Files get their final names in reverse order: no shard is ever without its sidecar.
+            self._streams = [self._files.enter_context(atomic_file(self._path(kind))) for kind in self._kinds]
+            for stream in self._streams:
+                stream.write(bytes(HEADER_BYTES))
+        for stream, numbers in zip(self._streams, (tokens, counts), strict=False):
+            stream.write(numbers.astype("<u2").tobytes())
         self._tokens += len(tokens)
         self._documents += int((tokens == BOS_ID).sum())
-        if self._byte_counts is not None:
-            self._text_bytes += int(self._byte_counts[tokens].sum())
+        self._text_bytes = (
+            None if counts is None or self._text_bytes is None else self._text_bytes + int(counts.sum())
+        )
 
     def finish(self) -> None:
         """Write the header of the open shard and give it its final name; no-op if none is open."""
-        if self._stream is None:
+        if not self._streams:
             return
-        self._stream.seek(0)
-        self._stream.write(shard_header(self._tokens))
+        for stream in self._streams:
+            stream.seek(0)
+            stream.write(shard_header(self._tokens))
         self._files.close()
-        path = self._path()
+        paths = [self._path(kind) for kind in self._kinds]
         entry = {
-            "file": path.name,
+            "file": paths[0].name,
             "split": self._split,
             "tokens": self._tokens,
             "documents": self._documents,
+            "text_bytes": self._text_bytes,
+            "sha256": sha256_of(paths[0]),
         }
-        text_bytes = None if self._byte_counts is None else self._text_bytes
-        self.shards.append({**entry, "text_bytes": text_bytes, "sha256": sha256_of(path)})
-        self._stream, self._tokens, self._documents, self._text_bytes = None, 0, 0, 0
+        self.sidecars += [
+            {
+                "file": path.name,
+                "tokens": self._tokens,
+                "bytes": self._text_bytes,
+                "sha256": sha256_of(path),
+            }
+            for path in paths[1:]
+        ]
+        self.shards.append(entry)
+        self._streams, self._tokens, self._documents, self._text_bytes = [], 0, 0, 0
 
-    def _path(self) -> Path:
-        return self._out / SHARD_NAME.format(split=self._split, index=len(self.shards))
+    def _path(self, kind: str) -> Path:
+        return self._out / SHARD_NAME.format(split=kind, index=len(self.shards))
 
 
 def earlier_output(job: Job) -> list[Path]:
@@ -835,7 +918,7 @@ def earlier_output(job: Job) -> list[Path]:
     A tokenizer in that folder that this job uses is not included.
     """
     pattern = re.compile(
-        r"(fineweb_(train|val)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?"
+        r"(fineweb_(train|val|val_bytes)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?"
     )
     found = sorted(path for path in job.out.glob("*") if pattern.fullmatch(path.name))
     own = job.tokenizer.resolve() if job.tokenizer else None
@@ -861,11 +944,12 @@ def prepare(job: Job) -> dict:
     if earlier and not job.overwrite:
         raise InputError(f"{job.out}: already contains {earlier[0].name}. Replace it with --overwrite.")
     list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # no file twice or in both splits
-    given = _read_model(job.tokenizer) if job.tokenizer else None
+    symbols = case_ops.OPERATORS if job.case_ops else ""
+    given = _read_model(job.tokenizer, symbols) if job.tokenizer else None
     found = survey(job)
     if left_out := found.left_out.describe():
         print(left_out, file=sys.stderr)
-    model = given or train_tokenizer(found.sample, job.vocab_size)
+    model = given or train_tokenizer(found.sample, job.vocab_size, symbols)
     found.sample = []
     job.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -885,14 +969,14 @@ def prepare(job: Job) -> dict:
     return manifest
 
 
-def _read_model(path: Path) -> bytes:
+def _read_model(path: Path, symbols: str) -> bytes:
     try:
         model = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not model:  # SentencePiece would abort the process
         raise InputError(f"{path}: an empty file, not a SentencePiece model")
-    load_tokenizer(model, str(path))
+    load_tokenizer(model, str(path), symbols)
     return model
 
 
@@ -901,18 +985,19 @@ def _write_tokens(job: Job, model: bytes, found: Survey) -> dict:
     with atomic_file(job.out / "tokenizer.model") as stream:
         stream.write(model)
     sp = load_tokenizer(model, "tokenizer.model")
-    byte_counts = token_bytes(sp) if is_lossless(sp) else None
-    shards = _write_shards(job, model, byte_counts, sum(found.text_bytes.values()))
-    splits = {split: _total(split, shards, found) for split in SPLITS}
+    lossless = is_lossless(sp)
+    shards, sidecars = _write_shards(job, model, sum(found.text_bytes.values()))
+    splits = {split: _total(split, shards, found, lossless) for split in SPLITS}
     return {
         "version": MANIFEST_VERSION,
         "name": escaped(job.name),
         **job.entries,
+        **({"case_ops": _case_ops_entry(sidecars)} if job.case_ops else {}),
         "tokenizer": {
             "file": "tokenizer.model",
             "sha256": hashlib.sha256(model).hexdigest(),
             "vocab_size": sp.vocab_size(),
-            "lossless": byte_counts is not None,
+            "lossless": lossless,
             "bos_id": BOS_ID,
         },
         "splits": splits,
@@ -924,6 +1009,19 @@ def _write_tokens(job: Job, model: bytes, found: Survey) -> dict:
     }
 
 
+def _case_ops_entry(sidecars: list[dict]) -> dict:
+    """Return the manifest's account of a CaseOps export.
+
+    The bytes of all tokens are those of all targets: the first token is BOS and stands for none.
+    """
+    return {
+        "operators": [f"U+{ord(operator):04X}" for operator in case_ops.OPERATORS],
+        "val_tokens": sum(sidecar["tokens"] for sidecar in sidecars),
+        "val_target_bytes": sum(sidecar["bytes"] for sidecar in sidecars),
+        "sidecars": sidecars,
+    }
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically; characters that UTF-8 cannot encode become JSON escapes."""
     with atomic_file(path) as stream:
@@ -932,34 +1030,38 @@ def write_json(path: Path, content: dict) -> None:
         )
 
 
-def _write_shards(job: Job, model: bytes, byte_counts: np.ndarray | None, total_bytes: int) -> list[dict]:
+def _write_shards(job: Job, model: bytes, total_bytes: int) -> tuple[list[dict], list[dict]]:
+    """Write all shards and sidecars and return their manifest entries."""
     with contextlib.ExitStack() as stack:
         writers = {
-            split: stack.enter_context(ShardWriter(job.out, split, job.shard_tokens, byte_counts))
+            split: stack.enter_context(
+                ShardWriter(job.out, split, job.shard_tokens, sidecar=job.case_ops and split == "val")
+            )
             for split in SPLITS
         }
         progress = stack.enter_context(
             tqdm(desc="encoding", total=total_bytes, unit="B", unit_scale=True, disable=None)
         )
-        batches = stack.enter_context(
-            contextlib.closing(encode_batches(model, make_batches(read_documents(job)), job.workers))
+        batches = make_batches(read_documents(job))
+        encoded = stack.enter_context(
+            contextlib.closing(encode_batches(model, job.case_ops, batches, job.workers))
         )
-        for batch, tokens in batches:
-            writers[batch.split].write(tokens)
+        for batch, tokens, counts in encoded:
+            writers[batch.split].write(tokens, counts)
             progress.update(sum(len(text.encode()) for text in batch.texts))
         for writer in writers.values():
             writer.finish()
-        return [shard for writer in writers.values() for shard in writer.shards]
+        shards = [shard for writer in writers.values() for shard in writer.shards]
+        return shards, writers["val"].sidecars
 
 
-def _total(split: str, shards: list[dict], found: Survey) -> dict:
+def _total(split: str, shards: list[dict], found: Survey, lossless: bool) -> dict:
     """Add up a split's shards and compare the totals with those of the first pass."""
     own = [shard for shard in shards if shard["split"] == split]
     counted = {key: sum(shard[key] or 0 for shard in own) for key in ("documents", "text_bytes", "tokens")}
     expected = {"documents": found.documents[split], "text_bytes": found.text_bytes[split]}
     for key, number in expected.items():
-        lossy = key == "text_bytes" and any(shard[key] is None for shard in own)
-        if counted[key] != number and not lossy:
+        if counted[key] != number and (lossless or key != "text_bytes"):
             raise InputError(
                 f"{split}: {number} {key} in the first pass, {counted[key]} encoded. Did an input file "
                 "change?"
@@ -1149,6 +1251,11 @@ def describe(manifest: dict) -> str:
         ratio = f", {total['text_bytes'] / total['tokens']:.4f} bytes/token" if total["tokens"] else ""
         size = f"{total['documents']:,} documents, {total['text_bytes']:,} bytes"
         lines.append(f"{split}: {size}, {total['tokens']:,} tokens{ratio}")
+    if totals := manifest.get("case_ops"):
+        lines.append(
+            f"case_ops: {totals['val_tokens']:,} validation tokens, {totals['val_target_bytes']:,} bytes of "
+            f"their targets, {len(totals['sidecars'])} sidecars"
+        )
     return "\n".join(lines)
 
 
@@ -1227,6 +1334,11 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
     )
     parser.add_argument(
         "--seed", type=int, default=1337, help="seed of the hash split and the tokenizer sample"
+    )
+    parser.add_argument(
+        "--case-ops",
+        action="store_true",
+        help="lower-case text with operators for capitals, and the bytes of each validation token",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier preparation in DIR")
     options = vars(parser.parse_args(arguments))
