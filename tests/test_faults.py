@@ -124,7 +124,8 @@ class Job:
     def __init__(self, work: Path, env: dict[str, str], launch: str = "torchrun"):
         self.work, self.run, self.launch = work.resolve(), work.resolve() / "runs" / env["RUN_ID"], launch
         log = self.run / "train.log"
-        self.seen = log.stat().st_size if log.exists() else 0
+        found = log.stat() if log.exists() else None
+        self.old_log, self.seen = (found.st_ino, found.st_size) if found else (None, 0)
         base, trainer = {"OMP_NUM_THREADS": "1", **inherited(), **env}, str(ROOT / "train_gpt.py")
         torchrun, port = ["-m", "torch.distributed.run"], free_port()
         meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=faults"]
@@ -158,10 +159,12 @@ class Job:
     def log(self) -> str:
         """What this job added to train.log."""
         try:
-            data = (self.run / "train.log").read_bytes()
+            with (self.run / "train.log").open("rb") as file:
+                is_old = os.fstat(file.fileno()).st_ino == self.old_log  # a run without a step gets a new one
+                file.seek(self.seen if is_old else 0)
+                return file.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
-        return data[self.seen if len(data) >= self.seen else 0 :].decode(errors="replace")
 
     def rank(self, rank: int) -> int | None:
         """The process of a rank, once it is there; None where the job ended before."""
