@@ -726,7 +726,8 @@ def prepare(
     if problems:
         raise UserError("\n".join(problems))
     memory = tg.check_memory(stand_in(config), ("score", "slots"))
-    byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
+    shards = tg.find_shards(config.shards("val"))
+    byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size, shards)
     if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
         raise UserError(
             f"TOKENIZER_PATH={config.tokenizer_path}: the artifact was trained with another tokenizer"
@@ -799,7 +800,7 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     finite, ArithmeticError where the score is not that of the losses.
     """
     setup, tokens, path = inputs[:3]
-    c, num_bytes = setup.config, setup.byte_table.count(tokens[:-1], tokens[1:])
+    c, num_bytes = setup.config, setup.byte_table.of_text(tokens)
     compiled = setup.nll_fn is not tg.token_nll
     if compiled:
         warm_up(setup)

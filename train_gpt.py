@@ -82,7 +82,7 @@ def shown(text: object) -> str:
 # has them. The environment variable is the field's name in capitals. Whatever is wrong is said at once,
 # before anything starts: a typo in a sweep costs money.
 
-ALL_WEIGHTS = "bank embed memory head proj scalar"  # the groups of PARAM_GROUPS that the artifact holds
+ALL_WEIGHTS = "bank embed memory head proj gate smear scalar"  # groups of PARAM_GROUPS, as in the artifact
 
 
 class TTTMode(NamedTuple):
@@ -152,6 +152,9 @@ class Config:
     mlp_leaky_slope: float = setting(0.5, "activation LeakyReLU(slope)^2; 0: ReLU^2", 0, 1)
     star_relu: bool = setting(False, "learned scale and bias per hidden channel after the activation")
     block_order: str = setting("", "comma list: bank row of each layer (depth recurrence); empty: each once")
+    loop_shared: bool = setting(False, "repeats in BLOCK_ORDER share gates and scales, not only matrices")
+    parallel_start_layer: int = setting(0, "second half: bank row from which attention and MLP have residual "
+                                        "lanes of their own; 0: one lane", 0)
     tie_embeddings: bool = setting(True, "share one matrix between embedding and output head")
     logit_softcap: float = setting(30.0, "softcap: logits = cap * tanh(logits / cap); 0: off", 0)
     rope_base: float = setting(10000.0, "base of the rotary frequencies", 1)
@@ -159,17 +162,24 @@ class Config:
     rope_ntk_len: int = setting(1024, "TRAIN_SEQ_LEN above which ROPE_BASE is scaled (NTK); 0: never", 0)
     qk_gain_init: float = setting(1.5, "initial query gain per head", 0)
     xsa_last_n: int = setting(11, "number of last bank rows with exclusive self-attention", 0)
+    xsa_learned: bool = setting(False, "learn the fraction of exclusive self-attention of each head")
+    attn_gate: int = setting(0, "inputs of a gate per head after attention; 0: no gate", 0)
+    attn_gate_scale: float = setting(0.5, "factor of the attention gate's inputs", 0)
+    key_offset: int = setting(0, "dimension from which keys are those of the token before; 0: none", 0)
     ln_scale: bool = setting(True, "scale the norms of bank row l by 1 / sqrt(l + 1)")
     resid_mix: bool = setting(True, "mix the first embedding into the input of every block, per channel")
     phase_resid_mix: bool = setting(False, "initial mix: first embedding (early layers) to stream (late)")
     unet_skips: bool = setting(True, "U-Net skips: first-half outputs feed the second half, last to first")
     skip_gates: bool = setting(False, "blend skips in by a sigmoid gate per channel instead of adding them")
     smear_gate: bool = setting(True, "SmearGate: blend each embedding with its left neighbor's")
+    smear_inputs: int = setting(0, "SmearGate before the norm, by so many inputs of the token; 0: after it, "
+                                "by channel", 0)
     bigram_vocab_size: int = setting(3072, "rows of the hashed bigram table; 0: no table", 0)
     bigram_dim: int = setting(112, "width of the bigram table", 1)
     bigram_hash: str = setting("xor", "bigram hash: of #198 (xor) or #494 (linear)", ("xor", "linear"))
     pos_conditional_bigram: bool = setting(False, "give word-start tokens one half of the bigram rows")
     word_start_boost: bool = setting(False, "learned factor of the bigram embedding at word starts")
+    bigram_signs: bool = setting(False, "fixed random signs per bigram, so that collisions cancel")
     doc_borders: str = setting("respect", "what stays within a document: smear and bigram (respect), "
                                "attention too, or nothing (published)", ("respect", "attention", "published"))
     ve_enabled: bool = setting(True, "shared value embeddings in VE_LAYERS")
@@ -189,6 +199,8 @@ class Config:
     warmdown_frac: float = setting(0.0, "LR warmdown, fraction of the run; 0: WARMDOWN_ITERS", 0, 1)
     warmdown_shape: str = setting("linear", "LR warmdown shape", ("linear", "cosine"))
     min_lr: float = setting(0.0, "LR floor, fraction of the peak", 0, 1)
+    min_lr_shape: str = setting("blend", "blend: fall to MIN_LR over the warmdown; floor: as to 0, but stop "
+                                "at MIN_LR", ("blend", "floor"))
     matrix_lr: float = setting(0.025, "Muon LR of the banks", 0)
     scalar_lr: float = setting(0.025, "AdamW LR of gates, scales, and small projections", 0)
     tied_embed_lr: float = setting(0.035, "AdamW LR of the embeddings with a tied head", 0)
@@ -199,15 +211,27 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum of the first step", 0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", 0)
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
+    muon_coeffs: str = setting("quintic", "Newton-Schulz coefficients: always the same (quintic), or those "
+                               "of Polar Express", ("quintic", "polar"))
+    muon_row_norm: bool = setting(False, "normalize the rows of an update before Newton-Schulz (MuonEq-R)")
+    normuon_beta2: float = setting(0.0, "NorMuon: decay of the rows' second moments; 0: off", 0, 0.9999)
     muon_wd: float = setting(0.04, "decoupled weight decay of the banks", 0)
+    muon_cautious_wd: bool = setting(False, "decay only entries that the update also shrinks")
     cautious_muon: bool = setting(False, "drop update entries whose sign is not the gradient's")
-    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW's matrices; vectors have none", 0)
+    adam_wd: float = setting(0.04, "decoupled weight decay of AdamW's matrices", 0)
+    embed_wd: float = setting(-1.0, "decoupled weight decay of the embeddings; below 0: ADAM_WD", -1)
+    scalar_wd: float = setting(0.0, "decoupled weight decay of gates, gains, and scales", 0)
     beta1: float = setting(0.9, "AdamW beta1", 0, 0.9999)
     beta2: float = setting(0.95, "AdamW beta2", 0, 0.999999)
     adam_eps: float = setting(1e-8, "AdamW epsilon", 0)
     grad_clip_norm: float = setting(0.3, "maximum global gradient norm; 0: no clipping", 0)
     ema_enabled: bool = setting(True, "export the exponential moving average of the weights")
     ema_decay: float = setting(0.997, "EMA decay per step", 0, 0.999999)
+    ema_export_share: float = setting(1.0, "share of the average in the export; the rest is the last "
+                                      "weights", 0, 1)
+    ema_nesterov_beta: float = setting(0.0, "before a step, move along the average movement of the weights, "
+                                       "times so much and the LR scale; 0: off", 0, 0.9999)
+    ema_nesterov_gamma: float = setting(0.99, "decay of that average per step", 0, 0.999999)
     ema_update_every: int = setting(1, "steps between EMA updates, each with EMA_DECAY to that power", 1)
     swa_enabled: bool = setting(False, "export the mean of late snapshots (of the EMA, if that is on)")
     swa_every: int = setting(50, "steps between SWA snapshots", 1)
@@ -215,6 +239,10 @@ class Config:
     loop_start_frac: float = setting(0.0, "fraction of the run before BLOCK_ORDER's repeats switch on", 0, 1)
     mtp_num_heads: int = setting(0, "multi-token prediction heads, in training only", 0)
     mtp_loss_weight: float = setting(0.2, "weight of the mean multi-token prediction loss", 0)
+    mtp_weights: str = setting("", "comma list: loss weights of the targets after the next one, by the same "
+                               "head; each falls to 0 in its part of the run, the last one first")
+    prefix_loss_weight: float = setting(0.0, "loss weight of the longest token that begins the target, for "
+                                        "two thirds of the run", 0)
     zloss_weight: float = setting(0.0, "z-loss: weight of the mean squared log partition function", 0)
     late_qat: bool = setting(False, "QAT: round the banks per row in late steps, not as the export does")
     late_qat_threshold: float = setting(0.15, "LR scale below which LATE_QAT rounds", 0, 1)
@@ -338,8 +366,28 @@ class Config:
         return int_list(self.block_order) or list(range(self.num_layers))
 
     @property
+    def block_layers(self) -> list[int]:
+        """The bank row of each module in GPT.blocks: one a row, or one a layer of the forward pass."""
+        return list(range(self.num_layers)) if self.loop_shared else self.block_rows
+
+    @property
+    def lanes_last(self) -> bool:
+        """Whether the second half of the layers ends with those from PARALLEL_START_LAYER on."""
+        parallel = [row >= self.parallel_start_layer for row in self.block_rows[len(self.block_rows) // 2 :]]
+        return any(parallel) and parallel == sorted(parallel)
+
+    @property
     def token_lr(self) -> float:
         return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
+
+    @property
+    def token_wd(self) -> float:
+        return self.adam_wd if self.embed_wd < 0 else self.embed_wd
+
+    @property
+    def ahead_weights(self) -> list[float]:
+        """Loss weights of the targets after the next one."""
+        return [float(part) for part in self.mtp_weights.split(",") if part.strip()]
 
     @property
     def step_seqs(self) -> int:
@@ -506,17 +554,16 @@ def is_block_list(text: str, num_layers: int) -> bool:
     return not text or (is_list and max(int_list(text)) < num_layers)
 
 
-def inconsistencies(c: Config) -> list[str]:
-    """Contradictions between settings that are each valid on their own, one message each."""
-    blocks_ok = partial(is_block_list, num_layers=c.num_layers)
-    ve_ok = not c.ve_enabled or (c.ve_layers and blocks_ok(c.ve_layers))
+Rules = list[tuple[Any, str]]  # whether settings agree, and what to say where they do not
+
+
+def model_rules(c: Config) -> Rules:
+    """Rules for the settings of the model."""
+    ve_ok = not c.ve_enabled or (c.ve_layers and is_block_list(c.ve_layers, c.num_layers))
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers)
-    order_ok = blocks_ok(c.block_order) and set(c.block_rows) == set(range(c.num_layers))
+    order_ok = is_block_list(c.block_order, c.num_layers) and set(c.block_rows) == set(range(c.num_layers))
     last = c.num_layers - 1
-    by_documents = TTT_MODES[c.ttt_mode].by_documents
-    rules = [
-        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: must be a folder of runs/"),
-        (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
+    return [
         (c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} does not divide MODEL_DIM={c.model_dim}"),
         (c.num_heads % c.num_kv_heads == 0,
          f"NUM_KV_HEADS={c.num_kv_heads} does not divide NUM_HEADS={c.num_heads}"),
@@ -532,6 +579,18 @@ def inconsistencies(c: Config) -> list[str]:
         (order_ok, f"BLOCK_ORDER={c.block_order!r}: must list every bank row from 0 to {last} at least once"),
         (c.loop_start_frac == 0 or not order_ok or len(c.block_rows) > c.num_layers,
          "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
+        (not c.loop_shared or not order_ok or len(c.block_rows) > c.num_layers,
+         "LOOP_SHARED needs a BLOCK_ORDER with repeats"),
+        (not c.parallel_start_layer or not order_ok or c.lanes_last,
+         f"PARALLEL_START_LAYER={c.parallel_start_layer}: a lower bank row follows in BLOCK_ORDER, or none "
+         "of the second half is as high"),
+        (not c.key_offset or c.rotary_dims <= c.key_offset < c.head_dim,
+         f"KEY_OFFSET={c.key_offset}: from ROPE_DIMS={c.rotary_dims} to {c.head_dim - 1}"),
+        (max(c.attn_gate, c.smear_inputs) <= c.model_dim,
+         f"ATTN_GATE={c.attn_gate} and SMEAR_INPUTS={c.smear_inputs}: at most MODEL_DIM={c.model_dim}"),
+        (c.smear_gate or not c.smear_inputs, "SMEAR_INPUTS needs SMEAR_GATE"),
+        (c.bigram_vocab_size or not c.bigram_signs, "BIGRAM_SIGNS needs BIGRAM_VOCAB_SIZE"),
+        (c.xsa_last_n or not c.xsa_learned, "XSA_LEARNED needs XSA_LAST_N"),
         (c.resid_mix or not c.phase_resid_mix, "PHASE_RESID_MIX needs RESID_MIX"),
         (c.unet_skips or not c.skip_gates, "SKIP_GATES needs UNET_SKIPS"),
         (c.num_memory_tokens + c.mtp_num_heads < min(c.train_seq_len, c.eval_seq_len), "NUM_MEMORY_TOKENS="
@@ -539,13 +598,30 @@ def inconsistencies(c: Config) -> list[str]:
         (c.doc_borders != "attention" or not c.num_memory_tokens, "DOC_BORDERS=attention would hide "
          "NUM_MEMORY_TOKENS from all but the first document of a sequence"),
         (ve_ok, f"VE_LAYERS={c.ve_layers!r}: must list distinct bank rows from 0 to {last}"),
+        (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
+    ]  # fmt: skip
+
+
+def run_rules(c: Config) -> Rules:
+    """Rules for the settings of training, export, and evaluation."""
+    blocks_ok, last = partial(is_block_list, num_layers=c.num_layers), c.num_layers - 1
+    by_documents = TTT_MODES[c.ttt_mode].by_documents
+    return [
+        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: must be a folder of runs/"),
+        (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
+        (re.fullmatch(r"\s*|\s*\d*\.?\d+\s*(,\s*\d*\.?\d+\s*)*", c.mtp_weights),
+         f"MTP_WEIGHTS={c.mtp_weights!r}: must list numbers from 0 on"),
+        (c.mtp_weights.count(",") + 2 < min(c.train_seq_len, c.eval_seq_len) - c.num_memory_tokens,
+         f"MTP_WEIGHTS={c.mtp_weights} leaves no target in a sequence"),
+        (c.muon_coeffs == "quintic" or c.muon_backend_steps <= 5,
+         f"MUON_BACKEND_STEPS={c.muon_backend_steps}: Polar Express has 5 steps"),
+        (c.ema_export_share == 1 or c.ema_enabled or c.swa_enabled, "EMA_EXPORT_SHARE needs an average"),
         (c.train_batch_tokens % c.train_seq_len == 0 and c.step_seqs % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} "
          f"sequences of TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.quant_steps == "two_sided" or not c.quant_trellis, "QUANT_TRELLIS needs QUANT_STEPS=two_sided"),
         (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: "
          "two-sided scales give every weight its bits"),
-        (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
         (c.phases["train"] > 0.05, "META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave under 5 % to train"),
         (not by_documents or (c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1),
          f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones or on the text's "
@@ -561,7 +637,11 @@ def inconsistencies(c: Config) -> list[str]:
         (c.eval_stride <= c.eval_seq_len,
          f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
-    return [message for ok, message in rules if not ok]
+
+
+def inconsistencies(c: Config) -> list[str]:
+    """Contradictions between settings that are each valid on their own, one message each."""
+    return [message for ok, message in (*model_rules(c), *run_rules(c)) if not ok]
 
 
 def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str]]:
@@ -921,25 +1001,35 @@ def read_listing(shard: str) -> Listing | None:
     return None
 
 
-def find_shards(pattern: str) -> list[str]:
-    """Shards that match a glob, sorted by name.
+SIDECAR = re.compile(r"(?<![a-z])bytes(?![a-z]).*\.bin$")  # of CaseOps exports: the bytes of each token
 
-    UserError if there are none, or if byte sidecars lie beside them: these have the shape of shards, but hold
-    the bytes of each token, and without them bpb is wrong.
+
+def find_shards(pattern: str) -> list[str]:
+    """Shards that match a glob, sorted by name, without byte sidecars, which have the shape of shards.
+
+    UserError if there are none, or for a sidecar that is not beside its shard as in the published export:
+    bpb would be wrong.
     """
-    paths = sorted(glob(pattern))
+    paths = [path for path in sorted(glob(pattern)) if not SIDECAR.search(os.path.basename(path))]
     if not paths:
         raise UserError(
             f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)"
         )
-    sidecar = re.compile(r"(?<![a-z])bytes(?![a-z]).*\.bin$")
     for folder in sorted({os.path.dirname(path) for path in paths}):
-        if sidecars := sorted(filter(sidecar.search, os.listdir(folder or "."))):
-            raise UserError(
-                f"{os.path.join(folder, sidecars[0])}: a byte sidecar, which is not supported: bpb of these "
-                "shards would be wrong. Use an export without sidecars."
-            )
+        for name in filter(SIDECAR.search, sorted(os.listdir(folder or "."))):
+            shard = os.path.join(folder, name.replace("_val_bytes_", "_val_"))
+            if "_val_bytes_" not in name or not os.path.exists(shard):
+                raise UserError(f"{os.path.join(folder, name)}: a byte sidecar without its shard")
     return paths
+
+
+def find_sidecars(shards: Sequence[str]) -> tuple[str, ...]:
+    """Byte sidecars of validation shards, or none. UserError if some have one and others have none."""
+    found = [str(Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_"))) for path in shards]
+    lacking = [path for path in found if not os.path.exists(path) or path in shards]
+    if lacking and len(lacking) < len(found):
+        raise UserError(f"{lacking[0]}: no such byte sidecar, but other validation shards have theirs")
+    return () if lacking else tuple(found)
 
 
 class TokenStream:
@@ -1131,20 +1221,38 @@ class ByteTable(NamedTuple):
 
     A piece counts its UTF-8 bytes without the leading space, and the space counts one more unless the token
     before is a boundary (control, unknown, or unused): the field's rule. Under a lossless tokenizer nothing
-    is a boundary, and the counted bytes are those of the text.
+    is a boundary, and the counted bytes are those of the text. Sidecars of the validation text, where it has
+    some, count instead: the tokens of a CaseOps export stand for another text than their own.
     """
 
     base_bytes: np.ndarray  # int64
     has_leading_space: np.ndarray  # bool
     is_boundary: np.ndarray  # bool
+    sidecars: tuple[str, ...] = ()
+
+    def of_text(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of each target of the validation text or of its beginning, tokens (n,) -> (n - 1,)."""
+        if self.sidecars:
+            return sidecar_bytes(self.sidecars)[1 : len(tokens)]
+        return self.count(tokens[:-1], tokens[1:])
 
     def count(self, previous: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Bytes of each target, int64; previous: the token before it."""
         return self.base_bytes[target] + (self.has_leading_space[target] & ~self.is_boundary[previous])
 
 
-def load_byte_table(path: str, vocab_size: int) -> ByteTable:
-    """ByteTable of a SentencePiece model. UserError if it is missing, broken, or not for this vocabulary."""
+@lru_cache(maxsize=1)
+def sidecar_bytes(paths: tuple[str, ...]) -> np.ndarray:
+    """Bytes of each token by the sidecars of all shards, int32 (tokens,)."""
+    return np.concatenate([open_shard(path) for path in paths]).astype(np.int32)
+
+
+def load_byte_table(path: str, vocab_size: int, shards: Sequence[str] = ()) -> ByteTable:
+    """ByteTable of a SentencePiece model, with the sidecars of validation shards.
+
+    UserError if the model is missing, broken, or not for this vocabulary, or if it has CaseOps' operators and
+    the shards have no sidecars.
+    """
     import sentencepiece as spm
 
     if not Path(path).is_file():  # SentencePiece aborts the process over a folder or an empty name
@@ -1172,7 +1280,36 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
         piece = sp.id_to_piece(i)
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
-    return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary)
+    sidecars = find_sidecars(shards)
+    if shards and not sidecars and sp.piece_to_id("\ue001") != sp.unk_id():
+        raise UserError(f"TOKENIZER_PATH={path} is of a CaseOps export, but {shards[0]} has no byte sidecar")
+    return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary, sidecars)
+
+
+def prefix_tokens(path: str) -> np.ndarray:
+    """For each token of a SentencePiece model the longest other token that begins its bytes, int64 (V,).
+
+    -1 where there is none. Sorted by bytes, a token's prefixes are those still open when it comes.
+    """
+    import sentencepiece as spm
+
+    sp = spm.SentencePieceProcessor(model_proto=Path(path).read_bytes())
+    found, texts, opened = np.full(sp.vocab_size(), -1), {}, []
+    for i in range(sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        if sp.is_byte(i):
+            texts[i] = bytes.fromhex(piece[3:5])
+        elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
+            texts[i] = piece.replace("\u2581", " ").encode()
+    for text, i in sorted((text, i) for i, text in texts.items() if text):
+        while opened and not text.startswith(opened[-1][0]):
+            opened.pop()
+        if opened and opened[-1][0] == text:  # a byte piece and a character
+            found[i] = found[opened[-1][1]]
+        else:
+            found[i] = opened[-1][1] if opened else -1
+            opened.append((text, i))
+    return found
 
 
 def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str) -> tuple[float, float]:
@@ -1187,6 +1324,7 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
     tokens = np.concatenate([np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in shards])
     text = {i: sp.id_to_piece(i).replace("\u2581", " ") for i in np.unique(tokens[1:]).tolist()}
     plain = {i for i in text if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))}
+    sidecars = [Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_")) for path in shards]
     occurs = np.bincount(tokens[1:])
     num_bytes = sum(int(occurs[i]) * (1 if sp.is_byte(i) else len(text[i].encode())) for i in plain)
     if (
@@ -1198,6 +1336,9 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
             i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         ]
         num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
+    if sidecars[0].exists() and str(sidecars[0]) not in shards:
+        entries = [np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in sidecars]
+        num_bytes = int(np.concatenate(entries)[1:].sum())
     total = float(np.sum(nll, dtype=np.longdouble))
     return total / (len(tokens) - 1), total / math.log(2) / num_bytes
 
@@ -1252,7 +1393,14 @@ def read_validation(
     check_listing(stream, tokenizer_sha256, "val")
     tokens = stream.read_all()
     check_length(len(tokens), config.eval_seq_len)
-    check_fingerprint(len(tokens), int(byte_table.count(tokens[:-1], tokens[1:]).sum()), config.shards("val"))
+    if byte_table.sidecars:
+        counted = sidecar_bytes(byte_table.sidecars)
+        if len(counted) != len(tokens) or counted[tokens == BOS_ID].any():
+            raise UserError(
+                f"{byte_table.sidecars[0]}: not the byte sidecar of these shards: {len(counted)} entries for "
+                f"{len(tokens)} tokens, or bytes for a BOS"
+            )
+    check_fingerprint(len(tokens), int(byte_table.of_text(tokens).sum()), config.shards("val"))
     return tokens, stream.paths
 
 
@@ -1459,7 +1607,9 @@ class AttentionContext(NamedTuple):
     sin: Tensor
     half: int
     documents: Tensor | None  # (B, past + T)
+    first: Tensor | None  # (B, past + T), for KEY_OFFSET: the token has no predecessor
     cache: Cache | None
+    depth: int = 0  # of the layer, which has keys and values of its own in the cache
 
 
 def rotate(x: Tensor, context: AttentionContext) -> Tensor:
@@ -1476,15 +1626,25 @@ def rotate(x: Tensor, context: AttentionContext) -> Tensor:
     return x * context.cos + partner * context.sin
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+def exclude_self(y: Tensor, v: Tensor, share: Tensor | None = None) -> Tensor:
     """Exclusive self-attention (arXiv 2603.09078): y minus its component along the token's own value.
 
-    y (B, T, H, D), v (B, T, K, D); query head h belongs to value head h // (H / K).
+    y (B, T, H, D), v (B, T, K, D); query head h belongs to value head h // (H / K). share (..., H): how much
+    of the component; None: all of it.
     """
     y = y.unflatten(2, (v.size(2), -1))  # (B, T, K, H / K, D)
     v = v.unsqueeze(3).expand_as(y)
     projection = (y * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-24)
+    if share is not None:
+        projection = projection * share.to(y.dtype).unflatten(-1, y.shape[2:4]).unsqueeze(-1)
     return (y - projection * v).flatten(2, 3)
+
+
+def offset_keys(k: Tensor, begin: int, first: Tensor) -> Tensor:
+    """Keys (B, T, K, D) whose dimensions from `begin` on are those of the token before: an induction head
+    in one layer (modded-nanogpt, PR 169). first (B, T): a token without predecessor, which gets zeros."""
+    before = F.pad(k[..., begin:], (0, 0, 0, 0, 1, -1)).masked_fill(first[..., None, None], 0)
+    return torch.cat((k[..., :begin], before), dim=-1)
 
 
 class Weights(NamedTuple):
@@ -1536,6 +1696,9 @@ def lookup(weight: Tensor, ids: Tensor) -> Tensor:
     return F.embedding(ids + tables * weight.size(1), weight.flatten(0, 1))
 
 
+SIGN_ROWS = 8192  # of BIGRAM_SIGNS
+
+
 class FactorizedEmbedding(nn.Module):
     """An embedding of its own width, projected to `out` features and scaled: hashed bigrams, values."""
 
@@ -1545,9 +1708,10 @@ class FactorizedEmbedding(nn.Module):
         self.proj = nn.Linear(width, out, bias=False)
         self.scale = None if scale is None else nn.Parameter(torch.tensor(scale))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """ids (B, T) -> (B, T, out) of `dtype`."""
-        out = lookup(self.embed.weight, ids).to(dtype) @ self.proj.weight.to(dtype).mT
+    def forward(self, ids: Tensor, dtype: torch.dtype, signs: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> (B, T, out) of `dtype`; signs (B, T, width): factors of the embedding."""
+        out = lookup(self.embed.weight, ids).to(dtype)
+        out = (out if signs is None else out * signs) @ self.proj.weight.to(dtype).mT
         return out if self.scale is None else self.scale.to(dtype) * out
 
 
@@ -1583,9 +1747,9 @@ class SmearGate(nn.Module):
 
 
 class Cache(dict):
-    """State of the tokens read so far: "ids" (B, T), and keys and values by Attention module."""
+    """State of the tokens read so far: "ids" (B, T), and keys and values by depth."""
 
-    def append(self, of: str | nn.Module, *new: Tensor) -> tuple[Tensor, ...]:
+    def append(self, of: str | int, *new: Tensor) -> tuple[Tensor, ...]:
         """Add tensors (B, T, ...) under the key `of`; returns all that is kept there."""
         old = self.get(of, [part[:, :0] for part in new])
         self[of] = tuple(torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
@@ -1599,7 +1763,13 @@ class Attention(nn.Module):
         super().__init__()
         self.kernel, self.head_dim = kernel, config.head_dim
         self.exclusive = layer >= config.num_layers - config.xsa_last_n
+        self.gate_scale, self.key_offset = config.attn_gate_scale, config.key_offset
         self.q_gain = nn.Parameter(torch.full((config.num_heads,), config.qk_gain_init))
+        gate = torch.zeros(config.num_heads, config.attn_gate)
+        self.attn_gate_w = nn.Parameter(gate) if config.attn_gate else None
+        # tanh(2) is 0.96: it begins near the whole, which XSA without a fraction takes
+        alpha = torch.full((config.num_heads,), 2.0)
+        self.xsa_alpha = nn.Parameter(alpha) if config.xsa_learned and self.exclusive else None
 
     def forward(
         self, x: Tensor, weights: BlockWeights, context: AttentionContext, value: Tensor | None
@@ -1610,9 +1780,15 @@ class Attention(nn.Module):
         v = v if value is None else v + value
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, T, heads, D)
         q, k = rotate(rms_norm(q, self.q_gain.unsqueeze(-1)), context), rotate(rms_norm(k), context)
-        keys, values = (k, v) if context.cache is None else context.cache.append(self, k, v)
+        keys, values = (k, v) if context.cache is None else context.cache.append(context.depth, k, v)
+        if self.key_offset:
+            keys = offset_keys(keys, self.key_offset, context.first)
         y = self.kernel(q, keys, values, context.documents)  # (B, T, H, D)
-        y = exclude_self(y, v) if self.exclusive else y
+        if self.exclusive:
+            y = exclude_self(y, v, None if self.xsa_alpha is None else self.xsa_alpha.tanh())
+        if self.attn_gate_w is not None:
+            gate = x[..., : self.attn_gate_w.size(-1)] @ self.attn_gate_w.to(x.dtype).mT  # (B, T, H)
+            y = y * (self.gate_scale * gate).sigmoid().unsqueeze(-1)
         return weights.product("o", y.flatten(2))
 
 
@@ -1631,7 +1807,7 @@ class StarReLU(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on the scaled norm of the stream and added back per channel.
 
-    layer: the bank row of its matrices. Blocks that share a row have gates and scales of their own.
+    layer: the bank row of its matrices.
     """
 
     def __init__(self, config: Config, layer: int, kernel: AttentionFn):
@@ -1664,6 +1840,33 @@ class Block(nn.Module):
             x = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.size(-1)))
         return x + self.mlp_update(x, weights)  # times mlp_scale, which weights.down carries
 
+    def forward_lanes(
+        self,
+        lanes: tuple[Tensor, Tensor],
+        x0: Tensor,
+        weights: BlockWeights,
+        context: AttentionContext,
+        value: Tensor | None,
+        positions: Tensor | None,
+        lambdas: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """As forward, on two lanes (#1855): attention reads the first, the MLP the second, neither the other.
+
+        lambdas: how much of a lane (..., lane), and of what attention and the MLP add (producer, ..., lane),
+        is in the new lanes.
+        """
+        updates = [self.attention_update(self.mix(lanes[0], x0), weights, context, value)]
+        if positions is not None:
+            index = positions.unsqueeze(-1).expand(-1, -1, x0.size(-1))
+            lanes, updates = [x.gather(1, index) for x in lanes], [x.gather(1, index) for x in updates]
+        updates.append(self.mlp_update(lanes[1], weights))
+        kept, added = (part.to(x0.dtype) for part in lambdas)
+        first, second = (
+            kept[..., i : i + 1] * lanes[i] + sum(added[n][..., i : i + 1] * updates[n] for n in (0, 1))
+            for i in (0, 1)
+        )
+        return first, second
+
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         """The stream with some of the first embedding x0 mixed back in, per channel."""
         if self.resid_mix is None:
@@ -1691,8 +1894,9 @@ class GPT(nn.Module):
 
     Bank row i has W_Q = qo_bank[i], W_O = qo_bank[L + i], W_K = kv_bank[i], W_V = kv_bank[L + i],
     mlp_up_bank[i], and mlp_down_bank[i]. State-dict names are those of the banked line (#399, #549, #1019).
-    With BLOCK_ORDER there are more blocks than bank rows; `looped` False leaves out those that use a row
-    again. word_start (V,): tokens that begin a word, for POS_CONDITIONAL_BIGRAM and WORD_START_BOOST.
+    BLOCK_ORDER may apply a bank row again, by a block of its own or, under LOOP_SHARED, by the same one;
+    `looped` False leaves that out. word_start (V,): tokens that begin a word, for POS_CONDITIONAL_BIGRAM and
+    WORD_START_BOOST.
     """
 
     BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
@@ -1721,19 +1925,31 @@ class GPT(nn.Module):
         self.register_buffer(
             "word_start", None if word_start is None else torch.tensor(word_start), persistent=False
         )
-        self.smear = SmearGate(config) if config.smear_gate else None
+        if config.bigram_signs:
+            heads = torch.rand(SIGN_ROWS, config.bigram_dim, generator=torch.Generator().manual_seed(0)) < 0.5
+            self.register_buffer("bigram_signs", (2 * heads - 1).to(dtype), persistent=False)
+        self.smear = SmearGate(config) if config.smear_gate and not config.smear_inputs else None
+        self.smear_gate = nn.Linear(config.smear_inputs, 1, bias=False) if config.smear_inputs else None
+        self.smear_lambda = nn.Parameter(torch.zeros(1)) if config.smear_inputs else None
         memory = (1, config.num_memory_tokens, d)
         self.memory_tokens = nn.Parameter(torch.empty(memory)) if config.num_memory_tokens else None
-        rows, skips = config.block_rows, len(config.block_rows) // 2
+        skips = len(config.block_rows) // 2
         self.skip_weights = nn.Parameter(torch.ones(skips, d)) if config.unet_skips and skips else None
         self.skip_gates = nn.Parameter(torch.zeros(skips, d)) if config.skip_gates and skips else None
-        self.blocks = nn.ModuleList(Block(config, row, kernel) for row in rows)
-        self.looped, self.first_uses = True, [rows.index(row) for row in range(L)]
+        lanes = config.parallel_start_layer > 0
+        self.parallel_post_lambdas = nn.Parameter(torch.ones(L, 2, 2)) if lanes else None
+        self.parallel_resid_lambdas = nn.Parameter(torch.full((L, 2), 1.1)) if lanes else None
+        self.blocks = nn.ModuleList(Block(config, row, kernel) for row in config.block_layers)
+        self.looped, self.first_uses = True, [config.block_layers.index(row) for row in range(L)]
         self.value_layers = config.value_layers
         self.ve_shared = None
         if self.value_layers:
             self.ve_shared = FactorizedEmbedding(config.vocab_size, config.ve_dim, config.kv_dim, scale=0.1)
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in self.value_layers)
+        terms = len(config.ahead_weights) + 1 if config.mtp_weights or config.prefix_loss_weight else 0
+        self.register_buffer("loss_weights", torch.zeros(terms) if terms else None, persistent=False)
+        no_prefix = torch.full((config.vocab_size,), -1) if config.prefix_loss_weight else None
+        self.register_buffer("prefixes", no_prefix, persistent=False)
         heads = range(config.mtp_num_heads)
         self.mtp_heads = nn.ModuleList(nn.Linear(d, config.vocab_size, bias=False) for _ in heads)
         for name, table in zip(("cos", "sin"), self.rotary(max(config.train_seq_len, 8192)), strict=True):
@@ -1750,6 +1966,8 @@ class GPT(nn.Module):
             nn.init.orthogonal_(matrix, generator=generator)
         self.qo_bank[L:].zero_()
         self.mlp_down_bank.zero_()
+        if self.smear_gate is not None:
+            self.smear_gate.weight.zero_()
         self.tok_emb.weight.normal_(0, self.config.tied_embed_init_std, generator=generator)
         # the k-th singular value, from 1, becomes the first one / sqrt(k) (#60)
         if self.config.overtone_init:
@@ -1776,7 +1994,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def start_loop(self) -> None:
         """Use all of BLOCK_ORDER from now on; a repeat begins with the scales of its row's first use."""
-        for block, row in zip(self.blocks, self.config.block_rows, strict=True):
+        for block, row in zip(self.blocks, self.config.block_layers, strict=True):
             block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
         self.looped = True
 
@@ -1804,18 +2022,25 @@ class GPT(nn.Module):
         context = self.attention_context(input_ids, x, cache)
         values = None if self.ve_shared is None else self.ve_shared(input_ids, self.dtype)  # (B, T, K * D)
         skips: list[Tensor] = []
-        half = len(applications) // 2
+        half, lane = len(applications) // 2, None
         for depth, (block, block_weights) in enumerate(zip(self.used_blocks(), applications, strict=True)):
+            in_lanes = depth >= half and 0 < self.config.parallel_start_layer <= block.layer
+            lane = x if in_lanes and lane is None else lane
             if self.skip_weights is not None and depth >= half and skips:
                 x = self.add_skip(x, skips.pop(), depth - half)
             value = None
             if block.layer in self.value_layers:
                 value = self.ve_layer_scales[self.value_layers.index(block.layer)].to(x.dtype) * values
-            is_last = depth == len(applications) - 1
-            x = block(x, x0, block_weights, context, value, positions if is_last else None)
+            context = context._replace(depth=depth)
+            given = (x0, block_weights, context, value, positions if depth == len(applications) - 1 else None)
+            if in_lanes:
+                lambdas = (self.parallel_resid_lambdas, self.parallel_post_lambdas)
+                x, lane = block.forward_lanes((x, lane), *given, tuple(part[block.layer] for part in lambdas))
+            else:
+                x = block(x, *given)
             if depth < half:
                 skips.append(x)
-        return x
+        return x if lane is None else (x + lane) / 2
 
     def banks(self) -> dict[str, Tensor]:
         """The four banks by name."""
@@ -1823,7 +2048,9 @@ class GPT(nn.Module):
 
     def used_blocks(self) -> list[Block]:
         """The blocks of a forward pass, in their order."""
-        return list(self.blocks) if self.looped else [self.blocks[i] for i in sorted(self.first_uses)]
+        rows, shared = self.config.block_rows, self.config.loop_shared
+        used = [depth for depth, row in enumerate(rows) if self.looped or row not in rows[:depth]]
+        return [self.blocks[rows[depth] if shared else depth] for depth in used]
 
     def weights(self, banks: Mapping[str, Tensor] | None = None) -> Weights:
         """Fuse the four banks (banks: others, by name) and the blocks' residual scales into Weights."""
@@ -1878,7 +2105,14 @@ class GPT(nn.Module):
         tables = (self.cos, self.sin) if length <= len(self.cos) else self.rotary(length, like.device)
         cos, sin = (table[length - count : length].to(like.dtype) for table in tables)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        return AttentionContext(cos, sin, self.config.rotary_dims // 2, documents, cache)
+        first = self.without_predecessor(ids) if self.config.key_offset else None
+        return AttentionContext(cos, sin, self.config.rotary_dims // 2, documents, first, cache)
+
+    def without_predecessor(self, ids: Tensor) -> Tensor:
+        """Whether each token (B, T) is the first of its row, or of its document where that counts."""
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first[:, 0] = True
+        return first if self.config.doc_borders == "published" else first | (ids == BOS_ID)
 
     def rotary(self, length: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin (length, 1, D) for `rotate`, stored: compiled kernels would recompute the angles."""
@@ -1896,17 +2130,22 @@ class GPT(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> the first embedding (B, T, d): token, hashed bigram, norm, smear."""
-        first = torch.zeros_like(input_ids, dtype=torch.bool)
-        first[:, 0] = True
-        if self.config.doc_borders != "published":
-            first = first | (input_ids == BOS_ID)
+        first = self.without_predecessor(input_ids)
         x = lookup(self.tok_emb.weight, input_ids).to(self.dtype)
         if self.bigram is not None:
-            hashed = self.bigram(bigram_rows(self.config, input_ids, first, self.word_start), self.dtype)
+            rows, signs = bigram_rows(self.config, input_ids, first, self.word_start), None
+            if self.config.bigram_signs:
+                pairs = torch.bitwise_xor(F.pad(input_ids, (1, -1)), input_ids).masked_fill(first, 0)
+                signs = self.bigram_signs[pairs % SIGN_ROWS]
+            hashed = self.bigram(rows, self.dtype, signs)
             if self.word_start_boost is not None:
                 starts = self.word_start[input_ids].unsqueeze(-1)  # (B, T, 1)
                 hashed = (1 + starts * (self.word_start_boost - 1)).to(x.dtype) * hashed
             x = x + hashed
+        if self.smear_gate is not None:
+            before = F.pad(x, (0, 0, 1, -1)).masked_fill(first.unsqueeze(-1), 0)
+            opened = (x[..., : self.config.smear_inputs] @ self.smear_gate.weight.to(x.dtype).mT).sigmoid()
+            x = x + self.smear_lambda.to(x.dtype) * opened * before
         x = rms_norm(x)
         x = x if self.smear is None else self.smear(x, first)
         if self.memory_tokens is not None:
@@ -1951,15 +2190,43 @@ def token_nll(
     return nll(torch.func.functional_call(model, dict(replaced or {}), (input_ids,), extra), targets)
 
 
-def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weights | None = None) -> Tensor:
-    """Mean nll of all targets but those at memory tokens, plus z-loss and multi-token prediction loss.
+def softer_targets(model: GPT, logits: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    """Loss (B, T) of further targets under the logits (B, T, V) of the next one, times model.loss_weights.
 
-    Head k, from 1, predicts at each position the target k positions later. weights as in GPT.stream.
+    Further targets are the longest token that begins the target (modded-nanogpt, PR 337), then those after
+    it in the same document (PR 178). losses (B, T): of the target; all share its normalizer.
+    """
+    prefix_weight, *weights = model.loss_weights
+    own = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T)
+    total, inside = torch.zeros_like(losses), torch.ones_like(targets, dtype=torch.bool)
+
+    def of(other: Tensor, exists: Tensor) -> Tensor:
+        reached = logits.gather(-1, other.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return (losses + own - reached).masked_fill(~exists, 0)
+
+    if model.prefixes is not None:
+        prefix = model.prefixes[targets]
+        total = prefix_weight * of(prefix, prefix >= 0)
+    for k, weight in enumerate(weights, 1):
+        inside = inside & (F.pad(targets, (1 - k, k - 1), value=BOS_ID) != BOS_ID)
+        ahead = F.pad(targets, (-k, k), value=-1)
+        total = total + weight * of(ahead, inside & (ahead >= 0))
+    return total
+
+
+def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weights | None = None) -> Tensor:
+    """Mean nll of all targets but those at memory tokens, plus the terms that the settings ask for.
+
+    Those are z-loss, multi-token prediction (head k, from 1, predicts at each position the target k positions
+    later), and `softer_targets`. weights as in GPT.stream.
     """
     c = model.config
     x, targets = model.stream(input_ids, weights)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
     logits = model.head(x)
-    loss = nll(logits, targets).mean()
+    losses = nll(logits, targets)
+    if model.loss_weights is not None:
+        losses = losses + softer_targets(model, logits, targets, losses)
+    loss = losses.mean()
     if c.zloss_weight:
         loss = loss + c.zloss_weight * logits.logsumexp(-1).square().mean()
     for k, head in enumerate(model.mtp_heads, 1):
@@ -2007,24 +2274,27 @@ class ParamGroup(NamedTuple):
     name: str  # of the group; TTT_MODES names groups by it
     optimizer: str
     lr: str  # the setting, or a property of Config
-    decay: str | None
+    decay: str  # the setting, or a property of Config
     stored: str  # in the artifact: as int8 codes, as float16, or "": not at all
     is_matrix: bool  # the last two axes; otherwise it is a stack of vectors, or a number
     pattern: str
 
 
-# Gates, gains, and scales have no decay: it would pull them to zero, whatever they learn.
+# Gates, gains, and scales have no decay by default: it would pull them to zero, whatever they learn.
 PARAM_GROUPS = (
     ParamGroup("bank", "muon", "matrix_lr", "muon_wd", "codes", True, r"(qo|kv|mlp_up|mlp_down)_bank"),
     ParamGroup("mtp", "muon", "matrix_lr", "muon_wd", "", True, r"mtp_heads\.\d+\.weight"),
-    ParamGroup("embed", "adamw", "token_lr", "adam_wd", "codes", True,
+    ParamGroup("embed", "adamw", "token_lr", "token_wd", "codes", True,
                r"(tok_emb|(bigram|ve_shared)\.embed)\.weight"),
     ParamGroup("memory", "adamw", "token_lr", "adam_wd", "float16", True, r"memory_tokens"),
     ParamGroup("head", "adamw", "head_lr", "adam_wd", "codes", True, r"lm_head\.weight"),
     ParamGroup("proj", "adamw", "scalar_lr", "adam_wd", "codes", True, r"(bigram|ve_shared)\.proj\.weight"),
-    ParamGroup("scalar", "adamw", "scalar_lr", None, "float16", False,
+    ParamGroup("gate", "adamw", "scalar_lr", "scalar_wd", "codes", True, r"blocks\.\d+\.attn\.attn_gate_w"),
+    ParamGroup("smear", "adamw", "scalar_lr", "scalar_wd", "float16", True, r"smear_gate\.weight"),
+    ParamGroup("scalar", "adamw", "scalar_lr", "scalar_wd", "float16", False,
                r"(bigram|ve_shared)\.scale|ve_layer_scales\.\d+|word_start_boost|skip_(weights|gates)"
-               r"|smear\.gate|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.q_gain|mlp\.(scale|bias))"),
+               r"|smear\.gate|smear_lambda|parallel_(post|resid)_lambdas"
+               r"|blocks\.\d+\.(attn_scale|mlp_scale|resid_mix|attn\.(q_gain|xsa_alpha)|mlp\.(scale|bias))"),
 )  # fmt: skip
 
 
@@ -2059,19 +2329,34 @@ def count_parameters(model: GPT) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if param_group(name).stored)
 
 
-def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5, eps: float = 1e-7, dtype=torch.bfloat16) -> Tensor:
+QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+POLAR_EXPRESS = (  # arXiv 2505.16932, as in #1855
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def zeropower_via_newtonschulz5(
+    G: Tensor,
+    coefficients: Sequence[tuple[float, float, float]] = QUINTIC,
+    eps: float = 1e-7,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
     """Push the singular values of each matrix of G (..., rows, cols) toward 1, keeping its singular vectors.
 
-    A quintic Newton-Schulz iteration on G / |G|_F, batched over leading axes, computed and returned in
-    `dtype`. The coefficients are tuned for slope at zero; after five steps singular values lie between about
-    0.7 and 1.2 (https://kellerjordan.github.io/posts/muon). A zero matrix stays zero.
+    A Newton-Schulz step per coefficients (of x, x^3, x^5) on G / |G|_F, batched over leading axes, computed
+    and returned in `dtype`. QUINTIC is tuned for slope at zero; after five steps singular values lie between
+    about 0.7 and 1.2 (https://kellerjordan.github.io/posts/muon), by POLAR_EXPRESS between 0.86 and 1.14. A
+    zero matrix stays zero.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps)
-    for _ in range(steps):
+    for a, b, c in coefficients:
         A = X @ X.mT
         X = a * X + (b * A + c * (A @ A)) @ X
     return X.mT if tall else X
@@ -2137,21 +2422,18 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then orthogonalization of each matrix of each bank; decoupled weight decay.
 
     Parameters are (rows, out, in) banks, or single matrices. The update is scaled by sqrt(max(1, out / in)),
-    and by row_rates[bank] (rows, 1, 1) if there are some. cautious: drop the entries of an update whose sign
-    is not the gradient's, and rescale the others to the same mean (arXiv 2411.16085).
+    and by row_rates[bank] (rows, 1, 1) if there are some. CAUTIOUS_MUON drops the entries of an update whose
+    sign is not the gradient's, and rescales the others to the same mean (arXiv 2411.16085);
+    MUON_CAUTIOUS_WD spares weights that the update moves away from 0 (modded-nanogpt).
     """
 
     def __init__(
-        self,
-        groups: list[dict],
-        ns_steps: int,
-        dtype: torch.dtype,
-        cautious: bool,
-        row_rates: Mapping[Tensor, Tensor],
+        self, groups: list[dict], config: Config, dtype: torch.dtype, row_rates: Mapping[Tensor, Tensor]
     ):
         super().__init__(groups, dict(lr=0.02, weight_decay=0.0, momentum=0.95))
-        self.ns_steps, self.dtype = ns_steps, dtype
-        self.cautious, self.row_rates = cautious, row_rates
+        self.config, self.dtype, self.row_rates = config, dtype, row_rates
+        table = POLAR_EXPRESS if config.muon_coeffs == "polar" else QUINTIC[:1] * config.muon_backend_steps
+        self.coefficients = table[: config.muon_backend_steps]
         shards = [BankShard(p) for group in self.param_groups for p in group["params"]]
         self.shards = sorted(shards, key=lambda shard: -shard.bank.numel())
 
@@ -2173,31 +2455,51 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(gradient)
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient)
         update = gradient.add(buffer, alpha=momentum)
-        update = zeropower_via_newtonschulz5(update, self.ns_steps, dtype=self.dtype)
-        if self.cautious:
+        if self.config.muon_row_norm:
+            update /= update.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+        update = zeropower_via_newtonschulz5(update, self.coefficients, dtype=self.dtype)
+        if self.config.normuon_beta2:
+            update = self._equalize(update.to(buffer.dtype), state).to(self.dtype)
+        if self.config.cautious_muon:
             along = update * gradient > 0
             update *= along / along.float().mean((-2, -1), keepdim=True).clamp(min=1e-3)
         return update
 
+    def _equalize(self, update: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """NorMuon (arXiv 2510.05491): equal running sizes of a tall matrix' rows or a wide one's columns."""
+        along = -1 if update.size(-2) >= update.size(-1) else -2
+        square = update.square().mean(along, keepdim=True)
+        if "second_moment" not in state:
+            state["second_moment"] = torch.zeros_like(square)
+        moment = state["second_moment"].lerp_(square, 1 - self.config.normuon_beta2)
+        equal = update * moment.clamp(min=1e-10).rsqrt()
+        sizes = (part.norm(dim=(-2, -1), keepdim=True) for part in (update, equal))
+        return equal * (next(sizes) / next(sizes).clamp(min=1e-10))
+
     def _apply(self, p: Tensor, group: dict, arrived: Callable[[], Tensor]) -> None:
-        rates = self.row_rates.get(p, 1.0)
-        p.mul_(1 - group["lr"] * group["weight_decay"] * rates)
+        rates, decay = self.row_rates.get(p, 1.0), group["lr"] * group["weight_decay"]
+        if self.config.muon_cautious_wd:
+            decay = decay * (arrived() * p >= 0)
+        p.mul_(1 - decay * rates)
         p.add_(rates * arrived(), alpha=-group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the momentum of whole banks; a collective."""
+        """As torch's, with the state of whole banks; a collective."""
         shards = {shard.bank: shard for shard in self.shards}
         order = [p for group in self.param_groups for p in group["params"]]
-        whole = {number: dict(momentum_buffer=shards[p].start_gather(self.state[p]["momentum_buffer"])())
-                 for number, p in enumerate(order) if self.state.get(p)}  # fmt: skip
+        whole = {
+            number: {name: shards[p].start_gather(part)() for name, part in self.state[p].items()}
+            for number, p in enumerate(order)
+            if self.state.get(p)
+        }
         return super().state_dict() | dict(state=whole)
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Load the state of any number of ranks: each takes its rows."""
         super().load_state_dict(saved)
         for shard in self.shards:
-            if state := self.state.get(shard.bank):
-                state["momentum_buffer"] = shard.own(state["momentum_buffer"]).clone()
+            for name, part in self.state.get(shard.bank, {}).items():
+                self.state[shard.bank][name] = shard.own(part).clone()
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
@@ -2205,8 +2507,10 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
     If learning rates depend on depth, a bank row has that of its first use.
     """
-    groups, layers = group_parameters(model), len(config.block_rows)
-    by_layer = [1.0] * (layers // 2) + [config.decoder_lr_mult] * (layers - layers // 2)
+    groups, rows = group_parameters(model), config.block_rows
+    by_layer = [1.0] * (len(rows) // 2) + [config.decoder_lr_mult] * (len(rows) - len(rows) // 2)
+    if config.loop_shared:
+        by_layer = [by_layer[rows.index(row)] for row in config.block_layers]
     tables: dict[str, list[dict]] = {"muon": [], "adamw": []}
     for group in PARAM_GROUPS:
         members: dict[float, list[Tensor]] = {}
@@ -2215,14 +2519,14 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
             members.setdefault(by_layer[int(block[1])] if block else 1.0, []).append(p)
         for factor, params in members.items():
             lr = factor * getattr(config, group.lr)
-            weight_decay = getattr(config, group.decay) if group.decay else 0.0
-            tables[group.optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=weight_decay))
+            decay = getattr(config, group.decay)
+            tables[group.optimizer].append(dict(params=params, lr=lr, peak_lr=lr, weight_decay=decay))
     row_rates = {}
     if set(by_layer) != {1.0}:
         by_row = torch.tensor([by_layer[layer] for layer in model.first_uses], device=model.qo_bank.device)
         for bank in model.banks().values():
             row_rates[bank] = by_row.repeat(len(bank) // len(by_row)).view(-1, 1, 1)
-    muon = Muon(tables["muon"], config.muon_backend_steps, model.dtype, config.cautious_muon, row_rates)
+    muon = Muon(tables["muon"], config, model.dtype, row_rates)
     betas = (config.beta1, config.beta2)
     return [muon, torch.optim.AdamW(tables["adamw"], betas=betas, eps=config.adam_eps, fused=True)]
 
@@ -2241,7 +2545,7 @@ def run_length(config: Config, step: int, elapsed: float, budget: float) -> tupl
 
 
 def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
-    """LR before step `step` as a fraction of its peak: 1, then falling to MIN_LR.
+    """LR before step `step` as a fraction of its peak: 1, then falling to MIN_LR, as MIN_LR_SHAPE says.
 
     Arguments as for run_length.
     The warmdown takes WARMDOWN_FRAC of the run, or WARMDOWN_ITERS steps, and is linear or half a cosine.
@@ -2251,7 +2555,20 @@ def lr_scale(config: Config, step: int, elapsed: float, budget: float) -> float:
     scale = min(1.0, remaining / window) if window else 1.0
     if config.warmdown_shape == "cosine":
         scale = (1 - math.cos(math.pi * scale)) / 2
+    if config.min_lr_shape == "floor":
+        return max(scale, config.min_lr)
     return config.min_lr + (1 - config.min_lr) * scale
+
+
+def loss_weights(config: Config, done: float) -> list[float]:
+    """model.loss_weights at a fraction `done` of the run: PREFIX_LOSS_WEIGHT, then MTP_WEIGHTS.
+
+    n weights divide the run into n + 1 equal parts: the last one falls to 0 in the first part, and so on.
+    """
+    ahead = config.ahead_weights
+    left = [len(ahead) - k - (len(ahead) + 1) * done for k in range(len(ahead))]
+    falling = [weight * min(1.0, max(0.0, part)) for weight, part in zip(ahead, left, strict=True)]
+    return [config.prefix_loss_weight * min(1.0, max(0.0, 2 - 3 * done)), *falling]
 
 
 def short_run_warning(config: Config, step: int, elapsed: float, budget: float) -> str:
@@ -2281,7 +2598,17 @@ def momentum_at(config: Config, step: int) -> float:
 # ------------------------------------------------------------------------------------------------------------
 
 # The exported weights are an average: an EMA, the mean of late snapshots (tight SWA), or snapshots of the
-# EMA. Averages are float32; each update is one pass over the weights.
+# EMA. Another average, of the weights' movement, can drive them. All are float32, and each update is one pass
+# over the weights.
+
+
+def start_repeats(model: GPT, averages: Sequence[Tensor]) -> None:
+    """Begin averages (one a parameter) of repeats as their row's first use has it, as GPT.start_loop does."""
+    named = dict(zip((name for name, _ in model.named_parameters()), averages, strict=False))
+    for name, average in named.items():
+        if block := re.fullmatch(r"blocks\.(\d+)(\..+)", name):
+            first = model.first_uses[model.config.block_layers[int(block[1])]]
+            average.copy_(named[f"blocks.{first}{block[2]}"])
 
 
 class WeightAverage:
@@ -2309,15 +2636,6 @@ class WeightAverage:
             self.swa = self.swa or [torch.zeros_like(p) for p in source]
             torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
 
-    @torch.no_grad()
-    def start_loop(self, model: GPT) -> None:
-        """Begin the averages of repeats at those of their row's first use, as GPT.start_loop does."""
-        ema = dict(zip((name for name, _ in model.named_parameters()), self.ema or (), strict=False))
-        for name, average in ema.items():
-            if block := re.fullmatch(r"blocks\.(\d+)(\..+)", name):
-                first = model.first_uses[model.config.block_rows[int(block[1])]]
-                average.copy_(ema[f"blocks.{first}{block[2]}"])
-
     def state_dict(self) -> dict[str, Any]:
         return dict(ema=self.ema, swa=self.swa, snapshots=self.snapshots)
 
@@ -2333,8 +2651,54 @@ class WeightAverage:
         average = self.swa or self.ema
         if not average:
             return "none"
+        if (share := self.config.ema_export_share) < 1:
+            average = torch._foreach_lerp(self.live, average, share)
         torch._foreach_copy_(self.live, average)
         return f"swa of {self.snapshots} snapshots" if self.swa else f"ema {self.config.ema_decay}"
+
+
+class EMANesterov:
+    """Moves the weights along the average of their past movement before each step (modded-nanogpt, track 3).
+
+    Persistent drift is multiplied by 1 / (1 - EMA_NESTEROV_BETA), noise is not. Active between two fractions
+    of the run; the published 500 and N - 750 of 3,125 steps.
+    """
+
+    ACTIVE = (0.16, 0.76)
+
+    def __init__(self, model: GPT, config: Config):
+        self.config, self.live = config, [p.detach() for p in model.parameters()]
+        self.movement = [torch.zeros_like(p) for p in self.live]
+        self.before = [p.clone() for p in self.live]
+        self.scale = 1.0  # of the LR in the last step
+
+    @torch.no_grad()
+    def start_loop(self, model: GPT) -> None:
+        """Repeats begin as their row's first use, and have not moved since."""
+        start_repeats(model, self.movement)
+        torch._foreach_copy_(self.before, self.live)
+
+    @torch.no_grad()
+    def move(self, done: float) -> None:
+        """Before a step, at a fraction `done` of the run."""
+        if self.ACTIVE[0] <= done < self.ACTIVE[1]:
+            torch._foreach_add_(self.live, self.movement, alpha=self.config.ema_nesterov_beta * self.scale)
+
+    @torch.no_grad()
+    def observe(self, scale: float) -> None:
+        """After a step, taken at `scale` of the peak learning rate."""
+        moved = torch._foreach_sub(self.live, self.before)
+        torch._foreach_lerp_(self.movement, moved, 1 - self.config.ema_nesterov_gamma)
+        torch._foreach_copy_(self.before, self.live)
+        self.scale = scale
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(movement=self.movement, before=self.before, scale=self.scale)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        torch._foreach_copy_(self.movement, saved["movement"])
+        torch._foreach_copy_(self.before, saved["before"])
+        self.scale = saved["scale"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2580,7 +2944,7 @@ def score(
         raise LedgerError(f"{int((count != 1).sum())} targets were scored twice or never")
     losses = nll.cpu().numpy()
     total = float(losses.sum(dtype=np.float64))
-    num_bytes = int(byte_table.count(tokens[:-1], tokens[1:]).sum())
+    num_bytes = int(byte_table.of_text(tokens).sum())
     return Score(losses, total / len(losses), total / math.log(2) / num_bytes, time.perf_counter() - began)
 
 
@@ -2741,7 +3105,7 @@ class FastWeights:
             mask = torch.tensor(adapts * (len(base) // c.num_layers), device=base.device)
             return rate * mask.float().view(-1, 1, 1)
         block = re.match(r"blocks\.(\d+)\.", name)
-        return rate if not block or adapts[c.block_rows[int(block[1])]] else 0.0
+        return rate if not block or adapts[c.block_layers[int(block[1])]] else 0.0
 
     @torch.no_grad()
     def reset(self, sets: Any = slice(None), warm: bool = False) -> None:
@@ -4605,21 +4969,30 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
     c = replace(run.config, iterations=max(1, round(run.config.iterations * run.config.phases["train"])))
     optimizers, average, loader = make_optimizers(model, c), WeightAverage(model, c), Loader(run)
     parts = dict(muon=optimizers[0], adamw=optimizers[1], average=average)
+    if c.ema_nesterov_beta:
+        parts["nesterov"] = EMANesterov(model, c)
     if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
         parts["fomaml"] = inner_weights(model, c, "fomaml")
 
     def step(now: Moment) -> StepMetrics:
         number, *clock = now[:3]
         remaining, total = run_length(c, number, *clock)
-        if not model.looped and 1 - remaining / total >= c.loop_start_frac - 1e-9:
+        done = 1 - remaining / total
+        if not model.looped and done >= c.loop_start_frac - 1e-9:
             model.start_loop()
-            average.start_loop(model)
+            start_repeats(model, average.ema or ())
+            if "nesterov" in parts:
+                parts["nesterov"].start_loop(model)
             run.log.line(f"depth_recurrence:on step:{number + 1}")
         pace_known = 10 if now.budget and c.iterations >= c.warmdown_iters else 0
         if number == pace_known and (short := short_run_warning(c, number, *clock)):
             run.log.line(f"WARNING: {short}")
         scale = lr_scale(c, number, *clock)
         batches = loader.batches(number)
+        if model.loss_weights is not None:
+            model.loss_weights.copy_(torch.tensor(loss_weights(c, done)), non_blocking=True)
+        if "nesterov" in parts:
+            parts["nesterov"].move(done)
         if "fomaml" in parts and number % c.meta_ttt_every == 0 and scale > c.meta_ttt_min_scale:
             losses = fomaml_step(model, parts["fomaml"], rates, *meta_sequences(batches, c), nll_fn)
             rates.step(scale)
@@ -4630,6 +5003,8 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
                 run.log.line(f"meta_step:{number + 1} {losses}{rates_text(rates.factors())}")
         round_banks = c.late_qat and scale < c.late_qat_threshold
         metrics = train_step(loss_fn, model, batches, optimizers, scale, momentum_at(c, number), round_banks)
+        if "nesterov" in parts:
+            parts["nesterov"].observe(scale)
         average.update(number + 1, scale)
         return metrics
 
@@ -4978,7 +5353,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     attention, kernel, attention_notices = choose_attention(config.attention, device)
     split_batch(config)
     check_memory(config, TRAINING_PARTS)
-    byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
+    shards = find_shards(config.shards("val"))
+    byte_table = load_byte_table(config.tokenizer_path, config.vocab_size, shards)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
     stream = TokenStream(config.shards("train"), config.vocab_size)
     check_listing(stream, tokenizer_sha256, "train")
@@ -4987,7 +5363,7 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
             f"{stream.pattern}: {len(stream)} tokens, fewer than a sequence of "
             f"TRAIN_SEQ_LEN={config.train_seq_len}"
         )
-    check_disjoint(stream, find_shards(config.shards("val")))
+    check_disjoint(stream, shards)
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     coder_package(config.compressor)  # or a UserError, before anything is trained
     folder, lock = on_rank_0(lambda: make_run_folder(config))
@@ -5157,6 +5533,8 @@ def finish_run(
     on_rank_0(partial(keep_source, run.folder, environ, saved))
     model = GPT(config, compute_dtype(run.device), run.kernel, run.byte_table.has_leading_space)
     model = model.init_weights(config.seed).to(run.device)
+    if model.prefixes is not None:
+        model.prefixes.copy_(torch.from_numpy(prefix_tokens(config.tokenizer_path)))
     if world_size() > 1:
         # the initial matrices come from LAPACK, which differs between processors
         for parameter in model.parameters():

@@ -175,7 +175,8 @@ def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.C
 
 def read_text(config: tg.Config) -> tuple[np.ndarray, list[str], tg.ByteTable]:
     """Return the validation tokens, their shards, and the byte table. UserError if they do not match."""
-    table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
+    shards = tg.find_shards(config.shards("val"))
+    table = tg.load_byte_table(config.tokenizer_path, config.vocab_size, shards)
     return *tg.read_validation(config, table, tg.sha256_file(config.tokenizer_path)), table
 
 
@@ -411,7 +412,7 @@ def draw_nll(
 def nll(given: argparse.Namespace) -> None:
     """Compare the losses of two evaluations of the same text."""
     (a, b), tokens, byte_table = read_losses(given)
-    gain, num_bytes = a.astype(np.float64) - b, int(byte_table.count(tokens[:-1], tokens[1:]).sum())
+    gain, num_bytes = a.astype(np.float64) - b, int(byte_table.of_text(tokens).sum())
     report, sums = compare_nll(a, b, tokens, byte_table), np.bincount(documents_of(tokens), gain)
     bits = float(gain.sum()) / math.log(2) / num_bytes
     head = [

@@ -97,7 +97,7 @@ def document_table(
 ) -> str:
     """CSV: one line per document, in the order of the text; sums of nats."""
     begin, end = ev.documents(tokens)
-    num_bytes = byte_table.count(tokens[:-1], tokens[1:])
+    num_bytes = byte_table.of_text(tokens)
     lines = ["document,first_target,targets,bytes,nats,nats_adapted"]
     for number, (a, b) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
         sums = (float(x[a:b].sum(dtype=np.float64)) for x in (before, after))

@@ -339,15 +339,30 @@ def test_the_fingerprint_sees_more_than_the_beginning_of_a_shard(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "fineweb_val_bytes_000000.bin", "fineweb_train_bytes_000007.bin", "fineweb_val_000000_bytes.bin",
+    "fineweb_val_bytes_000001.bin", "fineweb_train_bytes_000000.bin", "fineweb_val_000000_bytes.bin",
     "fineweb_val_000000.bytes.bin",
 ])  # fmt: skip
 @pytest.mark.parametrize("pattern", ["fineweb_val_*.bin", "fineweb_val_0*.bin"])
-def test_byte_sidecars_are_never_read_as_text(stream, tmp_path, name, pattern):
+def test_byte_sidecars_without_a_shard_are_refused(stream, tmp_path, name, pattern):
     stream(20, split="val")
     write_shard(tmp_path / name, [3] * 20)
     message = message_of(TokenStream, f"{tmp_path}/{pattern}", VOCAB)
     assert name in message and "sidecar" in message
+
+
+def test_byte_sidecars_are_never_read_as_text(stream, tmp_path):
+    _, tokens = stream(20, 30, split="val")
+    shards = train_gpt.find_shards(f"{tmp_path}/fineweb_val_*.bin")
+    assert train_gpt.find_sidecars(shards) == ()
+    for index, length in enumerate((20, 30)):
+        write_shard(tmp_path / f"fineweb_val_bytes_{index:06d}.bin", [3] * length)
+        if not index:
+            message = message_of(train_gpt.find_sidecars, shards)
+            assert "fineweb_val_bytes_000001.bin" in message and "no such byte sidecar" in message
+    again = TokenStream(f"{tmp_path}/fineweb_val_*.bin", VOCAB)
+    assert again.paths == shards and np.array_equal(again.read_all(), tokens)
+    assert [Path(path).name for path in train_gpt.find_sidecars(shards)] == [
+        "fineweb_val_bytes_000000.bin", "fineweb_val_bytes_000001.bin"]  # fmt: skip
 
 
 def linked(val: Path, train: Path) -> None:

@@ -333,7 +333,7 @@ def test_the_averages_of_repeats_start_with_the_loop():
         zip((name for name, _ in model.named_parameters()), map(torch.clone, average.ema), strict=True)
     )
     model.start_loop()
-    average.start_loop(model)
+    train_gpt.start_repeats(model, average.ema)
     average.apply()
     for name, p in model.named_parameters():
         block, _, rest = name.removeprefix("blocks.").partition(".")

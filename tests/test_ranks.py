@@ -53,6 +53,9 @@ STEPPED = {  # rows of the banks: twice or once as many as layers
     "one layer, fewer rows than ranks": replace(CLIPPED, num_layers=1, ve_layers="0", xsa_last_n=1),
     "cautious, rates by depth, single matrices": replace(CLIPPED, cautious_muon=True, decoder_lr_mult=3.0,
                                                          mtp_num_heads=2),
+    "levers, single matrices": replace(CLIPPED, muon_row_norm=True, muon_coeffs="polar", normuon_beta2=0.9,
+                                       muon_cautious_wd=True, scalar_wd=0.1, attn_gate=7, smear_inputs=5,
+                                       parallel_start_layer=3, mtp_num_heads=1),
     "unclipped": replace(SMALL, grad_clip_norm=0.0),
 }  # fmt: skip
 RATES = dict(matrix_lr=0.02, scalar_lr=0.01, tied_embed_lr=0.01, muon_wd=0.1, adam_wd=0.1)
@@ -199,9 +202,9 @@ def in_float64(function: Callable, *args):
 
 WHOLE = {
     "plain": dict(CAUTIOUS_MUON="1", SWA_ENABLED="1", SWA_EVERY="2", SWA_THRESHOLD="0.7",
-                  DATA_ORDER="shuffled"),
+                  DATA_ORDER="shuffled", EMA_NESTEROV_BETA="0.3"),
     "fomaml": dict(META_TTT_ENABLED="1", META_TTT_EVERY="2", META_SGD_ENABLED="1", META_SGD_LR="0.1",
-                   MTP_NUM_HEADS="1"),
+                   MTP_NUM_HEADS="1", PREFIX_LOSS_WEIGHT="0.25", MTP_WEIGHTS="0.5,0.25"),
     "late": dict(META_TTT_ENABLED="1", META_TTT_OBJECTIVE="deployed", META_TTT_TIME_FRAC="0.3",
                  META_TTT_DOCS="4", META_TTT_PIECES="3", REPTILE_ENABLED="1", REPTILE_TIME_FRAC="0.2",
                  REPTILE_TASKS="4", META_SGD_ENABLED="1", META_SGD_LR="0.1"),

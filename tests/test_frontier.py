@@ -1,0 +1,363 @@
+"""The frontier's levers (#1855 and the public training improvements) against formulas written from their
+specification in numpy; causality, the cache, ranks, checkpoints."""
+
+import math
+from dataclasses import replace
+
+import frontier_oracle as oracle
+import numpy as np
+import pytest
+import torch
+from test_bytes import train_tokenizer  # noqa: F401
+from test_model import random_ids, random_model
+
+import train_gpt
+from train_gpt import BOS_ID, GPT, Cache, Config
+
+TINY = Config(
+    vocab_size=20, num_layers=5, model_dim=16, num_heads=4, num_kv_heads=2, mlp_mult=1.5, logit_softcap=5.0,
+    rope_dims=2, rope_base=50.0, rope_ntk_len=0, train_seq_len=12, xsa_last_n=5, bigram_vocab_size=0,
+    ve_enabled=False, smear_gate=False,
+)  # fmt: skip
+LOOP = dict(block_order="0,1,2,1,2,1,2,3,4", skip_gates=True)
+LEVERS = {
+    "nothing": {},
+    "loop": LOOP,
+    "shared loop": LOOP | dict(loop_shared=True),
+    "smear": dict(smear_gate=True, smear_inputs=6),
+    "gate": dict(attn_gate=5, attn_gate_scale=0.7),
+    "lanes": dict(parallel_start_layer=3),
+    "lanes, ungated skips": dict(parallel_start_layer=3, skip_gates=False),
+    "lanes without skips": dict(parallel_start_layer=4, unet_skips=False),
+    "key offset": dict(key_offset=2),
+    "learned XSA": dict(xsa_learned=True, xsa_last_n=3),
+    "documents": dict(doc_borders="attention", key_offset=3, smear_gate=True, smear_inputs=4),
+}
+ALL = LOOP | dict(loop_shared=True, smear_gate=True, smear_inputs=6, attn_gate=5, parallel_start_layer=3,
+                  key_offset=3, xsa_learned=True, doc_borders="attention")  # fmt: skip
+LEVERS["all"] = ALL
+
+
+def numpy_state(model: GPT) -> dict[str, np.ndarray]:
+    return {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def documents(rows: int = 2, length: int = 11, seed: int = 0) -> torch.Tensor:
+    """Token ids with documents that begin in the middle."""
+    ids = random_ids(rows, length, seed, TINY.vocab_size)
+    ids[:, 0], ids[0, 4], ids[1, 7:9] = BOS_ID, BOS_ID, BOS_ID
+    return ids
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("looped", [True, False])
+@pytest.mark.parametrize("changes", LEVERS.values(), ids=LEVERS)
+def test_logits_are_those_of_the_specification(changes, looped):
+    c = replace(TINY, **changes)
+    assert not train_gpt.inconsistencies(c)
+    model, ids = random_model(c), documents()
+    model.looped = looped
+    expected = oracle.forward(numpy_state(model), c, ids.numpy(), looped)
+    assert np.abs(model(ids).detach().numpy() - expected).max() < 1e-9
+
+
+def test_the_published_count_of_parameters():
+    c = Config(
+        vocab_size=8192, mlp_mult=4, bigram_vocab_size=0, ve_enabled=False, skip_gates=True,
+        block_order="0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10", loop_shared=True, smear_inputs=12, attn_gate=12,
+        parallel_start_layer=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert train_gpt.count_parameters(GPT(c)) == 35_945_671
+
+
+def test_gradients_by_finite_differences():
+    c = replace(TINY, **ALL)
+    model, ids, targets = random_model(c), documents(), random_ids(2, 11, 5, TINY.vocab_size)
+    train_gpt.nll(model(ids), targets).mean().backward()
+    state = numpy_state(model)
+    names = ("blocks.2.attn_scale blocks.1.mlp_scale blocks.2.resid_mix blocks.3.attn.attn_gate_w "
+             "blocks.1.attn.xsa_alpha blocks.2.attn.q_gain smear_gate.weight smear_lambda skip_weights "
+             "skip_gates parallel_post_lambdas parallel_resid_lambdas").split()  # fmt: skip
+    rng = np.random.default_rng(0)
+
+    def loss(name, values):
+        logits = oracle.forward(state | {name: values}, c, ids.numpy())
+        lse = np.log(np.exp(logits).sum(-1))
+        return (lse - np.take_along_axis(logits, targets.numpy()[..., None], -1)[..., 0]).mean()
+
+    for name in names:
+        some = rng.choice(state[name].size, min(3, state[name].size), replace=False)
+        expected = oracle.gradient(lambda x, name=name: loss(name, x), state[name], indices=some)
+        found = model.get_parameter(name).grad.numpy().flatten()[some]
+        assert np.allclose(found, np.ravel(expected)[-len(some):] if np.size(expected) == len(some)
+                           else np.ravel(expected)[some], atol=1e-7), name  # fmt: skip
+
+
+def test_initial_levers_change_little():
+    """Gates begin half open, or closed for smear; XSA begins near the whole."""
+    plain, model = (GPT(replace(TINY, **changes)).double() for changes in ({}, dict(attn_gate=5)))
+    plain.init_weights(0), model.init_weights(0)
+    with torch.no_grad():
+        plain.qo_bank[5:].normal_(generator=torch.Generator().manual_seed(1))
+        model.qo_bank.copy_(plain.qo_bank)
+        model.qo_bank[5:] *= 2
+    assert torch.allclose(plain(documents()), model(documents()), atol=1e-12)
+    smear = GPT(replace(TINY, smear_gate=True, smear_inputs=6)).double().init_weights(0)
+    smear.load_state_dict(smear.state_dict() | plain.state_dict())
+    assert torch.equal(smear(documents()), plain(documents()))
+
+
+@pytest.mark.parametrize("changes", LEVERS.values(), ids=LEVERS)
+def test_logits_do_not_depend_on_what_follows(changes):
+    model, ids = random_model(replace(TINY, **changes)), documents()
+    other = ids.clone()
+    other[:, 6:] = random_ids(2, 5, 9, TINY.vocab_size)
+    before, after = model(ids), model(other)
+    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("changes", [LEVERS["key offset"], LEVERS["shared loop"], ALL], ids=str)
+def test_the_cache_gives_the_logits_of_the_whole(changes):
+    model, ids = random_model(replace(TINY, **changes)), documents()
+    cache, parts = Cache(), []
+    for begin, end in ((0, 1), (1, 4), (4, 5), (5, 11)):
+        parts.append(model.head(model.stream(ids[:, begin:end], cache=cache)))
+    assert torch.allclose(torch.cat(parts, 1), model(ids), atol=1e-12)
+
+
+def test_positions_choose_among_the_logits_of_lanes():
+    model, ids = random_model(replace(TINY, **ALL)), documents()
+    positions = torch.tensor([[3, 7], [0, 10]])
+    expected = model(ids).gather(1, positions.unsqueeze(-1).expand(-1, -1, TINY.vocab_size))
+    assert torch.allclose(model(ids, positions=positions), expected, atol=1e-12)
+
+
+OF_LEVERS = [
+    "blocks.2.attn.attn_gate_w",
+    "blocks.1.attn.xsa_alpha",
+    "blocks.2.attn_scale",
+    "skip_gates",
+    "smear_gate.weight",
+    "smear_lambda",
+    "parallel_post_lambdas",
+    "parallel_resid_lambdas",
+]
+
+
+@pytest.mark.parametrize("name", OF_LEVERS)
+def test_weights_of_each_document(name):
+    """A model whose parameter differs between rows gives each row the logits of its own model."""
+    model, ids = random_model(replace(TINY, **ALL)), documents()
+    fast = train_gpt.FastWeights(model, replace(model.config, ttt_optimizer="sgd"), name, sets=2)
+    fast.values = {name: value.double() for name, value in fast.values.items()}
+    fast.values[name][1] += 0.3
+    replaced, _ = fast.weights(fast.used())
+    together = torch.func.functional_call(model, replaced, (ids,))
+    for row in (0, 1):
+        alone = torch.func.functional_call(model, {name: fast.values[name][row]}, (ids[row : row + 1],))
+        assert torch.allclose(together[row], alone[0], atol=1e-6)
+    assert not torch.allclose(together[1], model(ids)[1], atol=1e-3)
+
+
+def test_signs_of_bigrams():
+    c = replace(TINY, bigram_vocab_size=7, bigram_dim=6, bigram_signs=True)
+    model, ids = random_model(c), documents()
+    signs = model.bigram_signs
+    assert signs.shape == (8192, 6) and set(signs.unique().tolist()) == {-1, 1} and abs(signs.mean()) < 0.02
+    assert "bigram_signs" not in model.state_dict() and torch.equal(
+        signs, random_model(c, seed=3).bigram_signs
+    )
+    first = model.without_predecessor(ids)
+    rows = train_gpt.bigram_rows(c, ids, first, None)
+    table, proj = model.bigram.embed.weight, model.bigram.proj.weight
+    x = model.tok_emb.weight[ids].clone()
+    for b in range(2):
+        for t in range(ids.size(1)):
+            pair = 0 if first[b, t] else int(ids[b, t - 1]) ^ int(ids[b, t])
+            x[b, t] += model.bigram.scale * (proj @ (table[rows[b, t]] * signs[pair]))
+    assert torch.allclose(model.embed(ids), train_gpt.rms_norm(x), atol=1e-12)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(loop_shared=True), "LOOP_SHARED needs a BLOCK_ORDER"),
+    (dict(parallel_start_layer=5), "PARALLEL_START_LAYER=5"),
+    (dict(parallel_start_layer=3, block_order="0,1,2,3,4,2"), "PARALLEL_START_LAYER=3"),
+    (dict(key_offset=1), "KEY_OFFSET=1"), (dict(key_offset=4), "KEY_OFFSET=4"),
+    (dict(attn_gate=17), "ATTN_GATE=17"), (dict(smear_inputs=4), "SMEAR_INPUTS needs SMEAR_GATE"),
+    (dict(bigram_signs=True), "BIGRAM_SIGNS needs"), (dict(xsa_learned=True, xsa_last_n=0), "XSA_LEARNED"),
+    (dict(mtp_weights="0.5,x"), "MTP_WEIGHTS"), (dict(muon_coeffs="polar", muon_backend_steps=6), "Polar"),
+    (dict(ema_export_share=0.5, ema_enabled=False), "EMA_EXPORT_SHARE"),
+], ids=str)  # fmt: skip
+def test_contradictions(changes, words):
+    assert any(words in text for text in train_gpt.inconsistencies(replace(TINY, **changes)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Muon
+# ------------------------------------------------------------------------------------------------------------
+
+
+def muon_of(bank: torch.Tensor, steps: int = 1, lr: float = 0.1, decay: float = 0.0, **changes) -> list:
+    """Gradients that were drawn, and the bank after each step."""
+    p = torch.nn.Parameter(bank.clone())
+    muon = train_gpt.Muon([dict(params=[p], lr=lr, weight_decay=decay, momentum=0.9)], Config(**changes),
+                          torch.float64, {})  # fmt: skip
+    generator, found = torch.Generator().manual_seed(3), []
+    for _ in range(steps):
+        p.grad = torch.randn(bank.shape, generator=generator, dtype=torch.float64)
+        gradient = p.grad.clone()
+        muon.step()
+        found.append((gradient, p.detach().clone()))
+    return found
+
+
+BANK = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("coeffs", ["quintic", "polar"])
+@pytest.mark.parametrize("row_norm", [False, True])
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("cautious", [False, True])
+def test_updates_are_those_of_the_specification(coeffs, row_norm, beta2, wide, cautious):
+    bank = BANK.mT.contiguous() if wide else BANK
+    found = muon_of(bank, 3, decay=0.5, muon_coeffs=coeffs, muon_row_norm=row_norm, normuon_beta2=beta2,
+                    muon_cautious_wd=cautious)  # fmt: skip
+    table = oracle.POLAR_EXPRESS if coeffs == "polar" else oracle.QUINTIC
+    for row in (0, 1):
+        p, buffer, s = bank[row].numpy(), np.zeros(bank.shape[1:]), 0.0
+        s = np.zeros(bank.shape[1]) if not wide else np.zeros(bank.shape[2])
+        for gradient, after in found:
+            update, buffer = oracle.muon_update(gradient[row].numpy(), buffer, 0.9, row_norm, table)
+            if beta2:
+                update, s = oracle.normuon(update, s, beta2)
+            update = update * math.sqrt(max(1, bank.shape[1] / bank.shape[2]))
+            p = oracle.cautious_decay(p, update, 0.1, 0.5) if cautious else p * (1 - 0.1 * 0.5) - 0.1 * update
+            assert np.abs(after[row].numpy() - p).max() < 1e-6
+
+
+def test_the_range_of_polar_express():
+    """Singular values from 0.001 to 1 of the norm come to 0.859 to 1.141, in exact arithmetic."""
+    u, v = (torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64)).Q for _ in range(2))
+    values = torch.logspace(-2.9, 0, 9, dtype=torch.float64)
+    matrix = u @ torch.diag(values) @ v
+    found = train_gpt.zeropower_via_newtonschulz5(matrix, train_gpt.POLAR_EXPRESS, dtype=torch.float64)
+    assert torch.all((torch.linalg.svdvals(found) > 0.8588) & (torch.linalg.svdvals(found) < 1.1412))
+    assert torch.equal(
+        train_gpt.zeropower_via_newtonschulz5(0 * matrix, train_gpt.POLAR_EXPRESS), 0 * matrix.bfloat16()
+    )
+
+
+def test_decay_and_schedule_of_1855():
+    levers = ALL | dict(block_order="", loop_shared=False, bigram_vocab_size=9)
+    rates = dict(muon_wd=0.095, embed_wd=0.085, scalar_wd=0.02, adam_wd=0.3)
+    schedule = dict(min_lr=0.1, min_lr_shape="floor", warmdown_frac=0.85, iterations=1000)
+    c = replace(TINY, **levers, **rates, **schedule)
+    scales = [train_gpt.lr_scale(c, round(1000 * done), 0.0, 0.0) for done in (0, 0.15, 0.5, 0.915, 1)]
+    assert scales == pytest.approx([1, 1, 0.5 / 0.85, 0.1, 0.1])
+    model = GPT(c)
+    groups = [group for optimizer in train_gpt.make_optimizers(model, c) for group in optimizer.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    named = {"tok_emb.weight": 0.085, "bigram.embed.weight": 0.085, "bigram.proj.weight": 0.3}
+    for name, p in model.named_parameters():
+        assert decay[id(p)] == (0.095 if name.endswith("_bank") else named.get(name, 0.02)), name
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Averages
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_movement_drives_the_weights():
+    """A quadratic, against the specification's steps by hand; inactive at both ends of the run."""
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
+    c = Config(ema_nesterov_beta=0.6, ema_nesterov_gamma=0.9)
+    start, nesterov = model.p.detach().numpy().astype(np.float64), train_gpt.EMANesterov(model, c)
+    curvature, scales = np.array([0.3, 1.0, 2.0]), [1.0, 1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2]
+    found = []
+    for number, scale in enumerate(scales):
+        nesterov.move(number / len(scales))
+        with torch.no_grad():
+            model.p -= 0.2 * scale * torch.tensor(curvature, dtype=torch.float32) * model.p
+        nesterov.observe(scale)
+        found.append(model.p.detach().clone().numpy())
+    steps = [lambda x, scale=scale: x - 0.2 * scale * curvature * x for scale in scales]
+
+    def beta(number):
+        return 0.6 * scales[number - 1] if 0.16 <= number / len(scales) < 0.76 else 0.0
+
+    for ours, theirs in zip(found, oracle.ema_nesterov(start, steps, beta, 0.9), strict=True):
+        assert np.abs(ours - theirs).max() < 1e-6
+    again = train_gpt.EMANesterov(model, c)
+    again.load_state_dict(nesterov.state_dict())
+    assert torch.equal(again.movement[0], nesterov.movement[0]) and again.scale == 0.2
+
+
+def test_a_share_of_the_average_is_exported():
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(torch.zeros(3))
+    average = train_gpt.WeightAverage(model, Config(ema_decay=0.5, ema_export_share=0.6))
+    with torch.no_grad():
+        model.p += 1
+    average.update(1, 1.0)
+    average.apply()
+    assert torch.allclose(model.p, torch.full((3,), 0.4 * 1 + 0.6 * 0.5))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Further targets
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_further_targets():
+    """Against cross-entropies by loops: prefixes, and targets that follow in the same document."""
+    c = replace(TINY, prefix_loss_weight=0.25, mtp_weights="0.5,0.2")
+    model, ids = random_model(c), documents(2, 12)
+    prefixes = torch.tensor([-1 if i % 3 else i // 2 for i in range(c.vocab_size)])
+    model.prefixes.copy_(prefixes)
+    model.loss_weights.copy_(torch.tensor([0.25, 0.5, 0.2]))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    log_p = model(inputs).log_softmax(-1)
+    total = 0.0
+    for b in range(2):
+        for t in range(11):
+            y = targets[b]
+            total -= log_p[b, t, y[t]]
+            if prefixes[y[t]] >= 0:
+                total -= 0.25 * log_p[b, t, prefixes[y[t]]]
+            for k, weight in ((1, 0.5), (2, 0.2)):
+                if t + k < 11 and BOS_ID not in y[t : t + k]:
+                    total -= weight * log_p[b, t, y[t + k]]
+    assert float(train_gpt.training_loss(model, inputs, targets)) == pytest.approx(
+        float(total) / 22, abs=1e-6
+    )
+    model.loss_weights.zero_()
+    plain = random_model(TINY)
+    assert float(train_gpt.training_loss(model, inputs, targets)) == float(
+        train_gpt.training_loss(plain, inputs, targets)
+    )
+
+
+def test_weights_of_further_targets_fall_part_by_part():
+    c = Config(prefix_loss_weight=0.25, mtp_weights="0.5,0.25")
+    found = [train_gpt.loss_weights(c, done) for done in (0, 1 / 6, 1 / 3, 0.5, 2 / 3, 0.9)]
+    expected = [(0.25, 0.5, 0.25), (0.25, 0.5, 0.125), (0.25, 0.5, 0), (0.125, 0.25, 0), (0, 0, 0), (0, 0, 0)]
+    assert np.allclose(found, expected)
+
+
+def test_prefixes_of_a_tokenizer(train_tokenizer):  # noqa: F811
+    sp, path = train_tokenizer(byte_fallback=True)
+    texts = []
+    for i in range(sp.vocab_size()):
+        piece = sp.id_to_piece(i)
+        special = sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
+        texts.append(b"" if special else bytes([int(piece[1:-1], 16)]) if sp.is_byte(i)
+                     else piece.replace("\u2581", " ").encode())  # fmt: skip
+    assert train_gpt.prefix_tokens(path).tolist() == oracle.prefix_table(texts)
+    assert (train_gpt.prefix_tokens(path) >= 0).sum() > 20
