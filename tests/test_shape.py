@@ -13,7 +13,7 @@ BUDGETS = {
     # measure                                 train_gpt.py        eval_ttt.py
     #                                         aim    reached      aim    reached
     "lines":                                ((3800, 5638),       (740, 1057)),
-    "settings":                             ((198, 188),         None),
+    "settings":                             ((188, 188),         None),
     "long functions":                       ((0, 0),             (0, 0)),
     "forward references":                   ((0, 0),             (0, 0)),
     "one-caller helpers":                   ((None, 80),         (None, 17)),
