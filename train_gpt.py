@@ -282,6 +282,10 @@ class Config:
     quant_trellis: bool = setting(False, "two_sided: trellis-coded quantization")
     matrix_bits: int = setting(6, "bits per code of the banks, in sigmas, clip, and late rounding", 3, 8)
     matrix_clip_sigmas: float = setting(6.0, "clip range of a bank row, sigmas and late rounding, in sd", 0.5)
+    attn_clip_sigmas: float = setting(0.0, "the same of attention's banks; 0: MATRIX_CLIP_SIGMAS", 0)
+    mlp_clip_sigmas: float = setting(0.0, "the same of the MLP's banks; 0: MATRIX_CLIP_SIGMAS", 0)
+    embed_bits: int = setting(8, "bits per code of the embeddings, in sigmas and clip", 3, 8)
+    gptq_embed: bool = setting(False, "GPTQ on the matrix of the head, by the Hessian of what it reads")
     embed_clip_sigmas: float = setting(0.0, "clip range of a table row, in sd; 0: its largest entry", 0)
     grad_quant: bool = setting(False, "one bit more or less by mean squared gradient (#398)")
     grad_quant_int7_frac: float = setting(0.1, "fraction of matrices with one bit more", 0, 1)
@@ -332,6 +336,9 @@ class Config:
     ttt_top_frac: float = setting(1.0, "fraction of a scored chunk to adapt on, highest loss first", 0.001, 1)
     ttt_lora_rank: int = setting(8, "adapter rank", 1)
     ttt_lora_alpha: float = setting(8.0, "adapter scale is alpha / rank", 0)
+    ttt_lora_form: str = setting("series", "series: adapters by bank row; parallel: by application of a "
+                                 "block, those of O and MLP beside them", ("series", "parallel"))
+    ttt_matrices: str = setting("qkvomh", "parallel adapters: of q, k, v, o, MLP, head")
     ttt_warm_start_a: bool = setting(False, "keep the adapters' A when a new document begins")
     phased_ttt_prefix_docs: int = setting(2000, "phased: documents before the last phase boundary", 1)
     phased_ttt_num_phases: int = setting(3, "phased: boundaries at which the base weights adapt", 1)
@@ -630,6 +637,10 @@ def run_rules(c: Config) -> Rules:
          "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
         (blocks_ok(c.ttt_layers), f"TTT_LAYERS={c.ttt_layers!r}: must list numbers up to {last}"),
         (blocks_ok(c.reptile_layers), f"REPTILE_LAYERS={c.reptile_layers!r}: must list numbers up to {last}"),
+        (re.fullmatch(r"(?!.*(.).*\1)[qkvomh]+", c.ttt_matrices),
+         f"TTT_MATRICES={c.ttt_matrices}: letters of qkvomh, each once"),
+        (c.ttt_lora_form == "parallel" or c.ttt_matrices == "qkvomh",
+         "TTT_MATRICES needs TTT_LORA_FORM=parallel"),
         (c.ttt_protocol == "legal" or (TTT_MODES[c.ttt_mode].adapts and not by_documents),
          f"TTT_PROTOCOL={c.ttt_protocol} needs TTT_MODE=banks, all, or lora"),
         (c.ppm_alpha == 1 or not by_documents,
@@ -1415,7 +1426,7 @@ def read_validation(
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Tap = Callable[["Block", str, Tensor, Tensor], None]  # block, product, its input and its output
-Adapters = Mapping[str, tuple[Tensor, Tensor]]  # bank -> A (..., rows, r, in) and B (..., rows, out, r)
+Adapters = Mapping[str, tuple[Tensor, Tensor]]  # by adapter_shapes: A (..., n, r, in) and B (..., n, out, r)
 
 # The four products of a block: the site whose activations they read, and the matrices that make them, each a
 # row of the first or second half of a bank. Calibration statistics are kept by site, adapters by matrix.
@@ -1425,6 +1436,9 @@ PRODUCTS = {
     "up": ("mlp_in", (("mlp_up_bank", 0),)),
     "down": ("mlp_mid", (("mlp_down_bank", 0),)),
 }
+
+
+PARALLEL_ADAPTERS = ("q", "k", "v", "o", "mlp", "head")  # of an application of a block, and of the head
 
 
 def bank_sites(bank: str) -> list[str]:
@@ -1645,6 +1659,17 @@ def offset_keys(k: Tensor, begin: int, first: Tensor) -> Tensor:
     in one layer (modded-nanogpt, PR 169). first (B, T): a token without predecessor, which gets zeros."""
     before = F.pad(k[..., begin:], (0, 0, 0, 0, 1, -1)).masked_fill(first[..., None, None], 0)
     return torch.cat((k[..., :begin], before), dim=-1)
+
+
+def adapter_shapes(config: Config) -> dict[str, tuple[int, int, int]]:
+    """(n, out, in) of what TTT_LORA_FORM adapts by name: n bank rows, or n applications of a block."""
+    c, d, n = config, config.model_dim, len(config.block_rows)
+    if c.ttt_lora_form == "series":
+        rows, m = c.num_layers, c.mlp_dim
+        attention = dict(qo_bank=(2 * rows, d, d), kv_bank=(2 * rows, c.kv_dim, d))
+        return attention | dict(mlp_up_bank=(rows, m, d), mlp_down_bank=(rows, d, m))
+    outputs = zip(PARALLEL_ADAPTERS, (d, c.kv_dim, c.kv_dim, d, d, c.vocab_size), strict=True)
+    return {name: (1 if name == "head" else n, out, d) for name, out in outputs if name[0] in c.ttt_matrices}
 
 
 class Weights(NamedTuple):
@@ -1998,9 +2023,9 @@ class GPT(nn.Module):
             block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
         self.looped = True
 
-    def forward(self, input_ids: Tensor, *how: Any, **named: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, adapters: Adapters | None = None, **how: Any) -> Tensor:
         """input_ids (B, T) -> logits (B, T, V), or (B, C, V) with `positions`; float32, or float64."""
-        return self.head(self.stream(input_ids, *how, **named))
+        return self.head(self.stream(input_ids, adapters=adapters, **how), adapters=adapters)
 
     def stream(
         self,
@@ -2074,27 +2099,43 @@ class GPT(nn.Module):
         return torch.cat([scale.expand(*lead, 1, -1) for scale in each], dim=-2).unsqueeze(-1)
 
     def block_weights(self, weights: Weights, adapters: Adapters, tap: Tap | None) -> list[BlockWeights]:
-        """Weights of each application, in `dtype`; adapters of a bank row serve all its applications."""
-        assert {*adapters} <= {*self.BANKS}, "an adapter that nothing would use"
+        """Weights of each application, in `dtype`."""
+        assert {*adapters} <= {*self.BANKS, *PARALLEL_ADAPTERS}, "an adapter that nothing would use"
         assert ("qo_bank" in adapters) == ("kv_bank" in adapters), "Q, K and V are adapted together"
         # unbind, not indexing: its gradient is one stack, where each index would fill a bank of zeros
         cast = Weights(*(part.to(self.dtype).unbind(-3) for part in weights))
-        lora = {bank: [part.to(self.dtype).unbind(-3) for part in pair] for bank, pair in adapters.items()}
-        scales = {"o": self.scales("attn_scale"), "down": self.scales("mlp_scale")} if lora else {}
+        lora = {name: [part.to(self.dtype).unbind(-3) for part in pair] for name, pair in adapters.items()}
+        scales = [self.scales(name).to(self.dtype) for name in ("attn_scale", "mlp_scale")] if lora else []
         found = []
         for depth, block in enumerate(self.used_blocks()):
-            row, pairs = block.layer, {}
-            for name, (_, parts) in PRODUCTS.items():
-                if parts[0][0] not in lora:
-                    continue
-                at = [(bank, half * self.config.num_layers + row) for bank, half in parts]
-                pairs[name] = [(lora[bank][0][i], lora[bank][1][i]) for bank, i in at]
-                if name in scales:
-                    scale = scales[name].select(-3, depth).to(self.dtype)  # (..., d, 1)
-                    pairs[name] = [(a, scale * b) for a, b in pairs[name]]
+            row, pairs = block.layer, self.adapter_pairs(lora, depth, block.layer)
+            for name, scale in zip(("o", "down", "attn", "mlp"), 2 * scales, strict=False):
+                if name in pairs:  # it ends in the residual stream
+                    pairs[name] = [(a, scale.select(-3, depth) * b) for a, b in pairs[name]]
             matrices = dict(qkv=cast.qkv[row], o=cast.o[depth], up=cast.up[row], down=cast.down[depth])
             found.append(BlockWeights(matrices, pairs, None if tap is None else partial(tap, block)))
         return found
+
+    def adapter_pairs(
+        self, lora: Mapping[str, Sequence[Sequence[Tensor]]], depth: int, row: int
+    ) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Pairs A, B of an application by product, as in BlockWeights.
+
+        lora: name -> A of every bank row, which serves all its uses, or of every application, and B.
+        """
+        pairs = {}
+        for name, (_, parts) in PRODUCTS.items():
+            if parts[0][0] in lora:
+                at = [(bank, half * self.config.num_layers + row) for bank, half in parts]
+                pairs[name] = [(lora[bank][0][i], lora[bank][1][i]) for bank, i in at]
+        names = [name for name in PARALLEL_ADAPTERS if name in lora and name != "head"]
+        own = {name: (lora[name][0][depth], lora[name][1][depth]) for name in names}
+        if own.keys() & {"q", "k", "v"}:
+            c, like = self.config, next(iter(own.values()))[0]
+            absent = {name: (like.new_zeros(0, c.model_dim), like.new_zeros(out, 0))  # of rank 0
+                      for name, out in (("q", c.model_dim), ("k", c.kv_dim), ("v", c.kv_dim))}  # fmt: skip
+            pairs["qkv"] = [own.get(name, pair) for name, pair in absent.items()]
+        return pairs | {place: [own[name]] for name, place in (("o", "attn"), ("mlp", "mlp")) if name in own}
 
     def attention_context(
         self, input_ids: Tensor, like: Tensor, cache: Cache | None = None
@@ -2160,11 +2201,16 @@ class GPT(nn.Module):
         near = whole if self.memory_tokens is not None else whole[:, -back:]
         return self.embed(near)[:, -new:]
 
-    def head(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    def head(self, x: Tensor, weight: Tensor | None = None, adapters: Adapters | None = None) -> Tensor:
         """The stream (B, T, d) -> softcapped logits (B, T, V); weight (V, d): another head."""
         if weight is None:
             weight = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        logits = (rms_norm(x) @ weight.to(x.dtype).mT).to(torch.promote_types(x.dtype, torch.float32))
+        x = rms_norm(x)
+        logits = x @ weight.to(x.dtype).mT
+        if adapters and "head" in adapters:
+            a, b = (part.to(x.dtype).squeeze(-3) for part in adapters["head"])
+            logits = logits + (x @ a.mT) @ b.mT
+        logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -2251,7 +2297,8 @@ def generate(
     weights = Weights(*(part.to(model.dtype) for part in model.weights()))
     new = ids = torch.tensor([[*prompt]] * rows, device=device)
     for _ in range(length - len(prompt)):
-        logits = model.head(model.stream(new, weights, adapters, cache=cache))[:, -1]  # (rows, V)
+        stream = model.stream(new, weights, adapters, cache=cache)[:, -1:]
+        logits = model.head(stream, adapters=adapters)[:, -1]  # (rows, V)
         noise = torch.empty(logits.shape).exponential_(generator=generator).to(device)
         new = (logits / temperature - noise.log()).argmax(-1, keepdim=True)  # the Gumbel trick
         ids = torch.cat((ids, new), dim=1)
@@ -2311,7 +2358,7 @@ def is_coded(name: str) -> bool:
 
 def is_matrix(name: str) -> bool:
     """Whether the last two axes of a parameter or adapter are a matrix."""
-    return name.endswith(("_bank.a", "_bank.b")) or param_group(name).is_matrix
+    return name.endswith((".a", ".b")) or param_group(name).is_matrix
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -2960,13 +3007,12 @@ TTT_MOMENT_FLOOR = 1e-3  # of a tensor's mean square: the row of a rare token mu
 
 
 def make_adapters(model: GPT, config: Config) -> dict[str, Tensor]:
-    """Low-rank pairs per bank row: BANK.a (rows, r, in), uniform within 1 / sqrt(in), and BANK.b, zero."""
+    """Low-rank pairs, see adapter_shapes: NAME.a (n, r, in), uniform within 1 / sqrt(in), NAME.b, zero."""
     generator, pairs = torch.Generator().manual_seed(config.seed), {}
-    for name, bank in model.banks().items():
-        rows, out, width = bank.shape
-        a = torch.rand(rows, config.ttt_lora_rank, width, generator=generator) * 2 - 1
+    for name, (n, out, width) in adapter_shapes(config).items():
+        a = torch.rand(n, config.ttt_lora_rank, width, generator=generator) * 2 - 1
         pairs[f"{name}.a"] = (a / math.sqrt(width)).to(model.qo_bank.device)
-        pairs[f"{name}.b"] = torch.zeros(rows, out, config.ttt_lora_rank, device=model.qo_bank.device)
+        pairs[f"{name}.b"] = torch.zeros(n, out, config.ttt_lora_rank, device=model.qo_bank.device)
     return pairs
 
 
@@ -3088,7 +3134,7 @@ class FastWeights:
     def wants_prior(self) -> bool:
         """Whether moments begin with a prior. Adapters have none: while B is zero, A has no gradient."""
         wanted = self.config.ttt_optimizer == "precond" and self.config.ttt_prior_seqs > 0
-        return wanted and "qo_bank.a" not in self.base
+        return wanted and not any(name.endswith(".a") for name in self.base)
 
     def set_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Scale the rates by new factors per bank, from any device."""
@@ -3104,6 +3150,9 @@ class FastWeights:
         if bank in GPT.BANKS:
             mask = torch.tensor(adapts * (len(base) // c.num_layers), device=base.device)
             return rate * mask.float().view(-1, 1, 1)
+        if name.endswith((".a", ".b")):  # of applications, or of the head, which always adapts
+            kept = [adapts[row] for row in c.block_rows] if bank != "head" else [True]
+            return torch.tensor(kept, device=base.device).float().view(-1, 1, 1)
         block = re.match(r"blocks\.(\d+)\.", name)
         return rate if not block or adapts[c.block_layers[int(block[1])]] else 0.0
 
@@ -3114,7 +3163,7 @@ class FastWeights:
         Shared moments stay; a set's own become those of the documents before.
         """
         for name, value in self.values.items():
-            if not (warm and name.endswith("_bank.a")):
+            if not (warm and name.endswith(".a")):
                 value[sets] = self.base[name]
         for parts in self.state.values():
             for part in parts:
@@ -3144,9 +3193,9 @@ class FastWeights:
                 value = value.movedim(0, -2).unsqueeze(-2)  # (..., sets, 1, d)
             elif name == "memory_tokens":
                 value = value.squeeze(1)
-            bank, _, side = name.partition(".")
-            if bank in GPT.BANKS and side:
-                adapters[bank] = (value,) if side == "a" else (*adapters[bank], scale * value)
+            adapted, _, side = name.rpartition(".")
+            if side in ("a", "b"):
+                adapters[adapted] = (value,) if side == "a" else (*adapters[adapted], scale * value)
             else:
                 replaced[name] = value
         return replaced, adapters
@@ -3321,14 +3370,17 @@ class Statistics(NamedTuple):
 def collect_hessians(model: GPT, batches: Iterable[Tensor], most: int = 1 << 30) -> dict[str, Tensor]:
     """E[x x^T] of the inputs of every product over the tokens of batches (input ids) of all ranks.
 
-    Returns site -> (L, in, in), float32. If BLOCK_ORDER uses a bank row twice, the mean of its uses. most:
-    sequences that memory admits in a forward pass.
+    Returns site -> (L, in, in), float32; "head" -> (1, d, d) for GPTQ_EMBED. If BLOCK_ORDER uses a bank row
+    twice, the mean of its uses. most: sequences that memory admits in a forward pass.
     """
     device, config = model.tok_emb.weight.device, model.config
     d, L = config.model_dim, config.num_layers
     widths = {"attn_in": d, "attn_out": d, "mlp_in": d, "mlp_mid": config.mlp_dim}
     hessians = {site: torch.zeros(L, width, width, device=device) for site, width in widths.items()}
-    uses = torch.tensor([config.block_rows.count(row) for row in range(L)], device=device)
+    by_row = torch.tensor([config.block_rows.count(row) for row in range(L)], device=device)
+    uses = dict.fromkeys(widths, by_row)
+    if config.gptq_embed:
+        hessians["head"], uses["head"] = torch.zeros(1, d, d, device=device), torch.ones(1, device=device)
     tokens = torch.zeros((), device=device)
 
     def tap(block: Block, product: str, x: Tensor, _: Tensor) -> None:
@@ -3337,10 +3389,13 @@ def collect_hessians(model: GPT, batches: Iterable[Tensor], most: int = 1 << 30)
 
     for input_ids in batches:
         for part in input_ids.split(most):
-            model(part, tap=tap)
+            read = rms_norm(model.stream(part, tap=tap)).flatten(0, 1).float()  # by the head
+            if config.gptq_embed:
+                hessians["head"][0].addmm_(read.mT, read)
         tokens += input_ids.numel()
     *sums, tokens = sum_over_ranks([*hessians.values(), tokens])
-    return {site: total / (tokens * uses)[:, None, None] for site, total in zip(hessians, sums, strict=True)}
+    means = zip(hessians, sums, strict=True)
+    return {site: total / (tokens * uses[site])[:, None, None] for site, total in means}
 
 
 def collect_gradients(
@@ -3680,10 +3735,10 @@ class QuantSpec(NamedTuple):
     least: Tensor | float  # scales (n, out, 1) that leave nothing beyond the last code: they become no finer
 
 
-def bank_factors(
+def hessian_factors(
     hessians: Mapping[str, Tensor], config: Config, warn: Callable[[str], None]
 ) -> dict[str, tuple[HessianFactor, Tensor]]:
-    """Map each bank to its Hessian factor and the diagonal of its Hessians, (n, 1, in).
+    """Map each tensor that has Hessians to their factor and diagonal, (n, 1, in).
 
     A factor is computed once for what Q, K, and V share.
     """
@@ -3696,6 +3751,10 @@ def bank_factors(
         read = [made[site] for site in bank_sites(bank)]
         *factor, diagonal = (torch.cat(parts) for parts in zip(*read, strict=True))
         found[bank] = (HessianFactor(*factor), diagonal.unsqueeze(1))
+    if "head" in made:
+        *factor, diagonal = made["head"]
+        name = "tok_emb.weight" if config.tie_embeddings else "lm_head.weight"
+        found[name] = (HessianFactor(*factor), diagonal.unsqueeze(1))
     return found
 
 
@@ -3716,7 +3775,7 @@ def quant_specs(
     """
     c = config
     tensors = {name: tensor.float() for name, tensor in state.items() if is_coded(name)}
-    factors = bank_factors(statistics.hessians, c, warn)
+    factors = hessian_factors(statistics.hessians, c, warn)
     guided = qmax_by_gradient(statistics.gradients, c) if c.grad_quant else {}
     scale = math.sqrt(24 * c.quant_loss / sum(tensor.numel() for tensor in tensors.values()))
     scale, max_value = (scale * TRELLIS_SCALE, 2 * INT8_MAX - 2) if c.quant_trellis else (scale, INT8_MAX)
@@ -3725,7 +3784,9 @@ def quant_specs(
         W = tensor.reshape(-1, *tensor.shape[-2:])
         factor, weights = factors.get(name) or (identity_factor(W), torch.ones_like(W[:, :1]))
         bank, columns = name in GPT.BANKS, None
-        qmax: int | Tensor = guided.get(name, 2 ** (c.matrix_bits - 1) - 1) if bank else INT8_MAX
+        kind = param_group(name).name
+        bits = c.matrix_bits if bank else c.embed_bits if kind in ("embed", "head") else 8
+        qmax: int | Tensor = guided.get(name, 2 ** (bits - 1) - 1)
         if c.quant_steps == "two_sided" and name in statistics.gradients:
             g, by_column = statistics.gradients[name]  # (n, out) and (n,), or of a table (out,) and (in,)
             if bank:
@@ -3737,7 +3798,9 @@ def quant_specs(
         elif c.quant_steps == "clip" and bank:
             row = clip_search_scale(W, qmax, weights)
         else:
-            row = sigma_scale(W, qmax, c.matrix_clip_sigmas if bank else c.embed_clip_sigmas)
+            own = c.mlp_clip_sigmas if name.startswith("mlp_") else c.attn_clip_sigmas
+            tables = 0.0 if kind == "gate" else c.embed_clip_sigmas
+            row = sigma_scale(W, qmax, own or c.matrix_clip_sigmas if bank else tables)
         least: Tensor | float = 0.0
         if columns is not None or c.fit_size:  # the scale decides, the codes have room
             qmax = INT8_MAX
@@ -4285,7 +4348,7 @@ def outer_gradients(
     gradients = {name: value.grad for name, value in values.items() if value.grad is not None}
     rates.add_gradients(fast, gradients)
     for name, g in gradients.items():
-        if not name.endswith(("_bank.a", "_bank.b")):  # adapters start from nothing that is kept
+        if not name.endswith((".a", ".b")):  # adapters start from nothing that is kept
             p = model.get_parameter(name)
             p.grad = g.sum(0) if p.grad is None else p.grad + g.sum(0)
     return loss.detach()
@@ -5353,10 +5416,10 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     attention, kernel, attention_notices = choose_attention(config.attention, device)
     split_batch(config)
     check_memory(config, TRAINING_PARTS)
+    stream = TokenStream(config.shards("train"), config.vocab_size)
     shards = find_shards(config.shards("val"))
     byte_table = load_byte_table(config.tokenizer_path, config.vocab_size, shards)
     tokenizer_sha256 = sha256_file(config.tokenizer_path)
-    stream = TokenStream(config.shards("train"), config.vocab_size)
     check_listing(stream, tokenizer_sha256, "train")
     if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
         raise UserError(

@@ -111,9 +111,9 @@ class Memory:
         c, groups, adapts = self.config, parameter_shapes(self.config), TTT_MODES[self.config.ttt_mode].adapts
         if adapts != "adapters":
             return {name: n for group in adapts.split() for name, n in groups[group].items()}
-        banks, r = {name: groups["bank"][name] for name in GPT.BANKS}, c.ttt_lora_rank
-        down = {f"{name}.a": torch.Size((rows, r, width)) for name, (rows, _, width) in banks.items()}
-        return down | {f"{name}.b": torch.Size((rows, out, r)) for name, (rows, out, _) in banks.items()}
+        shapes, r = tg.adapter_shapes(c), c.ttt_lora_rank
+        down = {f"{name}.a": torch.Size((n, r, width)) for name, (n, _, width) in shapes.items()}
+        return down | {f"{name}.b": torch.Size((n, out, r)) for name, (n, out, _) in shapes.items()}
 
     def slots(self, slots: int, rows: int) -> int:
         """Bytes for slots with float32 weights and moments, `rows` of them computed at once."""

@@ -3,6 +3,7 @@ specification in numpy; causality, the cache, ranks, checkpoints."""
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import frontier_oracle as oracle
 import numpy as np
@@ -361,3 +362,117 @@ def test_prefixes_of_a_tokenizer(train_tokenizer):  # noqa: F811
                      else piece.replace("\u2581", " ").encode())  # fmt: skip
     assert train_gpt.prefix_tokens(path).tolist() == oracle.prefix_table(texts)
     assert (train_gpt.prefix_tokens(path) >= 0).sum() > 20
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adapters of #1855
+# ------------------------------------------------------------------------------------------------------------
+
+PARALLEL = dict(ttt_lora_form="parallel", ttt_lora_rank=3, ttt_lora_alpha=4.5, ttt_mode="doc_lora")
+
+
+@pytest.mark.parametrize(
+    "matrices, count", [("qkvomh", 6_963_200), ("komh", 4_526_080), ("qvomh", 5_918_720)]
+)
+def test_the_published_count_of_adapters(matrices, count):
+    order = "0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10"
+    c = Config(vocab_size=8192, block_order=order, ttt_matrices=matrices, **PARALLEL | dict(ttt_lora_rank=80))
+    shapes = train_gpt.adapter_shapes(c).values()
+    assert sum(n * 80 * (out + width) for n, out, width in shapes) == count
+
+
+def adapted_by_hand(model: GPT, ids: torch.Tensor, pairs: dict, s: float) -> torch.Tensor:
+    """Logits of a model without skips; the adapters stand where #1855 has them, beside W_O and the MLP."""
+    plain = model.block_weights(model.weights(), {}, None)
+    x0 = x = model.embed(ids)
+    context = model.attention_context(ids, x)
+    d, kv, cap = model.config.model_dim, model.config.kv_dim, model.config.logit_softcap
+
+    def low_rank(name, depth, h, out):
+        if name not in pairs:
+            return h.new_zeros(*h.shape[:-1], out)
+        return s * (h @ pairs[name][0][depth].T) @ pairs[name][1][depth].T
+
+    for depth, block in enumerate(model.used_blocks()):
+        x = block.mix(x, x0)
+        h, matrices = train_gpt.rms_norm(x, block.norm_scale), plain[depth].matrices
+        added = torch.cat(
+            [low_rank(name, depth, h, out) for name, out in (("q", d), ("k", kv), ("v", kv))], -1
+        )
+        given = SimpleNamespace(product=lambda name, y, qkv=h @ matrices["qkv"].T + added, o=matrices["o"]:
+                                qkv if name == "qkv" else y @ o.T)  # fmt: skip
+        x = x + block.attn(h, given, context, None) + block.attn_scale * low_rank("o", depth, h, d)
+        h = train_gpt.rms_norm(x, block.norm_scale)
+        hidden = torch.nn.functional.leaky_relu(h @ matrices["up"].T, block.slope).square()
+        x = x + hidden @ matrices["down"].T + block.mlp_scale * low_rank("mlp", depth, h, d)
+    h = train_gpt.rms_norm(x)
+    return cap * torch.tanh(
+        (h @ model.tok_emb.weight.T + low_rank("head", 0, h, model.config.vocab_size)) / cap
+    )
+
+
+@pytest.mark.parametrize("matrices", ["qkvomh", "komh", "vh", "o", "m", "h"])
+def test_parallel_adapters(matrices):
+    changes = LOOP | dict(loop_shared=True, unet_skips=False, skip_gates=False, **PARALLEL)
+    c = replace(TINY, **changes, ttt_matrices=matrices)
+    model, ids = random_model(c), documents()
+    fast = train_gpt.FastWeights(model, c, "adapters", sets=2)
+    assert {name[0] for name in fast.values} == set(matrices)
+    replaced, adapters = fast.weights({name: value.double() for name, value in fast.used().items()})
+    assert not replaced and torch.equal(model(ids, adapters=adapters), model(ids))  # B is zero
+    generator = torch.Generator().manual_seed(0)
+    fast.values = {name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
+                   for name, value in fast.values.items()}  # fmt: skip
+    _, adapters = fast.weights(fast.used())
+    names = {name.split(".")[0] for name in fast.values}
+    for row in (0, 1):
+        pairs = {name: [fast.values[f"{name}.{side}"][row] for side in "ab"] for name in names}
+        expected = adapted_by_hand(model, ids[row : row + 1], pairs, 1.5)[0]
+        assert torch.allclose(model(ids, adapters=adapters)[row], expected, atol=1e-9)
+
+
+def test_frozen_blocks_of_parallel_adapters():
+    c = replace(TINY, **LOOP | PARALLEL, ttt_freeze_blocks=2)
+    fast = train_gpt.FastWeights(random_model(c), c, "adapters", sets=2)
+    assert fast.rates["q.a"].flatten().tolist() == [0, 0, 1, 0, 1, 0, 1, 1, 1]
+    assert fast.rates["head.b"].flatten().tolist() == [1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rounding of #1855
+# ------------------------------------------------------------------------------------------------------------
+
+ROUNDING = dict(quant_steps="sigmas", attn_clip_sigmas=13.0, mlp_clip_sigmas=11.5, embed_bits=7,
+                embed_clip_sigmas=14.0, gptq_embed=True)  # fmt: skip
+
+
+def test_the_hessian_of_the_head():
+    model, ids = random_model(replace(TINY, gptq_embed=True), torch.float32), documents()
+    found = train_gpt.collect_hessians(model, [ids[:1], ids[1:]])
+    read = train_gpt.rms_norm(model.stream(ids)).flatten(0, 1)
+    assert torch.allclose(found["head"][0], read.T @ read / ids.numel(), atol=1e-5)
+    assert "head" not in train_gpt.collect_hessians(random_model(TINY, torch.float32), [ids])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_scales_and_codes_by_kind(tied):
+    c = replace(TINY, **ROUNDING, attn_gate=5, smear_gate=True, smear_inputs=6, tie_embeddings=tied)
+    model, ids = random_model(c, torch.float32), random_ids(8, 12, 1, TINY.vocab_size)
+    statistics = train_gpt.Statistics(train_gpt.collect_hessians(model, [ids]))
+    state, head = model.state_dict(), "tok_emb.weight" if tied else "lm_head.weight"
+    found = {t.name: t for t in train_gpt.quantize_state_dict(state, statistics, c)}
+    kinds = dict(qo_bank=(13.0, 31), kv_bank=(13.0, 31), mlp_up_bank=(11.5, 31), mlp_down_bank=(11.5, 31))
+    for name, (sigmas, largest) in (kinds | {head: (14.0, 63)}).items():
+        expected = state[name].std(-1, keepdim=True) * sigmas / largest
+        ratio = train_gpt.decode_scale(found[name].row_scale) / expected
+        assert (ratio.log2().abs() <= 1 / 16 + 1e-6).all() and found[name].codes.abs().max() <= largest, name
+    assert found["blocks.0.attn.attn_gate_w"].codes.abs().max() > 110
+    assert found["smear_gate.weight"].row_scale is None
+
+    def error(tensor: train_gpt.QuantizedTensor) -> float:
+        """Squared error of the logits, summed over the vocabulary."""
+        wrong = train_gpt.dequantize(tensor) - state[head]
+        return float(torch.einsum("vi,ij,vj->", wrong, statistics.hessians["head"][0], wrong))
+
+    nearest = {t.name: t for t in train_gpt.quantize_state_dict(state, train_gpt.Statistics(), c)}
+    assert error(found[head]) < 0.95 * error(nearest[head])
