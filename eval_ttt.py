@@ -102,7 +102,9 @@ def assign_slots(chunks: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray
 
 def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) -> list[Chunk]:
     """Steps of a group of documents with targets [low, high): the next chunk of the document in each slot."""
-    size = config.doc_chunk
+    size = np.full(len(low), config.doc_chunk)
+    for length, smaller in reversed(config.chunks_by_length):
+        size[high - low <= length] = smaller
     count = -(-(high - low) // size)
     first, slot = assign_slots(count, config.ttt_slots)
     document = np.repeat(np.arange(len(low)), count)
@@ -111,11 +113,12 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
     # Documents that entered first have the longest windows, and a batch takes its first window's length.
     order = np.lexsort((document, step))
     document, piece, step = document[order], piece[order], step[order]
-    scored, learned, lengths = tg.chunk_windows(low[document], high[document], piece * size, config)
+    ends, size = high[document], size[document]
+    scored, learned, lengths = tg.chunk_windows(low[document], ends, piece * size, config, size)
     plan = []
     for a, b in pairwise(np.flatnonzero(np.diff(step, prepend=-1, append=-1)).tolist()):
         part = np.arange(a, b)
-        slots = tg.Slots(group, slot[document[part]], piece[part] == 0, lengths[part], size)
+        slots = tg.Slots(group, slot[document[part]], piece[part] == 0, lengths[part], config.doc_chunk)
         adapts = learned.take(part) if (learned.end > learned.begin)[part].any() else None
         plan.append(Chunk(scored.take(part), adapts, slots))
     return plan
@@ -278,7 +281,8 @@ class Adaptation:
         ):
             self.trainer.fast.moments.start = setup.prior(model)
         if c.ttt_mode == "phased":
-            sgd = dict(ttt_optimizer="sgd", ttt_lr=c.global_ttt_lr, ttt_momentum=c.global_ttt_momentum)
+            clip = c.ttt_grad_clip if c.global_ttt_grad_clip < 0 else c.global_ttt_grad_clip
+            sgd = dict(ttt_optimizer="sgd", ttt_momentum=c.global_ttt_momentum, ttt_grad_clip=clip)
             self.base = TestTimeTrainer(model, replace(c, ttt_mode="all", **sgd), self.nll_fn, {})
 
     def begin(self, number: int, chunk: Chunk) -> None:
@@ -325,9 +329,10 @@ class Adaptation:
     def device(self) -> torch.device:
         return self.model.qo_bank.device
 
-    def lr(self) -> float:
-        share = self.number / max(self.chunks - 1, 1) if self.config.ttt_lr_schedule == "cosine" else 0.0
-        return self.config.ttt_lr * (1 + math.cos(math.pi * share)) / 2
+    def lr_scale(self, number: int, count: int) -> float:
+        """Of step `number` of `count` by TTT_LR_SCHEDULE."""
+        share = number / max(count - 1, 1) if self.config.ttt_lr_schedule == "cosine" else 0.0
+        return (1 + math.cos(math.pi * share)) / 2
 
     def adapt(self, tokens: np.ndarray, chunk: Chunk, nll: Tensor) -> None:
         """Adapt for TTT_EPOCHS on a scored chunk, SLOT_ROWS documents or TTT_BATCH_SEQS windows at a time."""
@@ -351,23 +356,26 @@ class Adaptation:
             index = goes_on[first : first + self.batch_rows]
             self.select(chunk, index)
             rows, count, last = self.in_use.rows, len(index), first + self.batch_rows >= len(goes_on)
-            weight = np.where(np.arange(self.batch_rows) < count, 1 / c.doc_chunk, 0.0)
             part = windows.take(np.resize(index, self.batch_rows))
+            weight = np.where(np.arange(self.batch_rows) < count, 1 / (part.end - part.begin), 0.0)
             text = tg.make_ttt_batch(tokens, part, weight, c.doc_chunk, c.ttt_context, self.device)
             gradients = partial(self.gradients, text, rows, count)
-            self.trainer.adapt(ScoredBatch(text, rows[:count], rows, self.lr(), last, gradients))
+            self.trainer.adapt(ScoredBatch(text, rows[:count], rows, c.ttt_lr, last, gradients))
 
     def pass_over(
         self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer
     ) -> None:
         """Steps of shared weights on the windows with a weight, TTT_BATCH_SEQS each."""
-        rows, size = np.flatnonzero(weight), self.config.ttt_batch_seqs
-        for first in range(0, len(rows), size):
+        c, rows, size = self.config, np.flatnonzero(weight), self.config.ttt_batch_seqs
+        lr = c.ttt_lr * self.lr_scale(self.number, self.chunks)
+        for number, first in enumerate(starts := range(0, len(rows), size)):
             part = rows[first : first + size]
-            self.step(tokens, windows.take(part), weight[part], trainer)
+            if trainer is self.base:
+                lr = c.global_ttt_lr * self.lr_scale(number, len(starts))
+            self.step(tokens, windows.take(part), weight[part], trainer, lr)
 
     def step(
-        self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer
+        self, tokens: np.ndarray, windows: Windows, weight: np.ndarray, trainer: TestTimeTrainer, lr: float
     ) -> None:
         """One step of shared weights on windows that the ranks share; weight (windows,)."""
         c, count, is_base = self.config, len(weight), trainer is self.base
@@ -376,7 +384,7 @@ class Adaptation:
         rows = c.ttt_batch_seqs if is_base else count  # documents end anywhere: one shape
         padded = np.resize(mine if len(mine) else 0, math.ceil(rows / tg.world_size()))
         per_target = np.where(np.arange(len(padded)) < len(mine), per_target[padded], 0.0)
-        context, lr = (0, c.global_ttt_lr) if is_base else (c.ttt_context, self.lr())
+        context = 0 if is_base else c.ttt_context
         text = tg.make_ttt_batch(
             tokens, windows.take(padded), per_target, c.eval_seq_len, context, self.device
         )
@@ -726,12 +734,12 @@ def prepare(
     if problems:
         raise UserError("\n".join(problems))
     memory = tg.check_memory(stand_in(config), ("score", "slots"))
-    shards = tg.find_shards(config.shards("val"))
-    byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size, shards)
+    byte_table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
     if tg.sha256_file(config.tokenizer_path) != artifact.tokenizer_sha256:
         raise UserError(
             f"TOKENIZER_PATH={config.tokenizer_path}: the artifact was trained with another tokenizer"
         )
+    byte_table = byte_table.with_sidecars(tg.find_shards(config.shards("val")))
     tokens, shards = tg.read_validation(config, byte_table, artifact.tokenizer_sha256)
     nll_fn = tg.maybe_compile(tg.token_nll, config, device)
     versions = tg.library_versions(device, attention)

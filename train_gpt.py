@@ -317,7 +317,8 @@ class Config:
     ttt_prior_chunks: int = setting(4, "chunks of TTT_CHUNK_SIZE tokens per generated sequence", 1)
     ttt_prior_weight: float = setting(64.0, "weight of a generated chunk, in scored chunks", 1e-6)
     ttt_lr: float = setting(3e-5, "learning rate; the default suits 27 M parameters, 1e-3 suits 1 M", 0)
-    ttt_lr_schedule: str = setting("flat", "LR schedule over the evaluation", ("flat", "cosine"))
+    ttt_lr_schedule: str = setting("flat", "LR schedule over the evaluation; phased: over the base's steps",
+                                   ("flat", "cosine"))
     ttt_in_lr_mult: float = setting(1.0, "LR factor of the MLP input matrices", 0)
     ttt_out_lr_mult: float = setting(1.0, "LR factor of the MLP output matrices", 0)
     ttt_freeze_blocks: int = setting(0, "first blocks that do not adapt", 0)
@@ -329,6 +330,8 @@ class Config:
     ttt_epochs: int = setting(1, "passes over each scored chunk", 0)
     ttt_chunk_tokens: int = setting(32768, "targets per chunk, by flat chunks", 1)
     ttt_chunk_size: int = setting(128, "targets per chunk, by documents; at most EVAL_SEQ_LEN", 1)
+    ttt_chunk_by_length: str = setting("", "chunks of short documents, as 256:8,2000:24 (up to 256 targets: "
+                                       "8); empty: all alike, since a length is known only at the end")
     ttt_slots: int = setting(16, "documents of a group that adapt at once, by documents", 1)
     ttt_groups: int = setting(8, "groups of documents, each with its own slots; a rank owns whole groups", 1)
     ttt_context: int = setting(0, "left context of the tokens adapted on", 0)
@@ -344,6 +347,7 @@ class Config:
     phased_ttt_num_phases: int = setting(3, "phased: boundaries at which the base weights adapt", 1)
     global_ttt_lr: float = setting(0.001, "phased: SGD learning rate of the base", 0)
     global_ttt_momentum: float = setting(0.9, "phased: SGD momentum of the base", 0, 0.9999)
+    global_ttt_grad_clip: float = setting(-1.0, "phased: TTT_GRAD_CLIP of the base; below 0: the same", -1)
     ppm_alpha: float = setting(1.0, "model weight in a mixture with an order-1 PPM; 1: no mixture", 0, 1)
     # fmt: on
 
@@ -420,6 +424,13 @@ class Config:
     def doc_chunk(self) -> int:
         """Targets per chunk, by documents."""
         return min(self.ttt_chunk_size, self.eval_seq_len)
+
+    @property
+    def chunks_by_length(self) -> list[tuple[int, int]]:
+        """Largest number of targets of a document, and the size of its chunks; ascending."""
+        return sorted(
+            (int(length), int(size)) for length, size in re.findall(r"(\d+):(\d+)", self.ttt_chunk_by_length)
+        )
 
     def shards(self, split: str) -> str:
         """The glob of the shards of a split, train or val."""
@@ -613,6 +624,7 @@ def run_rules(c: Config) -> Rules:
     """Rules for the settings of training, export, and evaluation."""
     blocks_ok, last = partial(is_block_list, num_layers=c.num_layers), c.num_layers - 1
     by_documents = TTT_MODES[c.ttt_mode].by_documents
+    flat = c.ttt_lr_schedule == "flat" or c.ttt_mode == "phased"  # where it is the base's
     return [
         (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: must be a folder of runs/"),
         (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
@@ -630,13 +642,16 @@ def run_rules(c: Config) -> Rules:
         (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: "
          "two-sided scales give every weight its bits"),
         (c.phases["train"] > 0.05, "META_TTT_TIME_FRAC and REPTILE_TIME_FRAC leave under 5 % to train"),
-        (not by_documents or (c.ttt_lr_schedule == "flat" and c.ttt_top_frac == 1),
+        (not by_documents or (flat and c.ttt_top_frac == 1),
          f"TTT_MODE={c.ttt_mode} adapts by documents, and no step may depend on later ones or on the text's "
          f"length: TTT_LR_SCHEDULE={c.ttt_lr_schedule}, TTT_TOP_FRAC={c.ttt_top_frac:g}. Set flat and 1"),
         ("deployed" not in c.phases or by_documents,
          "META_TTT_OBJECTIVE=deployed needs a TTT_MODE by documents"),
         (blocks_ok(c.ttt_layers), f"TTT_LAYERS={c.ttt_layers!r}: must list numbers up to {last}"),
         (blocks_ok(c.reptile_layers), f"REPTILE_LAYERS={c.reptile_layers!r}: must list numbers up to {last}"),
+        (re.fullmatch(r"(\d+:[1-9]\d*(,\d+:[1-9]\d*)*)?", c.ttt_chunk_by_length)
+         and all(size <= c.doc_chunk for _, size in c.chunks_by_length),
+         f"TTT_CHUNK_BY_LENGTH={c.ttt_chunk_by_length}: pairs LENGTH:SIZE, sizes up to {c.doc_chunk}"),
         (re.fullmatch(r"(?!.*(.).*\1)[qkvomh]+", c.ttt_matrices),
          f"TTT_MATRICES={c.ttt_matrices}: letters of qkvomh, each once"),
         (c.ttt_lora_form == "parallel" or c.ttt_matrices == "qkvomh",
@@ -1239,7 +1254,15 @@ class ByteTable(NamedTuple):
     base_bytes: np.ndarray  # int64
     has_leading_space: np.ndarray  # bool
     is_boundary: np.ndarray  # bool
+    is_case_ops: bool = False  # the tokenizer has the operators of CaseOps
     sidecars: tuple[str, ...] = ()
+
+    def with_sidecars(self, shards: Sequence[str]) -> ByteTable:
+        """The table for these validation shards. UserError if a CaseOps export has no sidecars."""
+        sidecars = find_sidecars(shards)
+        if self.is_case_ops and not sidecars:
+            raise UserError(f"{shards[0]} has no byte sidecar, but its tokenizer is of a CaseOps export")
+        return self._replace(sidecars=sidecars)
 
     def of_text(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of each target of the validation text or of its beginning, tokens (n,) -> (n - 1,)."""
@@ -1258,12 +1281,8 @@ def sidecar_bytes(paths: tuple[str, ...]) -> np.ndarray:
     return np.concatenate([open_shard(path) for path in paths]).astype(np.int32)
 
 
-def load_byte_table(path: str, vocab_size: int, shards: Sequence[str] = ()) -> ByteTable:
-    """ByteTable of a SentencePiece model, with the sidecars of validation shards.
-
-    UserError if the model is missing, broken, or not for this vocabulary, or if it has CaseOps' operators and
-    the shards have no sidecars.
-    """
+def load_byte_table(path: str, vocab_size: int) -> ByteTable:
+    """ByteTable of a SentencePiece model. UserError if it is missing, broken, or not for this vocabulary."""
     import sentencepiece as spm
 
     if not Path(path).is_file():  # SentencePiece aborts the process over a folder or an empty name
@@ -1291,10 +1310,8 @@ def load_byte_table(path: str, vocab_size: int, shards: Sequence[str] = ()) -> B
         piece = sp.id_to_piece(i)
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
-    sidecars = find_sidecars(shards)
-    if shards and not sidecars and sp.piece_to_id("\ue001") != sp.unk_id():
-        raise UserError(f"TOKENIZER_PATH={path} is of a CaseOps export, but {shards[0]} has no byte sidecar")
-    return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary, sidecars)
+    is_case_ops = sp.piece_to_id("\ue001") != sp.unk_id()
+    return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary, is_case_ops)
 
 
 def prefix_tokens(path: str) -> np.ndarray:
@@ -2023,9 +2040,11 @@ class GPT(nn.Module):
             block.load_state_dict(self.blocks[self.first_uses[row]].state_dict())
         self.looped = True
 
-    def forward(self, input_ids: Tensor, adapters: Adapters | None = None, **how: Any) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, weights: Weights | None = None, adapters: Adapters | None = None, **how: Any
+    ) -> Tensor:
         """input_ids (B, T) -> logits (B, T, V), or (B, C, V) with `positions`; float32, or float64."""
-        return self.head(self.stream(input_ids, adapters=adapters, **how), adapters=adapters)
+        return self.head(self.stream(input_ids, weights, adapters, **how), adapters=adapters)
 
     def stream(
         self,
@@ -2787,8 +2806,8 @@ class Slots(NamedTuple):
     """Which document's weights the windows of a chunk use; they stand in document order, (W,) each.
 
     group: of documents, whose chunks one rank takes. slot: where a window's document has its weights. fresh:
-    whether the document begins here. lengths: tokens of the batch whose first window this is. width:
-    positions of every batch.
+    whether the document begins here. lengths: tokens that a batch with this window has at least; the first
+    window needs most, unless TTT_CHUNK_BY_LENGTH makes chunks differ. width: positions of every batch.
     """
 
     group: int
@@ -2862,18 +2881,23 @@ def window_lengths(config: Config) -> list[int]:
 
 
 def chunk_windows(
-    low: np.ndarray, high: np.ndarray, first: np.ndarray | int, config: Config
+    low: np.ndarray,
+    high: np.ndarray,
+    first: np.ndarray | int,
+    config: Config,
+    size: np.ndarray | None = None,
 ) -> tuple[Windows, Windows, np.ndarray]:
     """Windows that score and that adapt on one chunk of each document, and the length of each.
 
-    Documents have targets [low, high); their chunk starts at target low + first. lengths: one of
-    window_lengths for each.
+    Documents have targets [low, high); their chunk of `size` targets (None: TTT_CHUNK_SIZE) starts at target
+    low + first. lengths: one of window_lengths for each.
     It is scored with up to EVAL_SEQ_LEN tokens of its own document; EVAL_STRIDE = EVAL_SEQ_LEN puts windows
     side by side. Windows start, and have the length, that they would have if the document went on: where it
     ends is known only when that is scored. Nothing adapts on a document's last chunk; one that has ended has
     empty windows.
     """
-    c, a, nominal = config, np.minimum(low + first, high), low + first + config.doc_chunk
+    c, a = config, np.minimum(low + first, high)
+    nominal = low + first + (config.doc_chunk if size is None else size)
     b, left = np.minimum(nominal, high), np.maximum(low, a - c.ttt_context)
     start = np.maximum(low, np.minimum(nominal - c.eval_seq_len, a))
     if c.eval_stride == c.eval_seq_len:
@@ -2929,7 +2953,7 @@ def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int
     usual = power_of_two(np.median(chunk.scored.end - chunk.scored.begin)) if len(mine) else 1
     for first in range(0, len(mine), size or max(len(mine), 1)):
         index = mine[first : first + (size or len(mine))]
-        yield (index, usual, None) if slots is None else (index, slots.width, int(slots.lengths[first]))
+        yield (index, usual, None) if slots is None else (index, slots.width, int(slots.lengths[index].max()))
 
 
 @torch.no_grad()
@@ -5416,10 +5440,11 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     attention, kernel, attention_notices = choose_attention(config.attention, device)
     split_batch(config)
     check_memory(config, TRAINING_PARTS)
+    byte_table = load_byte_table(config.tokenizer_path, config.vocab_size)
+    tokenizer_sha256 = sha256_file(config.tokenizer_path)
     stream = TokenStream(config.shards("train"), config.vocab_size)
     shards = find_shards(config.shards("val"))
-    byte_table = load_byte_table(config.tokenizer_path, config.vocab_size, shards)
-    tokenizer_sha256 = sha256_file(config.tokenizer_path)
+    byte_table = byte_table.with_sidecars(shards)
     check_listing(stream, tokenizer_sha256, "train")
     if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
         raise UserError(

@@ -175,8 +175,8 @@ def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.C
 
 def read_text(config: tg.Config) -> tuple[np.ndarray, list[str], tg.ByteTable]:
     """Return the validation tokens, their shards, and the byte table. UserError if they do not match."""
-    shards = tg.find_shards(config.shards("val"))
-    table = tg.load_byte_table(config.tokenizer_path, config.vocab_size, shards)
+    table = tg.load_byte_table(config.tokenizer_path, config.vocab_size)
+    table = table.with_sidecars(tg.find_shards(config.shards("val")))
     return *tg.read_validation(config, table, tg.sha256_file(config.tokenizer_path)), table
 
 

@@ -217,17 +217,17 @@ def check_file_order(
 ) -> Check:
     """T1c: another text after a random place, where documents end included, changes no loss before it.
 
-    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this
-    property by documents, and the certificate says so.
+    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared and
+    TTT_CHUNK_BY_LENGTH do not have this property, and the certificate says so.
     """
     c, other = setup.config, tokens.copy()
     place = max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3)))
     other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
     other[place + 1 :][rng.random(len(tokens) - place - 1) < 1 / max(c.doc_chunk, 8)] = BOS_ID
     wrong = int(base.differ(trace(other, (), math.inf).nll[:place], base.nll[:place]).sum())
-    shared = shares_moments(c)
-    detail = f"{wrong} of {place} losses changed" + ", TTT_MOMENTS=shared" * shared
-    return Check("T1c no loss depends on later text", None if shared else wrong == 0, place, detail)
+    named = ", TTT_MOMENTS=shared" * shares_moments(c) + ", TTT_CHUNK_BY_LENGTH" * bool(c.ttt_chunk_by_length)
+    detail = f"{wrong} of {place} losses changed{named}"
+    return Check("T1c no loss depends on later text", None if named else wrong == 0, place, detail)
 
 
 def check_borders(setup: Setup) -> Check:
@@ -459,6 +459,8 @@ def settled(setup: Setup, tokens: np.ndarray) -> int:
     c, (by_documents, adapts) = setup.config, mode_of(setup.config)
     if c.ttt_protocol != "legal" or shares_moments(c) or (adapts and c.ttt_lr_schedule == "cosine"):
         return 0
+    if by_documents and c.ttt_chunk_by_length:  # the last document may go on
+        return int(ev.documents(tokens)[0][-1])
     if by_documents:
         return len(tokens) - 1
     last = setup.plan(tokens)[-1].scored
@@ -523,9 +525,12 @@ def audit(
     base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
     if setup.device.type == "cuda":  # some gradients are summed by atomics, in any order
         base.spread = float(np.abs(trace(tokens, (), math.inf).nll - base.nll).max())
-    checks = [check_future(trace, base, tokens, rng), check_borders(setup),
-              check_file_order(setup, trace, base, tokens, rng),
-              check_target(trace, base, tokens, rng, not shares_moments(c))]  # fmt: skip
+    checks = [
+        check_future(trace, base, tokens, rng),
+        check_borders(setup),
+        check_file_order(setup, trace, base, tokens, rng),
+        check_target(trace, base, tokens, rng, not shares_moments(c) and not c.ttt_chunk_by_length),
+    ]
     checks += [check(trace, base, tokens, rng) for check in (check_normalized, check_once, check_ledger)]
     checks += [check_warm_up(setup, trace, base, tokens), check_bytes(tokens, setup.byte_table, tokenizer)]
     aligned = replace(setup, config=replace(c, eval_stride=c.eval_seq_len))
@@ -594,11 +599,13 @@ def reading(c: Config) -> str:
     by_documents, adapts = mode_of(c)
     if c.ttt_protocol != "legal":
         return f"invalid: TTT_PROTOCOL={c.ttt_protocol} adapts on text that it scores later"
-    shared, cosine = shares_moments(c), bool(adapts) and c.ttt_lr_schedule == "cosine"
+    shared, lengths = shares_moments(c), by_documents and bool(c.ttt_chunk_by_length)
+    cosine = not by_documents and bool(adapts) and c.ttt_lr_schedule == "cosine"
     known = [words for holds, words in (
         (shared, "squared gradients of documents that stand later in the file, in other slots "
                  "(TTT_MOMENTS=shared)"),
         (cosine, "the length of the text (TTT_LR_SCHEDULE=cosine)"),
+        (lengths, "where its document ends (TTT_CHUNK_BY_LENGTH)"),
         (not by_documents, "the end of the text, in the last window, which is as long as the others"),
     ) if holds]  # fmt: skip
     kept = [words for holds, words in (
@@ -610,7 +617,7 @@ def reading(c: Config) -> str:
         (c.ttt_mode not in TTT_MODES, f"what {c.ttt_mode} keeps when a slot is reset"),
         (c.ppm_alpha < 1, "counts of the PPM"),
     ) if holds]  # fmt: skip
-    ends = "" if by_documents else "knows the end"
+    ends = "knows document ends" if lengths else "" if by_documents else "knows the end"
     name = "shared statistics" if shared else "knows the length" if cosine else ends or "causal"
     beyond = "; ".join(known) or "nothing, not even where documents end"
     return f"{name}: of later text a loss knows {beyond}; documents share {', '.join(kept) or 'nothing'}"

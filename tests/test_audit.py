@@ -505,6 +505,8 @@ READINGS = {
                 ["the base", "input sides"]),
     "causal: of": (dict(ttt_mode="doc_banks", ttt_moments="prefix"), ["share second moments"]),
     "shared statistics: ": (dict(ttt_mode="doc_banks", ttt_moments="shared"), ["squared gradients"]),
+    "knows document ends: ": (dict(ttt_mode="doc_banks", ttt_chunk_by_length="256:8"),
+                              ["where its document ends"]),
     "knows the end: ": (dict(ttt_mode="none"), ["end of the text", "share the context of windows"]),
     "knows the length: ": (dict(ttt_mode="all", ttt_lr_schedule="cosine", ppm_alpha=0.5),
                            ["length of the text", "all weights", "PPM"]),

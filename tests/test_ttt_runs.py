@@ -179,6 +179,25 @@ def test_documents_with_a_prior_equal_a_loop_by_hand(groups, form, exact):
     assert abs(got - without).max() > 0.02
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_chunks_by_the_length_of_documents(slots, exact):
+    """Documents up to 9 targets have chunks of 2, up to 20 chunks of 3, others of 5."""
+    setup = setup_of(ttt_chunk_by_length="20:3,9:2", ttt_slots=slots, **SGD)
+    c, nll, used = setup.config, np.full(len(TOKENS) - 1, np.nan), set()
+    for low, high in spans(TOKENS):
+        size = 2 if high - low <= 9 else 3 if high - low <= 20 else 5
+        hand, _ = Hand(setup.load(), c, ALL), used.add(size)
+        for a in range(low, high, size):
+            b = min(a + size, high)
+            nll[a:b] = hand.score(TOKENS, max(low, a + size - 12), a, b)
+            if b < high:
+                hand.step(hand.losses(TOKENS, a, a, b).mean(), c.ttt_lr, document=low)
+    assert len(used) > 1 and c.ttt_chunk_size == 5 and c.eval_seq_len == 12
+    got = evaluate(setup, TOKENS).nll
+    np.testing.assert_allclose(got, nll, rtol=0, atol=2e-5)
+    assert abs(got - evaluate(setup_of(ttt_slots=slots, **SGD), TOKENS).nll).max() > 1e-3
+
+
 TOGETHER = [SGD, dict(ttt_moments="own", ttt_lr=1e-3), dict(ttt_mode="doc_lora", **SGD)]
 
 
@@ -189,13 +208,17 @@ def test_documents_at_once_equal_one_at_a_time(changes, exact):
         np.testing.assert_allclose(score, scores[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_phases_equal_a_loop_by_hand(groups, exact):
+BASES = [dict(ttt_groups=1), dict(ttt_groups=2), dict(ttt_lr_schedule="cosine", global_ttt_grad_clip=0.3)]
+
+
+@pytest.mark.parametrize("changes", BASES, ids=str)
+def test_phases_equal_a_loop_by_hand(changes, exact):
     """Adapters of each document on a base that learns, at two borders, from the documents before them."""
-    phases = dict(phased_ttt_prefix_docs=2, phased_ttt_num_phases=2, global_ttt_lr=0.01, ttt_groups=groups)
+    phases = dict(phased_ttt_prefix_docs=2, phased_ttt_num_phases=2, global_ttt_lr=0.01, **changes)
     setup = setup_of(ttt_mode="phased", ttt_batch_seqs=2, ttt_lr=0.1, ttt_optimizer="sgd", **phases)
     c, nll, seen = setup.config, np.full(len(TOKENS) - 1, np.nan), []
-    base = Hand(setup.load(), replace(c, ttt_momentum=c.global_ttt_momentum), ALL)
+    clip = changes.get("global_ttt_grad_clip", c.ttt_grad_clip)
+    base = Hand(setup.load(), replace(c, ttt_momentum=c.global_ttt_momentum, ttt_grad_clip=clip), ALL)
     for number, (low, high) in enumerate(spans(TOKENS), 1):
         hand = Hand(base.model, c, "adapters")
         for a in range(low, high, 5):
@@ -204,10 +227,12 @@ def test_phases_equal_a_loop_by_hand(groups, exact):
             if b < high:
                 hand.step(hand.losses(TOKENS, a, a, b).mean(), c.ttt_lr)
         seen += [(a, min(a + 12, high)) for a in range(low, high, 12)]
-        for first in range(0, len(seen) if number in (1, 2) else 0, 2):
+        steps = range(0, len(seen) if number in (1, 2) else 0, 2)
+        for k, first in enumerate(steps):
             some = seen[first : first + 2]
             loss = sum(base.losses(TOKENS, a, a, b).sum() for a, b in some)
-            base.step(loss / sum(b - a for a, b in some), c.global_ttt_lr)
+            scale = cosine(c, k, len(steps)) if len(steps) > 1 else 1.0
+            base.step(loss / sum(b - a for a, b in some), c.global_ttt_lr * scale)
     got = evaluate(setup, TOKENS).nll
     np.testing.assert_allclose(got, nll, rtol=0, atol=2e-5)
     alone = evaluate(replace(setup, config=replace(c, ttt_mode="doc_lora")), TOKENS).nll
@@ -350,9 +375,9 @@ def learned(monkeypatch) -> list[list[int]]:
     """The targets of each step that weigh something, filled while an evaluation runs."""
     steps, step = [], Adaptation.step
 
-    def spy(self, tokens, windows, weight, fast):
+    def spy(self, tokens, windows, weight, *how):
         steps.append(counted(windows.take(np.flatnonzero(weight))))
-        return step(self, tokens, windows, weight, fast)
+        return step(self, tokens, windows, weight, *how)
 
     monkeypatch.setattr(Adaptation, "step", spy)
     return steps
