@@ -729,7 +729,8 @@ def prepare(
     device = tg.start_ranks(config, environ)
     attention, kernel, notices = tg.choose_attention(config.attention, device)
     config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
-    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1)  # training does not matter here
+    # training does not matter here
+    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1, data_order="sequential")
     problems = tg.inconsistencies(replace(stand_in(config), **step))
     if problems:
         raise UserError("\n".join(problems))

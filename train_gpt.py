@@ -82,6 +82,7 @@ def shown(text: object) -> str:
 # has them. The environment variable is the field's name in capitals. Whatever is wrong is said at once,
 # before anything starts: a typo in a sweep costs money.
 
+PACKED_ROWS = 8  # of a step under DATA_ORDER=packed, whatever the number of ranks
 ALL_WEIGHTS = "bank embed memory head proj gate smear scalar"  # groups of PARAM_GROUPS, as in the artifact
 
 
@@ -139,8 +140,9 @@ class Config:
     train_files: str = setting("", "glob of the training shards; empty: DATA_PATH/fineweb_train_*.bin")
     val_files: str = setting("", "glob of the validation shards; empty: DATA_PATH/fineweb_val_*.bin")
     tokenizer_path: str = setting("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    data_order: str = setting("sequential", "order of training sequences; shuffled: anew every epoch",
-                              ("sequential", "shuffled"))
+    data_order: str = setting("sequential", "order of training sequences; shuffled: anew every epoch; "
+                              "packed: 8 long rows a step, documents in pieces of TRAIN_SEQ_LEN",
+                              ("sequential", "shuffled", "packed"))
     # model
     vocab_size: int = setting(1024, "vocabulary size (V)", 4, 65536)
     num_layers: int = setting(11, "transformer blocks (L)", 1)
@@ -401,9 +403,14 @@ class Config:
         return [float(part) for part in self.mtp_weights.split(",") if part.strip()]
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a training row: a sequence, or an eighth of the step (DATA_ORDER=packed)."""
+        return self.train_batch_tokens // PACKED_ROWS if self.data_order == "packed" else self.train_seq_len
+
+    @property
     def step_seqs(self) -> int:
-        """Sequences per step, all ranks together."""
-        return self.train_batch_tokens // self.train_seq_len
+        """Rows per step, all ranks together."""
+        return self.train_batch_tokens // self.row_tokens
 
     @property
     def phases(self) -> dict[str, float]:
@@ -635,9 +642,13 @@ def run_rules(c: Config) -> Rules:
         (c.muon_coeffs == "quintic" or c.muon_backend_steps <= 5,
          f"MUON_BACKEND_STEPS={c.muon_backend_steps}: Polar Express has 5 steps"),
         (c.ema_export_share == 1 or c.ema_enabled or c.swa_enabled, "EMA_EXPORT_SHARE needs an average"),
-        (c.train_batch_tokens % c.train_seq_len == 0 and c.step_seqs % c.grad_accum_total == 0,
+        (c.data_order != "packed" or c.doc_borders == "attention",
+         "DATA_ORDER=packed needs DOC_BORDERS=attention"),
+        (c.row_tokens >= c.train_seq_len, "DATA_ORDER=packed: an eighth of TRAIN_BATCH_TOKENS="
+         f"{c.train_batch_tokens} is less than TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.train_batch_tokens % c.row_tokens == 0 and c.step_seqs % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} "
-         f"sequences of TRAIN_SEQ_LEN={c.train_seq_len}"),
+         f"sequences of {c.row_tokens} tokens"),
         (c.quant_steps == "two_sided" or not c.quant_trellis, "QUANT_TRELLIS needs QUANT_STEPS=two_sided"),
         (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: "
          "two-sided scales give every weight its bits"),
@@ -1122,6 +1133,13 @@ class TokenStream:
         """Every token once, uint16."""
         return np.concatenate([self._part(index, 0, len(shard)) for index, shard in enumerate(self.shards)])
 
+    @cached_property
+    def runs(self) -> np.ndarray:
+        """First document and end of every shard, as positions of the stream, (shards, 2)."""
+        firsts = [int(np.argmax(np.append(shard == BOS_ID, True))) for shard in self.shards]
+        begins = self.ends - [len(shard) for shard in self.shards]
+        return np.stack((begins + firsts, self.ends), axis=1)
+
     def sequences(self, starts: np.ndarray, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (len(starts), seq_len) each, of the sequences that begin at `starts`."""
         tokens = torch.from_numpy(np.stack([self.read(int(start), seq_len + 1) for start in starts]))
@@ -1138,9 +1156,29 @@ def shuffled_starts(num_tokens: int, seq_len: int, seed: int, epoch: int) -> np.
     return (offset + seq_len * generator.permutation(num_tokens // seq_len)) % num_tokens
 
 
-def sequence_starts(config: Config, num_tokens: int, first: int, count: int) -> np.ndarray:
-    """Starts of the training sequences [first, first + count), which depend on seed and DATA_ORDER only."""
-    numbers, T = np.arange(first, first + count), config.train_seq_len
+def packed_starts(runs: np.ndarray, row_tokens: int, numbers: np.ndarray) -> np.ndarray:
+    """Starts of packed rows: 8 a step, side by side from the first document of a shard on (#1855).
+
+    runs as in TokenStream. What is left of a shard after its last whole step is left out. UserError where no
+    shard has a step.
+    """
+    step = PACKED_ROWS * (row_tokens + 1)
+    counts = (runs[:, 1] - runs[:, 0]) // step
+    if not counts.sum():
+        raise UserError(
+            f"DATA_ORDER=packed: no shard of {(runs[:, 1] - runs[:, 0]).max()} tokens has {step}, a step"
+        )
+    steps, rows = np.divmod(numbers, PACKED_ROWS)
+    steps, ends = steps % counts.sum(), np.cumsum(counts)
+    shard = np.searchsorted(ends, steps, side="right")
+    return runs[shard, 0] + (steps - (ends - counts)[shard]) * step + rows * (row_tokens + 1)
+
+
+def sequence_starts(config: Config, stream: TokenStream, first: int, count: int) -> np.ndarray:
+    """Starts of the training rows [first, first + count), which depend on seed and DATA_ORDER only."""
+    numbers, num_tokens, T = np.arange(first, first + count), len(stream), config.train_seq_len
+    if config.data_order == "packed":
+        return packed_starts(stream.runs, config.row_tokens, numbers)
     if config.data_order == "sequential":
         return numbers * T
     epochs, positions = np.divmod(numbers, num_tokens // T)
@@ -1994,7 +2032,7 @@ class GPT(nn.Module):
         self.register_buffer("prefixes", no_prefix, persistent=False)
         heads = range(config.mtp_num_heads)
         self.mtp_heads = nn.ModuleList(nn.Linear(d, config.vocab_size, bias=False) for _ in heads)
-        for name, table in zip(("cos", "sin"), self.rotary(max(config.train_seq_len, 8192)), strict=True):
+        for name, table in zip(("cos", "sin"), self.rotary(max(config.row_tokens, 8192)), strict=True):
             self.register_buffer(name, table, persistent=False)
 
     @torch.no_grad()
@@ -2054,16 +2092,18 @@ class GPT(nn.Module):
         tap: Tap | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        cut: int = 0,
     ) -> Tensor:
         """input_ids (B, T) -> what the head reads, (B, T, d).
 
         weights: made by GPT.weights, if the caller has them. adapters: low-rank additions, see Adapters. tap:
         sees every product, see Tap. positions (B, C): those whose logits are wanted -> (B, C, d). cache: of
-        the tokens before these, which are added to it.
+        the tokens before these, which are added to it. cut: longest piece of a document that attention
+        stays within; 0: the whole document.
         """
         applications = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
-        context = self.attention_context(input_ids, x, cache)
+        context = self.attention_context(input_ids, x, cache, cut)
         values = None if self.ve_shared is None else self.ve_shared(input_ids, self.dtype)  # (B, T, K * D)
         skips: list[Tensor] = []
         half, lane = len(applications) // 2, None
@@ -2157,7 +2197,7 @@ class GPT(nn.Module):
         return pairs | {place: [own[name]] for name, place in (("o", "attn"), ("mlp", "mlp")) if name in own}
 
     def attention_context(
-        self, input_ids: Tensor, like: Tensor, cache: Cache | None = None
+        self, input_ids: Tensor, like: Tensor, cache: Cache | None = None, cut: int = 0
     ) -> AttentionContext:
         """Context of input_ids (B, T), which the cache has already, with dtype and device of `like`."""
         ids, count = input_ids if cache is None else cache["ids"][0], input_ids.size(1)
@@ -2165,6 +2205,10 @@ class GPT(nn.Module):
         tables = (self.cos, self.sin) if length <= len(self.cos) else self.rotary(length, like.device)
         cos, sin = (table[length - count : length].to(like.dtype) for table in tables)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
+        if cut:
+            at = torch.arange(length, device=ids.device).expand_as(ids)
+            begin = at.where(ids == BOS_ID, 0).cummax(1).values  # of the document
+            documents = ((at - begin) % cut == 0).cumsum(1)
         first = self.without_predecessor(ids) if self.config.key_offset else None
         return AttentionContext(cos, sin, self.config.rotary_dims // 2, documents, first, cache)
 
@@ -2286,7 +2330,9 @@ def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weigh
     later), and `softer_targets`. weights as in GPT.stream.
     """
     c = model.config
-    x, targets = model.stream(input_ids, weights)[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
+    cut = c.train_seq_len if c.data_order == "packed" else 0
+    x, targets = model.stream(input_ids, weights, cut=cut), targets[:, c.num_memory_tokens :]
+    x = x[:, c.num_memory_tokens :]
     logits = model.head(x)
     losses = nll(logits, targets)
     if model.loss_weights is not None:
@@ -4242,7 +4288,7 @@ def wanted_at_once(config: Config, ranks: int) -> dict[str, int]:
     c = config
     wanted = {
         "train": max(c.step_seqs // max(c.grad_accum_total, ranks), 1),
-        "statistics": c.step_seqs // c.grad_accum_total,
+        "statistics": c.train_batch_tokens // c.grad_accum_total // c.train_seq_len,
         "score": c.eval_batch_seqs,
     }
     if TTT_MODES[c.ttt_mode].by_documents:
@@ -4668,7 +4714,7 @@ def split_batch(config: Config) -> tuple[int, int]:
     if rows % ranks:
         raise UserError(
             f"world_size={ranks} must divide the {rows} sequences of a step "
-            "(TRAIN_BATCH_TOKENS / TRAIN_SEQ_LEN)"
+            f"(TRAIN_BATCH_TOKENS / {config.row_tokens})"
         )
     mine = rows // ranks
     return mine, mine // max(at_once(config)["train"], 1)
@@ -4679,9 +4725,8 @@ def step_batches(run: Run, step: int) -> list[tuple[Tensor, Tensor]]:
     c = run.config
     rows, parts = split_batch(c)
     first = step * c.step_seqs + rank() * rows
-    inputs, targets = run.train.sequences(
-        sequence_starts(c, len(run.train), first, rows), c.train_seq_len, run.device
-    )
+    starts = sequence_starts(c, run.train, first, rows)
+    inputs, targets = run.train.sequences(starts, c.row_tokens, run.device)
     return list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
 
 
@@ -5215,6 +5260,8 @@ class RandomTokens:
     def __init__(self, vocab_size: int):
         self.vocab_size, self.generator = vocab_size, np.random.default_rng(0)
 
+    runs = np.array([[0, 1 << 40]])  # one shard without an end
+
     def __len__(self) -> int:
         return 1 << 20
 
@@ -5260,7 +5307,7 @@ def warm_up_scoring(model: GPT, config: Config, nll_fn: Callable) -> None:
 
 def calibration_rows(config: Config) -> int:
     """Sequences of a calibration batch: those of a micro-batch."""
-    return config.step_seqs // config.grad_accum_total
+    return config.train_batch_tokens // config.grad_accum_total // config.train_seq_len
 
 
 def calibration_batches(run: Run, model: GPT, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -5446,6 +5493,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     shards = find_shards(config.shards("val"))
     byte_table = byte_table.with_sidecars(shards)
     check_listing(stream, tokenizer_sha256, "train")
+    if config.data_order == "packed":
+        sequence_starts(config, stream, 0, 1)  # UserError where no shard has a step
     if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
         raise UserError(
             f"{stream.pattern}: {len(stream)} tokens, fewer than a sequence of "
@@ -5498,12 +5547,12 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
     if run.versions.get("attention_backend") == "math" and run.device.type == "cuda":
         rows = split_batch(c)[0] // split_batch(c)[1]
-        stored = rows * c.num_heads * c.train_seq_len**2 * compute_dtype(run.device).itemsize / 1e9
+        stored = rows * c.num_heads * c.row_tokens**2 * compute_dtype(run.device).itemsize / 1e9
         log.line(
             f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores per layer"
         )
     if c.doc_borders == "attention" and run.device.type == "cuda":
-        inner, merged = merged_documents(run.train, c.train_seq_len)
+        inner, merged = merged_documents(run.train, c.row_tokens)
         log.line(f"note: attention's kernels merge {merged} of {inner} documents in 1000 sampled sequences")
     if (c.late_qat or "deployed" in c.phases) and c.quant_steps == "two_sided":
         log.line("note: training rounds the banks per row, the export by two-sided scales")

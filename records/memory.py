@@ -91,7 +91,7 @@ class Memory:
 
     def step(self, rows: int) -> int:
         """Bytes for a micro-batch of `rows` sequences; Weights have gradients too."""
-        tokens = rows * self.config.train_seq_len
+        tokens = rows * self.config.row_tokens
         return self.state() + 2 * self.fused() + self.training(tokens, tokens)
 
     def statistics(self, rows: int) -> int:

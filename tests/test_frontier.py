@@ -1,17 +1,21 @@
 """The frontier's levers (#1855 and the public training improvements) against formulas written from their
 specification in numpy; causality, the cache, ranks, checkpoints."""
 
+import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import frontier_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from formats import shard_header
 from test_bytes import train_tokenizer  # noqa: F401
 from test_model import random_ids, random_model
 
+import eval_ttt
 import train_gpt
 from train_gpt import BOS_ID, GPT, Cache, Config
 
@@ -476,3 +480,102 @@ def test_scales_and_codes_by_kind(tied):
 
     nearest = {t.name: t for t in train_gpt.quantize_state_dict(state, train_gpt.Statistics(), c)}
     assert error(found[head]) < 0.95 * error(nearest[head])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Packed rows
+# ------------------------------------------------------------------------------------------------------------
+
+PACKED = dict(data_order="packed", doc_borders="attention", train_batch_tokens=8 * 40, grad_accum_total=4)
+
+
+def segments(ids: list[int], cut: int) -> list[tuple[int, int]]:
+    """Pieces of documents in a row: from each BOS and from the row's start, at most `cut` tokens long."""
+    borders = sorted({0, *(t for t, token in enumerate(ids) if token == BOS_ID), len(ids)})
+    return [(a, min(a + cut, end)) for begin, end in pairwise(borders) for a in range(begin, end, cut)]
+
+
+@pytest.mark.parametrize("changes", [{}, LOOP, dict(attn_gate=5, parallel_start_layer=3)], ids=str)
+def test_attention_stays_within_the_pieces_of_a_row(changes):
+    """Each piece on its own, one after the other, gives the losses of the packed row."""
+    c = replace(TINY, **PACKED | changes)
+    model, rng = random_model(c), np.random.default_rng(0)
+    ids = torch.from_numpy(rng.integers(2, TINY.vocab_size, (2, 40)))
+    ids[0, [3, 4, 30]], ids[1, [0, 15]] = BOS_ID, BOS_ID
+    packed = model(ids, cut=c.train_seq_len)
+    whole, lengths = model(ids), set()
+    for row in (0, 1):
+        for a, b in segments(ids[row].tolist(), c.train_seq_len):
+            lengths.add(b - a)
+            assert torch.allclose(packed[row, a:b], model(ids[row : row + 1, a:b])[0], atol=1e-9)
+    assert 12 in lengths and 1 in lengths and not torch.allclose(packed, whole)
+    targets = torch.from_numpy(rng.integers(2, TINY.vocab_size, (2, 40)))
+    expected = train_gpt.nll(packed, targets).mean()
+    assert torch.allclose(train_gpt.training_loss(model, ids, targets), expected, atol=1e-6)
+
+
+class PackedStream:
+    """Shards of 1,000, 700 and 90 tokens; the first document of each begins at 5, 0 and 3."""
+
+    runs = np.array([[5, 1000], [1000, 1700], [1703, 1790]])
+
+    def __len__(self) -> int:
+        return 1790
+
+
+def test_packed_rows_lie_side_by_side_within_shards():
+    """A step of 328 tokens: three in the first shard, two in the second, none in the third; then again."""
+    runs, row = PackedStream.runs, 41
+    found = train_gpt.packed_starts(runs, 40, np.arange(6 * 8)).reshape(6, 8)
+    firsts = [5, 5 + 328, 5 + 2 * 328, 1000, 1000 + 328, 5]
+    assert found.tolist() == [[first + row * r for r in range(8)] for first in firsts]
+    with pytest.raises(train_gpt.UserError, match="3208"):
+        train_gpt.packed_starts(runs, 400, np.arange(1))
+
+
+def test_the_runs_of_shards(tmp_path):
+    shards = ([7, 7, 1, 8, 9], [1, 5], [4, 4])
+    for number, tokens in enumerate(shards):
+        blob = shard_header(len(tokens)) + np.array(tokens, "<u2").tobytes()
+        (tmp_path / f"fineweb_train_{number:06d}.bin").write_bytes(blob)
+    stream = train_gpt.TokenStream(f"{tmp_path}/fineweb_train_*.bin", 20)
+    assert stream.runs.tolist() == [[2, 5], [5, 7], [9, 9]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_ranks_share_the_rows_of_a_step(ranks, monkeypatch):
+    c, stream = replace(TINY, **PACKED), PackedStream()
+    whole = train_gpt.sequence_starts(c, stream, 8, 8).tolist()
+    monkeypatch.setattr(train_gpt, "world_size", lambda: ranks)
+    rows, parts = train_gpt.split_batch(c)
+    assert rows == 8 // ranks and rows % parts == 0
+    shared = [train_gpt.sequence_starts(c, stream, 8 + rank * rows, rows).tolist() for rank in range(ranks)]
+    assert [start for part in shared for start in part] == whole
+
+
+def test_a_packed_run_with_every_lever(smoke_env, tmp_path, monkeypatch):
+    """Trained, exported, scored, stopped and resumed; then adapted as #1855 does."""
+    monkeypatch.chdir(tmp_path)
+    text = np.fromfile(f"{smoke_env['DATA_PATH']}/fineweb_val_000000.bin", "<u2", 3000, offset=1024)
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(shard_header(3000) + text.tobytes())
+    model = """NUM_LAYERS=4 BLOCK_ORDER=0,1,2,1,2,3 LOOP_SHARED=1 SKIP_GATES=1 SMEAR_INPUTS=12 ATTN_GATE=12
+        PARALLEL_START_LAYER=3 XSA_LEARNED=1 BIGRAM_SIGNS=1 VE_ENABLED=0 DOC_BORDERS=attention"""
+    training = """DATA_ORDER=packed TRAIN_BATCH_TOKENS=2048 GRAD_ACCUM_TOTAL=2 ITERATIONS=6
+        LOOP_START_FRAC=0.3
+        MUON_ROW_NORM=1 MUON_COEFFS=polar NORMUON_BETA2=0.95 MUON_CAUTIOUS_WD=1 EMA_NESTEROV_BETA=0.3
+        MTP_WEIGHTS=0.5 PREFIX_LOSS_WEIGHT=0.25 WARMUP_STEPS=0 VAL_LOSS_EVERY=0 EVAL_STRIDE=64"""
+    rounding = """QUANT_STEPS=sigmas EMBED_BITS=7 GPTQ_EMBED=1 ATTN_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5
+        EMBED_CLIP_SIGMAS=14"""
+    adaptation = """TTT_MODE=phased TTT_OPTIMIZER=adamw TTT_LORA_FORM=parallel TTT_MATRICES=komh
+        TTT_LORA_RANK=4
+        TTT_WARM_START_A=1 TTT_CHUNK_SIZE=64 TTT_CHUNK_BY_LENGTH=500:32 TTT_LR=1e-3 PHASED_TTT_PREFIX_DOCS=1
+        PHASED_TTT_NUM_PHASES=1 TTT_LR_SCHEDULE=cosine GLOBAL_TTT_GRAD_CLIP=1"""
+    words = f"{model} {training} {rounding} {adaptation} VAL_FILES={tmp_path}/fineweb_val_*.bin".split()
+    env = smoke_env | dict(word.split("=") for word in words)
+    assert train_gpt.main([], env) == 0
+    result = json.loads((tmp_path / "runs/run/result.json").read_text())
+    assert result["steps"] == 6 and result["val_loss_sliding"] < 8
+    assert "depth_recurrence:on" in (tmp_path / "runs/run/train.log").read_text()
+    assert eval_ttt.main([], env) == 0
+    evaluated = json.loads((tmp_path / "runs/run/eval_ttt.json").read_text())
+    assert evaluated["legal"] is True and evaluated["ttt_gain_bpb"] != 0
