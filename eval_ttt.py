@@ -730,7 +730,8 @@ def prepare(
     attention, kernel, notices = tg.choose_attention(config.attention, device)
     config, artifact, path = tg.on_rank_0(lambda: read_model(config, given))
     # training does not matter here
-    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1, data_order="sequential")
+    step = dict(train_batch_tokens=config.train_seq_len, grad_accum_total=1)
+    step |= dict(data_order="sequential", train_seq_schedule="")
     problems = tg.inconsistencies(replace(stand_in(config), **step))
     if problems:
         raise UserError("\n".join(problems))

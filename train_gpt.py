@@ -188,13 +188,16 @@ class Config:
     ve_dim: int = setting(128, "width of the value embedding", 1)
     ve_layers: str = setting("9,10", "comma list of the bank rows that add the value embedding")
     num_memory_tokens: int = setting(0, "learned vectors in place of the first embeddings of a window", 0)
-    train_seq_len: int = setting(2048, "tokens per training sequence (T)", 2)
+    train_seq_len: int = setting(2048, "tokens per training sequence (T); packed: of a piece at the end", 2)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial token embedding", 0)
     overtone_init: bool = setting(False, "initial embedding with singular values falling as 1 / sqrt(k)")
     # training
     iterations: int = setting(20000, "maximum number of steps", 1)
     max_wallclock_seconds: float = setting(600.0, "limit of the contest clock, seconds; 0: none", 0)
     train_batch_tokens: int = setting(786432, "tokens per step, all ranks together", 2)
+    train_seq_schedule: str = setting("", "packed: LENGTH:FRACTION pairs, pieces to a fraction of a run, as "
+                                      "1024:0.1,2048:0.7; then TRAIN_SEQ_LEN")
+    seq_change_warmup_steps: int = setting(0, "packed: steps of LR warm-up after a change of length", 0)
     grad_accum_total: int = setting(8, "micro-batches per step, all ranks together; more on a small GPU", 1)
     warmup_steps: int = setting(20, "warm-up steps on random tokens, off the clock and undone", 0)
     warmdown_iters: int = setting(4000, "LR warmdown, steps", 0)
@@ -408,6 +411,13 @@ class Config:
         return self.train_batch_tokens // PACKED_ROWS if self.data_order == "packed" else self.train_seq_len
 
     @property
+    def piece_lengths(self) -> list[tuple[float, int]]:
+        """Fraction of the run, and the longest piece of a document up to there; ascending."""
+        pairs = re.findall(r"(\d+)[:@]([\d.]+)", self.train_seq_schedule)
+        found = sorted((float(fraction), int(length)) for length, fraction in pairs)
+        return [*found, (math.inf, self.train_seq_len)]
+
+    @property
     def step_seqs(self) -> int:
         """Rows per step, all ranks together."""
         return self.train_batch_tokens // self.row_tokens
@@ -464,12 +474,18 @@ def settings_of(config: Config, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for section in names for name in sections()[section]}
 
 
-ALIASES = {  # the family of #494
+ALIASES = {  # the families of #494 and #1855
     "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
     "BIGRAM_EMBED_DIM": "BIGRAM_DIM",
     "XSA_LAYERS": "XSA_LAST_N",
     "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
     "SWA_START_FRAC": "SWA_THRESHOLD",
+    "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIB_BATCHES",
+    "GATE_WINDOW": "ATTN_GATE",
+    "SPARSE_ATTN_GATE_SCALE": "ATTN_GATE_SCALE",
+    "SMEAR_GATE_ENABLED": "SMEAR_GATE",
+    "MUON_ROW_NORMALIZE": "MUON_ROW_NORM",
+    "ENABLE_LOOPING_AT": "LOOP_START_FRAC",
 }
 
 # Variables of the lineage, or of earlier versions, that this trainer lacks: names, the values that mean the
@@ -496,6 +512,14 @@ ABSENT = (
     ("CALIB_TEMPERATURE", "0.8", "the temperature of #1019"),
     ("TTT_PULL", "0 0.0", "never gained"),
     ("TTT_LOSS_POWER", "0 0.0", "gained 0.0003 bpb"),
+    ("LQER_ENABLED AWQ_LITE_ENABLED", "0", "they correct the error of rounding; not built"),
+    ("LQER_RANK LQER_TOP_K LQER_FACTOR_BITS LQER_ASYM_ENABLED LQER_ASYM_GROUP", "*", "they tune it"),
+    ("CASEOPS_ENABLED", "*", "a CaseOps export is known by its byte sidecars"),
+    ("PHASED_TTT_ENABLED", "*", "TTT_MODE=phased"),
+    ("SPARSE_ATTN_GATE_ENABLED", "*", "ATTN_GATE is the number of its inputs; 0: off"),
+    ("GATED_ATTN_QUANT_GATE", "*", "gates are int8 by row"),
+    ("FUSED_CE_ENABLED GPTQ_RESERVE_SECONDS", "*", "it changes speed only, or is measured"),
+    ("ASYM_LOGIT_RESCALE", "*", "it is the symmetric softcap, since its scales have no gradient"),
     ("TTT_META_RATES", "*", "Meta-SGD's factors act at test time where the deployed objective learned them"),
 )  # fmt: skip
 
@@ -644,6 +668,9 @@ def run_rules(c: Config) -> Rules:
         (c.ema_export_share == 1 or c.ema_enabled or c.swa_enabled, "EMA_EXPORT_SHARE needs an average"),
         (c.data_order != "packed" or c.doc_borders == "attention",
          "DATA_ORDER=packed needs DOC_BORDERS=attention"),
+        (re.fullmatch(r"(\d+[:@]\d*\.?\d+(,\d+[:@]\d*\.?\d+)*)?", c.train_seq_schedule),
+         f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule}: LENGTH:FRACTION pairs"),
+        (c.data_order == "packed" or not c.train_seq_schedule, "TRAIN_SEQ_SCHEDULE needs DATA_ORDER=packed"),
         (c.row_tokens >= c.train_seq_len, "DATA_ORDER=packed: an eighth of TRAIN_BATCH_TOKENS="
          f"{c.train_batch_tokens} is less than TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.train_batch_tokens % c.row_tokens == 0 and c.step_seqs % c.grad_accum_total == 0,
@@ -2028,6 +2055,8 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(torch.ones(1) for _ in self.value_layers)
         terms = len(config.ahead_weights) + 1 if config.mtp_weights or config.prefix_loss_weight else 0
         self.register_buffer("loss_weights", torch.zeros(terms) if terms else None, persistent=False)
+        piece = torch.tensor(config.train_seq_len) if config.data_order == "packed" else None
+        self.register_buffer("piece", piece, persistent=False)
         no_prefix = torch.full((config.vocab_size,), -1) if config.prefix_loss_weight else None
         self.register_buffer("prefixes", no_prefix, persistent=False)
         heads = range(config.mtp_num_heads)
@@ -2092,18 +2121,18 @@ class GPT(nn.Module):
         tap: Tap | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
-        cut: int = 0,
+        piece: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, T) -> what the head reads, (B, T, d).
 
         weights: made by GPT.weights, if the caller has them. adapters: low-rank additions, see Adapters. tap:
         sees every product, see Tap. positions (B, C): those whose logits are wanted -> (B, C, d). cache: of
-        the tokens before these, which are added to it. cut: longest piece of a document that attention
-        stays within; 0: the whole document.
+        the tokens before these, which are added to it. piece: tokens of a document that attention stays
+        within, (); None: the whole document.
         """
         applications = self.block_weights(self.weights() if weights is None else weights, adapters or {}, tap)
         x0 = x = self.embed(input_ids) if cache is None else self.embed_more(input_ids, cache)
-        context = self.attention_context(input_ids, x, cache, cut)
+        context = self.attention_context(input_ids, x, cache, piece)
         values = None if self.ve_shared is None else self.ve_shared(input_ids, self.dtype)  # (B, T, K * D)
         skips: list[Tensor] = []
         half, lane = len(applications) // 2, None
@@ -2197,7 +2226,7 @@ class GPT(nn.Module):
         return pairs | {place: [own[name]] for name, place in (("o", "attn"), ("mlp", "mlp")) if name in own}
 
     def attention_context(
-        self, input_ids: Tensor, like: Tensor, cache: Cache | None = None, cut: int = 0
+        self, input_ids: Tensor, like: Tensor, cache: Cache | None = None, piece: Tensor | None = None
     ) -> AttentionContext:
         """Context of input_ids (B, T), which the cache has already, with dtype and device of `like`."""
         ids, count = input_ids if cache is None else cache["ids"][0], input_ids.size(1)
@@ -2205,10 +2234,10 @@ class GPT(nn.Module):
         tables = (self.cos, self.sin) if length <= len(self.cos) else self.rotary(length, like.device)
         cos, sin = (table[length - count : length].to(like.dtype) for table in tables)
         documents = (ids == BOS_ID).cumsum(1) if self.config.doc_borders == "attention" else None
-        if cut:
+        if piece is not None:
             at = torch.arange(length, device=ids.device).expand_as(ids)
             begin = at.where(ids == BOS_ID, 0).cummax(1).values  # of the document
-            documents = ((at - begin) % cut == 0).cumsum(1)
+            documents = ((at - begin) % piece == 0).cumsum(1)
         first = self.without_predecessor(ids) if self.config.key_offset else None
         return AttentionContext(cos, sin, self.config.rotary_dims // 2, documents, first, cache)
 
@@ -2330,9 +2359,8 @@ def training_loss(model: GPT, input_ids: Tensor, targets: Tensor, weights: Weigh
     later), and `softer_targets`. weights as in GPT.stream.
     """
     c = model.config
-    cut = c.train_seq_len if c.data_order == "packed" else 0
-    x, targets = model.stream(input_ids, weights, cut=cut), targets[:, c.num_memory_tokens :]
-    x = x[:, c.num_memory_tokens :]
+    stream = model.stream(input_ids, weights, piece=model.piece)
+    x, targets = stream[:, c.num_memory_tokens :], targets[:, c.num_memory_tokens :]
     logits = model.head(x)
     losses = nll(logits, targets)
     if model.loss_weights is not None:
@@ -2696,6 +2724,30 @@ def short_run_warning(config: Config, step: int, elapsed: float, budget: float) 
         f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps: the "
         f"learning rate starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, a fraction of the run, to 0.5."
     )
+
+
+class PieceSchedule:
+    """Sets the longest piece of a document by TRAIN_SEQ_SCHEDULE; after a change the LR warms up (#2014)."""
+
+    def __init__(self, model: nn.Module, config: Config):
+        self.model, self.config = model, config
+        self.length, self.since = 0, 0
+
+    def begin_step(self, step: int, done: float) -> float:
+        """Before step `step`, at a fraction `done` of the run; returns a factor of its LR."""
+        length = next(length for fraction, length in self.config.piece_lengths if done <= fraction)
+        if length != self.length:
+            self.length, self.since = length, step
+            self.model.piece.fill_(length)
+        warmup = self.config.seq_change_warmup_steps if self.since else 0
+        return min(1.0, (step - self.since + 1) / warmup) if warmup else 1.0
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(length=self.length, since=self.since)
+
+    def load_state_dict(self, saved: dict[str, int]) -> None:
+        self.length, self.since = saved["length"], saved["since"]
+        self.model.piece.fill_(self.length or self.config.train_seq_len)
 
 
 def momentum_at(config: Config, step: int) -> float:
@@ -5103,6 +5155,8 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
     parts = dict(muon=optimizers[0], adamw=optimizers[1], average=average)
     if c.ema_nesterov_beta:
         parts["nesterov"] = EMANesterov(model, c)
+    if model.piece is not None:
+        parts["pieces"] = PieceSchedule(model, c)
     if c.meta_ttt_enabled and c.meta_ttt_objective == "fomaml":
         parts["fomaml"] = inner_weights(model, c, "fomaml")
 
@@ -5120,6 +5174,8 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
         if number == pace_known and (short := short_run_warning(c, number, *clock)):
             run.log.line(f"WARNING: {short}")
         scale = lr_scale(c, number, *clock)
+        if "pieces" in parts:
+            scale *= parts["pieces"].begin_step(number, done)
         batches = loader.batches(number)
         if model.loss_weights is not None:
             model.loss_weights.copy_(torch.tensor(loss_weights(c, done)), non_blocking=True)

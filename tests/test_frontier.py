@@ -502,7 +502,7 @@ def test_attention_stays_within_the_pieces_of_a_row(changes):
     model, rng = random_model(c), np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(2, TINY.vocab_size, (2, 40)))
     ids[0, [3, 4, 30]], ids[1, [0, 15]] = BOS_ID, BOS_ID
-    packed = model(ids, cut=c.train_seq_len)
+    packed = model(ids, piece=model.piece)
     whole, lengths = model(ids), set()
     for row in (0, 1):
         for a, b in segments(ids[row].tolist(), c.train_seq_len):
@@ -512,6 +512,24 @@ def test_attention_stays_within_the_pieces_of_a_row(changes):
     targets = torch.from_numpy(rng.integers(2, TINY.vocab_size, (2, 40)))
     expected = train_gpt.nll(packed, targets).mean()
     assert torch.allclose(train_gpt.training_loss(model, ids, targets), expected, atol=1e-6)
+
+
+def test_the_schedule_of_pieces():
+    """#2014: 1,024 to a tenth of the run, 2,048 to seven, then 3,072; 32 steps of warm-up after a change."""
+    c = Config(data_order="packed", train_seq_schedule="1024:.1,2048:0.7", train_seq_len=3072,
+               seq_change_warmup_steps=32)  # fmt: skip
+    model = SimpleNamespace(piece=torch.tensor(0))
+    schedule, found = train_gpt.PieceSchedule(model, c), []
+    for step in range(1000):
+        factor = schedule.begin_step(step, step / 1000)
+        found.append((int(model.piece), factor))
+        if step == 110:
+            again = train_gpt.PieceSchedule(model, c)
+            again.load_state_dict(schedule.state_dict())
+            schedule = again
+    assert [found[step] for step in (0, 100, 101, 116, 132, 700)] == [
+        (1024, 1), (1024, 1), (2048, 1 / 32), (2048, 16 / 32), (2048, 1), (2048, 1)]  # fmt: skip
+    assert found[701] == (3072, 1 / 32) and found[-1] == (3072, 1)
 
 
 class PackedStream:
@@ -561,7 +579,7 @@ def test_a_packed_run_with_every_lever(smoke_env, tmp_path, monkeypatch):
     model = """NUM_LAYERS=4 BLOCK_ORDER=0,1,2,1,2,3 LOOP_SHARED=1 SKIP_GATES=1 SMEAR_INPUTS=12 ATTN_GATE=12
         PARALLEL_START_LAYER=3 XSA_LEARNED=1 BIGRAM_SIGNS=1 VE_ENABLED=0 DOC_BORDERS=attention"""
     training = """DATA_ORDER=packed TRAIN_BATCH_TOKENS=2048 GRAD_ACCUM_TOTAL=2 ITERATIONS=6
-        LOOP_START_FRAC=0.3
+        LOOP_START_FRAC=0.3 TRAIN_SEQ_SCHEDULE=32:0.5 SEQ_CHANGE_WARMUP_STEPS=2
         MUON_ROW_NORM=1 MUON_COEFFS=polar NORMUON_BETA2=0.95 MUON_CAUTIOUS_WD=1 EMA_NESTEROV_BETA=0.3
         MTP_WEIGHTS=0.5 PREFIX_LOSS_WEIGHT=0.25 WARMUP_STEPS=0 VAL_LOSS_EVERY=0 EVAL_STRIDE=64"""
     rounding = """QUANT_STEPS=sigmas EMBED_BITS=7 GPTQ_EMBED=1 ATTN_CLIP_SIGMAS=13 MLP_CLIP_SIGMAS=11.5

@@ -76,6 +76,30 @@ RECYCLED = """
     WARMDOWN_ITERS=2500 TRAIN_BATCH_TOKENS=524288 TRAIN_SEQ_LEN=1024 GRAD_CLIP_NORM=0 EMA_ENABLED=0
     EVAL_SEQ_LEN=1024
 """ + PLAIN  # fmt: skip
+PR1855 = """
+    VOCAB_SIZE=8192 CASEOPS_ENABLED=1 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 PHASED_TTT_ENABLED=1
+    PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=3 EMBED_BITS=7 MATRIX_LR=0.026 MIN_LR=0.1
+    MLP_CLIP_SIGMAS=11.5 ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0 GRAD_CLIP_NORM=0.3 TTT_CHUNK_SIZE=48
+    WARMUP_STEPS=20 MUON_BACKEND_STEPS=5 GLOBAL_TTT_MOMENTUM=0.9 WARMDOWN_FRAC=0.85 BETA2=0.99 TTT_BETA2=0.99
+    TTT_WEIGHT_DECAY=0.5 TTT_LORA_RANK=80 SPARSE_ATTN_GATE_SCALE=0.5 GPTQ_RESERVE_SECONDS=0.5
+    GPTQ_CALIBRATION_BATCHES=16 VAL_LOSS_EVERY=0 GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1
+    GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 LQER_ENABLED=1 LQER_ASYM_ENABLED=1 LQER_RANK=4 LQER_FACTOR_BITS=4
+    LQER_ASYM_GROUP=64 LQER_TOP_K=3 FUSED_CE_ENABLED=1 COMPRESSOR=pergroup
+"""
+EXPORT = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+FIXED_1855 = f"""
+    DATA_PATH=./data/datasets/{EXPORT} QK_GAIN_INIT=5 MLP_MULT=4 ROPE_NTK_LEN=0 BIGRAM_VOCAB_SIZE=0
+    VE_ENABLED=0
+    TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe_lossless_caps_caseops_v1_reserved.model
+    BLOCK_ORDER=0,1,2,3,4,5,3,4,5,3,4,5,6,7,8,9,10 LOOP_SHARED=1 ENABLE_LOOPING_AT=0.35 SKIP_GATES=1
+    PARALLEL_START_LAYER=8 SMEAR_INPUTS=12 DOC_BORDERS=attention DATA_ORDER=packed MUON_MOMENTUM=0.97
+    MUON_ROW_NORMALIZE=1 MUON_COEFFS=polar MUON_WD=0.095 TIED_EMBED_LR=0.03 EMBED_WD=0.085 SCALAR_LR=0.02
+    SCALAR_WD=0.02 MIN_LR_SHAPE=floor EMA_DECAY=0.9965 QUANT_STEPS=sigmas GPTQ_EMBED=1 GLOBAL_TTT_GRAD_CLIP=1
+"""
+CHANGED_2014 = """
+    QK_GAIN_INIT=5.25 TRAIN_SEQ_SCHEDULE=1024@.100,2048@.700,3072@1.000 SEQ_CHANGE_WARMUP_STEPS=32
+    TRAIN_SEQ_LEN=3072 EVAL_SEQ_LEN=3072 PHASED_TTT_NUM_PHASES=1
+"""
 META_101 = " META_TTT_SPLIT=cut META_TTT_DELTA_WEIGHT=0 META_SGD_ENABLED=0"
 META_106 = " META_TTT_SPLIT=batch META_TTT_DELTA_WEIGHT=0.3 META_SGD_ENABLED=1 META_SGD_LR=0.0"
 SMEAR = " MLP_MULT=3 BIGRAM_VOCAB_SIZE=4096 BIGRAM_DIM=128"
@@ -96,11 +120,15 @@ SYSTEMS = {  # the published variables, and what the code of the system fixes un
     "pr294_depth11": environment(PR294 + SMEAR + " NUM_LAYERS=11"),
     "pr294_depth13": environment(PR294 + BARE + " NUM_LAYERS=13"),
     "pr294_recycled": environment(RECYCLED),
+    "pr1855": environment(PR1855 + FIXED_1855),
+    "pr2014": environment(PR1855 + FIXED_1855) | environment(CHANGED_2014),
 }  # fmt: skip
 REFUSED = {  # of these variables, those of parts that are not here
     "pr1501": {"ADAPTIVE_WARMDOWN=1"},
     "pr1501_no_meta": {"ADAPTIVE_WARMDOWN=1"},
     "pr1502": {"ADAPTIVE_WARMDOWN=1"},
+    "pr1855": {"LQER_ENABLED=1", "COMPRESSOR=pergroup"},
+    "pr2014": {"LQER_ENABLED=1", "COMPRESSOR=pergroup"},
 }
 # What a recipe corrects. In the banked line late QAT and SWA did nothing, the trigger of the warmdown was
 # noise, and calibration was on other text. A threshold, a number of steps or a block is left out where it
@@ -115,6 +143,8 @@ CORRECTED = dict(
     pr1501_no_meta=NOISE,
     pr1502=NOISE,
     pr494=dict(swa_threshold=Config.swa_threshold),
+    pr1855=dict(compressor="ans"),
+    pr2014=dict(compressor="ans"),
 )
 
 
@@ -173,7 +203,8 @@ def test_parameter_counts(name, by_shape, count, capsys):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_published_settings_are_the_recipe_and_what_is_refused_is_named(name):
     environ, refused = SYSTEMS[name], REFUSED.get(name, set())
-    named = [line.split()[0] for line in problems(environ).splitlines()[1:]] if refused else []
+    lines = problems(environ).splitlines()[1:] if refused else []
+    named = [line.split()[0].rstrip(":").replace("'", "") for line in lines]
     assert sorted(named) == sorted(refused)
     published = load_config({k: v for k, v in environ.items() if f"{k}={v}" not in refused})[0]
     ours, elsewhere = recipe(name), r"train_log_every|val_loss_every|seed|eval_batch_seqs|ttt_\w+"

@@ -12,17 +12,17 @@ from shape import SHIPPED, Source, measure, read_sources
 BUDGETS = {
     # measure                                 train_gpt.py        eval_ttt.py
     #                                         aim    reached      aim    reached
-    "lines":                                ((3800, 5638),       (740, 1057)),
-    "settings":                             ((188, 188),         None),
+    "lines":                                ((3800, 5831),       (740, 1067)),
+    "settings":                             ((198, 198),         None),
     "long functions":                       ((0, 0),             (0, 0)),
     "forward references":                   ((0, 0),             (0, 0)),
     "one-caller helpers":                   ((None, 80),         (None, 17)),
-    "lines of one-caller helpers":          ((None, 1392),       (None, 358)),
+    "lines of one-caller helpers":          ((None, 1418),       (None, 362)),
     "lines over 110 characters":            ((0, 0),             (0, 0)),
     "packed assignments of over 3 names":   ((0, 0),             (0, 0)),
     "unpacked assignments of over 3 names": ((0, 0),             (0, 0)),
-    "fmt: off or skip outside tables":      ((0, 10),            (0, 2)),
-    "comments per 100 lines":               ((4, 2.1),           (4, 1.9)),
+    "fmt: off or skip outside tables":      ((0, 11),            (0, 2)),
+    "comments per 100 lines":               ((4, 2.0),           (4, 1.9)),
     "sections without an opening comment":  ((0, 0),             (0, 0)),
 }  # fmt: skip
 AT_LEAST = ("comments per 100 lines",)  # all others: at most
