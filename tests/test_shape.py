@@ -17,7 +17,7 @@ BUDGETS = {
     "long functions":                       ((0, 0),             (0, 0)),
     "forward references":                   ((0, 0),             (0, 0)),
     "one-caller helpers":                   ((None, 80),         (None, 17)),
-    "lines of one-caller helpers":          ((None, 1418),       (None, 362)),
+    "lines of one-caller helpers":          ((None, 1418),       (None, 363)),
     "lines over 110 characters":            ((0, 0),             (0, 0)),
     "packed assignments of over 3 names":   ((0, 0),             (0, 0)),
     "unpacked assignments of over 3 names": ((0, 0),             (0, 0)),
