@@ -339,7 +339,7 @@ def test_the_step_moves_no_more_than_it_did(traffic):
         "XSA_LAST_N": "3",
     })  # fmt: skip
     counted = traffic.count(config, 48)
-    report = traffic.summary(config, 48, counted)
+    report = traffic.summary(config, 48, config.num_layers, counted)
     estimate = Memory(config).training(48 * 2048, 48 * 2048) / GIB  # what a card is fitted by
     assert 0.95 < estimate / report["peak_gib"] < 1.15
     operators = {name for kernels in counted.values() for kernel in kernels for name in kernel.origins}

@@ -277,11 +277,12 @@ def opaque(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> 
     return attention(q, k, v)[0]
 
 
-def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
+def count(config: tg.Config, rows: int, looped: bool = True) -> dict[str, list[Kernel]]:
     """Return the kernels of a micro-batch of `rows` sequences, forward and backward."""
     graphs: list[list[Kernel]] = []
     with imagined_gpu(graphs), FakeTensorMode():
         model = tg.GPT(config, torch.bfloat16, opaque, np.zeros(config.vocab_size, bool))
+        model.looped = looped
         leaves = [part.detach().to(torch.bfloat16).requires_grad_() for part in model.weights()]
         ids, targets = (torch.zeros(rows, config.train_seq_len, dtype=torch.long) for _ in range(2))
         loss = torch.compile(tg.training_loss, dynamic=False, fullgraph=True)
@@ -295,7 +296,7 @@ def count(config: tg.Config, rows: int) -> dict[str, list[Kernel]]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> dict[str, Any]:
+def summary(config: tg.Config, rows: int, layers: int, counted: dict[str, list[Kernel]]) -> dict[str, Any]:
     """Return kernels and passes by direction and kind, and the fused kernels' time at memory bandwidth."""
     tokens = rows * config.train_seq_len
     one_pass, steps = 2 * tokens * config.model_dim, config.train_batch_tokens / tokens
@@ -310,7 +311,7 @@ def summary(config: tg.Config, rows: int, counted: dict[str, list[Kernel]]) -> d
     times = {name: round(1000 * steps * fused / rate, 1) for name, rate in MEMORY_BYTES.items()}
     peak = max(graph.peak for graph in counted.values()) / 2**30
     return dict(kinds=table, peak_gib=round(peak, 2),
-                fused_passes_a_layer=round(fused / one_pass / len(config.block_rows), 1),
+                fused_passes_a_layer=round(fused / one_pass / layers, 1),
                 fused_gb_a_step=round(steps * fused / 1e9, 1), fused_ms_a_step=times)  # fmt: skip
 
 
@@ -321,6 +322,7 @@ def main() -> int:
     parser.add_argument("--recipe", default=str(ROOT / "records/recipes/pr1019.env"))
     parser.add_argument("--rows", type=int, default=48, help="sequences per micro-batch")
     parser.add_argument("--kernels", type=int, default=0, help="number of largest fused kernels to print")
+    parser.add_argument("--plain", action="store_true", help="before the repeats of BLOCK_ORDER start")
     parser.add_argument("--quick", action="store_true", help="four layers")
     parser.add_argument("--out", type=Path, help="folder for traffic.json")
     arguments = parser.parse_args()
@@ -328,10 +330,11 @@ def main() -> int:
         print(f"warning: written for torch 2.13, running {torch.__version__}", file=sys.stderr)
     shorter = {"NUM_LAYERS": "4", "VE_LAYERS": "2,3"} if arguments.quick else {}
     config, _, _ = tg.load_config({"RECIPE": arguments.recipe, **shorter})
-    counted = count(config, arguments.rows)
-    report = dict(benchmark="traffic", recipe=Path(arguments.recipe).name, layers=len(config.block_rows),
+    layers = config.num_layers if arguments.plain else len(config.block_rows)
+    counted = count(config, arguments.rows, not arguments.plain)
+    report = dict(benchmark="traffic", recipe=Path(arguments.recipe).name, layers=layers,
                   rows=arguments.rows, torch=torch.__version__,
-                  **summary(config, arguments.rows, counted))  # fmt: skip
+                  **summary(config, arguments.rows, layers, counted))  # fmt: skip
     one_pass = 2 * arguments.rows * config.train_seq_len * config.model_dim
     for name, row in report["kinds"].items():
         print(
