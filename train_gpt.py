@@ -656,6 +656,7 @@ def run_rules(c: Config) -> Rules:
     blocks_ok, last = partial(is_block_list, num_layers=c.num_layers), c.num_layers - 1
     by_documents = TTT_MODES[c.ttt_mode].by_documents
     flat = c.ttt_lr_schedule == "flat" or c.ttt_mode == "phased"  # where it is the base's
+    row = "an eighth of it" if c.data_order == "packed" else f"TRAIN_SEQ_LEN={c.train_seq_len}"
     return [
         (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: must be a folder of runs/"),
         (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
@@ -675,7 +676,7 @@ def run_rules(c: Config) -> Rules:
          f"{c.train_batch_tokens} is less than TRAIN_SEQ_LEN={c.train_seq_len}"),
         (c.train_batch_tokens % c.row_tokens == 0 and c.step_seqs % c.grad_accum_total == 0,
          f"TRAIN_BATCH_TOKENS={c.train_batch_tokens} is no multiple of GRAD_ACCUM_TOTAL={c.grad_accum_total} "
-         f"sequences of {c.row_tokens} tokens"),
+         f"sequences of {row}"),
         (c.quant_steps == "two_sided" or not c.quant_trellis, "QUANT_TRELLIS needs QUANT_STEPS=two_sided"),
         (c.quant_steps != "two_sided" or not c.grad_quant, "GRAD_QUANT needs QUANT_STEPS=sigmas or clip: "
          "two-sided scales give every weight its bits"),
@@ -1035,6 +1036,15 @@ def file_state(path: str) -> tuple[int, int, int]:
     return status.st_size, status.st_ino, status.st_mtime_ns
 
 
+def first_document(shard: np.ndarray) -> int:
+    """Position of the first BOS of a shard, or its length; reads no more than it takes to find it."""
+    for begin in range(0, len(shard), 1 << 16):
+        found = np.flatnonzero(shard[begin : begin + (1 << 16)] == BOS_ID)
+        if len(found):
+            return begin + int(found[0])
+    return len(shard)
+
+
 class Listing(NamedTuple):
     """Contents of manifest.json (data/prepare.py) or source.json (data/download.py) beside the shards."""
 
@@ -1163,7 +1173,7 @@ class TokenStream:
     @cached_property
     def runs(self) -> np.ndarray:
         """First document and end of every shard, as positions of the stream, (shards, 2)."""
-        firsts = [int(np.argmax(np.append(shard == BOS_ID, True))) for shard in self.shards]
+        firsts = [first_document(shard) for shard in self.shards]
         begins = self.ends - [len(shard) for shard in self.shards]
         return np.stack((begins + firsts, self.ends), axis=1)
 
