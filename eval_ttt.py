@@ -110,7 +110,7 @@ def group_plan(low: np.ndarray, high: np.ndarray, group: int, config: Config) ->
     document = np.repeat(np.arange(len(low)), count)
     piece = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
     step = first[document] + piece
-    # Documents that entered first have the longest windows, and a batch takes its first window's length.
+    # Documents that entered first have the longest windows, if all chunks have one size.
     order = np.lexsort((document, step))
     document, piece, step = document[order], piece[order], step[order]
     ends, size = high[document], size[document]

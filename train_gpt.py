@@ -287,8 +287,8 @@ class Config:
     quant_trellis: bool = setting(False, "two_sided: trellis-coded quantization")
     matrix_bits: int = setting(6, "bits per code of the banks, in sigmas, clip, and late rounding", 3, 8)
     matrix_clip_sigmas: float = setting(6.0, "clip range of a bank row, sigmas and late rounding, in sd", 0.5)
-    attn_clip_sigmas: float = setting(0.0, "the same of attention's banks; 0: MATRIX_CLIP_SIGMAS", 0)
-    mlp_clip_sigmas: float = setting(0.0, "the same of the MLP's banks; 0: MATRIX_CLIP_SIGMAS", 0)
+    attn_clip_sigmas: float = setting(0.0, "sigmas: that of attention's banks; 0: MATRIX_CLIP_SIGMAS", 0)
+    mlp_clip_sigmas: float = setting(0.0, "sigmas: that of the MLP's banks; 0: MATRIX_CLIP_SIGMAS", 0)
     embed_bits: int = setting(8, "bits per code of the embeddings, in sigmas and clip", 3, 8)
     gptq_embed: bool = setting(False, "GPTQ on the matrix of the head, by the Hessian of what it reads")
     embed_clip_sigmas: float = setting(0.0, "clip range of a table row, in sd; 0: its largest entry", 0)
@@ -389,8 +389,10 @@ class Config:
     @property
     def lanes_last(self) -> bool:
         """Whether the second half of the layers ends with those from PARALLEL_START_LAYER on."""
-        parallel = [row >= self.parallel_start_layer for row in self.block_rows[len(self.block_rows) // 2 :]]
-        return any(parallel) and parallel == sorted(parallel)
+        rows = self.block_rows
+        orders = [rows, list(dict.fromkeys(rows)) if self.loop_start_frac else rows]  # also before the loop
+        halves = [[row >= self.parallel_start_layer for row in order[len(order) // 2 :]] for order in orders]
+        return all(any(half) and half == sorted(half) for half in halves)
 
     @property
     def token_lr(self) -> float:
@@ -408,7 +410,8 @@ class Config:
     @property
     def row_tokens(self) -> int:
         """Tokens of a training row: a sequence, or an eighth of the step (DATA_ORDER=packed)."""
-        return self.train_batch_tokens // PACKED_ROWS if self.data_order == "packed" else self.train_seq_len
+        packed = max(1, self.train_batch_tokens // PACKED_ROWS)
+        return packed if self.data_order == "packed" else self.train_seq_len
 
     @property
     def piece_lengths(self) -> list[tuple[float, int]]:
@@ -669,7 +672,7 @@ def run_rules(c: Config) -> Rules:
         (c.ema_export_share == 1 or c.ema_enabled or c.swa_enabled, "EMA_EXPORT_SHARE needs an average"),
         (c.data_order != "packed" or c.doc_borders == "attention",
          "DATA_ORDER=packed needs DOC_BORDERS=attention"),
-        (re.fullmatch(r"(\d+[:@]\d*\.?\d+(,\d+[:@]\d*\.?\d+)*)?", c.train_seq_schedule),
+        (re.fullmatch(r"([1-9]\d*[:@]\d*\.?\d+(,(?!$)|$))*", c.train_seq_schedule),
          f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule}: LENGTH:FRACTION pairs"),
         (c.data_order == "packed" or not c.train_seq_schedule, "TRAIN_SEQ_SCHEDULE needs DATA_ORDER=packed"),
         (c.row_tokens >= c.train_seq_len, "DATA_ORDER=packed: an eighth of TRAIN_BATCH_TOKENS="
@@ -691,6 +694,11 @@ def run_rules(c: Config) -> Rules:
         (re.fullmatch(r"(\d+:[1-9]\d*(,\d+:[1-9]\d*)*)?", c.ttt_chunk_by_length)
          and all(size <= c.doc_chunk for _, size in c.chunks_by_length),
          f"TTT_CHUNK_BY_LENGTH={c.ttt_chunk_by_length}: pairs LENGTH:SIZE, sizes up to {c.doc_chunk}"),
+        (by_documents or not c.ttt_chunk_by_length, "TTT_CHUNK_BY_LENGTH needs a TTT_MODE by documents"),
+        ("deployed" not in c.phases or not c.ttt_chunk_by_length,
+         "META_TTT_OBJECTIVE=deployed trains for chunks of one size, not TTT_CHUNK_BY_LENGTH"),
+        (not c.meta_sgd_enabled or c.ttt_lora_form == "series",
+         "META_SGD_ENABLED learns rates of bank rows, not of TTT_LORA_FORM=parallel"),
         (re.fullmatch(r"(?!.*(.).*\1)[qkvomh]+", c.ttt_matrices),
          f"TTT_MATRICES={c.ttt_matrices}: letters of qkvomh, each once"),
         (c.ttt_lora_form == "parallel" or c.ttt_matrices == "qkvomh",
@@ -1093,14 +1101,20 @@ def find_shards(pattern: str) -> list[str]:
         for name in filter(SIDECAR.search, sorted(os.listdir(folder or "."))):
             shard = os.path.join(folder, name.replace("_val_bytes_", "_val_"))
             if "_val_bytes_" not in name or not os.path.exists(shard):
-                raise UserError(f"{os.path.join(folder, name)}: a byte sidecar without its shard")
+                raise UserError(f"{os.path.join(folder, name)}: a byte sidecar of no validation shard")
     return paths
+
+
+def sidecar_of(shard: str) -> str:
+    """Path of the byte sidecar that a validation shard would have."""
+    folder, name = os.path.split(shard)
+    return os.path.join(folder, name.replace("_val_", "_val_bytes_"))
 
 
 def find_sidecars(shards: Sequence[str]) -> tuple[str, ...]:
     """Byte sidecars of validation shards, or none. UserError if some have one and others have none."""
-    found = [str(Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_"))) for path in shards]
-    lacking = [path for path in found if not os.path.exists(path) or path in shards]
+    found = [sidecar_of(path) for path in shards]
+    lacking = [path for path in found if path in shards or not os.path.exists(path)]
     if lacking and len(lacking) < len(found):
         raise UserError(f"{lacking[0]}: no such byte sidecar, but other validation shards have theirs")
     return () if lacking else tuple(found)
@@ -1317,6 +1331,9 @@ PUBLISHED_VAL = {
 LOSSLESS_PROBE = "  \ufb01\u2460 e\u0301\ta \r\n\n  x \U0001f600 "
 
 
+CASE_OPERATORS = "\ue001\ue002\ue003\ue004"  # of CaseOps: tokens that stand for no byte
+
+
 class ByteTable(NamedTuple):
     """Bytes of text per target, as three arrays of the vocabulary's length.
 
@@ -1385,7 +1402,7 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
         piece = sp.id_to_piece(i)
         space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
         base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
-    is_case_ops = sp.piece_to_id("\ue001") != sp.unk_id()
+    is_case_ops = sp.piece_to_id(CASE_OPERATORS[0]) != sp.unk_id()
     return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary, is_case_ops)
 
 
@@ -1402,7 +1419,7 @@ def prefix_tokens(path: str) -> np.ndarray:
         piece = sp.id_to_piece(i)
         if sp.is_byte(i):
             texts[i] = bytes.fromhex(piece[3:5])
-        elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)):
+        elif not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) or piece in CASE_OPERATORS):
             texts[i] = piece.replace("\u2581", " ").encode()
     for text, i in sorted((text, i) for i, text in texts.items() if text):
         while opened and not text.startswith(opened[-1][0]):
@@ -1427,7 +1444,7 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
     tokens = np.concatenate([np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in shards])
     text = {i: sp.id_to_piece(i).replace("\u2581", " ") for i in np.unique(tokens[1:]).tolist()}
     plain = {i for i in text if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i))}
-    sidecars = [Path(path).with_name(Path(path).name.replace("_val_", "_val_bytes_")) for path in shards]
+    sidecars = [sidecar_of(path) for path in shards]
     occurs = np.bincount(tokens[1:])
     num_bytes = sum(int(occurs[i]) * (1 if sp.is_byte(i) else len(text[i].encode())) for i in plain)
     if (
@@ -1439,7 +1456,7 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
             i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
         ]
         num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
-    if sidecars[0].exists() and str(sidecars[0]) not in shards:
+    if sidecars[0] not in shards and os.path.exists(sidecars[0]):
         entries = [np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in sidecars]
         num_bytes = int(np.concatenate(entries)[1:].sum())
     total = float(np.sum(nll, dtype=np.longdouble))
@@ -5184,8 +5201,7 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
         if number == pace_known and (short := short_run_warning(c, number, *clock)):
             run.log.line(f"WARNING: {short}")
         scale = lr_scale(c, number, *clock)
-        if "pieces" in parts:
-            scale *= parts["pieces"].begin_step(number, done)
+        rewarm = parts["pieces"].begin_step(number, done) if "pieces" in parts else 1.0
         batches = loader.batches(number)
         if model.loss_weights is not None:
             model.loss_weights.copy_(torch.tensor(loss_weights(c, done)), non_blocking=True)
@@ -5200,9 +5216,10 @@ def training_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
                 losses = " ".join(f"{name}:{mean.item():.5f}" for name, mean in named)
                 run.log.line(f"meta_step:{number + 1} {losses}{rates_text(rates.factors())}")
         round_banks = c.late_qat and scale < c.late_qat_threshold
-        metrics = train_step(loss_fn, model, batches, optimizers, scale, momentum_at(c, number), round_banks)
+        rate, momentum = scale * rewarm, momentum_at(c, number)
+        metrics = train_step(loss_fn, model, batches, optimizers, rate, momentum, round_banks)
         if "nesterov" in parts:
-            parts["nesterov"].observe(scale)
+            parts["nesterov"].observe(rate)
         average.update(number + 1, scale)
         return metrics
 
@@ -5596,7 +5613,10 @@ def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] 
 
 
 def merged_documents(train: TokenStream, seq_len: int, samples: int = 1000) -> tuple[int, int]:
-    """Documents that begin inside sampled sequences, and those that varlen kernels merge with another."""
+    """Documents that begin inside sampled sequences, and those that varlen kernels merge with another.
+
+    Pieces of documents, under DATA_ORDER=packed, are not counted.
+    """
     starts = np.linspace(0, len(train) - 1, samples).astype(int).tolist()
     inner = np.array([np.count_nonzero(train.read(start, seq_len)[1:] == BOS_ID) for start in starts])
     return int(inner.sum()), int((inner - room_for_documents(seq_len)).clip(min=0).sum())

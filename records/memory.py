@@ -80,8 +80,9 @@ class Memory:
         total = sum(n.numel() for group in groups.values() for n in group.values())
         momentum = sum(math.ceil(n[0] / (self.ranks if len(n) == 3 else 1)) * n[1:].numel() for n in banks)
         adamw = 2 * (total - sum(n.numel() for n in banks))
+        copies = 3 * bool(c.ema_nesterov_beta)  # the average movement, the weights before, and what moved
         # 1: warm-up's copy
-        return 4 * ((2 + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw)
+        return 4 * ((2 + copies + max(c.ema_enabled + c.swa_enabled, 1)) * total + momentum + adamw)
 
     def fused(self) -> int:
         """Bytes of Weights, in float32 and cast."""

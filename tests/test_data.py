@@ -350,10 +350,13 @@ def test_byte_sidecars_without_a_shard_are_refused(stream, tmp_path, name, patte
     assert name in message and "sidecar" in message
 
 
-def test_byte_sidecars_are_never_read_as_text(stream, tmp_path):
+def test_byte_sidecars_are_never_read_as_text(stream, tmp_path, monkeypatch):
     _, tokens = stream(20, 30, split="val")
     shards = train_gpt.find_shards(f"{tmp_path}/fineweb_val_*.bin")
     assert train_gpt.find_sidecars(shards) == ()
+    write_shard(tmp_path / "holdout.bin", [1, 3, 4])
+    monkeypatch.chdir(tmp_path)  # a name without _val_ is not its own sidecar
+    assert train_gpt.find_sidecars(["./holdout.bin"]) == train_gpt.find_sidecars(["holdout.bin"]) == ()
     for index, length in enumerate((20, 30)):
         write_shard(tmp_path / f"fineweb_val_bytes_{index:06d}.bin", [3] * length)
         if not index:

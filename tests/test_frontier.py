@@ -195,7 +195,14 @@ def test_signs_of_bigrams():
     (dict(key_offset=1), "KEY_OFFSET=1"), (dict(key_offset=4), "KEY_OFFSET=4"),
     (dict(attn_gate=17), "ATTN_GATE=17"), (dict(smear_inputs=4), "SMEAR_INPUTS needs SMEAR_GATE"),
     (dict(bigram_signs=True), "BIGRAM_SIGNS needs"), (dict(xsa_learned=True, xsa_last_n=0), "XSA_LEARNED"),
-    (dict(mtp_weights="0.5,x"), "MTP_WEIGHTS"), (dict(muon_coeffs="polar", muon_backend_steps=6), "Polar"),
+    (dict(mtp_weights="0.5,x"), "MTP_WEIGHTS"),
+    (dict(ttt_chunk_by_length="9:8", ttt_mode="all"), "by documents"),
+    (dict(data_order="packed", doc_borders="attention", train_batch_tokens=4), "is less than TRAIN_SEQ_LEN"),
+    (dict(data_order="packed", train_seq_schedule="0:0.5"), "TRAIN_SEQ_SCHEDULE=0:0.5"),
+    (dict(data_order="packed", train_seq_schedule="8:0.5,"), "TRAIN_SEQ_SCHEDULE=8:0.5,"),
+    (dict(meta_sgd_enabled=True, ttt_lora_form="parallel"), "META_SGD_ENABLED"),
+    (dict(parallel_start_layer=3, block_order="0,1,4,3,2,0,1,2,3,4", loop_start_frac=0.3), "PARALLEL_START"),
+    (dict(muon_coeffs="polar", muon_backend_steps=6), "Polar"),
     (dict(ema_export_share=0.5, ema_enabled=False), "EMA_EXPORT_SHARE"),
 ], ids=str)  # fmt: skip
 def test_contradictions(changes, words):

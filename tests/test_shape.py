@@ -12,12 +12,12 @@ from shape import SHIPPED, Source, measure, read_sources
 BUDGETS = {
     # measure                                 train_gpt.py        eval_ttt.py
     #                                         aim    reached      aim    reached
-    "lines":                                ((3800, 5841),       (740, 1067)),
+    "lines":                                ((3800, 5861),       (740, 1067)),
     "settings":                             ((198, 198),         None),
     "long functions":                       ((0, 0),             (0, 0)),
     "forward references":                   ((0, 0),             (0, 0)),
     "one-caller helpers":                   ((None, 81),         (None, 17)),
-    "lines of one-caller helpers":          ((None, 1426),       (None, 363)),
+    "lines of one-caller helpers":          ((None, 1434),       (None, 363)),
     "lines over 110 characters":            ((0, 0),             (0, 0)),
     "packed assignments of over 3 names":   ((0, 0),             (0, 0)),
     "unpacked assignments of over 3 names": ((0, 0),             (0, 0)),
