@@ -31,6 +31,7 @@ from test_submit import SEEDS, env, made, start  # noqa: F401
 from test_sweep import STAND_IN
 from torch.distributed.run import get_args_parser
 
+import train_gpt
 from train_gpt import Config
 
 PAGES = ("README.md", "data/README.md", "records/README.md")
@@ -233,6 +234,7 @@ def run(checkout, readers_files, env, request, monkeypatch, capsys):  # noqa: F8
         monkeypatch.chdir(checkout)
         monkeypatch.setattr(sys, "argv", words[program:])
         monkeypatch.setattr(sys, "path", [str((checkout / words[program]).parent), *sys.path])
+        monkeypatch.setitem(sys.modules, "train_gpt", train_gpt)  # a main program takes the name
         try:
             runpy.run_path(words[program], run_name="__main__")
             code = 0
