@@ -3,6 +3,7 @@
     python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 min on 2 cores
     python tests/benchmarks/trainer.py --quick                      five seconds of training per arm, one seed
     python tests/benchmarks/trainer.py --levers --out runs/levers   every lever separately, three seeds, hours
+    python tests/benchmarks/trainer.py --levers --only frontier     those of #1855 and of modded-nanogpt alone
     python tests/benchmarks/trainer.py --levers --quick             four steps of a few levers, one seed
     python tests/benchmarks/trainer.py --meta                       time of plain steps and all meta-steps
 
@@ -14,7 +15,8 @@ every run, and bytes and nats of every document.
 With --levers, each arm is the recipe with one lever changed, trained for --steps steps and for the number of
 steps that fit in the recipe's time. Step time is measured first, with all arms alternating in one process, as
 CPU time of one thread. Scores come from complete runs with a fixed number of steps on one thread each, so
-machine load and --workers do not change them.
+machine load and --workers do not change them. --data names another folder of shards with its tokenizer.model,
+of 1,024 pieces.
 
 With --meta, each kind of step is timed in its own process (for its peak memory) on the recipe's device; on a
 CPU as CPU time of one thread.
@@ -109,11 +111,32 @@ LEVERS = {  # name -> changes to the recipe; first features that it lacks, then 
     "qk_gain_1": {"QK_GAIN_INIT": "1"},
     "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # LR of the tied matrix
 }
+FRONTIER = {  # of #1855 and of modded-nanogpt, at the published values where the demo's size allows them
+    "row_norm": {"MUON_ROW_NORM": "1"},
+    "polar": {"MUON_COEFFS": "polar"},
+    "normuon": {"NORMUON_BETA2": "0.95"},
+    "cautious_wd": {"MUON_CAUTIOUS_WD": "1"},
+    "ema_nesterov_3": {"EMA_NESTEROV_BETA": "0.3"},
+    "ema_nesterov_6": {"EMA_NESTEROV_BETA": "0.6"},
+    "tail_readout": {"EMA_EXPORT_SHARE": "0.6"},
+    "prefix_loss": {"PREFIX_LOSS_WEIGHT": "0.25"},
+    "mtp_one_head": {"MTP_WEIGHTS": "0.5,0.25"},
+    "key_offset": {"KEY_OFFSET": "16"},
+    "xsa_learned": {"XSA_LEARNED": "1"},
+    "bigram_signs": {"BIGRAM_SIGNS": "1"},
+    "attn_gate": {"ATTN_GATE": "12"},
+    "smear_by_token": {"SMEAR_INPUTS": "12"},
+    "two_lanes": {"PARALLEL_START_LAYER": "2"},
+    "loop_shared": {"BLOCK_ORDER": "0,1,2,1,2,3", "LOOP_START_FRAC": "0.35", "LOOP_SHARED": "1"},
+    "packed_rows": {"DATA_ORDER": "packed", "DOC_BORDERS": "attention"},
+    "lr_floor": {"MIN_LR": "0.1", "MIN_LR_SHAPE": "floor"},
+    "decays_1855": {"MUON_WD": "0.095", "EMBED_WD": "0.085", "SCALAR_WD": "0.02"},
+}
 DEPTHS = {
     f"depth_{L}": {"NUM_LAYERS": f"{L}", "XSA_LAST_N": f"{L}", "VE_LAYERS": f"{L - 2},{L - 1}"}
     for L in (10, 11, 13)
 }
-ARMS = {"recipe": {}, **LEVERS, **DEPTHS}
+ARMS = {"recipe": {}, **LEVERS, **FRONTIER, **DEPTHS}
 COPIES = 4  # timed copies of the recipe: their mean is its time, their spread is the noise
 QUICK = ("prune", "depth_10")
 # Settings that change values but no operation, so that a training step takes the same time.
@@ -125,6 +148,12 @@ FREE = {
     "PRUNE_FRAC",
     "LN_SCALE",
     "QK_GAIN_INIT",
+    "MIN_LR",
+    "MIN_LR_SHAPE",
+    "MUON_WD",
+    "EMBED_WD",
+    "SCALAR_WD",
+    "EMA_EXPORT_SHARE",
 }
 COLUMNS = (  # key of the result, format
     ("model_params", ",d"),
@@ -151,17 +180,20 @@ def make_arms() -> dict[str, dict[str, str]]:
     return {"levers": {}, "plain": {**PLAIN, "MLP_MULT": width}, "narrow": dict(PLAIN)}
 
 
-def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: dict[str, str]) -> dict:
+def run_arm(
+    name: str, settings: dict[str, str], seed: int, out: Path, extra: dict[str, str], adapt: bool = True
+) -> dict:
     """Return the result of one run, trained and adapted now or found finished under `out`.
 
-    It includes val_bpb_plan and val_bpb_ttt of the evaluator, and `documents`: bytes, nats and adapted nats
-    of each.
+    With adapt, it includes val_bpb_plan and val_bpb_ttt of the evaluator, and `documents`: bytes, nats and
+    adapted nats of each.
     """
     folder = out / "runs" / f"{name}_seed{seed}"
     names = {field.upper() for field in train_gpt.Config.__dataclass_fields__}
     clean = {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"}
     env = {**clean, **RECIPE, **settings, **extra, "SEED": str(seed), "RUN_ID": folder.name}
-    for program, made in (("train_gpt.py", "result.json"), ("eval_ttt.py", "eval_ttt.json")):
+    programs = {"train_gpt.py": "result.json", **({"eval_ttt.py": "eval_ttt.json"} if adapt else {})}
+    for program, made in programs.items():
         if (folder / made).exists():
             continue
         if made == "result.json":
@@ -170,7 +202,10 @@ def run_arm(name: str, settings: dict[str, str], seed: int, out: Path, extra: di
         with open(out / f"{folder.name}.txt", "a") as log:
             command = [sys.executable, str(ROOT / program)]
             subprocess.run(command, env=env, cwd=out, check=True, stdout=log, stderr=subprocess.STDOUT)
-    result, adapted = (json.loads((folder / name).read_text()) for name in ("result.json", "eval_ttt.json"))
+    result = json.loads((folder / "result.json").read_text())
+    if not adapt:
+        return result
+    adapted = json.loads((folder / "eval_ttt.json").read_text())
     rows = [line.split(",") for line in (folder / "documents.csv").read_text().splitlines()[1:]]
     documents = [[int(row[3]), float(row[4]), float(row[5])] for row in rows]
     return result | {k: adapted[k] for k in ("val_bpb_plan", "val_bpb_ttt")} | dict(documents=documents)
@@ -218,21 +253,25 @@ class Kind(NamedTuple):
     rounded: bool  # late QAT: quantized banks
     ema: bool  # updates the EMA
     snapshot: bool  # takes a snapshot for SWA
+    moved: bool  # moves the weights ahead (EMA-Nesterov)
 
 
 def step_kinds(c: train_gpt.Config) -> dict[Kind, list[int]]:
-    """Return the steps of a run by kind, with the conditions of train_gpt.train and WeightAverage."""
+    """Return the steps of a run by kind, with the conditions of train_gpt.training_phase."""
     kinds: dict[Kind, list[int]] = {}
+    first, last = train_gpt.EMANesterov.ACTIVE
     for step in range(c.iterations):
         scale, (remaining, total) = (
             train_gpt.lr_scale(c, step, 0.0, 0.0),
             train_gpt.run_length(c, step, 0.0, 0.0),
         )
+        done = 1 - remaining / total
         kind = Kind(
-            looped=1 - remaining / total >= c.loop_start_frac,
+            looped=done >= c.loop_start_frac,
             rounded=c.late_qat and scale < c.late_qat_threshold,
             ema=c.ema_enabled and (step + 1) % c.ema_update_every == 0,
             snapshot=c.swa_enabled and scale < c.swa_threshold and (step + 1) % c.swa_every == 0,
+            moved=c.ema_nesterov_beta > 0 and first <= done < last,
         )
         kinds.setdefault(kind, []).append(step)
     return kinds
@@ -245,25 +284,22 @@ class Stepper:
         fixed = {"ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0", "DEVICE": "cpu"}
         self.config, _, _ = train_gpt.load_config({**RECIPE, **settings, **fixed})
         c = self.config
-        self.stream = train_gpt.TokenStream(c.shards("train"), c.vocab_size)
         word_start = train_gpt.load_byte_table(c.tokenizer_path, c.vocab_size).has_leading_space
         self.model = train_gpt.GPT(c, word_start=word_start).init_weights(c.seed)
-        self.optimizers = train_gpt.make_optimizers(self.model, c)
-        self.average = train_gpt.WeightAverage(self.model, c)
+        stream, log = train_gpt.TokenStream(c.shards("train"), c.vocab_size), SimpleNamespace(line=len)
+        run = SimpleNamespace(config=c, train=stream, device=torch.device("cpu"), log=log)
+        rates = train_gpt.MetaRates(self.model, c)
+        token_nll, training_loss = train_gpt.token_nll, train_gpt.training_loss
+        self.phase = train_gpt.training_phase(run, self.model, training_loss, token_nll, rates)
         self.kinds = step_kinds(c)
         self.seconds: dict[Kind, list[float]] = {kind: [] for kind in self.kinds}
 
     def step(self, kind: Kind, turn: int) -> float:
         """Return the CPU seconds of a step of `kind` including its overhead; `turn` selects the step."""
-        began, c = time.process_time(), self.config
-        step = self.kinds[kind][turn % len(self.kinds[kind])]
-        run = SimpleNamespace(config=c, train=self.stream, device=torch.device("cpu"))
-        batches = train_gpt.step_batches(run, step)
-        scale, momentum = train_gpt.lr_scale(c, step, 0.0, 0.0), train_gpt.momentum_at(c, step)
+        began = time.process_time()
         self.model.looped = kind.looped
-        loss_fn = train_gpt.training_loss
-        train_gpt.train_step(loss_fn, self.model, batches, self.optimizers, scale, momentum, kind.rounded)
-        self.average.update(step + 1, scale)
+        step = self.kinds[kind][turn % len(self.kinds[kind])]
+        self.phase.step(train_gpt.Moment(step, 0.0, 0.0, 1.0))
         return time.process_time() - began
 
     def visit(self, count: int) -> None:
@@ -342,7 +378,7 @@ class Job(NamedTuple):
 def run_lever(job: Job, settings: dict[str, str], out: Path, extra: dict[str, str]) -> dict:
     """Return the result of `job`, trained now or found; ValueError if the found run has other settings."""
     name, settings = f"{job.name}_{job.steps}", {**settings, "ITERATIONS": str(job.steps)}
-    result = run_arm(name, settings, job.seed, out, extra)
+    result = run_arm(name, settings, job.seed, out, extra, adapt=False)
     run_id = f"{name}_seed{job.seed}"
     given = json.loads((out / "runs" / run_id / "config.json").read_text())["given"]
     if (
@@ -426,7 +462,7 @@ def table(rows: list[dict], steps: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-METHOD = """# Each lever separately, against the demo recipe
+METHOD = """# Each lever separately, against the demo recipe on {corpus}
 
 {date}, n = {n} (seeds {seeds}), torch {torch}, Python {python}.
 
@@ -453,16 +489,19 @@ def markdown(report: dict[str, Any]) -> str:
     depths = [row for row in report["rows"] if row["arm"] in ("recipe", *DEPTHS)]
     levers = [row for row in report["rows"] if row["arm"] not in DEPTHS]
     steps = timing["run_steps"]
-    shown = {**timing, **versions, "date": report["date"], "stride": report["stride"], "copies": COPIES}
-    how = METHOD.format(n=len(seeds), seeds=", ".join(map(str, seeds)), **shown)
+    shown = {**timing, **versions, **{key: report[key] for key in ("corpus", "date", "stride")}}
+    how = METHOD.format(n=len(seeds), seeds=", ".join(map(str, seeds)), copies=COPIES, **shown)
     note = "\nThe runs used more than one version of the code.\n" if len(report["sha256_code"]) > 1 else ""
-    parts = [how + note, table(levers, steps), "\n## Depth, at the same width\n", table(depths, steps)]
+    parts = [how + note, table(levers, steps)]
+    if len(depths) > 1:
+        parts += ["\n## Depth, at the same width\n", table(depths, steps)]
     return "\n".join(parts) + "\n"
 
 
 def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
     """Time the arms, run them, and write timing_STEPS.json, levers.json and levers.md; print the report."""
-    only = arguments.only.split(",") if arguments.only else []
+    asked = (arguments.only or "").replace("frontier", ",".join(FRONTIER))
+    only = [name for name in asked.split(",") if name]
     if unknown := set(only) - set(ARMS):
         raise SystemExit(f"--only: unknown arms: {', '.join(sorted(unknown))}")
     for settings in ARMS.values():
@@ -483,6 +522,7 @@ def compare_levers(arguments: argparse.Namespace, out: Path) -> None:
     results = run_jobs(jobs, arms, out, {**fixed, "EVAL_STRIDE": stride}, arguments.workers)
     report = dict(
         benchmark="levers",
+        corpus=arguments.data.name if arguments.data else "the demo's corpus",
         quick=arguments.quick,
         date=date.today().isoformat(),
         seeds=seeds,
@@ -612,7 +652,8 @@ def main() -> int:
     parser.add_argument(
         "--workers", type=int, default=2, help="with --levers: parallel runs, one thread each"
     )
-    parser.add_argument("--only", help="with --levers: comma list of the arms to run")
+    parser.add_argument("--only", help="with --levers: comma list of arms, or frontier")
+    parser.add_argument("--data", type=Path, help="shards and tokenizer.model in place of data/demo")
     parser.add_argument("--meta", action="store_true", help="time meta-steps and plain steps")
     parser.add_argument("--recipe", help="with --meta: recipe; default: the demo recipe")
     parser.add_argument("--time-meta-step", help=argparse.SUPPRESS)
@@ -622,9 +663,12 @@ def main() -> int:
         return 0
     out = arguments.out or Path(tempfile.mkdtemp())
     out.mkdir(parents=True, exist_ok=True)
-    subprocess.run(
-        [sys.executable, "data/demo.py", "--out", "data/demo"], cwd=ROOT, check=True, stdout=sys.stderr
-    )
+    if arguments.data:
+        data = arguments.data.resolve()
+        RECIPE.update(DATA_PATH=str(data), TOKENIZER_PATH=str(data / "tokenizer.model"))
+    else:
+        command = [sys.executable, "data/demo.py", "--out", "data/demo"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     if arguments.meta:
         compare_meta_steps(arguments, out)
     elif arguments.levers:
