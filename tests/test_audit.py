@@ -75,6 +75,22 @@ HONEST = {
     "all, adamw": dict(
         ttt_mode="all", ttt_optimizer="adamw", ttt_lr=0.003, ttt_lr_schedule="cosine", ttt_epochs=2
     ),
+    "phased, as in #1855": dict(
+        ttt_mode="phased",
+        ttt_lora_form="parallel",
+        ttt_warm_start_a=True,
+        ttt_optimizer="adamw",
+        ttt_lr_schedule="cosine",
+        global_ttt_grad_clip=1.0,
+        ttt_context=4,
+    ),
+    "phased, as in #2014": dict(
+        ttt_mode="phased",
+        ttt_lora_form="parallel",
+        ttt_matrices="komh",
+        ttt_chunk_by_length="16:4,60:8",
+        phased_ttt_num_phases=1,
+    ),
     "doc_banks": dict(ttt_mode="doc_banks"),
     "doc_banks in groups, shared": dict(ttt_mode="doc_banks", ttt_groups=2, ttt_moments="shared"),
     "context and side by side": dict(ttt_mode="all", ttt_context=4, eval_stride=16),
