@@ -107,7 +107,7 @@ class Weights:
     def __init__(self, run: Path, data: Path, targets: int):
         given = {name.upper(): str(int(v) if isinstance(v, bool) else v)
                  for name, v in json.loads((run / "config.json").read_text())["given"].items()}  # fmt: skip
-        given |= {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model"), "RUN_ID": ""}
+        given |= {"DATA_PATH": str(data), "TOKENIZER_PATH": str(data / "tokenizer.model"), "RUN_ID": "read"}
         self.config, _, _ = tg.load_config({name: value for name, value in given.items() if name != "RECIPE"})
         self.table = tg.load_byte_table(self.config.tokenizer_path, self.config.vocab_size)
         self.model = tg.GPT(self.config, word_start=self.table.has_leading_space)

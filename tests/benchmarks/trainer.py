@@ -180,6 +180,12 @@ def make_arms() -> dict[str, dict[str, str]]:
     return {"levers": {}, "plain": {**PLAIN, "MLP_MULT": width}, "narrow": dict(PLAIN)}
 
 
+def without_settings() -> dict[str, str]:
+    """The environment, less all that would be a setting of the programs."""
+    names = {field.upper() for field in train_gpt.Config.__dataclass_fields__} | {"RECIPE"}
+    return {k: v for k, v in os.environ.items() if k not in names}
+
+
 def run_arm(
     name: str, settings: dict[str, str], seed: int, out: Path, extra: dict[str, str], adapt: bool = True
 ) -> dict:
@@ -189,9 +195,7 @@ def run_arm(
     adapted nats of each.
     """
     folder = out / "runs" / f"{name}_seed{seed}"
-    names = {field.upper() for field in train_gpt.Config.__dataclass_fields__}
-    clean = {k: v for k, v in os.environ.items() if k not in names and k != "RECIPE"}
-    env = {**clean, **RECIPE, **settings, **extra, "SEED": str(seed), "RUN_ID": folder.name}
+    env = {**without_settings(), **RECIPE, **settings, **extra, "SEED": str(seed), "RUN_ID": folder.name}
     programs = {"train_gpt.py": "result.json", **({"eval_ttt.py": "eval_ttt.json"} if adapt else {})}
     for program, made in programs.items():
         if (folder / made).exists():
@@ -375,10 +379,12 @@ class Job(NamedTuple):
     seed: int
 
 
-def run_lever(job: Job, settings: dict[str, str], out: Path, extra: dict[str, str]) -> dict:
+def run_lever(
+    job: Job, settings: dict[str, str], out: Path, extra: dict[str, str], adapt: bool = False
+) -> dict:
     """Return the result of `job`, trained now or found; ValueError if the found run has other settings."""
     name, settings = f"{job.name}_{job.steps}", {**settings, "ITERATIONS": str(job.steps)}
-    result = run_arm(name, settings, job.seed, out, extra, adapt=False)
+    result = run_arm(name, settings, job.seed, out, extra, adapt)
     run_id = f"{name}_seed{job.seed}"
     given = json.loads((out / "runs" / run_id / "config.json").read_text())["given"]
     if (
@@ -390,12 +396,17 @@ def run_lever(job: Job, settings: dict[str, str], out: Path, extra: dict[str, st
 
 
 def run_jobs(
-    jobs: list[Job], arms: dict[str, dict[str, str]], out: Path, extra: dict[str, str], workers: int
+    jobs: list[Job],
+    arms: dict[str, dict[str, str]],
+    out: Path,
+    extra: dict[str, str],
+    workers: int,
+    adapt: bool = False,
 ) -> dict:
     """Run the jobs, `workers` at a time, and return the results; on failures exit after the others finish."""
     pool = ThreadPoolExecutor(workers)
     try:
-        pending = {job: pool.submit(run_lever, job, arms[job.name], out, extra) for job in jobs}
+        pending = {job: pool.submit(run_lever, job, arms[job.name], out, extra, adapt) for job in jobs}
         wait(pending.values())
     finally:
         pool.shutdown(cancel_futures=True)
