@@ -757,18 +757,17 @@ def prepare(
 # Results and main
 # ------------------------------------------------------------------------------------------------------------
 
-# Files of an earlier evaluation are deleted first and eval_ttt.json is written last, so that a folder never
-# mixes two evaluations. The printed score is derived again from nll.npy, shards and tokenizer before it is
-# believed.
+# Each mode has its own folder, so that modes can be compared. Files of an earlier evaluation are deleted
+# first and eval_ttt.json is written last, so that a folder never mixes two. The printed score is derived
+# again from nll.npy, shards and tokenizer before it is believed.
 
-REPORTS = (
-    "eval_ttt.log",
-    "eval_ttt.json",
-    "nll.npy",
-    "documents.csv",
-    "distribution.json",
-    "distribution.png",
-)
+REPORTS = ("eval_ttt.log", "nll.npy", "documents.csv", "distribution.json", "distribution.png")
+
+
+def evaluation_folder(path: Path, config: Config) -> Path:
+    """eval/MODE beside the artifact `path`: the mode or its class, and the protocol if that is not legal."""
+    mode, protocol = config.ttt_mode.rpartition(":")[2], config.ttt_protocol
+    return path.parent / "eval" / (mode if protocol == "legal" else f"{mode}_{protocol}")
 
 
 class Budget:
@@ -802,7 +801,7 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
 
 
 def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
-    """Compute the adapted score, then the scores to compare it with; write nll.npy and the reports.
+    """Compute the adapted score, then those to compare it with; write nll.npy and reports beside the log.
 
     `eval_seconds` means the same as in the trainer's result: seconds from loading the artifact to its
     headline score, with compilation and warm-up, without the scores to compare it with. Here the headline is
@@ -838,8 +837,8 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
         log.line(f"{words}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
     if report:
-        report.write_reports(path.parent, tokens, scores["plan"].nll, adapted.nll, setup.byte_table, log)
-    kept = path.with_name("nll.npy")
+        report.write_reports(log.folder, tokens, scores["plan"].nll, adapted.nll, setup.byte_table, log)
+    kept = log.folder / "nll.npy"
     if tg.rank() == 0:
         array = io.BytesIO()
         np.save(array, adapted.nll)
@@ -968,17 +967,11 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             os.close(lock)
 
 
-def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterator[str]:
-    """The head of the log: settings, those given marked, and what is scored in which order."""
+def setup_lines(setup: Setup, targets: int) -> Iterator[str]:
+    """The head of the log after the settings: what is scored in which order."""
     c = setup.config
-    for name, value in tg.settings_of(c, "model", "scoring", "evaluator").items():
-        yield f"  {name.upper()}={value}" + (" (given)" if name in given else "")
-    by_documents = mode_of(c).by_documents
-    order = (
-        f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots"
-        if by_documents
-        else "the file's"
-    )
+    in_slots = f"documents of the file in {c.ttt_groups} groups of {c.ttt_slots} slots"
+    order = in_slots if mode_of(c).by_documents else "the file's"
     yield f"evaluation order: {order}; targets:{targets} world_size:{tg.world_size()}"
     if setup.artifact.factors:
         yield f"Meta-SGD's factors of TTT_LR, range per bank:{tg.rates_text(setup.artifact.factors)}"
@@ -987,20 +980,27 @@ def setup_lines(setup: Setup, given: Mapping[str, Any], targets: int) -> Iterato
 
 
 def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[str], began: float) -> int:
-    """Score the model, log it and write eval_ttt.json; returns the exit code."""
+    """Score, log, and write eval_ttt.json, where legal also beside the artifact; returns the exit code."""
     setup, path, shards = inputs.setup, inputs.path, inputs.shards
+    legal, folder = setup.config.ttt_protocol == "legal", evaluation_folder(path, setup.config)
     c, (trained, why) = setup.config, tg.on_rank_0(lambda: read_report(path.with_name("result.json")))
     other_text, _, detail = tg.on_rank_0(lambda: trained_on_other_text(c, shards, path.parent))
     if other_text is False:
         raise UserError(detail)
-    log = tg.RunLog(path.parent, "eval_ttt.log")
+    log, results = tg.RunLog(folder, "eval_ttt.log"), [folder / "eval_ttt.json"]
+    if legal:
+        results.append(path.with_name("eval_ttt.json"))
     if tg.rank() == 0:
-        for name in REPORTS:
-            (path.parent / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in [*results, *(folder / name for name in REPORTS)]:
+            stale.unlink(missing_ok=True)
     notices = [f"note: {notice}" for notice in notices]
     if path.with_name("result.json").exists() and trained is None:
         notices.append(f"WARNING: {why}. It counts as absent.")
-    for line in [*notices, *setup_lines(setup, given, len(inputs.tokens) - 1)]:
+    for line in notices:
+        log.line(line)
+    log.settings(tg.settings_of(c, "model", "scoring", "evaluator"), given)
+    for line in setup_lines(setup, len(inputs.tokens) - 1):
         log.line(line)
     if setup.plugin and tg.rank() == 0:
         (path.parent / "source").mkdir(exist_ok=True)
@@ -1019,7 +1019,7 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
         **sizes,
         fits=sizes["bytes_total"] <= tg.SIZE_CAP,
         strict_seconds=time.time() - began,
-        legal=c.ttt_protocol == "legal",
+        legal=legal,
         seed=c.seed,
         world_size=tg.world_size(),
         settings=tg.settings_of(c, "scoring", "evaluator"),
@@ -1031,10 +1031,10 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
         versions=setup.versions,
     )
     audit = tg.project_module("audit")
-    result["audit"] = tg.on_rank_0(lambda: audit.legal_certificate(path.parent, result)) if audit else None
+    result["audit"] = tg.on_rank_0(lambda: audit.legal_certificate(folder, result)) if audit else None
     log.line("RESULT " + json.dumps(result))
-    if tg.rank() == 0:
-        tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(result, indent=1).encode())
+    for file in results if tg.rank() == 0 else ():
+        tg.write_atomically(file, json.dumps(result, indent=1).encode())
     tg.cleanup_distributed()
     return 0
 
@@ -1043,6 +1043,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
     """Exit code 0: done (with --audit: legal), 1: failed or not legal, 2: user error."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
+        argv, environ = tg.with_arguments(argv, environ)
         if argv == ["--help"]:
             print(tg.described("help_text", __doc__))
             return 0
@@ -1050,9 +1051,7 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
         if argv and argv[0] == "--sample":
             sample_arguments(argv[1:])
         elif argv and not is_audit:
-            raise UserError(
-                f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help"
-            )
+            raise UserError(f"unknown arguments {' '.join(argv)}: settings are NAME=VALUE, see --help")
         return run_all(argv, environ)
     except (UserError, ArithmeticError, OSError) as error:
         print(f"error: {tg.shown(error)}", file=sys.stderr, flush=True)

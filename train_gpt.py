@@ -40,14 +40,14 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cache, cached_property, lru_cache, partial, wraps
 from glob import glob
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -717,6 +717,21 @@ def inconsistencies(c: Config) -> list[str]:
     return [message for ok, message in (*model_rules(c), *run_rules(c)) if not ok]
 
 
+def known_names() -> set[str]:
+    """Names that a recipe or the command line may give: settings, aliases, and those that we lack."""
+    absent = (name for names, _, _ in ABSENT for name in names.split())
+    return {*(f.name.upper() for f in fields(Config)), *ALIASES, *absent}
+
+
+def with_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Take NAME=VALUE off the head of the arguments into the environment, over what is there."""
+    pairs = list(takewhile(lambda word: re.match("[A-Z][A-Z0-9_]*=", word), argv))
+    given = dict(pair.split("=", 1) for pair in pairs)
+    if unknown := given.keys() - known_names() - {"RECIPE", "IGNORE_ENV", "TRACK"}:
+        raise UserError(f"unknown setting in the arguments: {', '.join(sorted(unknown))}")
+    return list(argv[len(pairs) :]), {**environ, **given}
+
+
 def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str]]:
     """Read the settings: RECIPE=FILE first, other variables override it.
 
@@ -724,8 +739,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     problem at once: unknown keys in the recipe, wrong types and ranges, contradictions, and names in the
     environment that are near misses of ours (IGNORE_ENV=A,B excuses some).
     """
-    by_name = {f.name.upper(): f for f in fields(Config)}
-    known = {*by_name, *ALIASES, *(name for names, _, _ in ABSENT for name in names.split())}
+    by_name, known = {f.name.upper(): f for f in fields(Config)}, known_names()
     notices: list[str] = []
     recipe, problems = read_recipe(environ["RECIPE"], known) if environ.get("RECIPE") else ({}, [])
     ours = {name: text for name, text in environ.items() if name in known}
@@ -837,13 +851,15 @@ def differing_parameters(model: nn.Module) -> list[str]:
     return [name for name, low, high in zip(names, lowest, highest, strict=True) if low != high]
 
 
-def progress_bar(total: int) -> Any:
-    """A tqdm bar on rank 0, or one that does nothing where tqdm is not installed."""
+def progress_bar(what: str, total: float) -> Any:
+    """A tqdm bar on rank 0's terminal, or one that does nothing where tqdm is not installed."""
     try:
         from tqdm import tqdm as bar
     except ImportError:
-        return SimpleNamespace(update=lambda number: None, close=lambda: None)
-    return bar(total=total, desc="score", unit="target", disable=None if rank() == 0 else True)
+        ignore = lambda *args: None  # noqa: E731
+        return SimpleNamespace(n=0, update=ignore, set_postfix_str=ignore, clear=ignore, close=ignore)
+    shape = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed} < {remaining}{postfix}"
+    return bar(total=total, desc=what, bar_format=shape, leave=False, disable=None if rank() == 0 else True)
 
 
 def synchronize(device: torch.device) -> None:
@@ -950,14 +966,22 @@ class RunLog:
     """train.log, metrics.jsonl, and standard output of rank 0; other ranks are silent."""
 
     def __init__(self, folder: Path, name: str = "train.log"):
-        self.folder, self.name = folder, name
+        self.folder, self.name, self.bar = folder, name, None
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, printed: bool = True) -> None:
         text = shown(text)
         if rank() == 0:
             with suppress(OSError):  # a closed terminal is no reason to lose a run
-                print(text, flush=True)
+                if self.bar is not None:
+                    self.bar.clear()
+                if printed:
+                    print(text, flush=True)
             self._append(self.name, text)
+
+    def settings(self, values: Mapping[str, Any], given: Container[str]) -> None:
+        """All settings to the file; on standard output those that were given."""
+        for name, value in values.items():
+            self.line(f"  {name.upper()}={value}" + " (given)" * (name in given), printed=name in given)
 
     def _append(self, name: str, text: str) -> None:
         try:
@@ -1293,19 +1317,6 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
                     f"{path} is both training and validation text, the same as {found}. "
                     "Change TRAIN_FILES or VAL_FILES."
                 )
-
-
-def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
-    """Log line with the overlap counts that the listing has for these training and validation shards."""
-    listing = read_listing(train.paths[0])
-    folders = {Path(path).parent for path in (train.paths[0], *val_paths)}
-    found = listing.overlap if listing else {}
-    if len(folders) > 1 or found.get("train_tokens") != len(train):
-        return "overlap: not counted for these shards; data/prepare.py --overlap counts it"
-    return (
-        f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur inside "
-        f"training shards, {found['documents_touched']} in part"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3104,7 +3115,7 @@ def score(
     forward = nll_fn if adaptation is None else adaptation.token_nll
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
     count = torch.zeros_like(nll, dtype=torch.int32)
-    ledger, bar = Ledger(len(nll)), progress_bar(len(nll))
+    ledger, bar = Ledger(len(nll)), progress_bar("score", len(nll))
     for chunk in plan:
         ledger.score(chunk.scored)
         if chunk.is_mine:
@@ -5295,7 +5306,7 @@ def train(
         budget = max(usable, 1e-9) if c.max_wallclock_seconds else 0.0
         entered = progress.seconds()
         phase = PHASES[name](run, model, loss_fn, nll_fn, progress.rates)
-        step = progress.begin(name, phase.parts)
+        step, log.bar = progress.begin(name, phase.parts), progress_bar(name, 1.0)
         prepared = progress.seconds() - entered  # such as for generated text: no part of a step's time
         now = moment(step, count, progress.seconds() - began, budget, 1 + clock.lag, prepared)
         while True:
@@ -5323,6 +5334,9 @@ def train(
                 [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
                 also = dict(lr_scale=metrics.lr_scale, data_wait=waited)
                 log.step(step, count, elapsed, also, train_loss=metrics.loss.item())
+                pace = step * c.train_batch_tokens / max(elapsed, 1e-9)
+                log.bar.set_postfix_str(f"loss {metrics.loss.item():.3f}, {pace:,.0f} tokens/s")
+                log.bar.update(1 - max(now.left, 0) - log.bar.n)
                 progress.check_replicas(step)
                 progress.check_loader(step, waited)
             elif not is_main and (step <= 3 or step % c.train_log_every == 0 or now.left <= 0):
@@ -5331,6 +5345,7 @@ def train(
                 loss, factors = metrics.loss.item(), rates_text(progress.rates.factors())
                 log.line(f"{name}_step:{step}/{count} loss:{loss:.5f} {times}{factors}")
             progress.checkpoint(step, due=c.checkpoint_every > 0 and step % c.checkpoint_every == 0)
+        log.bar.close()
         clock.settle()
         phase.finish()
         progress.finish(step)
@@ -5491,6 +5506,9 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda, but torch sees no GPU")
     device = torch.device("cpu")
+    if "OMP_NUM_THREADS" not in environ:  # the ranks of a machine share its cores
+        cores, ranks = len(os.sched_getaffinity(0)), int(environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))
     if config.device != "cpu" and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
@@ -5612,41 +5630,18 @@ def keep_source(folder: Path, environ: Mapping[str, str], saved: dict[str, Any] 
         write_atomically(source / path.name, path.read_bytes())
 
 
-def merged_documents(train: TokenStream, seq_len: int, samples: int = 1000) -> tuple[int, int]:
-    """Documents that begin inside sampled sequences, and those that varlen kernels merge with another.
-
-    Pieces of documents, under DATA_ORDER=packed, are not counted.
-    """
-    starts = np.linspace(0, len(train) - 1, samples).astype(int).tolist()
-    inner = np.array([np.count_nonzero(train.read(start, seq_len)[1:] == BOS_ID) for start in starts])
-    return int(inner.sum()), int((inner - room_for_documents(seq_len)).clip(min=0).sum())
-
-
 def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
-    """Log versions, settings, data, and model in the lineage's dialect; write config.json.
-
-    Settings that were given are marked.
-    """
+    """Log versions, settings, advice, data, and model in the lineage's dialect; write config.json."""
     c, log = run.config, run.log
     log.line(" ".join(f"{name}:{value}" for name, value in run.versions.items()))
-    for name, value in asdict(c).items():
-        log.line(f"  {name.upper()}={value}" + (" (given)" if name in given else ""))
-    if run.versions.get("attention_backend") == "math" and run.device.type == "cuda":
-        rows = split_batch(c)[0] // split_batch(c)[1]
-        stored = rows * c.num_heads * c.row_tokens**2 * compute_dtype(run.device).itemsize / 1e9
-        log.line(
-            f"WARNING: torch has only its math kernel for this attention: {stored:.1f} GB of scores per layer"
-        )
-    if c.doc_borders == "attention" and run.device.type == "cuda":
-        inner, merged = merged_documents(run.train, c.row_tokens)
-        log.line(f"note: attention's kernels merge {merged} of {inner} documents in 1000 sampled sequences")
-    if (c.late_qat or "deployed" in c.phases) and c.quant_steps == "two_sided":
-        log.line("note: training rounds the banks per row, the export by two-sided scales")
+    log.settings(asdict(c), given)
+    advice = project_module("advice")
+    for line in advice.before_training(run, model) if advice else ():
+        log.line(line)
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
     log.line(
         f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}"
     )
-    log.line(overlap_line(run.train, glob(c.shards("val"))))
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     for line in check_memory(c, TRAINING_PARTS):
@@ -5763,6 +5758,8 @@ def finish_run(
         for parameter in model.parameters():
             dist.broadcast(parameter.detach(), 0)
     log_setup(run, model, given)
+    if config.warmup_steps:
+        run.log.line(f"warm-up: {config.warmup_steps} steps on random tokens, outside the clock")
     warn = lambda text: run.log.line(f"WARNING: {text}")  # noqa: E731
     loss_fn, nll_fn = (
         maybe_compile(function, config, run.device, warn) for function in (training_loss, token_nll)
@@ -5832,10 +5829,9 @@ def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None
     """Run the command line; exit code 0: done, 1: failed or over the cap, 2: user error, 128 + n: signal."""
     argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
     try:
+        argv, environ = with_arguments(argv, environ)
         if argv not in ([], ["--help"], ["--describe"]):
-            raise UserError(
-                f"unknown arguments {' '.join(argv)}: settings are environment variables, see --help"
-            )
+            raise UserError(f"unknown arguments {' '.join(argv)}: settings are NAME=VALUE, see --help")
         if argv == ["--help"]:
             print(described("help_text", __doc__))
             return 0

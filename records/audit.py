@@ -706,8 +706,9 @@ def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: M
 
 
 def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path) -> Iterator[Check]:
-    """T19 and T20 of the evaluation beside the artifact `path`; no count where it cannot be compared."""
-    (told, why), kept = ev.read_report(path.with_name("eval_ttt.json")), path.with_name("nll.npy")
+    """T19 and T20 of the mode's evaluation of the artifact `path`; no count where it cannot be compared."""
+    folder = ev.evaluation_folder(path, setup.config)
+    (told, why), kept = ev.read_report(folder / "eval_ttt.json"), folder / "nll.npy"
     if told is None or not kept.is_file():
         why = f"{why or f'{kept}: no such file'}. Run eval_ttt.py without --audit first"
     elif told.get("sha256_artifact") != tg.sha256_file(path):
@@ -793,13 +794,17 @@ def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
     return CERTIFICATE if same and found.get("legal") is True else None
 
 
-def name_certificate(path: Path) -> None:
-    """Set `audit` in the eval_ttt.json beside the artifact `path`:
-    the certificate, if that calls the run legal."""
-    told, _ = ev.read_report(path.with_name("eval_ttt.json"))
+def name_certificate(path: Path, folder: Path) -> None:
+    """Set `audit` in the eval_ttt.json of `folder`: the certificate, if that calls it legal.
+
+    So too in the copy beside the artifact `path`, where that is of the same evaluation.
+    """
+    files = folder / "eval_ttt.json", path.with_name("eval_ttt.json")
+    told, beside = (ev.read_report(file)[0] for file in files)
     if told and told.get("sha256_artifact") == tg.sha256_file(path):
-        told["audit"] = legal_certificate(path.parent, told)
-        tg.write_atomically(path.with_name("eval_ttt.json"), json.dumps(told, indent=1).encode())
+        text = json.dumps(told | dict(audit=legal_certificate(folder, told)), indent=1).encode()
+        for file in files if beside == told else files[:1]:
+            tg.write_atomically(file, text)
 
 
 def run_audit(
@@ -819,8 +824,10 @@ def run_audit(
         secrets.randbits(32) if seed is None else seed,
         audited_config(c, tokens[: c.audit_tokens + 1]),
     )
+    folder = ev.evaluation_folder(path, c)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
-        path.with_name(name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
     checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)
     passed = {check.name.split()[0] for check in checks if check.ok}
     failed = c.ttt_protocol != "legal" or any(check.ok is False for check in checks)
@@ -829,7 +836,7 @@ def run_audit(
     verdict = "NOT LEGAL" if failed else verdict if legal else "NOT CERTIFIED, too little was audited"
     hashes = {"artifact": tg.sha256_file(path), "tokenizer": tg.sha256_file(c.tokenizer_path)}
     if any(check.name == T19 and check.checked for check in checks):
-        hashes["nll.npy"] = tg.sha256_file(path.with_name("nll.npy"))
+        hashes["nll.npy"] = tg.sha256_file(folder / "nll.npy")
     hashes |= setup.code_hashes() | {Path(shard).name: tg.sha256_file(shard) for shard in shards}
     settings, audited = asdict(c), asdict(small)
     report = dict(
@@ -847,7 +854,7 @@ def run_audit(
     text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
                             f"TTT_MODE={c.ttt_mode} TTT_PROTOCOL={c.ttt_protocol}: {verdict}")  # fmt: skip
     print(text, end="", flush=True)
-    tg.write_atomically(path.with_name(CERTIFICATE), json.dumps(report, indent=1).encode())
-    tg.write_atomically(path.with_name("certificate.txt"), text.encode())
-    name_certificate(path)
+    tg.write_atomically(folder / CERTIFICATE, json.dumps(report, indent=1).encode())
+    tg.write_atomically(folder / "certificate.txt", text.encode())
+    name_certificate(path, folder)
     return 0 if report["legal"] else 1

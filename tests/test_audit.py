@@ -425,11 +425,13 @@ def test_what_the_ledger_refuses_is_certified_as_not_legal(setup, text, tmp_path
     patched(tg, "sliding_windows", again)(setup, monkeypatch)
     with pytest.raises(tg.LedgerError, match="scored twice"):
         evaluate(setup, text)
-    for name in ("model.ptz", "certificate.json", "certificate.txt"):
-        (tmp_path / name).write_text('{"legal": true}')
+    folder = tmp_path / "eval/banks"
+    folder.mkdir(parents=True)
+    for file in (tmp_path / "model.ptz", folder / "certificate.json", folder / "certificate.txt"):
+        file.write_text('{"legal": true}')
     assert auditing.run_audit(setup, text, tmp_path / "model.ptz", [], []) == 1
-    assert "NOT LEGAL" in (tmp_path / "certificate.txt").read_text()
-    assert json.loads((tmp_path / "certificate.json").read_text())["legal"] is False
+    assert "NOT LEGAL" in (folder / "certificate.txt").read_text()
+    assert json.loads((folder / "certificate.json").read_text())["legal"] is False
 
 
 def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypatch):
@@ -444,7 +446,9 @@ def test_the_audit_of_flat_chunks_sees_learning(setup, text, tmp_path, monkeypat
 def certified(setup: Setup, text: np.ndarray, folder: Path, **settings) -> tuple[int, dict, str]:
     """Exit code, report and text of the certificate of an artifact without anything beside it."""
     (folder / "model.ptz").write_bytes(b"")
-    code = auditing.run_audit(changed(setup, **settings), text, folder / "model.ptz", [], [])
+    setup = changed(setup, **settings)
+    code = auditing.run_audit(setup, text, folder / "model.ptz", [], [])
+    folder = eval_ttt.evaluation_folder(folder / "model.ptz", setup.config)
     words = (folder / "certificate.txt").read_text()
     return code, json.loads((folder / "certificate.json").read_text()), words
 
@@ -802,8 +806,9 @@ def test_audit_as_a_user(mode, protocol, code, trained):
     command = [sys.executable, str(ROOT / "eval_ttt.py"), "--audit=7"]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
-    report = json.loads((folder / "runs/run/certificate.json").read_text())
-    words = (folder / "runs/run/certificate.txt").read_text()
+    kept = folder / "runs/run/eval" / (mode if protocol == "legal" else f"{mode}_{protocol}")
+    report = json.loads((kept / "certificate.json").read_text())
+    words = (kept / "certificate.txt").read_text()
     assert words in done.stdout and words.splitlines()[0].endswith(": NOT LEGAL" if code else ": legal")
     assert report["legal"] is not bool(code) and report["targets"] == 300 and report["seed"] == 7
     failed = {check["name"].split()[0] for check in report["checks"] if check["ok"] is False}
@@ -821,15 +826,17 @@ def test_audit_as_a_user(mode, protocol, code, trained):
         "fineweb_val_0.bin",
     }
     assert report["sha256"]["artifact"] == tg.sha256_file(env["MODEL_PATH"])
-    result = json.loads((folder / "runs/run/eval_ttt.json").read_text())
-    assert report["sha256"]["nll.npy"] == result["sha256_nll"] == tg.sha256_file(folder / "runs/run/nll.npy")
+    result = json.loads((kept / "eval_ttt.json").read_text())
+    beside = json.loads((folder / "runs/run/eval_ttt.json").read_text())
+    assert (beside == result) is (protocol == "legal")  # beside the artifact stands the last legal one
+    assert report["sha256"]["nll.npy"] == result["sha256_nll"] == tg.sha256_file(kept / "nll.npy")
     assert result["audit"] == (None if code else "certificate.json") and result["legal"] is not bool(code)
 
 
 def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
     """A repeated evaluation keeps its certificate; one with other settings, losses or code has none."""
     folder, env = trained
-    run = folder / "runs/run"
+    run = folder / "runs/run/eval/none"
     env = env | dict(TTT_MODE="none", AUDIT_TOKENS="700")
 
     def named(**changes) -> str | None:
@@ -887,7 +894,7 @@ def test_the_run_beside_the_artifact(name, trained):
     checks = list(auditing.check_run(setup, tokens, shards, path))
     assert tuple(check.ok for check in checks) == expected and checks[0].checked == len(tokens) - 1
     assert checks[1].checked > 100 or expected[1] is None
-    kept = path.with_name("nll.npy")
+    kept = eval_ttt.evaluation_folder(path, config) / "nll.npy"
     nll = np.load(kept)
     for wrong in (nll * np.float32(1.0001), nll[:-1], np.append(nll[:-1], np.float32(np.nan))):
         np.save(kept, wrong)

@@ -437,6 +437,28 @@ def test_published_environments_start(text, expected, recipe, capsys):
     assert load_config(recipe(exports))[0] == config
 
 
+def test_arguments_override_the_environment_and_the_recipe(recipe):
+    environ = recipe("SEED=1\nITERATIONS=100\nWARMUP_STEPS=9\n") | {"SEED": "2", "ITERATIONS": "200"}
+    rest, environ = train_gpt.with_arguments(["SEED=3", "RUN_ID=a=b", "--describe", "SEED=4"], environ)
+    config, given, _ = load_config(environ)
+    assert rest == ["--describe", "SEED=4"]  # what stands behind an option belongs to it
+    assert (config.seed, config.iterations, config.warmup_steps, config.run_id) == (3, 200, 9, "a=b")
+    assert given == dict(seed=3, iterations=200, warmup_steps=9, run_id="a=b")
+
+
+def test_arguments_as_a_user(capsys):
+    """Aliases and a recipe too; a name that nobody knows is an error there, as it is in a recipe."""
+    tiny = f"RECIPE={RECIPES / 'smoke.env'}"
+    assert train_gpt.main([tiny, "NUM_LAYERS=1", "VE_LAYERS=0", "XSA_LAST_N=1", "--describe"], {}) == 0
+    assert "2x64x64" in capsys.readouterr().out
+    assert train_gpt.main([tiny, "NUM_LAYER=1"], {}) == 2
+    assert capsys.readouterr().err == "error: unknown setting in the arguments: NUM_LAYER\n"
+    assert train_gpt.main(["--num-layers", "3"], {}) == 2
+    assert capsys.readouterr().err == (
+        "error: unknown arguments --num-layers 3: settings are NAME=VALUE, see --help\n"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # --help and --describe
 # ------------------------------------------------------------------------------------------------------------

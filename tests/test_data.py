@@ -11,6 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import advice
 import formats
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from train_gpt import (
     check_disjoint,
     check_listing,
     open_shard,
-    overlap_line,
     split_batch,
     step_batches,
 )
@@ -301,16 +301,16 @@ def test_the_overlap_that_was_counted_is_read(stream, tmp_path):
     )
     path.write_text(manifest_of(listed))
     val = [str(tmp_path / "fineweb_val_000000.bin")]
-    assert "prepare.py --overlap" in overlap_line(found, val)
+    assert "prepare.py --overlap" in advice.overlap_line(found, val)
     counted = dict(documents=50, documents_inside=3, documents_touched=8, train_tokens=50)
     path.write_text(json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted)))
-    line = overlap_line(found, val)
+    line = advice.overlap_line(found, val)
     assert line == "overlap: 3 of 50 validation documents occur inside training shards, 8 in part"
-    assert "not counted" in overlap_line(found, ["elsewhere/fineweb_val_000000.bin"])
+    assert "not counted" in advice.overlap_line(found, ["elsewhere/fineweb_val_000000.bin"])
     path.write_text(
         json.dumps(json.loads(manifest_of(listed)) | dict(overlap=counted | dict(train_tokens=51)))
     )
-    assert "not counted" in overlap_line(found, val)
+    assert "not counted" in advice.overlap_line(found, val)
 
 
 def test_the_split_and_the_content_are_those_listed(stream, tmp_path):

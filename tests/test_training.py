@@ -21,6 +21,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
+import advice
 import numpy as np
 import pytest
 import torch
@@ -318,7 +319,7 @@ def test_a_resumed_run_names_other_code_that_trained_it(tmp_path, monkeypatch):
 def test_documents_that_the_kernels_merge_are_counted(tmp_path):
     """Against a count in every sampled sequence; there is room for one in 128 tokens, and one more."""
     text = stream(tmp_path, 5000)
-    found = train_gpt.merged_documents(text, 256, samples=7)
+    found = advice.merged_documents(text, 256, samples=7)
     tokens = np.tile(np.array(text.shards[0]), 2)
     inner = [sum(tokens[s + 1 : s + 256] == 1) for s in np.linspace(0, 4999, 7).astype(int)]
     assert found == (sum(inner), sum(max(n - 3, 0) for n in inner)) and 0 < found[1] < found[0]

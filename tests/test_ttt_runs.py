@@ -488,12 +488,11 @@ def finish(folder: Path, env: dict[str, str], work: Path | None = None) -> Simpl
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.chdir(work or folder)
         assert eval_ttt.main([], env) == 0
-    result, tokens = (
-        json.loads((folder / "eval_ttt.json").read_text()),
-        np.fromfile(env["VAL_FILES"], "<u2")[512:],
-    )
-    left = dict(result=result, nll=np.load(folder / "nll.npy"))
-    return SimpleNamespace(folder=folder, out=out.getvalue(), tokens=tokens, **left)
+    newest = max(folder.glob("eval/*/eval_ttt.json"), key=lambda path: path.stat().st_mtime_ns)
+    result, tokens = json.loads(newest.read_text()), np.fromfile(env["VAL_FILES"], "<u2")[512:]
+    mode = newest.parent
+    left = dict(result=result, nll=np.load(mode / "nll.npy"))
+    return SimpleNamespace(folder=mode, out=out.getvalue(), tokens=tokens, **left)
 
 
 @pytest.fixture
@@ -509,7 +508,10 @@ def evaluated(work, env) -> SimpleNamespace:
 
 def test_what_is_printed_is_logged_and_kept(evaluated):
     lines = evaluated.out.splitlines()
-    assert (evaluated.folder / "eval_ttt.log").read_text() == evaluated.out
+    logged = (evaluated.folder / "eval_ttt.log").read_text().splitlines()
+    settings = [line for line in logged if re.fullmatch(r"  [A-Z_0-9]+=.*", line)]
+    assert [line for line in logged if line not in settings or line.endswith(" (given)")] == lines
+    assert {line.split("=")[0].strip() for line in settings} > {"TTT_CHUNK_SIZE", "TTT_EPOCHS", "MODEL_DIM"}
     assert lines[-1].startswith("RESULT ") and json.loads(lines[-1][7:]) == evaluated.result
     assert (
         "  TTT_CHUNK_SIZE=32 (given)" in lines
@@ -530,8 +532,8 @@ def test_what_is_printed_is_logged_and_kept(evaluated):
 
 
 def test_what_the_result_says(evaluated, env):
-    result, folder = evaluated.result, evaluated.folder
-    trainer = json.loads((folder / "result.json").read_text())
+    result = evaluated.result
+    trainer = json.loads((evaluated.folder.parents[1] / "result.json").read_text())
     assert result["trainer"] == trainer and result["legal"] is True and result["fits_budget"] is True
     assert result["ttt_gain_bpb"] == result["val_bpb_plan"] - result["val_bpb_ttt"] != 0
     same = "bytes_code bytes_model bytes_total fits sha256_artifact sha256_tokenizer sha256_code".split()
@@ -539,7 +541,10 @@ def test_what_the_result_says(evaluated, env):
     assert {key: result[key] for key in same + scores} == {key: trainer[key] for key in same + scores}
     assert result["sha256_shards"] == {"fineweb_val_000000.bin": train_gpt.sha256_file(env["VAL_FILES"])}
     assert result["settings"]["ttt_chunk_size"] == 32 and "iterations" not in result["settings"]
-    assert result["sha256_nll"] == train_gpt.sha256_file(folder / "nll.npy") and result["weights"] == "int6"
+    assert (
+        result["sha256_nll"] == train_gpt.sha256_file(evaluated.folder / "nll.npy")
+        and result["weights"] == "int6"
+    )
     assert result["versions"] == trainer["versions"] and result["audit"] is None
 
 
@@ -721,7 +726,7 @@ def test_a_record_folder_has_no_records_beside_the_evaluator(env, run, tmp_path,
     done = finish(run, settings)
     again = train_gpt.recomputed_score(done.nll, [env["VAL_FILES"]], env["TOKENIZER_PATH"])
     assert (done.result["val_loss_ttt"], done.result["val_bpb_ttt"]) == pytest.approx(again, rel=1e-12)
-    assert done.out.count("records/report.py") == 1 and not (run / "documents.csv").exists()
+    assert done.out.count("records/report.py") == 1 and not (done.folder / "documents.csv").exists()
     monkeypatch.chdir(run)
     assert eval_ttt.main(["--audit"], settings) == 2 and "records/audit.py" in capsys.readouterr().err
     shard = tmp_path / "part.bin"
@@ -783,6 +788,7 @@ def test_an_invalid_score_is_marked_and_lateness_said(env, run, monkeypatch):
                                   EVAL_BUDGET_SECONDS="30"))  # fmt: skip
     lines = done.out.splitlines()
     assert done.result["legal"] is False and '"legal": false' in lines[-1]
+    assert done.folder.name == "all_adapt_first" and not (run / "eval_ttt.json").exists()
     assert any("THIS SCORE IS INVALID" in line for line in lines) and "\nlegal_ttt" not in done.out
     assert sum(line.startswith("invalid_ttt_exact val_loss:") for line in lines) == 1
     assert (
@@ -845,7 +851,8 @@ STAGES = {
 def test_an_evaluation_that_is_interrupted_leaves_no_score(
     evaluated, env, run, monkeypatch, capsys, where, name, calls
 ):
-    assert (run / "eval_ttt.json").exists() and (run / "nll.npy").exists()  # of an earlier evaluation
+    mode = run / "eval/doc_banks"
+    assert (run / "eval_ttt.json").exists() and (mode / "nll.npy").exists()  # of an earlier evaluation
     function, left = getattr(where, name), iter(range(calls))
 
     def die(*args):
@@ -857,8 +864,8 @@ def test_an_evaluation_that_is_interrupted_leaves_no_score(
     monkeypatch.chdir(run)
     assert eval_ttt.main([], env | {"MODEL_PATH": str(run / "final_model.int6.ptz")}) == 130
     assert capsys.readouterr().err == "stopped: SIGINT\n"
-    assert not {"eval_ttt.json", "nll.npy"} & {path.name for path in run.iterdir()}
-    assert "RESULT" not in (run / "eval_ttt.log").read_text()
+    assert not {"eval_ttt.json", "nll.npy"} & {path.name for path in run.rglob("*")}
+    assert "RESULT" not in (mode / "eval_ttt.log").read_text()
 
 
 @pytest.mark.parametrize("listed", [True, False])

@@ -220,7 +220,10 @@ def run(part: str, arm: str, more: dict[str, str], seed: int, data: Path, work: 
             trained / way,
         )
     for file in [path for path in trained.rglob("*") if path.name in KEPT]:
-        target = temporary / file.relative_to(trained)
+        inside = file.relative_to(trained).parent
+        if inside.parent.name == "eval":  # WAY/eval/MODE
+            inside = inside.parents[1]
+        target = temporary / inside / file.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, target)
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -210,7 +210,9 @@ def run_arm(
     if not adapt:
         return result
     adapted = json.loads((folder / "eval_ttt.json").read_text())
-    rows = [line.split(",") for line in (folder / "documents.csv").read_text().splitlines()[1:]]
+    rows = [
+        line.split(",") for line in next(folder.glob("eval/*/documents.csv")).read_text().splitlines()[1:]
+    ]
     documents = [[int(row[3]), float(row[4]), float(row[5])] for row in rows]
     return result | {k: adapted[k] for k in ("val_bpb_plan", "val_bpb_ttt")} | dict(documents=documents)
 
