@@ -803,10 +803,9 @@ def check_losses_finite(name: str, score: tg.Score) -> None:
 def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     """Compute the adapted score, then those to compare it with; write nll.npy and reports beside the log.
 
-    `eval_seconds` means the same as in the trainer's result: seconds from loading the artifact to its
-    headline score, with compilation and warm-up, without the scores to compare it with. Here the headline is
-    the adapted score, and loading begins with the process. Raises FloatingPointError where a loss is not
-    finite, ArithmeticError where the score is not that of the losses.
+    `eval_seconds`, as in the trainer's result: from loading the artifact, here the start of the process, to
+    the headline score, here the adapted one, with compilation and warm-up. Raises FloatingPointError where a
+    loss is not finite, ArithmeticError where the score is not that of the losses.
     """
     setup, tokens, path = inputs[:3]
     c, num_bytes = setup.config, setup.byte_table.of_text(tokens)
