@@ -34,7 +34,8 @@ from torch.distributed.run import get_args_parser
 import train_gpt
 from train_gpt import Config
 
-PAGES = ("README.md", "data/README.md", "records/README.md")
+PAGES = ("README.md", "data/README.md", "records/README.md", *(f"records/guide/{name}.md" for name in (
+    "training", "evaluation", "quantization", "frontier", "measuring")))  # fmt: skip
 SMOKE = "records/recipes/smoke.env"
 SHORT = dict(ITERATIONS="2", WARMUP_STEPS="0", VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0")
 RECORD = "track_10min_16mb/2026-12-01_Ours"
@@ -64,8 +65,8 @@ CASES = (  # the first whose pattern matches
     parsed(r"RECIPE=\S+ torchrun .*gpu_minutes.py.*"),  # 40 s with two processes: test_gpu_minutes.py
     Case(r"RUN_ID=\S+ .*torchrun .*train_gpt.py", "RESULT {", settings=SHORT),
     Case(r"DATA_PATH=\S+ .*python train_gpt.py", "RESULT {", settings=SHORT,
-         swap={"data/mine": "data/demo"}),
-    Case(r".*python train_gpt.py --(help|describe)", "model"),
+         swap={"data/mine": "data/demo", "demo.env": "smoke.env"}),
+    Case(r".*python train_gpt.py .*--(help|describe)", "model"),
     Case(r".*python eval_ttt.py --audit", "NOT CERTIFIED, too little was audited", 1,
          settings=ADAPT | {"AUDIT_TOKENS": "40"}, swap={"demo.env": "smoke.env"}),
     Case(r".*python eval_ttt.py --sample.*", "sample:1 adapted: ",
@@ -113,6 +114,7 @@ CASES = (  # the first whose pattern matches
     Case(r"python tests/benchmarks/gpu.py .*", "BENCH {", more=f"--quick --arms plain --recipe {SMOKE}"),
     parsed(r"python tests/benchmarks/traffic.py.*"),  # test_graphs.py runs it
     parsed(r"python tests/benchmarks/quality.py .*"),  # both programs, which other lines run
+    parsed(r"python tests/benchmarks/frontier.py .*"),  # hours
 )  # fmt: skip
 
 

@@ -1,15 +1,26 @@
 """What the README says was measured is what the kept results say."""
 
+import fnmatch
 import importlib.util
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, inherited, search_path
+from matplotlib.image import imread
 from scipy import stats
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+import figure
 
 ROWS = {
     "levers": r"`demo.env`, everything on",
@@ -52,7 +63,9 @@ def test_what_the_readme_says_of_the_run_on_a_gpu():
     curve = sorted(quantization["curve"], key=lambda point: point["bytes"])
     gaps = [f"{point['gap_bpb']:.4f}" for point in curve]
     sizes = [f"{point['bytes'] / 1e6:.2f}" for point in curve]
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    readme = " ".join(
+        " ".join((ROOT / page).read_text().split()) for page in ("README.md", "records/guide/quantization.md")
+    )
     for said in (
         f"takes {step['ms_per_step']:.0f} ms: {train['model_params'] / 1e6:.1f} M parameters",
         f"{step['tokens_per_second'] / 1e6:.2f} M tokens/s, MFU {step['mfu']:.3f}",
@@ -63,6 +76,101 @@ def test_what_the_readme_says_of_the_run_on_a_gpu():
         f"costs {gaps[0]}, {gaps[1]}, and {gaps[2]} bpb at {sizes[0]}, {sizes[1]}, and {sizes[2]} MB",
     ):
         assert said in readme, said
+
+
+def test_the_figure_says_what_the_benchmark_measured(tmp_path):
+    """README's range of fewer bytes, interpolated by numpy alone; and the picture is that of the script."""
+    kept = json.loads((ROOT / "records/benchmarks/2026-11-21_quantisation_cpu.json").read_text())
+    curves = kept["points"][figure.MODEL]["curves"]
+
+    def bytes_at(name: str, gaps: np.ndarray) -> np.ndarray:
+        points = sorted((p["gap"], p["bytes"]) for p in curves[name])
+        x, y = np.log([gap for gap, _ in points]), np.minimum.accumulate(np.log([n for _, n in points]))
+        return np.exp(np.interp(np.log(gaps), x, y, left=np.nan, right=np.nan))
+
+    *published, ours = figure.SHOWN
+    gaps = np.geomspace(0.0015, 0.012, 200)
+    share = bytes_at(ours, gaps) / np.nanmin([bytes_at(name, gaps) for name in published], axis=0)
+    low, high = (round(100 * (1 - value)) for value in (share.max(), share.min()))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{low} to {high} % fewer bytes than the best of them at a loss of 0.0015 to 0.012 bpb" in readme
+    assert f"ours is {low} to {high} % smaller" in readme
+    figure.draw(tmp_path / "bytes.png")
+    drawn, stored = (imread(path) for path in (tmp_path / "bytes.png", ROOT / "records/guide/bytes.png"))
+    assert drawn.shape == stored.shape and np.abs(drawn - stored).mean() < 0.02
+
+
+def test_the_recipe_table_has_every_recipe_and_its_parameters():
+    """Counted by the trainer; published scores stand in the recipes' own headers, in other words."""
+    readme = (ROOT / "README.md").read_text()
+    table = readme[readme.index("| recipe | source |") : readme.index("## Measured")]
+    rows = {
+        tuple(re.findall(r"`([\w*]+)\.env`", row)): row for row in table.splitlines()[2:] if ".env`" in row
+    }
+    names = {path.stem for path in (ROOT / "records/recipes").glob("*.env")}
+    shown = {name for row in rows for pattern in row for name in fnmatch.filter(names, f"{pattern}*")}
+    assert shown == names
+    for patterns, row in rows.items():
+        counts = [int(n.replace(",", "")) for n in re.findall(r"\| (\d\d?,\d{3},\d{3}|\d,\d{3},\d{3}) ", row)]
+        if patterns[0] in names and counts:
+            config = train_gpt.load_config({"RECIPE": str(ROOT / f"records/recipes/{patterns[0]}.env")})[0]
+            with torch.device("meta"):
+                assert train_gpt.count_parameters(train_gpt.GPT(config)) == counts[-1], row
+        for score in re.findall(r"\| (1\.\d{4}),", row):
+            headers = [(ROOT / f"records/recipes/{name}.env").read_text() for name in names
+                       if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]  # fmt: skip
+            said = {f"{float(number):.4f}" for number in re.findall(r"\b1\.\d{4,5}\b", "".join(headers))}
+            assert score in said, row
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"records/guide/{path.name}" for path in
+                                                 sorted((ROOT / "records/guide").glob("*.md")))])  # fmt: skip
+def test_links_within_the_project_lead_somewhere(page):
+    """Files exist, and headings that are linked to; a page is README's or linked from it."""
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"(?m)^#+ (.+)$", file.read_text())
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert page == "README.md" or f"({page})" in (ROOT / "README.md").read_text()
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+
+
+def test_an_idea_in_four_lines(tmp_path, demo_data):
+    """README's example, put where it says, trains, is exported, and adapts."""
+    readme = (ROOT / "README.md").read_text()
+    block = readme[readme.index("## Your own idea") : readme.index("See that it has a parameter")]
+    setting, made, used, pattern = re.findall(r"(?m)^    (?!#)(.+)$", block)
+    for name in ("train_gpt.py", "eval_ttt.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    source = (tmp_path / "train_gpt.py").read_text()
+    for place, line, text in (
+        (r"\n    xsa_learned: bool.*", rf"\g<0>\n    {setting}", "Config"),
+        (r"\n( +)self\.xsa_alpha = .*", rf"\g<0>\n\g<1>{made}", "Attention.__init__"),
+        (r"\n( +)(return weights\.product\(\"o\")", rf"\n\g<1>{used}\n\g<1>\g<2>", "Attention.forward"),
+        (r"(?s)(ParamGroup\(\"scalar\".*?)\),\n", lambda m: f"{m[1]}\n{pattern}),\n", "PARAM_GROUPS"),
+    ):
+        source, count = re.subn(place, line, source, count=1)
+        assert count == 1, text
+    (tmp_path / "train_gpt.py").write_text(source)
+    env = inherited() | dict(
+        RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), HEAD_GAIN="1", RUN_ID="run",
+        TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="2", WARMUP_STEPS="0", TTT_LR="0.002",
+        VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", OMP_NUM_THREADS="1", PYTHONPATH=search_path(tmp_path),
+        TTT_PRIOR_SEQS="2",
+    )  # fmt: skip
+    for program in ("train_gpt.py", "eval_ttt.py"):
+        command = [sys.executable, str(tmp_path / program)]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    weights = torch.load(tmp_path / "runs/run/final_model.pt")
+    gains = [value for name, value in weights.items() if name.endswith("attn.head_gain")]
+    assert len(gains) == 3 and all((gain != 1).any() for gain in gains)
 
 
 # ------------------------------------------------------------------------------------------------------------
