@@ -1,6 +1,11 @@
 """Start a run of train_gpt.py, watch it, stop it when its parent dies, and log it to an experiment tracker.
 
-`records/sweep.py` and its ledger start all their runs here.
+    python records/launch.py plan RECIPE [--gpus 8] [--hours 2] [--price 2.50] [--script plan.sh]
+
+`plan` lays out the seeds of a recipe in the time and money given, and writes the script that runs them:
+`plan --help`. Exit codes: 0 done, 1 the plan does not fit, 2 user error.
+
+The rest is a module: `records/sweep.py` and its ledger start all their runs here.
 TRACK=trackio or TRACK=wandb also logs each run there.
 """
 
@@ -159,3 +164,20 @@ def track(name: str, environ: Mapping[str, str], result: Mapping[str, Any]) -> N
                 package.finish()
         except Exception as error:
             print(f"note: {package.__name__} did not log {name}: {error!r}", file=sys.stderr)
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv in ([], ["-h"], ["--help"]):
+        print(__doc__.strip())
+        return 0 if argv else 2
+    if argv[0] != "plan":
+        print(f"error: unknown command: {escape(argv[0])}. Commands: plan", file=sys.stderr)
+        return 2
+    from plan import main as plan
+
+    return plan(argv[1:], os.environ)
+
+
+if __name__ == "__main__":
+    sys.modules["launch"] = sys.modules["__main__"]  # one module, also for plan.py
+    sys.exit(main(sys.argv[1:]))

@@ -79,6 +79,10 @@ class Preflight:
         name, _, notices = tg.choose_attention(c.attention, self.device)
         self.put(processes=tg.world_size(), device=torch.cuda.get_device_name() if self.on_gpu else "CPU",
                  attention=name)  # fmt: skip
+        flops = tg.project_module("describe").flops_per_token(
+            c
+        )  # records/plan.py compares both with its recipe
+        self.put(train_batch_tokens=c.train_batch_tokens, flops_per_token=flops)
         for notice in notices:
             self.put(**{f"not {notice.split()[0]}": notice})
         if name == "sdpa":
