@@ -158,7 +158,8 @@ def train_parts(case: Case, first: bool) -> list[Part]:
     export *= (3.5 if c.quant_trellis else 1.0) * (12 if c.fit_size else 1)
     return [
         Part("start", train["start_seconds"], "one H100"),
-        Part("compile", compiling, "one H100" if first else "one H100, with the first seed's cache"),
+        Part("compile" if first else "cached compile", compiling,
+             "one H100" if first else "one H100, first step with a filled cache to one with an empty cache"),
         Part("contest clock", clock, ms_per_step(case).source),
         Part("validation", passes * whole_text, window.source),
         Part("checkpoints", CHECKPOINTS * blob / DISK_BYTES_PER_SECOND, "assumed: 0.5 GB/s; off the clock"),
@@ -193,7 +194,7 @@ def evaluation_parts(case: Case) -> list[Part]:
         Part("start and prior", like["eval_seconds"] - like["score_seconds"], f"one H100, part {name}"),
         Part("adapted", found or adapted, "preflight" if found else source),
         window,
-        Part("same windows, not adapted", plan, "one H100, by difference"),
+        Part("unadapted windows", plan, "one H100, by difference"),
         Part("reports", reports, "one H100, by difference"),
     ]
 
@@ -329,7 +330,7 @@ def problems(case: Case, steps: Sequence[Step], limit: float, price: float, budg
     evaluation = sum(part.seconds for part in evaluation_parts(case)[:2]) if case.adapts else 0.0
     if 0 < c.eval_budget_seconds < evaluation:
         yield (f"evaluation: {evaluation:.0f} s of a seed, EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}. "
-               f"Other kinds of adaptation: {', '.join(other_modes(case))}")  # fmt: skip
+               f"Estimated to fit: {', '.join([*other_modes(case), 'TTT_MODE=none 0 s'])}")  # fmt: skip
     if case.adapts and trainer().TTT_MODES[c.ttt_mode].by_documents and c.ttt_groups < case.gpus:
         yield (f"evaluation: TTT_GROUPS={c.ttt_groups} leaves {case.gpus - c.ttt_groups} of {case.gpus} "
                f"GPUs without work. Set TTT_GROUPS={case.gpus}.")  # fmt: skip
@@ -351,20 +352,23 @@ def problems(case: Case, steps: Sequence[Step], limit: float, price: float, budg
 
 
 def other_modes(case: Case) -> Iterator[str]:
-    """Estimated seconds of the adapted score for each measured kind of adaptation."""
-    for mode in ("all", "doc_banks", "doc_lora"):
+    """Measured kinds of adaptation whose score is estimated to fit into EVAL_BUDGET_SECONDS."""
+    for mode, recipe in (("all", ", by SGD as in pr549.env,"), ("doc_banks", ""), ("doc_lora", "")):
         other = case._replace(config=replace(case.config, ttt_mode=mode), preflight={})
         seconds = sum(part.seconds for part in evaluation_parts(other)[:2])
-        yield f"TTT_MODE={mode} {seconds:.0f} s"
+        if seconds <= case.config.eval_budget_seconds:
+            yield f"TTT_MODE={mode}{recipe} {seconds:.0f} s"
 
 
 SCRIPT = """\
 #!/usr/bin/env bash
 # {title}
 # Written by {command}
-# Start it in the root folder of the repository. Started again, it skips finished steps and resumes an
-# interrupted training. A function `launch` that the shell exports starts the programs in another way.
+# bash FILE [STEP], in the root folder of the repository; it stops after STEP. Started again, it skips
+# finished steps and resumes an interrupted training. To start programs in another way, export a function
+# `launch`.
 set -euo pipefail
+last=${{1:-}}
 [ -f train_gpt.py ] || {{ echo "error: train_gpt.py is not here: $PWD. Go to the repository." >&2; exit 2; }}
 PATH=$PWD/.venv/bin:$PATH
 mkdir -p {folder} {cache}
@@ -378,13 +382,14 @@ step() {{  # NAME RESULT PATTERN COMMAND...: run the command, unless a line of t
     shift 3
     if finished "$result" "$pattern"; then
         echo "[$(date +%T)] skip $name: $result is there"
-        return
+    else
+        echo "[$(date +%T)] start $name"
+        if ! "$@" 2>&1 | tee -i "{folder}/$name.log" || ! finished "$result" "$pattern"; then
+            echo "[$(date +%T)] FAILED $name: see {folder}/$name.log. The same command continues here." >&2
+            exit 1
+        fi
     fi
-    echo "[$(date +%T)] start $name"
-    if ! "$@" 2>&1 | tee -i "{folder}/$name.log" || ! finished "$result" "$pattern"; then
-        echo "[$(date +%T)] FAILED $name: see {folder}/$name.log. The same command continues from here." >&2
-        exit 1
-    fi
+    [ "$name" != "$last" ] || exit 0
 }}
 
 {steps}
@@ -523,9 +528,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     hours = sum(step.seconds for step in steps) / 3600
     print(f"total: {clock(3600 * hours)} of {clock(limit)}, {hours * case.gpus:.2f} GPU-hours, "
           f"{hours * case.gpus * arguments.price:.2f} at {arguments.price:.2f} per GPU-hour")  # fmt: skip
-    print(
-        *(f"DOES NOT FIT {line}" if not line.startswith((" ", "drop")) else line for line in found), sep="\n"
-    )
+    for line in found:
+        print(line if line.startswith((" ", "drop")) else f"DOES NOT FIT {line}")
     if arguments.script:
         print(f"script: {arguments.script}; start it with: bash {arguments.script}")
     return int(bool(found))
