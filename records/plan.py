@@ -29,6 +29,9 @@ from typing import Any, NamedTuple
 from launch import ROOT, Crash, trainer
 from runfiles import escape_lines, read_object, write_file
 
+sys.path.insert(0, str(ROOT / "data"))
+from formats import PUBLISHED
+
 MEASURED = ROOT / "records/benchmarks/2026-11-27_gpu_h100.json"
 MEASURED_RECIPE = ROOT / "records/recipes/pr1019.env"
 # Seconds of a compiled first step, with a filled cache (`MEASURED`) and an empty one (the same machine,
@@ -70,7 +73,9 @@ class Step(NamedTuple):
     def is_done(self) -> bool:
         """Whether the script would skip it, as `finished` there says."""
         path = Path(self.result)
-        return path.exists() and (not self.pattern or bool(re.search(self.pattern, path.read_text(), re.M)))
+        return path.exists() and (
+            not self.pattern or bool(re.search(self.pattern, path.read_text(errors="replace"), re.M))
+        )
 
 
 class Case(NamedTuple):
@@ -233,8 +238,7 @@ def setup_steps(case: Case) -> Iterator[Step]:
 
 def export_name(variant: str) -> str:
     """Name that data/download.py --variant takes for a published folder fineweb10B_`variant`."""
-    sys.path.insert(0, str(ROOT / "data"))
-    from download import EXPORTS
+    from download import EXPORTS  # takes a second: huggingface_hub
 
     return next((name for name, export in EXPORTS.items() if export.variant == variant), variant)
 
@@ -249,7 +253,7 @@ def seed_steps(case: Case, seed: int, first: bool) -> Iterator[Step]:
     if not case.adapts:
         return
     settings = dict(MODEL_PATH=f"{folder}/final_model.int6.ptz")
-    if "USE_COMPILE" not in case.given:
+    if case.config.use_compile == "auto":
         settings["USE_COMPILE"] = "0"  # as measured: many shapes, each used a few times
     yield Step(f"evaluate_seed{seed}", evaluation_parts(case), "launch eval_ttt.py",
                f"{folder}/eval_ttt.json", '^ "fits_budget": true', settings)  # fmt: skip
@@ -456,9 +460,6 @@ def validation_targets(config: Any) -> int:
     tg = trainer()
     if any(Path(config.data_path).glob("fineweb_val_*.bin")):
         return len(tg.TokenStream(config.shards("val"), config.vocab_size)) - 1
-    sys.path.insert(0, str(ROOT / "data"))
-    from formats import PUBLISHED
-
     name = export_name(Path(config.data_path).name.removeprefix("fineweb10B_")).replace("_", " ")
     for known in PUBLISHED:
         if known.name == name:
