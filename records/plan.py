@@ -479,6 +479,8 @@ def make_case(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Case
     base, _, _ = tg.load_config({"RECIPE": str(MEASURED_RECIPE)})
     if arguments.gpus < 1 or config.step_seqs % arguments.gpus:
         raise ValueError(f"--gpus {arguments.gpus}: must divide the {config.step_seqs} sequences of a step")
+    if arguments.download_mb_s <= 0:
+        raise ValueError(f"--download-mb-s {arguments.download_mb_s:g}: must be above 0")
     if len(set(arguments.seeds)) < len(arguments.seeds):
         raise ValueError(f"--seeds {','.join(map(str, arguments.seeds))}: a seed occurs twice")
     preflight = arguments.preflight and read_preflight(arguments.preflight, config, arguments.gpus)

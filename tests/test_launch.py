@@ -185,6 +185,10 @@ def test_a_preflight_wins_over_the_estimates(tmp_path):
             "error: --gpus 7: must divide the 384 sequences",
         ),
         (["plan", str(RECIPES / "pr549.env"), "--seeds", "1,1"], "error: --seeds 1,1: a seed occurs twice"),
+        (
+            ["plan", str(RECIPES / "pr549.env"), "--download-mb-s", "0"],
+            "error: --download-mb-s 0: must be above 0",
+        ),
         (["plan", str(RECIPES / "pr549.env"), "--preflight", "none.log"], "error: --preflight none.log: "),
         (["plan", str(RECIPES / "smoke.env")], "error: DATA_PATH=data/demo: no validation shards"),
         (["plan", str(RECIPES / "pr549.env"), "--script", "no/plan.sh"], "error: "),
