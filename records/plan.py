@@ -7,7 +7,8 @@
 Durations are estimates: what one H100 took (records/benchmarks/2026-11-27_gpu_h100.json), divided by the
 number of GPUs and scaled by FLOPs per token. What a preflight on the machine measured replaces them. Settings
 in the environment override the recipe, as in train_gpt.py, and go into the script. The script skips steps
-whose result exists, resumes an interrupted training, and stops when a step fails; see records/eight_gpus.md.
+whose result exists, resumes an interrupted training, and stops when a step fails; records/guide/eight_gpus.md
+walks through it.
 Exit codes: 0 the plan fits, 1 it does not (what to drop is printed), 2 user error.
 """
 
@@ -253,12 +254,13 @@ def seed_steps(case: Case, seed: int, first: bool) -> Iterator[Step]:
     if not case.adapts:
         return
     settings = dict(MODEL_PATH=f"{folder}/final_model.int6.ptz")
+    certificate = f"{folder}/eval/{case.config.ttt_mode}/certificate.json"
     if case.config.use_compile == "auto":
         settings["USE_COMPILE"] = "0"  # as measured: many shapes, each used a few times
     yield Step(f"evaluate_seed{seed}", evaluation_parts(case), "launch eval_ttt.py",
                f"{folder}/eval_ttt.json", '^ "fits_budget": true', settings)  # fmt: skip
     yield Step(f"audit_seed{seed}", [audit_part(case)], "python eval_ttt.py --audit",
-               f"{folder}/certificate.json", '^ "legal": true', settings)  # fmt: skip
+               certificate, '^ "legal": true', settings)  # fmt: skip
 
 
 def steps_of(case: Case) -> list[Step]:

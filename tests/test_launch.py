@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, inherited
 from torch.distributed.run import get_args_parser
 
-PAGE = ROOT / "records/eight_gpus.md"
+PAGE = ROOT / "records/guide/eight_gpus.md"
 RECIPES = ROOT / "records/recipes"
 TARGETS = 62_021_845  # of the published validation text, sp1024
 ALONE = 'launch() { python "$@"; }\nexport -f launch\n'  # one process, without torchrun
