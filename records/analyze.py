@@ -1,15 +1,18 @@
 """Plot runs, compare two scores of the same text, or compare two trained models.
 
-    python records/analyze.py runs/demo_seed1337 [runs/...] [--out curve.png]
-    python records/analyze.py nll runs/A runs/B [--out DIR]
+    python records/analyze.py runs/demo_seed1337 [runs/...] [--by seconds] [--out curve.png]
+    python records/analyze.py --html report.html runs/demo_seed1337 [runs/...]
+    python records/analyze.py nll runs/A runs/B/eval/doc_lora [--out DIR]
     python records/analyze.py weights runs/A runs/B [--null runs/C] [--out DIR]
 
-The first prints a table of finished runs and plots their curves. `nll` compares the losses of the same
-targets from two runs, or from one run with and without adaptation: evaluate it twice, keep the first nll.npy
-under another name, and pass both files; TTT_EPOCHS=0 scores the same windows without adaptation. `weights`
-compares two checkpoints. --null is a repeat of A with the same settings and the same or another seed; each
-number then stands beside the one for A and the repeat. All write text, JSON and a plot, to the first folder
-or to --out. Exit codes: 0 done, 2 user error.
+The first prints a table of finished runs and one of their evaluations, and plots the curves by steps, seconds
+or tokens. --html writes one page instead, readable offline: curves, scores, loss by position and class,
+documents with their text, samples (samples*.txt in the run folder) and settings that differ. `nll` compares
+the losses of the same targets from two evaluations: runs/ID is the last legal one, runs/ID/eval/MODE a named
+one. TTT_EPOCHS=0 scores the same windows without adaptation. `weights` compares two checkpoints. --null is a
+repeat of A with the same settings and the same or another seed; each number then stands beside the one for A
+and the repeat. Plots and their JSON (of nll and weights also text) go to the first folder or to --out.
+Exit codes: 0 done, 2 user error.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,33 +31,65 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from runfiles import escape_lines, read_object, read_result, save_figure, write_file
-from scipy import stats
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from runfiles import escape, escape_lines, read_object, read_result, save_figure, write_file
+from scipy.ndimage import gaussian_filter1d
+from sentencepiece import SentencePieceProcessor
+from tabulate import tabulate
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from report import LOSS_BORDERS, classes  # noqa: E402
+import page  # noqa: E402
+from report import (  # noqa: E402
+    LOSS_BORDERS,
+    Estimate,
+    class_label,
+    classes,
+    clustered,
+    documents_of,
+    figure_style,
+)
 
 import eval_ttt as ev  # noqa: E402
 import train_gpt as tg  # noqa: E402
 
 ROWS = (  # key of result.json, label, format
     ("steps", "steps", "{:,}"),
+    ("step_avg_ms", "ms/step", "{:,.1f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("val_bpb_roundtrip", "bpb, int6 artifact, non-overlapping", "{:.4f}"),
     ("val_bpb_sliding", "bpb, int6 artifact, sliding", "{:.4f}"),
-    ("val_bpb_ttt", "bpb, test-time training", "{:.4f}"),
-    ("ttt_gain_bpb", "  gain over the same windows", "{:.4f}"),
-    ("bytes_model", "artifact bytes", "{:,}"),
+    ("val_bpb_ttt", "bpb, adapted, last legal evaluation", "{:.4f}"),
+    ("ttt_gain_bpb", "gain over the same windows, bpb", "{:.4f}"),
+    ("bytes_model", "artifact, bytes", "{:,}"),
     ("bytes_total", "with code (cap 16,000,000)", "{:,}"),
+    ("bytes_total_packed", "with packed code", "{:,}"),
     ("train_seconds", "contest clock, s", "{:.1f}"),
     ("strict_seconds", "process start to result, s", "{:.1f}"),
 )
+MODE_ROWS = (  # key of eval_ttt.json, label, format
+    ("val_bpb_roundtrip", "non-overlapping", "{:.4f}"),
+    ("val_bpb_sliding", "sliding", "{:.4f}"),
+    ("val_bpb_plan", "same windows, not adapted", "{:.4f}"),
+    ("val_bpb_ttt", "adapted", "{:.4f}"),
+    ("ttt_gain_bpb", "gain", "{:+.4f}"),
+    ("eval_seconds", "seconds", "{:.1f}"),
+)
+AXES = {  # --by: label of the x axis
+    "steps": "training step",
+    "seconds": "training time on the contest clock, s",
+    "tokens": "training tokens, millions",
+}
+LAST_LEGAL = "the last legal evaluation of the run"
+SKIPPED = 0.1  # of a run: what comes before does not set the range of the y axis
+LABELED = 4  # with more runs, the plot leaves the values of the scores to the table
+NAME_LENGTH = 28  # characters of a run's name in legends and heads of tables
 BLOCK = 2048  # targets per block, the cluster for standard errors if there are too few documents
 MIN_DOCUMENTS = 20  # with fewer documents, standard errors are clustered by block
 NLL_NOTES = {
@@ -61,6 +97,8 @@ NLL_NOTES = {
     "standard error, from and to are 95 % intervals: for these weights, on text "
     "like this. The training seed changes the gain too: compare trainings over "
     "seeds, with sweep.py compare.",
+    "position in the document": "No share of the gain is given where the 95 % interval of the whole gain "
+    "includes zero.",
     "loss, mean of both": "In nats. Binned by the loss of one model, the other would look better in the high "
     "bins (regression to the mean).",
 }
@@ -73,57 +111,7 @@ BATCH_TOKENS = 2048  # per batch: second derivatives keep every attention matrix
 LANCZOS, PROBES = 24, 16  # Hessian-vector products for the eigenvalues and for the trace
 SHOWN = (2, 4, 8, 16, LANCZOS)  # reported Lanczos steps
 
-# ------------------------------------------------------------------------------------------------------------
-# Estimates with standard errors
-# ------------------------------------------------------------------------------------------------------------
-
-
-class Estimate(NamedTuple):
-    """A number and the influence of each independent unit (document, sequence, probe); no units: exact."""
-
-    value: float
-    influence: np.ndarray = np.zeros(0)
-
-    @property
-    def error(self) -> float | None:
-        """Return the cluster-robust standard error; None with fewer than two units."""
-        n = len(self.influence)
-        return math.sqrt(n / (n - 1) * float((self.influence**2).sum())) if n > 1 else None
-
-    def less(self, other: Estimate) -> Estimate:
-        """Return the difference of two estimates over the same units, with the paired error."""
-        return Estimate(self.value - other.value, self.influence - other.influence)
-
-    def interval(self) -> tuple[float, float] | None:
-        """Return the 95 % interval by Student's t with (number of units - 1) degrees of freedom."""
-        half = None if self.error is None else self.error * float(stats.t.ppf(0.975, len(self.influence) - 1))
-        return None if half is None else (self.value - half, self.value + half)
-
-    def text(self, form: str) -> str:
-        return f"{self.value:{form}}" + ("" if self.error is None else f"±{self.error:{form}}")
-
-
 Table = dict[str, dict[str, Estimate]]  # row -> column -> number
-
-
-def clustered(x: np.ndarray, units: np.ndarray) -> Estimate:
-    """Return the mean of `x` with its cluster-robust error, for units of unequal size.
-
-    `units` has the unit index of each entry. With S_g and n_g the sum and count of unit g, its influence is
-    (S_g - n_g mean) / N (Liang and Zeger 1986; for evaluations arXiv 2411.00640).
-    """
-    _, units = np.unique(units, return_inverse=True)
-    mean = float(x.mean(dtype=np.float64))
-    sums, counts = np.bincount(units, x), np.bincount(units)
-    return Estimate(mean, (sums - counts * mean) / len(x))
-
-
-def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean of `x` from a bootstrap over whole units."""
-    sums, counts, rng = np.bincount(units, x), np.bincount(units), np.random.default_rng(seed)
-    drawn = (rng.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
-    low, high = np.quantile([sums[index].sum() / counts[index].sum() for index in drawn], (0.025, 0.975))
-    return float(low), float(high)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -131,26 +119,109 @@ def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, f
 # ------------------------------------------------------------------------------------------------------------
 
 
-def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """Return result.json, with the evaluator's scores if it ran, and the lines of metrics.jsonl.
+class Evaluation(NamedTuple):
+    """A finished evaluation of an artifact: its mode, its folder, and the content of eval_ttt.json."""
 
-    ValueError if the folder has no finished run.
+    mode: str
+    folder: Path
+    scores: dict[str, Any]
+
+
+class Run(NamedTuple):
+    """A finished run: result.json (with the adapted score of `legal`), metrics.jsonl, settings, evaluations.
+
+    `given` has the settings that recipe and environment gave. `legal` is the last legal evaluation, or None.
     """
+
+    folder: Path
+    result: dict[str, Any]
+    metrics: list[dict[str, float]]
+    config: dict[str, Any]
+    given: dict[str, Any]
+    evaluations: list[Evaluation]
+    legal: Evaluation | None
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_evaluation(folder: Path, mode: str = "") -> Evaluation:
+    """Read eval_ttt.json in `folder`; without `mode`, its settings name the mode. ValueError if it is bad."""
+    path = folder / "eval_ttt.json"
+    scores = read_object(path, "val_bpb_ttt", "ttt_gain_bpb")
+    for key, _, _ in MODE_ROWS:
+        if key in scores and not is_number(scores[key]):
+            raise ValueError(f"{path}: {key} is {escape(str(scores[key]))[:40]}, not a number")
+    settings = scores.get("settings")
+    return Evaluation(
+        mode or str((settings if isinstance(settings, dict) else {}).get("ttt_mode", "?")), folder, scores
+    )
+
+
+def read_evaluations(run: Path) -> tuple[list[Evaluation], Evaluation | None]:
+    """Return all evaluations of a run, and the last legal one.
+
+    They are in eval/MODE; eval_ttt.json in the run folder is a copy of the last legal one, or, in runs of
+    earlier versions, the only one, whether legal or not.
+    """
+    paths = sorted(run.glob("eval/*/eval_ttt.json"))
+    found = [read_evaluation(path.parent, path.parent.name) for path in paths]
+    if not (run / "eval_ttt.json").exists():
+        return found, None
+    last, identity = read_evaluation(run), ("sha256_nll", "settings", "eval_seconds", "val_bpb_ttt")
+    for each in found:
+        if all(each.scores.get(key) == last.scores.get(key) for key in identity):
+            return found, each
+    return [last, *found], last if last.scores.get("legal") is not False else None
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the lines of metrics.jsonl. ValueError for a line without a time or with a text."""
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict) or not {"step", "seconds"} <= row.keys():
+            raise ValueError(f"line {number} of metrics.jsonl has no step and time in seconds")
+        if not all(map(is_number, row.values())):
+            raise ValueError(f"line {number} of metrics.jsonl has a value that is no number")
+    return found
+
+
+def read_run(folder: Path) -> Run:
+    """Read the results of a run. ValueError if the folder has no finished run."""
     try:
         result = read_result(folder / "result.json")
-        evaluated = folder / "eval_ttt.json"
-        if evaluated.exists():
-            scores = read_object(evaluated, "val_bpb_ttt", "ttt_gain_bpb")
-            result |= {key: scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
-        if bad := [
-            i for i, row in enumerate(metrics, 1) if not isinstance(row, dict) or "seconds" not in row
-        ]:
-            raise ValueError(f"line {bad[0]} of metrics.jsonl has no time in seconds")
+        evaluations, legal = read_evaluations(folder)
+        if legal:
+            result |= {key: legal.scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
+        for key, _, _ in ROWS:
+            if key in result and not is_number(result[key]):
+                raise ValueError(f"{key} in result.json is {escape(str(result[key]))[:40]}, not a number")
+        known = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
+        config, settings = (
+            known.get(key) if isinstance(known.get(key), dict) else {} for key in ("config", "given")
+        )
+        metrics = read_metrics(folder / "metrics.jsonl")
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} has no finished run: {error}") from error
-    return result, metrics
+    return Run(folder, result, metrics, config, settings, evaluations, legal)
+
+
+def elided(name: str, length: int = NAME_LENGTH) -> str:
+    """Return `name` with its middle left out if it is longer than `length`."""
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[:half]}\u2026{name[-half:]}"
+
+
+def named(folders: Sequence[Path]) -> dict[str, Path]:
+    """Return folders, each once, by the shortest ends of their paths that tell them apart."""
+    parts = {Path(os.path.abspath(folder)).parts: folder for folder in folders}
+    depth = 1
+    while len({each[-depth:] for each in parts}) < len(parts):
+        depth += 1
+    names = [escape("/".join(each[-depth:])) for each in parts]
+    short = [elided(name) for name in names]
+    return dict(zip(short if len(set(short)) == len(names) else names, parts.values(), strict=True))
 
 
 def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.Config:
@@ -180,10 +251,13 @@ def read_text(config: tg.Config) -> tuple[np.ndarray, list[str], tg.ByteTable]:
     return *tg.read_validation(config, table, tg.sha256_file(config.tokenizer_path)), table
 
 
-def documents_of(tokens: np.ndarray) -> np.ndarray:
-    """Return the document index of each target, (targets,)."""
-    begin, end = ev.documents(tokens)
-    return np.repeat(np.arange(len(begin)), end - begin)
+def plain_table(
+    rows: Sequence[Sequence[str]], head: Sequence[str], left: int = 1, form: str = "simple"
+) -> str:
+    """Return a text table of strings as they are; the first `left` columns are aligned left, others right."""
+    width = max(map(len, [head, *rows]))
+    align = ["left"] * left + ["right"] * (width - left)
+    return tabulate(rows, head, form, colalign=align[:width], disable_numparse=True)
 
 
 def table_text(title: str, note: str, tables: Mapping[str, Table], form: str) -> str:
@@ -192,23 +266,18 @@ def table_text(title: str, note: str, tables: Mapping[str, Table], form: str) ->
     columns = list(
         dict.fromkeys(column for each in tables.values() for row in each.values() for column in row)
     )
-    body = [["", "", *columns]]
+    body = []
     for row in rows:
         for number, (name, each) in enumerate(tables.items()):
             cells = [
                 each[row][column].text(form) if column in each.get(row, {}) else "" for column in columns
             ]
             body.append(["" if number else row, name, *cells])
-    body = body if rows else []
-    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-    left = [f"  {row.ljust(widths[0])}  {name.ljust(widths[1])}" for row, name, *_ in body]
-    right = [
-        (cell.rjust(width) for cell, width in zip(cells, widths[2:], strict=True)) for _, _, *cells in body
-    ]
-    lines = [(start + "  " + "  ".join(cells)).rstrip() for start, cells in zip(left, right, strict=True)]
+    lines = plain_table(body, ["", "", *columns], 2, "plain").splitlines() if body else []
     return "\n".join(
-        ["", title, *textwrap.wrap(note, 116, initial_indent="  ", subsequent_indent="  "), *lines]
-    )
+        ["", title, *textwrap.wrap(note, 116, initial_indent="  ", subsequent_indent="  "),
+         *(f"  {line}".rstrip() for line in lines)]
+    )  # fmt: skip
 
 
 def as_json(table: Table) -> dict[str, Any]:
@@ -216,16 +285,20 @@ def as_json(table: Table) -> dict[str, Any]:
             for row, cells in table.items()}  # fmt: skip
 
 
-def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, np.ndarray]:
-    """Return a figure of `width` x `height` inches for a headless backend, and its flattened axes."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def new_figure(
+    rows: int, columns: int, width: float, height: float, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `width` x `height` inches that needs no display, and its axes row by row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flatten())
 
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, axes.flatten()
+
+def offsets(count: int, width: float) -> np.ndarray:
+    """Return positions of `count` things side by side, centered on 0, within `width`."""
+    return width * (np.arange(count) - (count - 1) / 2) / max(count, 1)
 
 
-def write_report(given: argparse.Namespace, text: str, report: Any, paint: Callable[[Path], None]) -> None:
+def write_report(given: argparse.Namespace, text: str, report: Any, figure: Figure) -> None:
     """Print `text`, and write it with the JSON and the plot to --out or to the folder of A."""
     folder = given.out or (given.a if given.a.is_dir() else given.a.parent)
     folder.mkdir(parents=True, exist_ok=True)
@@ -233,7 +306,7 @@ def write_report(given: argparse.Namespace, text: str, report: Any, paint: Calla
     print(text)
     write_file(stem.with_suffix(".txt"), (text + "\n").encode())
     write_file(stem.with_suffix(".json"), json.dumps(report, indent=1).encode())
-    paint(stem.with_suffix(".png"))
+    save_figure(figure, stem.with_suffix(".png"), dpi=110)
     print(f"written: {stem}.txt, .json, .png")
 
 
@@ -242,42 +315,252 @@ def write_report(given: argparse.Namespace, text: str, report: Any, paint: Calla
 # ------------------------------------------------------------------------------------------------------------
 
 
-def table(results: dict[str, dict]) -> str:
-    """Return the table of runs: one column per run, one row per number."""
-    names = list(results)
-    width = max(14, *(len(name) for name in names))
-    lines = [" " * 38 + "".join(f"{name:>{width + 2}}" for name in names)]
-    for key, label, form in ROWS:
-        values = (form.format(results[name][key]) if key in results[name] else "-" for name in names)
-        lines.append(f"{label:38}" + "".join(f"{value:>{width + 2}}" for value in values))
-    return "\n".join(lines)
+def run_rows(runs: Mapping[str, Run]) -> list[list[str]]:
+    """Return the rows of the table of runs, one per number that any of them has: label, then run by run."""
+    return [
+        [label, *(form.format(run.result[key]) if key in run.result else "-" for run in runs.values())]
+        for key, label, form in ROWS
+        if any(key in run.result for run in runs.values())
+    ]
 
 
-def draw(runs: dict[str, tuple[dict, list[dict]]], path: Path) -> None:
-    """Plot training loss and validation bpb against training time; the artifact's sliding score is dotted."""
-    figure, (left, right) = new_figure(1, 2, 10, 4)
-    for number, (name, (result, metrics)) in enumerate(runs.items()):
-        for axis, key in ((left, "train_loss"), (right, "val_bpb")):
-            points = [(row["seconds"], row[key]) for row in metrics if key in row]
-            axis.plot(
-                [x for x, _ in points], [y for _, y in points], color=f"C{number}", label=Path(name).name
-            )
-        right.axhline(result["val_bpb_sliding"], color=f"C{number}", linestyle=":")
-    left.set(xlabel="training time, s", ylabel="training loss, nats per token")
-    right.set(xlabel="training time, s", ylabel="validation bits per byte (dotted: artifact, sliding)")
-    left.legend()
-    save_figure(figure, path, dpi=120)
+def mode_cells(run: Run, evaluation: Evaluation) -> list[str]:
+    """Return the row of an evaluation in the table of modes; a star marks the last legal of several."""
+    scores = evaluation.scores
+    star = " *" if evaluation is run.legal and len(run.evaluations) > 1 else ""
+    numbers = [form.format(scores[key]) if key in scores else "-" for key, _, form in MODE_ROWS]
+    legal = {"True": "yes", "False": "no"}.get(str(scores.get("legal")), "-")
+    audited = ("yes" if scores["audit"] else "no") if "audit" in scores else "-"
+    return [escape(evaluation.mode) + star, *numbers, legal, audited]
+
+
+def mode_rows(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of the table of all evaluations; with one run, it is not named."""
+    rows = [[name, *mode_cells(run, each)] for name, run in runs.items() for each in run.evaluations]
+    head = ["run", "mode", *(label for _, label, _ in MODE_ROWS), "legal", "audited"]
+    first = 1 if len(runs) == 1 else 0
+    return head[first:], [row[first:] for row in rows]
+
+
+def print_tables(runs: Mapping[str, Run]) -> None:
+    """Print the table of runs, and that of their evaluations if there are any."""
+    print(escape_lines(plain_table(run_rows(runs), ["", *runs])))
+    head, rows = mode_rows(runs)
+    if rows:
+        print(escape_lines("\nbits per byte of each evaluation:\n" + plain_table(rows, head, len(head) - 8)))
+    if any(len(run.evaluations) > 1 and run.legal for run in runs.values()):
+        print(f"* {LAST_LEGAL}")
+
+
+def smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return `values` (n,) averaged with a Gaussian that is cut off at the ends, and its sigma in points."""
+    sigma = max(1, len(values) // 40)
+    weight = gaussian_filter1d(np.ones(len(values)), sigma, mode="constant")
+    return gaussian_filter1d(values, sigma, mode="constant") / weight, sigma
+
+
+def series(run: Run, key: str, by: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return x by steps, seconds or millions of tokens, and the values of `key` in metrics.jsonl."""
+    rows = [row for row in run.metrics if key in row]
+    if by == "tokens" and not is_number(run.config.get("train_batch_tokens")):
+        raise ValueError(f"--by tokens: {run.folder}/config.json has no train_batch_tokens. Use --by steps.")
+    scale = run.config["train_batch_tokens"] / 1e6 if by == "tokens" else 1.0
+    x = [row["seconds"] if by == "seconds" else row["step"] * scale for row in rows]
+    return np.array(x, float), np.array([row[key] for row in rows], float)
+
+
+def focus(axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], also: Sequence[float] = ()) -> None:
+    """Set the y range to `also` and to the points after the first tenth of the longest curve, if any."""
+    end = max((x.max() for x, _ in curves if len(x)), default=0.0)
+    late = [y[(x > SKIPPED * end) & np.isfinite(y)] for x, y in curves]
+    if shown := [*np.concatenate([np.zeros(0), *late]).tolist(), *also]:
+        pad = 0.06 * (max(shown) - min(shown)) or 0.1
+        axis.set_ylim(min(shown) - pad, max(shown) + pad)
+
+
+def apart(values: Sequence[float], gap: float) -> list[float]:
+    """Return positions for labels at `values`, in their order but at least `gap` apart."""
+    found, below = list(values), -math.inf
+    for i in np.argsort(values, kind="stable").tolist():
+        found[i] = below = max(values[i], below + gap)
+    return found
+
+
+def draw_scores(axis: Axes, runs: Mapping[str, Run]) -> None:
+    """Plot the scores of the artifacts, one marker per run, with their values if the runs are few."""
+    keys = {"val_bpb_roundtrip": "non-\noverlapping", "val_bpb_sliding": "sliding", "val_bpb_ttt": "adapted"}
+    low, high = axis.get_ylim()
+    for x, key in enumerate(keys):
+        found = {color: run.result[key] for color, run in enumerate(runs.values()) if key in run.result}
+        for (color, bpb), y in zip(
+            found.items(), apart(list(found.values()), 0.045 * (high - low)), strict=True
+        ):
+            axis.plot(x, bpb, "D", color=f"C{color}", markersize=6)
+            if len(runs) <= LABELED:
+                axis.text(x + 0.13, y, f"{bpb:.4f}", color=f"C{color}", va="center")
+    axis.set_xticks(range(len(keys)), list(keys.values()))
+    axis.set_xlim(-0.4, len(keys) - 0.2)
+    axis.set(title="Scores of the artifact, read back from disk", xlabel="how it is scored")
+
+
+def draw_curves(runs: Mapping[str, Run], by: str) -> Figure:
+    """Plot training loss, validation bpb while training, and the scores of the artifacts."""
+    with figure_style():
+        figure, (left, middle, right) = new_figure(1, 3, 13.5, 4.8, width_ratios=(5, 4, 4))
+        losses, scores, sigmas = [], [], []
+        for number, run in enumerate(runs.values()):
+            x, y = series(run, "train_loss", by)
+            left.plot(x, y, color=f"C{number}", linewidth=0.7, alpha=0.3)
+            curve, sigma = smoothed(y)
+            left.plot(x, curve, color=f"C{number}", linewidth=1.6)
+            losses.append((x, y))
+            sigmas.append(sigma)
+            scores.append(series(run, "val_bpb", by))
+            middle.plot(*scores[-1], color=f"C{number}", marker="o", markersize=4)
+        focus(left, losses)
+        keys = ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt")
+        focus(middle, scores, [run.result[key] for run in runs.values() for key in keys if key in run.result])
+        right.sharey(middle)
+        draw_scores(right, runs)
+        spans = " and ".join(map(str, sorted(set(sigmas))))
+        left.set(xlabel=AXES[by], ylabel="nats per token", title="Training loss of the step's batch\n"
+                 f"light: raw; dark: smoothed, Gaussian, sigma {spans} points")  # fmt: skip
+        middle.set(xlabel=AXES[by], ylabel="bits per byte, lower is better",
+                   title="Validation of the current weights\nnon-overlapping windows")  # fmt: skip
+        for axis in (left, middle):
+            axis.xaxis.set_major_formatter("{x:,g}")
+        handles = [
+            Line2D([], [], color=f"C{number}", marker="o", markersize=4) for number in range(len(runs))
+        ]
+        note = f"y axes: the range of what comes after the first {SKIPPED:.0%} of training"
+        figure.legend(handles, list(runs), loc="outside lower center", ncols=min(4, len(runs)), title=note)
+    return figure
 
 
 def curves(given: argparse.Namespace) -> None:
-    """Print the table of several runs and write their curves as a plot and as JSON."""
-    runs = {str(folder): read_run(folder) for folder in given.runs}
-    path = given.out or given.runs[0] / "curve.png"
-    draw(runs, path)
-    report = {name: dict(result=result, metrics=metrics) for name, (result, metrics) in runs.items()}
-    write_file(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
-    print(escape_lines(table({name: result for name, (result, _) in runs.items()})))
-    print(f"curve: {path}")
+    """Print the tables of runs and of their evaluations; write the curves as a plot and JSON, or a page."""
+    runs = {name: read_run(folder) for name, folder in named(given.runs).items()}
+    if given.html:
+        write_file(given.html, html_page(runs, given))
+        written = f"page: {given.html}"
+    else:
+        path = given.out or given.runs[0] / "curve.png"
+        save_figure(draw_curves(runs, given.by), path, dpi=120)
+        report = {str(run.folder): dict(result=run.result, metrics=run.metrics) for run in runs.values()}
+        write_file(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
+        written = f"curve: {path}"
+    print_tables(runs)
+    print(escape_lines(f"\n{written}"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------------------------
+
+
+def draw_gain(folders: Mapping[str, Path]) -> Figure:
+    """Plot the gain of adaptation by position and by kind of target, of evaluations (label -> folder)."""
+    with figure_style():
+        figure, axes = new_figure(1, 2, 12, 4, width_ratios=(3, 2))
+        for (label, folder), offset in zip(folders.items(), offsets(len(folders), 0.6), strict=True):
+            rows = page.class_rows(folder)
+            for axis, wanted in zip(axes, (True, False), strict=True):
+                part = [row for row in rows if row["name"].startswith("position") == wanted]
+                gains = [row["before"] - row["after"] for row in part]
+                errors = [2 * (row.get("gain_error") or 0.0) for row in part]
+                axis.errorbar(np.arange(len(part)) + offset, gains, errors, fmt="o", capsize=3, label=label)
+                axis.set_xticks(range(len(part)), [class_label(row["name"]) for row in part])
+        axes[0].set(title="Gain of adaptation by position", xlabel="position in the document, targets",
+                    ylabel="nats per target")  # fmt: skip
+        axes[1].set(title="Gain of adaptation by kind of target", xlabel="kind of target")
+        for axis in axes:
+            axis.axhline(0, color="black", linewidth=0.8)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)),
+                      title="error bars: 2 standard errors, by document")  # fmt: skip
+    return figure
+
+
+def shown_evaluations(runs: Mapping[str, Run]) -> dict[str, tuple[Run, Evaluation]]:
+    """Return what a page compares: all evaluations of one run, or the last legal one of each run."""
+    if len(runs) > 1:
+        return {name: (run, run.legal) for name, run in runs.items() if run.legal}
+    (run,) = runs.values()
+    return {each.mode: (run, each) for each in run.evaluations}
+
+
+def document_texts(
+    run: Run, scored: Mapping[str, str], documents: Sequence[int], given: argparse.Namespace
+) -> dict[int, str]:
+    """Return the beginning of each of `documents` of the validation text. ValueError if it is not `scored`.
+
+    `scored` has the SHA-256 of each shard by its name.
+    """
+    config = read_config(run.folder, given.data, given.tokenizer)
+    tokens, shards, _ = read_text(config)
+    if set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
+        raise ValueError(f"{', '.join(shards)} are not the scored {', '.join(scored)}. Use --data.")
+    model = SentencePieceProcessor(model_proto=Path(config.tokenizer_path).read_bytes())
+    begin, end = ev.documents(tokens)
+    ids = {i: tokens[begin[i] : min(end[i], begin[i] + page.EXCERPT)].tolist() for i in documents}
+    return {i: model.decode(each)[: page.EXCERPT] for i, each in ids.items()}
+
+
+def document_sections(
+    shown: Mapping[str, tuple[Run, Evaluation]], given: argparse.Namespace
+) -> Iterator[page.Section]:
+    """Yield one section for each validation text that the evaluations scored."""
+    groups: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    for label, (_, evaluation) in shown.items():
+        if (evaluation.folder / "documents.csv").exists():
+            scored = evaluation.scores.get("sha256_shards", {})
+            groups.setdefault(tuple(sorted(scored.values())), {})[label] = page.read_documents(
+                evaluation.folder
+            )
+    for number, found in enumerate(groups.values(), 1):
+        run, evaluation = shown[next(iter(found))]
+        first, texts, missing = next(iter(found.values())), {}, ""
+        try:
+            wanted = page.chosen_documents(first).tolist()
+            texts = document_texts(run, evaluation.scores.get("sha256_shards", {}), wanted, given)
+        except (ValueError, OSError, IndexError) as error:
+            missing = str(error)
+        title = "Documents" if len(groups) == 1 else f"Documents of validation text {number}"
+        yield page.document_section(found, texts, missing, title)
+
+
+def score_section(runs: Mapping[str, Run]) -> page.Section:
+    """Return the tables of runs and of their evaluations."""
+    tables = [page.Table(["", *runs], page.plain_cells(run_rows(runs)))]
+    head, rows = mode_rows(runs)
+    if rows:
+        caption = f"evaluations, bits per byte; *: {LAST_LEGAL}"
+        tables.append(page.Table(head, page.plain_cells(rows), range(len(head) - 8), caption=caption))
+    return page.Section("Scores", tables=tables)
+
+
+def html_page(runs: Mapping[str, Run], given: argparse.Namespace) -> bytes:
+    """Return the page of a run or of several: see page.py."""
+    order = [given.by, *(by for by in AXES if by != given.by)]
+    if not all(is_number(run.config.get("train_batch_tokens")) for run in runs.values()):
+        order = [by for by in order if by != "tokens" or by == given.by]
+    plots = {by: page.data_uri(draw_curves(runs, by)) for by in order}
+    sections = [score_section(runs), page.Section("Curves", figures=plots)]
+    shown = shown_evaluations(runs)
+    folders = {label: evaluation.folder for label, (_, evaluation) in shown.items()}
+    classed = {label: path for label, path in folders.items() if (path / "distribution.json").exists()}
+    if classed:
+        sections.append(page.class_section(classed, page.data_uri(draw_gain(classed))))
+    sections += document_sections(shown, given)
+    sections.append(page.sample_section({name: run.folder for name, run in runs.items()}))
+    settings = {name: run.config for name, run in runs.items()} if len(runs) > 1 else {}
+    for label, (run, evaluation) in shown.items():
+        settings[label] = run.config | evaluation.scores.get("settings", {})
+    if len(settings) > 1:
+        sections.append(page.settings_section(settings))
+    if len(runs) == 1:
+        sections.append(page.given_section(next(iter(runs.values())).given))
+    return page.render(", ".join(runs), sections)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -285,10 +568,31 @@ def curves(given: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
+def nll_file(path: Path) -> Path:
+    """Return the nll.npy of `path`: itself, in eval/MODE of a run, or of a run's last legal evaluation.
+
+    ValueError if the run has only evaluations that are not legal.
+    """
+    if not path.is_dir():
+        return path
+    if any(path.glob("eval/*/eval_ttt.json")):
+        evaluations, legal = read_evaluations(path)
+        if not legal:
+            names = ", ".join(str(each.folder) for each in evaluations)
+            raise ValueError(f"{path} has no legal evaluation. Name one of {names}.")
+        path = legal.folder
+    return path / "nll.npy"
+
+
+def run_of(evaluation: Path) -> Path:
+    """Return the folder of the run that an evaluation's folder belongs to."""
+    return evaluation.parent.parent if evaluation.parent.name == "eval" else evaluation
+
+
 def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
     """Return the two nll arrays, (targets,), and their text. ValueError if the three do not match."""
-    paths = [path / "nll.npy" if path.is_dir() else path for path in (given.a, given.b)]
-    folders = [path.parent for path in paths if (path.parent / "config.json").exists()]
+    paths = [nll_file(path) for path in (given.a, given.b)]
+    folders = [folder for path in paths if ((folder := run_of(path.parent)) / "config.json").exists()]
     if not folders:
         raise ValueError(
             f"neither {given.a} nor {given.b} is in a run folder, and config.json names the scored text"
@@ -339,6 +643,14 @@ def buckets(
     return {kind: {name: mask for name, mask in masks.items() if mask.any()} for kind, masks in found.items()}
 
 
+def bootstrap(x: np.ndarray, units: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean of `x` from a bootstrap over whole units."""
+    sums, counts, rng = np.bincount(units, x), np.bincount(units), np.random.default_rng(seed)
+    drawn = (rng.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
+    low, high = np.quantile([sums[index].sum() / counts[index].sum() for index in drawn], (0.025, 0.975))
+    return float(low), float(high)
+
+
 def independent_units(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Return the clusters for standard errors, the one in use first: name -> unit index of each target."""
     position, document = np.arange(len(tokens) - 1), documents_of(tokens)
@@ -354,9 +666,14 @@ def independent_units(tokens: np.ndarray) -> dict[str, np.ndarray]:
 def compare_nll(
     a: np.ndarray, b: np.ndarray, tokens: np.ndarray, byte_table: tg.ByteTable
 ) -> dict[str, Table]:
-    """Return the gain of B over A (A - B) in nats per target: its mean, its errors, and its breakdown."""
+    """Return the gain of B over A (A - B) in nats per target: its mean, its errors, and its breakdown.
+
+    Buckets have their share of the gain only if the 95 % interval of the whole gain excludes zero.
+    """
     gain, units = a.astype(np.float64) - b, independent_units(tokens)
     first, errors = next(iter(units.values())), {}
+    interval = clustered(gain, first).interval() or (0.0, 0.0)
+    is_sure = interval[0] > 0 or interval[1] < 0  # shares of a gain that may be zero mean nothing
     for name, labels in units.items():
         mean = clustered(gain, labels)
         errors[name] = {"gain": mean}
@@ -373,40 +690,41 @@ def compare_nll(
         for name, mask in masks.items():
             here = clustered(gain[mask], first[mask])
             ours, theirs = (x[mask].mean(dtype=np.float64) for x in (a, b))
-            part = gain[mask].sum() / gain.sum() if gain.sum() else 0.0
-            plain = {"share of targets": mask.mean(), "A": ours, "B": theirs, "share of the gain": part}
+            plain = {"share of targets": mask.mean(), "A": ours, "B": theirs}
+            plain |= {"share of the gain": gain[mask].sum() / gain.sum()} if is_sure else {}
             report[kind][name] = {column: Estimate(float(x)) for column, x in plain.items()} | {"gain": here}
     return report
 
 
-def draw_nll(
-    report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, title: str, path: Path
-) -> None:
+def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, title: str) -> Figure:
     """Plot the gain in each bucket with two standard errors, by document, and accumulated over the text."""
-    figure, axes = new_figure(2, 3, 15, 8)
-    _, *parts = report.items()
-    for axis, (kind, table) in zip(axes, parts, strict=False):
-        names = [f"{name}\n{cells['share of the gain'].value:.0%}" for name, cells in table.items()]
-        found = [cells["gain"] for cells in table.values()]
-        errors = [2 * (each.error or 0.0) for each in found]
-        axis.bar(names, [each.value for each in found], yerr=errors, capsize=3, color="C0", ecolor="0.3")
-        axis.set(
-            xlabel=f"{kind}; percent of the total gain",
-            ylabel="gain of B, nats per target ± 2 standard errors",
+    with figure_style():
+        figure, axes = new_figure(2, 3, 15, 8)
+        _, *parts = report.items()
+        for axis, (kind, table) in zip(axes, parts, strict=False):
+            shares = [cells.get("share of the gain") for cells in table.values()]
+            percents = ["" if share is None else f"\n{share.value:.0%}" for share in shares]
+            names = [name.replace(" ", "\n") + more for name, more in zip(table, percents, strict=True)]
+            found = [cells["gain"] for cells in table.values()]
+            errors = [2 * (each.error or 0.0) for each in found]
+            axis.bar(names, [each.value for each in found], yerr=errors, capsize=3, color="C0", ecolor="0.3")
+            below = "" if None in shares else "; percent: share of the whole gain"
+            axis.set(title=f"Gain by {kind}", xlabel=kind + below, ylabel="nats per target")
+            axis.tick_params(axis="x", labelsize=8)
+        document = documents_of(tokens)
+        axes[4].scatter(
+            np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6
         )
-        axis.tick_params(axis="x", labelsize=8)
-    document = documents_of(tokens)
-    axes[4].scatter(
-        np.bincount(document), np.bincount(document, gain) / np.bincount(document), s=12, alpha=0.6
-    )
-    axes[4].set(xscale="log", xlabel="targets in the document", ylabel="gain of B, nats per target")
-    drawn = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
-    axes[5].plot(drawn, np.cumsum(gain)[drawn])
-    axes[5].set(xlabel="targets, in text order", ylabel="cumulative gain, nats")
-    for axis in axes:
-        axis.axhline(0, color="black", linewidth=0.8)
-    figure.suptitle(title)
-    save_figure(figure, path, dpi=110)
+        axes[4].set(title="Gain of each document", xscale="log", xlabel="targets in the document",
+                    ylabel="nats per target")  # fmt: skip
+        drawn = np.unique(np.linspace(0, len(gain) - 1, 2000).astype(np.int64))
+        axes[5].plot(drawn, np.cumsum(gain)[drawn])
+        axes[5].set(title="Cumulative gain", xlabel="targets, in the order of the text", ylabel="nats")
+        axes[5].xaxis.set_major_formatter("{x:,g}")
+        for axis in axes:
+            axis.axhline(0, color="black", linewidth=0.8)
+        figure.suptitle(f"{title}\nabove zero: B is better; error bars: 2 standard errors")
+    return figure
 
 
 def nll(given: argparse.Namespace) -> None:
@@ -423,11 +741,10 @@ def nll(given: argparse.Namespace) -> None:
     ]
     parts = [table_text(kind, NLL_NOTES.get(kind, ""), {"": table}, ".5f") for kind, table in report.items()]
     about = dict(a=str(given.a), b=str(given.b), targets=len(gain), bytes=num_bytes, gain_bpb=bits)
-    title = f"A: {given.a}   B: {given.b}   gain of B: {bits:+.4f} bits per byte"
-    paint = partial(draw_nll, report, gain, tokens, title)
-    write_report(
-        given, "\n".join(head + parts), about | {kind: as_json(t) for kind, t in report.items()}, paint
-    )
+    a_name, b_name = (elided(str(path), 50) for path in (given.a, given.b))
+    title = f"A: {a_name}   B: {b_name}   gain of B: {bits:+.4f} bits per byte"
+    content = about | {kind: as_json(table) for kind, table in report.items()}
+    write_report(given, "\n".join(head + parts), content, draw_nll(report, gain, tokens, title))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -813,8 +1130,54 @@ def meta_rates(a: Side, text: Text) -> Table:
 # ------------------------------------------------------------------------------------------------------------
 
 
+ASIDE = ("chance", "barrier", "residual", "loss", "weights", "artifact")  # columns and rows not plotted
+COLORS = {"A": "C0", "B": "C1", "null": "0.55", "A to B": "C1", "A to null": "0.55"}
+
+
+def draw_layers(axis: Axes, found: Mapping[str, Table]) -> None:
+    """Plot one group per row, with the layers from left to right, and the value expected by chance."""
+    first = next(table for table in found.values() if table)
+    start, ticks = 0, []
+    for row, cells in first.items():
+        layers = [column for column in cells if column not in ASIDE]
+        x = start + np.arange(len(layers))
+        for name, table in found.items():
+            axis.plot(x, [table[row][layer].value for layer in layers], ".-", color=COLORS[name], linewidth=1)
+        if "chance" in cells:
+            axis.hlines(cells["chance"].value, x[0] - 0.4, x[-1] + 0.4, color="black", linewidth=1)
+        ticks.append((x.mean(), row.replace(" ", "\n")))
+        start += len(layers) + 1
+    axis.set_xticks(*zip(*ticks, strict=True))
+    axis.grid(axis="x", visible=False)
+
+
+def draw_lines(axis: Axes, found: Mapping[str, Table]) -> None:
+    """Plot each row over its columns as numbers; rows differ by line style."""
+    for name, table in found.items():
+        lines = [cells for row, cells in table.items() if row not in ASIDE]
+        for cells, line in zip(lines, ("-", "--"), strict=False):
+            shown = {float(column): cell for column, cell in cells.items() if column not in ASIDE}
+            errors = [2 * (cell.error or 0.0) for cell in shown.values()]
+            axis.errorbar(list(shown), [cell.value for cell in shown.values()], errors, color=COLORS[name],
+                          linestyle=line, marker=".", capsize=2, linewidth=1)  # fmt: skip
+    axis.axhline(0, color="black", linewidth=0.8)
+
+
+def draw_columns(axis: Axes, found: Mapping[str, Table]) -> None:
+    """Plot the columns of the only row side by side, one marker with its error for each model."""
+    for (name, table), offset in zip(found.items(), offsets(len(found), 0.5), strict=True):
+        (cells,) = table.values()
+        shown = {column: cell for column, cell in cells.items() if column not in ASIDE}
+        errors = [2 * (cell.error or 0.0) for cell in shown.values()]
+        axis.errorbar(np.arange(len(shown)) + offset, [cell.value for cell in shown.values()], errors,
+                      color=COLORS[name], linestyle="none", marker="o", markersize=4, capsize=3)  # fmt: skip
+        axis.set_xticks(range(len(shown)), [column.replace("_", "\n", 1) for column in shown])
+    axis.set_xlim(-0.6, len(shown) - 0.4)
+    axis.axhline(0, color="black", linewidth=0.8)
+
+
 class Analysis(NamedTuple):
-    """An analysis of a pair of models, or of each model (`pair` False), and how it is printed."""
+    """An analysis of a pair of models, or of each model (`pair` False), and how it is printed and drawn."""
 
     measure: Callable[..., Table]
     pair: bool
@@ -822,50 +1185,61 @@ class Analysis(NamedTuple):
     note: str = ""
     form: str = ".3f"
     empty: str = ""
+    draw: Callable[[Axes, Mapping[str, Table]], None] = draw_layers
+    x: str = "matrix; its layers from left to right"
+    y: str = ""
 
 
 ANALYSES = {
-    "cosines": Analysis(cosines, True, "cosine of the weights, by layer", "0: unrelated"),
+    "cosines": Analysis(
+        cosines, True, "cosine of the weights, by layer", "0: unrelated", y="cosine, 1: identical"),
     "outputs": Analysis(
         partial(subspaces, right=False), True,
         "overlap of leading left singular subspaces (outputs), by layer",
         f"Mean squared cosine of the principal angles, one direction in {TOP}; 1: identical. Muon leaves "
-        "flat spectra, so which directions are leading is partly noise."),
+        "flat spectra, so which directions are leading is partly noise.",
+        y="overlap, 1: identical; black: by chance"),
     "inputs": Analysis(
         partial(subspaces, right=True), True,
-        "overlap of leading right singular subspaces (inputs), by layer"),
+        "overlap of leading right singular subspaces (inputs), by layer",
+        y="overlap, 1: identical; black: by chance"),
     "cka": Analysis(
         cka, True, "linear CKA of the inputs of the matrices, by layer",
-        "1: equal up to a rotation (including a permutation of units) and a scale."),
+        "1: equal up to a rotation (including a permutation of units) and a scale.",
+        x="site; its layers from left to right", y="CKA, 1: equal up to a rotation"),
     "path": Analysis(
         path_loss, True, "loss under linear interpolation, by fraction of the other model, nats per token",
         "All parameters. Permutations of hidden units and heads are not removed: runs with different seeds "
-        "have a barrier whatever their settings.", ".4f"),
+        "have a barrier whatever their settings.", ".4f",
+        draw=draw_lines, x="fraction of the way from A", y="loss above the straight line, nats per token"),
     "eigenvalues": Analysis(
         eigenvalues, False, "extreme eigenvalues of the Hessian, by Lanczos step",
-        f"Of the mean training loss of the first {CURVATURE_ROWS} sequences, in all parameters.", ".4g"),
+        f"Of the mean training loss of the first {CURVATURE_ROWS} sequences, in all parameters.", ".4g",
+        draw=draw_lines, x="Lanczos step; solid: smallest, dashed: largest", y="eigenvalue, nats per token"),
     "trace": Analysis(
         trace, False, "trace of the Hessian, by parameter group",
         f"Of the same loss; {PROBES} probes, equal for all models; errors are over probes, not over text.",
-        ".4g"),
+        ".4g", draw=draw_columns, x="parameter group", y="trace, nats per token"),
     "step": Analysis(
         along_step, False,
         "change of the loss along the evaluator's first step, by multiple, nats per target",
-        "All with A's evaluator settings.", ".4f", "TTT_MODE=none, or too little text to adapt"),
-    "rounding": Analysis(rounding, False, "loss of weights and artifact, nats per token", "", ".5f",
-                         "no artifact"),
+        "All with A's evaluator settings.", ".4f", "TTT_MODE=none, or too little text to adapt",
+        draw=draw_lines, x="multiple of the step; solid: the next chunk, dashed: the chunk adapted on",
+        y="change of the loss, nats per target"),
+    "rounding": Analysis(
+        rounding, False, "loss of weights and artifact, nats per token", "", ".5f", "no artifact",
+        draw=draw_columns, x="model", y="loss added by quantization, nats per token"),
     "rounded_weights": Analysis(
         partial(quantization_error, outputs=False), False, "quantization error, |W - Q| / |W|, by layer",
         "Large where it costs little: scales follow the loss, and GPTQ's later columns compensate earlier "
-        "ones.", ".4f", "no artifact"),
+        "ones.", ".4f", "no artifact", y="|W - Q| / |W|"),
     "rounded_outputs": Analysis(
         partial(quantization_error, outputs=True), False, "output error, |(W - Q) x| / |W x|, by layer", "",
-        ".4f", "no artifact"),
+        ".4f", "no artifact", y="|(W - Q) x| / |W x|"),
     "meta_rates": Analysis(
-        meta_rates, False, "Meta-SGD learning rate factors, by layer", empty="META_SGD_ENABLED was off"),
+        meta_rates, False, "Meta-SGD learning rate factors, by layer", empty="META_SGD_ENABLED was off",
+        y="factor of TTT_LR"),
 }  # fmt: skip
-ASIDE = ("chance", "barrier", "residual", "loss")  # columns and rows that are not plotted
-STYLES = {"A": "-", "B": "--", "null": ":", "A to B": "--", "A to null": ":"}
 
 
 def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
@@ -882,33 +1256,27 @@ def analysis_text(analysis: Analysis, found: Mapping[str, Table]) -> str:
     )
 
 
-def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str, path: Path) -> None:
-    """Plot one panel per analysis: colors are rows, line styles are models or pairs."""
-    curves = {key: found for key, found in report.items() if key != "rounding" and any(found.values())}
-    columns, rows = min(len(curves), 3) or 1, math.ceil(len(curves) / 3) or 1
-    figure, axes = new_figure(rows, columns, 6 * columns, 4.2 * rows + 0.5)
-    for axis, (key, found) in zip(axes, curves.items(), strict=False):
-        for name, table in found.items():
-            for color, (row, cells) in enumerate(
-                (row, cells) for row, cells in table.items() if row not in ASIDE
-            ):
-                points = {column: cell for column, cell in cells.items() if column not in ASIDE}
-                errors = [2 * (cell.error or 0.0) for cell in points.values()]
-                label = row if table is next(each for each in found.values() if each) else None
-                axis.errorbar(list(points), [cell.value for cell in points.values()], errors,
-                              color=f"C{color}", linestyle=STYLES[name], marker=".", capsize=2,
-                              label=label)  # fmt: skip
-        if ANALYSES[key].pair and key != "path":  # similarities
-            axis.set_ylim(min(axis.get_ylim()[0], -0.05), 1.05)
-        axis.set_title(ANALYSES[key].title, fontsize=9)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.legend(fontsize=7)
-    for axis in axes[len(curves) :]:
-        axis.set_visible(False)
-    figure.suptitle(
-        f"{title}\nsolid: A; dashed: B, or A to B; dotted: null, or A to null; bars: 2 standard errors"
-    )
-    save_figure(figure, path, dpi=110)
+def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str) -> Figure:
+    """Plot one panel per analysis that has numbers; colors are models or pairs."""
+    shown = {key: {name: table for name, table in found.items() if table} for key, found in report.items()}
+    shown = {key: found for key, found in shown.items() if found}
+    columns = min(len(shown), 4) or 1
+    with figure_style():
+        rows = math.ceil(len(shown) / columns) or 1
+        figure, axes = new_figure(rows, columns, max(4.4 * columns, 9), 3.4 * rows + 1)
+        for axis, (key, found) in zip(axes, shown.items(), strict=False):
+            analysis = ANALYSES[key]
+            analysis.draw(axis, found)
+            name = analysis.title.split(", by ")[0]
+            axis.set_title(textwrap.fill(name[0].upper() + name[1:], 48))
+            axis.set(xlabel=analysis.x, ylabel=analysis.y)
+        for axis in axes[len(shown) :]:
+            axis.set_visible(False)
+        names = list(dict.fromkeys(name for found in shown.values() for name in found))
+        handles = [Line2D([], [], color=COLORS[name], marker="o") for name in names]
+        figure.legend(handles, names, loc="outside lower center", ncols=max(len(names), 1))
+        figure.suptitle(f"{title}\nerror bars: 2 standard errors")
+    return figure
 
 
 def settings_apart(a: tg.Config, b: tg.Config) -> list[str]:
@@ -989,8 +1357,8 @@ def weights(given: argparse.Namespace) -> None:
         runs={name: str(side.folder) for name, side in sides.items()}, rows=given.rows, seed=given.seed
     )
     plain = {key: {name: as_json(table) for name, table in found.items()} for key, found in report.items()}
-    title = "   ".join(f"{name}: {side.folder}" for name, side in sides.items())
-    write_report(given, "\n".join(parts), about | plain, partial(draw_weights, report, title))
+    title = "   ".join(f"{name}: {elided(str(side.folder), 40)}" for name, side in sides.items())
+    write_report(given, "\n".join(parts), about | plain, draw_weights(report, title))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1007,10 +1375,14 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("curves", help="table and curves of runs (the default command)")
     runs.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    runs.add_argument("--by", choices=AXES, default="steps", help="x axis; default: steps")
     runs.add_argument("--out", type=Path, help="plot file; default: curve.png in the first folder")
+    runs.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page instead")
+    runs.add_argument("--data", type=Path, help="--html: folder of the validation shards; default: DATA_PATH")
+    runs.add_argument("--tokenizer", type=Path, help="--html: default: TOKENIZER_PATH")
     losses = commands.add_parser("nll", help="compare the losses of the same targets")
     models = commands.add_parser("weights", help="compare two checkpoints")
-    for each, what in ((losses, "run folder or nll.npy"), (models, "run folder")):
+    for each, what in ((losses, "run folder, its eval/MODE, or nll.npy"), (models, "run folder")):
         each.add_argument("a", type=Path, metavar="A", help=what)
         each.add_argument("b", type=Path, metavar="B", help=what)
         each.add_argument("--data", type=Path, help="folder of the validation shards; default: A's DATA_PATH")
