@@ -293,6 +293,12 @@ def new_figure(
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flatten())
 
 
+def save_plot(figure: Figure, path: Path) -> None:
+    """Write a figure in the project's style, which ticks take only when they are drawn."""
+    with figure_style():
+        save_figure(figure, path, dpi=110)
+
+
 def offsets(count: int, width: float) -> np.ndarray:
     """Return positions of `count` things side by side, centered on 0, within `width`."""
     return width * (np.arange(count) - (count - 1) / 2) / max(count, 1)
@@ -306,7 +312,7 @@ def write_report(given: argparse.Namespace, text: str, report: Any, figure: Figu
     print(text)
     write_file(stem.with_suffix(".txt"), (text + "\n").encode())
     write_file(stem.with_suffix(".json"), json.dumps(report, indent=1).encode())
-    save_figure(figure, stem.with_suffix(".png"), dpi=110)
+    save_plot(figure, stem.with_suffix(".png"))
     print(f"written: {stem}.txt, .json, .png")
 
 
@@ -445,7 +451,7 @@ def curves(given: argparse.Namespace) -> None:
         written = f"page: {given.html}"
     else:
         path = given.out or given.runs[0] / "curve.png"
-        save_figure(draw_curves(runs, given.by), path, dpi=120)
+        save_plot(draw_curves(runs, given.by), path)
         report = {str(run.folder): dict(result=run.result, metrics=run.metrics) for run in runs.values()}
         write_file(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
         written = f"curve: {path}"
@@ -625,7 +631,7 @@ def buckets(
     found: dict[str, dict[str, np.ndarray]] = {"position in the document": {}, "kind of target": {}}
     for name, mask in classes(tokens, byte_table).items():
         if name.startswith("position "):
-            found["position in the document"][name.split()[1]] = mask
+            found["position in the document"][class_label(name)] = mask
         else:
             found["kind of target"][name] = mask
     counts = np.bincount(tokens[1:])

@@ -20,7 +20,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from report import class_label
+from report import class_label, figure_style
 from runfiles import escape_lines, read_object
 
 DOCUMENTS = 400  # rows of a table of documents; of longer validation sets those that change the score most
@@ -63,7 +63,7 @@ class Section(NamedTuple):
 def data_uri(figure: Figure) -> str:
     """Return a figure as the data URI of an SVG picture, the same for the same figure."""
     picture = io.BytesIO()
-    with rc_context({"svg.hashsalt": "page"}):
+    with figure_style(), rc_context({"svg.hashsalt": "page"}):
         figure.savefig(picture, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(picture.getvalue()).decode()
 

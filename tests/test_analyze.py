@@ -6,15 +6,20 @@ import re
 import shutil
 from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import analyze
 import numpy as np
 import pytest
+import report
 import scipy
 import torch
 from analyze import Estimate, Side, Text, clustered
+from matplotlib import style
 from scipy import stats
+from sentencepiece import SentencePieceProcessor
+from test_cli import write_shard
 from test_model import SMALL, random_ids, random_model
 from test_scoring import TABLE, TOKENS
 
@@ -131,27 +136,47 @@ def test_buckets_by_hand():
     assert found["loss, mean of both"]["3-5"].tolist() == ((loss >= 3) & (loss < 5)).tolist()
     begins = [i for i in range(len(TOKENS) - 1) if i == 0 or TOKENS[i] == 1]
     positions = [i - max(b for b in begins if b <= i) for i in range(len(TOKENS) - 1)]
-    assert found["position in the document"]["0+"].tolist() == [p < 128 for p in positions]
+    assert found["position in the document"]["0-127"].tolist() == [p < 128 for p in positions]
 
 
 def test_gain_by_hand():
-    rng = np.random.default_rng(4)
-    a, b = (rng.uniform(0, 8, len(TOKENS) - 1).astype(np.float32) for _ in range(2))
-    report = analyze.compare_nll(a, b, TOKENS, TABLE)
+    rng, tokens = np.random.default_rng(4), np.tile(TOKENS, 20)
+    a, b = (rng.uniform(0, 8, len(tokens) - 1).astype(np.float32) for _ in range(2))
+    a += 3  # far beyond the noise
+    report = analyze.compare_nll(a, b, tokens, TABLE)
     gain = a.astype(float) - b
     for row in report["the gain, nats a target"].values():
         assert row["gain"].value == pytest.approx(gain.mean())
     assert len(report["the gain, nats a target"]) == 3
-    for kind, masks in analyze.buckets(TOKENS, (a.astype(float) + b) / 2, TABLE).items():
+    for kind, masks in analyze.buckets(tokens, (a.astype(float) + b) / 2, TABLE).items():
         rows = report[kind]
         assert [row["gain"].value for row in rows.values()] == pytest.approx(
             [gain[m].mean() for m in masks.values()]
         )
         assert sum(row["share of the gain"].value for row in rows.values()) == pytest.approx(1)
         assert sum(row["share of targets"].value for row in rows.values()) == pytest.approx(1)
-    same = analyze.compare_nll(a, a, TOKENS, TABLE)
+        assert [row["share of the gain"].value for row in rows.values()] == pytest.approx(
+            [gain[m].sum() / gain.sum() for m in masks.values()]
+        )
+    same = analyze.compare_nll(a, a, tokens, TABLE)
     assert all(row["gain"] == (0, pytest.approx(0 * row["gain"].influence)) for rows in same.values()
                for row in rows.values())  # fmt: skip
+
+
+def test_no_shares_of_a_gain_that_may_be_zero():
+    rng = np.random.default_rng(6)
+    tokens = np.where(np.arange(20_001) % 50 == 0, 1, rng.integers(2, 40, 20_001)).astype(np.uint16)
+    a = rng.uniform(1, 9, 20_000)
+    noise = rng.normal(0, 1, 20_000)
+    for shift, shown in ((0.0, False), (0.3, True), (-0.3, True)):
+        tables = analyze.compare_nll(a, a + shift + noise - noise.mean(), tokens, TABLE)
+        rows = [row for kind in list(tables)[1:] for row in tables[kind].values()]
+        assert {"share of the gain" in row for row in rows} == {shown}
+        figure = analyze.draw_nll(tables, a - a, tokens, "title")
+        ticks = [tick.get_text() for axis in figure.axes[:4] for tick in axis.get_xticklabels()]
+        assert all(("%" in tick) == shown for tick in ticks) and len(ticks) == len(rows)
+        assert figure.axes[5].get_title() == "Cumulative gain"
+        assert all(axis.get_xlabel() and axis.get_ylabel() for axis in figure.axes)
 
 
 def test_sorting_by_the_mean_of_both_shows_no_gain_where_there_is_none():
@@ -503,37 +528,31 @@ RUN = Config(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, mlp_hidden
              eval_seq_len=16, eval_stride=8, ttt_chunk_size=8, ttt_slots=4, ttt_groups=1)  # fmt: skip
 
 
+def write_run(folder: Path, demo_data: Path, seed: int = 0, **settings) -> Path:
+    """Write the folder of a run of random weights."""
+    data = dict(data_path=str(demo_data), tokenizer_path=str(demo_data / "tokenizer.model"))
+    c = replace(RUN, **data, seed=seed, **settings)
+    model = random_model(c, torch.float32, seed)
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "final_model.pt")
+    records = train_gpt.quantize_state_dict(model.state_dict(), train_gpt.Statistics(), c)
+    blob = train_gpt.encode_artifact(c, records, train_gpt.sha256_file(c.tokenizer_path))
+    (folder / "final_model.int6.ptz").write_bytes(blob)
+    (folder / "config.json").write_text(json.dumps(dict(config=asdict(c), given=dict(seed=seed))))
+    result = dict(steps=7 + seed, val_bpb_sliding=2.5, bytes_model=1234)
+    (folder / "result.json").write_text(json.dumps(result))
+    lines = [dict(step=i, seconds=i, train_loss=7 - i, val_bpb=3 - i / 9) for i in range(4)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tokens = train_gpt.open_shard(str(demo_data / "fineweb_val_000000.bin"))
+    losses = np.random.default_rng(seed).uniform(0, 6, len(tokens) - 1)
+    np.save(folder / "nll.npy", losses.astype(np.float32))
+    return folder
+
+
 @pytest.fixture
 def make_run(tmp_path, demo_data):
     """A function that writes the folder of a run, of random weights: make_run(name, seed, **settings)."""
-
-    def make(name: str, seed: int = 0, **settings):
-        c = replace(
-            RUN,
-            data_path=str(demo_data),
-            tokenizer_path=str(demo_data / "tokenizer.model"),
-            seed=seed,
-            **settings,
-        )
-        folder, model = tmp_path / name, random_model(c, torch.float32, seed)
-        folder.mkdir()
-        torch.save(model.state_dict(), folder / "final_model.pt")
-        records = train_gpt.quantize_state_dict(model.state_dict(), train_gpt.Statistics(), c)
-        blob = train_gpt.encode_artifact(c, records, train_gpt.sha256_file(c.tokenizer_path))
-        (folder / "final_model.int6.ptz").write_bytes(blob)
-        (folder / "config.json").write_text(json.dumps(dict(config=asdict(c))))
-        (folder / "result.json").write_text(
-            json.dumps(dict(steps=7 + seed, val_bpb_sliding=2.5, bytes_model=1234))
-        )
-        lines = [dict(step=i, seconds=i, train_loss=7 - i, val_bpb=3 - i / 9) for i in range(4)]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        tokens = train_gpt.open_shard(str(demo_data / "fineweb_val_000000.bin"))
-        np.save(
-            folder / "nll.npy", np.random.default_rng(seed).uniform(0, 6, len(tokens) - 1).astype(np.float32)
-        )
-        return folder
-
-    return make
+    return lambda name, seed=0, **settings: write_run(tmp_path / name, demo_data, seed, **settings)
 
 
 def said(capsys, *argv) -> tuple[int, str]:
@@ -658,10 +677,266 @@ def test_losses_that_cannot_be_compared(make_run, tmp_path, capsys):
         assert code == 2 and message in text, text
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Curves and evaluations
+# ------------------------------------------------------------------------------------------------------------
+
+DOCUMENTS = (
+    "The modules described in this chapter provide a wide range of services. " * 5,
+    "<script>window.ran = 1; document.title = 'ran'</script><img src=x onerror='window.ran = 2'> &amp; " * 2,
+    "A short one with \u202ereversed text and <b>bold</b> letters.",
+)
+MODES = {"doc_banks": "legal", "banks": "legal", "all": "adapt_first"}  # in the order of their evaluation
+
+
+def score_modes(folder: Path, demo_data: Path, modes: dict[str, str] = MODES, **settings) -> Path:
+    """Write a run of random weights, and score it with eval_ttt.py on DOCUMENTS in each of `modes`.
+
+    The reports of each are in eval/MODE; eval_ttt.json of the last legal one is in the folder of the run too.
+    """
+    tokenizer = SentencePieceProcessor(model_file=str(demo_data / "tokenizer.model"))
+    shard = folder / "fineweb_val_000000.bin"
+    write_run(folder, demo_data, val_files=str(shard), **settings)
+    ids = [token for text in DOCUMENTS for token in [1, *tokenizer.encode(text)]]
+    write_shard(shard, np.array(ids, np.uint16))
+    config = json.loads((folder / "config.json").read_text())
+    names = "eval_seq_len eval_stride ttt_chunk_size ttt_slots ttt_groups tokenizer_path val_files".split()
+    env = {name.upper(): str(config["config"][name]) for name in names}
+    env |= {"MODEL_PATH": str(folder / "final_model.int6.ptz"), "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.01"}
+    for mode, protocol in modes.items():
+        (folder / "eval_ttt.json").unlink(missing_ok=True)
+        assert eval_ttt.main([], env | {"TTT_MODE": mode, "TTT_PROTOCOL": protocol}) == 0
+        (folder / "eval" / mode).mkdir(parents=True)
+        for report_name in eval_ttt.REPORTS:
+            shutil.move(folder / report_name, folder / "eval" / mode / report_name)
+    legal = [mode for mode, protocol in modes.items() if protocol == "legal"]
+    if legal:
+        shutil.copy(folder / "eval" / legal[-1] / "eval_ttt.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, demo_data):
+    """The folder of a run that was scored in all MODES, to be copied and not changed."""
+    return score_modes(tmp_path_factory.mktemp("scored") / "run", demo_data)
+
+
+@pytest.fixture
+def modes_run(scored, tmp_path):
+    """A copy of the scored run that a test may change."""
+    return Path(shutil.copytree(scored, tmp_path / "run"))
+
+
+def table_rows(text: str, head: str) -> list[list[str]]:
+    """The rows of the printed table whose head begins with `head`, split at two or more spaces."""
+    lines = text[text.index(f"\n{head} ") + 1 :].split("\n\n")[0].splitlines()
+    return [re.split(r"\s{2,}", line.strip()) for line in lines if not line.startswith(("-", "*"))]
+
+
+def test_table_of_modes(modes_run, capsys):
+    folder = modes_run
+    code, text = said(capsys, folder)
+    assert code == 0
+    head, *rows = table_rows(text, "mode")
+    assert head == ["mode", "non-overlapping", "sliding", "same windows, not adapted", "adapted", "gain",
+                    "seconds", "legal", "audited"]  # fmt: skip
+    assert [row[0] for row in rows] == ["all", "banks *", "doc_banks"] and "* the last legal" in text
+    for name, *cells, seconds, legal, audited in rows:
+        scores = json.loads((folder / "eval" / name.rstrip(" *") / "eval_ttt.json").read_text())
+        wanted = [scores[f"val_bpb_{key}"] for key in ("roundtrip", "sliding", "plan", "ttt")]
+        assert [float(cell) for cell in cells] == pytest.approx([*wanted, wanted[2] - wanted[3]], abs=1.01e-4)
+        assert float(seconds) == pytest.approx(scores["eval_seconds"], abs=0.051)
+        assert (legal, audited) == ("no" if name == "all" else "yes", "no")
+    (row,) = [line for line in text.splitlines() if line.startswith("bpb, adapted")]
+    banks = json.loads((folder / "eval/banks/eval_ttt.json").read_text())
+    assert row.split()[-1] == f"{banks['val_bpb_ttt']:.4f}"
+    # an audit is named in the evaluation's own folder
+    (folder / "eval/banks/eval_ttt.json").write_text(json.dumps(banks | {"audit": "certificate.json"}))
+    assert table_rows(said(capsys, folder)[1], "mode")[2][-1] == "yes"
+
+
+def test_evaluations_of_earlier_versions(modes_run, capsys):
+    """Their files are in the run folder. An illegal one is in the table of modes, not among the scores."""
+    folder = modes_run
+    for name in eval_ttt.REPORTS:
+        shutil.copy(folder / "eval/banks" / name, folder)
+    shutil.move(folder / "eval", folder / "elsewhere")
+    text = said(capsys, folder)[1]
+    assert [row[0] for row in table_rows(text, "mode")] == ["mode", "banks"] and "bpb, adapted" in text
+    assert "gain of B over A: +0.00000" in said(capsys, "nll", folder, folder / "nll.npy")[1]
+    shutil.copy(folder / "elsewhere/all/eval_ttt.json", folder)
+    text = said(capsys, folder)[1]
+    assert table_rows(text, "mode")[1][::7] == ["all", "no"] and "bpb, adapted" not in text
+
+
+def test_losses_of_modes(modes_run, tmp_path, capsys, few):
+    folder = modes_run
+    losses = {mode: np.load(folder / "eval" / mode / "nll.npy").astype(float) for mode in MODES}
+    for a, b, names in ((folder, folder / "eval/all", ("banks", "all")),
+                        (folder / "eval/doc_banks", folder, ("doc_banks", "banks"))):  # fmt: skip
+        code, text = said(capsys, "nll", a, b, "--out", tmp_path / "out")
+        gain = (losses[names[0]] - losses[names[1]]).mean()
+        assert code == 0 and f"gain of B over A: {gain:+.5f} nats/target" in text and gain != 0
+    for mode in ("banks", "doc_banks"):
+        shutil.rmtree(folder / "eval" / mode)
+    (folder / "eval_ttt.json").unlink()
+    code, text = said(capsys, "nll", folder, folder)
+    assert code == 2 and text.endswith(f"has no legal evaluation. Name one of {folder / 'eval/all'}.\n")
+    assert "bpb, adapted" not in said(capsys, folder)[1]
+
+
+def test_smoothing_by_hand():
+    y = np.random.default_rng(0).normal(size=200)
+    found, sigma = analyze.smoothed(y)
+    assert sigma == 5
+    i = np.arange(200)
+    for at in (0, 3, 100, 199):
+        weight = np.exp(-((i - at) ** 2) / (2 * sigma**2)) * (abs(i - at) <= 4 * sigma)
+        assert found[at] == pytest.approx((weight * y).sum() / weight.sum())
+    assert analyze.smoothed(np.full(7, 2.5))[0] == pytest.approx(np.full(7, 2.5))
+    assert analyze.smoothed(np.zeros(0))[0].shape == (0,)
+
+
+def test_labels_keep_apart():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = rng.integers(0, 12, 8).astype(float).tolist()
+        found = analyze.apart(values, 1.5)
+        order = np.argsort(values, kind="stable")
+        assert min(np.diff(np.array(found)[order])) >= 1.5 - 1e-9
+        assert all(at >= value for at, value in zip(found, values, strict=True))
+    assert analyze.apart([3.0, 1.0], 0.5) == [3.0, 1.0]
+
+
+def test_names_in_legends_are_short_and_different(tmp_path):
+    paths = [tmp_path / "x" / "a", tmp_path / "y" / "a", tmp_path / "y" / "a" / ".." / "a"]
+    assert analyze.named(paths) == {"x/a": paths[0], "y/a": paths[2]}
+    long = [tmp_path / f"demo_2026-11-2{day}_12-00-00_seed1337" for day in (7, 8)]
+    names = list(analyze.named(long))
+    assert len(set(names)) == 2 and all(len(name) <= 40 for name in names)
+    assert list(analyze.named(long[:1])) == ["demo_2026-11-\u20260-00_seed1337"]
+
+
+@pytest.fixture
+def two_runs(make_run):
+    """Two runs of 40 steps with a loss of 50 - step at the start, one of them adapted."""
+    found = {}
+    for number, name in enumerate(("one", "two")):
+        folder = make_run(name, number, train_batch_tokens=2048)
+        lines = [dict(step=0, seconds=0.0, val_bpb=40.0)]
+        lines += [dict(step=i, seconds=2.0 * i, train_loss=50.0 - i if i < 4 else 4 - i / 40)
+                  for i in range(1, 41)]  # fmt: skip
+        lines += [dict(step=i, seconds=2.0 * i, val_bpb=3 - i / 40) for i in (20, 40)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        result = dict(steps=40, val_bpb_roundtrip=2.1, val_bpb_sliding=2.05)
+        (folder / "result.json").write_text(json.dumps(result))
+        found[name] = folder
+    scores = dict(val_bpb_ttt=1.8, ttt_gain_bpb=0.2, legal=True, settings=dict(ttt_mode="banks"))
+    (found["one"] / "eval_ttt.json").write_text(json.dumps(scores))
+    return found
+
+
+@pytest.mark.parametrize(("by", "end", "unit"), [("steps", 40, "step"), ("seconds", 80, "s"),
+                                                 ("tokens", 40 * 2048 / 1e6, "millions")])  # fmt: skip
+def test_what_curves_show(two_runs, by, end, unit):
+    runs = {name: analyze.read_run(folder) for name, folder in two_runs.items()}
+    figure = analyze.draw_curves(runs, by)
+    left, middle, right = figure.axes
+    raw, smooth = left.lines[:2]
+    assert raw.get_alpha() < 0.5 and raw.get_color() == smooth.get_color() == "C0"
+    assert raw.get_xdata()[-1] == pytest.approx(end) and raw.get_ydata()[-1] == 3.0
+    assert left.get_ylim()[0] < 3 and 3.9 < left.get_ylim()[1] < 5  # not the first steps, of 50 nats
+    assert middle.lines[0].get_marker() == "o" and middle.lines[0].get_ydata().tolist() == [40, 2.5, 2]
+    assert middle.get_ylim()[0] < 1.8 and 2.5 < middle.get_ylim()[1] < 3
+    assert right.get_ylim() == middle.get_ylim()
+    scores = sorted((line.get_xdata()[0], line.get_ydata()[0], line.get_color()) for line in right.lines)
+    assert scores == [(0, 2.1, "C0"), (0, 2.1, "C1"), (1, 2.05, "C0"), (1, 2.05, "C1"), (2, 1.8, "C0")]
+    names = [label.get_text() for label in right.get_xticklabels()]
+    assert names == ["non-\noverlapping", "sliding", "adapted"]
+    numbers = sorted(text.get_text() for text in right.texts)
+    assert numbers == ["1.8000", "2.0500", "2.0500", "2.1000", "2.1000"]
+    assert left.get_xlabel().endswith(unit) and middle.get_xlabel().endswith(unit)
+    assert left.get_ylabel() == "nats per token" and "bits per byte" in middle.get_ylabel()
+    assert all(axis.get_title() and axis.xaxis.get_gridlines()[0].get_visible() for axis in figure.axes)
+
+
+def overlapping(figure, boxes, others) -> list:
+    """The pairs of things drawn in `figure` that overlap."""
+    figure.canvas.draw()
+    found = [[each.get_window_extent() for each in group] for group in (boxes, others)]
+    return [(a, b) for a in found[0] for b in found[1] if a is not b and a.overlaps(b)]
+
+
+def test_legends_lie_off_the_data(two_runs):
+    runs = {name * 9: analyze.read_run(folder) for name, folder in two_runs.items()}
+    figure = analyze.draw_curves(runs, "steps")
+    assert [text.get_text() for text in figure.legends[0].texts] == list(runs)
+    assert not overlapping(figure, figure.legends, figure.axes)
+    assert not any(axis.get_legend() for axis in figure.axes)
+    labels = figure.axes[2].texts
+    assert len(overlapping(figure, labels, labels)) == len(labels)  # each only itself
+
+
+def test_figures_do_not_depend_on_the_style_of_the_process(two_runs, tmp_path):
+    runs = {"a $x$ b": analyze.read_run(two_runs["one"])}  # no formula
+    pictures = []
+    for name in ("default", "ggplot"):
+        with style.context(name):
+            analyze.save_plot(analyze.draw_curves(runs, "steps"), tmp_path / "picture.png")
+        pictures.append((tmp_path / "picture.png").read_bytes())
+    assert pictures[0] == pictures[1] and plotted(tmp_path / "picture.png")
+
+
+def test_axes_of_the_weights(few):
+    """The path and the step are drawn at their true distances; every panel has labels, none a legend."""
+    c = replace(LEARNS, ttt_mode="doc_banks")
+    sides = [side_of(random_model(c, torch.float32, seed), c) for seed in (0, 1)]
+    report = {}
+    for key in ("cosines", "outputs", "path", "trace", "step"):
+        analysis = analyze.ANALYSES[key]
+        report[key] = ({"A to B": analysis.measure(*sides, text_of())} if analysis.pair else
+                       {"A": analysis.measure(sides[0], text_of())})  # fmt: skip
+    figure = analyze.draw_weights(report, "title")
+    axes = dict(zip(report, figure.axes, strict=False))
+    assert all(axis.get_xlabel() and axis.get_ylabel() and axis.get_title() for axis in axes.values())
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False] * 3
+    assert axes["path"].lines[0].get_xdata().tolist() == list(analyze.FRACTIONS)
+    assert axes["step"].lines[0].get_xdata().tolist() == list(analyze.STEPS)
+    drawn = np.concatenate([line.get_ydata() for line in axes["cosines"].lines]).tolist()
+    assert drawn == pytest.approx(values(report["cosines"]["A to B"]))
+    groups = [tick.get_text() for tick in axes["outputs"].get_xticklabels()]
+    assert groups == [row for row, _, _ in analyze.MATRICES]
+    lines = [path for each in axes["outputs"].collections for path in each.get_paths()]
+    chance = np.unique([path.vertices[:, 1] for path in lines])
+    assert set(chance) == {cells["chance"].value for cells in report["outputs"]["A to B"].values()}
+    assert not overlapping(figure, figure.legends, [axis for axis in figure.axes if axis.get_visible()])
+
+
+def test_gains_by_position_have_errors_by_document(tmp_path):
+    """Of documents of equal length, the error is that of their means."""
+    rng = np.random.default_rng(3)
+    tokens = np.array([1 if i % 300 == 0 else 2 + i % 7 for i in range(6001)], np.uint16)
+    before, after = (rng.uniform(0, 6, 6000).astype(np.float32) for _ in range(2))
+    found = report.distribution(tokens, before, after, TABLE)
+    for row in found["classes"]:
+        if row["name"].startswith("position"):
+            low = int(row["name"].split()[1].rstrip("+"))
+            high = {0: 128, 128: 256, 256: 300}[low]
+            gains = (before.astype(float) - after).reshape(20, 300)[:, low:high].mean(1)
+            assert row["gain_error"] == pytest.approx(stats.sem(gains), rel=1e-4)
+            assert row["before"] - row["after"] == pytest.approx(gains.mean(), abs=1e-5)
+    report.plot_distribution(tmp_path / "distribution.png", before, after, found)
+    assert plotted(tmp_path / "distribution.png")
+    labels = [report.class_label(f"position {low}+") for low in report.POSITION_BORDERS]
+    assert labels == ["0-127", "128-255", "256-511", "512-1023", "1024-2047", "2048+"]
+    assert report.class_label("word start") == "word start"
+
+
 def test_curves_of_runs(make_run, tmp_path, capsys):
     a, b = make_run("a"), make_run("b", 5)
     code, text = said(capsys, a, b)
     assert code == 0 and text.endswith(f"curve: {a / 'curve.png'}\n") and plotted(a / "curve.png")
+    assert text.split()[:2] == ["a", "b"] and "bits per byte of each evaluation" not in text
     assert [line.split()[-2:] for line in text.splitlines() if line.startswith(("steps", "artifact"))] == [
         ["7", "12"], ["1,234", "1,234"]]  # fmt: skip
     assert strict_json(a / "curve.json")[str(b)]["metrics"][3] == dict(
@@ -678,6 +953,8 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
     assert said(capsys, a)[0] == 0 and plotted(a / "curve.png") and (a / "outside").read_text() == "kept"
     for name, content, words in (
         ("metrics.jsonl", "[]\n", "line 1 of metrics.jsonl"),
+        ("metrics.jsonl", '{"step": 1, "seconds": 2, "train_loss": "3"}', "has a value that is no number"),
+        ("eval_ttt.json", '{"val_bpb_ttt": "low", "ttt_gain_bpb": 1}', "val_bpb_ttt is low, not a number"),
         ("eval_ttt.json", '{"val_bpb_ttt": 1}', "lacks ttt_gain_bpb"),
         ("result.json", '{"fits": true}', "lacks val_bpb_sliding"),
         ("result.json", '{"val_bpb', "not a JSON object"),
@@ -685,5 +962,8 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
         (b / name).write_text(content)
         code, text = said(capsys, b)
         assert code == 2 and words in text and len(text.splitlines()) == 1
+    (a / "config.json").write_text('{"config": {}}')
+    code, text = said(capsys, a, "--by", "tokens")
+    assert code == 2 and "has no train_batch_tokens. Use --by steps." in text
     (a / "config.json").write_text('{"config": 1}')
     assert said(capsys, "nll", a, a)[0] == 2
