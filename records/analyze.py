@@ -508,7 +508,7 @@ def document_texts(
         raise ValueError(f"{', '.join(shards)} are not the scored {', '.join(scored)}. Use --data.")
     model = SentencePieceProcessor(model_proto=Path(config.tokenizer_path).read_bytes())
     begin, end = ev.documents(tokens)
-    ids = {i: tokens[begin[i] : min(end[i], begin[i] + page.EXCERPT)].tolist() for i in documents}
+    ids = {i: tokens[begin[i] : min(end[i], begin[i] + page.EXCERPT) + 1].tolist() for i in documents}
     return {i: model.decode(each)[: page.EXCERPT] for i, each in ids.items()}
 
 
@@ -1177,7 +1177,9 @@ def draw_columns(axis: Axes, found: Mapping[str, Table]) -> None:
         errors = [2 * (cell.error or 0.0) for cell in shown.values()]
         axis.errorbar(np.arange(len(shown)) + offset, [cell.value for cell in shown.values()], errors,
                       color=COLORS[name], linestyle="none", marker="o", markersize=4, capsize=3)  # fmt: skip
-        axis.set_xticks(range(len(shown)), [column.replace("_", "\n", 1) for column in shown])
+        axis.set_xticks(
+            range(len(shown)), [column.removesuffix("_bank").replace("_", "\n") for column in shown]
+        )
     axis.set_xlim(-0.6, len(shown) - 0.4)
     axis.axhline(0, color="black", linewidth=0.8)
 
@@ -1234,7 +1236,7 @@ ANALYSES = {
         y="change of the loss, nats per target"),
     "rounding": Analysis(
         rounding, False, "loss of weights and artifact, nats per token", "", ".5f", "no artifact",
-        draw=draw_columns, x="model", y="loss added by quantization, nats per token"),
+        draw=draw_columns, x="by quantization", y="loss added by quantization, nats per token"),
     "rounded_weights": Analysis(
         partial(quantization_error, outputs=False), False, "quantization error, |W - Q| / |W|, by layer",
         "Large where it costs little: scales follow the loss, and GPTQ's later columns compensate earlier "
@@ -1275,12 +1277,16 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str) -> Figur
             analysis.draw(axis, found)
             name = analysis.title.split(", by ")[0]
             axis.set_title(textwrap.fill(name[0].upper() + name[1:], 48))
-            axis.set(xlabel=analysis.x, ylabel=analysis.y)
+            axis.set(xlabel=textwrap.fill(analysis.x, 44), ylabel=analysis.y)
         for axis in axes[len(shown) :]:
             axis.set_visible(False)
-        names = list(dict.fromkeys(name for found in shown.values() for name in found))
-        handles = [Line2D([], [], color=COLORS[name], marker="o") for name in names]
-        figure.legend(handles, names, loc="outside lower center", ncols=max(len(names), 1))
+        names = dict.fromkeys(name for found in shown.values() for name in found)
+        legend: dict[str, list[str]] = {}
+        for name in sorted(names, key=list(COLORS).index):
+            legend.setdefault(COLORS[name], []).append(name)
+        handles = [Line2D([], [], color=color, marker="o") for color in legend]
+        labels = [", or ".join(group) for group in legend.values()]
+        figure.legend(handles, labels, loc="outside lower center", ncols=max(len(labels), 1))
         figure.suptitle(f"{title}\nerror bars: 2 standard errors")
     return figure
 

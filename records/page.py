@@ -139,7 +139,9 @@ def read_documents(folder: Path) -> np.ndarray:
 
 def gain_bpb(documents: np.ndarray) -> np.ndarray:
     """Return the gain of each document in bits per byte, 0 where it has no bytes."""
-    return (documents[:, 4] - documents[:, 5]) / (math.log(2) * np.maximum(documents[:, 3], 1))
+    has_bytes = documents[:, 3] > 0
+    gain = (documents[:, 4] - documents[:, 5]) / math.log(2)
+    return np.divide(gain, documents[:, 3], out=np.zeros(len(gain)), where=has_bytes)
 
 
 def chosen_documents(documents: np.ndarray) -> np.ndarray:
