@@ -153,10 +153,10 @@ def read_evaluation(folder: Path, mode: str = "") -> Evaluation:
     for key, _, _ in MODE_ROWS:
         if key in scores and not is_number(scores[key]):
             raise ValueError(f"{path}: {key} is {escape(str(scores[key]))[:40]}, not a number")
-    settings = scores.get("settings")
-    return Evaluation(
-        mode or str((settings if isinstance(settings, dict) else {}).get("ttt_mode", "?")), folder, scores
-    )
+    for key in ("settings", "sha256_shards"):
+        if not isinstance(scores.setdefault(key, {}), dict):
+            raise ValueError(f"{path}: {key} is {escape(str(scores[key]))[:40]}, not an object")
+    return Evaluation(mode or str(scores["settings"].get("ttt_mode", "?")), folder, scores)
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluation], Evaluation | None]:
@@ -376,9 +376,8 @@ def series(run: Run, key: str, by: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def focus(axis: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]], also: Sequence[float] = ()) -> None:
-    """Set the y range to `also` and to the points after the first tenth of the longest curve, if any."""
-    end = max((x.max() for x, _ in curves if len(x)), default=0.0)
-    late = [y[(x > SKIPPED * end) & np.isfinite(y)] for x, y in curves]
+    """Set the y range to `also` and to the points after the first tenth of each curve, if any."""
+    late = [y[(x > SKIPPED * x.max(initial=0.0)) & np.isfinite(y)] for x, y in curves]
     if shown := [*np.concatenate([np.zeros(0), *late]).tolist(), *also]:
         pad = 0.06 * (max(shown) - min(shown)) or 0.1
         axis.set_ylim(min(shown) - pad, max(shown) + pad)
@@ -438,7 +437,7 @@ def draw_curves(runs: Mapping[str, Run], by: str) -> Figure:
         handles = [
             Line2D([], [], color=f"C{number}", marker="o", markersize=4) for number in range(len(runs))
         ]
-        note = f"y axes: the range of what comes after the first {SKIPPED:.0%} of training"
+        note = f"y axes: the range of what comes after the first {SKIPPED:.0%} of each run"
         figure.legend(handles, list(runs), loc="outside lower center", ncols=min(4, len(runs)), title=note)
     return figure
 
@@ -519,7 +518,7 @@ def document_sections(
     groups: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     for label, (_, evaluation) in shown.items():
         if (evaluation.folder / "documents.csv").exists():
-            scored = evaluation.scores.get("sha256_shards", {})
+            scored = evaluation.scores["sha256_shards"]
             groups.setdefault(tuple(sorted(scored.values())), {})[label] = page.read_documents(
                 evaluation.folder
             )
@@ -528,7 +527,7 @@ def document_sections(
         first, texts, missing = next(iter(found.values())), {}, ""
         try:
             wanted = page.chosen_documents(first).tolist()
-            texts = document_texts(run, evaluation.scores.get("sha256_shards", {}), wanted, given)
+            texts = document_texts(run, evaluation.scores["sha256_shards"], wanted, given)
         except (ValueError, OSError, IndexError) as error:
             missing = str(error)
         title = "Documents" if len(groups) == 1 else f"Documents of validation text {number}"
@@ -561,7 +560,7 @@ def html_page(runs: Mapping[str, Run], given: argparse.Namespace) -> bytes:
     sections.append(page.sample_section({name: run.folder for name, run in runs.items()}))
     settings = {name: run.config for name, run in runs.items()} if len(runs) > 1 else {}
     for label, (run, evaluation) in shown.items():
-        settings[label] = run.config | evaluation.scores.get("settings", {})
+        settings[label] = run.config | evaluation.scores["settings"]
     if len(settings) > 1:
         sections.append(page.settings_section(settings))
     if len(runs) == 1:
@@ -1268,7 +1267,7 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str) -> Figur
     """Plot one panel per analysis that has numbers; colors are models or pairs."""
     shown = {key: {name: table for name, table in found.items() if table} for key, found in report.items()}
     shown = {key: found for key, found in shown.items() if found}
-    columns = min(len(shown), 4) or 1
+    columns = len(shown) if 0 < len(shown) < 4 else min((4, 3), key=lambda n: -len(shown) % n)
     with figure_style():
         rows = math.ceil(len(shown) / columns) or 1
         figure, axes = new_figure(rows, columns, max(4.4 * columns, 9), 3.4 * rows + 1)

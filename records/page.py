@@ -117,10 +117,9 @@ def class_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "distribution.json"
     found = read_object(path, "classes")["classes"]
     for each in found if isinstance(found, list) else [None]:
-        numbers = (
-            [each.get(key) for key in ("targets", "before", "after")] if isinstance(each, dict) else [""]
-        )
-        if not all(isinstance(x, int | float) for x in numbers) or not isinstance(each.get("name"), str):
+        row = each if isinstance(each, dict) else {}
+        numbers = [row.get(key) for key in ("targets", "before", "after")] + [row.get("gain_error") or 0]
+        if not all(isinstance(x, int | float) for x in numbers) or not isinstance(row.get("name"), str):
             raise ValueError(f"{path} is not a distribution of eval_ttt.py: {escape_lines(each)[:80]}")
     return found
 

@@ -899,7 +899,7 @@ def test_axes_of_the_weights(few):
     figure = analyze.draw_weights(report, "title")
     axes = dict(zip(report, figure.axes, strict=False))
     assert all(axis.get_xlabel() and axis.get_ylabel() and axis.get_title() for axis in axes.values())
-    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False] * 3
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False]
     assert axes["path"].lines[0].get_xdata().tolist() == list(analyze.FRACTIONS)
     assert axes["step"].lines[0].get_xdata().tolist() == list(analyze.STEPS)
     drawn = np.concatenate([line.get_ydata() for line in axes["cosines"].lines]).tolist()
@@ -956,6 +956,7 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
         ("metrics.jsonl", '{"step": 1, "seconds": 2, "train_loss": "3"}', "has a value that is no number"),
         ("eval_ttt.json", '{"val_bpb_ttt": "low", "ttt_gain_bpb": 1}', "val_bpb_ttt is low, not a number"),
         ("eval_ttt.json", '{"val_bpb_ttt": 1}', "lacks ttt_gain_bpb"),
+        ("eval_ttt.json", '{"val_bpb_ttt": 1, "ttt_gain_bpb": 1, "settings": 3}', "settings is 3, not an"),
         ("result.json", '{"fits": true}', "lacks val_bpb_sliding"),
         ("result.json", '{"val_bpb', "not a JSON object"),
     ):
