@@ -81,6 +81,7 @@ MODE_ROWS = (  # key of eval_ttt.json, label, format
     ("ttt_gain_bpb", "gain", "{:+.4f}"),
     ("eval_seconds", "seconds", "{:.1f}"),
 )
+MODE_CELLS = len(MODE_ROWS) + 2  # columns after the names of run and mode: these, legal and audited
 AXES = {  # --by: label of the x axis
     "steps": "training step",
     "seconds": "training time on the contest clock, s",
@@ -353,7 +354,11 @@ def print_tables(runs: Mapping[str, Run]) -> None:
     print(escape_lines(plain_table(run_rows(runs), ["", *runs])))
     head, rows = mode_rows(runs)
     if rows:
-        print(escape_lines("\nbits per byte of each evaluation:\n" + plain_table(rows, head, len(head) - 8)))
+        print(
+            escape_lines(
+                "\nbits per byte of each evaluation:\n" + plain_table(rows, head, len(head) - MODE_CELLS)
+            )
+        )
     if any(len(run.evaluations) > 1 and run.legal for run in runs.values()):
         print(f"* {LAST_LEGAL}")
 
@@ -446,6 +451,7 @@ def curves(given: argparse.Namespace) -> None:
     """Print the tables of runs and of their evaluations; write the curves as a plot and JSON, or a page."""
     runs = {name: read_run(folder) for name, folder in named(given.runs).items()}
     if given.html:
+        given.html.parent.mkdir(parents=True, exist_ok=True)
         write_file(given.html, html_page(runs, given))
         written = f"page: {given.html}"
     else:
@@ -540,7 +546,9 @@ def score_section(runs: Mapping[str, Run]) -> page.Section:
     head, rows = mode_rows(runs)
     if rows:
         caption = f"evaluations, bits per byte; *: {LAST_LEGAL}"
-        tables.append(page.Table(head, page.plain_cells(rows), range(len(head) - 8), caption=caption))
+        tables.append(
+            page.Table(head, page.plain_cells(rows), range(len(head) - MODE_CELLS), caption=caption)
+        )
     return page.Section("Scores", tables=tables)
 
 
