@@ -28,7 +28,8 @@ from collections.abc import Container, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from prepare import InputError, Job, describe, escaped, prepare, sha256_of
+from files import digest_of
+from prepare import InputError, Job, describe, escaped, prepare
 
 NAME, VOCAB_SIZE, SEED = "demo", 1024, 1337
 TEXT_VERSION = 2  # in the manifest: a corpus of another version is rebuilt
@@ -194,7 +195,7 @@ def existing_demo(out: Path) -> dict | None:
         ) from error
     if name != NAME:
         raise InputError(f'{out}: contains the dataset "{name}"; choose another --out')
-    intact = all((out / file).exists() and sha256_of(out / file) == digest for file, digest in hashes.items())
+    intact = all((out / file).exists() and digest_of(out / file) == digest for file, digest in hashes.items())
     return manifest if intact and made_from == (platform.python_version(), TEXT_VERSION) else None
 
 

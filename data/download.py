@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import struct
 import sys
@@ -33,6 +31,7 @@ from typing import NamedTuple
 
 import httpx
 import numpy as np
+from files import digest_of, write_json
 from formats import HEADER_BYTES, PUBLISHED, SHARD_MAGIC, SHARD_VERSION, Published
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
@@ -243,15 +242,6 @@ def published_entry(manifest: dict, name: str) -> dict:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def digest_of(path: Path, algorithm: str = "sha256", prefix: bytes = b"") -> str:
-    """Return the hash, in hexadecimal, of `prefix` and a file's content."""
-    digest = hashlib.new(algorithm, prefix)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def shard_tokens(path: Path) -> int:
     """Return the number of tokens in a shard. DownloadError if its header or size is wrong."""
     with path.open("rb") as stream:
@@ -337,18 +327,6 @@ class HashCache:
     def save(self) -> None:
         """Write the cached hashes."""
         write_json(self._path, self._entries)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically under a random name, creating its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------

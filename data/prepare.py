@@ -42,7 +42,6 @@ import os
 import platform
 import random
 import re
-import secrets
 import stat
 import sys
 import threading
@@ -60,6 +59,7 @@ from typing import Any, BinaryIO, NamedTuple
 import case_ops
 import numpy as np
 import sentencepiece as spm
+from files import atomic_file, digest_of, write_json
 from formats import BOS_ID, HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, shard_header
 from tqdm import tqdm
 
@@ -810,29 +810,6 @@ def _encode_in_worker(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
 # ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`: renamed to `path` at the end of the block, deleted on an error."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as stream:  # never through an existing link
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class ShardWriter:
     """Writer of one split's tokens as shards of `shard_tokens` tokens, the last one shorter.
 
@@ -894,14 +871,14 @@ class ShardWriter:
             "tokens": self._tokens,
             "documents": self._documents,
             "text_bytes": self._text_bytes,
-            "sha256": sha256_of(paths[0]),
+            "sha256": digest_of(paths[0]),
         }
         self.sidecars += [
             {
                 "file": path.name,
                 "tokens": self._tokens,
                 "bytes": self._text_bytes,
-                "sha256": sha256_of(path),
+                "sha256": digest_of(path),
             }
             for path in paths[1:]
         ]
@@ -918,7 +895,7 @@ def earlier_output(job: Job) -> list[Path]:
     A tokenizer in that folder that this job uses is not included.
     """
     pattern = re.compile(
-        r"(fineweb_(train|val|val_bytes)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8})?\.tmp)?"
+        r"(fineweb_(train|val|val_bytes)_\d{6}\.bin|tokenizer\.model|manifest\.json)((\.[0-9a-f]{8,16})?\.tmp)?"
     )
     found = sorted(path for path in job.out.glob("*") if pattern.fullmatch(path.name))
     own = job.tokenizer.resolve() if job.tokenizer else None
@@ -1020,14 +997,6 @@ def _case_ops_entry(sidecars: list[dict]) -> dict:
         "val_target_bytes": sum(sidecar["bytes"] for sidecar in sidecars),
         "sidecars": sidecars,
     }
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically; characters that UTF-8 cannot encode become JSON escapes."""
-    with atomic_file(path) as stream:
-        stream.write(
-            json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        )
 
 
 def _write_shards(job: Job, model: bytes, total_bytes: int) -> tuple[list[dict], list[dict]]:

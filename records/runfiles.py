@@ -7,17 +7,20 @@ is copied into a record.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
+from files import atomic_file, digest_of
 
 METRIC = "val_bpb_sliding"
 # C0 except tab and newline, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
@@ -39,15 +42,11 @@ def escape_lines(text: object) -> str:
     return escape(str(text), keep="\t\n")
 
 
-def open_new(folder: Path) -> tuple[Path, IO[bytes]]:
-    """Create a file with a random name in `folder`, open for writing."""
-    path = folder / f".{secrets.token_hex(8)}.tmp"
-    return path, os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
-
-
 def create(path: Path) -> IO[bytes]:
     """Open an empty file at `path`. An existing file or link there is replaced, never opened."""
-    temporary, file = open_new(path.parent)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    file = os.fdopen(os.open(temporary, flags, 0o666), "wb")
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -59,16 +58,8 @@ def create(path: Path) -> IO[bytes]:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` under a random name beside `path`, then rename it to `path`, so the write is atomic."""
-    temporary, file = open_new(path.parent)
-    try:
-        with file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
@@ -96,11 +87,7 @@ def read_plain(path: Path) -> bytes:
 
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest_of(path)
 
 
 def is_below(path: str | Path, *roots: str | Path) -> bool:

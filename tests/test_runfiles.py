@@ -36,7 +36,7 @@ def test_a_write_that_fails_leaves_what_stood_there(tmp_path, monkeypatch):
 
 def test_a_random_name_that_is_a_link_already_is_no_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr(runfiles.secrets, "token_hex", lambda length: "known")
-    (tmp_path / ".known.tmp").symlink_to(tmp_path / "outside")
+    (tmp_path / "a.known.tmp").symlink_to(tmp_path / "outside")
     with pytest.raises(FileExistsError):
         runfiles.write_file(tmp_path / "a", b"new")
     assert not (tmp_path / "outside").exists()

@@ -522,7 +522,7 @@ def make_driver(arguments: argparse.Namespace, began: float) -> Driver:
         )
     else:
         data, notes = gpu_stage.unpack(arguments.stage.resolve(), work)
-        digest = gpu_stage.sha256(arguments.stage / "stage.json")
+        digest = gpu_stage.digest_of(arguments.stage / "stage.json")
     coder, lacking = choose_coder(work / "site")
     if not rehearse and not list(Path("/dev").glob("nvidia[0-9]*")):
         lacking.append("no GPU found (/dev/nvidia0): parts will run on the CPU until their limits")

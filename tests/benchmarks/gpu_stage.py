@@ -18,7 +18,6 @@ data/prepare.py if it is given text.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import lzma
 import re
@@ -33,6 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "data"))
+from files import digest_of  # noqa: E402
 from formats import BOS_ID, HEADER_BYTES, SHARD_MAGIC, SHARD_VERSION, shard_header  # noqa: E402
 
 TUNING_DOCUMENTS = 200  # weblab's convention: documents 0 to 199 tune, the rest reports
@@ -49,14 +49,6 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 
 class StageError(ValueError):
     """User error: a missing or damaged folder, file or wheel. Exit code 2."""
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_tokens(path: Path, limit: int | None = None) -> array:
@@ -199,7 +191,7 @@ def prepare(
         name for name in WHEELS if not any(fits_python(path, tag) for path in carried.glob(f"{name}-*.whl"))
     ]
     files = {
-        name: dict(sha256=sha256(out / name), tokens=counts.get(name))
+        name: dict(sha256=digest_of(out / name), tokens=counts.get(name))
         for name in (*counts, "tokenizer.model")
     }
     (out / "stage.json").write_text(json.dumps(dict(version=1, files=files), indent=1))
@@ -274,7 +266,7 @@ def unpack(folder: Path, work: Path) -> tuple[dict[str, str], list[str]]:
     stage, data = read_stage(folder), work / "data"
     notes = unpack_wheels(folder / "wheels", work / "site")
     for name, entry in stage["files"].items():
-        if sha256(folder / name) != entry["sha256"]:
+        if digest_of(folder / name) != entry["sha256"]:
             raise StageError(
                 f"{folder / name} is damaged: its SHA-256 differs from stage.json. Copy it again."
             )
