@@ -836,7 +836,7 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
         log.line(f"{words}_exact val_loss:{scores[name].val_loss:.8f} val_bpb:{scores[name].val_bpb:.8f} "
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
     if report:
-        report.write_reports(log.folder, tokens, scores["plan"].nll, adapted.nll, setup.byte_table, log)
+        report.write_reports(log.folder, tokens, scores, setup.byte_table, log)
     kept = log.folder / "nll.npy"
     if tg.rank() == 0:
         array = io.BytesIO()

@@ -209,17 +209,37 @@ def running_bpb(
             yield f"chunk:{number + 1}/{len(plan)} running_bpb:{loss / math.log(2) / total:.6f}"
 
 
+SCORES = dict(
+    roundtrip="non-overlapping windows",
+    sliding="sliding windows",
+    plan="same windows as adapted",
+    ttt="adapted",
+)
+
+
+def score_lines(scores: Mapping[str, tg.Score]) -> list[str]:
+    """The four scores as a table: bits per byte, nats per token, seconds; last what adaptation gains."""
+    lines = [f"{'':24}{'bpb':>9}{'nats':>9}{'seconds':>9}"]
+    for name, words in SCORES.items():
+        score = scores[name]
+        lines.append(f"{words:24}{score.val_bpb:9.4f}{score.val_loss:9.4f}{score.seconds:9.1f}")
+    bpb, nats = (
+        getattr(scores["plan"], key) - getattr(scores["ttt"], key) for key in ("val_bpb", "val_loss")
+    )
+    return [*lines, f"{'gain of adaptation':24}{bpb:9.4f}{nats:9.4f}"]
+
+
 def write_reports(
     folder: Path,
     tokens: np.ndarray,
-    before: np.ndarray,
-    after: np.ndarray,
+    scores: Mapping[str, tg.Score],
     byte_table: tg.ByteTable,
     log: tg.RunLog,
 ) -> None:
-    """Log the loss distribution; on rank 0 write distribution.json, documents.csv and distribution.png."""
+    """Log scores and loss distribution; on rank 0 write distribution.json and .png, and documents.csv."""
+    before, after = scores["plan"].nll, scores["ttt"].nll
     report = distribution(tokens, before, after, byte_table)
-    for line in distribution_text(report).splitlines():
+    for line in [*distribution_text(report).splitlines(), *score_lines(scores)]:
         log.line(line)
     if tg.rank() == 0:
         tg.write_atomically(folder / "distribution.json", json.dumps(report, indent=1).encode())

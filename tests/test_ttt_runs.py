@@ -531,6 +531,18 @@ def test_what_is_printed_is_logged_and_kept(evaluated):
     assert len(running) > 3 and running[-1].endswith(f"running_bpb:{evaluated.result['val_bpb_ttt']:.6f}")
 
 
+def test_the_table_of_scores_is_that_of_the_result(evaluated):
+    """At the end, as a person wants it: four scores in bits per byte and nats, and their difference."""
+    lines = evaluated.out.splitlines()
+    table = {line[:24].strip(): line[24:].split() for line in lines[-6:-1]}
+    result = evaluated.result
+    for words, name in (("non-overlapping windows", "roundtrip"), ("sliding windows", "sliding"),
+                        ("same windows as adapted", "plan"), ("adapted", "ttt")):  # fmt: skip
+        assert table[words][:2] == [f"{result[f'val_{unit}_{name}']:.4f}" for unit in ("bpb", "loss")]
+    gain = [result[f"val_{unit}_plan"] - result[f"val_{unit}_ttt"] for unit in ("bpb", "loss")]
+    assert table["gain of adaptation"] == [f"{value:.4f}" for value in gain]
+
+
 def test_what_the_result_says(evaluated, env):
     result = evaluated.result
     trainer = json.loads((evaluated.folder.parents[1] / "result.json").read_text())
