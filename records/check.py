@@ -1,13 +1,16 @@
 """Check a record folder, a run or a log against the contest rules, using only its files.
 
     python records/check.py records/track_10min_16mb/2026-12-01_Name [--against FOLDER] [--json]
-    python records/check.py runs/NAME [--data FOLDER --tokenizer FILE]
+    python records/check.py runs/NAME [--mode MODE] [--data FOLDER --tokenizer FILE] [--verbose]
     python records/check.py train_seed42.log
 
 Every number is recomputed: steps, times, sizes, scores, seeds, tokens per byte, significance. Each rule
-reports pass, warn or fail with the line or file that supports it. If nll.npy exists, val_loss is recomputed
-from it. If shards and tokenizer are available too, by the log's paths inside this repository or by the
-options, so is val_bpb. Exit codes: 0 passed (warnings allowed), 1 failed, 2 user error.
+reports pass, warn or fail with the line or file that supports it; passes are listed with --verbose. Of a run
+that was evaluated in several modes, the last legal evaluation counts, or that of --mode. If nll.npy exists,
+val_loss is recomputed from it. If shards and tokenizer are available too, by the log's paths inside this
+repository or by the options, so is val_bpb. A record in track_10min_16mb must be of the challenge: its
+validation text, 8 x H100, its time limits; elsewhere a record of other runs passes with a warning. Exit
+codes: 0 passed (warnings allowed), 1 failed, 2 user error.
 """
 
 from __future__ import annotations
@@ -33,14 +36,17 @@ from statistics import mean, pstdev, stdev
 from typing import Any, NamedTuple
 
 import zstandard
-from evidence import check_certificates, check_losses, object_of, trained_on_validation
+from evidence import check_certificates, check_losses, evaluation, object_of, trained_on_validation
 from runfiles import escape, read_object, sha256_file
 from scipy import stats
+from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from formats import ARTIFACT_MAGIC, CHALLENGE_BYTES, PUBLISHED, SIZE_CAP, Published
+from formats import ARTIFACT_MAGIC, CHALLENGE_BYTES, PUBLISHED, SIZE_CAP, TEXT_BYTES, Published
 
 TIME_LIMIT = 600.0  # seconds, for training and for evaluation
+SHORTEST = 60.0  # seconds; a training below this tests the programs
+GPUS, GPU = 8, "H100"  # of the challenge
 MARGIN_NATS = 0.005  # gain required of a record, nats per token
 P_WRITTEN, P_APPLIED = 0.01, 0.25  # p of the written rule; p that the maintainers accepted from 2026-04-28
 MIN_SEEDS = 3
@@ -366,8 +372,36 @@ class Record:
         ]
 
 
-def read_record(path: str | Path) -> Record:
-    """Read a record folder, a run folder or a log. ValueError if `path` is none of these."""
+def without_audit(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result without the key that an audit fills in after the line was logged."""
+    return {key: value for key, value in result.items() if key != "audit"}
+
+
+def evaluation_folder(run: Path, mode: str = "") -> Path:
+    """Return the folder with a run's evaluation: eval/MODE, or the last legal one, or the run's own.
+
+    The last legal evaluation is the one whose eval_ttt.json stands in the run's folder too. Older runs have
+    a single evaluation, with all its files in the run's folder. ValueError if there is none of that mode.
+    """
+    found = {path.parent.name: path.parent for path in sorted(run.glob("eval/*/eval_ttt.log"))}
+    last = run / "eval_ttt.json"
+    result = without_audit(read_object(last)) if last.exists() else {}
+    own = object_of(result, "settings").get("ttt_mode")
+    if mode and mode not in found and (mode != own or not (run / "eval_ttt.log").exists()):
+        there = ", ".join(found) or own or "none"
+        raise ValueError(f"{run}: no evaluation {mode}. There is: {there}.")
+    if mode:
+        return found.get(mode, run)
+    copies = ((folder, folder / "eval_ttt.json") for folder in found.values())
+    same = (f for f, path in copies if path.exists() and without_audit(read_object(path)) == result)
+    return next(same, run)
+
+
+def read_record(path: str | Path, mode: str = "") -> Record:
+    """Read a record folder, a run folder with its evaluation in `mode`, or a log.
+
+    ValueError if `path` is none of these.
+    """
     path = Path(path)
     if path.is_file():
         return Record(path, "log", [read_log(path)])
@@ -383,9 +417,11 @@ def read_record(path: str | Path) -> Record:
         read_claims(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
     )
     if is_run:
-        record.runs = [
-            read_log(*(path / name for name in ("train.log", "eval_ttt.log") if (path / name).exists()))
-        ]
+        evaluated = evaluation_folder(path, mode)
+        logs = [path / "train.log", evaluated / "eval_ttt.log"]
+        record.runs = [read_log(*(log for log in logs if log.exists()))]
+        others = path / "eval"
+        record.files = [f for f in files if not f.is_relative_to(others) or f.is_relative_to(evaluated)]
         return record
     not_logs = re.compile(r"requirements|certificate|readme|license", re.IGNORECASE)
     for run in gather_runs(p for p in files if p.suffix in (".log", ".txt") and not not_logs.match(p.name)):
@@ -470,13 +506,14 @@ def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
     """Return the gain of `new` over `old` in nats per token and in bpb, and tests of the bpb.
 
     The tests are Welch's, one-sample against the mean of `old` less the margin, and paired if both share at
-    least two seeds. ValueError if either record has fewer than two scores.
+    least two seeds. ValueError if either record has fewer than two scores, or if the texts differ.
     """
     ours, theirs = new.values("val_bpb"), old.values("val_bpb")
     if min(len(ours), len(theirs)) < 2:
         raise ValueError(
             f"{new.path.name} and {old.path.name} need at least two scores each for a comparison"
         )
+    require_same_text(new, old)
     gain, factor = mean(theirs) - mean(ours), nats_per_bpb(new)
     seeds = [{run.seed: run.val_bpb for run in record.runs if run.headline} for record in (new, old)]
     pairs = [paired(*seeds)] if len(seeds[0].keys() & seeds[1].keys()) > 1 else []
@@ -485,6 +522,37 @@ def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
         gain,
         [welch(ours, theirs), one_sample(ours, mean(theirs) - MARGIN_NATS / factor), *pairs],
     )
+
+
+def text_bytes(run: LogFacts) -> tuple[float, float] | None:
+    """Return the bytes of a run's validation text and their relative error; None if the log lacks them."""
+    score = run.headline
+    if not run.val_tokens or not score or not all(0 < v < math.inf for v in (score.val_loss, score.val_bpb)):
+        return None
+    rounding = 10.0**-score.decimals * (1 / score.val_bpb + 1 / score.val_loss)
+    return run.val_tokens / score.tokens_per_byte, RATIO_TOLERANCE + rounding
+
+
+def require_same_text(new: Record, old: Record) -> None:
+    """Raise ValueError unless two records were scored on the same text, under whatever tokenizers.
+
+    That is judged by the bytes of the text and, under one tokenizer, by the hashes of the shards.
+    """
+    sides = []
+    for record in (new, old):
+        runs = [run for run in record.runs if run.headline]
+        if not runs or not (count := text_bytes(runs[0])):
+            raise ValueError(f"{record.path.name}: no log reports the validation tokens of its score")
+        told = evaluation(runs[0])
+        sides.append((*count, told.get("sha256_tokenizer"), object_of(told, "sha256_shards")))
+    (ours, error, tokenizer, shards), (theirs, other_error, other_tokenizer, other_shards) = sides
+    hashed = tokenizer == other_tokenizer and shards and other_shards
+    if abs(ours / theirs - 1) > error + other_error or (hashed and shards != other_shards):
+        told = f"{ours:,.0f} and {theirs:,.0f} bytes" + (", other shards" if hashed else "")
+        raise ValueError(
+            f"{new.path.name} and {old.path.name} were scored on different validation texts: {told}. "
+            "Their scores cannot be compared."
+        )
 
 
 def nats_per_bpb(record: Record) -> float:
@@ -584,6 +652,8 @@ def check_json(record: Record) -> Iterator[Finding]:
 
 def check_claims(record: Record) -> Iterator[Finding]:
     """Check each number of submission.json against the logs, rounded to its digits."""
+    if record.claims.get("challenge_run") is True and (found := deviations(record.runs)):
+        yield "fail", f"challenge_run is true in submission.json, but the logs show: {'; '.join(found)}"
     claims, entries, by_seed = record.claims, seed_claims(record), {run.seed: run for run in record.runs}
     for seed, entry in entries.items():
         for key, fact, factor, slack in SEED_CLAIMS:
@@ -960,6 +1030,53 @@ def check_validation(record: Record) -> Iterator[Finding]:
             yield "pass", f"{known.name}: {run.cite('val_tokens')}"
 
 
+def is_challenge_text(run: LogFacts) -> bool:
+    """Return whether a run was scored on the challenge's text, by its bytes; True if the log lacks them."""
+    low, high = CHALLENGE_BYTES
+    count, error = text_bytes(run) or (TEXT_BYTES, 0.0)
+    return low * (1 - error) <= count <= high * (1 + error)
+
+
+def hardware(run: LogFacts) -> str:
+    """Return the accelerators of a run, such as 8 x NVIDIA H100; empty if the log lacks them."""
+    gpu, ranks = object_of(run.result, "versions").get("gpu"), run.result.get("world_size")
+    if not gpu or not isinstance(ranks, int):
+        return ""
+    return f"{ranks} x {gpu}" if gpu != "none" else f"CPU, {ranks} process{'es' * (ranks > 1)}"
+
+
+def deviations(runs: Sequence[LogFacts]) -> list[str]:
+    """Return how runs differ from the challenge: validation text, accelerators, seconds; empty if nowhere.
+
+    What a log does not report counts as the challenge's: older logs report little.
+    """
+    found = []
+    if texts := {round(text_bytes(run)[0]) for run in runs if not is_challenge_text(run)}:
+        found.append(f"validation text of {spread(texts, ',')} bytes (the challenge's: {TEXT_BYTES:,})")
+    wrong = re.compile(rf"(?!{GPUS} x .*{GPU}).+")
+    if machines := {hardware(run) for run in runs if wrong.match(hardware(run))}:
+        found.append(f"{' and '.join(sorted(machines))} (the challenge's: {GPUS} x {GPU})")
+    seconds = [run.result.get("train_seconds", TIME_LIMIT) for run in runs]
+    if any(not SHORTEST <= each <= TIME_LIMIT for each in seconds):
+        found.append(f"training of {spread(seconds, '.1f')} s (the challenge's: up to {TIME_LIMIT:.0f} s)")
+    seconds = [run.result.get("eval_seconds", 0.0) for run in runs]
+    if max(seconds, default=0.0) > TIME_LIMIT:
+        found.append(f"evaluation of {spread(seconds, '.1f')} s (the challenge's: up to {TIME_LIMIT:.0f} s)")
+    return found
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """Return the smallest and the largest value as text, or the only one."""
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
+
+
+def check_challenge(record: Record) -> Iterator[Finding]:
+    """Check that a record of the challenge's track is of the challenge."""
+    for told in deviations(record.runs):
+        yield "fail", f"not a challenge run: {told}"
+    yield "pass", "nothing in the logs is outside the challenge"
+
+
 def check_units(record: Record) -> Iterator[Finding]:
     """Check that nats per token and bits per byte are not confused: 0.005 nats is fewer bits per byte."""
     if not record.values("val_bpb") or not all(0 < loss < math.inf for loss in record.values("val_loss")):
@@ -1274,12 +1391,13 @@ RULES = (  # name, kinds of record it applies to, function
     ("eval time", EVERY, check_eval_time),
     ("bytes", EVERY, check_bytes),
     ("validation set", EVERY, check_validation),
+    ("challenge", ("folder",), check_challenge),
     ("units", ("folder",), check_units),
     ("syntax tree", ("folder", "run"), check_tree),
     ("losses", ("folder", "run"), check_losses),
     ("legality", EVERY, check_legality),
 )
-RECORD_RULES = {"seeds", "train time", "eval time"}
+RECORD_RULES = {"seeds", "train time", "eval time", "challenge"}
 COLUMNS = (  # heading, fact, format
     ("seed", "seed", "d"),
     ("val_bpb", "val_bpb", ".8f"),
@@ -1305,7 +1423,8 @@ class Verdict(NamedTuple):
 def check(record: Record, against: Record | None = None) -> list[Verdict]:
     """Return the verdicts of all rules that apply; if a rule has faults, only the faults.
 
-    `against` is the record to beat. In the non-record track, faults in times and seeds are warnings.
+    `against` is the record to beat. In the non-record track, faults in times, seeds and what is not of the
+    challenge are warnings.
     """
     findings = [(name, rule(record)) for name, kinds, rule in RULES if record.kind in kinds]
     if against is not None:
@@ -1326,20 +1445,38 @@ def status_of(verdicts: Iterable[Verdict]) -> str:
     return min((verdict.status for verdict in verdicts), key=("fail", "warn", "pass").index, default="pass")
 
 
-def report(record: Record, verdicts: Sequence[Verdict]) -> str:
-    """Return the recomputed numbers as a table, then the verdicts, the worst last."""
-    lines = [str(record.path), " ".join(f"{heading:>10}" for heading, _, _ in COLUMNS) + "  score, log"]
+def alike(verdicts: Iterable[Verdict]) -> list[Verdict]:
+    """Return the verdicts with those that differ only in numbers and hashes, as of several seeds, as one."""
+    groups: dict[tuple[str, ...], list[Verdict]] = {}
+    for verdict in verdicts:
+        pattern = re.sub(r"[0-9a-f]{12}\.\.|[\d.,]*\d", "0", verdict.evidence)
+        groups.setdefault((verdict.rule, verdict.status, pattern), []).append(verdict)
+    more = {id(group[0]): f" (and {len(group) - 1} more)" * (len(group) > 1) for group in groups.values()}
+    return [v._replace(evidence=v.evidence + more[id(v)]) for v, *_ in groups.values()]
+
+
+def report(record: Record, verdicts: Sequence[Verdict], verbose: bool = False) -> str:
+    """Return the recomputed numbers as a table, then faults and warnings, and all verdicts if `verbose`."""
+    rows = []
     for run in record.runs:
         values = [(getattr(run, fact), form) for _, fact, form in COLUMNS]
-        cells = " ".join(f"{'-' if value is None else format(value, form):>10}" for value, form in values)
-        lines.append(f"{cells}  {run.headline.label if run.headline else 'no score'}, {run.name}")
-    for verdict in sorted(verdicts, key=lambda v: ("pass", "warn", "fail").index(v.status)):
-        lines.append(f"{verdict.status}  {verdict.rule:14}  {verdict.evidence}")
+        cells = ["-" if value is None else format(value, form) for value, form in values]
+        rows.append([*cells, run.headline.label if run.headline else "no score", run.name])
+    headings = [*(heading for heading, _, _ in COLUMNS), "score", "log"]
+    sides = ("right",) * len(COLUMNS) + ("left", "left")
+    told = [v for v in verdicts if v.status != "pass"]
+    told = list(verdicts) if verbose else alike(told)
+    told.sort(key=lambda v: ("fail", "warn", "pass").index(v.status))
     counts = Counter(verdict.status for verdict in verdicts)
-    lines = [escape(line) for line in lines]
-    return "\n".join(
-        [*lines, f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings"]
-    )
+    passed = f"{counts['pass']} passes" + ("" if verbose else " (--verbose lists them)")
+    lines = [
+        str(record.path),
+        *tabulate([[escape(cell) for cell in row] for row in rows], headings, tablefmt="plain",
+                  disable_numparse=True, colalign=sides if rows else None).splitlines(),
+        *(f"{v.status}  {v.rule:14}  {v.evidence}" for v in told),
+        f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings, {passed}",
+    ]  # fmt: skip
+    return "\n".join(map(escape, lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1352,11 +1489,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", type=Path, help="folder of the validation shards; default: from the log's settings"
     )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer model; default: from the log's settings")
+    parser.add_argument("--mode", default="", help="evaluation of a run; default: the last legal one")
+    parser.add_argument("--verbose", action="store_true", help="list passes and every seed's lines too")
     parser.add_argument("--json", action="store_true", help="print facts and verdicts as JSON")
     arguments = parser.parse_args(argv)
     try:
         against = read_record(arguments.against) if arguments.against else None
-        records = [read_record(path) for path in arguments.paths]
+        records = [read_record(path, arguments.mode) for path in arguments.paths]
         for record in records:
             record.data, record.tokenizer = arguments.data, arguments.tokenizer
         checked = [(record, check(record, against)) for record in records]
@@ -1371,7 +1510,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]  # fmt: skip
         print(json.dumps(objects, indent=1, default=str).replace("\x7f", "\\u007f"))
     else:
-        print("\n\n".join(report(record, verdicts) for record, verdicts in checked))
+        print("\n\n".join(report(record, verdicts, arguments.verbose) for record, verdicts in checked))
     return 1 if any(status_of(verdicts) == "fail" for _, verdicts in checked) else 0
 
 

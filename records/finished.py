@@ -13,6 +13,7 @@ import check
 from runfiles import read_object, read_result
 
 SETTING = re.compile(r"(?m)^  ([A-Z]\w*)=(.*?)( \(given\))?$")
+TRACKS = ("track_10min_16mb", "track_non_record_16mb")
 TEXT_TOLERANCE = 1e-3  # bpb; trainer and evaluator differ by far less on the same artifact, text and windows
 
 
@@ -22,12 +23,13 @@ class Refused(Exception):
 
 @dataclass
 class Run:
-    """A finished run: joined text of its logs, RESULT lines, settings as text (the evaluator's win).
+    """A finished run: joined text of its logs, RESULT lines, settings as text (trainer, evaluator).
 
-    `evaluated` is empty if eval_ttt.py did not run.
+    `evaluation` is the folder of the evaluation's files. `evaluated` is empty if eval_ttt.py did not run.
     """
 
     path: Path
+    evaluation: Path
     facts: check.LogFacts
     log: str
     certificate: str
@@ -68,40 +70,38 @@ def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
     if unsaid := unsaid + [key for key in ("vocab_size", "eval_seq_len") if key not in settings[0]]:
         raise Refused(f"{path}: its log does not report {', '.join(unsaid)}")
     text = certificate.read_text() if certificate.exists() else ""
-    return Run(path, facts, log, text, trained, evaluated, settings, given)
+    return Run(path, certificate.parent, facts, log, text, trained, evaluated, settings, given)
 
 
-def without_audit(result: Mapping[str, Any]) -> dict[str, Any]:
-    """A result without the key that an audit fills in after the line was logged."""
-    return {key: value for key, value in result.items() if key != "audit"}
+def read_run(folder: Path, mode: str = "") -> Run:
+    """Read a run's files, with its evaluation in `mode` or the last legal one.
 
-
-def read_run(folder: Path) -> Run:
-    """Read a run's files. Refused if they are not those of a finished run."""
+    Refused if they are not those of a finished run.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    evaluated = [name for name in ("eval_ttt.log", "eval_ttt.json") if any(folder.glob("eval_ttt.*"))]
-    if missing := [
-        n for n in ("train.log", "result.json", "source", *evaluated) if not (folder / n).exists()
-    ]:
-        raise Refused(f"{folder} is not a finished run: no {', '.join(missing)}")
     try:
+        own = check.evaluation_folder(folder, mode)
+        paths = [folder / name for name in ("train.log", "result.json", "source")]
+        if any(own.glob("eval_ttt.*")):
+            paths += [own / "eval_ttt.log", own / "eval_ttt.json"]
+        if missing := [str(path.relative_to(folder)) for path in paths if not path.exists()]:
+            raise Refused(f"{folder} is not a finished run: no {', '.join(missing)}")
         read = {"result.json": read_result(folder / "result.json")}
-        read |= {name: read_object(folder / name) for name in evaluated[1:]}
-        run = read_logs(
-            folder, [folder / name for name in ("train.log", *evaluated[:1])], folder / "certificate.txt"
-        )
+        read |= {path.name: read_object(path) for path in paths if path.name == "eval_ttt.json"}
+        logs = [path for path in paths if path.suffix == ".log"]
+        run = read_logs(folder, logs, own / "certificate.txt")
     except ValueError as error:
         raise Refused(f"{folder}: {error}") from error
-    logged = [without_audit(result) for result in run.facts.results]
-    if other := [name for name, said in read.items() if without_audit(said) not in logged]:
+    logged = [check.without_audit(result) for result in run.facts.results]
+    if other := [name for name, said in read.items() if check.without_audit(said) not in logged]:
         raise Refused(f"{folder}: no RESULT line of its logs matches {', '.join(other)}")
     return run
 
 
-def own_faults(run: Run, track: str) -> list[str]:
+def own_faults(run: Run, track: str, mode: str = "") -> list[str]:
     """Return the faults of one run: those that check.py finds, and scores of different texts."""
-    record = check.read_record(run.path)
+    record = check.read_record(run.path, mode)
     record.claims = {"track": track}
     faults = [f"{v.rule}: {v.evidence}" for v in check.check(record) if v.status == "fail"]
     windows = str(run.evaluated.get("settings", {}).get("eval_seq_len"))
@@ -112,6 +112,11 @@ def own_faults(run: Run, track: str) -> list[str]:
     ):
         shown = f"{run.trained[key]:.6f} and {run.evaluated[key]:.6f}"
         faults.append(f"log: trainer and evaluator scored different texts, {key} is {shown}")
+    packed = run.trained.get("bytes_total_packed")
+    if run.facts.bytes_total > check.SIZE_CAP and check.is_number(packed) and packed <= check.SIZE_CAP:
+        faults.append(
+            f"sizes: packed it would be {packed} bytes. Train with the packed programs, see records/pack.py."
+        )
     return [f"{run.path}: {fault}" for fault in dict.fromkeys(faults)]
 
 
@@ -128,15 +133,29 @@ def differences(runs: Sequence[Run], kind: str, what: Callable[[Run], Mapping[st
     return found
 
 
-def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
-    """Return the runs, sorted by seed. Refused with every reason why they cannot be a record."""
+def validation_text(run: Run) -> dict[str, Any]:
+    """Return what identifies the text that a run was scored on, as far as its logs tell."""
+    shards = run.evaluated.get("sha256_shards", {})
+    return dict(shards, tokenizer=run.trained.get("sha256_tokenizer"), targets=run.facts.val_tokens)
+
+
+def read_runs(folders: Sequence[Path], track: str = "", mode: str = "") -> tuple[list[Run], str]:
+    """Return the runs, sorted by seed, and their track. Refused with every reason against a record.
+
+    Without a given track, runs that are not of the challenge go to the other track.
+    """
     reasons, runs = [], []
     for folder in folders:
         try:
-            runs.append(read_run(folder))
-            reasons += own_faults(runs[-1], track)
+            runs.append(read_run(folder, mode))
         except Refused as refused:
             reasons += refused.args
+    foreign = check.deviations([run.facts for run in runs])
+    if track == TRACKS[0]:
+        reasons += [f"not a challenge run: {told}. Leave out --track {track}." for told in foreign]
+    track = track or TRACKS[bool(foreign)]
+    for run in runs:
+        reasons += own_faults(run, track, mode)
     runs.sort(key=lambda run: run.seed)
     for before, run in pairwise(runs):
         if before.seed == run.seed:
@@ -153,7 +172,8 @@ def read_runs(folders: Sequence[Path], track: str) -> list[Run]:
     if runs:
         reasons += differences(runs, "code", lambda run: run.trained["sha256_code"])
         reasons += differences(runs, "settings", lambda run: run.settings[0])
+        reasons += differences(runs, "text", validation_text)
         reasons += differences(runs, "evaluation", lambda run: run.evaluated.get("settings", {}))
     if reasons:
         raise Refused(*reasons)
-    return runs
+    return runs, track

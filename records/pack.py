@@ -3,8 +3,10 @@
     python records/pack.py --out DIR [FILES...]     default: train_gpt.py and eval_ttt.py
 
 For each NAME.py, DIR receives the packed program under that name, which runs and imports like the readable
-one, and the readable one as NAME_readable.py. Code counts toward the 16,000,000 bytes; every byte saved is
-available for weights.
+one, and the readable one as NAME_readable.py. DIR/records links to this folder, so that the packed evaluator
+can audit. Code counts toward the 16,000,000 bytes; every byte saved is available for weights. Train a
+submission with DIR/train_gpt.py: then the packed bytes are counted, and submit.py ships them. A sweep runs
+the readable programs; with the CODE_BYTES that this command prints, its FIT_SIZE=1 fits the packed ones.
 
 A packed file is a Latin-1 source with one string literal: each character is one byte of the compressed
 program, and only characters that a literal cannot hold are escaped. Measured on 2026-11-21
@@ -27,17 +29,27 @@ from __future__ import annotations
 import argparse
 import ast
 import bz2
+import hashlib
+import json
+import os
 import re
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from unittest import mock
+from typing import NamedTuple
 
 from runfiles import escape_lines, write_file
 
-ROOT = Path(__file__).resolve().parent.parent
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent
 PROGRAMS = (ROOT / "train_gpt.py", ROOT / "eval_ttt.py")
+CACHE = TOOLS / "__pycache__" / "packed.json"  # program and packer -> what they give: packing takes seconds
+CACHED = 50  # entries kept
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 UNPACK = b"#coding:l1\nimport bz2\nexec(bz2.decompress(%s.encode('l1')))"  # l1: Latin-1
+MINIFIER = "python-minifier"
 
 
 class PackError(ValueError):
@@ -62,6 +74,8 @@ def minify(source: str) -> str:
     the same on every Python version and runs on 3.10: from 3.12 on, the library would write nested quotes
     into f-strings, which older versions reject.
     """
+    from unittest import mock
+
     try:
         import python_minifier as library
         from python_minifier.expression_printer import ExpressionPrinter
@@ -101,6 +115,58 @@ def pack(source: str) -> bytes:
     return UNPACK % literal(bz2.compress(source.encode()))
 
 
+def is_packed(source: bytes) -> bool:
+    return source.startswith(UNPACK.partition(b"%s")[0])
+
+
+class Packed(NamedTuple):
+    """A packed program, by its content."""
+
+    size: int
+    sha256: str
+
+
+def packed(path: Path) -> Packed:
+    """Return size and hash of a program as this tool packs it; a packed program is itself.
+
+    The result is cached by content, for packing both programs takes 4 CPU seconds. PackError without the
+    minifier.
+    """
+    source = path.read_bytes()
+    if is_packed(source):
+        return Packed(len(source), hashlib.sha256(source).hexdigest())
+    try:
+        parts = (source, Path(__file__).read_bytes(), version(MINIFIER).encode())
+    except PackageNotFoundError as error:
+        raise PackError(f"{MINIFIER} is missing: pip install -r requirements.txt") from error
+    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    known = read_cache()
+    if key not in known:
+        blob = pack(minify(source.decode()))
+        known = dict(list(known.items())[1 - CACHED :])
+        known[key] = Packed(len(blob), hashlib.sha256(blob).hexdigest())
+        with suppress(OSError):  # a read-only tree packs every time
+            CACHE.parent.mkdir(exist_ok=True)
+            write_file(CACHE, json.dumps(known).encode())
+    return Packed(*known[key])
+
+
+def read_cache() -> dict[str, list]:
+    try:
+        known = json.loads(CACHE.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def packed_bytes(paths: Sequence[Path]) -> int | None:
+    """Return the bytes of programs when packed; None without the minifier. For train_gpt.py's result."""
+    try:
+        return sum(packed(path).size for path in paths)
+    except PackError:
+        return None
+
+
 def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
     """Write `path` packed and readable into `out`; return its bytes readable, minified and packed."""
     target = out / path.name
@@ -116,6 +182,12 @@ def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
     return path.stat().st_size, len(small.encode()), target.stat().st_size
 
 
+def link_tools(out: Path) -> None:
+    """Link this folder into `out`, where the programs look for audit, reports and memory plans."""
+    if not os.path.lexists(out / "records"):
+        (out / "records").symlink_to(TOOLS, target_is_directory=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -125,15 +197,18 @@ def main() -> int:
     )
     parser.add_argument("--out", required=True, type=Path, help="output folder")
     arguments = parser.parse_args()
+    from tabulate import tabulate  # not needed by the programs that call packed_bytes
+
     try:
         sizes = {path.name: pack_file(path, arguments.out) for path in arguments.files}
-    except PackError as error:
+        link_tools(arguments.out)
+    except (PackError, OSError) as error:
         print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
-    sizes["together"] = tuple(map(sum, zip(*sizes.values(), strict=True)))
-    print(f"{'bytes':20}{'readable':>12}{'minified':>12}{'packed':>12}")
-    for name, (readable, minified, packed) in sizes.items():
-        print(f"{name:20}{readable:>12,}{minified:>12,}{packed:>12,}")
+    columns = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    rows = [(name, *row) for name, row in [*sizes.items(), ("together", columns)]]
+    print(tabulate(rows, ["bytes", "readable", "minified", "packed"], tablefmt="plain", intfmt=","))
+    print(f"CODE_BYTES={columns[2]}: set it where FIT_SIZE=1 exports from the readable programs")
     return 0
 
 

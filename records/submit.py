@@ -1,17 +1,20 @@
 """Build a record folder from finished runs and check it; or regenerate its pages; or list all records.
 
-    python records/submit.py runs/A runs/B runs/C --name Name --track track_10min_16mb [--against FOLDER]
+    python records/submit.py runs/A runs/B runs/C --name Name [--mode MODE] [--against FOLDER]
     python records/submit.py --regenerate records/TRACK/FOLDER [--run-its-code]
     python records/submit.py --table
 
-The runs must be three or more with the same code and settings and distinct seeds. The submitted score is that
-of eval_ttt.py if it ran, else the trainer's sliding score. records/TRACK/DATE_NAME/ gets README.md,
-submission.json, logs, the code that ran and requirements.txt. Every number comes from a RESULT line or a
-file; scores have the eight decimals that logs print. The folder appears only if it passes records/check.py
-and if train_gpt.py --describe runs in it. The latter is skipped, with a note, for code that is not
-byte-identical to this repository's, unless --run-its-code is given: the runs may come from an untrusted
-source. --against is a record folder, or a published mean bpb. The comparison is reported whatever it shows;
-with --require-significance a gain below 0.005 nats or without p < 0.01 is refused. --regenerate rewrites
+The runs must be three or more with the same code and settings and distinct seeds. The submitted score is
+that of the last legal evaluation by eval_ttt.py, or of --mode, else the trainer's sliding score. The folder
+records/TRACK/DATE_NAME/ gets README.md, submission.json, logs, the code that ran and was counted, its recipe
+and requirements.txt. Every number comes from a RESULT line or a file; scores have the eight decimals that
+logs print. Runs of another validation text, other GPUs or other times than the challenge's go to
+track_non_record_16mb, and title, README and submission.json say so; with --track track_10min_16mb they are
+refused. The folder appears only if it passes records/check.py and if train_gpt.py --describe runs in it. The
+latter is skipped, with a note, for code that is neither this repository's nor that packed by pack.py, unless
+--run-its-code is given: the runs may come from an untrusted source. --against is a record folder, or a
+published mean bpb, on the same validation text. The comparison is reported whatever it shows; with
+--require-significance a gain below 0.005 nats or without p < 0.01 is refused. --regenerate rewrites
 README.md and submission.json of such a folder from its logs; author, name and so on come from its
 submission.json unless options override them. It starts no code unless --run-its-code is given. Exit codes: 0
 written, 1 refused (all reasons are printed), 2 user error.
@@ -29,23 +32,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from importlib.machinery import all_suffixes
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import check
-from finished import Refused, Run, read_logs, read_runs
+from finished import TRACKS, Refused, Run, read_logs, read_runs
 from launch import Crash, trainer
+from pack import PackError, is_packed, packed
 from runfiles import escape, escape_lines, links, read_object, read_plain, sha256_file, write_file
+from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
-TRACKS = ("track_10min_16mb", "track_non_record_16mb")
+CONTEST = "openai/parameter-golf"
 MARKERS = ("<!-- records: begin -->", "<!-- records: end -->")
 PER_RUN = ("run_id", "seed", "model_path")  # set by the loop in the README's command
 DATA = ("data_path", "tokenizer_path", "val_files")  # read by the evaluator but not in its log
+KERNELS = {"fa2": "flash-attn"}  # by the attention that ran; FlashAttention 3 has no pinned package
+SUMMARY = 100  # characters of what changed in a title
 
 # ------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -74,7 +83,7 @@ class Comparison(NamedTuple):
 def compare(runs: Sequence[Run], against: str) -> Comparison:
     """Compare with a record folder: by its logs, or by submission.json's mean if they have under two scores.
 
-    `against` may also be a published mean in bpb. ValueError if it is neither.
+    `against` may also be a published mean in bpb. ValueError if it is neither, or of another text.
     """
     ours = check.Record(Path("this"), "folder", [run.facts for run in runs])
     factor, scores, tests = check.nats_per_bpb(ours), ours.values("val_bpb"), []
@@ -83,8 +92,14 @@ def compare(runs: Sequence[Run], against: str) -> Comparison:
         name, published = other.path.resolve().name, other.claims.get("val_bpb")
         if len(other.values("val_bpb")) > 1:
             published, (_, _, tests) = mean(other.values("val_bpb")), check.compare(ours, other)
+        elif other.runs:
+            check.require_same_text(ours, other)
     else:
         name = published = against
+    counted = os.path.isdir(against) and other.runs
+    foreign = os.path.isdir(against) and other.claims.get("challenge_run") is False
+    if not counted and (foreign or not all(check.is_challenge_text(run.facts) for run in runs)):
+        raise ValueError(f"--against {against}: no log shows that it is of the validation text of these runs")
     threshold = float(published) if re.fullmatch(r"\d*\.?\d+", str(published)) else 0.0
     if threshold <= 0:
         raise ValueError(f"--against {against}: must be a record folder with scores or a mean in bpb")
@@ -132,22 +147,19 @@ def seed_entry(run: Run) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def hardware(run: Run) -> str:
-    versions, processes = run.trained["versions"], run.trained["world_size"]
-    return f"{processes} x {versions['gpu']}" if versions["gpu"] != "none" else f"CPU, processes: {processes}"
-
-
 def submission(
     runs: Sequence[Run], about: Mapping[str, str], comparison: Comparison | None
 ) -> dict[str, Any]:
     """Return the object of submission.json."""
     versions, facts = runs[0].trained["versions"], [run.facts for run in runs]
+    foreign = check.deviations(facts)
 
     def over(combine: Callable, fact: str, digits: int) -> float:
         return round(combine([getattr(each, fact) for each in facts]), digits)
 
     return dict(
         **about, blurb=about["technique_summary"].partition("\n")[0] or about["name"],
+        challenge_run=not foreign, deviations=foreign,
         val_bpb=over(mean, "val_bpb", 8), val_loss=over(mean, "val_loss", 8),
         val_bpb_std=over(stdev, "val_bpb", 8), val_loss_std=over(stdev, "val_loss", 8),
         seeds=[run.seed for run in runs], seed_results={str(run.seed): seed_entry(run) for run in runs},
@@ -155,16 +167,18 @@ def submission(
         artifact_bytes_mean=over(mean, "bytes_total", 1), artifact_bytes_max=over(max, "bytes_total", 0),
         train_steps_mean=over(mean, "steps", 2), step_avg_ms_mean=over(mean, "step_avg_ms", 3),
         train_time_s_mean=over(mean, "train_seconds", 3), eval_time_s_mean=over(mean, "eval_seconds", 3),
-        hardware=hardware(runs[0]), python_version=versions["python"], pytorch_version=versions["torch"],
-        cuda_version=versions["cuda"], sha256_code=runs[0].trained["sha256_code"],
+        hardware=check.hardware(facts[0]), python_version=versions["python"],
+        pytorch_version=versions["torch"], cuda_version=versions["cuda"],
+        sha256_code=runs[0].trained["sha256_code"],
         **(dict(comparison=comparison_keys(comparison)) if comparison else {}),
     )  # fmt: skip
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the first row is its header."""
-    lines = ["| " + " | ".join(map(escape, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+    """Return a Markdown table; the first row is its header, the first column text, the others numbers."""
+    cells = [[escape(cell) for cell in row] for row in rows]
+    sides = ("left", *("right",) * (len(rows[0]) - 1))
+    return tabulate(cells[1:], cells[0], tablefmt="pipe", disable_numparse=True, colalign=sides)
 
 
 COLUMNS = (  # of the README's table: heading, key in a seed's entry, format
@@ -219,12 +233,15 @@ def compliance(runs: Sequence[Run]) -> str:
         if learns
         else "no adaptation at evaluation"
     )
-    audits = [f"seed {r.seed}: {r.certificate.splitlines()[0]}" for r in runs if r.certificate]
+    audits: dict[str, list[str]] = {}
+    for each in (run for run in runs if run.certificate):
+        audits.setdefault(each.certificate.splitlines()[0], []).append(str(each.seed))
+    told = "; ".join(f"seeds {', '.join(seeds)}: {line}" for line, seeds in audits.items())
     mixes = bool(run.evaluated) and float(c["ppm_alpha"]) != 1
     mixed = f", mixed with an order-1 PPM (PPM_ALPHA={c['ppm_alpha']})" if mixes else ""
     return "\n".join([
         "1. Causal: a target's loss depends on the artifact, read from disk, and on the tokens before it. "
-        + (f"Audits: {'; '.join(audits)}." if audits else "The runs have no audit certificate."),
+        + (f"Audits: {told}." if audits else "The runs have no audit certificate."),
         f"2. Normalized: a softmax over {c['vocab_size']} tokens{mixed}, fixed before the target is seen.",
         f"3. Score before update: {how}; every RESULT line says legal.",
         f"4. One pass: each of the {facts[0].val_tokens or 'validation'} targets is scored once; the "
@@ -246,54 +263,106 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return {name.upper(): value for name, value in given.items() if name in own and name not in PER_RUN}
 
 
-def command(runs: Sequence[Run]) -> str:
-    """Return the shell lines that reproduce the runs, with the settings given to the first."""
-    run = runs[0]
+def recipe_of(folder: Path) -> tuple[str, dict[str, str]]:
+    """Return name and settings, as text, of the recipe in a folder; empty without one that we can read."""
+    tg = trainer()
+    for path in sorted(folder.glob("*.env")):
+        with suppress(tg.UserError):
+            given = tg.load_config({"RECIPE": str(path)})[1]
+            return path.name, {name: str(value) for name, value in given.items()}
+    return "", {}
 
-    def start(program: str, own: str, given: Mapping[str, str], processes: int) -> str:
+
+def evaluator_seed(runs: Sequence[Run]) -> str:
+    """Return the SEED of the evaluations as a shell word: the loop's, one for all, or the default."""
+    if all(run.evaluated.get("seed") == run.seed for run in runs):
+        return "SEED=$SEED "
+    seed, default = runs[0].evaluated.get("seed"), trainer().Config().seed
+    return f"SEED={int(seed)} " if isinstance(seed, int) and seed != default else ""
+
+
+def command(runs: Sequence[Run], folder: Path) -> str:
+    """Return the shell lines that reproduce the runs in the record `folder`.
+
+    They read its recipe, and set what was given otherwise to the first run.
+    """
+    run, (recipe, known) = runs[0], recipe_of(folder)
+
+    def start(program: str, own: str, part: int, processes: int) -> str:
+        data = {name: run.settings[0][name] for name in DATA if name in run.settings[0]}
+        logged = data | run.settings[part]
+        given = {*known, *run.given[part], *(run.given[0].keys() & data)}
+        changed = {
+            name: value for name, value in logged.items() if name in given and known.get(name) != value
+        }
+        words = [f"{name}={shlex.quote(value)}" for name, value in environment(changed).items()]
         launcher = f"torchrun --standalone --nproc_per_node={processes}" if processes > 1 else "python"
-        words = [f"{name}={shlex.quote(value)}" for name, value in environment(given).items()]
+        own = f"RECIPE={shlex.quote(recipe)} {own}" if recipe else own
         return " \\\n    ".join([own, *words, f"{launcher} {program}"])
 
-    lines = [start("train_gpt.py", "SEED=$SEED RUN_ID=seed$SEED", run.given[0], run.trained["world_size"])]
+    lines = [start("train_gpt.py", "SEED=$SEED RUN_ID=seed$SEED", 0, run.trained["world_size"])]
     if run.evaluated:
-        given = {name: run.given[0][name] for name in DATA if name in run.given[0]} | run.given[1]
-        own = "MODEL_PATH=runs/seed$SEED/final_model.int6.ptz"
-        lines.append(start("eval_ttt.py", own, given, run.evaluated["world_size"]))
+        own = f"{evaluator_seed(runs)}MODEL_PATH=runs/seed$SEED/final_model.int6.ptz"
+        lines.append(start("eval_ttt.py", own, 1, run.evaluated["world_size"]))
     seeds = " ".join(str(int(run.seed)) for run in runs)
     return "\n".join([f"for SEED in {seeds}; do", *(f"  {line}" for line in lines), "done"])
 
 
-def readme(claims: Mapping[str, Any], runs: Sequence[Run], comparison: Comparison | None) -> str:
-    bpb, nats, n = claims["val_bpb"], claims["val_loss"], len(runs)
+def title(claims: Mapping[str, Any]) -> str:
+    """Return the record's name, what changed, the score, and the delta to the record compared with."""
+    name = claims["name"] + ("" if claims["challenge_run"] else " (not a challenge run)")
+    what = f": {shorten(claims['blurb'], SUMMARY, placeholder='...')}" * (claims["blurb"] != claims["name"])
+    found = claims.get("comparison")
+    delta = f", {found['delta_bpb']:+.5f} against {found['against']}" if found else ""
+    return f"{name}{what} - val_bpb {claims['val_bpb']:.5f} ({len(claims['seeds'])}-seed mean{delta})"
+
+
+def readme(
+    claims: Mapping[str, Any], runs: Sequence[Run], comparison: Comparison | None, folder: Path
+) -> str:
     spread = f"{claims['val_bpb_std']:.6f} bpb, {claims['val_loss_std']:.6f} nats"
     label = runs[0].facts.headline.label.removesuffix("_exact")
     used = {", ".join(f"{k} {v}" for k, v in run.trained["versions"].items()) for run in runs}
+    foreign = f"> **Not a challenge run**, no entry for {CONTEST}: {'; '.join(claims['deviations'])}."
+    is_small = any(is_packed(read_plain(path)) for path in folder.glob("*.py"))
+    packing = " Packed (minified, bz2) by this project's records/pack.py." * is_small
     code = ", ".join(f"`{name}` {digest[:12]}.." for name, digest in claims["sha256_code"].items())
     sections = {
         "Runs": seed_table(claims["seed_results"]),
         "Comparison": comparison_text(comparison),
         "What changed": claims["technique_summary"],
         "Compliance": compliance(runs),
-        "Command": f"    {command(runs)}".replace("\n", "\n    "),
-        "Environment": "\n".join(f"{hardware(runs[0])}: {each}." for each in sorted(used)),
-        "Files": f"The code that ran, with SHA-256: {code}. Logs: training, then evaluation if separate.",
+        "Command": f"    {command(runs, folder)}".replace("\n", "\n    "),
+        "Environment": "\n".join(f"{claims['hardware']}; {each}." for each in sorted(used)),
+        "Files": f"The code that ran, with SHA-256: {code}.{packing}\n"
+        "Logs: training, then evaluation if separate.",
     }
     return escape_lines("\n\n".join([
-        f"# {claims['name']}: val_bpb {bpb:.5f} ({n}-seed mean)",
-        f"**{bpb:.8f} bpb / {nats:.8f} nats per token** (`{label}`; mean of {n} seeds, std {spread}) | "
+        f"# {title(claims)}",
+        f"**{claims['val_bpb']:.8f} bpb / {claims['val_loss']:.8f} nats per token**, lower is better "
+        f"(`{label}`; mean of {len(runs)} seeds, std {spread}) | "
         f"**{claims['bytes_total']:,} bytes** at most | {claims['hardware']}",
-        *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
+        *([foreign] if claims["deviations"] else []),
+        *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
     ]) + "\n")  # fmt: skip
 
 
-def requirements(versions: Mapping[str, Any]) -> str:
-    """Return the project's requirements, with the versions that ran if RESULT has them."""
-    text = (ROOT / "requirements.txt").read_text()
+def requirements(folder: Path, run: Run) -> str:
+    """Return the packages that the folder's programs import, in the versions that ran if the log has them."""
+    pins = dict(
+        pin
+        for name in ("requirements.txt", "requirements-gpu.txt")
+        for pin in re.findall(r"(?m)^([\w.-]+)==([\w.]+)", (ROOT / name).read_text())
+    )
+    versions = run.trained["versions"]
     for name in ("torch", "numpy"):
-        version = re.match(r"[\w.]*", str(versions[name]))[0]  # without the local part, +cu128
-        text = re.sub(rf"(?m)^{name}==.*$", f"{name}=={version}", text)
-    return text
+        pins[name] = re.match(r"[\w.]*", str(versions[name]))[0]  # without the local part, +cu128
+    wanted = {name for path in folder.glob("*.py") for name in check.imports(check.parse_python(path)[0])}
+    wanted |= {
+        trainer().PACKAGES.get(run.settings[0].get("compressor"), ("",))[0],
+        KERNELS.get(str(versions.get("attention"))),
+    }
+    return "".join(f"{name}=={pinned}\n" for name, pinned in pins.items() if name in wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -313,7 +382,7 @@ def write_pages(
     claims = submission(runs, about, comparison)
     text = escape_lines(json.dumps(claims, indent=1, ensure_ascii=False))
     write_file(folder / "submission.json", f"{text}\n".encode())
-    write_file(folder / "README.md", readme(claims, runs, comparison).encode())
+    write_file(folder / "README.md", readme(claims, runs, comparison, folder).encode())
 
 
 def write_rest(folder: Path, runs: Sequence[Run]) -> None:
@@ -324,9 +393,9 @@ def write_rest(folder: Path, runs: Sequence[Run]) -> None:
         write_file(folder / f"train_seed{run.seed}.log", run.log.encode())
         if run.certificate:
             write_file(folder / f"certificate_seed{run.seed}.txt", run.certificate.encode())
-        if (run.path / "certificate.json").exists():
-            write_file(folder / f"certificate_seed{run.seed}.json", read_plain(run.path / "certificate.json"))
-    write_file(folder / "requirements.txt", requirements(runs[0].trained["versions"]).encode())
+        if (data := run.evaluation / "certificate.json").exists():
+            write_file(folder / f"certificate_seed{run.seed}.json", read_plain(data))
+    write_file(folder / "requirements.txt", requirements(folder, runs[0]).encode())
 
 
 def smoke_start(folder: Path, run: Run) -> None:
@@ -342,10 +411,18 @@ def smoke_start(folder: Path, run: Run) -> None:
 
 
 def is_ours(folder: Path) -> bool:
-    """Return whether all files of `folder` that Python can run or import are byte-identical to ours."""
+    """Return whether all files of `folder` that Python can run or import are ours, readable or packed."""
     code = [path for path in folder.iterdir() if path.name.endswith(tuple(all_suffixes()))]
-    own = {path.name: sha256_file(path) for path in ROOT.glob("*.py")}
-    return all(own.get(path.name) == sha256_file(path) for path in code)
+    for path in code:
+        ours, digest = ROOT / path.name, sha256_file(path)
+        if path.suffix != ".py" or not ours.is_file():
+            return False
+        try:
+            if digest not in (sha256_file(ours), packed(ours).sha256):
+                return False
+        except PackError:  # without the minifier, nothing packed is known to be ours
+            return False
+    return True
 
 
 def refuse_links(folder: Path) -> None:
@@ -387,22 +464,23 @@ def describe(arguments: argparse.Namespace, known: Mapping[str, Any]) -> dict[st
 
 def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
     """Build and check the record in a temporary folder, then move it; return the folder and its verdicts."""
-    about = describe(arguments, dict(track=TRACKS[0], date=f"{date.today()}"))
-    name, track = re.sub(r"\s+", "_", about["name"]), f"track_{about['track']}"
+    about = describe(arguments, dict(date=f"{date.today()}"))
+    name = re.sub(r"\s+", "_", about["name"])
     if not re.fullmatch(r"[\w.+,=-]+", name):
         raise ValueError(f"--name {about['name']!r}: must consist of letters, digits, spaces and _ . + , = -")
+    for path in filter(Path.is_dir, arguments.runs):
+        refuse_links(path)
+    runs, track = read_runs(arguments.runs, arguments.track or "", arguments.mode)
+    about["track"] = track.removeprefix("track_")
     target = arguments.out / track / f"{about['date']}_{name}"
     if target.exists():
         raise ValueError(f"{target} already exists. Choose another name.")
-    for path in filter(Path.is_dir, arguments.runs):
-        refuse_links(path)
-    runs = read_runs(arguments.runs, track)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out, prefix=".building-") as beside:
         folder = Path(beside) / target.name
         folder.mkdir()
-        write_pages(folder, runs, about, arguments.against, arguments.require_significance)
         write_rest(folder, runs)
+        write_pages(folder, runs, about, arguments.against, arguments.require_significance)
         verdicts = verify(folder, runs[0], arguments.run_its_code or is_ours(folder))
         target.parent.mkdir(exist_ok=True)
         os.rename(folder, target)
@@ -467,9 +545,9 @@ def table(records: Path) -> str:
         numbers = [float(number) if check.is_number(number) else math.inf for number in numbers]
         forms = (".6f", ".6f", ".6f", ".0f", ",.0f")
         cells = ["-" if n == math.inf else format(n, form) for n, form in zip(numbers, forms, strict=True)]
-        link = (
-            f"[{str(claims.get('name', folder.name)).replace('|', '/')}]({folder.parent.name}/{folder.name})"
-        )
+        name = str(claims.get("name", folder.name)).replace("|", "/")
+        name += " (not a challenge run)" * (claims.get("challenge_run") is False)
+        link = f"[{name}]({folder.parent.name}/{folder.name})"
         when, who = str(claims.get("date", "-"))[:10], str(claims.get("author") or "-")
         found.append(
             (folder.parent.name, numbers[0], folder.name, [folder.parent.name, when, link, *cells, who])
@@ -493,6 +571,33 @@ def write_table(records: Path) -> Path:
     return path
 
 
+def next_step(folder: Path) -> str:
+    """Return what to do with a new record: the commands of a pull request, or how to make a challenge run."""
+    record = check.read_record(folder)
+    if not all(map(check.is_challenge_text, record.runs)):
+        return (
+            "next: these scores are not on the challenge's text; data/download.py --help says how to get it"
+        )
+    name, track = shlex.quote(folder.name), folder.parent.name
+    heading = shlex.quote(escape(title(record.claims)))
+    return "\n".join([
+        f"next: a pull request from your fork of https://github.com/{CONTEST}",
+        f"  git clone https://github.com/YOUR_NAME/{CONTEST.partition('/')[2]} fork",
+        f"  mkdir -p fork/records/{track} && cp -r {shlex.quote(str(folder))} fork/records/{track}/",
+        f"  cd fork && git switch -c {name} && git add records && git commit -m {heading}",
+        f"  git push -u origin {name} && gh pr create --repo {CONTEST} --title {heading} --body-file "
+        f"records/{track}/{name}/README.md",
+    ])  # fmt: skip
+
+
+def packing_hint(folder: Path) -> str:
+    """Return a note if packing the programs before training would free bytes for weights."""
+    results = [run.result for run in check.read_record(folder).runs]
+    counts = [(r.get("bytes_total"), r.get("bytes_total_packed")) for r in results]
+    saved = max((a - b for a, b in counts if check.is_number(a) and check.is_number(b)), default=0)
+    return f"note: with the packed programs, see records/pack.py, {saved:,} bytes more are free" * (saved > 0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -509,7 +614,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--run-its-code", action="store_true", help="start the folder's train_gpt.py --describe"
     )
     parser.add_argument("--name", help="record name; the folder is DATE_NAME")
-    parser.add_argument("--track", choices=TRACKS, help=f"default: {TRACKS[0]}")
+    parser.add_argument("--track", choices=TRACKS, help="default: by what the runs are")
+    parser.add_argument("--mode", default="", help="evaluation to submit; default: each run's last legal one")
     parser.add_argument("--author", help="name of the author")
     parser.add_argument("--github", dest="github_id", help="GitHub id of the author")
     parser.add_argument("--what", metavar="FILE|TEXT", help="what changed; the first line is the blurb")
@@ -531,6 +637,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
     print(check.report(check.read_record(folder), verdicts))
+    if not arguments.regenerate:
+        print(*filter(None, (packing_hint(folder), next_step(folder))), sep="\n")
     return 0
 
 
