@@ -1270,6 +1270,11 @@ def find_shapes(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield line, "uncounted code: exec of another file"
 
 
+@lru_cache(8)  # the programs of several runs are one tree: see parse_source
+def shapes_of(tree: ast.Module) -> tuple[tuple[int, str], ...]:
+    return tuple(find_shapes(tree))
+
+
 def learning_shapes(function: ast.FunctionDef, scorers: set[str]) -> Iterator[tuple[int, str]]:
     """Yield the ways in which a function adapts on its validation tokens in the wrong order."""
     arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
@@ -1301,7 +1306,7 @@ def check_tree(record: Record) -> Iterator[Finding]:
         if tree is None:  # nested quotes in f-strings need Python 3.12
             yield "warn" if "packed" in problem or "f-string" in problem else "fail", problem
             continue
-        yield from (("fail", f"{path.name}:{line}: {meaning}") for line, meaning in find_shapes(tree))
+        yield from (("fail", f"{path.name}:{line}: {meaning}") for line, meaning in shapes_of(tree))
         if path.name in ("train_gpt.py", "eval_ttt.py") and (network := sorted(imports(tree) & NETWORK)):
             yield "warn", f"{path.name} imports {', '.join(network)}: evaluation must not use the network"
     yield (

@@ -92,7 +92,8 @@ def read_run(folder: Path, mode: str = "") -> Run:
         logs = [path for path in paths if path.suffix == ".log"]
         run = read_logs(folder, logs, own / "certificate.txt")
     except ValueError as error:
-        raise Refused(f"{folder}: {error}") from error
+        told = str(error)
+        raise Refused(told if str(folder) in told else f"{folder}: {told}") from error
     logged = [check.without_audit(result) for result in run.facts.results]
     if other := [name for name, said in read.items() if check.without_audit(said) not in logged]:
         raise Refused(f"{folder}: no RESULT line of its logs matches {', '.join(other)}")

@@ -134,21 +134,22 @@ def packed(path: Path) -> Packed:
     """
     source = path.read_bytes()
     if is_packed(source):
-        return Packed(len(source), hashlib.sha256(source).hexdigest())
+        return measure(source)
+    known = read_cache().get(cache_key(source))
+    return Packed(*known) if known else remember(source, pack(minify(source.decode())))
+
+
+def measure(blob: bytes) -> Packed:
+    return Packed(len(blob), hashlib.sha256(blob).hexdigest())
+
+
+def cache_key(source: bytes) -> str:
+    """Return a hash of a program and of what packs it."""
     try:
         parts = (source, Path(__file__).read_bytes(), version(MINIFIER).encode())
     except PackageNotFoundError as error:
         raise PackError(f"{MINIFIER} is missing: pip install -r requirements.txt") from error
-    key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
-    known = read_cache()
-    if key not in known:
-        blob = pack(minify(source.decode()))
-        known = dict(list(known.items())[1 - CACHED :])
-        known[key] = Packed(len(blob), hashlib.sha256(blob).hexdigest())
-        with suppress(OSError):  # a read-only tree packs every time
-            CACHE.parent.mkdir(exist_ok=True)
-            write_file(CACHE, json.dumps(known).encode())
-    return Packed(*known[key])
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def read_cache() -> dict[str, list]:
@@ -157,6 +158,15 @@ def read_cache() -> dict[str, list]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
+
+
+def remember(source: bytes, blob: bytes) -> Packed:
+    """Cache what a program is packed as."""
+    found, latest = measure(blob), list(read_cache().items())[1 - CACHED :]
+    with suppress(OSError):  # a read-only tree packs every time
+        CACHE.parent.mkdir(exist_ok=True)
+        write_file(CACHE, json.dumps(dict(latest) | {cache_key(source): found}).encode())
+    return found
 
 
 def packed_bytes(paths: Sequence[Path]) -> int | None:
@@ -173,13 +183,16 @@ def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
     if target.resolve() == path.resolve():
         raise PackError(f"{path} would be overwritten. Choose another folder.")
     try:
-        small = minify(path.read_text(encoding="utf-8"))
+        source = path.read_bytes()
+        small = minify(source.decode())
+        blob = pack(small)
         out.mkdir(parents=True, exist_ok=True)
-        write_file(target, pack(small))
-        write_file(out / f"{path.stem}_readable.py", path.read_bytes())
+        write_file(target, blob)
+        write_file(out / f"{path.stem}_readable.py", source)
+        size = remember(source, blob).size
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise PackError(f"{path}: {error}") from error
-    return path.stat().st_size, len(small.encode()), target.stat().st_size
+    return len(source), len(small.encode()), size
 
 
 def link_tools(out: Path) -> None:

@@ -5,8 +5,8 @@
 Three seeds of smoke.env on the demo corpus are trained, evaluated and audited with the packed programs; then
 records/submit.py builds the record. The folder is moved to an empty directory, where check.py must pass it as
 no run of the challenge, and where the command of its README must give the score and the artifact of its first
-seed again, with the folder's own two programs. Exit code 0 if all of this holds. CI runs it on the short documents
-of the validation text; records/example was made by `--out records/example --all-text`.
+seed again, with the folder's own two programs. Exit code 0 if all of this holds. CI runs it on the
+short documents of the validation text; records/example was made by `--out records/example --all-text`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (7, 42, 1337)
 STEPS = 40
 SHORT = 256  # tokens of a document
-WORKERS = 2
 DATA = Path("data/demo")
 WHAT = """Three seeds of smoke.env on the demo corpus, to show what a record folder holds
 
@@ -87,7 +86,7 @@ def copy_data(folder: Path, all_text: bool) -> None:
         (folder / "manifest.json").unlink()  # it lists the whole shard
 
 
-def make_run(work: Path, seed: int) -> Path:
+def make_run(work: Path, seed: int, all_text: bool) -> Path:
     """Train, evaluate and audit one seed with the packed programs; return the run's folder."""
     run = Path("runs") / str(seed)
     given = dict(RECIPE=str(ROOT / "records/recipes/smoke.env"), ITERATIONS=str(STEPS))
@@ -95,16 +94,17 @@ def make_run(work: Path, seed: int) -> Path:
     python("packed/train_gpt.py", cwd=work, **given)
     given |= dict(MODEL_PATH=str(run / "final_model.int6.ptz"))
     python("packed/eval_ttt.py", cwd=work, **given)
-    python("packed/eval_ttt.py", "--audit", cwd=work, **given, AUDIT_TOKENS="1024")
+    audited = {} if all_text else {"AUDIT_TOKENS": "1024"}
+    python("packed/eval_ttt.py", "--audit", cwd=work, **given, **audited)
     return run
 
 
-def build(work: Path, out: Path) -> Path:
+def build(work: Path, out: Path, all_text: bool) -> Path:
     """Make the runs and the record; return the record's folder."""
     with timed("pack"):
         python(ROOT / "records/pack.py", "--out", "packed", cwd=work)
-    with timed(f"train, evaluate and audit {len(SEEDS)} seeds"), ThreadPoolExecutor(WORKERS) as pool:
-        runs = list(pool.map(lambda seed: make_run(work, seed), SEEDS))
+    with timed(f"train, evaluate and audit {len(SEEDS)} seeds"), ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda seed: make_run(work, seed, all_text), SEEDS))
     (work / "what.md").write_text(WHAT)
     about = ("--name", "Example", "--author", "The authors", "--github", "example", "--what", "what.md")
     with timed("submit"):
@@ -154,11 +154,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place, timed("all"):
         work, alone = Path(place, "work"), Path(place, "alone")
         copy_data(work / DATA, arguments.all_text)
-        folder = build(work, (arguments.out or Path(place)).resolve())
+        folder = build(work, (arguments.out or Path(place)).resolve(), arguments.all_text)
         moved = Path(shutil.copytree(folder, alone / folder.name))
         with timed("check"):
             faults = check_alone(moved)
-        with timed(f"train {STEPS} steps and score in the moved folder"):
+        with timed("train and score in the moved folder"):
             faults += run_alone(moved, work / DATA)
     print(*(f"error: {fault}" for fault in faults), sep="\n", end="\n" * bool(faults), file=sys.stderr)
     return 1 if faults else 0

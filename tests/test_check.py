@@ -8,6 +8,7 @@ import lzma
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -620,7 +621,10 @@ def test_a_good_record_passes(tmp_path, capsys):
     folder = write(tmp_path / "2026-12-01_Good", good_files())
     assert check.main([str(folder)]) == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[-1] == "PASS: 0 faults, 0 warnings"
+    assert re.fullmatch(
+        r"PASS: 0 faults, 0 warnings, \d+ passes \(--verbose lists them\)", out.splitlines()[-1]
+    )
+    assert not re.search("(?m)^pass ", out)
     record = check.read_record(folder)
     assert sorted(run.seed for run in record.runs) == [42, 1337, 2025]
     for run in record.runs:
@@ -1082,6 +1086,163 @@ def test_wrong_usage_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         sys.exit(check.main(arguments))
     assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_the_report_has_faults_first_and_seeds_together(tmp_path, capsys):
+    """What differs in numbers only, as the same fault of three seeds, is one line; --verbose lists all."""
+    files = good_files()
+    for seed in SCORES:
+        edit(f"train_seed{seed}.log", '"train_seconds": 598.25', f'"train_seconds": {600 + seed}')(files)
+    put("data.bin", bytes(100))(files)
+    folder = str(write(tmp_path / "2026-12-01_Late", files))
+    lines = {}
+    for option in ([], ["--verbose"]):
+        assert check.main([folder, *option]) == 1
+        found = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        lines[bool(option)] = [word for word in found if word in ("fail", "warn", "pass")]
+    assert lines[True] == sorted(lines[True], key=("fail", "warn", "pass").index)
+    counts = {word: lines[True].count(word) for word in ("fail", "warn", "pass")}
+    assert counts["fail"] > 3 and counts["warn"] == 1 and counts["pass"] > 9
+    check.main([folder])
+    *_, summary = out = capsys.readouterr().out.splitlines()
+    (late,) = [line for line in out if "over 600 s" in line]
+    assert late.endswith("(and 2 more)") and "pass" not in lines[False]
+    assert summary.startswith(f"FAIL: {counts['fail']} faults, 1 warnings, {counts['pass']} passes")
+
+
+def deviation(file: str, old: str, new: str):
+    return lambda files: [edit(f"{file}_seed{seed}.log", old, new)(files) for seed in SCORES]
+
+
+DEVIATIONS = {  # what is done to the logs of a challenge run, words of the deviation
+    "short": (deviation("train", '"train_seconds": 598.25', '"train_seconds": 3.25'), "training of 3.2 s"),
+    "late": (deviation("train", '"train_seconds": 598.25', '"train_seconds": 601.5'), "training of 601.5 s"),
+    "slow evaluation": (deviation("eval_ttt", '"eval_seconds": 412.75', '"eval_seconds": 612.75'),
+        "evaluation of 612.8 s"),
+    "one GPU": (deviation("train", '"world_size": 8', '"versions": {"gpu": "NVIDIA H100"}, "world_size": 1'),
+        "1 x NVIDIA H100 (the challenge's: 8 x H100)"),
+    "other GPUs": (deviation("train", '"world_size"', '"versions": {"gpu": "NVIDIA A100"}, "world_size"'),
+        "8 x NVIDIA A100 (the challenge's: 8 x H100)"),
+    "CPU": (deviation("train", '"world_size": 8', '"versions": {"gpu": "none"}, "world_size": 2'),
+        "CPU, 2 processes"),
+    "other text": (deviation("eval_ttt", f"targets:{TARGETS}", "targets:60361"),
+        f"validation text of {60361 / RATIO:,.0f} bytes (the challenge's: 151,080,891)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change, words", DEVIATIONS.values(), ids=DEVIATIONS)
+def test_a_record_of_other_runs_than_the_challenges(tmp_path, change, words):
+    """A fault in the main track, a warning in the other, and a fault everywhere if it claims otherwise."""
+    files = good_files()
+    change(files)
+    for claims, status in (({}, "fail"), ({"track": "non_record_16mb"}, "warn")):
+        edit_json(**claims)(files)
+        record = check.read_record(write(tmp_path / f"2026-12-01_{status}", files))
+        (told,) = check.deviations(record.runs)
+        assert told.startswith(words)
+        verdicts = [v for v in check.check(record) if v.rule == "challenge"]
+        assert [(v.status, v.evidence) for v in verdicts] == [(status, f"not a challenge run: {told}")]
+    edit_json(challenge_run=True)(files)
+    record = check.read_record(write(tmp_path / "2026-12-01_claimed", files))
+    faults = [v.evidence for v in check.check(record) if v.rule == "claims" and v.status == "fail"]
+    assert any("challenge_run is true" in fault and told in fault for fault in faults)
+
+
+def test_a_run_on_eight_h100_is_of_the_challenge(tmp_path):
+    files = good_files()
+    deviation("train", '"world_size"', '"versions": {"gpu": "NVIDIA H100 80GB HBM3"}, "world_size"')(files)
+    edit_json(challenge_run=True)(files)
+    record = check.read_record(write(tmp_path / "2026-12-01_Good", files))
+    assert check.deviations(record.runs) == [] and check.status_of(check.check(record)) == "pass"
+
+
+def test_records_of_different_texts_are_not_compared(tmp_path, capsys):
+    """Neither by another number of bytes, nor by other shards under the same tokenizer."""
+    same = write(tmp_path / "2026-12-01_Good", good_files())
+    assert check.main([str(same), "--against", str(same)]) == 1  # the same scores are no gain
+    changes = {
+        f"{TARGETS / RATIO:,.0f} and {60361 / RATIO:,.0f} bytes": DEVIATIONS["other text"][0],
+        "other shards": deviation("eval_ttt", sha(b"shard"), sha(b"other")),
+        "no log reports the validation tokens": deviation("eval_ttt", "evaluation order:", "order:"),
+    }
+    capsys.readouterr()
+    for number, (words, change) in enumerate(changes.items()):
+        files = good_files()
+        change(files)
+        other = write(tmp_path / f"2026-12-02_Other{number}", files)
+        for pair in ((same, other), (other, same)):
+            assert check.main([str(pair[0]), "--against", str(pair[1])]) == 2
+            said = capsys.readouterr().err
+            assert (
+                said.startswith("error: ") and (words in said or "bytes" in words) and said.count("\n") == 1
+            )
+
+
+def test_records_of_one_text_under_two_tokenizers_are_compared(tmp_path):
+    """The published sp1024 and sp8192 validation sets are the same documents."""
+    known = next(p for p in PUBLISHED if p.name == "sp8192")
+    files = good_files()
+    for name in [name for name in files if name.endswith(".log")]:
+        text = files[name].decode().replace(f"targets:{TARGETS}", f"targets:{known.tokens - 1}")
+        for score in SCORES.values():
+            for bpb in score:
+                old, new = (bpb * math.log(2) / ratio for ratio in (RATIO, known.tokens_per_byte))
+                text = text.replace(f"val_loss:{old:.8f}", f"val_loss:{new:.8f}").replace(f"{old}", f"{new}")
+        files[name] = text.replace(sha(b"tokenizer"), sha(b"other")).encode()
+    records = [write(tmp_path / name, each) for name, each in (("a", good_files()), ("b", files))]
+    check.require_same_text(*map(check.read_record, records))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run with evaluations in several modes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_in(run: Path, mode: str, bpb: float, last: bool = True) -> None:
+    """Write runs/ID/eval/MODE as the evaluator does; the last legal result stands in the run's folder too."""
+    folder = run / "eval" / mode
+    folder.mkdir(parents=True)
+    log, result = eval_log(42), results(42)[1]
+    log = log.replace(json.dumps(result), "RESULT").replace("1.10880000", f"{bpb:.8f}")
+    result |= dict(val_bpb_ttt=bpb, settings=dict(ttt_mode=mode))
+    (folder / "eval_ttt.log").write_text(log.replace("RESULT RESULT", "RESULT " + json.dumps(result)))
+    for place in (folder, run) if last else (folder,):
+        (place / "eval_ttt.json").write_text(json.dumps(result | dict(audit="legal")))
+    np.save(folder / "nll.npy", np.ones(3, np.float32))
+
+
+def test_the_last_legal_evaluation_of_a_run_counts_or_the_named_one(tmp_path, capsys):
+    run = write(tmp_path / "run", {"train.log": train_log(42).encode(), "result.json": b"{}"})
+    assert check.evaluation_folder(run) == run and check.read_record(run).runs[0].val_bpb == 1.1151
+    evaluate_in(run, "doc_lora", 1.1077)
+    evaluate_in(run, "doc_banks", 1.1066)
+    evaluate_in(run, "two_pass", 1.0, last=False)  # invalid, so not the run's last legal one
+    (run / "eval/died").mkdir()
+    (run / "eval/died/eval_ttt.log").write_text("  TTT_MODE=banks (given)\n")
+    for mode, bpb in (("", 1.1066), ("doc_lora", 1.1077), ("two_pass", 1.0), ("died", 1.1151)):
+        record = check.read_record(run, mode)
+        assert record.runs[0].val_bpb == bpb and check.evaluation_folder(run, mode).name == (
+            mode or "doc_banks"
+        )
+        losses = [path.parent.name for path in record.files if path.name == "nll.npy"]
+        assert losses == [mode or "doc_banks"] * (mode != "died")
+    assert check.main([str(run), "--mode", "lora"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"error: {run}: no evaluation lora. There is: died, doc_banks, doc_lora, two_pass.\n"
+
+
+def test_the_evaluation_of_an_older_run_has_its_mode(tmp_path, capsys):
+    """All files stand in the run's folder; its mode may be named."""
+    files = {"train.log": train_log(42), "eval_ttt.log": eval_log(42), "result.json": "{}"}
+    files["eval_ttt.json"] = json.dumps(results(42)[1])
+    run = write(tmp_path / "run", {name: text.encode() for name, text in files.items()})
+    for mode in ("", "banks"):
+        assert (
+            check.evaluation_folder(run, mode) == run
+            and check.read_record(run, mode).runs[0].val_bpb == 1.1088
+        )
+    assert check.main([str(run), "--mode", "doc_lora"]) == 2
+    assert "no evaluation doc_lora. There is: banks." in capsys.readouterr().err
 
 
 def test_a_comparison_needs_two_scores_each(tmp_path, capsys):

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import hashlib
 import importlib.util
 import inspect
 import io
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -60,9 +60,11 @@ def shipped(packing) -> Path:
 
 
 @pytest.fixture(scope="module")
-def packed_trainer(shipped) -> ModuleType:
-    """The packed trainer, imported beside the readable one."""
-    spec = importlib.util.spec_from_file_location("packed_trainer", shipped / "train_gpt.py")
+def packed_trainer(shipped, tmp_path_factory) -> ModuleType:
+    """The packed trainer, imported beside the readable one, as in a record: without tools."""
+    alone = tmp_path_factory.mktemp("alone") / "train_gpt.py"
+    alone.write_bytes((shipped / "train_gpt.py").read_bytes())
+    spec = importlib.util.spec_from_file_location("packed_trainer", alone)
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "dont_write_bytecode", True)
@@ -77,15 +79,53 @@ def packed_trainer(shipped) -> ModuleType:
 
 
 def test_files_sizes_and_table(packing):
-    shipped, table = packing
-    assert {p.name for p in shipped.iterdir()} == {*NAMES, "train_gpt_readable.py", "eval_ttt_readable.py"}
-    rows = {name: [int(n.replace(",", "")) for n in row] for name, *row in map(str.split, table[1:])}
+    shipped, (_, *table, last) = packing
+    readable = {"train_gpt_readable.py", "eval_ttt_readable.py"}
+    assert {p.name for p in shipped.iterdir()} == {*NAMES, *readable, "records"}
+    assert (shipped / "records").resolve() == ROOT / "records"
+    rows = {name: [int(n.replace(",", "")) for n in row] for name, *row in map(str.split, table)}
     for name in NAMES:
         readable, minified, packed = rows[name]
         assert (shipped / name.replace(".py", "_readable.py")).read_bytes() == (ROOT / name).read_bytes()
         assert (readable, packed) == tuple((folder / name).stat().st_size for folder in (ROOT, shipped))
         assert packed < minified < readable and packed < 0.4 * readable
     assert rows["together"] == [sum(column) for column in zip(*(rows[name] for name in NAMES), strict=True)]
+    assert last.startswith(f"CODE_BYTES={rows['together'][2]}: ")
+    assert pack.packed_bytes(pack.PROGRAMS) == rows["together"][2]
+
+
+def test_what_a_program_would_be_packed_as(shipped, tmp_path, monkeypatch):
+    """Size and hash are those of the file that the command writes, packed again or from the cache."""
+    monkeypatch.setattr(pack, "CACHE", tmp_path / "cache" / "packed.json")
+    blob = (shipped / "eval_ttt.py").read_bytes()
+    expected = (len(blob), hashlib.sha256(blob).hexdigest())
+    assert pack.packed(ROOT / "eval_ttt.py") == pack.packed(shipped / "eval_ttt.py") == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(pack, "minify", None)  # the second time it is not called
+        assert pack.packed(ROOT / "eval_ttt.py") == expected
+    other = tmp_path / "other.py"
+    for value in range(pack.CACHED + 2):  # other content is packed anew, and the cache stays small
+        other.write_text(f"value = {value}\n")
+        assert pack.packed(other).size == len(pack.pack(f"value={value}"))
+    assert len(json.loads(pack.CACHE.read_text())) == pack.CACHED
+    pack.CACHE.write_text("[")
+    assert pack.packed(ROOT / "eval_ttt.py") == expected  # a damaged cache counts as empty
+
+
+def test_packed_bytes_without_the_minifier(shipped, monkeypatch):
+    def missing(name: str) -> str:
+        raise pack.PackageNotFoundError(name)
+
+    monkeypatch.setattr(pack, "version", missing)
+    assert pack.packed_bytes(pack.PROGRAMS) is None
+    packed_already = [shipped / name for name in NAMES]
+    assert pack.packed_bytes(packed_already) == sum(path.stat().st_size for path in packed_already)
+
+
+def test_the_tools_are_linked_only_where_nothing_stands(tmp_path):
+    (tmp_path / "records").mkdir()
+    pack.link_tools(tmp_path)
+    assert not (tmp_path / "records").is_symlink()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -135,8 +175,7 @@ def test_the_packed_evaluator_runs_with_the_packed_trainer(shipped, tmp_path, ca
     *files, head = done.stdout.decode().split("\n", 2)
     assert files == [str(shipped / name) for name in ("eval_ttt.py", "train_gpt.py")]
     assert eval_ttt.main(["--help"]) == 0
-    common = os.path.commonprefix([head, capsys.readouterr().out])
-    assert len(common) > 500 and head.removeprefix(common).startswith("Every setting: Config in train_gpt.py")
+    assert head == capsys.readouterr().out  # the settings come from records/, by the link
 
 
 @pytest.mark.parametrize("option", ["--help", "--describe"])

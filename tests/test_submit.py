@@ -22,13 +22,14 @@ import pytest
 import submit
 from conftest import ROOT
 from scipy import stats
-from test_check import LOGS, PR549, PR1019, RATIO, real_logs
+from test_check import LOGS, PR549, PR1019, RATIO, TARGETS, real_logs
 from test_cli import snapshot, write_shard
 
 import eval_ttt
 import train_gpt
 
 SEEDS = (7, 42, 1337)
+TRACK, OLD = "track_non_record_16mb", "2026-01-01_Old"
 TEST = ("--author", "A", "--github", "a", "--name", "A test")
 
 
@@ -103,11 +104,13 @@ def record(made, tmp_path_factory) -> SimpleNamespace:
     what.write_text("Fewer steps.\n\nThan before.\n")
     for seed in SEEDS:
         certify(made / str(seed))
-    done = start([made / "42", made / "7", made / "1337"], out, "--against", "3.5", "--what", str(what))
+    (out / TRACK).mkdir()
+    old = write_logs(out / TRACK / OLD, dict(zip(SEEDS, (3.49, 3.5, 3.51), strict=True)), text_of(made / "7"))
+    done = start([made / "42", made / "7", made / "1337"], out, "--against", old, "--what", str(what))
     for path in made.glob("*/certificate.*"):
         path.unlink()
     assert done.code == 0, done.err
-    (folder,) = (out / "track_10min_16mb").iterdir()
+    (folder,) = (out / TRACK).glob("*_A_test")
     results = {
         seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", "eval_ttt.log")]
         for seed in SEEDS
@@ -121,6 +124,12 @@ def record(made, tmp_path_factory) -> SimpleNamespace:
         done=done,
         out=out,
     )
+
+
+def text_of(run: Path) -> tuple[int, float]:
+    """Targets of a run's validation text, and its tokens per byte."""
+    result = last_result(run / "eval_ttt.log")
+    return 399, result["val_bpb_ttt"] * math.log(2) / result["val_loss_ttt"]
 
 
 def last_result(log: Path) -> dict:
@@ -148,7 +157,7 @@ def test_the_folder(record, made):
                      *(f"certificate_seed{seed}.{end}" for seed in SEEDS
                        for end in ("txt", "json"))}  # fmt: skip
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_A_test", record.folder.name)
-    assert {path.name for path in record.out.iterdir()} == {"what.md", "track_10min_16mb"}
+    assert {path.name for path in record.out.iterdir()} == {"what.md", TRACK}
     for seed in SEEDS:
         logs = [(made / f"{seed}/{name}").read_text() for name in ("train.log", "eval_ttt.log")]
         assert (record.folder / f"train_seed{seed}.log").read_text() == "".join(logs)
@@ -188,7 +197,9 @@ def test_the_numbers_of_the_json_are_those_of_the_result_lines(record):
     assert (claims["bytes_total"], claims["artifact_bytes_mean"]) == (max(totals), round(mean(totals), 1))
     assert claims["train_steps_mean"] == 4 and claims["pytorch_version"] == results[7][0]["versions"]["torch"]
     fixed = {key: claims[key] for key in ("author", "github_id", "name", "blurb", "track")}
-    assert fixed == dict(author="A", github_id="a", name="A test", blurb="Fewer steps.", track="10min_16mb")
+    assert fixed == dict(
+        author="A", github_id="a", name="A test", blurb="Fewer steps.", track="non_record_16mb"
+    )
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_result_lines(record):
@@ -220,13 +231,98 @@ def table_rows(text: str) -> list[list[str]]:
 
 def test_what_the_readme_says(record):
     # fmt: off
-    for said in ("# A test: val_bpb ", "Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized",
+    for said in ("Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized",
                  "3. Score before", "4. One pass: each of the 399 targets",
-                 "seed 7: certificate of it: legal", "TTT_MODE=doc_banks",
-                 "## Comparison\n\nAgainst 3.5. A gain of 0.005 nats per token at p < 0.01 is not shown "
-                 "(one "):
+                 "Audits: seeds 7, 42, 1337: certificate of it: legal.", "TTT_MODE=doc_banks",
+                 f"## Comparison\n\nAgainst {OLD}. A gain of 0.005 nats per token at p < 0.01 is not shown "
+                 "(Welch: "):
         assert said in record.readme
     # fmt: on
+    delta = mean(evaluated["val_bpb_ttt"] for _, evaluated in record.results.values()) - 3.5
+    name = f"A test (not a challenge run): Fewer steps. - val_bpb {delta + 3.5:.5f}"
+    assert record.readme.startswith(f"# {name} (3-seed mean, {delta:+.5f} against {OLD})\n") and delta > 0
+
+
+def test_a_record_of_other_runs_says_so(record):
+    """In the track, the title, the README and submission.json, with the reasons and their numbers."""
+    seconds = [trained["train_seconds"] for trained, _ in record.results.values()]
+    targets, ratio = (
+        399,
+        record.results[7][1]["val_bpb_ttt"] * math.log(2) / record.results[7][1]["val_loss_ttt"],
+    )
+    reasons = [
+        f"validation text of {targets / ratio:,.0f} bytes (the challenge's: 151,080,891)",
+        "CPU, 1 process (the challenge's: 8 x H100)",
+        f"training of {min(seconds):.1f} to {max(seconds):.1f} s (the challenge's: up to 600 s)",
+    ]
+    claims, (first, *_) = record.claims, record.readme.splitlines()
+    assert (claims["challenge_run"], claims["track"]) == (False, "non_record_16mb")
+    if f"{min(seconds):.1f}" != f"{max(seconds):.1f}":
+        assert claims["deviations"] == reasons
+    assert claims["deviations"][:2] == reasons[:2] and "(not a challenge run)" in first
+    assert f"> **Not a challenge run**, no entry for openai/parameter-golf: {reasons[0]}; " in record.readme
+    assert "next: these scores are not on the challenge's text" in record.done.out
+
+
+def test_other_runs_are_refused_in_the_main_track(runs, tmp_path, no_tree):
+    done = start(runs, tmp_path / "out", "--track", "track_10min_16mb")
+    assert done.code == 1 and not (tmp_path / "out").exists()
+    for said in ("validation text of ", "CPU, 1 process", "training of "):
+        assert f"refused: not a challenge run: {said}" in done.err
+
+
+def as_challenge(run: Path) -> None:
+    """Let a run's logs tell of the challenge's text, machines and times."""
+    bytes_now = text_of(run)[0] / text_of(run)[1]
+    result = last_result(run / "eval_ttt.log")
+    change(run, "targets:399", "targets:62021845")
+    scale = 62021845 / 151_080_891 / (399 / bytes_now)  # of the tokens per byte
+    for name in ("train.log", "eval_ttt.log", "result.json", "eval_ttt.json"):
+        text = (run / name).read_text()
+        text = re.sub(r'("?val_bpb\w*"?: ?)([\d.]+)', lambda m: f"{m[1]}{float(m[2]) * scale:.16g}", text)
+        (run / name).write_text(text)
+    change(run, r'"train_seconds": [\d.]+', '"train_seconds": 598.5')
+    change(run, r'"world_size": 1', '"world_size": 8')
+    change(run, r'"gpu": "none"', '"gpu": "NVIDIA H100 80GB HBM3"')
+    (run / "nll.npy").unlink()
+    scaled = last_result(run / "eval_ttt.log")["val_bpb_ttt"]
+    assert scaled == pytest.approx(result["val_bpb_ttt"] * scale)
+
+
+def test_a_challenge_run_ends_with_the_commands_of_a_pull_request(runs, tmp_path, no_tree, no_start):
+    for run in runs:
+        as_challenge(run)
+    done = start(runs, tmp_path / "out", "--against", "9.5", "--what", "It's new")
+    assert done.code == 0, done.err
+    (folder,) = (tmp_path / "out/track_10min_16mb").iterdir()
+    claims = json.loads((folder / "submission.json").read_text())
+    assert (claims["challenge_run"], claims["deviations"], claims["hardware"]) == (
+        True, [], "8 x NVIDIA H100 80GB HBM3")  # fmt: skip
+    assert "challenge run" not in (folder / "README.md").read_text()
+    _, commands = done.out.split(
+        "next: a pull request from your fork of https://github.com/openai/parameter-golf\n"
+    )
+    # run them with git and gh that only tell their arguments
+    tell = 'git() { printf "git"; printf " <%s>" "$@"; echo; [ "$1" != clone ] || mkdir "$3"; }\n'
+    shell = tell + tell.replace("git", "gh").replace("clone", "-") + commands
+    told = subprocess.run(
+        ["bash", "-ec", shell], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    title = (folder / "README.md").read_text().splitlines()[0].removeprefix("# ")
+    assert f"<-m> <{title}>" in told and f"<--title> <{title}>" in told and "It's new" in title
+    copied = tmp_path / "fork/records/track_10min_16mb" / folder.name
+    assert snapshot(copied) == snapshot(folder)
+    assert f"<--body-file> <records/track_10min_16mb/{folder.name}/README.md>" in told
+
+
+def test_unpacked_programs_are_told_of_the_bytes_they_waste(runs, tmp_path, no_tree, no_start):
+    assert "packed programs" not in start(runs, tmp_path / "out").out
+    for run in runs:
+        total = json.loads((run / "result.json").read_text())["bytes_total"]
+        change(run, r'"bytes_total": \d+', f'"bytes_total": {total}, "bytes_total_packed": {total - 12_345}',
+               "train.log result.json")  # fmt: skip
+    done = start(runs, tmp_path / "again")
+    assert done.code == 0 and "12,345 bytes more are free" in done.out, done.err
 
 
 def test_the_command_makes_the_same_settings_again(record, env, made):
@@ -242,12 +338,14 @@ def test_the_command_makes_the_same_settings_again(record, env, made):
     )
     starts = [json.loads(line) for line in told.stdout.splitlines()]
     assert [name for name, _ in starts] == ["train_gpt.py", "eval_ttt.py"] * 3, told.stderr
+    recipe = {"RECIPE": str(record.folder / "smoke.env")}
     for seed, (_, training), (_, evaluation) in zip(SEEDS, starts[::2], starts[1::2], strict=True):
         settings = json.loads((made / f"{seed}/config.json").read_text())["config"]
-        again = {k: v for k, v in training.items() if k.lower() in settings}
+        assert training["RECIPE"] == evaluation["RECIPE"] == "smoke.env"
+        again = recipe | {k: v for k, v in training.items() if k.lower() in settings}
         config = vars(train_gpt.load_config(again)[0])
         assert config == settings | {"run_id": f"seed{seed}"}
-        again = {k: v for k, v in evaluation.items() if k.lower() in settings}
+        again = recipe | {k: v for k, v in evaluation.items() if k.lower() in settings}
         config, wanted = (
             vars(train_gpt.load_config(again)[0]),
             last_result(made / f"{seed}/eval_ttt.log")["settings"],
@@ -258,11 +356,32 @@ def test_the_command_makes_the_same_settings_again(record, env, made):
         assert (config["val_files"], config["tokenizer_path"]) == (env["VAL_FILES"], env["TOKENIZER_PATH"])
 
 
-def test_the_requirements_are_the_versions_that_ran():
-    pinned = (ROOT / "requirements.txt").read_text()
-    assert submit.requirements(dict(torch="2.9.1+cu128", numpy="1.2.3")) == re.sub(
-        "(?m)^torch==.*", "torch==2.9.1", re.sub("(?m)^numpy==.*", "numpy==1.2.3", pinned)
-    )
+def test_the_command_names_the_recipe_and_what_was_given_otherwise(record, env):
+    """The recipe's settings are not repeated."""
+    (block,) = re.findall(r"(?s)## Command\n\n(.*?)\n\n##", record.readme)
+    training, evaluation = block.split("train_gpt.py")
+    assert "RECIPE=smoke.env SEED=$SEED RUN_ID=seed$SEED" in training
+    assert "RECIPE=smoke.env MODEL_PATH=runs/seed$SEED/final_model.int6.ptz" in evaluation
+    paths = {"DATA_PATH", "TOKENIZER_PATH", "VAL_FILES"}
+    given = [set(re.findall(r"(?m)^ +([A-Z_]+)=", part)) - {"RECIPE"} for part in (training, evaluation)]
+    short = {"ITERATIONS", "WARMUP_STEPS", "VAL_LOSS_EVERY", "GPTQ_CALIB_BATCHES"}
+    assert given[0] == paths | short | {"DEVICE", "EVAL_BUDGET_SECONDS"}
+    assert given[1] == paths | {"TTT_CHUNK_SIZE", "TTT_LR", "EVAL_BUDGET_SECONDS"}
+
+
+def test_the_requirements_are_what_the_programs_import_in_the_versions_that_ran(record, made):
+    lines = (record.folder / "requirements.txt").read_text().splitlines()
+    versions = record.results[7][0]["versions"]
+    pinned = dict(re.findall(r"(?m)^(\w+)==(\S+)", (ROOT / "requirements.txt").read_text()))
+    torch = versions["torch"].partition("+")[0]
+    others = [f"{name}=={pinned[name]}" for name in ("sentencepiece", "zstandard", "tqdm")]
+    assert lines == [f"torch=={torch}", f"numpy=={versions['numpy']}", *others]
+    run = finished.read_run(made / "7")
+    run.settings[0]["compressor"] = "ans"
+    run.trained["versions"] |= dict(torch="2.9.1+cu128", numpy="1.2.3", attention="fa2")
+    names = [line.partition("==")[0] for line in submit.requirements(record.folder, run).splitlines()]
+    assert submit.requirements(record.folder, run).startswith("torch==2.9.1\nnumpy==1.2.3\n")
+    assert sorted(names) == ["constriction", "flash-attn", "numpy", "sentencepiece", "torch", "tqdm"]
 
 
 def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
@@ -325,9 +444,11 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
         "its log does not report world_size"),
     "edited": (lambda run: change(run, '"steps": 4', '"steps": 5', "result.json"), "matches result.json"),
     "over the cap": (resize, "42: sizes: 16000001 bytes (in the log), 1 over 16000000"),
-    "training too long": (lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
+    "training too long for the main track": (
+        lambda run: change(run, r'"train_seconds": [\d.]+', '"train_seconds": 600.1'),
         "42: train time: over 600 s: 600.100 s"),
-    "evaluation too long": (lambda run: change(run, r'"eval_seconds": [\d.]+', '"eval_seconds": 600.1'),
+    "evaluation too long for the main track": (
+        lambda run: change(run, r'"eval_seconds": [\d.]+', '"eval_seconds": 600.1'),
         "42: eval time: over 600 s: 600.1 s"),
     "illegal": (illegal, "42: legality: "),
     "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"),
@@ -355,6 +476,8 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
     "other text": (
         lambda run: change(run, r'(?s)\A(.*?"val_bpb_roundtrip": )[\d.]+', r"\g<1>9.5", "eval_ttt.*"),
         "42: log: trainer and evaluator scored different texts, val_bpb_roundtrip is "),
+    "another text": (lambda run: change(run, r'("fineweb_val_000000.bin": ")[0-9a-f]', r"\1x"),
+        "differ in text: "),
     "another seed's": (lambda run: shutil.rmtree(run) or shutil.copytree(run.with_name("7"), run),
         "seed 7 occurs twice"),
 }  # fmt: skip
@@ -367,9 +490,10 @@ def no_tree(monkeypatch):
 
 
 @pytest.mark.parametrize("fault, words", REFUSED.values(), ids=REFUSED)
-def test_refused(runs, tmp_path, no_tree, fault, words):
+def test_refused(runs, tmp_path, no_tree, request, fault, words):
     fault(runs[1])
-    done = start(runs, tmp_path / "out")
+    track = ["--track", "track_10min_16mb"] if "main track" in request.node.callspec.id else []
+    done = start(runs, tmp_path / "out", *track)
     assert done.code == 1 and words in done.err and not (tmp_path / "out").exists()
     assert all(line.startswith("refused: ") for line in done.err.splitlines())
 
@@ -397,10 +521,62 @@ def test_every_reason_is_said(runs, tmp_path, no_tree):
         assert said in done.err
 
 
+def test_a_run_over_the_cap_that_would_fit_packed_is_told_how(runs, tmp_path, no_tree):
+    resize(runs[1])
+    change(runs[1], r'"bytes_total": 16000001', '"bytes_total": 16000001, "bytes_total_packed": 15900000')
+    done = start(runs, tmp_path / "out")
+    assert (
+        done.code == 1 and "42: sizes: packed it would be 15900000 bytes. Train with the packed" in done.err
+    )
+
+
+def test_an_evaluation_that_is_not_there(runs, tmp_path, no_tree):
+    done = start(runs, tmp_path / "out", "--mode", "lora")
+    assert done.code == 1 and f"refused: {runs[0]}: no evaluation lora. There is: doc_banks." in done.err
+
+
+def into_modes(run: Path, bpb: str) -> None:
+    """Move the evaluation to eval/doc_banks, and put one of another mode and score beside it."""
+    certify(run)
+    names = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "certificate.txt", "certificate.json")
+    for mode in ("doc_banks", "doc_lora"):
+        (run / "eval" / mode).mkdir(parents=True)
+        for name in names:
+            shutil.copy(run / name, run / "eval" / mode / name)
+    for name in names:
+        if name != "eval_ttt.json":
+            (run / name).unlink()
+    other = run / "eval/doc_lora"
+    change(other, '"ttt_mode": "doc_banks"', '"ttt_mode": "doc_lora"')
+    change(other, "TTT_MODE=doc_banks", "TTT_MODE=doc_lora", "eval_ttt.log")
+    change(other, r"(legal_ttt_exact .*val_bpb:)[\d.]+", rf"\g<1>{bpb}")
+    change(other, r'"val_bpb_ttt": [\d.]+', f'"val_bpb_ttt": {bpb}')
+
+
+def test_the_named_evaluation_is_submitted_or_the_last_legal_one(runs, tmp_path, no_tree, no_start):
+    scores = [last_result(run / "eval_ttt.log")["val_bpb_ttt"] for run in runs]
+    others = ("4.10000000", "4.20000000", "4.30000000")
+    for run, bpb in zip(runs, others, strict=True):
+        into_modes(run, bpb)
+    for mode, expected in (("", scores), ("doc_banks", scores), ("doc_lora", list(map(float, others)))):
+        out = tmp_path / f"out_{mode}"
+        if mode == "doc_lora":  # its losses are doc_banks': an altered evaluation is seen
+            assert "nll.npy gives" in start(runs, out, "--mode", mode).err
+            for run in runs:
+                (run / "eval/doc_lora/nll.npy").unlink()
+        done = start(runs, out, "--mode", mode)
+        assert done.code == 0, done.err
+        claims = json.loads(next(out.glob("*/*/submission.json")).read_text())
+        found = [entry["val_bpb"] for entry in claims["seed_results"].values()]
+        assert found == [round(score, 8) for score in expected]
+        assert len(list(out.glob("*/*/certificate_seed*.json"))) == 3
+
+
 INPUT = {
     "name with a slash": (["--name", "../x"], "--name '../x'"),
-    "nothing to compare with": (["--against", "absent"], "--against absent: must be"),
-    "no score": (["--against", "nan"], "--against nan: must be"),
+    "nothing to compare with": (["--against", "absent"], "--against absent: no log shows"),
+    "no score": (["--against", "nan"], "--against nan: no log shows"),
+    "a mean on another text": (["--against", "1.1147"], "--against 1.1147: no log shows that it is of the"),
     "no name": (["--name", ""], "--name are required"),
     "no such text": (["--what", "notes/what.md"], "--what notes/what.md: no such file"),
     "significant against nothing": (["--require-significance"], "needs --against"),
@@ -473,9 +649,8 @@ def no_start(monkeypatch):
 
 @pytest.fixture
 def copy(record, tmp_path, no_tree) -> Path:
-    """The record, to do things to."""
-    track = tmp_path / "records/track_10min_16mb"
-    return Path(shutil.copytree(record.folder, track / record.folder.name))
+    """The record, to do things to, beside the one that it is compared with."""
+    return Path(shutil.copytree(record.folder.parent, tmp_path / "records" / TRACK), record.folder.name)
 
 
 def regenerate(folder: Path, *more: str) -> SimpleNamespace:
@@ -493,11 +668,12 @@ def test_pages_are_written_again_from_the_logs(record, copy):
     (copy / "submission.json").write_text(json.dumps(spoilt))
     done = regenerate(copy)
     assert done.code == 0 and snapshot(copy) == snapshot(record.folder), done.err
-    assert [path.name for path in copy.parent.iterdir()] == [copy.name]
+    assert {path.name for path in copy.parent.iterdir()} == {copy.name, OLD}
 
 
-def test_what_a_person_says_can_be_changed(record, copy, no_start):
-    old = write_logs(copy.parent / "2026-01-02_Old", dict(zip(SEEDS, (9.1, 9.2, 9.3), strict=True)))
+def test_what_a_person_says_can_be_changed(record, made, copy, no_start):
+    scores, text = dict(zip(SEEDS, (9.1, 9.2, 9.3), strict=True)), text_of(made / "7")
+    old = write_logs(copy.parent / "2026-01-02_Old", scores, text)
     changed = ("--author", "B", "--what", "Other words.\n\nAnd more.", "--against", old)
     assert regenerate(copy, *changed, "--require-significance").code == 0
     claims, text = json.loads((copy / "submission.json").read_text()), (copy / "README.md").read_text()
@@ -523,8 +699,8 @@ def altered(folder: Path) -> None:
 
 UNWRITTEN = {  # what is done to the record, exit code, words
     "a score altered": (altered, 1, "refused: log: train_seed42.log: RESULT has val_bpb_ttt 1.5"),
-    "two seeds": (lambda folder: (folder / "train_seed42.log").unlink(), 1,
-        "refused: seeds: 2 distinct seeds"),
+    "a log less": (lambda folder: (folder / "train_seed42.log").unlink(), 1,
+        "refused: legality: certificate_seed42: for another artifact"),
     "other code": (lambda folder: (folder / "train_gpt.py").write_text("pass\n"), 1,
         "refused: code: train_gpt.py"),
     "another program's log": (lambda folder: write_logs(folder / "logs", {42: 1.2}) and shutil.copy(
@@ -621,10 +797,11 @@ def test_a_comparison_reads_nothing_outside_the_records(copy, tmp_path, no_start
     (copy / "submission.json").write_text(json.dumps(claims))
     before = snapshot(copy)
     done = regenerate(copy)
-    if against in (7, []):  # a mean, and nothing
+    if against == []:  # nothing
         assert done.code == 0
-    else:
-        assert done.code == 2 and "must be a folder of" in done.err and "\x1b" not in done.err
+    else:  # 7 is a mean
+        words = "no log shows that it is of" if against == 7 else "must be a folder of"
+        assert done.code == 2 and words in done.err and "\x1b" not in done.err
         assert snapshot(copy) == before
 
 
@@ -678,15 +855,18 @@ def test_a_page_names_no_file_that_is_read(copy, no_start):
 
 def facts(seed: int, bpb: float) -> SimpleNamespace:
     score = check.Score("legal_ttt_exact", bpb * math.log(2) / RATIO, bpb, 1.0, 8, "line")
-    return SimpleNamespace(facts=check.LogFacts([Path("log")], seed=seed, headline=score))
+    return SimpleNamespace(facts=check.LogFacts([Path("log")], seed=seed, headline=score, val_tokens=TARGETS))
 
 
-def write_logs(folder: Path, scores: dict[int, float]) -> str:
+def write_logs(folder: Path, scores: dict[int, float], text: tuple[int, float] = (TARGETS, RATIO)) -> str:
+    """Write a record's logs, with scores on a text of so many targets and tokens per byte."""
     folder.mkdir()
+    targets, ratio = text
     for seed, bpb in scores.items():
-        head = f"model_params:1\nseed:{seed}\nstep:1/1 train_loss:1.0 train_time:9ms step_avg:9.00ms\n"
-        line = f"legal_ttt_exact val_loss:{bpb * math.log(2) / RATIO:.8f} val_bpb:{bpb:.8f}\n"
-        (folder / f"train_seed{seed}.log").write_text(head + line)
+        head = f"model_params:1\nseed:{seed}\nevaluation order: the file's; targets:{targets}\n"
+        step = "step:1/1 train_loss:1.0 train_time:9ms step_avg:9.00ms\n"
+        line = f"legal_ttt_exact val_loss:{bpb * math.log(2) / ratio:.8f} val_bpb:{bpb:.8f}\n"
+        (folder / f"train_seed{seed}.log").write_text(head + step + line)
     return str(folder)
 
 
@@ -717,7 +897,7 @@ def test_statistics_against_scipy(tmp_path):
     assert [margin for margin, _ in rows.values()] == pytest.approx([0, 0, 0, 0.005 * RATIO / math.log(2)])
     entry, text = submit.comparison_keys(found), submit.comparison_text(found)
     assert (entry["delta_bpb"], entry["tests"][0]["t"]) == (pytest.approx(-found.bpb, abs=1e-8), -11.83)
-    assert "| Welch | 0.007842 | 0.004645 | -11.83 | 3.31 | 0.0004 |" in text
+    assert ["Welch", "0.007842", "0.004645", "-11.83", "3.31", "0.0004"] in table_rows(text)
 
 
 @real_logs
@@ -743,8 +923,22 @@ def test_a_published_mean(tmp_path):
         assert found.rows[0][2][1:] == pytest.approx((known.statistic, known.df, known.pvalue))
         assert len(found.rows) == 2 and found.bpb == pytest.approx(1.1194 - mean(PR1019))
     (tmp_path / "one/submission.json").unlink()
-    with pytest.raises(ValueError, match="must be a record folder with scores"):
-        submit.compare(ours, folder)
+    for _ in range(2):  # one score, or none, and no mean
+        with pytest.raises(ValueError, match="must be a record folder with scores"):
+            submit.compare(ours, folder)
+        (tmp_path / "one/train_seed1.log").unlink(missing_ok=True)
+    for claims in ("{}", '{"val_bpb": 1.1194, "challenge_run": false}'):
+        (tmp_path / "one/submission.json").write_text(claims)
+        with pytest.raises(ValueError, match=r"must be a record folder|no log shows"):
+            submit.compare(ours, folder)
+
+
+def test_records_of_different_texts_are_not_compared(tmp_path):
+    ours = [facts(*pair) for pair in zip(SEEDS, PR1019, strict=True)]
+    demo = write_logs(tmp_path / "demo", {1: 1.2, 2: 1.3}, (60_700, 0.37))
+    words = "this and demo were scored on different validation texts: 151,080,8.. and 164,054 bytes"
+    with pytest.raises(ValueError, match=words):
+        submit.compare(ours, demo)
 
 
 def test_significance_is_the_margin_passed_in_nats(tmp_path):
@@ -769,11 +963,13 @@ def test_significance_is_the_margin_passed_in_nats(tmp_path):
 
 
 def test_a_gain_that_is_not_shown_is_refused_when_it_is_required(runs, tmp_path, no_tree, no_start):
-    for against, code, said in (
-        ("3.5", 1, "refused: A gain of 0.005 nats per token at p < 0.01 is not shown"),
-        ("9", 0, ""),
+    for name, bpb, code, said in (
+        ("good", 3.5, 1, "refused: A gain of 0.005 nats per token at p < 0.01 is not shown"),
+        ("bad", 9, 0, ""),
     ):
-        done = start(runs, tmp_path / "out", "--against", against, "--require-significance")
+        scores = {seed: bpb + seed / 1e5 for seed in SEEDS}
+        old = write_logs(tmp_path / name, scores, text_of(runs[0]))
+        done = start(runs, tmp_path / "out", "--against", old, "--require-significance")
         assert done.code == code and said in done.err
         assert (not list((tmp_path / "out").iterdir())) == bool(code)
 
@@ -792,14 +988,14 @@ def test_equal_scores_are_no_number_in_json():
 
 def test_the_table(record, tmp_path):
     out = tmp_path / "records"
-    shutil.copytree(record.folder, out / "track_10min_16mb" / record.folder.name)
-    better = out / "track_10min_16mb/2026-01-01_Better"
+    shutil.copytree(record.folder, out / "track_non_record_16mb" / record.folder.name)
+    better = out / "track_non_record_16mb/2026-01-01_Better"
     better.mkdir()
     for name, text in (
         ("Broken", "{"),
         ("Odd", '{"val_bpb": null, "seeds": {"1": {}, "2": {}}, "bytes_total": "?"}'),
     ):
-        other = out / f"track_10min_16mb/2026-01-01_{name}"
+        other = out / f"track_non_record_16mb/2026-01-01_{name}"
         other.mkdir()
         (other / "submission.json").write_text(text)
     (better / "submission.json").write_text('{"name": "a|b", "val_bpb": 1.5, "date": "2026-01-01T10:00:00Z"}')
@@ -814,7 +1010,7 @@ def test_the_table(record, tmp_path):
             and text.endswith("-->\n\nAfter.\n")
             and "old" not in text
         )
-    assert first == ["track_10min_16mb", "2026-01-01", "[a/b](track_10min_16mb/2026-01-01_Better)",
+    assert first == ["track_non_record_16mb", "2026-01-01", "[a/b](track_non_record_16mb/2026-01-01_Better)",
                      "1.500000", "-", "-", "-", "-", "-"]  # fmt: skip
     assert [(row[2].partition("]")[0], row[3:8]) for row in rest] == [
         ("[2026-01-01_Broken", ["-"] * 5), ("[2026-01-01_Odd", ["-", "-", "-", "2", "-"])
