@@ -535,41 +535,45 @@ def test_an_evaluation_that_is_not_there(runs, tmp_path, no_tree):
     assert done.code == 1 and f"refused: {runs[0]}: no evaluation lora. There is: doc_banks." in done.err
 
 
-def into_modes(run: Path, bpb: str) -> None:
-    """Move the evaluation to eval/doc_banks, and put one of another mode and score beside it."""
+def into_modes(run: Path) -> None:
+    """Move the evaluation to eval/doc_banks; put one of doc_lora beside it, its losses 1.25 times as high."""
     certify(run)
     names = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "certificate.txt", "certificate.json")
     for mode in ("doc_banks", "doc_lora"):
         (run / "eval" / mode).mkdir(parents=True)
         for name in names:
             shutil.copy(run / name, run / "eval" / mode / name)
-    for name in names:
-        if name != "eval_ttt.json":
-            (run / name).unlink()
+    for name in set(names) - {"eval_ttt.json"}:
+        (run / name).unlink()
     other = run / "eval/doc_lora"
-    change(other, '"ttt_mode": "doc_banks"', '"ttt_mode": "doc_lora"')
-    change(other, "TTT_MODE=doc_banks", "TTT_MODE=doc_lora", "eval_ttt.log")
-    change(other, r"(legal_ttt_exact .*val_bpb:)[\d.]+", rf"\g<1>{bpb}")
-    change(other, r'"val_bpb_ttt": [\d.]+', f'"val_bpb_ttt": {bpb}')
+    for name in ("eval_ttt.log", "eval_ttt.json", "certificate.json"):
+        text = (other / name).read_text().replace('"ttt_mode": "doc_banks"', '"ttt_mode": "doc_lora"')
+        for score in (
+            '"val_\\w+_ttt": ',
+            "legal_ttt\\w* val_loss:",
+            r"legal_ttt\w* val_loss:[\d.]+ val_bpb:",
+        ):
+            text = re.sub(rf"({score})([\d.]+)", lambda m: f"{m[1]}{1.25 * float(m[2]):.12f}", text)
+        (other / name).write_text(text)
 
 
 def test_the_named_evaluation_is_submitted_or_the_last_legal_one(runs, tmp_path, no_tree, no_start):
     scores = [last_result(run / "eval_ttt.log")["val_bpb_ttt"] for run in runs]
-    others = ("4.10000000", "4.20000000", "4.30000000")
-    for run, bpb in zip(runs, others, strict=True):
-        into_modes(run, bpb)
-    for mode, expected in (("", scores), ("doc_banks", scores), ("doc_lora", list(map(float, others)))):
+    for run in runs:
+        into_modes(run)
+    for mode, factor in (("", 1), ("doc_banks", 1), ("doc_lora", 1.25)):
         out = tmp_path / f"out_{mode}"
-        if mode == "doc_lora":  # its losses are doc_banks': an altered evaluation is seen
-            assert "nll.npy gives" in start(runs, out, "--mode", mode).err
+        if mode == "doc_lora":
+            assert "nll.npy gives" in start(runs, out, "--mode", mode).err  # its losses are doc_banks'
             for run in runs:
                 (run / "eval/doc_lora/nll.npy").unlink()
         done = start(runs, out, "--mode", mode)
         assert done.code == 0, done.err
         claims = json.loads(next(out.glob("*/*/submission.json")).read_text())
         found = [entry["val_bpb"] for entry in claims["seed_results"].values()]
-        assert found == [round(score, 8) for score in expected]
+        assert found == pytest.approx([factor * score for score in scores], abs=1e-8)
         assert len(list(out.glob("*/*/certificate_seed*.json"))) == 3
+        assert f"TTT_MODE={mode or 'doc_banks'}, " in next(out.glob("*/*/README.md")).read_text()
 
 
 INPUT = {
