@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,12 +33,13 @@ from formats import BOS_ID, HEADER_BYTES, shard_header
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (7, 42, 1337)
-STEPS = 40
 SHORT = 256  # tokens of a document
+KEPT = dict(ITERATIONS="40")  # settings beside smoke.env's
+IN_CI = dict(ITERATIONS="24", TTT_PRIOR_SEQS="4", AUDIT_TOKENS="1024")
 DATA = Path("data/demo")
 WHAT = """Three seeds of smoke.env on the demo corpus, to show what a record folder holds
 
-The runs train for 40 steps on docstrings of Python's standard library, so the score says nothing about the
+The runs train for seconds, on docstrings of Python's standard library, so the score says nothing about the
 method. `tests/example_record.py` makes such a folder, moves it away from the repository and runs its command.
 """
 
@@ -86,25 +87,23 @@ def copy_data(folder: Path, all_text: bool) -> None:
         (folder / "manifest.json").unlink()  # it lists the whole shard
 
 
-def make_run(work: Path, seed: int, all_text: bool) -> Path:
+def make_run(work: Path, seed: int, settings: Mapping[str, str]) -> Path:
     """Train, evaluate and audit one seed with the packed programs; return the run's folder."""
     run = Path("runs") / str(seed)
-    given = dict(RECIPE=str(ROOT / "records/recipes/smoke.env"), ITERATIONS=str(STEPS))
-    given |= dict(SEED=str(seed), RUN_ID=run.name)
+    given = dict(RECIPE=str(ROOT / "records/recipes/smoke.env"), SEED=str(seed), RUN_ID=run.name, **settings)
     python("packed/train_gpt.py", cwd=work, **given)
     given |= dict(MODEL_PATH=str(run / "final_model.int6.ptz"))
     python("packed/eval_ttt.py", cwd=work, **given)
-    audited = {} if all_text else {"AUDIT_TOKENS": "1024"}
-    python("packed/eval_ttt.py", "--audit", cwd=work, **given, **audited)
+    python("packed/eval_ttt.py", "--audit", cwd=work, **given)
     return run
 
 
-def build(work: Path, out: Path, all_text: bool) -> Path:
+def build(work: Path, out: Path, settings: Mapping[str, str]) -> Path:
     """Make the runs and the record; return the record's folder."""
     with timed("pack"):
         python(ROOT / "records/pack.py", "--out", "packed", cwd=work)
     with timed(f"train, evaluate and audit {len(SEEDS)} seeds"), ThreadPoolExecutor() as pool:
-        runs = list(pool.map(lambda seed: make_run(work, seed, all_text), SEEDS))
+        runs = list(pool.map(lambda seed: make_run(work, seed, settings), SEEDS))
     (work / "what.md").write_text(WHAT)
     about = ("--name", "Example", "--author", "The authors", "--github", "example", "--what", "what.md")
     with timed("submit"):
@@ -154,7 +153,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place, timed("all"):
         work, alone = Path(place, "work"), Path(place, "alone")
         copy_data(work / DATA, arguments.all_text)
-        folder = build(work, (arguments.out or Path(place)).resolve(), arguments.all_text)
+        folder = build(work, (arguments.out or Path(place)).resolve(), KEPT if arguments.all_text else IN_CI)
         moved = Path(shutil.copytree(folder, alone / folder.name))
         with timed("check"):
             faults = check_alone(moved)
