@@ -131,10 +131,7 @@ def run_alone(folder: Path, data: Path) -> list[str]:
     paths = dict(DATA_PATH=str(data), TOKENIZER_PATH=str(data / "tokenizer.model"))
     start("bash", "-ec", command, cwd=folder, **paths)
     claimed = json.loads((folder / "submission.json").read_text())["seed_results"][seed]
-    run = folder / "runs" / f"seed{seed}"
-    result = json.loads(
-        next(p for p in (run / "eval_ttt.json", run / "result.json") if p.exists()).read_text()
-    )
+    result = json.loads((folder / "runs" / f"seed{seed}" / "eval_ttt.json").read_text())
     found = dict(val_bpb=round(result["val_bpb_ttt"], 8), artifact_bytes=result["bytes_total"],
                  sha256_artifact=result["sha256_artifact"])  # fmt: skip
     return [f"{key}: {claimed[key]} in the record, {value} again"
