@@ -1,5 +1,6 @@
 # make demo: train a small model on real text on this machine, export it, read it back, score it, adapt it, audit it.
 # make test: the tests, in WORKERS processes. make test-slow: the long tests, including fault injection.
+# make example: three short runs become a record folder, which then trains and scores without the rest of the project.
 # make rehearse: the nine-minute GPU measurement (tests/benchmarks/gpu_minutes.py), at toy size on a CPU.
 # All build .venv first. TORCH_INDEX=URL installs torch from that index, for example a CPU index.
 PYTHON ?= python3
@@ -25,6 +26,9 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(PY) -m pytest --durations=15 -m slow
 
+example: data/demo/manifest.json
+	$(PY) tests/example_record.py
+
 rehearse: .venv/ready
 	$(PY) tests/benchmarks/gpu_minutes.py --rehearse --out $$(mktemp -d)
 
@@ -32,10 +36,10 @@ data/demo/manifest.json: data/demo.py data/prepare.py | .venv/ready
 	rm -rf data/demo
 	$(PY) data/demo.py --out data/demo
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-slow rehearse
+.PHONY: demo test test-slow example rehearse

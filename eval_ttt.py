@@ -1009,14 +1009,9 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
         log.line(
             f"WARNING: {result['eval_seconds']:.0f}s is over EVAL_BUDGET_SECONDS={c.eval_budget_seconds:.0f}"
         )
-    bytes_code = sum(file.stat().st_size for file in tg.code_files())
-    bytes_code += len(setup.plugin.source) if setup.plugin else 0
-    sizes = dict(
-        bytes_code=bytes_code, bytes_model=path.stat().st_size, bytes_total=bytes_code + path.stat().st_size
-    )
+    plugged = len(setup.plugin.source) if setup.plugin else 0
     result |= dict(
-        **sizes,
-        fits=sizes["bytes_total"] <= tg.SIZE_CAP,
+        **tg.submission_sizes(c, path.stat().st_size, plugged),
         strict_seconds=time.time() - began,
         legal=legal,
         seed=c.seed,

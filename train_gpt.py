@@ -236,7 +236,6 @@ class Config:
                                       "weights", 0, 1)
     ema_nesterov_beta: float = setting(0.0, "before a step, move along the average movement of the weights, "
                                        "times so much and the LR scale; 0: off", 0, 0.9999)
-    ema_nesterov_gamma: float = setting(0.99, "decay of that average per step", 0, 0.999999)
     ema_update_every: int = setting(1, "steps between EMA updates, each with EMA_DECAY to that power", 1)
     swa_enabled: bool = setting(False, "export the mean of late snapshots (of the EMA, if that is on)")
     swa_every: int = setting(50, "steps between SWA snapshots", 1)
@@ -302,6 +301,7 @@ class Config:
     prune_frac: float = setting(0.0, "fraction of weights zeroed per matrix before rounding", 0, 0.99)
     compressor: str = setting("zstd", "entropy coder of the codes", ("zstd", "ans"))
     fit_size: bool = setting(False, "scale all quantizer scales by one factor to just fit the size cap")
+    code_bytes: int = setting(0, "bytes of the programs that will ship, for FIT_SIZE; 0: of these files", 0)
     # scoring
     eval_seq_len: int = setting(2048, "tokens per scoring window", 2)
     eval_stride: int = setting(64, "targets scored per sliding window", 1)
@@ -1001,9 +1001,7 @@ class RunLog:
             for line in path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # a line cut short by a full disk
                     rows.append(json.loads(line))
-            kept = [
-                row for row in rows if row["step"] < step or (row["step"] == step and "train_loss" in row)
-            ]
+            kept = [row for row in rows if row["step"] < step + ("train_loss" in row)]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def step(
@@ -2890,7 +2888,7 @@ class EMANesterov:
     def observe(self, scale: float) -> None:
         """After a step, taken at `scale` of the peak learning rate."""
         moved = torch._foreach_sub(self.live, self.before)
-        torch._foreach_lerp_(self.movement, moved, 1 - self.config.ema_nesterov_gamma)
+        torch._foreach_lerp_(self.movement, moved, 0.01)  # decay 0.99 per step, as in modded-nanogpt
         torch._foreach_copy_(self.before, self.live)
         self.scale = scale
 
@@ -5652,13 +5650,24 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
         write_atomically(run.folder / "config.json", json.dumps(settings, indent=1).encode())
 
 
+def submission_sizes(config: Config, bytes_model: int, bytes_more: int = 0) -> dict[str, Any]:
+    """Bytes of code and model: as the files stand, and packed (None without records/pack.py).
+
+    bytes_more: of a mode of your own. fits: with CODE_BYTES, if that is set, for the code.
+    """
+    bytes_code = sum(file.stat().st_size for file in code_files()) + bytes_more
+    packed = packer.packed_bytes(code_files()) if (packer := project_module("pack")) else None
+    sizes = dict(bytes_code=bytes_code, bytes_model=bytes_model, bytes_total=bytes_code + bytes_model)
+    sizes["bytes_total_packed"] = packed and packed + bytes_more + bytes_model
+    return sizes | dict(fits=(config.code_bytes or bytes_code) + bytes_model <= SIZE_CAP)
+
+
 def export(
     run: Run, model: GPT, statistics: Statistics, factors: Mapping[str, Tensor] = MappingProxyType({})
 ) -> dict[str, Any]:
     """Write final_model.pt and the artifact on rank 0; returns and logs sizes and the artifact's hash."""
     c, state = run.config, {name: p for name, p in model.state_dict().items() if param_group(name).stored}
     write_atomically(run.folder / "final_model.pt", saved_bytes({name: p.cpu() for name, p in state.items()}))
-    bytes_code = sum(file.stat().st_size for file in code_files())
     if c.meta_ttt_objective == "deployed":  # other objectives learn factors of an update that is not deployed
         logs = {f"factors.{bank}": factor.clamp(min=2.0**-100).log2() for bank, factor in factors.items()}
         state |= logs  # binary logarithms, which float16 keeps to 2 %
@@ -5667,17 +5676,17 @@ def export(
     def build(scale_mult: float) -> bytes:
         return encode_artifact(c, quantize_by(state, specs, c, scale_mult), run.tokenizer_sha256)
 
-    blob, scale_mult = fit(build, SIZE_CAP - bytes_code) if c.fit_size else (build(1.0), 1.0)
+    budget = SIZE_CAP - (c.code_bytes or submission_sizes(c, 0)["bytes_code"])
+    blob, scale_mult = fit(build, budget) if c.fit_size else (build(1.0), 1.0)
     if c.fit_size:
         run.log.line(f"fit_size: scale_mult:{scale_mult:.4f}")
     write_atomically(run.folder / "final_model.int6.ptz", blob)
-    total = bytes_code + len(blob)
-    run.log.line(f"Code size: {bytes_code} bytes")
+    sizes = submission_sizes(c, len(blob))
+    run.log.line(f"Code size: {sizes['bytes_code']} bytes")
     run.log.line(f"Serialized model int6+{c.compressor}: {len(blob)} bytes")
-    run.log.line(f"Total submission size int6+{c.compressor}: {total} bytes")
-    if total > SIZE_CAP:
-        run.log.line(f"WARNING: over the cap of {SIZE_CAP} bytes by {total - SIZE_CAP}")
-    sizes = dict(bytes_code=bytes_code, bytes_model=len(blob), bytes_total=total, fits=total <= SIZE_CAP)
+    run.log.line(f"Total submission size int6+{c.compressor}: {sizes['bytes_total']} bytes")
+    if not sizes["fits"]:
+        run.log.line(f"WARNING: over the cap of {SIZE_CAP} bytes by {len(blob) - budget}")
     return sizes | dict(step_factor=scale_mult, sha256_artifact=hashlib.sha256(blob).hexdigest())
 
 
@@ -5786,25 +5795,17 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
     """Log, write, and return the result: `measured` scores and sizes, and times, steps, and hashes."""
     config, (steps, loop_seconds) = run.config, progress.done["train"]
     [train_seconds] = max_over_ranks(progress.clock.seconds())
-    result = dict(
-        **measured,
-        train_seconds=train_seconds,
-        strict_seconds=progress.strict(),
-        steps=steps,
+    late = {name: done for name, (done, _) in progress.done.items() if name != "train"}
+    pace = dict(
         step_avg_ms=1000 * loop_seconds / steps,
         tokens_per_second=steps * config.train_batch_tokens / loop_seconds,
-        model_params=count_parameters(progress.model),
-        late_steps={name: done for name, (done, _) in progress.done.items() if name != "train"},
-        meta_rates=progress.rates.report(),
-        seed=config.seed,
-        world_size=world_size(),
-        resumed=progress.resumed,
-        earlier_code=progress.earlier_code,
-        legal=True,
-        sha256_code=progress.origin["code"],
-        sha256_tokenizer=run.tokenizer_sha256,
-        versions=run.versions,
     )
+    result = dict(**measured, train_seconds=train_seconds, strict_seconds=progress.strict(), steps=steps)
+    result |= pace | dict(model_params=count_parameters(progress.model), late_steps=late)
+    result |= dict(meta_rates=progress.rates.report(), seed=config.seed, world_size=world_size())
+    result |= dict(resumed=progress.resumed, earlier_code=progress.earlier_code, legal=True)
+    result |= dict(sha256_code=progress.origin["code"], sha256_tokenizer=run.tokenizer_sha256)
+    result |= dict(versions=run.versions)
     if 0 < config.max_wallclock_seconds < train_seconds:
         run.log.line(f"WARNING: {train_seconds:.3f} s is over MAX_WALLCLOCK_SECONDS")
     run.log.line(f"clocks: contest {train_seconds:.1f}s strict {result['strict_seconds']:.1f}s")
