@@ -61,17 +61,19 @@ def parsed(pattern: str) -> Case:
 
 CASES = (  # the first whose pattern matches
     Case(r".*make (demo|test|rehearse)", ".venv/bin/python "),  # what it would run; CI runs it
-    Case(r"RECIPE=\S+pr1019.env torchrun .*train_gpt.py", "27067484", more="--describe"),  # no small model
+    Case(r"RECIPE=\S+pr1019.env (SEED=1 RUN_ID=A )?torchrun .*train_gpt.py", "27067484",
+         more="--describe", swap={"packed/": ""}),  # no small model
     parsed(r"RECIPE=\S+ torchrun .*gpu_minutes.py.*"),  # 40 s with two processes: test_gpu_minutes.py
     Case(r"RUN_ID=\S+ .*torchrun .*train_gpt.py", "RESULT {", settings=SHORT),
     Case(r"DATA_PATH=\S+ .*python train_gpt.py", "RESULT {", settings=SHORT,
          swap={"data/mine": "data/demo", "demo.env": "smoke.env"}),
     Case(r".*python train_gpt.py .*--(help|describe)", "model"),
-    Case(r".*python eval_ttt.py --audit", "NOT CERTIFIED, too little was audited", 1,
-         settings=ADAPT | {"AUDIT_TOKENS": "40"}, swap={"demo.env": "smoke.env"}),
+    Case(r".*python (packed/)?eval_ttt.py --audit", "NOT CERTIFIED, too little was audited", 1,
+         settings=ADAPT | {"AUDIT_TOKENS": "40"}, swap={"demo.env": "smoke.env", "packed/": ""}),
     Case(r".*python eval_ttt.py --sample.*", "sample:1 adapted: ",
          settings=ADAPT, more="--length 4", swap={"demo.env": "smoke.env", "--document 3": "--document 0"}),
-    Case(r".*eval_ttt.py", "legal_ttt_exact", settings=ADAPT, swap={"demo.env": "smoke.env"}),
+    Case(r".*eval_ttt.py", "legal_ttt_exact", settings=ADAPT,
+         swap={"demo.env": "smoke.env", "packed/": ""}),
     Case(r"python data/demo.py", "kept"),
     Case(r"python data/prepare.py --overlap FOLDER", "documents"),
     Case(r"python data/prepare.py .*--tokenizer.*", "train: 40", more="--val-docs 2 --workers 1"),
@@ -79,7 +81,8 @@ CASES = (  # the first whose pattern matches
     Case(r"python data/prepare.py .*", "train: 40", more="--val-docs 2 --vocab-size 320 --workers 1"),
     Case(r"python data/download.py .*--dry-run", "bytes to download", more="--out downloads"),
     Case(r"python data/download.py .*", "bytes downloaded", more="--out downloads", swap={"COMMIT": "main"}),
-    Case(r"python records/pack.py --out DIR", "together", swap={"DIR": "packed"}),
+    Case(r"python records/pack.py --out packed", "CODE_BYTES="),
+    Case(r"python records/launch.py plan .*", "total: "),
     Case(r"python records/check.py runs/.*", "0 faults"),
     Case(r"python records/check.py .*", "bpb better than OTHER_FOLDER", 1, swap={"TRACK/FOLDER": RECORD}),
     Case(r"python records/submit.py --table", "records/README.md", more="--out records"),
@@ -91,6 +94,7 @@ CASES = (  # the first whose pattern matches
          swap={"against FOLDER": "against OTHER_FOLDER", "FILE": "what.md"}),
     Case(r"python records/analyze.py nll .*", "gain of B over A"),
     Case(r"python records/analyze.py weights .*", "cosine of the weights", more="--rows 2 --only cosines"),
+    Case(r"python records/analyze.py .*--html report.html", "page: report.html"),
     Case(r"python records/analyze.py runs/.*", "curve.png", swap={"<RUN_ID>": "NAME", "[...]": "runs/A"}),
     Case(r"python records/sweep.py run .*pr398.toml.*", "trials.csv",
          more=f"--sampler random --trials 1 --seeds 1 {STAND_IN_RUNS}"),

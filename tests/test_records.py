@@ -11,6 +11,7 @@ import sys
 from statistics import mean, stdev
 
 import numpy as np
+import pack
 import pytest
 import torch
 from conftest import ROOT, inherited, search_path
@@ -98,6 +99,15 @@ def test_the_figure_says_what_the_benchmark_measured(tmp_path):
     figure.draw(tmp_path / "bytes.png")
     drawn, stored = (imread(path) for path in (tmp_path / "bytes.png", ROOT / "records/guide/bytes.png"))
     assert drawn.shape == stored.shape and np.abs(drawn - stored).mean() < 0.02
+
+
+def test_bytes_that_packing_frees():
+    """README and the page on quantization say thousands of bytes, as packed now."""
+    programs = [ROOT / name for name in ("train_gpt.py", "eval_ttt.py")]
+    freed = sum(path.stat().st_size for path in programs) - pack.packed_bytes(programs)
+    for page in ("README.md", "records/guide/quantization.md"):
+        [said] = re.findall(r"frees (\d+) kB", (ROOT / page).read_text())
+        assert abs(int(said) - freed / 1e3) < 5, (page, freed)
 
 
 def test_the_recipe_table_has_every_recipe_and_its_parameters():
