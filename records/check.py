@@ -380,8 +380,9 @@ def without_audit(result: Mapping[str, Any]) -> dict[str, Any]:
 def evaluation_folder(run: Path, mode: str = "") -> Path:
     """Return the folder with a run's evaluation: eval/MODE, or the last legal one, or the run's own.
 
-    The last legal evaluation is the one whose eval_ttt.json stands in the run's folder too. Older runs have
-    a single evaluation, with all its files in the run's folder. ValueError if there is none of that mode.
+    The last legal evaluation is the one whose eval_ttt.json stands in the run's folder too; without that,
+    whatever else was begun. Older runs have a single evaluation, with all its files in the run's folder.
+    ValueError if there is none of that mode.
     """
     found = {path.parent.name: path.parent for path in sorted(run.glob("eval/*/eval_ttt.log"))}
     last = run / "eval_ttt.json"
@@ -394,7 +395,7 @@ def evaluation_folder(run: Path, mode: str = "") -> Path:
         return found.get(mode, run)
     copies = ((folder, folder / "eval_ttt.json") for folder in found.values())
     same = (f for f, path in copies if path.exists() and without_audit(read_object(path)) == result)
-    return next(same, run)
+    return next(same, run if result else next(iter(found.values()), run))
 
 
 def read_record(path: str | Path, mode: str = "") -> Record:

@@ -213,14 +213,14 @@ def test_help():
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.env")), ids=lambda path: path.stem)
-def test_bash_parses_the_script_of_every_recipe(recipe, demo_data, monkeypatch):
+def test_bash_parses_the_script_of_every_recipe(recipe, demo_data, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)  # two recipes read data/demo
     arguments = [str(recipe), "--gpus", "1"]
     case, steps = planned(*arguments, TRAIN_FILES="a folder/*.bin; $(touch x)")
     text = plan.script(case, steps, arguments)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     shown = subprocess.run(["bash", "-c", f"{text.split('declare -F')[0]}\nprintf %s \"$TRAIN_FILES\""],
-                           cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
+                           cwd=tmp_path, capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert shown == "a folder/*.bin; $(touch x)"
 
 

@@ -29,6 +29,7 @@ import eval_ttt
 import train_gpt
 
 SEEDS = (7, 42, 1337)
+EVALUATED = "eval/doc_banks/eval_ttt.log"  # below a run
 TRACK, OLD = "track_non_record_16mb", "2026-01-01_Old"
 TEST = ("--author", "A", "--github", "a", "--name", "A test")
 
@@ -77,7 +78,7 @@ def made(env, tmp_path_factory) -> Path:
 
 def change(run: Path, pattern: str, new: str, names: str = "*.json train.log eval_ttt.log") -> None:
     """Replace what matches PATTERN in files of a run."""
-    for path in (path for name in names.split() for path in run.glob(name)):
+    for path in (path for name in names.split() for path in run.rglob(name)):
         path.write_text(re.sub(pattern, new, path.read_text()))
 
 
@@ -107,13 +108,12 @@ def record(made, tmp_path_factory) -> SimpleNamespace:
     (out / TRACK).mkdir()
     old = write_logs(out / TRACK / OLD, dict(zip(SEEDS, (3.49, 3.5, 3.51), strict=True)), text_of(made / "7"))
     done = start([made / "42", made / "7", made / "1337"], out, "--against", old, "--what", str(what))
-    for path in made.glob("*/certificate.*"):
+    for path in made.glob("*/eval/*/certificate.*"):
         path.unlink()
     assert done.code == 0, done.err
     (folder,) = (out / TRACK).glob("*_A_test")
     results = {
-        seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", "eval_ttt.log")]
-        for seed in SEEDS
+        seed: [last_result(made / f"{seed}/{name}") for name in ("train.log", EVALUATED)] for seed in SEEDS
     }
     claims = json.loads((folder / "submission.json").read_text())
     return SimpleNamespace(
@@ -128,7 +128,7 @@ def record(made, tmp_path_factory) -> SimpleNamespace:
 
 def text_of(run: Path) -> tuple[int, float]:
     """Targets of a run's validation text, and its tokens per byte."""
-    result = last_result(run / "eval_ttt.log")
+    result = last_result(run / EVALUATED)
     return 399, result["val_bpb_ttt"] * math.log(2) / result["val_loss_ttt"]
 
 
@@ -138,16 +138,19 @@ def last_result(log: Path) -> dict:
 
 def certify(run: Path) -> None:
     """The certificate of a run, as --audit writes it, of an audit that found nothing."""
+    folder = run / Path(EVALUATED).parent
     result = json.loads((run / "eval_ttt.json").read_text())
     hashes = dict(artifact=result["sha256_artifact"], tokenizer=result["sha256_tokenizer"])
     hashes |= (
-        {"nll.npy": train_gpt.sha256_file(run / "nll.npy")} | result["sha256_code"] | result["sha256_shards"]
+        {"nll.npy": train_gpt.sha256_file(folder / "nll.npy")}
+        | result["sha256_code"]
+        | result["sha256_shards"]
     )
     lines = ["certificate of it: legal", *(f"  sha256 {name} {digest}" for name, digest in hashes.items())]
-    (run / "certificate.txt").write_text("\n".join(lines) + "\n")
+    (folder / "certificate.txt").write_text("\n".join(lines) + "\n")
     checks = [dict(name=name, ok=True, checked=9) for name in ("T1", "T2", "T3", "T4")]
     found = dict(legal=True, targets=399, checks=checks, sha256=hashes, not_audited=[])
-    (run / "certificate.json").write_text(json.dumps(found | dict(settings=result["settings"])))
+    (folder / "certificate.json").write_text(json.dumps(found | dict(settings=result["settings"])))
 
 
 def test_the_folder(record, made):
@@ -159,7 +162,7 @@ def test_the_folder(record, made):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_A_test", record.folder.name)
     assert {path.name for path in record.out.iterdir()} == {"what.md", TRACK}
     for seed in SEEDS:
-        logs = [(made / f"{seed}/{name}").read_text() for name in ("train.log", "eval_ttt.log")]
+        logs = [(made / f"{seed}/{name}").read_text() for name in ("train.log", EVALUATED)]
         assert (record.folder / f"train_seed{seed}.log").read_text() == "".join(logs)
     for name in ("train_gpt.py", "eval_ttt.py", "smoke.env"):
         assert (record.folder / name).read_bytes() == (made / "7/source" / name).read_bytes()
@@ -274,18 +277,18 @@ def test_other_runs_are_refused_in_the_main_track(runs, tmp_path, no_tree):
 def as_challenge(run: Path) -> None:
     """Let a run's logs tell of the challenge's text, machines and times."""
     bytes_now = text_of(run)[0] / text_of(run)[1]
-    result = last_result(run / "eval_ttt.log")
+    result = last_result(run / EVALUATED)
     change(run, "targets:399", "targets:62021845")
     scale = 62021845 / 151_080_891 / (399 / bytes_now)  # of the tokens per byte
-    for name in ("train.log", "eval_ttt.log", "result.json", "eval_ttt.json"):
+    for name in ("train.log", EVALUATED, "result.json", "eval_ttt.json"):
         text = (run / name).read_text()
         text = re.sub(r'("?val_bpb\w*"?: ?)([\d.]+)', lambda m: f"{m[1]}{float(m[2]) * scale:.16g}", text)
         (run / name).write_text(text)
     change(run, r'"train_seconds": [\d.]+', '"train_seconds": 598.5')
     change(run, r'"world_size": 1', '"world_size": 8')
     change(run, r'"gpu": "none"', '"gpu": "NVIDIA H100 80GB HBM3"')
-    (run / "nll.npy").unlink()
-    scaled = last_result(run / "eval_ttt.log")["val_bpb_ttt"]
+    (run / EVALUATED).with_name("nll.npy").unlink()
+    scaled = last_result(run / EVALUATED)["val_bpb_ttt"]
     assert scaled == pytest.approx(result["val_bpb_ttt"] * scale)
 
 
@@ -348,7 +351,7 @@ def test_the_command_makes_the_same_settings_again(record, env, made):
         again = recipe | {k: v for k, v in evaluation.items() if k.lower() in settings}
         config, wanted = (
             vars(train_gpt.load_config(again)[0]),
-            last_result(made / f"{seed}/eval_ttt.log")["settings"],
+            last_result(made / f"{seed}/{EVALUATED}")["settings"],
         )
         assert {k: config[k] for k in wanted} == wanted | {
             "model_path": f"runs/seed{seed}/final_model.int6.ptz"
@@ -431,8 +434,8 @@ def illegal(run: Path) -> None:
 
 REFUSED = {  # what is done to the run of seed 42, words of the reason
     "failed": (lambda run: (run / "result.json").unlink(), "42 is not a finished run: no result.json"),
-    "evaluation died": (lambda run: (run / "eval_ttt.json").unlink(),
-        "42 is not a finished run: no eval_ttt.json"),
+    "evaluation died": (lambda run: [path.unlink() for path in run.rglob("eval_ttt.json")],
+        "42 is not a finished run: no eval/doc_banks/eval_ttt.json"),
     "no log": (lambda run: (run / "train.log").unlink(), "not a finished run: no train.log"),
     "a part of a result": (lambda run: (run / "result.json").write_text('{"fits": true}'),
         "lacks val_bpb_sliding"),
@@ -451,18 +454,21 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
         lambda run: change(run, r'"eval_seconds": [\d.]+', '"eval_seconds": 600.1'),
         "42: eval time: over 600 s: 600.1 s"),
     "illegal": (illegal, "42: legality: "),
-    "audit failed": (lambda run: (run / "certificate.txt").write_text("certificate of it: NOT LEGAL\n"),
+    "audit failed": (
+        lambda run: (run / EVALUATED).with_name("certificate.txt").write_text("certificate: NOT LEGAL\n"),
         "legality"),
     "audited with another rate": (
         lambda run: [certify(run), change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "certificate.json")],
         "audited with ttt_lr 0.5, scored with 0.002"),
-    "one certificate": (lambda run: certify(run.with_name("7")) or shutil.copyfile(
-        run.with_name("7") / "certificate.json", run / "certificate.json"), "another artifact"),
+    "one certificate": (lambda run: certify(run.with_name("7")) or shutil.copyfile(*(
+        (each / EVALUATED).with_name("certificate.json") for each in (run.with_name("7"), run))),
+        "another artifact"),
     "the artifact of another seed": (lambda run: change(
         run, train_gpt.sha256_file(run / "final_model.int6.ptz"),
         train_gpt.sha256_file(run.with_name("7") / "final_model.int6.ptz")),
         "seeds 7, 42 have the same artifact"),
-    "losses altered": (lambda run: np.save(run / "nll.npy", np.load(run / "nll.npy") + np.float32(1e-4)),
+    "losses altered": (
+        lambda run: np.save(path := (run / EVALUATED).with_name("nll.npy"), np.load(path) + np.float32(1e-4)),
         "nll.npy"),
     "other code": (recode, "differ in code: train_gpt.py "),
     "code edited later": (lambda run: (run / "source/eval_ttt.py").write_text("pass\n"),
@@ -536,16 +542,9 @@ def test_an_evaluation_that_is_not_there(runs, tmp_path, no_tree):
 
 
 def into_modes(run: Path) -> None:
-    """Move the evaluation to eval/doc_banks; put one of doc_lora beside it, its losses 1.25 times as high."""
+    """Beside the evaluation in eval/doc_banks put one of doc_lora, its losses 1.25 times as high."""
     certify(run)
-    names = ("eval_ttt.log", "eval_ttt.json", "nll.npy", "certificate.txt", "certificate.json")
-    for mode in ("doc_banks", "doc_lora"):
-        (run / "eval" / mode).mkdir(parents=True)
-        for name in names:
-            shutil.copy(run / name, run / "eval" / mode / name)
-    for name in set(names) - {"eval_ttt.json"}:
-        (run / name).unlink()
-    other = run / "eval/doc_lora"
+    other = shutil.copytree(run / "eval/doc_banks", run / "eval/doc_lora")
     for name in ("eval_ttt.log", "eval_ttt.json", "certificate.json"):
         text = (other / name).read_text().replace('"ttt_mode": "doc_banks"', '"ttt_mode": "doc_lora"')
         for score in (
@@ -558,7 +557,7 @@ def into_modes(run: Path) -> None:
 
 
 def test_the_named_evaluation_is_submitted_or_the_last_legal_one(runs, tmp_path, no_tree, no_start):
-    scores = [last_result(run / "eval_ttt.log")["val_bpb_ttt"] for run in runs]
+    scores = [last_result(run / EVALUATED)["val_bpb_ttt"] for run in runs]
     for run in runs:
         into_modes(run)
     for mode, factor in (("", 1), ("doc_banks", 1), ("doc_lora", 1.25)):
@@ -812,7 +811,7 @@ def test_a_comparison_reads_nothing_outside_the_records(copy, tmp_path, no_start
 def test_links_are_not_packed(runs, tmp_path, no_tree):
     (tmp_path / "secret").write_text("secret")
     (runs[1] / "source/more.env").symlink_to(tmp_path / "secret")
-    (runs[2] / "certificate.txt").symlink_to(tmp_path / "secret")
+    (runs[2] / EVALUATED).with_name("certificate.txt").symlink_to(tmp_path / "secret")
     for run, name in ((runs[1], "more.env"), (runs[2], "certificate.txt")):
         done = start(runs, tmp_path / "out")
         assert done.code == 1 and f"{name} is a link" in done.err and not (tmp_path / "out").exists()
