@@ -42,7 +42,7 @@ import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cache, cached_property, lru_cache, partial, wraps
@@ -5330,7 +5330,8 @@ def train(
             now = moment(step, count, elapsed, budget, 1 + clock.lag, prepared)
             if is_main and (step <= 10 or step % c.train_log_every == 0):
                 [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
-                also = dict(lr_scale=metrics.lr_scale, data_wait=waited)
+                norm = metrics.values[1:].norm().item()  # of the whole gradient, before clipping
+                also = dict(lr_scale=metrics.lr_scale, data_wait=waited, grad_norm=norm)
                 log.step(step, count, elapsed, also, train_loss=metrics.loss.item())
                 pace = step * c.train_batch_tokens / max(elapsed, 1e-9)
                 log.bar.set_postfix_str(f"loss {metrics.loss.item():.3f}, {pace:,.0f} tokens/s")
@@ -5536,9 +5537,8 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
             found = {path.name for path in folder.iterdir()} - {path.name for path in stale}
             if "metrics.jsonl" in found and '"train_loss"' not in (folder / "metrics.jsonl").read_text():
                 found.remove("metrics.jsonl")  # of a validation before the first step
-            work = sorted(
-                found - {"train.log", "config.json", "source", "failed.log"} if "source" in found else found
-            )
+            fresh = {"train.log", "config.json", "source", "failed.log", "track"}
+            work = sorted(found - fresh if "source" in found else found)
             if work and config.resume == "never":
                 raise UserError(
                     f"{folder} is there already, with {work[0]}: choose another RUN_ID, or RESUME=auto"
@@ -5733,16 +5733,30 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
+def tracker(environ: Mapping[str, str]) -> Callable[[Path], Any]:
+    """Return a context manager that sends a run folder to the tracker that TRACK names, if it is set."""
+    if not environ.get("TRACK"):
+        return nullcontext
+    if (track := project_module("track")) is None:
+        raise UserError("TRACK is set, but there is no records/track.py beside train_gpt.py: unset TRACK")
+    try:
+        track.check(environ)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return lambda folder: track.following(folder, environ) if rank() == 0 else nullcontext()
+
+
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Run, or say that the run is finished; returns the exit code."""
-    began, signals = process_start(), StopSignals(environ)
+    began, signals, track = process_start(), StopSignals(environ), tracker(environ)
     run = prepare_run(config, notices, environ)
     try:
         result = on_rank_0(lambda: read_result(run.folder))
         if result is not None:
             run.log.line(f"note: {run.folder}: run already finished, nothing to do")
         else:
-            result = finish_run(run, given, environ, signals, began)
+            with track(run.folder):
+                result = finish_run(run, given, environ, signals, began)
     finally:
         if rank() == 0:
             os.close(run.lock)

@@ -1,4 +1,7 @@
-"""The ledger of experiments of `records/sweep.py one`, and the hashes that keep its lines comparable."""
+"""The ledger of experiments of `records/sweep.py one`, and the hashes that keep its lines comparable.
+
+This is a module, not a program: run `python records/sweep.py one --help`.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ COLUMNS = (
     "budget",
     "run",
 )
+DIALECT = dict(delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
 DIGITS = 6  # decimals of the bpb in a line; scores are compared after rounding to them
 FIXED = ("scorer", "task", "budget")  # must be equal in all lines, or their scores are not comparable
 SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch",
@@ -106,7 +110,7 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists() or not path.stat().st_size:
         return []
     with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.DictReader(file, **DIALECT)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(
                 f"{path}: columns are {reader.fieldnames}, not {COLUMNS}. Start another --ledger."
@@ -120,8 +124,10 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # never write through a link
     with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        head = "" if path.stat().st_size else "\t".join(COLUMNS) + "\n"
-        file.write(head + "\t".join(str(line[name]) for name in COLUMNS) + "\n")
+        writer = csv.DictWriter(file, COLUMNS, **DIALECT)
+        if not path.stat().st_size:
+            writer.writeheader()
+        writer.writerow(line)
 
 
 def refuse_changes(path: Path, line: Mapping[str, Any]) -> None:
@@ -193,3 +199,7 @@ def experiment(
     append(path, line)
     print(" ".join(f"{name}={value}" for name, value in line.items()))
     return 1 if line["verdict"] == "crash" else 0
+
+
+if __name__ == "__main__":
+    print(__doc__)
