@@ -9,9 +9,11 @@ A trial is one point of the search space, run on each seed; its value is the mea
 artifacts. After an interruption the same command continues and runs only what is missing. Several machines
 share a study through --storage URL. SPACE.toml: recipe (path relative to the file), seeds, sampler, trials,
 prune; [space] with NAME = value, [values] or {low, high, log}; [rows] with NAME = {settings that are changed
-together}. The environment overrides the recipe, and the space overrides both. TRACK=trackio or TRACK=wandb
-also logs every run there. Exit codes: 0 done, 1 a run failed or the sweep was stopped, 2 user error.
-records/README.md has the rules for experiments with `one`.
+together}. The environment overrides the recipe, and the space overrides both. runs/STUDY/ gets trials.csv, a
+recipe for each trial, and plots. With --workers, each run computes with its share of the CPU cores unless
+OMP_NUM_THREADS is set. TRACK=wandb or TRACK=trackio: the runs send their curves there (records/track.py).
+Exit codes: 0 done, 1 a run failed or the sweep was stopped, 2 user error. records/README.md has the rules for
+experiments with `one`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -42,7 +45,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import optuna
-from launch import METRIC, Crash, config_hash, digest, tracker, train, trainer
+from launch import ANY_RUN, METRIC, Crash, config_hash, digest, train, trainer
 from ledger import experiment
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -51,6 +54,8 @@ from runfiles import create, escape_lines, save_figure, write_file
 from scipy import optimize, stats
 from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from tabulate import tabulate
+from track import check as check_tracker
 
 try:
     import tomllib
@@ -97,6 +102,10 @@ class Space(NamedTuple):
         """Yield every point of a space without ranges, once."""
         values = itertools.product(*(kind.choices for kind in self.kinds.values()))
         return (dict(zip(self.kinds, each, strict=True)) for each in values)
+
+    def swept(self) -> dict[str, BaseDistribution]:
+        """Return the settings that have more than one value."""
+        return {name: kind for name, kind in self.kinds.items() if not kind.single()}
 
 
 def as_text(value: Any) -> str:
@@ -243,6 +252,7 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
 # a result are not repeated. Several processes may add the same attempt; the first in the study counts, the
 # others stay waiting forever.
 
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 SEED_STEPS = 10_000_000  # step offset of the intermediate values of each further seed
 
 
@@ -258,6 +268,18 @@ def open_storage(url: str, grace: int) -> optuna.storages.RDBStorage:
             if left == 0 or not isinstance(error, DBAPIError | StorageInternalError):
                 raise ValueError(f"--storage {url.partition('://')[0]}: {error}") from error
             time.sleep(1 + random.random())
+
+
+def suggest(trial: Trial, name: str, kind: BaseDistribution) -> Any:
+    """Return the value of a setting in a trial, as enqueued or as sampled."""
+    if isinstance(kind, CategoricalDistribution):
+        return trial.suggest_categorical(name, kind.choices)
+    sample = trial.suggest_int if isinstance(kind, IntDistribution) else trial.suggest_float
+    return sample(name, kind.low, kind.high, log=kind.log)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def lost(trial: FrozenTrial) -> bool:
@@ -282,6 +304,7 @@ class Sweep:
         self.study = optuna.create_study(storage=self.storage, study_name=space.name,
                                          sampler=SAMPLERS[space.sampler](), pruner=pruner,
                                          load_if_exists=True)  # fmt: skip
+        self.study_id, self.workers = self.storage.get_study_id_from_name(space.name), 1
         self.check_identity()
         self.study.set_user_attr("space", self.identity())
 
@@ -308,8 +331,15 @@ class Sweep:
         found = self.attempts()
         return [found[ticket][-1] for ticket in range(len(self.points))]
 
+    def trial_id(self, trial: Trial | FrozenTrial) -> int:
+        """Return the storage's id of a trial."""
+        return self.storage.get_trial_id_from_study_id_trial_number(self.study_id, trial.number)
+
     def claim(self) -> Trial | None:
-        """Claim and return a trial, or None if no ticket is new, waiting or lost."""
+        """Claim and return a trial, or None if no ticket is new, waiting or lost.
+
+        Study.ask would take any waiting trial, and create one if another process has taken the last.
+        """
         optuna.storages.fail_stale_trials(self.study)
         found = self.attempts()
         for ticket, point in enumerate(self.points):
@@ -319,10 +349,11 @@ class Sweep:
                 self.study.enqueue_trial([point, *known][-1], dict(ticket=ticket, attempt=len(tried)))
                 tried = self.attempts()[ticket]  # may be another process's trial
             if tried[-1].state == TrialState.WAITING:
-                self.storage.record_heartbeat(tried[-1]._trial_id)  # first, so that a later crash is detected
+                trial_id = self.trial_id(tried[-1])
+                self.storage.record_heartbeat(trial_id)  # first, so that a later crash is detected
                 with suppress(UpdateFinishedTrialError):
-                    if self.storage.set_trial_state_values(tried[-1]._trial_id, TrialState.RUNNING):
-                        return Trial(self.study, tried[-1]._trial_id)
+                    if self.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                        return Trial(self.study, trial_id)
         return None
 
     def work(self, gpus: str) -> None:
@@ -344,24 +375,38 @@ class Sweep:
 
     def run_trial(self, trial: Trial, devices: Mapping[str, str]) -> None:
         """Run the point of a trial on each seed and record the outcome in the study."""
-        point = {name: trial._suggest(name, kind) for name, kind in self.space.kinds.items()}
-        name, settings = f"{self.space.name}_{trial.user_attrs['ticket']:03d}", self.space.settings(point)
-        value, said = None, str(settings)
+        point = {name: suggest(trial, name, kind) for name, kind in self.space.kinds.items()}
+        ticket, settings = trial.user_attrs["ticket"], self.space.settings(point)
+        name, value, trial_id = f"{self.space.name}_{ticket:03d}", None, self.trial_id(trial)
+        label = f"trial {ticket + 1}/{len(self.points)}"
+        pairs = " ".join(f"{key}={text}" for key, text in settings.items())
+        print(f"{label} started: {name} {pairs}", flush=True)
         try:
             try:
                 value = self.run_seeds(trial, name, {**self.environ, **settings, **devices})
-                state, said = TrialState.COMPLETE, f"{value:.4f} {settings}"
+                state, said = TrialState.COMPLETE, f"complete: {name} {value:.4f} bpb"
             except optuna.TrialPruned:
-                steps = self.storage.get_trial(trial._trial_id).intermediate_values
-                state, value, said = TrialState.PRUNED, steps[max(steps)], f"pruned {settings}"
+                steps = self.storage.get_trial(trial_id).intermediate_values
+                state, value, said = TrialState.PRUNED, steps[max(steps)], f"pruned: {name}"
             except (Crash, ValueError, Stopped) as error:
-                state, said = TrialState.FAIL, str(error) or "stopped"
+                state, said = TrialState.FAIL, f"failed: {name}: {str(error) or 'stopped'}"
                 if not self.stop.wait(1):  # a signal that stops us may reach the run first
-                    trial.set_user_attr("why", said)
-            self.storage.set_trial_state_values(trial._trial_id, state, None if value is None else [value])
+                    trial.set_user_attr("why", str(error) or "stopped")
+            self.storage.set_trial_state_values(trial_id, state, None if value is None else [value])
         except UpdateFinishedTrialError:
-            said = "declared lost while it ran: --grace is too short for this machine"
-        print(f"trial {name}: {said}", flush=True)
+            said = f"failed: {name}: declared lost while it ran: --grace is too short for this machine"
+        print(f"{label} {said}{self.progress()}", flush=True)
+
+    def progress(self) -> str:
+        """Return the best trial so far, the number of trials left, and the time they will take."""
+        tickets = dict(sorted(self.attempts().items())[: len(self.points)])
+        trials = {ticket: tried[-1] for ticket, tried in tickets.items()}
+        done = [trial.duration.total_seconds() for trial in trials.values() if trial.state in DONE]
+        complete = [(t.value, ticket) for ticket, t in trials.items() if t.state == TrialState.COMPLETE]
+        left = len(self.points) - sum(t.state.is_finished() and not lost(t) for t in trials.values())
+        best = f", best {min(complete)[0]:.4f} ({self.space.name}_{min(complete)[1]:03d})" if complete else ""
+        time_left = f", about {duration(mean(done) * left / self.workers)}" if done and left else ""
+        return f"{best}; {left} left{time_left}"
 
     def run_seeds(self, trial: Trial, name: str, environ: Mapping[str, str]) -> float:
         """Return the mean score of a setting over the seeds."""
@@ -369,20 +414,21 @@ class Sweep:
         for index, seed in enumerate(self.space.seeds):
             watch, own = self.watcher(trial, index * SEED_STEPS), {**environ, "SEED": str(seed)}
             result = train(f"{name}_{settings}_seed{seed}", own, self.launcher, self.folder, watch)
-            results.append({key: result.get(key) for key in (METRIC, "bytes_total", "fits")})
+            kept = (METRIC, "bytes_total", "fits", "strict_seconds")
+            results.append({key: result.get(key) for key in kept})
             trial.set_user_attr("results", results)
         return mean(result[METRIC] for result in results)
 
     def watcher(self, trial: Trial, offset: int) -> Callable[[Path], None]:
         """Return a callback for `train` that sends heartbeats, reports val_bpb, stops or prunes the run."""
-        due, read = 0.0, 0
+        due, read, trial_id = 0.0, 0, self.trial_id(trial)
 
         def watch(folder: Path) -> None:
             nonlocal due, read
             if self.stop.is_set():
                 raise Stopped
             if time.monotonic() > due:
-                self.storage.record_heartbeat(trial._trial_id)
+                self.storage.record_heartbeat(trial_id)
                 due = time.monotonic() + self.storage.get_heartbeat_interval()
             log = folder / "train.log"
             new = log.read_text(errors="replace")[read:].rpartition("\n")[0] if log.exists() else ""
@@ -397,7 +443,7 @@ class Sweep:
 
     def run(self, workers: int, gpus: Sequence[str]) -> int:
         """Run all trials in `workers` threads, each with its own GPUs, report, and return the exit code."""
-        per_worker = len(gpus) // workers
+        per_worker, self.workers = len(gpus) // workers, workers
         handlers = {n: signal.signal(n, lambda *_: self.stop.set()) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             with ThreadPoolExecutor(workers) as pool:
@@ -409,22 +455,49 @@ class Sweep:
                 signal.signal(number, handler)
         trials = {ticket: tried[-1] for ticket, tried in self.attempts().items()}
         report(self.space, trials, self.folder)
-        draw(self.study, self.folder)
-        return 0 if all(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials.values()) else 1
+        for ticket, trial in trials.items():
+            if len(trial.params) == len(self.space.kinds):
+                self.write_recipe(ticket, trial)
+        if advice := self.advice(trials):
+            print(advice)
+        draw(self.space, self.study, list(trials.values()), self.folder)
+        return 0 if all(trial.state in DONE for trial in trials.values()) else 1
+
+    def write_recipe(self, ticket: int, trial: FrozenTrial) -> None:
+        """Write the settings of a trial, without seed and run id, to trial_NNN.env in the study's folder."""
+        environ = {**self.environ, **self.space.settings(trial.params)}
+        given = {k: v for k, v in trainer().load_config(environ)[1].items() if k not in ANY_RUN}
+        texts = {k.upper(): int(value) if isinstance(value, bool) else value for k, value in given.items()}
+        content = "".join(f"{name}={text}\n" for name, text in texts.items())
+        write_file(self.folder / f"trial_{ticket:03d}.env", content.encode())
+
+    def advice(self, trials: Mapping[int, FrozenTrial]) -> str:
+        """Return how to confirm the best trial against the second best, if they were run on one seed."""
+        ranked = sorted((t.value, n) for n, t in trials.items() if t.state == TrialState.COMPLETE)
+        if len(self.space.seeds) > 1 or len(ranked) < 2:
+            return ""
+        fresh = [str(seed) for seed in range(1, 6) if seed not in self.space.seeds][:4]
+        (_, best), (_, second) = ranked[:2]
+        files = [str(self.folder / f"trial_{ticket:03d}.env") for ticket in (second, best)]
+        launcher = ["--launcher", shlex.join(self.launcher)] if self.launcher != [sys.executable] else []
+        words = ["python", "records/sweep.py", "compare", *files, "--seeds", ",".join(fresh), *launcher]
+        return f"one seed: confirm with `{shlex.join(words)}`"
 
 
 def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> None:
     """Print the trials, best first, and write them to trials.csv. A pruned trial has its last val_bpb."""
     order, rows = ("complete", "pruned", "running", "waiting", "fail"), []
+    best = min((t.value for t in trials.values() if t.state == TrialState.COMPLETE), default=0.0)
     for ticket, trial in trials.items():
-        results = trial.user_attrs.get("results", [])
+        results, complete = trial.user_attrs.get("results", []), trial.state == TrialState.COMPLETE
         rows.append(
             dict(trial=ticket, state=trial.state.name.lower(), val_bpb=trial.value)
+            | dict(difference=trial.value - best if complete else None)
             | {f"seed_{seed}": result[METRIC] for seed, result in zip(space.seeds, results, strict=False)}
-            | dict(bytes_total=max((r["bytes_total"] or 0 for r in results), default=""))
-            | dict(
-                fits=all(r["fits"] for r in results) if results else "", why=trial.user_attrs.get("why", "")
-            )
+            | dict(seconds=sum(result["strict_seconds"] or 0 for result in results) or None)
+            | dict(bytes_total=max((r["bytes_total"] or 0 for r in results), default=None))
+            | dict(fits=all(r["fits"] for r in results) if results else None)
+            | dict(why=trial.user_attrs.get("why", ""))
             | {name: as_text(value) for name, value in trial.params.items()}
         )
     rows.sort(key=lambda row: (order.index(row["state"]), row["val_bpb"] or 0.0))
@@ -432,33 +505,186 @@ def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> Non
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"{'trial':>5} {'state':9}{'bpb':>9} {'bytes':>11}  setting")
-    for row in rows:
-        bpb = "-" if row["val_bpb"] is None else f"{row['val_bpb']:.4f}"
-        size = f"{row['bytes_total'] or '-'}{' over' if row['fits'] is False else ''}"
-        setting = " ".join(f"{name}={row[name]}" for name in space.kinds if name in row)
-        print(f"{row['trial']:>5} {row['state']:9}{bpb:>9} {size:>11}  {setting}")
-    print(f"table: {folder / 'trials.csv'}")
+    columns = {"trial": "d", "state": "", "val_bpb": ".4f", "difference": "+.4f", "seconds": ".0f",
+               "bytes_total": ",d", "fits": ""}  # fmt: skip
+    columns |= dict.fromkeys(space.swept(), "")
+    lines = [
+        [format(row[n], c) if row.get(n) is not None else "-" for n, c in columns.items()] for row in rows
+    ]
+    right = ["right" if code else "left" for code in columns.values()]
+    print(tabulate(lines, list(columns), colalign=right if lines else None, disable_numparse=True))
+    print(f"table: {folder / 'trials.csv'}, settings of each trial: {folder}/trial_NNN.env")
 
 
-def draw(study: optuna.Study, folder: Path) -> None:
-    """Write parallel_coordinate.png and importance.png, or print why there are none."""
+# ------------------------------------------------------------------------------------------------------------
+# Plots
+# ------------------------------------------------------------------------------------------------------------
+#
+# Optuna's importance (PED-ANOVA) looks at the best tenth of the trials: on a grid of six it called a setting
+# that explains 0.1 % of the variance 44 % important. So: slices always, shares of variance on a full grid.
+
+ENOUGH = 50  # completed trials for Optuna's importance
+BPB = "val_bpb, sliding window (bits per byte)"
+
+
+class Axis(NamedTuple):
+    """A setting as an axis: label, scale, and the position of each value of a list ({}: a range)."""
+
+    label: str
+    scale: str
+    ticks: dict[str, float]
+
+    def at(self, value: Any) -> float:
+        return self.ticks[value] if self.ticks else value
+
+
+def axis_of(name: str, kind: BaseDistribution) -> Axis:
+    """Return the axis of a setting: of numbers, by logarithms if the space is, or of names."""
+    known = {f.name.upper(): f.metadata["help"] for f in fields(trainer().Config)}
+    label = "\n".join([name, *textwrap.wrap(known.get(name, "row of settings"), 44)])
+    if not isinstance(kind, CategoricalDistribution):
+        return Axis(label, "log" if kind.log else "linear", {})
+    try:
+        ticks = {text: float(text) for text in kind.choices}
+    except ValueError:
+        return Axis(label, "linear", {text: float(place) for place, text in enumerate(kind.choices)})
+    low, high = min(ticks.values()), max(ticks.values())
+    return Axis(label, "log" if 0 < 10 * low <= high else "linear", ticks)
+
+
+def shares_of_variance(points: Sequence[Mapping[str, Any]], values: Sequence[float]) -> dict[str, float]:
+    """Return the share of the sum of squares of each setting's main effect on a full grid, and of the rest.
+
+    A main effect is the mean of the values at one level less the mean of all.
+    """
+    middle = mean(values)
+    total = sum((value - middle) ** 2 for value in values)
+    shares = {}
+    for name in points[0]:
+        levels: dict[Any, list[float]] = {}
+        for point, value in zip(points, values, strict=True):
+            levels.setdefault(point[name], []).append(value)
+        shares[name] = sum(len(level) * (mean(level) - middle) ** 2 for level in levels.values()) / total
+    return shares | {"interactions and noise": max(0.0, 1 - sum(shares.values()))}
+
+
+def draw_slice(place: Any, name: str, kind: BaseDistribution, trials: Sequence[FrozenTrial]) -> None:
+    """Draw val_bpb against one setting: a dot for each trial, small dots for seeds, a star for the best."""
+    from matplotlib import ticker
+
+    axis, best = axis_of(name, kind), min(trials, key=lambda trial: trial.value)
+    place.set_xscale(axis.scale)
+    for trial in trials:
+        x = axis.at(trial.params[name])
+        place.plot(x, trial.value, "o", color="tab:blue", alpha=0.6, label="trial")
+        if len(results := trial.user_attrs["results"]) > 1:
+            place.plot([x] * len(results), [r[METRIC] for r in results], "k.", ms=4, label="one of its seeds")
+    place.plot(axis.at(best.params[name]), best.value, "*", ms=13, color="tab:red", label="best trial")
+    if axis.ticks:
+        place.set_xticks(list(axis.ticks.values()), list(axis.ticks))
+        place.minorticks_off()
+    elif axis.scale == "log":
+        place.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        place.xaxis.set_major_formatter("{x:g}")
+        place.minorticks_off()
+    else:
+        place.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=isinstance(kind, IntDistribution)))
+    place.set_xlabel(axis.label)
+    place.margins(x=0.12)
+    place.grid(alpha=0.3)
+    place.ticklabel_format(axis="y", useOffset=False)
+
+
+def draw_slices(space: Space, trials: Sequence[FrozenTrial], title: str) -> Any:
+    """Return a figure of val_bpb against each setting that was swept."""
+    from matplotlib import pyplot
+
+    count = len(space.swept())
+    width = 2 if count == 4 else min(count, 3)
+    height = -(-count // width)
+    size = (4.2 * width + 0.8, 3.9 * height + 0.4)
+    figure, axes = pyplot.subplots(
+        height, width, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for place, (name, kind) in zip(axes.flat, space.swept().items(), strict=False):
+        draw_slice(place, name, kind, trials)
+    for row in axes:
+        row[0].set_ylabel(BPB)
+    for place in axes.flat[count:]:
+        place.remove()
+    shown = dict(zip(*reversed(axes.flat[0].get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=len(shown))
+    figure.suptitle(title)
+    return figure
+
+
+def draw_heatmap(space: Space, trials: Sequence[FrozenTrial], title: str) -> Any:
+    """Return a figure of val_bpb on a full grid of two settings, colored by the difference to the best."""
+    from matplotlib import pyplot
+
+    (x_name, x_kind), (y_name, y_kind) = space.swept().items()
+    values = {(t.params[x_name], t.params[y_name]): t.value for t in trials}
+    best = min(values.values())
+    cells = [[values[x, y] - best for x in x_kind.choices] for y in y_kind.choices]
+    size = (1.1 * len(x_kind.choices) + 3.6, 0.6 * len(y_kind.choices) + 2.4)
+    figure, place = pyplot.subplots(figsize=size, layout="constrained")
+    image = place.imshow(cells, cmap="viridis_r", aspect="auto", origin="lower")
+    middle = max(map(max, cells)) / 2
+    for row, y in enumerate(y_kind.choices):
+        for column, x in enumerate(x_kind.choices):
+            color = "white" if cells[row][column] > middle else "black"
+            place.text(column, row, f"{values[x, y]:.4f}", ha="center", va="center", color=color)
+    place.set_xticks(range(len(x_kind.choices)), x_kind.choices)
+    place.set_yticks(range(len(y_kind.choices)), y_kind.choices)
+    place.set_xlabel(axis_of(x_name, x_kind).label)
+    place.set_ylabel(axis_of(y_name, y_kind).label)
+    figure.colorbar(image, label="difference to the best (bits per byte)")
+    figure.suptitle(title)
+    return figure
+
+
+def draw_shares(shares: Mapping[str, float], label: str, title: str) -> Any:
+    """Return a bar chart of shares, the largest on top."""
+    from matplotlib import pyplot
+
+    ordered = sorted(shares.items(), key=lambda share: share[1])
+    figure, place = pyplot.subplots(figsize=(7, 0.4 * len(shares) + 1.4), layout="constrained")
+    bars = place.barh([name for name, _ in ordered], [share for _, share in ordered])
+    place.bar_label(bars, [f"{share:.1%}" for _, share in ordered], padding=3)
+    place.set_xlim(0, 1.16)
+    place.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    place.set_xlabel(label)
+    figure.suptitle(title)
+    return figure
+
+
+def draw(space: Space, study: optuna.Study, trials: Sequence[FrozenTrial], folder: Path) -> None:
+    """Write slices.png, heatmap.png of a full grid of two settings, importance.png if it is meaningful."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from optuna.visualization import matplotlib as plots
-
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len({trial.value for trial in trials}) < 2:
+    trials = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    values = [trial.value for trial in trials]
+    if len(set(values)) < 2:
         print("no plots: they need two finished trials with different values")
         return
-    swept = [name for name in trials[0].params if not trials[0].distributions[name].single()]
-    for name, plot in (
-        ("parallel_coordinate", plots.plot_parallel_coordinate),
-        ("importance", plots.plot_param_importances),
-    ):
-        figure = plot(study, params=swept).figure
-        save_figure(figure, folder / f"{name}.png", dpi=120, bbox_inches="tight")
+    swept, seeds = list(space.swept()), len(space.seeds)
+    title = f"{space.name}: {len(trials)} trials, {seeds} seed{'s' if seeds > 1 else ''}"
+    figures = dict(slices=draw_slices(space, trials, title))
+    if space.sampler == "grid" and len(trials) == space.trials:
+        if len(swept) == 2:
+            figures["heatmap"] = draw_heatmap(space, trials, title)
+        if len(swept) > 1:
+            points = [{name: trial.params[name] for name in swept} for trial in trials]
+            label = "share of the variance of val_bpb on the full grid"
+            figures["importance"] = draw_shares(shares_of_variance(points, values), label, title)
+    elif len(trials) >= ENOUGH:
+        found = optuna.importance.get_param_importances(study, params=swept)
+        figures["importance"] = draw_shares(found, "parameter importance by PED-ANOVA", title)
+    else:
+        print(f"no parameter importance: needs a full grid or {ENOUGH} completed trials, not {len(trials)}")
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png", dpi=120)
         matplotlib.pyplot.close(figure)
         print(f"plot: {folder / name}.png")
 
@@ -520,9 +746,8 @@ def compare(
             scores[side].append(train(name, {**arms[side], "SEED": str(seed)}, launcher, folder)[METRIC])
             print(f"run {len(scores[0] + scores[1])} of {2 * len(seeds)}: {name}", flush=True)
     found = paired(*scores)
-    print(f"{'seed':>10} {a:>14} {b:>14} {'difference':>12}")
-    for seed, x, y in zip(seeds, *scores, strict=True):
-        print(f"{seed:>10} {x:>14.5f} {y:>14.5f} {y - x:>+12.5f}")
+    lines = [[seed, x, y, y - x] for seed, x, y in zip(seeds, *scores, strict=True)]
+    print(tabulate(lines, ["seed", a, b, "difference"], floatfmt=("d", ".5f", ".5f", "+.5f")))
     print(f"{b} - {a}: {found.mean:+.5f} bpb, 95 % interval {found.low:+.5f} to {found.high:+.5f}, "
           f"p = {found.p:.2g} (paired t-test, two-sided; n = {found.n}, fixed in advance)")  # fmt: skip
     print(
@@ -591,6 +816,10 @@ def sweep(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise ValueError(
             f"--workers {given.workers}: must be at least 1 and divide the number of GPUs, {len(gpus)}"
         )
+    torchrun = any("torch" in word for word in given.launcher)  # sets the threads of its ranks itself
+    if given.workers > 1 and not torchrun:
+        environ = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // given.workers, 1)), **environ}
+    environ = {"WANDB_RUN_GROUP": space.name, **environ}
     return Sweep(space, environ, given.launcher, given.storage, given.grace).run(given.workers, gpus)
 
 
@@ -599,7 +828,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # for heartbeats and plots
     try:
-        tracker(environ)
+        check_tracker(environ)
         if not given.launcher or not shutil.which(given.launcher[0], path=environ.get("PATH")):
             raise ValueError(f"--launcher {shlex.join(given.launcher)}: no such program")
         if given.command == "compare":

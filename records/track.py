@@ -101,7 +101,7 @@ def numbers(content: Mapping[str, Any]) -> dict[str, float]:
 def rows(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[list[int], dict[str, float]]]:
     """Yield [step, 1 for validation] and the values of each row of metrics.jsonl, in order.
 
-    Added are tokens, tokens_per_second since the last training row, and matrix_lr, Muon's learning rate.
+    Added are tokens, step_tokens_per_second since the last training row, and matrix_lr, Muon's learning rate.
     """
     path, step, seconds = folder / "metrics.jsonl", 0, 0.0
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -113,7 +113,7 @@ def rows(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[list[int], d
             if "train_loss" in row:
                 if row["seconds"] > seconds:
                     tokens = (row["step"] - step) * config["train_batch_tokens"]
-                    values["tokens_per_second"] = tokens / (row["seconds"] - seconds)
+                    values["step_tokens_per_second"] = tokens / (row["seconds"] - seconds)
                 step, seconds = row["step"], row["seconds"]
             yield [values.pop("step"), int("val_loss" in row)], values
 

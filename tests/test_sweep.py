@@ -47,7 +47,7 @@ STAND_IN = """
     with open("ends.txt", "a") as file:
         file.write(folder.name + "\\n")
     fits = e("STAND_IN_FITS", "1") == "1"
-    result = dict(val_bpb_sliding=float(e("STAND_IN_BPB", score)), bytes_total=1000, fits=fits)
+    result = dict(val_bpb_sliding=float(e("STAND_IN_BPB", score)), bytes_total=1000, fits=fits, strict_seconds=1.5)
     (folder / "part").write_text(json.dumps(result))
     (folder / "part").rename(folder / "result.json")
 """
