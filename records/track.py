@@ -46,7 +46,8 @@ def check(environ: Mapping[str, str]) -> None:
         raise ValueError(f"TRACK={name}: must be {' or '.join(TRACKERS)}")
     if importlib.util.find_spec(name) is None:
         raise ValueError(f"TRACK={name}: the package is not installed. pip install {name}, or unset TRACK.")
-    if name == "wandb" and environ.get("RANK", "0") == "0":  # in a process of its own: wandb installs hooks
+    needs_login = name == "wandb" and environ.get("WANDB_MODE", "online") == "online"
+    if needs_login and environ.get("RANK", "0") == "0":  # in a process of its own: wandb installs hooks
         command = [sys.executable, "-c", "import wandb; wandb.login(verify=False)"]
         with suppress(subprocess.TimeoutExpired):  # a slow network is not a user error
             done = subprocess.run(command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True,
@@ -189,7 +190,7 @@ def follow(name: str, folder: Path) -> int:
 
     Returns 1 for an error after the end of the run, which the waiting run tells.
     """
-    os.nice(10)
+    os.nice(19)  # the run comes first
     terminal = os.fdopen(os.dup(1), "w")  # not inherited by what a tracker starts, which may hang
     os.dup2(2, 1)
 

@@ -1,9 +1,12 @@
 """Sweeps, paired comparisons and the ledger:
 mostly with a stand-in for the trainer, once with the trainer itself."""
 
+import ast
 import csv
+import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -34,7 +37,7 @@ STAND_IN = """
     with open("pids.txt", "a") as file:
         file.write(f"{os.getpid()}\\n")
     with open("starts.txt", "a") as file:
-        file.write(f"{folder.name} {e('CUDA_VISIBLE_DEVICES', '-')}\\n")
+        file.write(f"{folder.name} {e('CUDA_VISIBLE_DEVICES', '-')} {e('OMP_NUM_THREADS', '-')}\\n")
     if e("NUM_LAYERS") == "9":
         sys.exit("out of memory")
     score = 2 + 100 * (float(e("MATRIX_LR", "0.03")) - 0.03) ** 2 + 0.001 * (int(e("SEED", "0")) * 7 % 5)
@@ -47,7 +50,8 @@ STAND_IN = """
     with open("ends.txt", "a") as file:
         file.write(folder.name + "\\n")
     fits = e("STAND_IN_FITS", "1") == "1"
-    result = dict(val_bpb_sliding=float(e("STAND_IN_BPB", score)), bytes_total=1000, fits=fits, strict_seconds=1.5)
+    score = float(e("STAND_IN_BPB", score))
+    result = dict(val_bpb_sliding=score, bytes_total=1000, fits=fits, strict_seconds=1.5)
     (folder / "part").write_text(json.dumps(result))
     (folder / "part").rename(folder / "result.json")
 """
@@ -107,10 +111,8 @@ def test_a_grid_is_covered_once_and_a_second_start_runs_nothing(place, capsys):
         mean = (float(row["seed_1"]) + float(row["seed_2"])) / 2
         assert row["state"] == "complete" and float(row["val_bpb"]) == pytest.approx(mean)
     assert [row["val_bpb"] for row in found] == sorted(row["val_bpb"] for row in found)
-    assert {path.name for path in Path("runs/sweep").glob("*.png")} == {
-        "parallel_coordinate.png",
-        "importance.png",
-    }
+    pictures = {path.stem for path in Path("runs/sweep").glob("*.png")}
+    assert pictures == {"slices", "heatmap", "importance"}
     assert sweep.main(command, environment()) == 0 and len(lines("starts.txt")) == 12
     assert sweep.main([*command, "--set", "MATRIX_LR=0.04,0.05"], environment()) == 2
     assert "choose another --study" in capsys.readouterr().err
@@ -432,12 +434,173 @@ def test_two_processes_share_a_study_on_postgresql(place):
             both = [launch(command, STAND_IN_SECONDS="0.1") for _ in range(2)]
             said = [each.communicate(timeout=120)[0] for each in both]
             assert [each.returncode for each in both] == [0, 0], said
-            assert all(each.count("trial sweep_") > 0 for each in said)
+            assert all(each.count("complete: sweep_") > 0 for each in said)
         finally:
             subprocess.run([*control, "-m", "fast", "stop"], check=True, cwd=home)
     finally:
         shutil.rmtree(home)
     assert len(started()) == 12 and set(started().values()) == {1} and len(rows("sweep")) == 12
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a sweep says and draws
+# ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_sweep_prints_and_how_to_confirm_it(place, capsys):
+    """Progress, differences, seconds; the printed command runs as it is, best against second best."""
+    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02,0.03", "--seeds", "2")
+    assert sweep.main(command, environment()) == 0
+    said = capsys.readouterr().out
+    for text in (
+        "trial 1/3 started: sweep_000 MATRIX_LR=0.01\n",
+        "trial 2/3 complete: sweep_001 2.0140 bpb, best 2.0140 (sweep_001); 1 left, about ",
+        "trial 3/3 complete: sweep_002 2.0040 bpb, best 2.0040 (sweep_002); 0 left\n",
+    ):
+        assert text in said, said
+    table = [line.split() for line in said.splitlines() if " complete " in line and "bpb" not in line]
+    assert [row[:5] + row[-1:] for row in table] == [
+        ["2", "complete", "2.0040", "+0.0000", "2", "0.03"],
+        ["1", "complete", "2.0140", "+0.0100", "2", "0.02"],
+        ["0", "complete", "2.0440", "+0.0400", "2", "0.01"],
+    ]
+    (advice,) = [line for line in said.splitlines() if line.startswith("one seed: confirm with `")]
+    words = shlex.split(advice.split("`")[1])
+    assert words[:3] == ["python", "records/sweep.py", "compare"] and words[5:7] == ["--seeds", "1,3,4,5"]
+    assert sweep.main(words[2:], environment()) == 0
+    assert "trial_002 - trial_001: " in capsys.readouterr().out and len(lines("starts.txt")) == 3 + 8
+    assert sweep.main([*command, "--seeds", "1,2", "--study", "two"], environment()) == 0
+    assert "one seed" not in capsys.readouterr().out
+
+
+def test_the_recipe_of_a_trial_gives_its_settings(place):
+    """Settings of recipe, environment and space: as the trainer reads them, but for run id and seed."""
+    base = environment(ITERATIONS="7", MATRIX_LR="0.5", TIE_EMBEDDINGS="1", SEED="3")
+    assert sweep.main(arguments("run", "--set", "MATRIX_LR=0.01..0.1", "--trials", "2"), base) == 0
+    for row in rows("sweep"):
+        read = sweep.trainer().load_config({"RECIPE": f"runs/sweep/trial_00{row['trial']}.env"})[0]
+        known = sweep.trainer().load_config(base | {"MATRIX_LR": row["MATRIX_LR"]})[0]
+        assert read == dataclasses.replace(known, seed=1337) and read.iterations == 7
+        assert read.matrix_lr == float(row["MATRIX_LR"]) != 0.5
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "launcher", "threads"),
+    [(2, {}, [], "share"), (1, {}, [], "-"), (2, {"OMP_NUM_THREADS": "5"}, [], "5"),
+     (2, {}, ["--launcher", f"{sys.executable} stand_in.py torchrun"], "-")],
+)  # fmt: skip
+def test_workers_share_the_cores(place, workers, given, launcher, threads):
+    """torchrun sets the threads of its ranks itself."""
+    base = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"} | given
+    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--workers", str(workers))
+    assert sweep.main([*command, *launcher], base) == 0
+    share = str(max(len(os.sched_getaffinity(0)) // workers, 1))
+    assert {line.split()[2] for line in lines("starts.txt")} == {share if threads == "share" else threads}
+
+
+def test_shares_of_variance_by_hand():
+    """Mean 5, sum of squares 9 + 4 + 1 + 4 + 4 + 4 = 26. The means by A are 3 and 7: 3 * (4 + 4).
+    The means by B are 4.5, 5 and 5.5: 2 * (0.25 + 0 + 0.25). 1 is left."""
+    points = [{"A": a, "B": b} for a in "xy" for b in "pqr"]
+    found = sweep.shares_of_variance(points, [2.0, 3.0, 4.0, 7.0, 7.0, 7.0])
+    assert found == pytest.approx({"A": 24 / 26, "B": 1 / 26, "interactions and noise": 1 / 26})
+
+
+def test_the_importance_that_a_newcomer_was_told_wrong(place):
+    """A grid on which one setting moves the score by 0.148 bpb and the other by 0.004."""
+    points = [{"MATRIX_LR": lr, "HEAD_GAIN": gain} for lr in ("1", "2", "3") for gain in ("0", "1")]
+    values = [
+        {"1": 0.0, "2": 0.1, "3": 0.148}[point["MATRIX_LR"]] + 0.004 * int(point["HEAD_GAIN"])
+        for point in points
+    ]
+    found = sweep.shares_of_variance(points, values)
+    table = np.array(values).reshape(3, 2)
+    assert (
+        found["MATRIX_LR"] == pytest.approx(table.mean(1).var() / table.var()) and found["MATRIX_LR"] > 0.99
+    )
+    assert found["interactions and noise"] == pytest.approx(0, abs=1e-12)
+
+
+def finished_study(space: sweep.Space, count: int) -> optuna.Study:
+    """A study in memory with `count` completed trials on two seeds; the score depends on MATRIX_LR alone."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    points = list(space.grid()) if space.sampler == "grid" else [{}] * count
+    for point in points[:count]:
+        study.enqueue_trial(point)
+        trial = study.ask()
+        rate = float(
+            {name: sweep.suggest(trial, name, kind) for name, kind in space.kinds.items()}["MATRIX_LR"]
+        )
+        trial.set_user_attr("results", [{sweep.METRIC: 2 + rate - 0.01}, {sweep.METRIC: 2 + rate + 0.01}])
+        study.tell(trial, 2 + rate)
+    return study
+
+
+def test_slices_and_heatmap_show_the_trials(place):
+    from matplotlib import pyplot
+
+    pyplot.switch_backend("Agg")
+    sets = [
+        "MATRIX_LR=0.01..0.1:log",
+        "NUM_LAYERS=3..6",
+        "WARMDOWN_SHAPE=linear,cosine",
+        "EMA_DECAY=0.01,0.5",
+        "SEED=1",
+    ]
+    space = sweep.read_space(None, sets, dict(seeds=[1, 2], trials=5))
+    trials = finished_study(space, 5).trials
+    figure = sweep.draw_slices(space, trials, "title")
+    assert [place.get_xscale() for place in figure.axes] == [
+        "log",
+        "linear",
+        "linear",
+        "log",
+    ]  # SEED: one value
+    for place, name in zip(figure.axes, space.swept(), strict=True):
+        drawn = {marker: [] for marker in ("o", ".", "*")}
+        for line in place.lines:
+            drawn[line.get_marker()] += zip(line.get_xdata(), line.get_ydata(), strict=True)
+        x = {t.number: {"linear": 0, "cosine": 1}.get(t.params[name]) for t in trials}
+        x = {t.number: float(t.params[name]) if x[t.number] is None else x[t.number] for t in trials}
+        assert sorted(drawn["o"]) == sorted((x[t.number], t.value) for t in trials)
+        assert len(drawn["."]) == 10 and drawn["*"] == [min(drawn["o"], key=lambda point: point[1])]
+        assert place.get_xlabel().startswith(f"{name}\n") and len(place.get_xlabel()) > len(name) + 5
+    assert "bits per byte" in figure.axes[0].get_ylabel()
+    space = sweep.read_space(None, ["MATRIX_LR=0.01,0.02", "NUM_LAYERS=3,4,5"], dict(seeds=[1]))
+    figure = sweep.draw_heatmap(space, finished_study(space, 6).trials, "title")
+    assert [text.get_text() for text in figure.axes[0].texts] == ["2.0100", "2.0200"] * 3
+    assert np.ptp(figure.axes[0].images[0].get_array()) == pytest.approx(0.01)
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize(
+    ("sets", "count", "drawn"),
+    [
+        (["MATRIX_LR=0.01..0.1", "NUM_LAYERS=3..6"], 49, {"slices"}),
+        (["MATRIX_LR=0.01..0.1", "NUM_LAYERS=3..6"], 50, {"slices", "importance"}),
+        (["MATRIX_LR=0.01,0.02", "NUM_LAYERS=3,4"], 3, {"slices"}),  # not the full grid
+        (["MATRIX_LR=0.01,0.02", "NUM_LAYERS=3,4"], 4, {"slices", "heatmap", "importance"}),
+        (["MATRIX_LR=0.01,0.02"], 2, {"slices"}),
+        (["MATRIX_LR=0.01,0.02"], 1, set()),
+    ],
+)
+def test_what_is_drawn(place, capsys, sets, count, drawn):
+    space = sweep.read_space(None, sets, {})
+    study = finished_study(space, count)
+    sweep.draw(space, study, study.trials, Path())
+    assert {path.stem for path in Path().glob("*.png")} == drawn
+    assert ("no parameter importance: needs a full grid or 50" in capsys.readouterr().out) == (
+        count > 1 and "importance" not in drawn and len(sets) > 1
+    )
+
+
+def test_sweeps_use_only_the_public_interface_of_optuna():
+    """No attribute with a leading underscore, but for Python's own public ones."""
+    tree = ast.parse((ROOT / "records/sweep.py").read_text())
+    private = {
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr[0] == "_"
+    }
+    assert private == {"_asdict", "_replace", "__name__"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -562,43 +725,39 @@ def test_lines_written_at_the_same_time_all_stand_below_one_head(place):
     assert sorted(int(each["note"]) for each in ledger.read(Path("new/ledger.tsv"))) == list(range(64))
 
 
-TRACKER = """
-    import json
-    def told(kind):
-        def tell(*values, **named):
-            with open("told.jsonl", "a") as file:
-                file.write(json.dumps([kind, *values, named]) + "\\n")
-        return tell
-    init, log, finish = map(told, ("init", "log", "finish"))
-"""
-
-
-def test_a_tracker_is_told_when_asked_for(place, capsys, monkeypatch, demo_data):
-    Path("trackio.py").write_text(textwrap.dedent(TRACKER))
-    monkeypatch.syspath_prepend(place)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    base = environment(
-        DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"), STAND_IN_BPB="2"
+def test_a_sweep_checks_its_tracker_before_it_starts_and_hands_it_to_its_runs(place, capsys):
+    """That runs log themselves is tested in test_track.py."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    program = (
+        "import json, os, pathlib; pathlib.Path('environ.json').write_text(json.dumps(dict(os.environ)))\n"
     )
-    runs = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--workers", "2")
-    one = arguments("one", "--note", "n", "--seconds", "5")
-    for name, said in (("wandb", "pip install wandb"), ("tensorboard", "trackio or wandb")):
-        assert (
-            sweep.main(runs, base | {"TRACK": name}) == 2
-            and said in capsys.readouterr().err
-            and not started()
-        )
-    assert sweep.main(one, base) == 0 and "trackio" not in sys.modules and not lines("told.jsonl")
-    for command in (runs, one, runs):  # the third runs nothing, so there is nothing to tell
-        assert sweep.main(command, base | {"TRACK": "trackio"}) == 0
-    told = [json.loads(line) for line in lines("told.jsonl")]
-    assert [kind for kind, *_ in told] == ["init", "log", "finish"] * 3  # never one run inside another
-    for (*_, began), (_, numbers, _) in zip(told[::3], told[1::3], strict=True):
-        result = json.loads(Path("runs", began["name"], "result.json").read_text())
-        assert numbers == result and began["config"]["matrix_lr"] in (0.01, 0.02, 0.025)
-    Path("trackio.py").write_text("def init(**named):\n    raise OSError('no network')\n")
-    monkeypatch.delitem(sys.modules, "trackio")
-    assert sweep.main(one, base | {"TRACK": "trackio"}) == 0 and "no network" in capsys.readouterr().err
+    Path("stand_in.py").write_text(program + Path("stand_in.py").read_text())
+    command = arguments("run", "--set", "MATRIX_LR=0.01,0.02", "--study", "mine")
+    assert sweep.main(command, environment(TRACK="tensorboard")) == 2 and not started()
+    assert "TRACK=tensorboard: must be trackio or wandb" in capsys.readouterr().err
+    assert sweep.main(command, environment(TRACK="wandb", WANDB_MODE="offline")) == 0
+    given = json.loads(Path("environ.json").read_text())
+    assert (given["TRACK"], given["WANDB_MODE"], given["WANDB_RUN_GROUP"]) == ("wandb", "offline", "mine")
+
+
+@pytest.mark.parametrize("bpb", [3.9117098157, 3.9117101843])
+def test_the_ledger_discards_a_repeat(place, demo_data, bpb):
+    """Its lines round to six decimals: a score that rounds to the kept one is not better."""
+    base = environment(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    for _ in range(2):
+        command = arguments("one", "--note", 'say "no", \\ and go', "--seconds", "5")
+        assert sweep.main(command, {**base, "STAND_IN_BPB": str(bpb)}) == 0
+    assert [line["verdict"] for line in written()] == ["keep", "discard"]
+    assert written()[1]["note"] == 'say "no", \\ and go'
+    assert all(
+        line.count("\t") == 11 and 'say "no", \\ and go' in line for line in lines("runs/ledger.tsv")[1:]
+    )
+
+
+def test_help_of_the_ledger_names_its_program():
+    command = [sys.executable, str(ROOT / "records/ledger.py"), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "records/sweep.py one --help" in said
 
 
 def test_the_hash_of_the_scorer():
