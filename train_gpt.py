@@ -5330,7 +5330,7 @@ def train(
             now = moment(step, count, elapsed, budget, 1 + clock.lag, prepared)
             if is_main and (step <= 10 or step % c.train_log_every == 0):
                 [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
-                norm = metrics.values[1:].norm().item()  # of the whole gradient, before clipping
+                norm = metrics.values[1:].norm().item()
                 also = dict(lr_scale=metrics.lr_scale, data_wait=waited, grad_norm=norm)
                 log.step(step, count, elapsed, also, train_loss=metrics.loss.item())
                 pace = step * c.train_batch_tokens / max(elapsed, 1e-9)
@@ -5733,22 +5733,13 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return result
 
 
-def tracker(environ: Mapping[str, str]) -> Callable[[Path], Any]:
-    """Return a context manager that sends a run folder to the tracker that TRACK names, if it is set."""
-    if not environ.get("TRACK"):
-        return nullcontext
-    if (track := project_module("track")) is None:
-        raise UserError("TRACK is set, but there is no records/track.py beside train_gpt.py: unset TRACK")
-    try:
-        track.check(environ)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return lambda folder: track.following(folder, environ) if rank() == 0 else nullcontext()
-
-
 def run_all(config: Config, given: Mapping[str, Any], notices: list[str], environ: Mapping[str, str]) -> int:
     """Run, or say that the run is finished; returns the exit code."""
-    began, signals, track = process_start(), StopSignals(environ), tracker(environ)
+    began, signals, track = process_start(), StopSignals(environ), nullcontext
+    if environ.get("TRACK"):
+        if (module := project_module("track")) is None:
+            raise UserError("TRACK is set, but there is no records/track.py beside train_gpt.py: unset TRACK")
+        track = module.tracker(environ)
     run = prepare_run(config, notices, environ)
     try:
         result = on_rank_0(lambda: read_result(run.folder))

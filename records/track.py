@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,17 @@ def check(environ: Mapping[str, str]) -> None:
             if done.returncode:
                 said = done.stderr.strip().rpartition("\n")[2]
                 raise ValueError(f"TRACK=wandb: {escape(said)} Or set WANDB_MODE=offline, or unset TRACK.")
+
+
+def tracker(environ: Mapping[str, str]) -> Callable[[Path], Any]:
+    """Return `following` for a program that calls it on all ranks; only rank 0 follows. UserError as `check`."""
+    import train_gpt as tg
+
+    try:
+        check(environ)
+    except ValueError as error:
+        raise tg.UserError(str(error)) from error
+    return lambda folder: following(folder, environ) if tg.rank() == 0 else nullcontext()
 
 
 def start_sender(folder: Path, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
