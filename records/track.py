@@ -58,7 +58,7 @@ def check(environ: Mapping[str, str]) -> None:
 
 
 def tracker(environ: Mapping[str, str]) -> Callable[[Path], Any]:
-    """Return `following` for a program that calls it on all ranks; only rank 0 follows. UserError as `check`."""
+    """Return `following` for a program that calls it on all ranks: rank 0 follows. UserError as `check`."""
     import train_gpt as tg
 
     try:
