@@ -5738,7 +5738,7 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     began, signals, track = process_start(), StopSignals(environ), nullcontext
     if environ.get("TRACK"):
         if (module := project_module("track")) is None:
-            raise UserError("TRACK is set, but there is no records/track.py beside train_gpt.py: unset TRACK")
+            raise UserError("TRACK needs records/track.py beside train_gpt.py: unset it")
         track = module.tracker(environ)
     run = prepare_run(config, notices, environ)
     try:
@@ -5801,10 +5801,8 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
     config, (steps, loop_seconds) = run.config, progress.done["train"]
     [train_seconds] = max_over_ranks(progress.clock.seconds())
     late = {name: done for name, (done, _) in progress.done.items() if name != "train"}
-    pace = dict(
-        step_avg_ms=1000 * loop_seconds / steps,
-        tokens_per_second=steps * config.train_batch_tokens / loop_seconds,
-    )
+    pace = dict(step_avg_ms=1000 * loop_seconds / steps)
+    pace["tokens_per_second"] = steps * config.train_batch_tokens / loop_seconds
     result = dict(**measured, train_seconds=train_seconds, strict_seconds=progress.strict(), steps=steps)
     result |= pace | dict(model_params=count_parameters(progress.model), late_steps=late)
     result |= dict(meta_rates=progress.rates.report(), seed=config.seed, world_size=world_size())

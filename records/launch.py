@@ -1,4 +1,4 @@
-"""Start a run of train_gpt.py, watch it, stop it when its parent dies, and log it to an experiment tracker.
+"""Start a run of train_gpt.py, watch it, and stop it when its parent dies.
 
     python records/launch.py plan RECIPE [--gpus 8] [--hours 2] [--price 2.50] [--script plan.sh]
 
@@ -6,7 +6,6 @@
 `plan --help`. Exit codes: 0 done, 1 the plan does not fit, 2 user error.
 
 The rest is a module: `records/sweep.py` and its ledger start all their runs here.
-TRACK=trackio or TRACK=wandb also logs each run there.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -107,7 +105,7 @@ def train(
                 break
             except ValueError as error:
                 print(f"note: {error}; starting the run again", file=sys.stderr, flush=True)
-    if started := not result:
+    if not result:
         logs.mkdir(parents=True, exist_ok=True)
         output = logs / f"{folder.name}.out"
         command = [sys.executable, "-I", "-c", GUARD, *launcher, str(PROGRAMS[0])]
@@ -129,41 +127,7 @@ def train(
             raise Crash(str(error)) from error
     if not isfinite(result[METRIC]):
         raise Crash(f"{folder}: {METRIC} is {result[METRIC]}")
-    if started:
-        track(folder.name, environ, result)
     return result
-
-
-TRACKERS = ("trackio", "wandb")
-TRACKING = threading.Lock()  # trackers support one active run at a time
-
-
-def tracker(environ: Mapping[str, str]) -> ModuleType | None:
-    """Import the package that TRACK names. ValueError if it is not in TRACKERS or not installed."""
-    if not (name := environ.get("TRACK")):
-        return None
-    if name not in TRACKERS:
-        raise ValueError(f"TRACK={name}: must be {' or '.join(TRACKERS)}")
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"TRACK={name}: the package is not installed ({error}). pip install {name}"
-        ) from error
-
-
-def track(name: str, environ: Mapping[str, str], result: Mapping[str, Any]) -> None:
-    """Log settings and numbers of a run to the tracker that TRACK names; an error there is only a note."""
-    if package := tracker(environ):
-        config = asdict(trainer().load_config(environ)[0])
-        numbers = {k: v for k, v in result.items() if isinstance(v, int | float)}
-        try:
-            with TRACKING:
-                package.init(project="parameter-golf", name=name, config=config)
-                package.log(numbers)
-                package.finish()
-        except Exception as error:
-            print(f"note: {package.__name__} did not log {name}: {error!r}", file=sys.stderr)
 
 
 def main(argv: Sequence[str]) -> int:

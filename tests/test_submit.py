@@ -280,7 +280,7 @@ def as_challenge(run: Path) -> None:
     result = last_result(run / EVALUATED)
     change(run, "targets:399", "targets:62021845")
     scale = 62021845 / 151_080_891 / (399 / bytes_now)  # of the tokens per byte
-    for name in ("train.log", EVALUATED, "result.json", "eval_ttt.json"):
+    for name in ("train.log", EVALUATED, "result.json", "eval_ttt.json", "eval/doc_banks/eval_ttt.json"):
         text = (run / name).read_text()
         text = re.sub(r'("?val_bpb\w*"?: ?)([\d.]+)', lambda m: f"{m[1]}{float(m[2]) * scale:.16g}", text)
         (run / name).write_text(text)
@@ -319,10 +319,12 @@ def test_a_challenge_run_ends_with_the_commands_of_a_pull_request(runs, tmp_path
 
 
 def test_unpacked_programs_are_told_of_the_bytes_they_waste(runs, tmp_path, no_tree, no_start):
+    for run in runs:
+        change(run, r'"bytes_total_packed": \d+', '"bytes_total_packed": null', "train.log result.json")
     assert "packed programs" not in start(runs, tmp_path / "out").out
     for run in runs:
         total = json.loads((run / "result.json").read_text())["bytes_total"]
-        change(run, r'"bytes_total": \d+', f'"bytes_total": {total}, "bytes_total_packed": {total - 12_345}',
+        change(run, '"bytes_total_packed": null', f'"bytes_total_packed": {total - 12_345}',
                "train.log result.json")  # fmt: skip
     done = start(runs, tmp_path / "again")
     assert done.code == 0 and "12,345 bytes more are free" in done.out, done.err
@@ -390,7 +392,7 @@ def test_the_requirements_are_what_the_programs_import_in_the_versions_that_ran(
 def test_runs_without_an_evaluator_in_the_other_track(runs, tmp_path):
     """The trainer's sliding score; times over the limit are allowed there."""
     for run in runs:
-        for path in run.glob("eval_ttt.*"):
+        for path in run.rglob("eval_ttt.[jl]*"):
             path.unlink()
         change(run, r'"train_seconds": [\d.]+', '"train_seconds": 700.5')
     done = start(runs, tmp_path / "out", "--track", "track_non_record_16mb")
@@ -478,7 +480,8 @@ REFUSED = {  # what is done to the run of seed 42, words of the reason
         "differ in settings: matrix_lr 0.025 and 0.5"),
     "other evaluation": (lambda run: change(run, '"ttt_lr": 0.002', '"ttt_lr": 0.5', "eval_ttt.*"),
         "differ in evaluation: ttt_lr 0.002 and 0.5"),
-    "not evaluated": (lambda run: [path.unlink() for path in run.glob("eval_ttt.*")], "differ in evaluation"),
+    "not evaluated": (
+        lambda run: [path.unlink() for path in run.rglob("eval_ttt.[jl]*")], "differ in evaluation"),
     "other text": (
         lambda run: change(run, r'(?s)\A(.*?"val_bpb_roundtrip": )[\d.]+', r"\g<1>9.5", "eval_ttt.*"),
         "42: log: trainer and evaluator scored different texts, val_bpb_roundtrip is "),
@@ -529,7 +532,7 @@ def test_every_reason_is_said(runs, tmp_path, no_tree):
 
 def test_a_run_over_the_cap_that_would_fit_packed_is_told_how(runs, tmp_path, no_tree):
     resize(runs[1])
-    change(runs[1], r'"bytes_total": 16000001', '"bytes_total": 16000001, "bytes_total_packed": 15900000')
+    change(runs[1], r'"bytes_total_packed": \d+', '"bytes_total_packed": 15900000')
     done = start(runs, tmp_path / "out")
     assert (
         done.code == 1 and "42: sizes: packed it would be 15900000 bytes. Train with the packed" in done.err
@@ -756,7 +759,7 @@ def test_a_strangers_runs_are_started_only_when_asked(runs, tmp_path, no_tree, s
     done = start(runs, tmp_path / "out")
     assert done.code == 0 and len(starts) == own and ("note: no code" in done.out) == (not own), done.err
     done = start(runs, tmp_path / "again", "--run-its-code")
-    assert done.code == 0 and len(starts) == own + 1 and "note:" not in done.out
+    assert done.code == 0 and len(starts) == own + 1 and "note: no code" not in done.out
 
 
 FOREIGN_NAMES = (

@@ -221,7 +221,7 @@ def test_without_a_tracker_the_trainer_stops_before_training(smoke_env, tmp_path
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={**base, **OFFLINE})  # fmt: skip
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: TRACK is set, but there is no records/track.py")
+    assert done.returncode == 2 and line.startswith("error: TRACK needs records/track.py")
     assert not (tmp_path / "runs").exists()
 
 
