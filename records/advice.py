@@ -18,6 +18,7 @@ from train_gpt import BOS_ID, GPT, Run, TokenStream
 
 FEW_STEPS = 50  # a run that ends by the clock before these has not begun to learn
 LONG_WARM_UP = 60.0  # seconds
+ENOUGH = 3.0  # seconds of timing
 
 
 def merged_documents(train: TokenStream, seq_len: int, samples: int = 1000) -> tuple[int, int]:
@@ -44,15 +45,19 @@ def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
 
 
 def seconds_per_step(run: Run, model: GPT) -> float:
-    """Estimate of a training step from forward and backward of one random sequence, with one to warm up."""
-    c = run.config
+    """Estimate of a training step: the fastest forward and backward of one random sequence, of 2 to 8.
+
+    The first ones are slow: memory is allocated, and threads and kernels start.
+    """
+    c, seconds = run.config, []
     tokens = tg.RandomTokens(c.vocab_size).read(0, c.row_tokens + 1)
     ids = torch.from_numpy(tokens)[None].to(run.device)
-    for _ in range(2):
+    while len(seconds) < 2 or (len(seconds) < 8 and sum(seconds) < ENOUGH):
         began = time.perf_counter()
         tg.training_loss(model, *tg.shifted(ids)).backward()
         model.zero_grad(set_to_none=True)
-    return (time.perf_counter() - began) * tg.split_batch(c)[0]
+        seconds.append(time.perf_counter() - began)
+    return min(seconds) * tg.split_batch(c)[0]
 
 
 def pace_lines(run: Run, model: GPT) -> Iterator[str]:

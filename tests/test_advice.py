@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import advice
+import numpy as np
 import pytest
 import torch
 from test_artifact import make_run
@@ -58,10 +59,11 @@ def test_a_step_is_timed_without_a_trace(tmp_path):
     calls, honest = [], train_gpt.training_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "training_loss", lambda *args: calls.append(args[1].shape) or honest(*args))
-        clock = iter([0.0, 5.0, 5.5])
-        patch.setattr(advice.time, "perf_counter", lambda: next(clock))
-        assert advice.seconds_per_step(run, model) == 0.5 * SMALL.step_seqs
-    assert calls == [(1, SMALL.train_seq_len)] * 2
+        for durations, count in (([5.0, 0.5], 2), ([1.0, 0.25, *[0.5] * 6], 6), ([0.25] * 8, 8)):
+            clock = iter(np.repeat(np.cumsum([0.0, *durations]), 2)[1:].tolist())
+            patch.setattr(advice.time, "perf_counter", lambda clock=clock: next(clock))
+            assert advice.seconds_per_step(run, model) == min(durations) * SMALL.step_seqs
+            assert len(calls) == count and calls.clear() is None
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
 
