@@ -704,14 +704,9 @@ def score_modes(folder: Path, demo_data: Path, modes: dict[str, str] = MODES, **
     env = {name.upper(): str(config["config"][name]) for name in names}
     env |= {"MODEL_PATH": str(folder / "final_model.int6.ptz"), "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.01"}
     for mode, protocol in modes.items():
-        (folder / "eval_ttt.json").unlink(missing_ok=True)
         assert eval_ttt.main([], env | {"TTT_MODE": mode, "TTT_PROTOCOL": protocol}) == 0
-        (folder / "eval" / mode).mkdir(parents=True)
-        for report_name in eval_ttt.REPORTS:
-            shutil.move(folder / report_name, folder / "eval" / mode / report_name)
-    legal = [mode for mode, protocol in modes.items() if protocol == "legal"]
-    if legal:
-        shutil.copy(folder / "eval" / legal[-1] / "eval_ttt.json", folder)
+        if protocol != "legal":  # the name of a folder may be any
+            (folder / "eval" / f"{mode}_{protocol}").rename(folder / "eval" / mode)
     return folder
 
 

@@ -218,6 +218,7 @@ def test_bash_parses_the_script_of_every_recipe(recipe, demo_data, monkeypatch, 
     arguments = [str(recipe), "--gpus", "1"]
     case, steps = planned(*arguments, TRAIN_FILES="a folder/*.bin; $(touch x)")
     text = plan.script(case, steps, arguments)
+    (tmp_path / "train_gpt.py").touch()  # the script runs where that is
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     shown = subprocess.run(["bash", "-c", f"{text.split('declare -F')[0]}\nprintf %s \"$TRAIN_FILES\""],
                            cwd=tmp_path, capture_output=True, text=True, check=True).stdout  # fmt: skip

@@ -311,7 +311,7 @@ def poisoned_run(place: Place, folder: Path, env: dict[str, str], name: str) -> 
     calls, loss_of, errors = [0], train_gpt.training_loss, io.StringIO()
 
     def poisoned(model, *args):
-        calls[0] += 1
+        calls[0] += len(args) == 3  # with weights: a step, not the timing before the first
         loss = loss_of(model, *args)
         if calls[0] == 3 and place.rank == place.world - 1:
             loss = loss + (0 * model.get_parameter(name).flatten()[-1]).sqrt()  # 0, and its slope is 0 / 0

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, inherited, search_path
 from matplotlib.image import imread
 from scipy import stats
+from test_cli import write_shard
 
 import train_gpt
 
@@ -168,11 +169,14 @@ def test_an_idea_in_four_lines(tmp_path, demo_data):
         source, count = re.subn(place, line, source, count=1)
         assert count == 1, text
     (tmp_path / "train_gpt.py").write_text(source)
+    write_shard(
+        tmp_path / "fineweb_val_0.bin", np.fromfile(demo_data / "fineweb_val_000000.bin", "<u2")[512:900]
+    )
     env = inherited() | dict(
         RECIPE=str(ROOT / "records/recipes/smoke.env"), DATA_PATH=str(demo_data), HEAD_GAIN="1", RUN_ID="run",
         TOKENIZER_PATH=str(demo_data / "tokenizer.model"), ITERATIONS="2", WARMUP_STEPS="0", TTT_LR="0.002",
         VAL_LOSS_EVERY="0", GPTQ_CALIB_BATCHES="0", OMP_NUM_THREADS="1", PYTHONPATH=search_path(tmp_path),
-        TTT_PRIOR_SEQS="2",
+        TTT_PRIOR_SEQS="2", VAL_FILES=str(tmp_path / "fineweb_val_0.bin"),
     )  # fmt: skip
     for program in ("train_gpt.py", "eval_ttt.py"):
         command = [sys.executable, str(tmp_path / program)]
