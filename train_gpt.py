@@ -5330,11 +5330,11 @@ def train(
             now = moment(step, count, elapsed, budget, 1 + clock.lag, prepared)
             if is_main and (step <= 10 or step % c.train_log_every == 0):
                 [waited], phase.loader.waited = max_over_ranks(phase.loader.waited), 0.0
-                norm = metrics.values[1:].norm().item()
+                loss, norm = metrics.loss.item(), metrics.values[1:].norm().item()
                 also = dict(lr_scale=metrics.lr_scale, data_wait=waited, grad_norm=norm)
-                log.step(step, count, elapsed, also, train_loss=metrics.loss.item())
+                log.step(step, count, elapsed, also, train_loss=loss)
                 pace = step * c.train_batch_tokens / max(elapsed, 1e-9)
-                log.bar.set_postfix_str(f"loss {metrics.loss.item():.3f}, {pace:,.0f} tokens/s")
+                log.bar.set_postfix_str(f"loss {loss:.3f}, {pace:,.0f} tokens/s")
                 log.bar.update(1 - max(now.left, 0) - log.bar.n)
                 progress.check_replicas(step)
                 progress.check_loader(step, waited)
