@@ -126,7 +126,7 @@ def commands() -> list[str]:
     """The lines and spans of code in the READMEs that start programs, without their comments."""
     start, found = r"(?:\w+=\S+ )*(?:python|torchrun|make) ", []
     for page in PAGES:
-        text = (ROOT / page).read_text()
+        text = re.sub(r" \\\n +", " ", (ROOT / page).read_text())  # a command may go on in the next line
         found += [line.split("  #")[0].strip() for line in re.findall(rf"(?m)^    ({start}.*)", text)]
         found += [" ".join(span.split()) for span in re.findall(rf"`({start}[^`]*)`", text)]
     return list(dict.fromkeys(found))
