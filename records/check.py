@@ -16,34 +16,46 @@ codes: 0 passed (warnings allowed), 1 failed, 2 user error.
 from __future__ import annotations
 
 import argparse
-import ast
-import base64
-import bz2
 import hashlib
 import json
-import lzma
 import math
+import multiprocessing
 import re
+import resource
 import sys
-import zlib
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
-from functools import lru_cache
+from functools import partial
+from itertools import islice, pairwise, product
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, pstdev, stdev
 from typing import Any, NamedTuple
 
-import zstandard
-from evidence import check_certificates, check_losses, evaluation, object_of, trained_on_validation
-from runfiles import escape, read_object, sha256_file
+from evidence import (
+    TEXT_LIMIT,
+    Finding,
+    check_certificates,
+    check_losses,
+    check_tree,
+    evaluation,
+    object_of,
+    read_program,
+    trained_on_validation,
+    unpack,
+)
+from runfiles import escape, parse_object, read_limited, read_object, read_text, sha256_file
 from scipy import stats
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 from formats import ARTIFACT_MAGIC, CHALLENGE_BYTES, PUBLISHED, SIZE_CAP, TEXT_BYTES, Published
 
+LIMIT_SECONDS, LIMIT_BYTES = 120.0, 2 << 30  # to judge one path
+LINUX = sys.platform == "linux"
 TIME_LIMIT = 600.0  # seconds, for training and for evaluation
 SHORTEST = 60.0  # seconds; a training below this tests the programs
 GPUS, GPU = 8, "H100"  # of the challenge
@@ -54,14 +66,16 @@ LEAKY_SHARDS = 1499  # of an export with 10,000 validation documents that trains
 VAL_DOCUMENTS = 50_000
 RATIO_TOLERANCE = 2e-4  # relative; dropping a partial last window changes tokens per byte by up to 1e-4
 EXPORT_TOLERANCE = 0.02  # relative; token counts of other exports of all documents differ by less
+MANY_TOKENS = 30_000_000  # a validation text of more is the challenge's, whatever its export
+MANY_EPOCHS, SHARD_TOKENS = 20, 10**8  # of the training text; tokens of a published shard
 TAIL_TOKENS = 8192  # more than dropping a partial last window loses
-UNPACK_LIMIT = 1 << 28  # bytes read from a compressed file
 
 # ------------------------------------------------------------------------------------------------------------
 # Reading a log
 # ------------------------------------------------------------------------------------------------------------
 
-NUM = r"(?:[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)"
+# Digits are followed by what is no digit, so that every expression takes linear time.
+NUM = r"(?:[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|nan|inf)"
 INT = r"\d[\d,]*"
 AT_STEP = r"(?:step:)?(?P<steps>\d+)/\d+ "
 LINES = tuple(  # of all log formats, anchored to the start of a line; the last matching line counts
@@ -70,69 +84,137 @@ LINES = tuple(  # of all log formats, anchored to the start of a line; the last 
         # anywhere: settings precede model_params in some formats and follow it in others
         ("any", r" *seed: ?(?P<seed>\d+)$"),
         ("any", r"(?:train_loader:dataset:(?P<dataset>\S+) )? *train_shards: ?(?P<train_shards>\d+)"),
-        ("any", r"val_loader:\S* pattern=\S+ tokens:(?P<val_tokens>\d+)"),
+        ("any", r"val_loader:\S* pattern=.* tokens:(?P<val_tokens>\d+)"),
         ("any", r" *val_tokens: ?(?P<val_tokens>\d+)"),
         ("any", r"evaluation order: .*targets:(?P<val_tokens>\d+)"),
-        ("any", r"(?:val_bpb:enabled \S+ | *)tokenizer_path[=:] ?(?P<tokenizer>[^\s\"'(]+)$"),
+        ("any", r"val_bpb:enabled .*?tokenizer_path=(?P<tokenizer>.+)"),
+        ("any", r" *tokenizer_path[=:] ?(?P<tokenizer>[^\s\"'(]+)$"),
         ("any", r"model_params: ?(?P<model_params>\d+)"),
         # only after model_params: before it a log may contain the program's source
         ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM}(?: \S+)*? (?:train_time|t): ?(?P<train_ms>{NUM})ms"),
-        (
-            "body",
-            rf"{AT_STEP}(?:train_)?loss: ?{NUM} train_time: ?(?P<train_minutes>{NUM})m\b",
-        ),  # from #1218 on
+        ("body", rf"{AT_STEP}(?:train_)?loss: ?{NUM} train_time: ?(?P<train_minutes>{NUM})m\b"),  # from #1218
         ("body", rf"{AT_STEP}val_loss: ?{NUM} val_bpb: ?{NUM}(?: train_time: ?(?P<train_ms>{NUM})ms)?"),
-        (
-            "body",
-            rf"stopping_early: ?(?P<stopped>\w+) train_time: ?(?P<train_ms>{NUM})ms step: "
-            r"?(?P<steps>\d+)/\d+",
-        ),
+        ("body", rf"stopping_early: ?(?P<stopped>\w+) train_time: ?(?P<train_ms>{NUM})ms "
+                 r"step: ?(?P<steps>\d+)/\d+"),
         ("body", rf"Code size(?: \(uncompressed\))?: (?P<bytes_source>{INT}) bytes"),
         ("body", rf"Code size \(compressed\): (?P<bytes_packed>{INT}) bytes"),
         ("body", rf"Serialized model [^:]+: (?P<bytes_model>{INT}) bytes"),
         ("body", rf"Total submission size [^:]+: (?P<bytes_total>{INT}) bytes"),
+        ("body", rf"Total submission size: (?P<bytes_unlabeled>{INT}) bytes"),  # some: of raw weights
         ("body", rf"artifact:\S+ .*\bcode:(?P<bytes_source>{INT})"),  # ternary
         ("body", rf"budget:(?P<bytes_total>{INT})/\d+"),  # ternary
-        ("body", rf"GPTQ:collected \d+ Hessians in (?P<hessian_seconds>{NUM})s"),
+        ("body", rf"(?i:gptq: ?(?:collected|calibrated)) \D*\d+ \w+ in (?P<hessian_seconds>{NUM})s"),
         ("body", rf"ttt_lora:compile warmup done \((?P<compile_seconds>{NUM})s\)"),
         ("body", rf"total_eval_time: ?(?P<total_eval_seconds>{NUM})s"),
         ("body", r"ttt_phased: total_docs:(?P<val_documents>\d+)"),
     )
-)
+)  # fmt: skip
 SCORE_LINE = re.compile(
-    rf"(?P<label>[A-Za-z][\w +.-]*?)(?: stride:\d+)? val_loss: ?(?P<loss>{NUM}) val_bpb: ?(?P<bpb>{NUM})"
-    rf"(?: stride:\d+)?(?: eval_time: ?(?P<ms>{NUM})ms| time: ?(?P<s>{NUM})s)?"
+    rf"(?P<label>[A-Za-z][\w +.-]*?)(?: stride:\d+)? (?:val_loss|vl): ?(?P<loss>{NUM})"
+    rf"(?: sliding)? (?:val_bpb|bpb): ?(?P<bpb>{NUM})(?P<tail>.*)"
 )
+BPB_LINE = re.compile(
+    rf"(?P<label>[A-Za-z][^:%\[]*?)[ _](?i:(?:val_|mix_)?bpb)[:=] ?(?P<bpb>{NUM})(?P<tail>.*)"
+)
+EVAL_TIME = re.compile(rf"(?<![a-z_])(?:eval_)?time: ?({NUM})(ms|s)\b")
 STAMP = re.compile(r"(?:\[[^\]]*\]:? ?|\d+\.\d+ |\d{4}-\d\d-\d\d[T ][\d:.,]+Z? )*")  # rank, time
-SETTING = re.compile(r" +(?P<key>\w+)(?:=|: )(?P<value>.*?)(?: \(given\))?$")  # ours, from #1218 on
-PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$")  # the baseline's settings: name:value pairs on a few lines
+START = re.compile(r"model_params: ?\d|params:\d+ ")  # of the body
+STEP = re.compile(r"(?:step:)?(\d{1,15})/\d+ ")
+END = re.compile(
+    r"(?:step:)?\d+/\d+ |stopping_early|Serialized|Total sub|Code size|RESULT |.* (?:val_)?bpb: ?\d"
+)
+SETTING = re.compile(r"  (?:([A-Z]\w*)=(.*?)(?: \(given\))?|([a-z]\w*): (\S*))$")  # ours, from #1218 on
+# the baseline's settings: name:value pairs on a few lines; others print name=value pairs on one
+PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$|\w+=[^\s(),'\"]+(?: \w+=[^\s(),'\"]+)+$")
 # per-run settings
-OWN_SETTINGS = re.compile(r"seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE)
+OWN_SETTINGS = re.compile(r"s|seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE)
 IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights other than the artifact's
-NO_RESULT = re.compile(r"diagnostic|" + IN_MEMORY.pattern, re.IGNORECASE)
 RESULT_SCORES = (
     ("ttt", "legal_ttt"),
     ("sliding", "final_int6_sliding_window"),
     ("roundtrip", "final_int6_roundtrip"),
 )
 COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total",
-          "train_shards", "val_tokens", "val_documents")  # fmt: skip
+          "train_shards", "val_tokens", "val_documents", "bytes_packed", "bytes_unlabeled")  # fmt: skip
+TEXTS = ("tokenizer", "stopped", "dataset")
+LOG_LIMIT, MOST_LINES, LINE_LIMIT, MOST_SCORES = 32 << 20, 500_000, 4096, 200
+MOST_NATS = 1e6  # a larger score is infinite
+
+
+class Field(NamedTuple):
+    """What a value of RESULT or submission.json must be."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, and not so large that arithmetic could overflow."""
+    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
+
+
+def of_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+
+
+COUNT = Field("a whole number from 0 to 2^64", is_whole)
+SECONDS = Field("seconds", lambda value: is_number(value) and 0 <= value <= 1e9)
+NUMBER = Field(  # or NaN, which is a score too, of a run that failed
+    "a number below 10^6", lambda value: isinstance(value, int | float) and not abs(value) >= MOST_NATS
+)
+TEXT = Field("text", lambda value: isinstance(value, str))
+FLAG = Field("true or false", lambda value: isinstance(value, bool))
+OBJECT = Field("an object", lambda value: isinstance(value, dict))
+TEXTS_BY_NAME = Field("an object of texts", of_texts)
+RESULT_FIELDS = {  # regular expression of the key: what its value must be
+    f"{'|'.join(COUNTS)}|world_size": COUNT,
+    r"(?:train|eval|strict)_seconds|step_avg_ms": SECONDS,
+    r"val_(?:loss|bpb)_\w+|ttt_gain_bpb": NUMBER,
+    "sha256_(?:artifact|nll|tokenizer)": TEXT,
+    "sha256_(?:code|shards)": TEXTS_BY_NAME,
+    "settings|versions|trainer": OBJECT,
+    "legal|fits": FLAG,
+}
+
+
+def conform(found: dict[str, Any], fields: Mapping[str, Field], where: str) -> list[str]:
+    """Remove the entries of an object that are not what `fields` say; return a line about each."""
+    problems = []
+    for key in list(found):
+        field = next((field for name, field in fields.items() if re.fullmatch(name, key)), None)
+        if field and not field.accepts(found[key]):
+            problems.append(f"{where} has {key} {str(found.pop(key))[:80]}, expected {field.words}")
+    return problems
 
 
 @dataclass
 class Score:
-    """One evaluation: nats per token, bits per byte, seconds (None: not logged), printed decimals."""
+    """One evaluation: nats per token, bits per byte, seconds (None: not logged), printed decimals.
+
+    `adapts` says that its line, not only its label, tells of adaptation; `source` is the name of its log.
+    """
 
     label: str
-    val_loss: float
+    val_loss: float | None
     val_bpb: float
     seconds: float | None
     decimals: int
     line: str
+    source: str = ""
+    adapts: bool = False
 
     @property
     def tokens_per_byte(self) -> float:
         return self.val_bpb * math.log(2) / self.val_loss if self.val_loss else math.nan
+
+    @property
+    def rounding(self) -> float:
+        """Return the relative error of the tokens per byte from the printed digits."""
+        return 10.0**-self.decimals * (1 / self.val_bpb + 1 / self.val_loss)
 
 
 @dataclass
@@ -142,7 +224,7 @@ class LogFacts:
     `train_seconds` is the contest clock: from RESULT, else from the training loop. `eval_seconds` is the pass
     of the headline score, `eval_all_seconds` includes all passes over the artifact and compilation.
     `bytes_code` is the code as counted, `bytes_source` before packing. `evidence` has the line of each fact,
-    `conflicts` the contradictions.
+    `conflicts` the contradictions. `part` and `parts` say which of the runs in the first log this is.
     """
 
     paths: list[Path]
@@ -164,19 +246,23 @@ class LogFacts:
     tokenizer: str | None = None
     dataset: str | None = None
     stopped: str | None = None
+    part: int = 0
+    parts: int = 1
     headline: Score | None = None
     scores: list[Score] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
-    source_sha256: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
     results: list[dict] = field(default_factory=list)
     result: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, str] = field(default_factory=dict)
     conflicts: list[str] = field(default_factory=list)
+    found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return " + ".join(path.name for path in self.paths)
+        names = " + ".join(path.name for path in self.paths)
+        return f"{names} (run {self.part + 1} of {self.parts})" if self.parts > 1 else names
 
     @property
     def val_bpb(self) -> float | None:
@@ -188,102 +274,213 @@ class LogFacts:
 
     def cite(self, key: str) -> str:
         """Return the line that supports a fact."""
-        return self.evidence.get(key) or f"{self.name}: RESULT {key}"
+        return self.evidence.get(key) or f"{self.name}: " + (f"RESULT {key}" if key in self.result else key)
+
+    def final_scores(self) -> list[Score]:
+        """Return the scores of the artifact: with a loss, else without, else those called diagnostic."""
+        scores = [score for score in self.scores if not IN_MEMORY.search(score.label)]
+        final = [score for score in scores if "diagnostic" not in score.label.lower()]
+        return [s for s in final if s.val_loss is not None] or final or [s for s in scores if s.val_loss]
+
+    def choose(self, score: Score) -> None:
+        """Make a score the headline, and its pass the evaluation whose time counts."""
+        self.headline = score
+        if "eval_seconds" in self.result:
+            self.eval_seconds = self.eval_all_seconds = self.result["eval_seconds"]
+            return
+        self.eval_seconds = self.found.get("total_eval_seconds") if score.seconds is None else score.seconds
+        if self.eval_seconds is not None:
+            passes = [each.seconds or 0.0 for each in self.scores
+                      if each.source == score.source and not IN_MEMORY.search(each.label)]  # fmt: skip
+            total = sum(passes) + self.found.get("compile_seconds", 0.0)
+            self.eval_all_seconds = max(self.eval_seconds, total)
 
 
-def read_log(path: str | Path, *more: str | Path) -> LogFacts:
-    """Read a log, with `more` the other logs of the same training run. ValueError if one cannot be read."""
-    facts, found = LogFacts([Path(path), *map(Path, more)]), {}
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a log without ranks and times; of a progress bar's line only the final text.
+
+    The lines of a program that the log prints between rulers are empty but for its last, a ruler.
+    ValueError if the file is none, too large, or no text.
+    """
+    text = read_text(path, LOG_LIMIT)
+    if text.count("\n") > MOST_LINES:
+        raise ValueError(f"{path} has more than {MOST_LINES} lines, which are not read")
+    return [STAMP.sub("", line.rstrip().rpartition("\r")[2], count=1) for line in text.split("\n")]
+
+
+def printed_programs(lines: Sequence[str]) -> list[range]:
+    """Return the lines of the programs that a log prints; the baseline's stand before or between rulers."""
+    rulers = [i for i, line in enumerate(lines) if len(line) >= 20 and not line.strip("=")]
+    blocks = (range(a + 1, b) for a, b in pairwise([-1, *rulers]))
+    return [block for block in blocks if len(block) > 50
+            and any(re.match(r"(?:import|from) \w", lines[i]) for i in block)]  # fmt: skip
+
+
+def split_runs(lines: Sequence[str]) -> list[int]:
+    """Return the first line of each run in a log: some programs append to the log of an earlier run.
+
+    A run starts at its settings. A resumed one, which goes on with its steps, is no other run.
+    """
+    starts, end, seen, waiting = [0], 0, -1, None
+    for index, line in enumerate(lines):
+        if START.match(line) and seen >= 0:
+            waiting = waiting if waiting is not None else end
+        elif line.startswith("resumed:"):
+            waiting = None
+        elif match := STEP.match(line[:LINE_LIMIT]):
+            step = int(match[1])
+            if waiting is not None and step <= seen:
+                starts.append(waiting)
+            seen, waiting = step, None
+        if END.match(line[:LINE_LIMIT]):
+            end = index + 1
+    return starts
+
+
+def read_log(path: str | Path, *more: str | Path, part: int = -1) -> LogFacts:
+    """Read a log, with `more` the other logs of the same training run.
+
+    Of several runs in the first log, `part` is read, by default the last. ValueError if a log cannot be read.
+    """
+    facts = LogFacts([Path(path), *map(Path, more)])
     for each in facts.paths:
-        try:
-            text = each.read_bytes().decode("utf-8", errors="replace")
-        except OSError as error:
-            raise ValueError(f"{each}: {error.strerror}") from error
-        read_text(text, each.name, facts, found)
+        lines = read_lines(each)
+        starts = split_runs(lines) if each == facts.paths[0] else [0]
+        if len(starts) > 1:
+            facts.part, facts.parts = range(len(starts))[part], len(starts)
+        read_run(lines, [*starts, len(lines)], each.name, facts)
     facts.result = fold_results(facts)
-    counted = "bytes_packed" if "bytes_packed" in found else "bytes_source"
-    found["bytes_code"], facts.evidence["bytes_code"] = found.get(counted), facts.evidence.get(counted, "")
-    if "train_minutes" in found and "stopped" not in found:
-        found["train_ms"] = 60_000 * found["train_minutes"]
-    loop_ms = found.get("train_ms")
-    for key in COUNTS:
-        value = facts.result.get(key, found.get(key))
-        setattr(facts, key, None if value is None else int(value))
-    facts.stopped, facts.tokenizer = found.get("stopped"), found.get("tokenizer")
-    facts.dataset = found.get("dataset")
-    facts.hessian_seconds = found.get("hessian_seconds")
-    facts.train_seconds = facts.result.get("train_seconds", loop_ms / 1000 if loop_ms else None)
-    facts.step_avg_ms = facts.result.get(
-        "step_avg_ms", loop_ms / facts.steps if loop_ms and facts.steps else None
-    )
-    if facts.bytes_total is None and None not in (facts.bytes_code, facts.bytes_model):
-        facts.bytes_total = facts.bytes_code + facts.bytes_model
-    elif facts.bytes_model is None and None not in (facts.bytes_code, facts.bytes_total):
-        facts.bytes_model = facts.bytes_total - facts.bytes_code
-    choose_headline(facts, found)
-    facts.conflicts += contradictions(facts, found)
+    combine(facts)
+    choose_headline(facts)
+    facts.conflicts += contradictions(facts, facts.found)
+    del facts.conflicts[MOST_SCORES:]
     return facts
 
 
-def read_text(text: str, name: str, facts: LogFacts, found: dict[str, Any]) -> None:
-    """Collect the facts of one log; of a line overwritten by a progress bar, only the final text counts."""
-    lines = [STAMP.sub("", line.rstrip().rpartition("\r")[2], count=1) for line in text.split("\n")]
-    start = next((i for i, line in enumerate(lines) if re.match(r"model_params: ?\d", line)), 0)
-    for index, line in enumerate(lines):
-        body, cited = index >= start, f"{name}:{index + 1}: {line.strip()[:140]}"
-        if line.startswith("RESULT {"):
+def read_run(lines: list[str], bounds: Sequence[int], name: str, facts: LogFacts) -> None:
+    """Collect the facts of the run `facts.part` of a log, whose runs begin and end at `bounds`."""
+    part = range(*bounds[facts.part : facts.part + 2]) if len(bounds) > 2 else range(len(lines))
+    for program in printed_programs(lines):
+        if program.start in part:
+            facts.sources.append("\n".join(lines[i] for i in program).strip())
+        for index in program:
+            lines[index] = ""
+    start = next((i for i in part if START.match(lines[i])), part.start)
+    for index in part:
+        line, body = lines[index], index >= start
+        cited = f"{name}:{index + 1}: {line.strip()[:140]}"
+        if line.startswith("RESULT "):
             try:
-                facts.results.append(json.loads(line.removeprefix("RESULT ")))
+                result = parse_object(line.removeprefix("RESULT "))
+                facts.conflicts += conform(result, RESULT_FIELDS, f"{name}: RESULT")
+                facts.conflicts += conform(
+                    object_of(result, "trainer"), RESULT_FIELDS, f"{name}: RESULT trainer"
+                )
+                facts.results.append(result)
+            except ValueError as error:
+                facts.conflicts.append(f"{cited}: not JSON, so truncated or altered ({str(error)[:60]})")
+        elif len(line) <= LINE_LIMIT:
+            read_line(line, body, cited, facts)
+
+
+def read_line(line: str, body: bool, cited: str, facts: LogFacts) -> None:
+    """Collect the facts of a line; `body` says whether it follows the line with model_params."""
+    found = facts.found
+    if body and (scored := SCORE_LINE.match(line) or BPB_LINE.match(line)):
+        add_score(facts, scored, cited)
+        return
+    for where, pattern in LINES:
+        if (body or where == "any") and (match := pattern.match(line)):
+            told = {key: value for key, value in match.groupdict().items() if value is not None}
+            try:
+                told = {key: value_of(key, value) for key, value in told.items()}
             except ValueError:
-                facts.conflicts.append(f"{cited}: not JSON, so truncated or altered")
-        elif body and (scored := SCORE_LINE.match(line)):
-            add_score(facts.scores, scored, cited)
-        else:
-            for where, pattern in LINES:
-                if (body or where == "any") and (match := pattern.match(line)):
-                    told = {key: value for key, value in match.groupdict().items() if value is not None}
-                    if told.get("seed", found.get("seed")) != found.get("seed", told.get("seed")):
-                        facts.conflicts.append(f"two seeds in one log: {facts.cite('seed')}; {cited}")
-                    found |= {
-                        k: v if k in ("tokenizer", "stopped", "seed", "dataset") else number(v)
-                        for k, v in told.items()
-                    }
-                    facts.evidence |= dict.fromkeys(told, cited)
-        if "steps" not in found and (match := SETTING.match(line)):
-            facts.settings[match["key"].lower()] = match["value"]
-        elif "steps" not in found and body and PAIRS.match(line):
-            facts.settings |= dict(pair.split(":", 1) for pair in line.split(" "))
-    blocks = re.split(r"(?m)^={20,}$", "\n".join(lines))  # the baseline prints its program between rulers
-    programs = (b for b in blocks if b.count("\n") > 50 and re.search(r"(?m)^(import|from) \w", b))
-    facts.source_sha256 += [hashlib.sha256(program.strip().encode()).hexdigest() for program in programs]
+                facts.conflicts.append(f"{cited}: a number that is out of range")
+                continue
+            if told.get("seed", found.get("seed")) != found.get("seed", told.get("seed")):
+                facts.conflicts.append(f"two seeds in one log: {facts.cite('seed')}; {cited}")
+            found |= told
+            facts.evidence |= dict.fromkeys(told, cited)
+    if "steps" not in found and (match := SETTING.match(line)):
+        facts.settings[(match[1] or match[3]).lower()] = match[2] if match[1] else match[4]
+    elif "steps" not in found and body and PAIRS.match(line):
+        facts.settings |= dict(re.split("[:=]", pair, maxsplit=1) for pair in line.split(" "))
 
 
-def number(text: str) -> float:
-    return float(text.replace(",", ""))
+def value_of(name: str, text: str) -> int | float | str:
+    """Return the value of a fact. ValueError if it is out of range."""
+    if name in TEXTS:
+        return text
+    digits = text.replace(",", "")
+    value = int(digits) if name in COUNTS and len(digits) <= 20 else float(digits)
+    if not (is_whole(value) if name in COUNTS else 0 <= value <= 1e12):
+        raise ValueError(f"{name} {text[:40]} is out of range")
+    return value
 
 
-def add_score(scores: list[Score], match: re.Match, cited: str) -> None:
+def add_score(facts: LogFacts, match: re.Match, cited: str) -> None:
     """Append a score, or merge it with the same evaluation printed earlier with other digits."""
-    seconds = number(match["ms"]) / 1000 if match["ms"] else number(match["s"]) if match["s"] else None
-    decimals = len(match["bpb"].partition(".")[2])
-    new = Score(match["label"].strip(), number(match["loss"]), number(match["bpb"]), seconds, decimals, cited)
-    for index, old in enumerate(scores):
-        apart = max(abs(old.val_loss - new.val_loss), abs(old.val_bpb - new.val_bpb))
-        same = old.label.removesuffix("_exact") == new.label.removesuffix("_exact")
-        if same and apart < 0.51 * 10.0 ** -min(old.decimals, new.decimals):
+    told, source = match.groupdict(), cited.partition(":")[0]
+    timed = EVAL_TIME.search(told["tail"])
+    seconds = float(timed[1].replace(",", "")) / (1000 if timed[2] == "ms" else 1) if timed else None
+    seconds = seconds if seconds is None or 0 <= seconds < 1e9 else None
+    loss, bpb = (told.get(key) and float(told[key].replace(",", "")) for key in ("loss", "bpb"))
+    loss, bpb = (math.inf if value and value > MOST_NATS else value for value in (loss, bpb))
+    decimals, adapts = len(told["bpb"].partition(".")[2]), "ttt" in f"{told['label']}{told['tail']}".lower()
+    new = Score(told["label"].strip(), loss, bpb, seconds, min(decimals, 16), cited, source, adapts)
+    for index, old in enumerate(facts.scores):
+        if (
+            new.label.removesuffix("_exact") != old.label.removesuffix("_exact")
+            or loss is old.val_loss is None
+        ):
+            continue
+        losses = abs(old.val_loss - loss) if loss is not None and old.val_loss is not None else math.inf
+        if max(losses, abs(old.val_bpb - bpb)) < 0.51 * 10.0 ** -min(old.decimals, new.decimals):
             better = max(old, new, key=lambda score: score.decimals)
-            scores[index] = replace(better, seconds=old.seconds if seconds is None else seconds)
+            facts.scores[index] = replace(better, seconds=old.seconds if seconds is None else seconds)
             return
-    scores.append(new)
+    facts.scores.append(new)
+    del facts.scores[:-MOST_SCORES]
+
+
+def combine(facts: LogFacts) -> None:
+    """Set the facts from RESULT, else from the lines; what no line says, from others."""
+    found, settings, result = facts.found, facts.settings, facts.result
+    for key, *names in (("seed", "seed", "s"), ("model_params", "params")):
+        told = next((settings[name] for name in names if settings.get(name, "").isdecimal()), "")
+        if key not in found and 0 < len(told) <= 18:
+            found[key] = int(told)
+    counted = "bytes_packed" if "bytes_packed" in found else "bytes_source"
+    found["bytes_code"], facts.evidence["bytes_code"] = found.get(counted), facts.evidence.get(counted, "")
+    if "bytes_total" not in found and "bytes_unlabeled" in found:
+        found["bytes_total"], facts.evidence["bytes_total"] = (
+            found["bytes_unlabeled"], facts.evidence["bytes_unlabeled"])  # fmt: skip
+    if "train_minutes" in found and "stopped" not in found:
+        found["train_ms"] = 60_000 * found["train_minutes"]
+    for key in COUNTS:
+        if hasattr(facts, key):
+            setattr(facts, key, result.get(key, found.get(key)))
+    facts.seed = file_seed(facts) if facts.seed is None else facts.seed
+    facts.stopped, facts.dataset = found.get("stopped"), found.get("dataset")
+    facts.tokenizer = found.get("tokenizer") or settings.get("tokenizer_path")
+    facts.hessian_seconds, loop_ms = found.get("hessian_seconds"), found.get("train_ms")
+    facts.train_seconds = result.get("train_seconds", loop_ms / 1000 if loop_ms else None)
+    facts.step_avg_ms = result.get("step_avg_ms", loop_ms / facts.steps if loop_ms and facts.steps else None)
+    code, model, total = facts.bytes_code, facts.bytes_model, facts.bytes_total
+    if total is None and None not in (code, model):
+        facts.bytes_total = code + model
+        facts.evidence["bytes_total"] = f"{facts.cite('bytes_code')}; {facts.cite('bytes_model')}"
+    elif model is None and None not in (code, total):
+        facts.bytes_model = max(total - code, 0)
+
+
+def file_seed(log: LogFacts) -> int | None:
+    match = re.search(r"seed[_-]?(\d{1,18})", log.paths[0].name)
+    return int(match[1]) if match else None
 
 
 def fold_results(facts: LogFacts) -> dict[str, Any]:
     """Merge the evaluator's RESULT into the trainer's; a lone evaluator's RESULT contains the trainer's."""
-    for result in facts.results:
-        broken = [
-            k for k in (*COUNTS, "train_seconds", "eval_seconds") if k in result and not is_number(result[k])
-        ]
-        facts.conflicts += [f"{facts.name}: RESULT has {key} {result.pop(key)!r}" for key in broken]
     trained = next((r for r in reversed(facts.results) if "train_seconds" in r), None)
     evaluated = next((r for r in reversed(facts.results) if "val_bpb_ttt" in r), None)
     if evaluated is None:
@@ -298,34 +495,25 @@ def fold_results(facts: LogFacts) -> dict[str, Any]:
     return trained | {key: value for key, value in evaluated.items() if kept.match(key)} | dict(legal=legal)
 
 
-def choose_headline(facts: LogFacts, found: Mapping[str, Any]) -> None:
+def choose_headline(facts: LogFacts) -> None:
     """Choose the last score of the artifact; a label with the values of an earlier one is its alias."""
     for name, label in RESULT_SCORES:
         loss, bpb = facts.result.get(f"val_loss_{name}"), facts.result.get(f"val_bpb_{name}")
         if not facts.scores and loss is not None and bpb is not None:
             facts.scores = [Score(label, loss, bpb, None, 16, f"{facts.name}: RESULT val_bpb_{name}")]
-    first: dict[tuple[float, float], Score] = {}
-    for score in facts.scores:
-        if not NO_RESULT.search(score.label):
-            facts.headline = first.setdefault((score.val_loss, score.val_bpb), score)
-            if facts.headline is not score:
-                facts.aliases[score.label] = facts.headline.label
-    if "eval_seconds" in facts.result:
-        facts.eval_seconds = facts.eval_all_seconds = facts.result["eval_seconds"]
-        return
-    facts.eval_seconds = facts.headline.seconds if facts.headline else None
-    if facts.eval_seconds is None:
-        facts.eval_seconds = found.get("total_eval_seconds")
-    if facts.eval_seconds is not None:
-        passes = (score.seconds or 0.0 for score in facts.scores if not IN_MEMORY.search(score.label))
-        facts.eval_all_seconds = max(facts.eval_seconds, sum(passes) + found.get("compile_seconds", 0.0))
+    first: dict[tuple[float | None, float], Score] = {}
+    for score in facts.final_scores():
+        known = first.setdefault((score.val_loss, score.val_bpb), score)
+        facts.choose(known)
+        if known is not score:
+            facts.aliases[score.label] = known.label
 
 
 def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
     """Yield the differences between the RESULT line and other lines of the log."""
     result, name = facts.result, facts.name
     for key in ("seed", "model_params", "bytes_code", "bytes_model", "bytes_total"):
-        if key in result and found.get(key) is not None and result[key] != int(found[key]):
+        if key in result and found.get(key) is not None and result[key] != found[key]:
             yield f"{name}: RESULT has {key} {result[key]}, but {facts.cite(key)}"
     if found.get("steps", 0) > result.get("steps", math.inf):
         yield f"{name}: RESULT has steps {result['steps']}, but {facts.cite('steps')}"
@@ -335,7 +523,8 @@ def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
         for unit in ("val_bpb", "val_loss"):
             told = result.get(f"{unit}_{key}")
             for score in facts.scores if told is not None else ():
-                if score.label == f"{label}_exact" and abs(told - getattr(score, unit)) > 1e-7:
+                value = getattr(score, unit)
+                if score.label == f"{label}_exact" and (value is None or not abs(told - value) <= 1e-7):
                     yield f"{name}: RESULT has {unit}_{key} {told:.8f}, but {score.line}"
 
 
@@ -343,22 +532,38 @@ def contradictions(facts: LogFacts, found: Mapping[str, Any]) -> Iterator[str]:
 # Reading a record
 # ------------------------------------------------------------------------------------------------------------
 
+MOST_FILES = 10_000  # of a folder
+CLAIM_FIELDS = {
+    "seed_results": OBJECT,
+    "seeds": Field("a list or an object", lambda value: isinstance(value, list | dict)),
+    "name|author|github_id|date|track": TEXT,
+    "challenge_run": FLAG,
+}
+MANIFEST_FIELDS = {
+    "splits": OBJECT,
+    "shards": Field("a list of objects of texts and numbers", lambda value: isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("sha256", ""), str) for each in value)),
+}  # fmt: skip
+
 
 @dataclass
 class Record:
     """A record folder, a run of this repository, or a single log.
 
-    `claims` is submission.json with floats as Decimal.
+    `claims` is submission.json with floats as Decimal; `claimed_in` is the file they are from. `unused` has a
+    line about each log, and each run in a log, that is not one of `runs`.
     """
 
     path: Path
     kind: str  # "folder", "run" or "log"
     runs: list[LogFacts] = field(default_factory=list)
-    copies: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
     claims: dict[str, Any] = field(default_factory=dict)
+    claimed_in: str = ""
     problems: list[str] = field(default_factory=list)
     readme: str = ""
     files: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)
     code: list[Path] = field(default_factory=list)
     artifacts: list[Path] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -405,64 +610,186 @@ def read_record(path: str | Path, mode: str = "") -> Record:
     """
     path = Path(path)
     if path.is_file():
-        return Record(path, "log", [read_log(path)])
+        return Record(path, "log", [read_lone_log(path)])
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    is_run = (path / "train.log").exists() and bool({"config.json", "result.json"} & {p.name for p in files})
-    record = Record(path, "run" if is_run else "folder")
-    record.code = [p for p in files if p.suffix == ".py"]
-    record.artifacts = [p for p in files if p.suffix == ".ptz"]
-    record.files = files
-    record.manifest = (
-        read_claims(path / "manifest.json", record.problems) if (path / "manifest.json").exists() else {}
-    )
-    if is_run:
-        evaluated = evaluation_folder(path, mode)
-        logs = [path / "train.log", evaluated / "eval_ttt.log"]
-        record.runs = [read_log(*(log for log in logs if log.exists()))]
-        others = path / "eval"
-        record.files = [f for f in files if not f.is_relative_to(others) or f.is_relative_to(evaluated)]
+    record = Record(path, "folder")
+    list_files(record)
+    names = {each.name for each in record.files if each.parent == path}
+    if not any(re.search(r"\.(log|txt)$|^submission.*\.json$|^train_gpt\.py$", name) for name in names):
+        raise ValueError(
+            f"{path} is no record, run or log: no log, train_gpt.py or submission.json lies in it"
+        )
+    manifest = path / "manifest.json"
+    record.manifest = read_claims(manifest, record.problems, MANIFEST_FIELDS) if manifest.exists() else {}
+    if "train.log" in names and {"config.json", "result.json"} & {each.name for each in record.files}:
+        read_run_folder(record, mode)
         return record
-    not_logs = re.compile(r"requirements|certificate|readme|license", re.IGNORECASE)
-    for run in gather_runs(p for p in files if p.suffix in (".log", ".txt") and not not_logs.match(p.name)):
-        same = [r for r in record.runs if run.headline and (r.seed, r.val_bpb) == (run.seed, run.val_bpb)]
-        record.copies += [f"{run.name} repeats {twin.name}: seed {run.seed}" for twin in same]
-        record.runs += [] if same else [run]
-    named = sorted(path.glob("submission*.json"), key=lambda p: p.name != "submission.json")
-    record.claims = read_claims(named[0], record.problems) if named else {}
-    record.readme = "\n".join(p.read_text(errors="replace") for p in files if p.name.lower() == "readme.md")
+    record.runs = gather_runs(record)
+    found = sorted(path.glob("submission*.json"), key=lambda p: p.name != "submission.json")
+    if found:
+        record.claims, record.claimed_in = read_claims(found[0], record.problems, CLAIM_FIELDS), found[0].name
+    pages = [each for each in record.files if each.name.lower() == "readme.md"]
+    record.readme = "\n".join(
+        read_text(each, TEXT_LIMIT) for each in pages if each.stat().st_size <= TEXT_LIMIT
+    )
+    select_runs(record)
     return record
 
 
-def read_claims(path: Path, problems: list[str]) -> dict[str, Any]:
-    """Return the JSON object of a file; if there is none, append a problem and return an empty object."""
+def read_lone_log(path: Path) -> LogFacts:
+    """Read a file given as a log. ValueError if it is none."""
+    with open(path, "rb") as file:
+        content = file.read(4096)
+    if content.startswith(b"\x89PNG") or (content.lstrip()[:1] == b"{" and path.suffix == ".json"):
+        raise ValueError(f"{path} is not a training log. Pass a log, or a record's or a run's folder.")
+    facts = read_log(path)
+    if not (facts.evidence.keys() & LOGGED or facts.scores or facts.results or facts.conflicts):
+        raise ValueError(
+            f"{path} has no line of a training log. Pass a log, or a record's or a run's folder."
+        )
+    return facts
+
+
+LOGGED = {"steps", "model_params", "train_ms", "bytes_model", "bytes_total", "bytes_source", "val_tokens"}
+
+
+def list_files(record: Record) -> None:
+    """List the files of a record's folder. ValueError if there are too many."""
+    for each in record.path.rglob("*"):
+        if each.is_file():
+            record.files.append(each)
+        elif not each.is_dir():
+            record.special.append(each)
+        if len(record.files) > MOST_FILES:
+            raise ValueError(
+                f"{record.path} has more than {MOST_FILES} files. Pass the folder of one record."
+            )
+    record.files.sort()
+    record.code = [p for p in record.files if p.suffix == ".py"]
+    record.artifacts = [p for p in record.files if p.suffix == ".ptz"]
+
+
+def read_run_folder(record: Record, mode: str) -> None:
+    """Read the logs of a run of this repository, with its evaluation in `mode`."""
+    record.kind, path = "run", record.path
+    evaluated = evaluation_folder(path, mode)
+    logs = [path / "train.log", evaluated / "eval_ttt.log"]
+    record.runs = [read_log(*(log for log in logs if log.exists()))]
+    others = path / "eval"
+    record.files = [f for f in record.files if not f.is_relative_to(others) or f.is_relative_to(evaluated)]
+
+
+def read_claims(
+    path: Path, problems: list[str], fields: Mapping[str, Field] = CLAIM_FIELDS
+) -> dict[str, Any]:
+    """Return the JSON object of a file without what is not what `fields` say, and append the problems."""
     try:
-        return read_object(path, decimals=True)
+        found = read_object(path, decimals=True)
     except ValueError as error:
         problems.append(str(error))
         return {}
+    problems += conform(found, fields, path.name)
+    return found
 
 
-def gather_runs(paths: Iterable[Path]) -> list[LogFacts]:
+def gather_runs(record: Record) -> list[LogFacts]:
     """Return one LogFacts per training run: evaluator logs join the trainer log of their artifact or seed."""
-    logs = [log for log in map(read_log, paths) if log.paths[0].suffix == ".log" or log.scores or log.steps]
-    runs = [log for log in logs if "steps" in log.evidence or not log.scores]
-    for log in [log for log in logs if "steps" not in log.evidence and log.scores]:
-        key, seeds = log.result.get("sha256_artifact"), {log.seed, file_seed(log)} - {None}
+    not_logs = re.compile(r"requirements|certificate|readme|license", re.IGNORECASE)
+    runs, evaluations = [], []
+    for path in (p for p in record.files if p.suffix in (".log", ".txt") and not not_logs.match(p.name)):
+        try:
+            last = read_log(path)
+        except ValueError as error:
+            record.problems.append(str(error))
+            continue
+        parts = [*(read_log(path, part=i) for i in range(last.parts - 1)), last]
+        runs += [log for log in parts if "steps" in log.evidence or (log.result and not log.scores)]
+        evaluations += [log for log in parts if "steps" not in log.evidence and log.scores]
+        if path.suffix == ".log" and not any(log in runs or log in evaluations for log in parts):
+            record.unused.append(f"{path.name} is no log of a run")
+    for log in evaluations:
+        key = log.result.get("sha256_artifact")
         waiting = [r for r in runs if "val_bpb_ttt" not in r.result]
         same = [r for r in waiting if key and r.result.get("sha256_artifact") == key]
-        same = same or [r for r in waiting if r.seed in seeds and not r.result.get("sha256_artifact")]
+        same = same or [r for r in waiting if log.seed is not None and r.seed == log.seed
+                        and not r.result.get("sha256_artifact")]  # fmt: skip
         if same:
-            runs[runs.index(same[0])] = read_log(*same[0].paths, *log.paths)
-        else:
+            runs[runs.index(same[0])] = read_log(*same[0].paths, *log.paths, part=same[0].part)
+        elif key or log.seed is not None or not runs:
             runs.append(log)
+        else:
+            record.unused.append(f"{log.name} has scores of no run: no seed, no artifact")
     return runs
 
 
-def file_seed(log: LogFacts) -> int | None:
-    match = re.search(r"seed[_-]?(\d+)", log.paths[0].name)
-    return int(match[1]) if match else None
+def select_runs(record: Record) -> None:
+    """Choose, among runs and evaluations, those that submission.json claims; name the others in `unused`.
+
+    Reruns, other experiments and other passes are kept apart in this way. Runs of a claimed setting are never
+    left out by their scores: a choice is by seed, if submission.json has a score for each, or by settings.
+    """
+    runs: list[LogFacts] = []
+    for run in record.runs:
+        same = [r for r in runs if run.headline and (r.seed, r.val_bpb) == (run.seed, run.val_bpb)]
+        record.unused += [f"{run.name} repeats {twin.name}: seed {run.seed}" for twin in same]
+        runs += [] if same else [run]
+    record.runs = runs
+    claimed = {
+        seed: entry["val_bpb"]
+        for seed, entry in seed_claims(record).items()
+        if is_number(entry.get("val_bpb"))
+    }
+    fits = {run.name for run in runs if run.seed in claimed and claim_pass(run, claimed[run.seed])}
+    settled = {run.seed for run in runs if run.name in fits}
+    keep(record, [run for run in runs if run.seed not in settled or run.name in fits])
+    claim = record.claims.get("val_bpb")
+    if is_number(claim):  # an attempt without a score, in the log of a run with one
+        scored = {run.paths[0] for run in record.runs if run.headline}
+        keep(record, [run for run in record.runs if run.headline or run.paths[0] not in scored])
+    values = record.values("val_bpb")
+    if not is_number(claim) or not values or agrees(claim, mean(values), decimals=4):
+        return
+    for group in groups_of_runs(record.runs):
+        for label in {score.label: None for run in group for score in run.final_scores()}:
+            passes = [next((s for s in run.final_scores() if s.label == label), None) for run in group]
+            if None not in passes and agrees(claim, mean(s.val_bpb for s in passes), decimals=4):
+                for run, score in zip(group, passes, strict=True):
+                    run.choose(score)
+                keep(record, group)
+                return
+
+
+def claim_pass(run: LogFacts, claim: Any) -> bool:
+    """Make the score that agrees with a claim the headline; return whether there is one."""
+    scores = [score for score in run.final_scores() if agrees(claim, score.val_bpb, decimals=4)]
+    if scores and run.headline not in scores:
+        run.choose(scores[-1])
+    return bool(scores)
+
+
+def keep(record: Record, runs: Sequence[LogFacts]) -> None:
+    """Keep some runs of a record and name the others."""
+    for run in record.runs:
+        if not any(run is each for each in runs):
+            shown = "no score" if run.val_bpb is None else f"val_bpb {run.val_bpb:.5f}"
+            record.unused.append(f"{run.name} is not what submission.json claims: seed {run.seed}, {shown}")
+    record.runs = list(runs)
+
+
+def groups_of_runs(runs: Sequence[LogFacts]) -> Iterator[Sequence[LogFacts]]:
+    """Yield all runs, then those of equal settings, then one run of each seed in every combination."""
+    yield runs
+    groups: dict[tuple, list[LogFacts]] = {}
+    for run in runs:
+        shared = {key: value for key, value in run.settings.items() if not OWN_SETTINGS.fullmatch(key)}
+        groups.setdefault((run.model_params, *sorted(shared.items())), []).append(run)
+    yield from groups.values()
+    by_seed: dict[int | None, list[LogFacts]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, []).append(run)
+    if math.prod(map(len, by_seed.values())) <= 64:
+        yield from map(list, product(*by_seed.values()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -528,10 +855,13 @@ def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
 def text_bytes(run: LogFacts) -> tuple[float, float] | None:
     """Return the bytes of a run's validation text and their relative error; None if the log lacks them."""
     score = run.headline
-    if not run.val_tokens or not score or not all(0 < v < math.inf for v in (score.val_loss, score.val_bpb)):
+    if (
+        not run.val_tokens
+        or not score
+        or not all(0 < (v or 0) < math.inf for v in (score.val_loss, score.val_bpb))
+    ):
         return None
-    rounding = 10.0**-score.decimals * (1 / score.val_bpb + 1 / score.val_loss)
-    return run.val_tokens / score.tokens_per_byte, RATIO_TOLERANCE + rounding
+    return run.val_tokens / score.tokens_per_byte, RATIO_TOLERANCE + score.rounding
 
 
 def require_same_text(new: Record, old: Record) -> None:
@@ -558,80 +888,88 @@ def require_same_text(new: Record, old: Record) -> None:
 
 def nats_per_bpb(record: Record) -> float:
     """Return the nats per token of one bit per byte, from a record's own scores."""
-    return math.log(2) / mean(run.headline.tokens_per_byte for run in record.runs if run.headline)
+    return math.log(2) / mean(run.headline.tokens_per_byte for run in record.runs if run.val_loss)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Rules on files and claims
 # ------------------------------------------------------------------------------------------------------------
 
-Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence for it
+STATUSES = ("fail", "off", "warn", "note", "pass")  # broken rule or claim, claim off by its last digit, ...
 REQUIRED_KEYS = {"name": str, "author": str, "github_id": str, "date": str, "val_bpb": (int, Decimal)}
 USUAL_KEYS = ("blurb", "bytes_total", "track", "seeds", "val_loss")
-SCORE_DECIMALS = {"val_bpb": 4, "val_loss": 4}  # a score with fewer digits counts as exact
-SEED_CLAIMS = (  # key of a seed's entry in submission.json, fact, factor, tolerance beyond the given digits
-    ("val_bpb", "val_bpb", 1, 0),
-    ("val_loss", "val_loss", 1, 0),
-    ("artifact_bytes", "bytes_total", 1, 0),
-    ("bytes_total", "bytes_total", 1, 0),
-    ("steps", "steps", 1, 0),
-    ("step_avg_ms", "step_avg_ms", 1, 0),
-    ("train_time_s", "train_seconds", 1, 0.05),
-    ("train_time_ms", "train_seconds", 1000, 50),
-    ("eval_time_s", "eval_seconds", 1, 0.05),
-    ("eval_time_ms", "eval_seconds", 1000, 50),
-    ("ttt_time_ms", "eval_seconds", 1000, 50),
-)
-MEAN_CLAIMS = (  # key of submission.json, fact, function of the seeds' values
-    ("val_bpb", "val_bpb", mean),
-    ("val_loss", "val_loss", mean),
-    ("val_bpb_std", "val_bpb", stdev),
-    ("val_loss_std", "val_loss", stdev),
-    ("bytes_code", "bytes_code", max),
-    ("bytes_total", "bytes_total", max),
-    ("artifact_bytes_max", "bytes_total", max),
-    ("artifact_bytes_mean", "bytes_total", mean),
-    ("train_steps_mean", "steps", mean),
-    ("step_avg_ms_mean", "step_avg_ms", mean),
-    ("train_time_s_mean", "train_seconds", mean),
-    ("eval_time_s_mean", "eval_seconds", mean),
-)
+CLAIMS = {  # key of submission.json or of a seed's entry, without mean, max, std: fact, factor, slack
+    "val_bpb": ("val_bpb", 1, 0), "val_loss": ("val_loss", 1, 0),
+    "artifact_bytes": ("bytes_total", 1, 0), "bytes_total": ("bytes_total", 1, 0),
+    "bytes_code": ("bytes_code", 1, 0), "code_bytes": ("bytes_code", 1, 0),
+    "bytes_model": ("bytes_model", 1, 0), "model_params": ("model_params", 1, 0),
+    "steps": ("steps", 1, 0), "train_steps": ("steps", 1, 0), "step_stop": ("steps", 1, 0),
+    "step_avg_ms": ("step_avg_ms", 1, 0), "ms_per_step": ("step_avg_ms", 1, 0),
+    "train_time_s": ("train_seconds", 1, 0.05), "train_time_ms": ("train_seconds", 1000, 50),
+    "wallclock_seconds": ("train_seconds", 1, 0.05),
+    "eval_time_s": ("eval_seconds", 1, 0.05), "eval_time_ms": ("eval_seconds", 1000, 50),
+    "ttt_eval_time_s": ("eval_seconds", 1, 0.05), "ttt_time_ms": ("eval_seconds", 1000, 50),
+}  # fmt: skip
+PREFIXES = re.compile("(?:bytes_model|artifact_bytes_max)(?=_)")  # of keys that name the coder too
+SCORE_DECIMALS = 4  # a score with fewer digits counts as exact
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool)
+class Derived(NamedTuple):
+    """What the logs say of a claim: the value, how it is derived, other values that support the claim."""
+
+    value: float
+    words: str
+    others: list[float] = []  # noqa: RUF012
+
+
+def digits_of(claim: Any, decimals: int) -> int:
+    """Return the power of ten of the last digit that a claim gives, of at least `decimals` decimals."""
+    return min(claim.as_tuple().exponent if isinstance(claim, Decimal) else 0, -decimals)
 
 
 def agrees(claim: Any, value: float, slack: float = 0.0, decimals: int = 0) -> bool:
     """Return whether a claim is `value` rounded to the claim's digits, or to `decimals` if that is more."""
-    digits = claim.as_tuple().exponent if isinstance(claim, Decimal) else 0
-    return abs(float(claim) - value) <= 0.501 * 10.0 ** min(digits, -decimals) + slack
+    return abs(float(claim) - value) <= 0.501 * 10.0 ** digits_of(claim, decimals) + slack
+
+
+def is_near(claim: Any, value: float, decimals: int = 0) -> bool:
+    """Return whether a claim is off by its last digit (a score by one, others by two), or a rounded number."""
+    zeros = len(str(claim)) - len(str(claim).rstrip("0")) if isinstance(claim, int) and claim else 0
+    rounded, units = 0.501 * 10.0**zeros if zeros else 0.0, 1.01 if decimals else 2.01
+    return abs(float(claim) - value) <= max(units * 10.0 ** digits_of(claim, decimals), rounded)
 
 
 def seed_claims(record: Record) -> dict[int, dict[str, Any]]:
     """Return the per-seed entries of submission.json."""
     for entries in (record.claims.get("seed_results"), record.claims.get("seeds")):
         if isinstance(entries, dict):
-            return {int(k): v for k, v in entries.items() if k.isdigit() and isinstance(v, dict)}
+            return {int(key): entry for key, entry in entries.items()
+                    if re.fullmatch(r"\d{1,20}", key) and isinstance(entry, dict)}  # fmt: skip
     return {}
 
 
 def claimed_seeds(record: Record) -> list[int]:
     seeds = record.claims.get("seeds")
     return (
-        [seed for seed in seeds if isinstance(seed, int)]
-        if isinstance(seeds, list)
-        else list(seed_claims(record))
+        [seed for seed in seeds if is_whole(seed)] if isinstance(seeds, list) else list(seed_claims(record))
     )
 
 
 def check_files(record: Record) -> Iterator[Finding]:
     names, folder = {p.name for p in record.path.iterdir()}, record.path.resolve().name
+    files = {p.name: p for p in record.files if p.parent == record.path}
     for name in ("README.md", "submission.json", "train_gpt.py"):
-        if name not in names:
-            yield "fail", f"{folder}/ has no {name}"
+        if name not in files:
+            stem, suffix = name.split(".")
+            others = sorted(other for other in files if re.fullmatch(rf"{stem}\w+\.{suffix}", other))
+            told = f"; {', '.join(others)} is read" if others else ""
+            yield "fail", f"{folder}/ has no {name}" + (" that is a regular file" * (name in names)) + told
+        elif not files[name].stat().st_size:
+            yield "fail", f"{name} is empty"
     if not record.runs:
         yield "fail", f"no training log in {folder}/"
+    if special := [str(path.relative_to(record.path)) for path in record.special]:
+        yield "warn", f"links to nothing, pipes or devices, which are not read: {', '.join(special[:9])}"
     if not re.fullmatch(r"\d{4}-(0\d|1[0-2])-([0-2]\d|3[01])_.+", folder):
         yield "fail", f"the folder name {folder} does not have the form YYYY-MM-DD_Description"
     elif re.search(r"[^\w.+,=-]", folder):
@@ -641,62 +979,109 @@ def check_files(record: Record) -> Iterator[Finding]:
 
 def check_json(record: Record) -> Iterator[Finding]:
     yield from (("fail", problem) for problem in record.problems)
+    if not record.claims:  # which check_files or a problem says
+        return
+    name = record.claimed_in
     for key, kind in REQUIRED_KEYS.items():
-        if not isinstance(record.claims.get(key), kind) or isinstance(record.claims[key], bool):
-            yield "fail", f"submission.json: {key} is {record.claims.get(key, 'missing')}"
+        value = record.claims.get(key)
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or (key == "val_bpb" and not is_number(value))
+        ):
+            yield "fail", f"{name}: {key} is {record.claims.get(key, 'missing')}"
     if not re.match(r"\d{4}-\d\d-\d\d", str(record.claims.get("date", "2026-01-01"))):
-        yield "fail", f"submission.json: date {record.claims['date']} is not an ISO date"
+        yield "fail", f"{name}: date {record.claims['date']} is not an ISO date"
     if missing := [key for key in USUAL_KEYS if key not in record.claims]:
-        yield "warn", f"submission.json lacks usual keys: {', '.join(missing)}"
-    yield "pass", f"submission.json: {len(record.claims)} keys"
+        yield "warn", f"{name} lacks usual keys: {', '.join(missing)}"
+    yield "pass", f"{name}: {len(record.claims)} keys"
+
+
+def core_of(key: str) -> tuple[str, Callable]:
+    """Return a claim's key without mean, max and std, and how the values of the seeds are combined."""
+    core = re.sub("^mean_|_(mean|max|std)$", "", key)
+    core = match[0] if (match := PREFIXES.match(core)) else core
+    largest = core.removeprefix("artifact_").startswith(("bytes", "code_bytes", "model_params"))
+    if key.endswith("_std"):
+        return core, stdev
+    return core, max if key.endswith("_max") or (largest and "mean" not in key) else mean
+
+
+def value_claimed(run: LogFacts, core: str) -> Derived | None:
+    """Return what a run's logs say of a claim; None if they say nothing."""
+    if match := re.fullmatch(r"(\w+)_val_(bpb|loss)", core):  # of a pass that the key names
+        plain = {score.label.lower().replace("-", "_"): score for score in run.scores}
+        passes = [getattr(score, f"val_{match[2]}") for label, score in plain.items() if match[1] in label]
+        passes = [value for value in passes if value is not None]
+        return Derived(passes[-1], run.name, passes) if passes else None
+    fact, factor, _ = CLAIMS.get(core, ("", 1, 0))
+    value = getattr(run, fact, None)
+    if value is None or not math.isfinite(value):
+        return None
+    others = (
+        [score.seconds for score in run.scores] + [run.eval_all_seconds] if fact == "eval_seconds" else []
+    )
+    others += [TIME_LIMIT] if core == "wallclock_seconds" else []  # the key may mean the limit
+    return Derived(factor * value, run.name, [factor * other for other in others if other is not None])
+
+
+def judge(key: str, claim: Any, derived: Derived) -> Finding:
+    """Compare a claim with what the logs say."""
+    core, _ = core_of(key)
+    decimals = SCORE_DECIMALS if re.search("val_(bpb|loss)$", core) and not key.endswith("std") else 0
+    slack = CLAIMS.get(core, ("", 1, 0))[2]
+    if any(agrees(claim, value, slack, decimals) for value in (derived.value, *derived.others)):
+        return "pass", f"{key} {claim}: {derived.words}"
+    status = "off" if is_near(claim, derived.value, decimals) else "fail"
+    return status, f"{key} is {claim} in submission.json, {derived.value:.10g} in {derived.words}"
 
 
 def check_claims(record: Record) -> Iterator[Finding]:
     """Check each number of submission.json against the logs, rounded to its digits."""
     if record.claims.get("challenge_run") is True and (found := deviations(record.runs)):
         yield "fail", f"challenge_run is true in submission.json, but the logs show: {'; '.join(found)}"
-    claims, entries, by_seed = record.claims, seed_claims(record), {run.seed: run for run in record.runs}
+    entries, by_seed = seed_claims(record), {run.seed: run for run in record.runs}
     for seed, entry in entries.items():
-        for key, fact, factor, slack in SEED_CLAIMS:
-            value, digits = getattr(by_seed.get(seed), fact, None), SCORE_DECIMALS.get(key, 0)
-            if value is None or not is_number(entry.get(key)):
-                continue
-            if not agrees(entry[key], factor * value, slack, digits):
-                told = f"{entry[key]} in submission.json, {factor * value:.10g} in {by_seed[seed].name}"
-                yield "fail", f"seed {seed}: {key} is {told}"
-    for key, fact, combine in MEAN_CLAIMS:
-        keys = [name for name, its, factor, _ in SEED_CLAIMS if its == fact and factor == 1]
-        unlogged = [
-            next((e[k] for k in keys if is_number(e.get(k))), None)
-            for s, e in entries.items()
-            if s not in by_seed
-        ]
-        values = record.values(fact) + [float(value) for value in unlogged if value is not None]
-        if is_number(claims.get(key)) and len(values) > (combine is stdev):
-            lost = [seed for seed in claimed_seeds(record) if seed not in by_seed]
-            yield compare_claim(key, claims[key], values, combine, lost)
+        for key, claim in entry.items():
+            derived = value_claimed(by_seed[seed], core_of(key)[0]) if seed in by_seed else None
+            if derived and is_number(claim):
+                status, told = judge(key, claim, derived)
+                yield status, f"seed {seed}: {told}"
+    for key, claim in record.claims.items():
+        core, combine = core_of(key)
+        derived = [value_claimed(run, core) for run in record.runs] if is_number(claim) else []
+        if derived and None not in derived and len(derived) > (combine is stdev):
+            yield compare_claim(record, key, claim, derived)
 
 
-def compare_claim(key: str, claim: Any, values: list[float], combine: Callable, lost: list[int]) -> Finding:
-    derived, decimals = (
-        f"{combine.__name__} {combine(values):.10g} of {len(values)}",
-        SCORE_DECIMALS.get(key, 0),
-    )
-    if agrees(claim, combine(values), 0, decimals) or (key == "bytes_total" and agrees(claim, mean(values))):
-        return "pass", f"{key} {claim}: logs give {derived}"
+def compare_claim(record: Record, key: str, claim: Any, derived: Sequence[Derived]) -> Finding:
+    """Compare a claim about all seeds with the logs, and say which other number it is."""
+    core, combine = core_of(key)
+    values, entries = [each.value for each in derived], seed_claims(record)
+    words = f"{combine.__name__} of {len(values)} logs"
+    others = [other for each in derived for other in each.others if each.value != other]
+    others += [mean(values)] if combine is max else []
+    lost = sorted(set(claimed_seeds(record)) - {run.seed for run in record.runs})
+    unlogged = [entries[seed][core] for seed in lost if is_number(entries.get(seed, {}).get(core))]
+    if unlogged:
+        others.append(combine([*values, *map(float, unlogged)]))
+    status, told = judge(key, claim, Derived(combine(values), words, others))
+    if status != "fail":
+        return status, told
     if combine is stdev and agrees(claim, pstdev(values)):
         return (
             "warn",
             f"{key} {claim} is the population standard deviation; the sample one is {stdev(values):.6f}",
         )
     if lost:
-        return (
-            "warn",
-            f"{key} {claim} cannot be recomputed: seeds {lost} have no log; the others give {derived}",
-        )
-    if combine is not stdev and any(agrees(claim, value, 0, decimals) for value in values):
-        return "warn", f"{key} {claim} is the value of a single seed; logs give {derived}"
-    return "fail", f"{key} is {claim} in submission.json; logs give {derived}"
+        return "warn", f"{told}; seeds {lost} have no log, so it cannot be recomputed"
+    if combine is not stdev and any(judge(key, claim, each)[0] == "pass" for each in derived):
+        return "warn", f"{told}; it is the value of a single seed"
+    if core in ("bytes_code", "code_bytes") and (
+        same := [p.name for p in record.code if p.stat().st_size == claim]
+    ):
+        return "warn", f"{told}; it is the size of {same[0]} as shipped"
+    return status, told
 
 
 def check_seeds(record: Record) -> Iterator[Finding]:
@@ -704,10 +1089,12 @@ def check_seeds(record: Record) -> Iterator[Finding]:
     seeds = sorted({run.seed for run in runs} - {None})
     if len(seeds) < MIN_SEEDS:
         yield "fail", f"{len(seeds)} distinct seeds in the logs, at least {MIN_SEEDS} are required: {seeds}"
-    for seed, count in Counter(run.seed for run in runs).items():
+    for seed, count in Counter(run.seed for run in runs if run.seed is not None).items():
         if count > 1:
             names = ", ".join(run.name for run in runs if run.seed == seed)
             yield "fail", f"seed {seed} occurs twice, with different scores: {names}"
+    if unknown := [run.name for run in runs if run.seed is None]:
+        yield "warn", f"no line and no name tells the seed of {', '.join(unknown)}"
     for bpb, count in Counter(record.values("val_bpb")).items():
         if count > 1:
             names = ", ".join(run.name for run in runs if run.val_bpb == bpb)
@@ -715,11 +1102,11 @@ def check_seeds(record: Record) -> Iterator[Finding]:
     for run in runs:
         if file_seed(run) not in (None, run.seed):
             yield "fail", f"{run.name} is named for seed {file_seed(run)}, but {run.cite('seed')}"
-    yield from (("warn", copy) for copy in record.copies)
+    yield from (("warn", told) for told in record.unused)
     if len(set(claimed)) < len(claimed):
-        yield "fail", f"submission.json lists a seed twice: {claimed}"
-    if lost := sorted(set(claimed) - set(seeds)):
-        yield "fail", f"submission.json lists seeds {lost}, but the logs have {seeds}"
+        yield "fail", f"submission.json lists a seed twice: {claimed[:99]}"
+    if seeds and (lost := sorted(set(claimed) - set(seeds))):
+        yield "fail", f"submission.json lists seeds {lost[:99]}, but the logs have {seeds}"
     if claimed and (more := sorted(set(seeds) - set(claimed))):
         yield "warn", f"submission.json omits seeds {more} that have logs: were the best seeds selected?"
     yield "pass", f"seeds {seeds}"
@@ -734,7 +1121,6 @@ WANTED = (
     "steps",
     "step_avg_ms",
     "train_seconds",
-    "eval_seconds",
     "bytes_code",
     "bytes_model",
     "val_tokens",
@@ -746,6 +1132,8 @@ def check_log(record: Record) -> Iterator[Finding]:
         yield from (("fail", conflict) for conflict in run.conflicts)
         if missing := [key for key in WANTED if getattr(run, key) is None]:
             yield "warn", f"{run.name}: the log does not report {', '.join(missing)}"
+        if record.kind != "folder" and run.parts > 1:
+            yield "warn", f"{run.name}: the log holds {run.parts} runs, and this one is judged"
         if run.headline is None:
             yield "fail", f"{run.name}: no line with a final score"
         elif not 0 < run.headline.val_bpb < math.inf:
@@ -753,6 +1141,11 @@ def check_log(record: Record) -> Iterator[Finding]:
         else:
             also = "".join(f"; {label} is an alias of {first}" for label, first in run.aliases.items())
             yield "pass", run.headline.line + also
+            last = run.final_scores()[-1]
+            if last.val_bpb > run.headline.val_bpb and run.headline.label not in run.aliases.values():
+                yield "warn", f"the claimed pass is not the last one: {run.headline.line}; then {last.line}"
+            if "diagnostic" in run.headline.label:
+                yield "warn", f"the only score of the artifact is called diagnostic: {run.headline.line}"
 
 
 def check_settings(record: Record) -> Iterator[Finding]:
@@ -762,7 +1155,7 @@ def check_settings(record: Record) -> Iterator[Finding]:
             k for k in first.keys() & own.keys() if first[k] != own[k] and not OWN_SETTINGS.fullmatch(k)
         )
         if other:
-            shown = ", ".join(f"{key} {first[key]} and {own[key]}" for key in other)
+            shown = ", ".join(f"{key} {first[key]} and {own[key]}" for key in other[:20])
             yield "fail", f"{record.runs[0].name} and {run.name} have different settings: {shown}"
     yield "pass", f"{len(record.runs[0].settings) if record.runs else 0} settings are the same in all logs"
 
@@ -778,28 +1171,56 @@ def check_code(record: Record) -> Iterator[Finding]:
             if shipped.get(file) != code[file]:
                 what = "as shipped is not what" if file in shipped else "is not shipped, but"
                 yield "fail", f"{file} {what} ran in {name} (sha256 {code[file][:12]}..)"
-    if len({tuple(run.source_sha256) for run in record.runs if run.source_sha256}) > 1:
-        yield "fail", "the source printed in the logs changed between seeds"
-    if len(set(record.values("bytes_source"))) > 1:
-        yield (
-            "fail",
-            "code changed between seeds: " + "; ".join(run.cite("bytes_source") for run in record.runs),
-        )
-    yield "pass", f"{len(hashed)} logs have the same code, size {sorted(set(record.values('bytes_source')))}"
+    if len({tuple(run.sources) for run in record.runs if run.sources}) > 1:
+        plain = {"".join("".join(run.sources).split()) for run in record.runs if run.sources}
+        status, how = ("fail", "") if len(plain) > 1 else ("off", ", only in blanks")
+        yield status, f"the source printed in the logs changed between seeds{how}"
+    sizes = sorted(set(record.values("bytes_source")))
+    if len(sizes) > 1:
+        told = "; ".join(run.cite("bytes_source") for run in record.runs)
+        yield ("off" if sizes[-1] - sizes[0] <= FEW_BYTES else "fail"), f"code changed between seeds: {told}"
+    if record.code and record.kind == "folder" and not hashed:
+        yield from check_code_size(record)
+    yield "pass", f"{len(hashed)} logs have the same code, size {sizes}"
 
 
-def counted_files(record: Record) -> list[Path]:
-    """Return the shipped files that count: those hashed in RESULT, else train_gpt.py, and their imports."""
-    named = {n for run in record.runs for r in run.results for n in r.get("sha256_code", ())} or {
-        "train_gpt.py"
-    }
-    files, names = {p.name: p for p in record.code}, sorted(named)
-    for name in names:
-        more = (
-            {f"{module}.py" for module in imports(parse_python(files[name])[0])} if name in files else set()
-        )
-        names += sorted((more & files.keys()) - set(names))
-    return [files[name] for name in names if name in files]
+FEW_BYTES = 16  # of difference between two versions of a program that count as the same but for a detail
+
+
+def check_code_size(record: Record) -> Iterator[Finding]:
+    """Check that a shipped program has the size that logs without hashes count."""
+    programs = {path.name: read_program(path).sizes for path in record.code}
+    sizes = {size: f"{name} has {size}" for name, own in programs.items() for size in own}
+    sizes.setdefault(sum(own[0] for own in programs.values()), "all of them have more or less")
+    for run in record.runs:
+        nearest = min(sizes, key=lambda own: abs(own - (run.bytes_source or own)))
+        if run.bytes_source not in (None, nearest):
+            told = f"no shipped program has the bytes that the log counts, {sizes[nearest]}"
+            status = "off" if abs(nearest - run.bytes_source) <= FEW_BYTES else "fail"
+            yield status, f"{told}: {run.cite('bytes_source')}"
+
+
+def main_programs(record: Record) -> list[Path]:
+    """Return the programs that logs count: hashed in RESULT, else of the logged size, else train_gpt.py."""
+    named = {name for run in record.runs for r in run.results for name in r.get("sha256_code", ())}
+    files = {path.name: path for path in record.code}
+    if not named and record.kind == "folder":
+        sizes = {size for run in record.runs for size in (run.bytes_code, run.bytes_source)}
+        same = [path for path in record.code if path.stat().st_size in sizes]
+        named = {path.name for path in same[:1]}
+    return [files[name] for name in sorted(named or {"train_gpt.py"}) if name in files]
+
+
+def imported_files(record: Record, programs: Sequence[Path]) -> list[Path]:
+    """Return the other Python files of the record that programs import, directly or through one another."""
+    files, reached = {path.stem: path for path in record.code}, list(programs)
+    for path in reached:
+        reached += [
+            files[name]
+            for name in sorted(read_program(path).modules & files.keys())
+            if files[name] not in reached
+        ]
+    return [path for path in reached if path not in programs]
 
 
 def read_files(record: Record) -> tuple[list[Path], list[Path]]:
@@ -809,79 +1230,77 @@ def read_files(record: Record) -> tuple[list[Path], list[Path]]:
     submission.json and certificates are in the first list if a program names them, otherwise in neither.
     """
     root = record.path / "source" if record.kind == "run" else record.path
-    programs, scored = counted_files(record), {run.result.get("sha256_artifact") for run in record.runs}
-    trees = [parse_python(path)[0] for path in programs]
-    modules = {module for tree in trees for module in imports(tree)}
-    said = [text for tree in trees if tree for text in strings(tree)]
+    main, scored = main_programs(record), {run.result.get("sha256_artifact") for run in record.runs}
+    modules_of = imported_files(record, main)
+    programs = [read_program(path) for path in (*main, *modules_of)]
+    modules, said = (
+        {name for each in programs for name in each.modules},
+        [t for each in programs for t in each.texts],
+    )
     told = {path.name for run in record.runs for path in run.paths} | {"README.md", "submission.json"}
+    told |= {line.partition(" ")[0] for line in record.unused}
     used, others = [], []
-    for path in (p for p in record.files if p.is_relative_to(root) and p not in programs):
+    for path in (p for p in record.files if p.is_relative_to(root) and p not in main):
         inside = path.relative_to(root)
         if path in record.artifacts and sha256_file(path) in scored:
             continue
         module = inside.parts[0].partition(".")[0]
         code = len(inside.parts) > 1 or inside.suffix in (".py", ".pyc", ".so", ".pyd")
-        taken = (code and (module in modules or module in said)) or any(path.name in text for text in said)
+        spelled = re.compile(rf"(?<![\w-]){re.escape(path.name)}(?![\w-])")
+        taken = (code and (module in modules or module in said)) or any(
+            path.name in text and spelled.search(text) for text in said
+        )
         page = inside.parts[0] in told or re.fullmatch(
             r"certificate.*\.(txt|json)|requirements\.txt", inside.parts[0]
         )
-        if page and not taken:
-            continue
-        (used if taken else others).append(path)
+        if taken or path in modules_of:
+            used.append(path)
+        elif not page:
+            others.append(path)
     return used, others
-
-
-def strings(tree: ast.Module) -> list[str]:
-    """Return the string literals of a program, except docstrings and other bare string statements."""
-    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    found = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in bare]
-    texts = [text for text in found if isinstance(text, str | bytes)]
-    return [text if isinstance(text, str) else text.decode("latin-1") for text in texts]
 
 
 def check_sizes(record: Record) -> Iterator[Finding]:
     """Check that logged sizes add up, match the files, and stay under the cap however they are counted."""
-    files = counted_files(record)
-    shipped = sum(p.stat().st_size for p in files)
-    used, others = read_files(record)
+    programs, (used, others) = main_programs(record), read_files(record)
     for what, group in (("not counted, but the programs name or import", used), ("not counted", others)):
         if group:
-            shown = ", ".join(f"{p.relative_to(record.path)} ({p.stat().st_size} bytes)" for p in group)
-            yield "warn", f"{what}: {shown}"
+            shown = [f"{p.relative_to(record.path)} ({p.stat().st_size} bytes)" for p in group[:50]]
+            yield "warn", f"{what}: {', '.join(shown)}" + f" and {len(group) - 50} more" * (len(group) > 50)
+    for program in map(read_program, programs):
+        if others and not (program.tree or program.texts or program.modules):
+            yield "warn", f"{program.problem}, so whether it reads the files that are not counted is unknown"
     for run in record.runs:
-        code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
-        if None in (code, model, total):
-            yield (
-                "warn",
-                f"{run.name}: the log does not report the size of {'code' if code is None else 'the model'}",
-            )
+        if run.bytes_total is None or (run.bytes_model is None and record.kind == "run"):
+            lacking = "code" if run.bytes_code is None else "the model"
+            yield "warn", f"{run.name}: the log does not report the size of {lacking}"
             continue
-        sums = {"in the log": total, "code and model in the log": code + model}
-        if code + model != total:
-            yield "fail", f"{code} + {model} != {total}: {run.cite('bytes_total')}"
-        if run.bytes_source not in (None, code):
-            yield (
-                "warn",
-                f"counted packed, but shipped with {shipped or run.bytes_source}: {run.cite('bytes_code')}",
-            )
-        elif files:
-            sums["code as shipped and model"] = shipped + model
-            if shipped != code:
-                names = ", ".join(p.name for p in files)
-                yield (
-                    "fail",
-                    f"{names} have {shipped} bytes, but the log counts {code}: {run.cite('bytes_code')}",
-                )
+        yield from check_sums(run, programs, used)
+
+
+def check_sums(run: LogFacts, programs: Sequence[Path], used: Sequence[Path]) -> Iterator[Finding]:
+    """Check the sizes of one run: `programs` are counted, `used` are other files that they name or import."""
+    code, model, total = run.bytes_code, run.bytes_model, run.bytes_total
+    shipped, is_packed = sum(p.stat().st_size for p in programs), run.bytes_source not in (None, code)
+    sums = {"in the log": total}
+    if is_packed:
+        yield "warn", f"counted packed; the shipped programs have {shipped} bytes: {run.cite('bytes_code')}"
+    elif programs and code is not None and shipped != code:
+        told = f"{', '.join(p.name for p in programs)} have {shipped} bytes, but the log counts {code}"
+        yield "off" if abs(shipped - code) <= FEW_BYTES else "fail", f"{told}: {run.cite('bytes_code')}"
+    if None not in (code, model):
+        counted = code if is_packed else max(shipped, code)
+        sums |= {"code and model in the log": code + model, "code as shipped and model": counted + model}
         if used:
             ways = f"with {', '.join(p.name for p in used)}, which the programs name or import"
-            sums[ways] = (shipped or code) + model + sum(p.stat().st_size for p in used)
-        way, worst = max(sums.items(), key=lambda item: item[1])
-        if worst > SIZE_CAP:
-            yield (
-                "fail",
-                f"{worst} bytes ({way}), {worst - SIZE_CAP} over {SIZE_CAP}: {run.cite('bytes_total')}",
-            )
-        yield "pass", f"{worst} bytes of {SIZE_CAP}: {run.cite('bytes_total')}"
+            sums[ways] = counted + model + sum(p.stat().st_size for p in used)
+        if code + model != total:
+            labeled = run.evidence.get("bytes_total") != run.evidence.get("bytes_unlabeled")
+            yield "fail" if labeled else "warn", f"{code} + {model} != {total}: {run.cite('bytes_total')}"
+    way, worst = max(sums.items(), key=lambda item: item[1])
+    if worst > SIZE_CAP:
+        yield "fail", f"{worst} bytes ({way}), {worst - SIZE_CAP} over {SIZE_CAP}: {run.cite('bytes_total')}"
+    yield "pass", f"{worst} bytes of {SIZE_CAP}: {run.cite('bytes_total')}"
 
 
 def check_train_time(record: Record) -> Iterator[Finding]:
@@ -908,10 +1327,8 @@ def check_eval_time(record: Record) -> Iterator[Finding]:
         if run.eval_seconds is None:
             yield "warn", f"{run.name}: the log does not report the evaluation time"
             continue
-        cited = (
-            f"{run.eval_seconds:.1f} s, with all passes and compilation {run.eval_all_seconds:.1f} s: "
-            f"{run.name}"
-        )
+        passes = f"with all passes and compilation {run.eval_all_seconds:.1f} s"
+        cited = f"{run.eval_seconds:.1f} s, {passes}: {run.name}"
         status = (
             "fail"
             if run.eval_seconds > TIME_LIMIT
@@ -943,61 +1360,57 @@ def by_tokenizer(run: LogFacts) -> Published | None:
 
 def own_ratio(record: Record) -> float | None:
     """Return the tokens per byte of the validation text, from a manifest.json of data/prepare.py."""
-    splits = record.manifest.get("splits")
-    val = splits.get("val") if isinstance(splits, dict) else None
-    return val["tokens"] / val["text_bytes"] if val and val.get("text_bytes") and val.get("tokens") else None
+    val = object_of(object_of(record.manifest, "splits"), "val")
+    tokens, size = val.get("tokens"), val.get("text_bytes")
+    return float(tokens / size) if is_whole(tokens) and is_whole(size) and tokens and size else None
 
 
 def check_bytes(record: Record) -> Iterator[Finding]:
     """Check the tokens per byte implied by a score's two units against the validation set."""
-    rows = [(run, s) for run in record.runs for s in run.scores if 0 < min(s.val_loss, s.val_bpb) < math.inf]
-    for run, score in rows:
-        known, ratio, own = published(run), score.tokens_per_byte, own_ratio(record)
-        expected = known.tokens_per_byte if known else own or rows[0][1].tokens_per_byte
-        source = known.name if known else "manifest.json" if own else rows[0][1].line
-        rounding = 10.0**-score.decimals * (1 / score.val_bpb + 1 / score.val_loss)
-        if abs(ratio / expected - 1) > RATIO_TOLERANCE + rounding:
-            tokens = run.val_tokens or (known.tokens if known else 0)
-            counted = f"{tokens / ratio:,.0f} bytes were counted instead of {tokens / expected:,.0f}"
-            yield (
-                "fail",
-                f"{ratio:.5f} tokens per byte, but {source} has {expected:.5f}: {counted}: {score.line}",
-            )
+    for run in record.runs:
+        if run.headline and run.headline.val_loss is None:
+            told = "no loss beside the score, so neither tokens per byte nor the text can be checked"
+            yield "warn", f"{told}: {run.headline.line}"
+        yield from check_ratios(record, run)
+
+
+def check_ratios(record: Record, run: LogFacts) -> Iterator[Finding]:
+    """Check the tokens per byte of one run: published, else of the manifest, else equal in all scores."""
+    scores = [s for s in run.scores if s.val_loss is not None and 0 < min(s.val_loss, s.val_bpb)
+              and max(s.val_loss, s.val_bpb) < math.inf]  # fmt: skip
+    known, own = published(run), own_ratio(record)
+    for score in scores:
+        ratio = score.tokens_per_byte
+        expected = known.tokens_per_byte if known else own or scores[0].tokens_per_byte
+        source = known.name if known else "manifest.json" if own else scores[0].line
+        if abs(ratio / expected - 1) > RATIO_TOLERANCE + score.rounding:
+            told = f"{ratio:.5f} tokens per byte, but {source} has {expected:.5f}"
+            if tokens := run.val_tokens or (known.tokens if known else 0):
+                told += f": {tokens / ratio:,.0f} bytes were counted instead of {tokens / expected:,.0f}"
+            yield "fail", f"{told}: {score.line}"
         elif score is run.headline:
             shown = f"{ratio:.5f} tokens per byte: {run.name}"
-            yield (
-                ("pass", f"{source} has {shown}")
-                if known or own
-                else ("warn", f"nothing to compare with {shown}")
-            )
+            compared = ("pass", f"{source} has {shown}")
+            yield compared if known or own else ("warn", f"nothing to compare with {shown}")
         if score is run.headline:
-            old_log = record.kind == "log" and known  # the first baseline's log can no longer be corrected
-            for status, told in challenge_bytes(run, known, ratio, rounding):
-                yield "warn" if old_log else status, told
-            if known and own and abs(own / expected - 1) > RATIO_TOLERANCE:
-                yield (
-                    "fail",
-                    f"manifest.json has {own:.5f} tokens per byte, but {known.name} has {expected:.5f}",
-                )
+            yield from challenge_bytes(run, known, score)
+            if known and own and abs(own / known.tokens_per_byte - 1) > RATIO_TOLERANCE:
+                told = f"manifest.json has {own:.5f} tokens per byte, but {known.name}"
+                yield "fail", f"{told} has {known.tokens_per_byte:.5f}"
 
 
-def challenge_bytes(
-    run: LogFacts, known: Published | None, ratio: float, rounding: float
-) -> Iterator[Finding]:
-    """Check the bytes of a validation set that is the challenge's by its number of tokens or folder name."""
-    claims = (
-        known
-        or "fineweb10B" in f"{run.dataset} {run.settings.get('data_path')} {run.settings.get('val_files')}"
-    )
-    if not claims or run.val_tokens is None:
+def challenge_bytes(run: LogFacts, known: Published | None, score: Score) -> Iterator[Finding]:
+    """Check the bytes of a text that is the challenge's by its tokens, its folder's name or its size."""
+    named = "fineweb10B" in f"{run.dataset} {run.settings.get('data_path')} {run.settings.get('val_files')}"
+    if run.val_tokens is None or not (known or named or run.val_tokens > MANY_TOKENS):
         return
-    count, (low, high) = run.val_tokens / ratio, CHALLENGE_BYTES
-    if not low * (1 - rounding) <= count <= high * (1 + rounding):
-        told = f"{run.val_tokens} tokens of {known.name if known else run.dataset or 'fineweb10B'}"
-        yield (
-            "fail",
-            f"{told} are {count:,.0f} bytes, but the challenge's text has {low:,} to {high:,}: {run.name}",
-        )
+    if known and known.num_bytes is None and is_challenge_text(run):
+        return  # the first baseline's export, which check_validation warns of
+    count, (low, high) = run.val_tokens / score.tokens_per_byte, CHALLENGE_BYTES
+    if not low * (1 - score.rounding) <= count <= high * (1 + score.rounding):
+        told = f"{run.val_tokens} tokens of {known.name if known else run.dataset or 'the validation text'}"
+        limits = f"but the challenge's text has {low:,} to {high:,}"
+        yield "fail", f"{told} are {count:,.0f} bytes, {limits}: {run.name}"
 
 
 def check_validation(record: Record) -> Iterator[Finding]:
@@ -1011,6 +1424,7 @@ def check_validation(record: Record) -> Iterator[Finding]:
         known, named = published(run), by_tokenizer(run)
         if run.train_shards == LEAKY_SHARDS:
             yield "fail", f"an export that trains on 40,000 validation documents: {run.cite('train_shards')}"
+        yield from repeated_text(run)
         if known and run.val_documents not in (None, VAL_DOCUMENTS):
             yield (
                 "fail",
@@ -1031,9 +1445,27 @@ def check_validation(record: Record) -> Iterator[Finding]:
             yield "pass", f"{known.name}: {run.cite('val_tokens')}"
 
 
+def repeated_text(run: LogFacts) -> Iterator[Finding]:
+    """Warn of training on few shards, as on the validation shard alone."""
+    batch = run.settings.get("train_batch_tokens", "")
+    if re.search("val_?only", run.dataset or ""):
+        yield "warn", f"trained on {run.dataset}: {run.cite('dataset')}"
+    if run.steps and run.train_shards and batch.isdecimal() and len(batch) < 12:
+        epochs = run.steps * int(batch) / (run.train_shards * SHARD_TOKENS)
+        if epochs > MANY_EPOCHS:
+            yield "warn", f"{epochs:.0f} epochs of {run.train_shards} shards: {run.cite('train_shards')}"
+
+
 def is_challenge_text(run: LogFacts) -> bool:
-    """Return whether a run was scored on the challenge's text, by its bytes; True if the log lacks them."""
-    low, high = CHALLENGE_BYTES
+    """Return whether a run was scored on the challenge's text, by its bytes; True if the log lacks them.
+
+    The first baseline's export of it has other bytes.
+    """
+    known, low, high = published(run), *CHALLENGE_BYTES
+    if known and known.num_bytes is None and run.val_loss and run.headline:
+        return abs(run.headline.tokens_per_byte / known.tokens_per_byte - 1) <= (
+            RATIO_TOLERANCE + run.headline.rounding
+        )
     count, error = text_bytes(run) or (TEXT_BYTES, 0.0)
     return low * (1 - error) <= count <= high * (1 + error)
 
@@ -1080,11 +1512,13 @@ def check_challenge(record: Record) -> Iterator[Finding]:
 
 def check_units(record: Record) -> Iterator[Finding]:
     """Check that nats per token and bits per byte are not confused: 0.005 nats is fewer bits per byte."""
-    if not record.values("val_bpb") or not all(0 < loss < math.inf for loss in record.values("val_loss")):
+    if not record.values("val_loss") or not all(
+        0 < v for u in ("val_bpb", "val_loss") for v in record.values(u)
+    ):
         return
     factor, claims = nats_per_bpb(record), record.claims
     allowed = [factor, *(math.log(2) / p.tokens_per_byte for p in PUBLISHED)]
-    text = f"{record.readme}\n{json.dumps(claims, default=str)}"
+    text = f"{record.readme}\n{json.dumps(claims, default=str)[:TEXT_LIMIT]}"
     pairs = [
         (m[1], m[2], m[0])
         for m in re.finditer(r"(\d\.\d+)\s*bpb\W{1,8}(\d\.\d+)\s*nats", text, re.IGNORECASE)
@@ -1124,201 +1558,11 @@ def check_significance(record: Record, against: Record) -> Iterator[Finding]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rules on code
-# ------------------------------------------------------------------------------------------------------------
-
-VAL_NAME = re.compile(
-    r"(val|valid|validation)_(toks?|tokens|token_ids|data|ids|loader|stream|batch(es)?|seqs|docs)$"
-)
-TARGET_NAME = re.compile(r"(targets?|tgts?|labels?|y|next_tok\w*)(_np|_ids?|_tok\w*)?$")
-SCORING_CALL = re.compile(r"model$|forward|logits|cross_entropy|loss|nll|score|bpb")
-CHANGE_NAME = re.compile(r"slot|delta|bias|shift|logit")
-CALIBRATION_CALL = re.compile(r"hessian|calib|gptq|quantize")
-NETWORK = {"requests", "urllib", "urllib3", "httpx", "aiohttp", "huggingface_hub"}
-QUIET, GRADIENTS = {"no_grad", "inference_mode"}, {"backward", "grad"}
-LZMA2 = [{"id": lzma.FILTER_LZMA2}]
-UNPACKERS = (
-    lambda blob: zlib.decompressobj().decompress(blob, UNPACK_LIMIT),
-    lambda blob: lzma.LZMADecompressor().decompress(blob, UNPACK_LIMIT),
-    lambda blob: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA2).decompress(blob, UNPACK_LIMIT),
-    lambda blob: zstandard.ZstdDecompressor().stream_reader(blob).read(UNPACK_LIMIT),
-    lambda blob: bz2.BZ2Decompressor().decompress(blob, UNPACK_LIMIT),
-)
-
-
-def unpack(blob: bytes) -> Iterator[bytes]:
-    """Yield the output of every decompressor that accepts a blob."""
-    for unpacker in UNPACKERS:
-        try:
-            yield unpacker(blob)
-        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError):
-            continue
-
-
-def bytes_of(text: str | bytes) -> bytes:
-    """Return the bytes of a literal in which each character is a byte; see pack.py."""
-    return text if isinstance(text, bytes) else text.encode("latin-1")
-
-
-def parse_python(path: Path) -> tuple[ast.Module | None, str]:
-    """Return the syntax tree of a program, or of the program packed in it; None and the reason on failure."""
-    return parse_source(path.read_bytes(), path.name)
-
-
-@lru_cache(8)
-def parse_source(source: bytes, name: str) -> tuple[ast.Module | None, str]:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError) as error:
-        return None, f"{name} does not compile: {error}"
-    if "exec" not in {name for _, name, _ in called(tree)}:
-        return tree, ""
-    texts = (
-        n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))
-    )
-    longest = max(texts, key=len, default="")
-    for decode in (base64.b85decode, base64.a85decode, base64.b64decode, bytes_of):
-        try:
-            for source in unpack(decode(longest)):
-                return ast.parse(source), ""
-        except (ValueError, SyntaxError):
-            continue
-    return (None, f"{name} is packed in a way that cannot be read") if len(longest) > 2000 else (tree, "")
-
-
-def called(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
-    """Return line, function name and node of every call."""
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return [(call.lineno, getattr(call.func, "attr", getattr(call.func, "id", "")), call) for call in calls]
-
-
-def names_in(*trees: ast.AST) -> set[str]:
-    """Return the variable and attribute names in code."""
-    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))
-    return {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
-
-
-def imports(tree: ast.Module | None) -> set[str]:
-    nodes = list(ast.walk(tree)) if tree else []
-    found = {
-        alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names
-    }
-    return found | {(node.module or "").split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
-
-
-def inputs_of(call: ast.Call) -> set[str]:
-    return names_in(*call.args, *(keyword.value for keyword in call.keywords))
-
-
-def quiet_calls(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
-    """Return the calls under no_grad or inference_mode."""
-    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.With) and names_in(*node.items) & QUIET)
-    return [call for block in blocks for call in called(block)]
-
-
-def scoring_lines(tree: ast.AST, scorers: Iterable[str] = ()) -> list[int]:
-    """Return the lines that compute losses without gradients, or that call one of `scorers`, which do."""
-    quiet = [line for line, name, _ in quiet_calls(tree) if SCORING_CALL.search(name)]
-    return quiet + [line for line, name, _ in called(tree) if name in scorers]
-
-
-def made_from(function: ast.AST, sources: set[str]) -> set[str]:
-    """Return the variables of a function that depend on `sources`."""
-    made, before = set(sources), set()
-    while made != before:
-        before = set(made)
-        for node in ast.walk(function):
-            origin = getattr(node, "iter", getattr(node, "value", None))
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            if isinstance(origin, ast.AST) and names_in(origin) & made:
-                stored = (
-                    n for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name)
-                )
-                made |= {name.id for name in stored if isinstance(name.ctx, ast.Store)}
-    return made
-
-
-def learning_lines(function: ast.AST, sources: set[str], scorers: Iterable[str] = ()) -> list[int]:
-    """Return lines that take gradients, in the innermost loop, of losses on `sources` (empty: on any)."""
-    made, quiet = made_from(function, sources), {id(call) for _, _, call in quiet_calls(function)}
-    loops = [node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))]
-    takes = {id(loop): [line for line, name, _ in called(loop) if name in GRADIENTS] for loop in loops}
-    lines = []
-    for loop in loops:
-        losses = [c for _, name, c in called(loop) if SCORING_CALL.search(name) and name not in scorers]
-        fed = not sources or any(id(call) not in quiet and inputs_of(call) & made for call in losses)
-        if fed and not any(takes.get(id(inner)) for inner in ast.walk(loop) if inner is not loop):
-            lines += takes[id(loop)]
-    return sorted(lines)
-
-
-def find_shapes(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yield line and meaning of each code pattern that reviewers reject."""
-    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    scorers = {f.name for f in functions if names_in(*f.decorator_list) & QUIET}
-    scorers |= {f.name for f in functions if scoring_lines(f) and not learning_lines(f, set())}
-    for function in functions:
-        yield from learning_shapes(function, scorers - {function.name})
-    for node in ast.walk(tree):
-        xor = isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor)
-        if xor or (isinstance(node, ast.Call) and called(node)[0][1] == "bitwise_xor"):
-            for name in sorted(filter(TARGET_NAME.match, names_in(node)))[:1]:
-                yield node.lineno, f"n-gram cache: a hash of {name!r}, the token to be predicted"
-    for line, name, call in called(tree):
-        if CALIBRATION_CALL.search(name) and (val := sorted(filter(VAL_NAME.match, inputs_of(call)))):
-            yield line, f"calibration on the validation set: {name} receives {val[0]}"
-        if name == "exec" and {inner for _, inner, _ in called(call)} & {"open", "read_text", "read_bytes"}:
-            yield line, "uncounted code: exec of another file"
-
-
-@lru_cache(8)  # the programs of several runs are one tree: see parse_source
-def shapes_of(tree: ast.Module) -> tuple[tuple[int, str], ...]:
-    return tuple(find_shapes(tree))
-
-
-def learning_shapes(function: ast.FunctionDef, scorers: set[str]) -> Iterator[tuple[int, str]]:
-    """Yield the ways in which a function adapts on its validation tokens in the wrong order."""
-    arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
-    val = {a.arg for a in arguments if VAL_NAME.match(a.arg)}
-    learned = learning_lines(function, val, scorers)
-    if val and learned and not any(line < learned[0] for line in scoring_lines(function, scorers)):
-        yield learned[0], f"adapts first: {function.name} adapts on {min(val)} before scoring it"
-    for loop in (n for n in ast.walk(function) if isinstance(n, ast.For) and val):
-        repeats = any(re.search("epoch|pass", name) for name in names_in(loop.target, loop.iter))
-        inside = range(loop.lineno, (loop.end_lineno or 0) + 1)
-        if repeats and scoring_lines(loop, scorers) and any(line in inside for line in learned):
-            yield (
-                loop.lineno,
-                f"several passes: {function.name} scores {min(val)} in every epoch that adapts on it",
-            )
-    for node in ast.walk(function) if val or re.match("eval|score|slot", function.name) else ():
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, calls = node.targets[0].id, called(node.value)
-            free = any(k.arg == "requires_grad" for _, _, call in calls for k in call.keywords)
-            free = free or bool({"Parameter", "requires_grad_"} & {call for _, call, _ in calls})
-            if free and CHANGE_NAME.search(name) and any(line > node.lineno for line in learned):
-                yield node.lineno, f"SLOT: {function.name} optimizes {name!r} on the targets it scores"
-
-
-def check_tree(record: Record) -> Iterator[Finding]:
-    """Check the syntax trees of the programs: this is evidence, not proof, in either direction."""
-    for path in record.code:
-        tree, problem = parse_python(path)
-        if tree is None:  # nested quotes in f-strings need Python 3.12
-            yield "warn" if "packed" in problem or "f-string" in problem else "fail", problem
-            continue
-        yield from (("fail", f"{path.name}:{line}: {meaning}") for line, meaning in shapes_of(tree))
-        if path.name in ("train_gpt.py", "eval_ttt.py") and (network := sorted(imports(tree) & NETWORK)):
-            yield "warn", f"{path.name} imports {', '.join(network)}: evaluation must not use the network"
-    yield (
-        "pass",
-        f"no known illegal pattern in {', '.join(path.name for path in record.code) or 'no program'}",
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Rules on artifact and legality
 # ------------------------------------------------------------------------------------------------------------
+
+
+ARTIFACT_LIMIT = 4 * SIZE_CAP
 
 
 def is_pickle(blob: bytes, packed: bool = True) -> bool:
@@ -1337,8 +1581,11 @@ def check_artifact(record: Record) -> Iterator[Finding]:
         if len(same := [run.name for run in record.runs if run.result.get("sha256_artifact") == digest]) > 1:
             yield "fail", f"several seeds have the same artifact {str(digest)[:12]}..: {', '.join(same)}"
     for path in record.artifacts:
-        blob = path.read_bytes()
-        size, digest = len(blob), hashlib.sha256(blob).hexdigest()
+        size, digest = path.stat().st_size, sha256_file(path)
+        if size > ARTIFACT_LIMIT:
+            yield "fail", f"{path.name} has {size} bytes, and at most {ARTIFACT_LIMIT} are read"
+            continue
+        blob = read_limited(path, ARTIFACT_LIMIT)
         if blob.startswith(ARTIFACT_MAGIC):
             first = blob[8:12] == b"\1\0\0\0"  # from version 2 on, the checksum covers version and coder too
             body, kept = (blob[44:], blob[12:44]) if first else (blob[8:16] + blob[48:], blob[16:48])
@@ -1370,7 +1617,7 @@ def check_legality(record: Record) -> Iterator[Finding]:
                 "fail",
                 f"{run.name}: TTT_MODE={mode} is code beside the two programs. Build it into eval_ttt.py",
             )
-        if run.headline and "ttt" in run.headline.label and record.kind != "log" and not certified:
+        if run.headline and run.headline.adapts and record.kind != "log" and not certified:
             yield (
                 "warn",
                 f"no certificate of an audit, so score-first rests on the log alone: {run.headline.line}",
@@ -1418,8 +1665,11 @@ COLUMNS = (  # heading, fact, format
 )
 
 
+MOST_FINDINGS, MOST_LETTERS = 1000, 600  # of a rule, of a finding
+
+
 class Verdict(NamedTuple):
-    """Result of a rule: status "pass", "warn" or "fail", and the line or file that supports it."""
+    """Result of a rule: one of STATUSES, and the line or file that supports it."""
 
     rule: str
     status: str
@@ -1438,17 +1688,25 @@ def check(record: Record, against: Record | None = None) -> list[Verdict]:
     verdicts = []
     other_track = "non_record" in f"{record.path.resolve()} {record.claims.get('track')}".replace("-", "_")
     for name, found in findings:
-        own = [Verdict(name, status, evidence) for status, evidence in dict.fromkeys(found)]
+        own = [
+            Verdict(name, status, shorten(told))
+            for status, told in dict.fromkeys(islice(found, MOST_FINDINGS))
+        ]
         if other_track and name in RECORD_RULES:
             own = [v._replace(status="warn") if v.status == "fail" else v for v in own]
-        own = own or [Verdict(name, "pass", "nothing to check")]
+        nothing = ("pass", "nothing to check") if record.runs else ("warn", "nothing to check without a log")
+        own = own or [Verdict(name, *nothing)]
         verdicts += [verdict for verdict in own if verdict.status != "pass"] or own
     return verdicts
 
 
+def shorten(evidence: str) -> str:
+    return evidence if len(evidence) <= MOST_LETTERS else evidence[:MOST_LETTERS] + " ..."
+
+
 def status_of(verdicts: Iterable[Verdict]) -> str:
-    """Return the worst status: "fail", "warn" or "pass"."""
-    return min((verdict.status for verdict in verdicts), key=("fail", "warn", "pass").index, default="pass")
+    """Return the worst status: "fail", "off", "warn" or "pass"; notes are for the reader alone."""
+    return min((v.status for v in verdicts if v.status != "note"), key=STATUSES.index, default="pass")
 
 
 def alike(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -1472,17 +1730,83 @@ def report(record: Record, verdicts: Sequence[Verdict], verbose: bool = False) -
     sides = ("right",) * len(COLUMNS) + ("left", "left")
     told = [v for v in verdicts if v.status != "pass"]
     told = list(verdicts) if verbose else alike(told)
-    told.sort(key=lambda v: ("fail", "warn", "pass").index(v.status))
+    told.sort(key=lambda v: STATUSES.index(v.status))
     counts = Counter(verdict.status for verdict in verdicts)
+    more = f", {counts['off']} claims off by a digit" * (counts["off"] > 0)
+    more += f", {counts['note']} notes" * (counts["note"] > 0)
     passed = f"{counts['pass']} passes" + ("" if verbose else " (--verbose lists them)")
     lines = [
         str(record.path),
         *tabulate([[escape(cell) for cell in row] for row in rows], headings, tablefmt="plain",
                   disable_numparse=True, colalign=sides if rows else None).splitlines(),
         *(f"{v.status}  {v.rule:14}  {v.evidence}" for v in told),
-        f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings, {passed}",
+        f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings{more}, {passed}",
     ]  # fmt: skip
     return "\n".join(map(escape, lines))
+
+
+def plain(value: Any) -> Any:
+    """Return facts and verdicts as JSON has them; infinities and NaN, which it has not, as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    kept = isinstance(value, int | str | None) or (isinstance(value, float) and math.isfinite(value))
+    return value if kept else str(value)
+
+
+def judge_path(path: Path, arguments: argparse.Namespace, against: Record | None) -> tuple[str, Any]:
+    """Return the status of a record and its report, as text or for JSON. ValueError if it is no record."""
+    record = read_record(path, arguments.mode)
+    record.data, record.tokenizer = arguments.data, arguments.tokenizer
+    verdicts = check(record, against)
+    status = status_of(verdicts)
+    if not arguments.json:
+        return status, report(record, verdicts, arguments.verbose)
+    runs = [{key: value for key, value in asdict(run).items() if key != "sources"} for run in record.runs]
+    found = [verdict._asdict() for verdict in verdicts]
+    return status, plain(dict(path=record.path, kind=record.kind, status=status, runs=runs, verdicts=found))
+
+
+def apart(function: Callable[[Path], Any], path: Path, seconds: float, num_bytes: int) -> tuple[Any, str]:
+    """Return function(path) of a child process within limits of time and memory, and an empty text.
+
+    In case of an error the text says what is wrong with `path`. So one bad folder cannot hide the others.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=answer, args=(function, path, num_bytes, sender), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        return (
+            receiver.recv() if receiver.poll(seconds) else (None, f"{path} takes more than {seconds:.0f} s")
+        )
+    except EOFError:
+        return None, f"{path} cannot be read: the process that read it ended without an answer"
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+
+
+def answer(function: Callable[[Path], Any], path: Path, num_bytes: int, sender: Connection) -> None:
+    """Send what `apart` returns."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if LINUX else 0
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    allowed = used + num_bytes if hard == resource.RLIM_INFINITY else min(used + num_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    try:
+        sender.send((function(path), ""))
+    except (ValueError, OSError) as error:
+        sender.send((None, str(error)))
+    except MemoryError:
+        sender.send((None, f"{path} takes more than {num_bytes / 2**30:.0f} GiB of memory"))
+    except Exception as error:  # a fault of this program, which must not hide the other records
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        sender.send(
+            (None, f"{path}: {error!r} in {Path(place.filename).name}:{place.lineno}. Please report it.")
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -1499,25 +1823,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbose", action="store_true", help="list passes and every seed's lines too")
     parser.add_argument("--json", action="store_true", help="print facts and verdicts as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        against = read_record(arguments.against) if arguments.against else None
-        records = [read_record(path, arguments.mode) for path in arguments.paths]
-        for record in records:
-            record.data, record.tokenizer = arguments.data, arguments.tokenizer
-        checked = [(record, check(record, against)) for record in records]
-    except (ValueError, OSError) as error:
-        print(f"error: {escape(str(error))}", file=sys.stderr)
-        return 2
+    limits = LIMIT_SECONDS, LIMIT_BYTES
+    against, problem = apart(read_record, arguments.against, *limits) if arguments.against else (None, "")
+    judge_each = partial(judge_path, arguments=arguments, against=against)
+    answers = [apart(judge_each, path, *limits) for path in (() if problem else arguments.paths)]
+    for _, told in [(None, problem), *answers]:
+        if told:
+            print(f"error: {escape(told)}", file=sys.stderr)
+    judged = [answer for answer, told in answers if not told]
     if arguments.json:
-        objects = [
-            dict(path=record.path, kind=record.kind, status=status_of(verdicts),
-                 runs=[asdict(r) for r in record.runs], verdicts=[verdict._asdict() for verdict in verdicts])
-            for record, verdicts in checked
-        ]  # fmt: skip
-        print(json.dumps(objects, indent=1, default=str).replace("\x7f", "\\u007f"))
-    else:
-        print("\n\n".join(report(record, verdicts, arguments.verbose) for record, verdicts in checked))
-    return 1 if any(status_of(verdicts) == "fail" for _, verdicts in checked) else 0
+        print(json.dumps([found for _, found in judged], indent=1).replace("\x7f", "\\u007f"))
+    elif judged:
+        print("\n\n".join(text for _, text in judged))
+    if problem or len(judged) < len(answers):
+        return 2
+    return 1 if any(status == "fail" for status, _ in judged) else 0
 
 
 if __name__ == "__main__":

@@ -1,22 +1,32 @@
-"""Rules for the files beside the logs: per-target losses, audit certificates, and the validation text.
+"""What the files beside the logs say: programs, per-target losses, audit certificates, validation text.
 
 The score is recomputed from nll.npy, shards and tokenizer. No code is shared with train_gpt.py's
 scorer, so that a bug there cannot hide itself. check.py runs these rules; `record` is its Record,
-`run` one of its LogFacts.
+`run` one of its LogFacts. Nothing here executes a file of a record, and every file has a size limit.
 """
 
 from __future__ import annotations
 
+import ast
+import base64
+import bz2
+import io
 import json
+import lzma
 import math
 import re
-from collections.abc import Iterator, Mapping
+import tokenize
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from os.path import abspath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from runfiles import is_below, read_object, sha256_file
+import zstandard
+from runfiles import is_below, read_limited, read_object, read_text, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-9  # relative, between two computations of a score
@@ -27,7 +37,11 @@ AUDITS_MAY_CHANGE = {"audit_tokens", "eval_budget_seconds", "model_path", "eval_
 AUDITS_SHRINK = {"ttt_chunk_tokens", "ttt_slots", "ttt_groups", "ttt_chunk_size", "phased_ttt_prefix_docs",
                  "phased_ttt_num_phases"}  # fmt: skip
 
-Finding = tuple[str, str]  # "pass", "warn" or "fail", and the evidence for it
+PROGRAM_LIMIT = 2 << 20  # bytes of a program, packed or not
+TEXT_LIMIT = 1 << 20  # bytes of a certificate or README
+TOKENIZER_LIMIT, LOSSES_LIMIT = 64 << 20, 1 << 30  # bytes
+
+Finding = tuple[str, str]  # status (check.STATUSES), and the evidence for it
 
 
 def evaluation(run: Any) -> dict[str, Any]:
@@ -37,6 +51,233 @@ def evaluation(run: Any) -> dict[str, Any]:
 
 def object_of(result: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value := result.get(key), dict) else {}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Programs
+# ------------------------------------------------------------------------------------------------------------
+
+UNPACKERS = (
+    lambda blob: zlib.decompressobj().decompress(blob, PROGRAM_LIMIT + 1),
+    lambda blob: lzma.LZMADecompressor(memlimit=1 << 27).decompress(blob, PROGRAM_LIMIT + 1),
+    lambda blob: lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2}]).decompress(
+        blob, PROGRAM_LIMIT + 1
+    ),
+    lambda blob: zstandard.ZstdDecompressor().stream_reader(blob).read(PROGRAM_LIMIT + 1),
+    lambda blob: bz2.BZ2Decompressor().decompress(blob, PROGRAM_LIMIT + 1),
+)
+VAL_NAME = re.compile(
+    r"(val|valid|validation)_(toks?|tokens|token_ids|data|ids|loader|stream|batch(es)?|seqs|docs)$"
+)
+TARGET_NAME = re.compile(r"(targets?|tgts?|labels?|y|next_tok\w*)(_np|_ids?|_tok\w*)?$")
+SCORING_CALL = re.compile(r"model$|forward|logits|cross_entropy|loss|nll|score|bpb")
+CALIBRATION_CALL = re.compile(r"hessian|calib|gptq|quantize")
+NETWORK = {"requests", "urllib", "urllib3", "httpx", "aiohttp", "huggingface_hub"}
+QUIET, GRADIENTS = {"no_grad", "inference_mode"}, {"backward", "grad"}
+
+
+class Program(NamedTuple):
+    """What the source of a program says, of the program packed in it where there is one.
+
+    `sizes` are its bytes as shipped and, if packed, unpacked; `modules` what it imports; `texts` its literals
+    without docstrings. `tree` is None, for the reason in `problem`, where Python cannot parse it; modules
+    and texts come from its tokens, and so do not depend on the version of Python that reads them.
+    """
+
+    sizes: tuple[int, ...]
+    modules: frozenset[str] = frozenset()
+    texts: tuple[str, ...] = ()
+    tree: ast.Module | None = None
+    problem: str = ""
+
+
+def unpack(blob: bytes) -> Iterator[bytes]:
+    """Yield the first PROGRAM_LIMIT + 1 bytes of every decompressor that accepts a blob."""
+    for unpacker in UNPACKERS:
+        try:
+            yield unpacker(blob)
+        except (zlib.error, lzma.LZMAError, zstandard.ZstdError, EOFError, OSError):
+            continue
+
+
+def bytes_of(text: str | bytes) -> bytes:
+    """Return the bytes of a literal in which each character is a byte; see pack.py."""
+    return text if isinstance(text, bytes) else text.encode("latin-1")
+
+
+def read_program(path: Path) -> Program:
+    """Read a program, or the program packed in it, without running it."""
+    try:
+        return parse_source(read_limited(path, PROGRAM_LIMIT), path.name)
+    except ValueError as error:
+        return Program((path.stat().st_size,), problem=str(error))
+
+
+@lru_cache(8)  # several rules read the same programs
+def parse_source(source: bytes, name: str) -> Program:
+    statements, texts = statements_of(source)
+    sizes = (len(source),)
+    if any("exec" in words for words in statements):
+        longest = max(texts, key=len, default="")
+        inner = next((each for each in unpacked(longest) if each), b"")
+        if inner:
+            source, sizes = inner, (len(source), len(inner))
+            statements, texts = statements_of(source)
+        elif len(longest) > 2000:
+            return Program(sizes, problem=f"{name} is packed in a way that cannot be read")
+    if len(source) > PROGRAM_LIMIT:
+        return Program(
+            sizes, problem=f"{name} unpacks to more than {PROGRAM_LIMIT} bytes, which are not read"
+        )
+    found = frozenset(imported(statements)), tuple(as_text(text) for text in texts)
+    try:
+        return Program(sizes, *found, ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return Program(sizes, *found, problem=f"{name} is not parsed by this Python: {error}")
+
+
+def unpacked(literal: str | bytes) -> Iterator[bytes]:
+    """Yield what a literal unpacks to, in each of the encodings of packed programs that accepts it."""
+    for decode in (base64.b85decode, base64.a85decode, base64.b64decode, bytes_of):
+        try:
+            yield from unpack(decode(literal))
+        except ValueError:
+            continue
+
+
+def statements_of(source: bytes) -> tuple[list[list[str]], list[str | bytes]]:
+    """Return the words of each statement of a program, and its literals except lone ones (docstrings).
+
+    What follows an error of the tokens is lost; f-strings of Python 3.12 are none in earlier versions.
+    """
+    statements, literals, words, strings = [], [], [], []
+    ended = (tokenize.NEWLINE, tokenize.ENDMARKER)
+    try:
+        for token in tokenize.tokenize(io.BytesIO(source).readline):
+            if token.type in ended or token.string in (";", ":"):
+                literals += strings if words else []
+                statements.append(words)
+                words, strings = [], []
+            elif tokenize.tok_name[token.type] in ("STRING", "FSTRING_MIDDLE"):
+                strings.append(literal(token.string))
+            elif token.type in (tokenize.NAME, tokenize.OP):
+                words.append(token.string)
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        literals, statements = literals + strings, [*statements, words]
+    return statements, literals
+
+
+def literal(text: str) -> str | bytes:
+    """Return the value of a string token, or its text where it has none, as that of an f-string."""
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return text
+    return value if isinstance(value, str | bytes) else text
+
+
+def as_text(text: str | bytes) -> str:
+    return text if isinstance(text, str) else text.decode("latin-1")
+
+
+def imported(statements: Iterable[list[str]]) -> Iterator[str]:
+    """Yield the top-level modules that statements import."""
+    for words in statements:
+        if words[:1] == ["from"]:
+            yield next((word for word in words[1:] if word.isidentifier() and word != "import"), "")
+        elif words[:1] == ["import"]:
+            before = ["," if word in ("import", "(") else word for word in words]
+            yield from (word for comma, word in zip(before, words[1:], strict=False) if comma == ",")
+
+
+def names_in(*trees: ast.AST) -> set[str]:
+    """Return the variable and attribute names in code."""
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.Name)))
+    return {getattr(node, "attr", getattr(node, "id", "")) for node in nodes}
+
+
+def calls_in(tree: ast.AST) -> list[tuple[int, str, ast.Call]]:
+    """Return line, function name and node of every call."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [(call.lineno, getattr(call.func, "attr", getattr(call.func, "id", "")), call) for call in calls]
+
+
+def find_shapes(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and meaning of code that a reviewer should read: evidence of nothing by itself.
+
+    A syntax tree shows neither which branch runs nor what a caller has scored before.
+    """
+    scorers = {node.name for node in ast.walk(tree)
+               if isinstance(node, ast.FunctionDef) and names_in(*node.decorator_list) & QUIET}  # fmt: skip
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.For, ast.While)):
+            yield from adapting_loop(node, scorers)
+        xor = isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, ast.BitXor)
+        call = isinstance(node, ast.Call) and calls_in(node)[0]
+        if (xor or (call and call[1] == "bitwise_xor")) and (name := hashed_target(node)):
+            yield node.lineno, f"a hash of {name}: is it the token to be predicted, as in an n-gram cache?"
+        if call and CALIBRATION_CALL.search(call[1]):
+            inputs = names_in(*node.args, *(keyword.value for keyword in node.keywords))
+            for name in sorted(filter(VAL_NAME.match, inputs))[:1]:
+                yield node.lineno, f"calibration: {call[1]} receives {name}"
+        if (
+            call
+            and call[1] == "exec"
+            and {"open", "read_text", "read_bytes"} & {n for _, n, _ in calls_in(node)}
+        ):
+            yield node.lineno, "exec of another file, whose code may be uncounted"
+
+
+def hashed_target(node: ast.AST) -> str:
+    """Return the name in a hash that may be the token to be predicted, or an empty string."""
+    names = sorted(filter(TARGET_NAME.match, names_in(node)))
+    places = (each for each in ast.walk(node) if isinstance(each, ast.Subscript))
+    names += [f"{place.value.id}[{place.slice.id}]" for place in places
+              if isinstance(place.value, ast.Name) and isinstance(place.slice, ast.Name)
+              and re.search("tok", place.value.id)]  # fmt: skip
+    return names[0] if names else ""
+
+
+def adapting_loop(loop: ast.For | ast.While, scorers: set[str]) -> Iterator[tuple[int, str]]:
+    """Yield the gradients that a loop over validation tokens takes before any of its lines scores."""
+    read = [loop.iter] if isinstance(loop, ast.For) else []
+    inner = [node for node in ast.walk(loop) if isinstance(node, (ast.For, ast.While)) and node is not loop]
+    read += [node.value for node in ast.walk(loop) if isinstance(node, ast.Subscript)]
+    val = sorted(filter(VAL_NAME.match, names_in(*read)))
+    calls = calls_in(loop)
+    gradients = [line for line, name, _ in calls if name in GRADIENTS]
+    inner = [other for other in inner if isinstance(other, ast.For) and any(
+        filter(VAL_NAME.match, names_in(other.iter)))]  # fmt: skip
+    nested = any(name in GRADIENTS for other in inner for _, name, _ in calls_in(other))
+    if not val or not gradients or nested:
+        return
+    blocks = (node for node in ast.walk(loop) if isinstance(node, ast.With) and names_in(*node.items) & QUIET)
+    scored = [line for block in blocks for line, name, _ in calls_in(block) if SCORING_CALL.search(name)]
+    scored += [line for line, name, _ in calls if name in scorers]
+    if not any(line < gradients[0] for line in scored):
+        yield (
+            gradients[0],
+            f"gradients on {val[0]}, and no earlier line of the loop scores it: does a caller?",
+        )
+
+
+def check_tree(record: Any) -> Iterator[Finding]:
+    """Note what a reviewer should read in the programs; no note fails a record."""
+    for path in record.code:
+        program = read_program(path)
+        notes = [(line, meaning) for line, meaning in find_shapes(program.tree)] if program.tree else []
+        yield from (("note", f"{path.name}:{line}: {meaning}") for line, meaning in sorted(set(notes))[:20])
+        if program.problem:
+            needs = " Python 3.12 may parse it." * ("f-string" in program.problem)
+            read = (
+                "Its imports and literals were read"
+                if program.modules or program.texts
+                else "Nothing was read"
+            )
+            yield "note", f"{program.problem}. {read}.{needs}"
+        if path.name in ("train_gpt.py", "eval_ttt.py") and (network := sorted(program.modules & NETWORK)):
+            yield "warn", f"{path.name} imports {', '.join(network)}: evaluation must not use the network"
+    yield "pass", f"nothing to read again in {', '.join(path.name for path in record.code) or 'no program'}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,7 +335,9 @@ def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
     try:
         import sentencepiece
 
-        if not (model := tokenizer.read_bytes()):  # SentencePiece would abort the process at first use
+        if not (
+            model := read_limited(tokenizer, TOKENIZER_LIMIT)
+        ):  # SentencePiece would abort the process at first use
             raise ValueError("the tokenizer is an empty file")
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         texts = [np.fromfile(path, "<u2", offset=1024) for path in shards]
@@ -126,20 +369,20 @@ def trained_on_validation(record: Any, run: Any) -> Iterator[Finding]:
         yield "fail", f"{run.name}: VAL_FILES are training shards: {', '.join(wrong)}"
     if not pattern:
         return
-    own = Path(pattern).name
+    own, folder, place = Path(pattern).name, Path(pattern).parent, abspath(named_folder(run))
     known = run.settings.get("val_files") or run.settings.get("data_path")  # else only names can be compared
-    wanted = abspath(pattern) if known else own or "/"
-    named = [name for name in names if Path(abspath(named_folder(run)), name).match(wanted)]
+    same = not known or place == abspath(folder) or Path(place).match(abspath(folder))
+    named = [name for name in names if same and fnmatchcase(name, own)]
     if named or own.startswith("fineweb_val") or pattern == run.settings.get("val_files"):
         yield "fail", f"{run.name}: TRAIN_FILES={pattern} are validation shards: {', '.join(named) or own}"
         return
     try:
-        folder = allowed(record, Path(pattern).parent, "--data FOLDER")
+        folder = allowed(record, folder, "--data FOLDER")
         shards, _ = text_files(record, run)
     except ValueError:
         return
     sizes = {path.stat().st_size for path in shards}
-    for path in sorted(folder.glob(own)) if not re.search(r"[*?\[]", str(folder)) else ():
+    for path in sorted(path for path in folder.glob("*") if fnmatchcase(path.name, own)):
         if path.is_file() and path.stat().st_size in sizes and sha256_file(path) in held_out.values():
             yield (
                 "fail",
@@ -172,6 +415,8 @@ def check_losses(record: Any) -> Iterator[Finding]:
 
 def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
     try:
+        if (size := path.stat().st_size) > LOSSES_LIMIT:
+            raise ValueError(f"{size} bytes, and at most {LOSSES_LIMIT} are read")
         losses = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(losses, np.ndarray):
             raise ValueError("no array")
@@ -226,20 +471,21 @@ def check_certificates(record: Any) -> Iterator[Finding]:
     certified = set()
     for stem in stems:
         artifact, faults, doubts = read_certificate(record, stem)
-        certified.add(artifact)
+        certified.add(str(artifact))
         yield from (("fail", f"{stem.name}: {fault}") for fault in faults)
         yield from (("warn", f"{stem.name}: {doubt}") for doubt in doubts)
         yield "pass", f"{stem.name}: legal, for artifact {str(artifact)[:12]}.."
     for run in record.runs if stems else ():
-        if run.result.get("sha256_artifact", next(iter(certified))) not in certified:
+        if str(run.result.get("sha256_artifact", next(iter(certified)))) not in certified:
             yield "fail", f"{run.name}: no certificate for its artifact, though other artifacts have one"
 
 
 def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], list[str]]:
     """Return a certificate's artifact hash, its faults, and its open questions."""
     text, data = Path(f"{stem}.txt"), Path(f"{stem}.json")  # with_suffix would replace a name's .seed1
-    faults = text_faults(record, text) if text in record.files else []
+    faults = []
     try:
+        faults += text_faults(record, text) if text in record.files else []
         if not data.exists():
             raise ValueError(
                 f"no {stem.name}.json, which lists what was audited: put it beside {stem.name}.txt"
@@ -272,7 +518,7 @@ def read_certificate(record: Any, stem: Path) -> tuple[str | None, list[str], li
 
 def text_faults(record: Any, path: Path) -> list[str]:
     """Return what certificate.txt itself holds against the record."""
-    lines = path.read_text(errors="replace").splitlines() or [""]
+    lines = read_text(path, TEXT_LIMIT).splitlines() or [""]
     faults = [] if re.search(": legal( as far as audited)?$", lines[0]) else lines[:1]
     faults += [line.strip() for line in lines if line.startswith("  FAIL ")]
     hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))

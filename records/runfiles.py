@@ -13,6 +13,7 @@ import re
 import secrets
 import stat
 import sys
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from decimal import Decimal
 from io import BytesIO
@@ -23,6 +24,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 from files import atomic_file, digest_of
 
 METRIC = "val_bpb_sliding"
+JSON_LIMIT, JSON_DEPTH, JSON_DIGITS = (
+    16 << 20,
+    32,
+    40,
+)  # bytes of a file, levels of nesting, digits of a number
+BOMS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+COLOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # escape sequence of a terminal
 # C0 except tab and newline, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
 CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
@@ -85,6 +93,61 @@ def read_plain(path: Path) -> bytes:
         return file.read()
 
 
+def read_limited(path: Path, limit: int) -> bytes:
+    """Return the bytes of a file, behind any link. ValueError if it is no file or larger than `limit`."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{path} is not a regular file")
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if len(content) > limit:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, and at most {limit} are read")
+    return content
+
+
+def read_text(path: Path, limit: int) -> str:
+    """Return the text of a file in UTF-8 or UTF-16, without byte order mark and terminal colors.
+
+    Bytes that are no UTF-8 become U+FFFD. ValueError as for `read_limited`.
+    """
+    content = read_limited(path, limit)
+    codec = next((codec for mark, codec in BOMS.items() if content.startswith(mark)), "utf-8")
+    if codec == "utf-8" and len(content) > 3 and not any(content[1:200:2]):  # ASCII in UTF-16, little-endian
+        codec = "utf-16-le"
+    return COLOR.sub("", content.decode(codec, errors="replace"))
+
+
+def parse_object(text: str, decimals: bool = False) -> dict[str, Any]:
+    """Return the JSON object in `text`, with floats as Decimal if `decimals`; infinities and NaN stay floats.
+
+    ValueError for anything else, for nesting beyond JSON_DEPTH and whole numbers beyond JSON_DIGITS.
+    """
+
+    def real(digits: str) -> float | Decimal:
+        value = float(digits)
+        return Decimal(digits) if decimals and abs(value) < 1e300 and len(digits) < 1000 else value
+
+    def whole(digits: str) -> int:
+        if len(digits) > JSON_DIGITS:
+            raise ValueError(f"a number of {len(digits)} digits")
+        return int(digits)
+
+    try:
+        level = [content := json.loads(text, parse_float=real, parse_int=whole)]
+    except RecursionError as error:
+        raise ValueError(f"nested more than {JSON_DEPTH} levels deep") from error
+    if not isinstance(content, dict):
+        raise ValueError(escape(str(content))[:80])
+    for _ in range(JSON_DEPTH):
+        level = [each for value in level if isinstance(value, dict | list)
+                 for each in (value.values() if isinstance(value, dict) else value)]  # fmt: skip
+    if level:
+        raise ValueError(f"nested more than {JSON_DEPTH} levels deep")
+    return content
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     return digest_of(path)
@@ -105,11 +168,9 @@ def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"), parse_float=Decimal if decimals else float)
-    except (ValueError, RecursionError, OSError) as error:
+        content = parse_object(read_limited(path, JSON_LIMIT).decode("utf-8-sig"), decimals)
+    except ValueError as error:
         raise ValueError(f"{path} is not a JSON object: {escape(str(error))[:200]}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object: {escape(str(content))[:80]}")
     if missing := [key for key in keys if key not in content]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return content

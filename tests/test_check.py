@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import check
+import evidence
 import numpy as np
 import pytest
 import torch
@@ -450,12 +451,12 @@ def evaluate(model, optimizer, val_tokens, epochs):
 """
 IMPORTING = TRAINER.replace(b"import torch\n", b"import torch\nimport tricks\n")
 FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
-    "val_bpb wrong in JSON": (edit_json(val_bpb=1.1087), "claims", "val_bpb is 1.1087"),
+    "val_bpb wrong in JSON": (edit_json(val_bpb=1.1086), "claims", "val_bpb is 1.1086"),
     "val_loss wrong in JSON": (edit_json(val_loss=1.9), "claims", "val_loss is 1.9 in"),
     "deviation wrong in JSON": (edit_json(val_bpb_std=0.0001), "claims", "val_bpb_std is 0.0001"),
     "size wrong in JSON": (edit_json(bytes_total=15000000), "claims", "bytes_total is 15000000"),
-    "a seed's steps wrong in JSON": (edit("submission.json", '"steps": 6900', '"steps": 6901'),
-        "claims", "6901"),
+    "a seed's steps wrong in JSON": (edit("submission.json", '"steps": 6900', '"steps": 6911'),
+        "claims", "6911"),
     "a seed's ms wrong in JSON": (edit("submission.json", "86.5", "85.5"), "claims", "step_avg_ms is 85.5"),
     "a seed's eval time wrong": (edit("submission.json", "412.8", "402.8"), "claims", "eval_time_s is 402.8"),
     "key missing in JSON": (edit_json(github_id=None), "json", "github_id is missing"),
@@ -477,7 +478,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "two seeds": (remove("train_seed42.log", "eval_ttt_seed42.log"), "seeds", "2 distinct seeds"),
     "duplicate seed": (edit("train_seed42.log", "seed:42", "seed:1337"), "log", 'RESULT has seed 42'),
     "duplicate seed, everywhere": (lambda files: [edit("train_seed42.log", *pair)(files) for pair in (
-        ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "seed 1337 occurs twice"),
+        ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "lists seeds [42], but the logs"),
     "duplicate seed in JSON": (edit_json(seeds=[42, 42, 1337]), "seeds", "a seed twice"),
     "seed without a log": (edit_json(seeds=[42, 1337, 7]), "seeds", "seeds [7], but the logs have"),
     "log named for another seed": (
@@ -501,14 +502,12 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
         "code", "train_gpt.py changed between"),
     "other code shipped": (put("train_gpt.py", TRAINER + b"# more\n"),
         "code", "train_gpt.py as shipped is not what"),
-    "more code shipped than counted": (put("train_gpt.py", TRAINER + b"# more\n"), "sizes", "the log counts"),
+    "more code shipped than counted": (put("train_gpt.py", TRAINER + b"# more\n" * 9),
+        "sizes", "the log counts"),
     "data in the README": (lambda files: files.update({
         "train_gpt.py": TRAINER + b'\nopen("README.md")\n',
         "README.md": files["README.md"] + bytes(SIZE_CAP)}),
         "sizes", "with README.md, which the programs name or import"),
-    "code that is not counted": (
-        lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}),
-        "sizes", "tricks.py"),
     "settings differ": (edit("train_seed2025.log", "MATRIX_LR=0.025", "MATRIX_LR=0.03"),
         "settings", "matrix_lr 0.025 and 0.03"),
     "leaky export": (edit("train_seed1337.log", "train_shards:80", "train_shards:1499"),
@@ -524,9 +523,6 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "compressed pickle": (put(MODEL, lzma.compress(pickle.dumps({"w": 1}))), "artifact", "is a pickle"),
     "artifact cut off": (put(MODEL, artifact(42)[:-1]), "artifact", "truncated or altered"),
     "artifact of no log": (put(MODEL, artifact(43)), "artifact", "not the artifact that the logs scored"),
-    "adapt-first evaluator": (put("eval_ttt.py", ADAPT_FIRST), "syntax tree", "eval_ttt.py:6: adapts first"),
-    "program that does not compile": (put("train_gpt.py", b"def main(:\n"),
-        "syntax tree", "does not compile"),
     "invalid score": (edit("eval_ttt_seed42.log", "legal_ttt", "invalid_ttt"),
         "legality", "invalid_ttt_exact"),
     "calls itself not legal": (edit("eval_ttt_seed42.log", '"legal": true', '"legal": false'),
@@ -701,6 +697,8 @@ DOUBTS = {
     "a file that a program names": (lambda files: files.update({
         "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(100)}),
         "sizes", "weights.bin (100"),
+    "code that is not counted": (
+        lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}), "sizes", "tricks.py"),
     "network": (put("eval_ttt.py", b"import requests\n"), "syntax tree", "requests"),
 }  # fmt: skip
 
@@ -714,6 +712,27 @@ def test_times_and_seeds_of_the_non_record_track(tmp_path):
     verdicts = check.check(check.read_record(write(tmp_path / "2026-12-01_Long", files)))
     assert {v.rule for v in verdicts if v.status == "warn"} >= {"seeds", "train time"}
     assert not [v for v in verdicts if v.status == "fail" and v.rule in ("seeds", "train time")]
+
+
+NOTES = {
+    "adapt-first evaluator": (put("eval_ttt.py", ADAPT_FIRST), "eval_ttt.py:6: gradients on val_tokens"),
+    "program that does not compile": (put("train_gpt.py", b"def main(:\n"), "is not parsed by this Python"),
+    "a packed program that is not": (
+        put("eval_ttt.py", f"exec(secret({'x' * 3000!r}))\n".encode()),
+        "packed",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_the_reading_of_programs_fails_no_record(tmp_path, name):
+    fault, words = NOTES[name]
+    files = good_files()
+    fault(files)
+    verdicts = check.check(check.read_record(write(tmp_path / "2026-12-01_Noted", files)))
+    found = [(v.status, v.evidence) for v in verdicts if v.rule == "syntax tree"]
+    assert any(status == "note" and words in evidence for status, evidence in found)
+    assert {status for status, _ in found} == {"note"}
 
 
 @pytest.mark.parametrize("name", DOUBTS)
@@ -850,10 +869,11 @@ def test_minutes_and_packed_code(tmp_path):
     facts = read(tmp_path, MINUTES)
     assert (facts.seed, facts.steps, facts.train_seconds) == (7, 4500, pytest.approx(522))
     assert (facts.bytes_source, facts.bytes_code, facts.bytes_total) == (122168, 27610, 15932897)
-    assert facts.headline is None  # a diagnostic is no result
+    assert facts.headline.label == "diagnostic quantized"  # the only score of the artifact
     verdicts = check.check(check.read_record(tmp_path / "train_seed42.log"))
-    assert any("no line with a final score" in v.evidence for v in verdicts if v.status == "fail")
-    assert any("counted packed" in v.evidence for v in verdicts if v.status == "warn")
+    warned = [v.evidence for v in verdicts if v.status == "warn"]
+    assert any("counted packed" in each for each in warned)
+    assert any("is called diagnostic" in each for each in warned)
 
 
 def test_ternary_lines(tmp_path):
@@ -866,9 +886,9 @@ def test_ternary_lines(tmp_path):
 def test_the_source_that_a_log_prints_is_its_code(tmp_path):
     program = "import torch\n" + "x = 1\n" * 60
     ruler = "=" * 100
-    hashes = [read(tmp_path, f"{source}{ruler}\nRunning PyTorch 2.9\n{ruler}\n{FOREIGN}").source_sha256
-              for source in (program, program, program + "y = 2\n")]  # fmt: skip
-    assert hashes[0] == hashes[1] == [sha(program.strip().encode())] and hashes[2] != hashes[0]
+    sources = [read(tmp_path, f"{source}{ruler}\nRunning PyTorch 2.9\n{ruler}\n{FOREIGN}").sources
+               for source in (program, program, program + "y = 2\n")]  # fmt: skip
+    assert sources[0] == sources[1] == [program.strip()] and sources[2] != sources[0]
     for seed, source in ((1, program), (2, program), (3, program + "y = 2\n")):
         text = (
             f"{source}{ruler}\n{FOREIGN.replace('seed:42', f'seed:{seed}').replace('84.48', f'84.4{seed}')}"
@@ -879,16 +899,22 @@ def test_the_source_that_a_log_prints_is_its_code(tmp_path):
     assert any(v.rule == "code" and "printed in the logs changed" in v.evidence for v in verdicts)
 
 
-SILENT = (b"", b"\n\n", b"\x00\xff\xfe" * 100, b"hello\n", b"RESULT {\n", b'RESULT {"seed": "x"}\n',
-          b'RESULT {"train_seconds": null, "steps": [1]}\n', b"seed:99999999999999999999\n")  # fmt: skip
+SILENT = {  # content of a log, exit code if it is given as a log; none has a score
+    b"": 2, b"\n\n": 2, b"\x00\xff\xfe" * 9: 2, b"hello\n": 2, b"RESULT {\n": 1, b'RESULT {"seed": "x"}\n': 1,
+    b'RESULT {"train_seconds": null, "steps": [1]}\n': 1, b"seed:99999999999999999999\n": 1,
+    b"model_params:1\nstep:" + b"9" * 500 + b"/1 train_loss:1 train_time:1ms\n": 1,
+    b"RESULT " + b"[" * 100_000: 1, b'RESULT {"steps": ' + b"9" * 5000 + b"}\n": 1,
+    b'RESULT {"train_seconds": 1e400}\n': 1, b'RESULT {"val_bpb_ttt": 1e999, "val_loss_ttt": NaN}\n': 1,
+    b"Code size: " + b"9" * 400 + b" bytes\nval_tokens: 1\n": 1,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("content", SILENT)
+@pytest.mark.parametrize("content", SILENT, ids=range(len(SILENT)))
 def test_a_log_that_says_nothing_is_reported_not_raised(tmp_path, content):
     facts = read(tmp_path, content)
     assert facts.headline is None and facts.steps is None
     path = str(tmp_path / "train_seed42.log")
-    assert check.main([path]) == 1 and check.main([str(tmp_path)]) == 1
+    assert check.main([path]) == SILENT[content] and check.main([str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -900,57 +926,53 @@ def test_a_loop_may_end_with_the_step_that_passes_the_cap(tmp_path, milliseconds
     assert [v.status for v in verdicts if v.rule == "train time"] == [status]
 
 
-def test_two_runs_in_one_log_are_noticed(tmp_path):
-    facts = read(tmp_path, FOREIGN + FOREIGN.replace("seed:42", "seed:7").replace("1.14727208", "1.14000000"))
-    assert facts.seed == 7 and facts.val_bpb == 1.14 and "two seeds in one log" in facts.conflicts[0]
+def test_two_runs_in_one_log_are_kept_apart(tmp_path):
+    """The last counts; settings and shards of the first do not reach it, nor does a resumed run end it."""
+    second = FOREIGN.replace("seed:42", "seed:7").replace("1.14727208", "1.14000000")
+    facts = read(tmp_path, "  MATRIX_LR=0.1 (given)\n" + FOREIGN + "  MATRIX_LR=0.2 (given)\n" + second)
+    assert (facts.seed, facts.val_bpb, facts.parts, facts.conflicts) == (7, 1.14, 2, [])
+    assert facts.settings["matrix_lr"] == "0.2" and len(facts.scores) == 2
+    first = check.read_log(tmp_path / "train_seed42.log", part=0)
+    assert (first.seed, first.val_bpb, first.settings["matrix_lr"]) == (42, 1.14727208, "0.1")
+    resumed = "model_params:26993756\nresumed: phase:train step:7000 world_size:8 (was 8)\nstep:7050/20000 train_loss:1.9 "
+    before, after = FOREIGN.split("stopping_early")
+    facts = read(tmp_path, f"{before}{resumed}train_time:599000ms step_avg:84.9ms\nstopping_early{after}")
+    assert (facts.parts, facts.steps, facts.val_bpb) == (1, 7103, 1.14727208)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Shapes of code
 # ------------------------------------------------------------------------------------------------------------
 
-ILLEGAL = {
-    "adapts first": ADAPT_FIRST.decode(),
-    "adapts first: ttt": """
+READ_AGAIN = {  # words of the note on a program
+    "gradients on val_tokens": ADAPT_FIRST.decode(),
+    "gradients on val_tokens, by position": """
         def ttt(args, base_model, optimizer, val_tokens, epochs):
             for epoch in range(epochs):
                 for start in range(0, val_tokens.numel(), 65536):
                     local = val_tokens[start : start + 65537].to(torch.int64)
-                    x, y = local[:-1], local[1:]
-                    optimizer.zero_grad()
-                    loss = base_model(x, y)
+                    loss = base_model(local[:-1], local[1:])
                     loss.backward()
                     with torch.no_grad():
                         for p in base_model.parameters():
                             p.mul_(1.0)
                     optimizer.step()
     """,
-    "several passes": """
-        def run(model, opt, val_tokens):
+    "gradients on val_tokens, in a function without it": """
+        val_tokens = load("fineweb_val_*.bin")
+        def main():
             for epoch in range(3):
-                with torch.no_grad():
-                    nll = score(model, val_tokens)
                 for x in val_tokens.split(8):
                     model(x).backward()
-                    opt.step()
-            return nll
     """,
-    "SLOT": """
-        def eval_slot(model, val_tokens):
-            for window in val_tokens.unfold(0, 64, 64):
-                delta = torch.zeros(512, requires_grad=True)
-                for _ in range(8):
-                    loss = model(window, delta)
-                    loss.backward()
-                with torch.no_grad():
-                    total += model(window, delta)
-    """,
-    "n-gram cache": "key = (context_hash ^ (target * 2654435761)) & mask\n",
-    "n-gram": "key = np.bitwise_xor(context, tgt_np * 36313)\n",
-    "calibration on the validation set": "hessians = collect_hessians(model, val_tokens[:65536])\n",
-    "uncounted code": "exec(open('train_gpt_decode.py').read())\n",
+    "a hash of target": "key = (context_hash ^ (target * 2654435761)) & mask\n",
+    "a hash of tgt_np": "key = np.bitwise_xor(context, tgt_np * 36313)\n",
+    "a hash of targets": "h ^= targets * primes[3]\n",
+    "a hash of tokens[pos]": "k = h ^ (tokens[pos] * primes[3])\n",
+    "calibration: collect_hessians receives val_tokens": "h = collect_hessians(model, val_tokens[:65536])\n",
+    "exec of another file": "exec(open('train_gpt_decode.py').read())\n",
 }
-LEGAL = {
+NOTHING = {
     "chunks, scored first": """
         def eval_ttt(model, opt, val_tokens, epochs):
             for chunk in val_tokens.split(32768):
@@ -1014,36 +1036,61 @@ LEGAL = {
 }
 
 
-def shapes(tmp_path: Path, source: str) -> list[str]:
+def notes(tmp_path: Path, source: str) -> list[tuple[int, str]]:
     (tmp_path / "train_gpt.py").write_text(textwrap.dedent(source))
-    tree, problem = check.parse_python(tmp_path / "train_gpt.py")
-    return [meaning for _, meaning in check.find_shapes(tree)] if tree else [problem]
+    program = evidence.read_program(tmp_path / "train_gpt.py")
+    return sorted(evidence.find_shapes(program.tree))
 
 
-@pytest.mark.parametrize("meaning", ILLEGAL)
-def test_an_illegal_shape_is_found_plain_and_packed(tmp_path, meaning):
-    plain = shapes(tmp_path, ILLEGAL[meaning])
-    assert any(found.startswith(meaning) for found in plain)
-    blob = lzma.compress(textwrap.dedent(ILLEGAL[meaning]).encode())
+@pytest.mark.parametrize("meaning", READ_AGAIN)
+def test_what_a_reviewer_should_read_is_noted_plain_and_packed(tmp_path, meaning):
+    plain = notes(tmp_path, READ_AGAIN[meaning])
+    assert len(plain) == 1 and plain[0][1].startswith(meaning.partition(", ")[0])
+    blob = lzma.compress(textwrap.dedent(READ_AGAIN[meaning]).encode())
     packed = (
         "import lzma as L,base64 as "
         f"B\nexec(L.decompress(B.b85decode({base64.b85encode(blob).decode()!r})))\n"
     )
-    assert shapes(tmp_path, packed) == plain
+    assert notes(tmp_path, packed) == plain
 
 
-@pytest.mark.parametrize("name", LEGAL)
-def test_a_legal_shape_is_left_alone(tmp_path, name):
-    assert shapes(tmp_path, LEGAL[name]) == []
-
-
-def test_packed_code_that_cannot_be_read_is_said(tmp_path):
-    assert "packed" in shapes(tmp_path, f"exec(secret({'x' * 3000!r}))\n")[0]
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_is_not_noted(tmp_path, name):
+    assert notes(tmp_path, NOTHING[name]) == []
 
 
 @pytest.mark.parametrize("name", ["train_gpt.py", "eval_ttt.py"])
-def test_our_own_programs_have_no_illegal_shape(name):
-    assert list(check.find_shapes(check.parse_python(ROOT / name)[0])) == []
+def test_nothing_is_noted_of_our_own_programs(name):
+    assert list(evidence.find_shapes(evidence.read_program(ROOT / name).tree)) == []
+
+
+SPELLED = "import a.b as c, d\nif x: import e; from f.g import (h,\n i)\nfrom . import j\nimport k\n"
+
+
+@pytest.mark.parametrize("later", ["", 'print(f"{key["a"]} {\'\\n\'.join([])}")\nimport z\n'])
+def test_imports_and_literals_come_from_tokens(tmp_path, later):
+    """Also those of a program that only Python 3.12 and later parse; a docstring is no literal."""
+    path = tmp_path / "x.py"
+    path.write_text(f'"""Not a.bin."""\n{SPELLED}x = "b" ".bin"\ny = b"c.bin"\n{later}')
+    program = evidence.read_program(path)
+    assert program.modules == {"a", "d", "e", "f", "j", "k"} | ({"z"} if later else set())
+    assert {"b", ".bin", "c.bin"} <= set(program.texts) and "Not a.bin." not in program.texts
+    assert bool(program.tree) == (not later or sys.version_info >= (3, 12))
+
+
+def packing(source: bytes) -> bytes:
+    return b"exec(L.decompress(B.b85decode(%r)))\n" % base64.b85encode(lzma.compress(source))
+
+
+@pytest.mark.parametrize("source", [
+    packing(b"#" * (1 << 26)), b"#" * (3 << 20), b"(" * 5000, b"exec(" + b"-" * 100_000 + b"1)", b"\0" * 100,
+    b"\xff\xfe", b'"""' + b"a\n" * 50_000, b"f'" + b"{" * 400, b"x = " + b"9" * 9000 + b"\n", b"exec('\\N{x}' 'y')",
+], ids=range(10))  # fmt: skip
+def test_a_program_that_is_none_is_said(tmp_path, source):
+    path = tmp_path / "train_gpt.py"
+    path.write_bytes(source)
+    program = evidence.read_program(path)
+    assert program.sizes[0] == len(source) and program.tree is None and program.problem
 
 
 # ------------------------------------------------------------------------------------------------------------
