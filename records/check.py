@@ -41,13 +41,14 @@ from evidence import (
     check_certificates,
     check_losses,
     check_tree,
+    digest,
     evaluation,
     object_of,
     read_program,
     trained_on_validation,
     unpack,
 )
-from runfiles import escape, parse_object, read_limited, read_object, read_text, sha256_file
+from runfiles import escape, parse_object, read_limited, read_object, read_text
 from scipy import stats
 from tabulate import tabulate
 
@@ -933,7 +934,7 @@ def agrees(claim: Any, value: float, slack: float = 0.0, decimals: int = 0) -> b
 
 
 def is_near(claim: Any, value: float, decimals: int = 0) -> bool:
-    """Return whether a claim is off by its last digit (a score by one, others by two), or a rounded number."""
+    """Return whether a claim is off by its last digit (a score by one, others by two), or rounded."""
     zeros = len(str(claim)) - len(str(claim).rstrip("0")) if isinstance(claim, int) and claim else 0
     rounded, units = 0.501 * 10.0**zeros if zeros else 0.0, 1.01 if decimals else 2.01
     return abs(float(claim) - value) <= max(units * 10.0 ** digits_of(claim, decimals), rounded)
@@ -1163,7 +1164,7 @@ def check_settings(record: Record) -> Iterator[Finding]:
 def check_code(record: Record) -> Iterator[Finding]:
     """Check that all logs have the same code and that the shipped files are that code."""
     hashed = [(run.name, r["sha256_code"]) for run in record.runs for r in run.results if "sha256_code" in r]
-    shipped = {p.name: sha256_file(p) for p in record.code}
+    shipped = {p.name: digest(p) for p in record.code}
     for name, code in hashed:
         if changed := sorted(k for k in code if code[k] != hashed[0][1].get(k)):
             yield "fail", f"{', '.join(changed)} changed between {hashed[0][0]} and {name} (sha256_code)"
@@ -1242,7 +1243,7 @@ def read_files(record: Record) -> tuple[list[Path], list[Path]]:
     used, others = [], []
     for path in (p for p in record.files if p.is_relative_to(root) and p not in main):
         inside = path.relative_to(root)
-        if path in record.artifacts and sha256_file(path) in scored:
+        if path in record.artifacts and digest(path) in scored:
             continue
         module = inside.parts[0].partition(".")[0]
         code = len(inside.parts) > 1 or inside.suffix in (".py", ".pyc", ".so", ".pyd")
@@ -1577,15 +1578,16 @@ def is_pickle(blob: bytes, packed: bool = True) -> bool:
 def check_artifact(record: Record) -> Iterator[Finding]:
     """Check that artifacts are those that the logs scored, unaltered, and readable without running code."""
     scored = {run.result["sha256_artifact"]: run for run in record.runs if "sha256_artifact" in run.result}
-    for digest in scored:
-        if len(same := [run.name for run in record.runs if run.result.get("sha256_artifact") == digest]) > 1:
-            yield "fail", f"several seeds have the same artifact {str(digest)[:12]}..: {', '.join(same)}"
+    for sha256 in scored:
+        if len(same := [run.name for run in record.runs if run.result.get("sha256_artifact") == sha256]) > 1:
+            yield "fail", f"several seeds have the same artifact {sha256[:12]}..: {', '.join(same)}"
     for path in record.artifacts:
-        size, digest = path.stat().st_size, sha256_file(path)
-        if size > ARTIFACT_LIMIT:
-            yield "fail", f"{path.name} has {size} bytes, and at most {ARTIFACT_LIMIT} are read"
+        try:
+            blob = read_limited(path, ARTIFACT_LIMIT)
+        except ValueError as error:
+            yield "fail", str(error)
             continue
-        blob = read_limited(path, ARTIFACT_LIMIT)
+        size, sha256 = len(blob), hashlib.sha256(blob).hexdigest()
         if blob.startswith(ARTIFACT_MAGIC):
             first = blob[8:12] == b"\1\0\0\0"  # from version 2 on, the checksum covers version and coder too
             body, kept = (blob[44:], blob[12:44]) if first else (blob[8:16] + blob[48:], blob[16:48])
@@ -1593,12 +1595,12 @@ def check_artifact(record: Record) -> Iterator[Finding]:
                 yield "fail", f"{path.name}: the checksum does not match, so the file is truncated or altered"
         elif is_pickle(blob):
             yield "fail" if scored else "warn", f"{path.name} is a pickle: reading it can execute code"
-        if scored and digest not in scored:
-            yield "fail", f"{path.name} is not the artifact that the logs scored (sha256 {digest[:12]}..)"
-        models = [scored[digest].bytes_model] if digest in scored else record.values("bytes_model")
+        if scored and sha256 not in scored:
+            yield "fail", f"{path.name} is not the artifact that the logs scored (sha256 {sha256[:12]}..)"
+        models = [scored[sha256].bytes_model] if sha256 in scored else record.values("bytes_model")
         if models and size not in models:
             yield "fail", f"{path.name} has {size} bytes, but the logs count {models}"
-        yield "pass", f"{path.name}: {size} bytes, sha256 {digest[:12]}.."
+        yield "pass", f"{path.name}: {size} bytes, sha256 {sha256[:12]}.."
 
 
 def check_legality(record: Record) -> Iterator[Finding]:

@@ -44,6 +44,12 @@ TOKENIZER_LIMIT, LOSSES_LIMIT = 64 << 20, 1 << 30  # bytes
 Finding = tuple[str, str]  # status (check.STATUSES), and the evidence for it
 
 
+def digest(path: Path, limit: int = 64 << 20) -> str:
+    """Return the SHA-256 of a file, or a text that equals none if the file has more than `limit` bytes."""
+    size = path.stat().st_size
+    return sha256_file(path) if size <= limit else f"of {size} bytes"
+
+
 def evaluation(run: Any) -> dict[str, Any]:
     """Return the evaluator's RESULT of a run, empty if there is none."""
     return next((result for result in reversed(run.results) if "val_bpb_ttt" in result), {})
@@ -316,12 +322,12 @@ def text_files(record: Any, run: Any) -> tuple[list[Path], Path]:
     tokenizer = record.tokenizer or allowed(
         record, Path(run.settings.get("tokenizer_path") or ""), "--tokenizer FILE"
     )
-    wanted = [*((folder / Path(name).name, digest) for name, digest in sorted(shards.items())),
+    wanted = [*((folder / Path(name).name, sha256) for name, sha256 in sorted(shards.items())),
               (tokenizer, result["sha256_tokenizer"])]  # fmt: skip
-    for path, digest in wanted:
-        if not path.is_file() or sha256_file(path) != digest:
+    for path, sha256 in wanted:
+        if not path.is_file() or digest(path, LOSSES_LIMIT) != sha256:
             raise ValueError(
-                f"{path} is missing, or is not the file that was scored (sha256 {str(digest)[:12]}..)"
+                f"{path} is missing, or is not the file that was scored (sha256 {sha256[:12]}..)"
             )
     return [path for path, _ in wanted[:-1]], tokenizer
 
@@ -400,10 +406,10 @@ def check_losses(record: Any) -> Iterator[Finding]:
     paths = [path for path in record.files if re.fullmatch(r"nll.*\.npy", path.name)]
     told = [run for run in record.runs if evaluation(run)]
     for path in paths if told else ():
-        digest = sha256_file(path)
-        own = [run for run in told if evaluation(run).get("sha256_nll") == digest]
+        hashed = digest(path, LOSSES_LIMIT)
+        own = [run for run in told if evaluation(run).get("sha256_nll") == hashed]
         if not own and (len(told) > 1 or "sha256_nll" in evaluation(told[0])):
-            yield "fail", f"{path.name} matches the losses of no log (sha256_nll is not {digest[:12]}..)"
+            yield "fail", f"{path.name} matches the losses of no log (sha256_nll is not {hashed[:12]}..)"
             continue
         if not own:
             told_not = "RESULT has no sha256_nll (older version), so this file may be from another evaluation"
@@ -522,9 +528,9 @@ def text_faults(record: Any, path: Path) -> list[str]:
     faults = [] if re.search(": legal( as far as audited)?$", lines[0]) else lines[:1]
     faults += [line.strip() for line in lines if line.startswith("  FAIL ")]
     hashes = dict(re.findall(r"(?m)^  sha256 (\S+) ([0-9a-f]{64})$", "\n".join(lines)))
-    shipped = {path.name: sha256_file(path) for path in record.code}
+    shipped = {path.name: digest(path) for path in record.code}
     faults += [
-        f"for another {file}" for file, digest in hashes.items() if shipped.get(file, digest) != digest
+        f"for another {file}" for file, sha256 in hashes.items() if shipped.get(file, sha256) != sha256
     ]
     scored = {run.result["sha256_artifact"] for run in record.runs if "sha256_artifact" in run.result}
     other = bool(scored) and hashes.get("artifact") not in scored
@@ -553,7 +559,7 @@ def differences(run: Any, found: Mapping[str, Any]) -> list[str]:
     wanted |= {"tokenizer": told["sha256_tokenizer"]} if "sha256_tokenizer" in told else {}
     wanted |= {"nll.npy": told["sha256_nll"]} if {"sha256_nll"} <= told.keys() and "nll.npy" in hashes else {}
     faults = [f"does not name {name}" if name not in hashes else f"for another {name}"
-              for name, digest in wanted.items() if hashes.get(name) != digest]  # fmt: skip
+              for name, sha256 in wanted.items() if hashes.get(name) != sha256]  # fmt: skip
     free = AUDITS_MAY_CHANGE | (set() if "audited_settings" in found else AUDITS_SHRINK)
     apart = [
         f"{name} {settings.get(name)}, scored with {value}"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import check
-from runfiles import read_object, read_result
+from evidence import TEXT_LIMIT
+from runfiles import read_object, read_result, read_text
 
 SETTING = re.compile(r"(?m)^  ([A-Z]\w*)=(.*?)( \(given\))?$")
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
@@ -43,10 +44,42 @@ class Run:
         return self.trained["seed"]
 
 
+WANTED = {  # what the pages of a record are made of, by the place where a log reports it
+    "trained": ("seed", "world_size", "sha256_code", "versions", "sha256_artifact", "val_bpb_sliding",
+                "val_bpb_roundtrip"),
+    "versions": ("python", "torch", "cuda", "numpy"),
+    "evaluated": ("settings", "world_size", "sha256_artifact", "val_bpb_roundtrip", "ttt_gain_bpb"),
+    "settings": ("vocab_size", "eval_seq_len"),
+    "adaptation": ("ttt_mode", "ttt_protocol", "ppm_alpha"),
+}  # fmt: skip
+FACTS = ("steps", "step_avg_ms", "train_seconds", "eval_seconds", "bytes_code", "bytes_model", "bytes_total",
+         "val_bpb", "val_loss")  # fmt: skip
+
+
+def unreported(
+    facts: check.LogFacts,
+    trained: Mapping[str, Any],
+    evaluated: Mapping[str, Any],
+    settings: Mapping[str, str],
+) -> list[str]:
+    """Return what the logs of a run lack, or have of another type, of what a record needs."""
+    told = dict(trained=trained, settings=settings, versions=check.object_of(trained, "versions"))
+    lacking = []
+    if evaluated:
+        told |= dict(evaluated=evaluated, adaptation=settings | check.object_of(evaluated, "settings"))
+    for place, found in told.items():
+        ending = " of the evaluation" if place in ("evaluated", "adaptation") else ""
+        lacking += [f"{key}{ending}" for key in WANTED[place] if key not in found]
+    lacking += [key for key in FACTS if getattr(facts, key) is None and key not in lacking]
+    alpha = str(told.get("adaptation", {}).get("ppm_alpha", 1))
+    return lacking + [f"ppm_alpha as a number, not {alpha[:40]}"] * (not re.fullmatch(check.NUM, alpha))
+
+
 def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
     """Return the run at `path`. Refused if `logs` are not those of a finished run of this repository."""
     facts = check.read_log(*logs)
-    log = "\n".join(each.read_bytes().decode().rstrip("\n") for each in logs) + "\n"
+    texts = [read_text(each, check.LOG_LIMIT).replace("\r\n", "\n").rstrip("\n") for each in logs]
+    log = "\n".join(texts) + "\n"
     trained, evaluated = (
         next((result for result in facts.results if key in result), {})
         for key in ("train_seconds", "val_bpb_ttt")
@@ -54,22 +87,9 @@ def read_logs(path: Path, logs: Sequence[Path], certificate: Path) -> Run:
     parts = [SETTING.findall(part) for part in re.split(r"(?m)^RESULT .*\n", log)]
     settings = [{name.lower(): value for name, value, _ in part} for part in parts]
     given = [{name.lower(): value for name, value, mark in part if mark} for part in parts]
-    said = (
-        "seed",
-        "world_size",
-        "sha256_code",
-        "versions",
-        "sha256_artifact",
-        "val_bpb_sliding",
-        "val_bpb_roundtrip",
-    )
-    unsaid = [key for key in said if key not in trained]
-    if evaluated:
-        wanted = ("settings", "world_size", "sha256_artifact", "val_bpb_roundtrip", "ttt_gain_bpb")
-        unsaid += [f"{key} of the evaluation" for key in wanted if key not in evaluated]
-    if unsaid := unsaid + [key for key in ("vocab_size", "eval_seq_len") if key not in settings[0]]:
+    if unsaid := unreported(facts, trained, evaluated, settings[0]):
         raise Refused(f"{path}: its log does not report {', '.join(unsaid)}")
-    text = certificate.read_text() if certificate.exists() else ""
+    text = read_text(certificate, TEXT_LIMIT) if certificate.exists() else ""
     return Run(path, certificate.parent, facts, log, text, trained, evaluated, settings, given)
 
 

@@ -45,7 +45,7 @@ import check
 from finished import TRACKS, Refused, Run, read_logs, read_runs
 from launch import Crash, trainer
 from pack import PackError, is_packed, packed
-from runfiles import escape, escape_lines, links, read_object, read_plain, sha256_file, write_file
+from runfiles import escape, escape_lines, links, read_object, read_plain, read_text, sha256_file, write_file
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +54,7 @@ MARKERS = ("<!-- records: begin -->", "<!-- records: end -->")
 PER_RUN = ("run_id", "seed", "model_path")  # set by the loop in the README's command
 DATA = ("data_path", "tokenizer_path", "val_files")  # read by the evaluator but not in its log
 KERNELS = {"fa2": "flash-attn"}  # by the attention that ran; FlashAttention 3 has no pinned package
+BPB = re.compile(r"\d+(?:\.\d+)?|\.\d+")  # a published mean
 SUMMARY = 100  # characters of what changed in a title
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,8 +101,8 @@ def compare(runs: Sequence[Run], against: str) -> Comparison:
     foreign = os.path.isdir(against) and other.claims.get("challenge_run") is False
     if not counted and (foreign or not all(check.is_challenge_text(run.facts) for run in runs)):
         raise ValueError(f"--against {against}: no log shows that it is of the validation text of these runs")
-    threshold = float(published) if re.fullmatch(r"\d*\.?\d+", str(published)) else 0.0
-    if threshold <= 0:
+    threshold = float(published) if BPB.fullmatch(str(published)) else 0.0
+    if not 0 < threshold < check.MOST_NATS:
         raise ValueError(f"--against {against}: must be a record folder with scores or a mean in bpb")
     margin = check.MARGIN_NATS / factor
     rows = [(test.name, 0.0, test) for test in tests if not test.name.startswith("against")]
@@ -357,7 +358,7 @@ def requirements(folder: Path, run: Run) -> str:
     versions = run.trained["versions"]
     for name in ("torch", "numpy"):
         pins[name] = re.match(r"[\w.]*", str(versions[name]))[0]  # without the local part, +cu128
-    wanted = {name for path in folder.glob("*.py") for name in check.imports(check.parse_python(path)[0])}
+    wanted = {name for path in folder.glob("*.py") for name in check.read_program(path).modules}
     wanted |= {
         trainer().PACKAGES.get(run.settings[0].get("compressor"), ("",))[0],
         KERNELS.get(str(versions.get("attention"))),
@@ -452,7 +453,7 @@ def describe(arguments: argparse.Namespace, known: Mapping[str, Any]) -> dict[st
     """Return what only the author knows: from the options, else from `known`. ValueError without a name."""
     what = arguments.what if arguments.what is not None else str(known.get("technique_summary") or "")
     if arguments.what is not None and os.path.isfile(what):
-        what = Path(what).read_text()
+        what = read_text(Path(what), check.TEXT_LIMIT)
     elif arguments.what is not None and re.fullmatch(r"\S+\.(md|txt)", what):
         raise ValueError(f"--what {what}: no such file")
     about = {key: str(known.get(key) or "") for key in ("author", "github_id", "name", "date", "track")}
@@ -492,7 +493,7 @@ def named_record(against: str, records: Path) -> str:
 
     ValueError for anything else: the name is untrusted, and it must not make us read another folder.
     """
-    if re.fullmatch(r"\d*\.?\d+", against):
+    if BPB.fullmatch(against):
         return against
     plain = against not in ("", ".", "..") and not re.search(r"[/\\\0]", against)
     for track in sorted(records.glob("track_*")) if plain else ():
