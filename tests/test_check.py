@@ -478,7 +478,7 @@ FAULTS = {  # name: (fault, rule that must fail, words of its evidence)
     "two seeds": (remove("train_seed42.log", "eval_ttt_seed42.log"), "seeds", "2 distinct seeds"),
     "duplicate seed": (edit("train_seed42.log", "seed:42", "seed:1337"), "log", 'RESULT has seed 42'),
     "duplicate seed, everywhere": (lambda files: [edit("train_seed42.log", *pair)(files) for pair in (
-        ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "lists seeds [42], but the logs"),
+        ("seed:42", "seed:1337"), ('"seed": 42', '"seed": 1337'))], "seeds", "lists seeds [42], but"),
     "duplicate seed in JSON": (edit_json(seeds=[42, 42, 1337]), "seeds", "a seed twice"),
     "seed without a log": (edit_json(seeds=[42, 1337, 7]), "seeds", "seeds [7], but the logs have"),
     "log named for another seed": (
@@ -698,7 +698,8 @@ DOUBTS = {
         "train_gpt.py": TRAINER + b"open('weights.bin')\n", "weights.bin": bytes(100)}),
         "sizes", "weights.bin (100"),
     "code that is not counted": (
-        lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}), "sizes", "tricks.py"),
+        lambda files: files.update({"train_gpt.py": IMPORTING, "tricks.py": b"x = 1\n"}),
+        "sizes", "tricks.py"),
     "network": (put("eval_ttt.py", b"import requests\n"), "syntax tree", "requests"),
 }  # fmt: skip
 
@@ -934,7 +935,8 @@ def test_two_runs_in_one_log_are_kept_apart(tmp_path):
     assert facts.settings["matrix_lr"] == "0.2" and len(facts.scores) == 2
     first = check.read_log(tmp_path / "train_seed42.log", part=0)
     assert (first.seed, first.val_bpb, first.settings["matrix_lr"]) == (42, 1.14727208, "0.1")
-    resumed = "model_params:26993756\nresumed: phase:train step:7000 world_size:8 (was 8)\nstep:7050/20000 train_loss:1.9 "
+    resumed = "model_params:26993756\nresumed: phase:train step:7000 world_size:8 (was 8)\n"
+    resumed += "step:7050/20000 train_loss:1.9 "
     before, after = FOREIGN.split("stopping_early")
     facts = read(tmp_path, f"{before}{resumed}train_time:599000ms step_avg:84.9ms\nstopping_early{after}")
     assert (facts.parts, facts.steps, facts.val_bpb) == (1, 7103, 1.14727208)
@@ -1084,7 +1086,8 @@ def packing(source: bytes) -> bytes:
 
 @pytest.mark.parametrize("source", [
     packing(b"#" * (1 << 26)), b"#" * (3 << 20), b"(" * 5000, b"exec(" + b"-" * 100_000 + b"1)", b"\0" * 100,
-    b"\xff\xfe", b'"""' + b"a\n" * 50_000, b"f'" + b"{" * 400, b"x = " + b"9" * 9000 + b"\n", b"exec('\\N{x}' 'y')",
+    b"\xff\xfe", b'"""' + b"a\n" * 50_000, b"f'" + b"{" * 400, b"x = " + b"9" * 9000 + b"\n",
+    b"exec('\\N{x}' 'y')",
 ], ids=range(10))  # fmt: skip
 def test_a_program_that_is_none_is_said(tmp_path, source):
     path = tmp_path / "train_gpt.py"

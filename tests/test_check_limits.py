@@ -6,6 +6,7 @@ The same for generated ones, by hypothesis. CASES=10000 python tests/test_check_
 import json
 import math
 import os
+import re
 import resource
 import tempfile
 import time
@@ -19,10 +20,12 @@ import pytest
 import runfiles
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_check import good_files
 from test_check_field import claims, good, run, score, write
 
-FEW = settings(max_examples=100, deadline=None, derandomize=True, database=None,
-               suppress_health_check=list(HealthCheck))  # fmt: skip
+FEW = settings(
+    max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -61,8 +64,12 @@ def stumble(path: Path) -> None:
     raise KeyError("x")
 
 
-LIMITS = {hang: "takes more than 1 s", swell: "takes more than 1 GiB of memory", vanish: "ended without an answer",
-          stumble: "KeyError('x') in test_check_limits.py"}  # fmt: skip
+LIMITS = {
+    hang: "takes more than 1 s",
+    swell: "takes more than 1 GiB of memory",
+    vanish: "ended without an answer",
+    stumble: "KeyError('x') in test_check_limits.py",
+}
 
 
 @pytest.mark.parametrize("function", LIMITS, ids=lambda function: function.__name__)
@@ -98,11 +105,21 @@ def assignments(folder: Path) -> None:
 HOSTILE = {  # what is done to the folder of an honest record, rule and words of the verdict
     "FIFO for a certificate": (lambda f: os.mkfifo(f / "certificate.txt"), "files", "certificate.txt"),
     "FIFO for a manifest": (lambda f: os.mkfifo(f / "manifest.json"), "json", "manifest.json: no such file"),
-    "FIFO for a program": (lambda f: ((f / "train_gpt.py").unlink(), os.mkfifo(f / "train_gpt.py")),
-        "files", "no train_gpt.py that is a regular file"),
-    "device for claims": (lambda f: ((f / "submission.json").unlink(), (f / "submission.json").symlink_to("/dev/zero")),
-        "json", "submission.json: no such file"),
-    "device for a log": (lambda f: (f / "train_seed1.log").symlink_to("/dev/zero"), "files", "train_seed1.log"),
+    "FIFO for a program": (
+        lambda f: ((f / "train_gpt.py").unlink(), os.mkfifo(f / "train_gpt.py")),
+        "files",
+        "no train_gpt.py that is a regular file",
+    ),
+    "device for claims": (
+        lambda f: ((f / "submission.json").unlink(), (f / "submission.json").symlink_to("/dev/zero")),
+        "json",
+        "submission.json: no such file",
+    ),
+    "device for a log": (
+        lambda f: (f / "train_seed1.log").symlink_to("/dev/zero"),
+        "files",
+        "train_seed1.log",
+    ),
     "a log of 3 GB": (lambda f: sparse(f / "train_seed1.log", 3 << 30), "json", "at most"),
     "claims of 1 GB": (lambda f: sparse(f / "submission.json", 1 << 30), "json", "at most"),
     "an artifact of 3 GB": (lambda f: sparse(f / "final_model.int6.ptz", 3 << 30), "artifact", "at most"),
@@ -111,19 +128,42 @@ HOSTILE = {  # what is done to the folder of an honest record, rule and words of
     "a log of lines": (lambda f: (f / "train_seed7.log").write_text("\n" * 600_000), "json", "500000 lines"),
     "a long line": (long_line, "log", "final_int6_sliding_window_exact"),
     "assignments in the wrong order": (assignments, "syntax tree", "nothing to read again"),
-    "many scores": (lambda f: (f / "train_seed7.log").write_text(run(7) + "\n".join(
-        score(f"x{i}", 1.2) for i in range(20_000))), "log", "x"),
+    "many scores": (
+        lambda f: (f / "train_seed7.log").write_text(
+            run(7) + "\n".join(score(f"x{i}", 1.2) for i in range(20_000))
+        ),
+        "log",
+        "x",
+    ),
     "a folder named like a log": (lambda f: (f / "x.log").mkdir(), "files", "x.log"),
-    "numbers beyond all": (lambda f: (f / "submission.json").write_text(claims(val_bpb=1.5).replace(
-        "1.5", "1e999999999999")), "json", "val_bpb is inf"),
-    "a number of 5000 digits": (lambda f: (f / "submission.json").write_text('{"val_bpb": ' + "9" * 5000 + "}"),
-        "json", "a number of 5000 digits"),
-    "nested claims": (lambda f: (f / "submission.json").write_text('{"a":' * 500 + "1" + "}" * 500), "json", "nested"),
-    "claims of other types": (lambda f: (f / "submission.json").write_text(json.dumps(
-        dict(name=[1], val_bpb=True, seeds=3, seed_results=[1], date={}, track=None))), "json", "expected"),
-    "a manifest of other types": (lambda f: (f / "manifest.json").write_text(
-        '{"splits": 3, "shards": [{"sha256": []}]}'), "json", "manifest.json has shards"),
-}  # fmt: skip
+    "numbers beyond all": (
+        lambda f: (f / "submission.json").write_text(claims(val_bpb=1.5).replace("1.5", "1e999999999999")),
+        "json",
+        "val_bpb is inf",
+    ),
+    "a number of 5000 digits": (
+        lambda f: (f / "submission.json").write_text('{"val_bpb": ' + "9" * 5000 + "}"),
+        "json",
+        "a number of 5000 digits",
+    ),
+    "nested claims": (
+        lambda f: (f / "submission.json").write_text('{"a":' * 500 + "1" + "}" * 500),
+        "json",
+        "nested",
+    ),
+    "claims of other types": (
+        lambda f: (f / "submission.json").write_text(
+            json.dumps(dict(name=[1], val_bpb=True, seeds=3, seed_results=[1], date={}, track=None))
+        ),
+        "json",
+        "expected",
+    ),
+    "a manifest of other types": (
+        lambda f: (f / "manifest.json").write_text('{"splits": 3, "shards": [{"sha256": []}]}'),
+        "json",
+        "manifest.json has shards",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -151,9 +191,11 @@ def test_paths_with_blanks_and_brackets(tmp_path, monkeypatch):
     """Of the folder itself, and in the settings of a log: equal folders are seen as equal."""
     folder = write(tmp_path / "[a] b" / "2026-04-01_Name", good())
     assert check.status_of(check.check(check.read_record(folder))) == "pass"
-    facts = check.LogFacts([Path("x.log")], settings=dict(
-        val_files=f"{BRACKETS}/part_*.bin", train_files=f"{BRACKETS}/part_0.bin"),
-        results=[dict(val_bpb_ttt=1.0, sha256_shards={"part_0.bin": "0"})])  # fmt: skip
+    facts = check.LogFacts(
+        [Path("x.log")],
+        settings=dict(val_files=f"{BRACKETS}/part_*.bin", train_files=f"{BRACKETS}/part_0.bin"),
+        results=[dict(val_bpb_ttt=1.0, sha256_shards={"part_0.bin": "0"})],
+    )
     record = SimpleNamespace(data=None, tokenizer=None, path=tmp_path)
     assert [status for status, _ in evidence.trained_on_validation(record, facts)] == ["fail"]
     facts.settings["train_files"] = f"{BRACKETS}y/part_0.bin"
@@ -164,8 +206,20 @@ def test_paths_with_blanks_and_brackets(tmp_path, monkeypatch):
 # Generated logs, results and claims
 # ------------------------------------------------------------------------------------------------------------
 
-ODD_NUMBERS = ["0", "-1", "9" * 400, "1e400", "-1e400", "NaN", "Infinity", "1.5", "1e-400", "18446744073709551616",
-               "1" * 5000, "0.1e9999999999999999999999"]  # fmt: skip
+ODD_NUMBERS = [
+    "0",
+    "-1",
+    "9" * 400,
+    "1e400",
+    "-1e400",
+    "NaN",
+    "Infinity",
+    "1.5",
+    "1e-400",
+    "18446744073709551616",
+    "1" * 5000,
+    "0.1e9999999999999999999999",
+]
 texts = st.text(max_size=20) | st.sampled_from(
     ["", "\x1b[2J", "../../x", "/dev/zero", "a\0b", "\ud800", "²", "[*"]
 )
@@ -174,28 +228,63 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
-RESULT_KEYS = ["seed", "steps", "model_params", "bytes_code", "bytes_model", "bytes_total", "val_tokens", "world_size",
-               "train_seconds", "eval_seconds", "step_avg_ms", "val_bpb_sliding", "val_loss_sliding", "val_bpb_ttt",
-               "val_loss_ttt", "val_bpb_roundtrip", "sha256_artifact", "sha256_code", "sha256_shards", "sha256_nll",
-               "sha256_tokenizer", "settings", "versions", "trainer", "legal", "earlier_code", "ttt_gain_bpb",
-               "bytes_total_packed"]  # fmt: skip
-CLAIM_KEYS = ["val_bpb", "val_loss", "val_bpb_std", "bytes_total", "bytes_model_int8", "artifact_bytes_mean", "seeds",
-              "seed_results", "name", "date", "track", "challenge_run", "comparison", "delta_bpb", "delta_nats",
-              "sliding_val_bpb", "steps", "eval_time_s", "wallclock_seconds", "p_value"]  # fmt: skip
+RESULT_KEYS = [
+    "seed",
+    "steps",
+    "model_params",
+    "bytes_code",
+    "bytes_model",
+    "bytes_total",
+    "val_tokens",
+    "world_size",
+    "train_seconds",
+    "eval_seconds",
+    "step_avg_ms",
+    "val_bpb_sliding",
+    "val_loss_sliding",
+    "val_bpb_ttt",
+    "val_loss_ttt",
+    "val_bpb_roundtrip",
+    "sha256_artifact",
+    "sha256_code",
+    "sha256_shards",
+    "sha256_nll",
+    "sha256_tokenizer",
+    "settings",
+    "versions",
+    "trainer",
+    "legal",
+    "earlier_code",
+    "ttt_gain_bpb",
+    "bytes_total_packed",
+]
 
 
 def objects(keys: list[str]) -> st.SearchStrategy[str]:
     """JSON with some of those keys, of any value; raw numbers that Python's own writer never writes."""
     entries = st.dictionaries(st.sampled_from(keys) | texts, values, max_size=8).map(json.dumps)
-    raw = st.tuples(st.sampled_from(keys), st.sampled_from(ODD_NUMBERS)).map(lambda pair: '{"%s": %s}' % pair)
+    raw = st.tuples(st.sampled_from(keys), st.sampled_from(ODD_NUMBERS)).map('{{"{0[0]}": {0[1]}}}'.format)
     deep = st.integers(1, 3000).map(lambda depth: '{"a":' * depth + "1" + "}" * depth)
     return entries | raw | deep
 
 
-LINES = [*run(7).splitlines(), "  MATRIX_LR=0.1 (given)", "  seed: 42", "params:1 s:3", "resumed: phase:train step:1",
-         "=" * 100, "import torch", "GPTQ:collected 3 Hessians in 2s", "ttt_phased: total_docs:50000", "Quantized BPB: 1.2",
-         "legal_ttt_exact val_loss:nan val_bpb:inf time:1s", "x vl:1 bpb:2 (a=1) time:3ms", "budget:1/2",
-         "100/200 train_loss: 2.0 train_time: 8.7m tok/s: 1", "total_eval_time:329.0s"]  # fmt: skip
+LINES = [
+    *run(7).splitlines(),
+    "  MATRIX_LR=0.1 (given)",
+    "  seed: 42",
+    "params:1 s:3",
+    "resumed: phase:train step:1",
+    "=" * 100,
+    "import torch",
+    "GPTQ:collected 3 Hessians in 2s",
+    "ttt_phased: total_docs:50000",
+    "Quantized BPB: 1.2",
+    "legal_ttt_exact val_loss:nan val_bpb:inf time:1s",
+    "x vl:1 bpb:2 (a=1) time:3ms",
+    "budget:1/2",
+    "100/200 train_loss: 2.0 train_time: 8.7m tok/s: 1",
+    "total_eval_time:329.0s",
+]
 
 
 @st.composite
@@ -210,26 +299,57 @@ def changed_lines(draw) -> str:
 
 
 log_lines = st.sampled_from(LINES) | changed_lines() | objects(RESULT_KEYS).map("RESULT {}".format) | texts
-ENCODERS = [lambda text: text.encode("utf-8", "surrogatepass"), lambda text: text.encode("utf-16", "surrogatepass"),
-            lambda text: text.encode("utf-8-sig", "surrogatepass")[:-3]]  # fmt: skip
+ENCODERS = [
+    lambda text: text.encode("utf-8", "surrogatepass"),
+    lambda text: text.encode("utf-16", "surrogatepass"),
+    lambda text: text.encode("utf-8-sig", "surrogatepass")[:-3],
+]
 logs = st.tuples(st.sampled_from(ENCODERS), st.lists(log_lines, max_size=30)).map(
     lambda pair: pair[0]("\n".join(pair[1]))
 )
 
 
 @st.composite
+def altered(draw, content: bytes) -> bytes:
+    """A file with another value of one of its JSON keys."""
+    text = content.decode()
+    keys = sorted(set(re.findall(r'"([a-z_0-9]+)": ', text)))
+    if not keys:
+        return draw(logs)
+    value = draw(values.map(json.dumps) | st.sampled_from(ODD_NUMBERS))
+    found = re.compile(rf'"{draw(st.sampled_from(keys))}": ("[^"]*"|[^,}}]*)')
+    return found.sub(lambda match: match[0].partition(":")[0] + f": {value}", text).encode()
+
+
+FIELD = {name: text.encode() for name, text in good().items()}
+OWN = {name: content for name, content in good_files().items() if not name.endswith(".ptz")}
+OTHERS = [
+    "certificate.json",
+    "certificate.txt",
+    "manifest.json",
+    "x.py",
+    "eval_ttt.py",
+    "nll.npy",
+    "a.ptz",
+    "summary.log",
+    "sub/x.log",
+]
+MORE_KEYS = [*RESULT_KEYS, "checks", "targets", "sha256", "splits", "shards", "legal"]
+
+
+@st.composite
 def records(draw) -> dict[str, bytes]:
-    """The files of a record: honest ones, some replaced by generated ones."""
-    files = {name: text.encode() for name, text in good().items()}
-    for name in draw(st.lists(st.sampled_from(sorted(files)), max_size=3)):
-        files[name] = draw(logs)
-    if draw(st.booleans()):
-        files["submission.json"] = draw(objects(CLAIM_KEYS)).encode("utf-8", "surrogatepass")
-    names = st.sampled_from(["certificate.json", "certificate.txt", "manifest.json", "x.py", "eval_ttt.py", "nll.npy",
-                             "a.ptz", "summary.log", "sub/x.log"])  # fmt: skip
-    contents = st.binary(max_size=60) | logs | objects([*RESULT_KEYS, "checks", "targets", "sha256", "splits", "shards"]).map(
-        lambda text: text.encode("utf-8", "surrogatepass"))  # fmt: skip
-    return files | draw(st.dictionaries(names, contents, max_size=3))
+    """The files of a record in the field's format or ours, some replaced by generated ones."""
+    files = dict(draw(st.sampled_from([FIELD, OWN])))
+    for name in draw(st.lists(st.sampled_from(sorted(files)), max_size=3, unique=True)):
+        files[name] = draw(logs if name.endswith(".py") else logs | altered(files[name]))
+    as_bytes = objects(MORE_KEYS).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    contents = st.binary(max_size=60) | logs | as_bytes
+    return files | draw(st.dictionaries(st.sampled_from(OTHERS), contents, max_size=2))
+
+
+def judge_record(files: dict[str, bytes]) -> None:
+    judge_files(files)
 
 
 def judge_files(files: dict[str, bytes]) -> str:
@@ -261,7 +381,7 @@ def judge_log(content: bytes) -> None:
 
 
 def judge_result(text: str) -> None:
-    """Whatever RESULT says, the facts are numbers or None, and nothing of another type is taken in silence."""
+    """Facts are numbers or None whatever RESULT says, and each value of another type is a conflict."""
     try:
         problems = check.conform(runfiles.parse_object(text), check.RESULT_FIELDS, "x")
     except ValueError:
@@ -276,8 +396,11 @@ def judge_result(text: str) -> None:
         assert value is None or (not isinstance(value, bool) and math.isfinite(value) and value >= 0)
 
 
-GENERATED = {"records": (judge_files, records()), "logs": (judge_log, logs),
-             "results": (judge_result, objects(RESULT_KEYS))}  # fmt: skip
+GENERATED = {
+    "records": (judge_record, records()),
+    "logs": (judge_log, logs),
+    "results": (judge_result, objects(RESULT_KEYS)),
+}
 
 
 @pytest.mark.parametrize("name", GENERATED)
