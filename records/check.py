@@ -5,12 +5,17 @@
     python records/check.py train_seed42.log
 
 Every number is recomputed: steps, times, sizes, scores, seeds, tokens per byte, significance. Each rule
-reports pass, warn or fail with the line or file that supports it; passes are listed with --verbose. Of a run
-that was evaluated in several modes, the last legal evaluation counts, or that of --mode. If nll.npy exists,
-val_loss is recomputed from it. If shards and tokenizer are available too, by the log's paths inside this
-repository or by the options, so is val_bpb. A record in track_10min_16mb must be of the challenge: its
-validation text, 8 x H100, its time limits; elsewhere a record of other runs passes with a warning. Exit
-codes: 0 passed (warnings allowed), 1 failed, 2 user error.
+reports, with the line or file that supports it: fail (a rule is broken, or a claim is wrong), off (a claim
+differs from the logs by its last digit), warn, note, or pass (listed with --verbose). Logs, sizes, seeds and
+hashes decide. Notes name lines of the programs for a reviewer to read; they fail nothing, because a syntax
+tree shows neither which branch ran nor what a caller scored before.
+Of several runs and evaluations in the logs, those that submission.json claims are judged, and the others are
+named. Of a run that was evaluated in several modes, the last legal evaluation counts, or that of --mode. If
+nll.npy exists, val_loss is recomputed from it. If shards and tokenizer are available too, by the log's paths
+inside this repository or by the options, so is val_bpb. A record in track_10min_16mb must be of the
+challenge: its validation text, 8 x H100, its time limits; elsewhere a record of other runs passes with a
+warning. Each path is judged in a process of its own, within 120 s and 2 GiB. Exit codes: 0 passed (all but
+faults allowed), 1 failed, 2 user error, or a path that cannot be judged.
 """
 
 from __future__ import annotations
@@ -138,7 +143,7 @@ RESULT_SCORES = (
 COUNTS = ("seed", "steps", "model_params", "bytes_source", "bytes_code", "bytes_model", "bytes_total",
           "train_shards", "val_tokens", "val_documents", "bytes_packed", "bytes_unlabeled")  # fmt: skip
 TEXTS = ("tokenizer", "stopped", "dataset")
-LOG_LIMIT, MOST_LINES, LINE_LIMIT, MOST_SCORES = 32 << 20, 500_000, 4096, 200
+LOG_LIMIT, MOST_LINES, LINE_LIMIT, MOST_SCORES = 32 << 20, 500_000, 4096, 100
 MOST_NATS = 1e6  # a larger score is infinite
 
 
@@ -1063,8 +1068,11 @@ def compare_claim(record: Record, key: str, claim: Any, derived: Sequence[Derive
     others = [other for each in derived for other in each.others if each.value != other]
     others += [mean(values)] if combine is max else []
     lost = sorted(set(claimed_seeds(record)) - {run.seed for run in record.runs})
-    unlogged = [entries[seed][core] for seed in lost if is_number(entries.get(seed, {}).get(core))]
-    if unlogged:
+    fact = CLAIMS.get(core, ("",))[0]
+    keys = [name for name, (its, factor, _) in CLAIMS.items() if its == fact and factor == 1]
+    unlogged = [[entry[key] for key in keys if is_number(entry.get(key))][:1] for seed in lost
+                if (entry := entries.get(seed))]  # fmt: skip
+    if unlogged := [value for values in unlogged for value in values]:
         others.append(combine([*values, *map(float, unlogged)]))
     status, told = judge(key, claim, Derived(combine(values), words, others))
     if status != "fail":
@@ -1285,7 +1293,8 @@ def check_sums(run: LogFacts, programs: Sequence[Path], used: Sequence[Path]) ->
     shipped, is_packed = sum(p.stat().st_size for p in programs), run.bytes_source not in (None, code)
     sums = {"in the log": total}
     if is_packed:
-        yield "warn", f"counted packed; the shipped programs have {shipped} bytes: {run.cite('bytes_code')}"
+        shown = f"; the shipped programs have {shipped} bytes" * bool(programs)
+        yield "warn", f"counted packed{shown}: {run.cite('bytes_code')}"
     elif programs and code is not None and shipped != code:
         told = f"{', '.join(p.name for p in programs)} have {shipped} bytes, but the log counts {code}"
         yield "off" if abs(shipped - code) <= FEW_BYTES else "fail", f"{told}: {run.cite('bytes_code')}"

@@ -130,7 +130,7 @@ HOSTILE = {  # what is done to the folder of an honest record, rule and words of
     "assignments in the wrong order": (assignments, "syntax tree", "nothing to read again"),
     "many scores": (
         lambda f: (f / "train_seed7.log").write_text(
-            run(7) + "\n".join(score(f"x{i}", 1.2) for i in range(20_000))
+            run(7) + "\n".join(score(f"x{i}", 1.2) for i in range(5_000))
         ),
         "log",
         "x",
