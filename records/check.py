@@ -61,7 +61,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 from formats import ARTIFACT_MAGIC, CHALLENGE_BYTES, PUBLISHED, SIZE_CAP, TEXT_BYTES, Published
 
 LIMIT_SECONDS, LIMIT_BYTES = 120.0, 2 << 30  # to judge one path
-LINUX = sys.platform == "linux"
 TIME_LIMIT = 600.0  # seconds, for training and for evaluation
 SHORTEST = 60.0  # seconds; a training below this tests the programs
 GPUS, GPU = 8, "H100"  # of the challenge
@@ -133,7 +132,9 @@ SETTING = re.compile(r"  (?:([A-Z]\w*)=(.*?)(?: \(given\))?|([a-z]\w*): (\S*))$"
 # the baseline's settings: name:value pairs on a few lines; others print name=value pairs on one
 PAIRS = re.compile(r"\w+:\S+(?: \w+:\S+)*$|\w+=[^\s(),'\"]+(?: \w+=[^\s(),'\"]+)+$")
 # per-run settings
-OWN_SETTINGS = re.compile(r"s|seed|rank|run_id|warmup_step|.*(path|dir|file|files)", re.IGNORECASE)
+OWN_SETTINGS = re.compile(
+    r"s|seed|rank|run_\w+|warmup_step|host\w*|date|timestamp|wandb\w*|.*(path|dir|file|files)", re.IGNORECASE
+)
 IN_MEMORY = re.compile(r"pre.?quant|post.?ema", re.IGNORECASE)  # scores of weights other than the artifact's
 RESULT_SCORES = (
     ("ttt", "legal_ttt"),
@@ -317,9 +318,10 @@ def read_lines(path: Path) -> list[str]:
 def printed_programs(lines: Sequence[str]) -> list[range]:
     """Return the lines of the programs that a log prints; the baseline's stand before or between rulers."""
     rulers = [i for i, line in enumerate(lines) if len(line) >= 20 and not line.strip("=")]
-    blocks = (range(a + 1, b) for a, b in pairwise([-1, *rulers]))
-    return [block for block in blocks if len(block) > 50
-            and any(re.match(r"(?:import|from) \w", lines[i]) for i in block)]  # fmt: skip
+    blocks = [range(a + 1, b) for a, b in pairwise([-1, *rulers]) if b - a > 51]
+    imports = re.compile(r"(?:import|from [\w.]+ import) \w")
+    return [block for block in blocks if any(imports.match(lines[i]) for i in block)
+            and not any(STEP.match(lines[i][:LINE_LIMIT]) for i in block)]  # fmt: skip
 
 
 def split_runs(lines: Sequence[str]) -> list[int]:
@@ -506,7 +508,8 @@ def choose_headline(facts: LogFacts) -> None:
     for name, label in RESULT_SCORES:
         loss, bpb = facts.result.get(f"val_loss_{name}"), facts.result.get(f"val_bpb_{name}")
         if not facts.scores and loss is not None and bpb is not None:
-            facts.scores = [Score(label, loss, bpb, None, 16, f"{facts.name}: RESULT val_bpb_{name}")]
+            facts.scores = [Score(label, loss, bpb, None, 16, f"{facts.name}: RESULT val_bpb_{name}",
+                                  adapts=name == "ttt")]  # fmt: skip
     first: dict[tuple[float | None, float], Score] = {}
     for score in facts.final_scores():
         known = first.setdefault((score.val_loss, score.val_bpb), score)
@@ -916,7 +919,6 @@ CLAIMS = {  # key of submission.json or of a seed's entry, without mean, max, st
     "eval_time_s": ("eval_seconds", 1, 0.05), "eval_time_ms": ("eval_seconds", 1000, 50),
     "ttt_eval_time_s": ("eval_seconds", 1, 0.05), "ttt_time_ms": ("eval_seconds", 1000, 50),
 }  # fmt: skip
-PREFIXES = re.compile("(?:bytes_model|artifact_bytes_max)(?=_)")  # of keys that name the coder too
 SCORE_DECIMALS = 4  # a score with fewer digits counts as exact
 
 
@@ -985,7 +987,7 @@ def check_files(record: Record) -> Iterator[Finding]:
 
 def check_json(record: Record) -> Iterator[Finding]:
     yield from (("fail", problem) for problem in record.problems)
-    if not record.claims:  # which check_files or a problem says
+    if not record.claimed_in or (record.problems and not record.claims):  # check_files or a problem says so
         return
     name = record.claimed_in
     for key, kind in REQUIRED_KEYS.items():
@@ -1006,7 +1008,7 @@ def check_json(record: Record) -> Iterator[Finding]:
 def core_of(key: str) -> tuple[str, Callable]:
     """Return a claim's key without mean, max and std, and how the values of the seeds are combined."""
     core = re.sub("^mean_|_(mean|max|std)$", "", key)
-    core = match[0] if (match := PREFIXES.match(core)) else core
+    core = "bytes_model" if core.startswith("bytes_model_") else core  # the rest is the coder's name
     largest = core.removeprefix("artifact_").startswith(("bytes", "code_bytes", "model_params"))
     if key.endswith("_std"):
         return core, stdev
@@ -1803,10 +1805,11 @@ def apart(function: Callable[[Path], Any], path: Path, seconds: float, num_bytes
 
 def answer(function: Callable[[Path], Any], path: Path, num_bytes: int, sender: Connection) -> None:
     """Send what `apart` returns."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if LINUX else 0
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    allowed = used + num_bytes if hard == resource.RLIM_INFINITY else min(used + num_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (allowed, hard))
+    if sys.platform == "linux":  # others do not limit the address space
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        limits = [limit for limit in (soft, hard, used + num_bytes) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         sender.send((function(path), ""))
     except (ValueError, OSError) as error:

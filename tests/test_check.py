@@ -632,14 +632,13 @@ def test_a_good_record_passes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found_and_named(tmp_path, capsys, name):
+def test_a_planted_fault_is_found_and_named(tmp_path, name):
     fault, rule, words = FAULTS[name]
     files = good_files()
     fault(files)
-    assert check.main([str(write(tmp_path / "2026-12-01_Bad", files)), "--json"]) == 1
-    (found,) = json.loads(capsys.readouterr().out)
-    faults = [verdict for verdict in found["verdicts"] if verdict["status"] == "fail"]
-    assert any(v["rule"] == rule and words in v["evidence"] for v in faults), faults
+    verdicts = check.check(check.read_record(write(tmp_path / "2026-12-01_Bad", files)))
+    faults = [verdict for verdict in verdicts if verdict.status == "fail"]
+    assert any(v.rule == rule and words in v.evidence for v in faults), faults
 
 
 def test_a_run_resumed_with_other_code_is_named(tmp_path):

@@ -466,6 +466,9 @@ CASES: dict[str, Case] = {
         1,
         ("fail files: submission_jepa.json is read", "fail claims: val_bpb"),
     ),
+    "rulers in a log that prints no program": Case(
+        good(**{f"train_seed{s}.log": f"from scratch\n{run(s)}" + "x\n" * 60 + RULER + "\n" for s in SCORES})
+    ),
     "a folder of folders": Case({"a/submission.json": "{}", "b/train_gpt.py": ""}, 2),
     "a folder of nothing": Case({}, 2),
 }

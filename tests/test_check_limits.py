@@ -158,6 +158,7 @@ HOSTILE = {  # what is done to the folder of an honest record, rule and words of
         "json",
         "expected",
     ),
+    "empty claims": (lambda f: (f / "submission.json").write_text("{}"), "json", "github_id is missing"),
     "a manifest of other types": (
         lambda f: (f / "manifest.json").write_text('{"splits": 3, "shards": [{"sha256": []}]}'),
         "json",
