@@ -306,7 +306,6 @@ class LogFacts:
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a log without ranks and times; of a progress bar's line only the final text.
 
-    The lines of a program that the log prints between rulers are empty but for its last, a ruler.
     ValueError if the file is none, too large, or no text.
     """
     text = read_text(path, LOG_LIMIT)
@@ -358,7 +357,7 @@ def read_log(path: str | Path, *more: str | Path, part: int = -1) -> LogFacts:
             facts.part, facts.parts = range(len(starts))[part], len(starts)
         read_run(lines, [*starts, len(lines)], each.name, facts)
     facts.result = fold_results(facts)
-    combine(facts)
+    set_facts(facts)
     choose_headline(facts)
     facts.conflicts += contradictions(facts, facts.found)
     del facts.conflicts[MOST_SCORES:]
@@ -451,7 +450,7 @@ def add_score(facts: LogFacts, match: re.Match, cited: str) -> None:
     del facts.scores[:-MOST_SCORES]
 
 
-def combine(facts: LogFacts) -> None:
+def set_facts(facts: LogFacts) -> None:
     """Set the facts from RESULT, else from the lines; what no line says, from others."""
     found, settings, result = facts.found, facts.settings, facts.result
     for key, *names in (("seed", "seed", "s"), ("model_params", "params")):
