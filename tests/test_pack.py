@@ -21,7 +21,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
-import check
+import evidence
 import pack
 import pytest
 from conftest import inherited
@@ -216,11 +216,11 @@ def test_what_other_files_use_of_the_trainer(packed_trainer):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_check_of_records_reads_packed_programs(shipped, name):
-    tree, problem = check.parse_python(shipped / name)
-    assert problem == "" and ast.dump(tree) == ast.dump(
+    program = evidence.read_program(shipped / name)
+    assert program.problem == "" and ast.dump(program.tree) == ast.dump(
         ast.parse(pack.minify((ROOT / name).read_text(encoding="utf-8")))
     )
-    assert list(check.find_shapes(tree)) == []
+    assert list(evidence.find_shapes(program.tree)) == []
 
 
 # ------------------------------------------------------------------------------------------------------------
