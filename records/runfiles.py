@@ -24,11 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
 from files import atomic_file, digest_of
 
 METRIC = "val_bpb_sliding"
-JSON_LIMIT, JSON_DEPTH, JSON_DIGITS = (
-    16 << 20,
-    32,
-    40,
-)  # bytes of a file, levels of nesting, digits of a number
+JSON_LIMIT, JSON_DEPTH, JSON_DIGITS = 16 << 20, 32, 40  # bytes, levels of nesting, digits of a number
 BOMS = {BOM_UTF8: "utf-8-sig", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
 COLOR = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # escape sequence of a terminal
 # C0 except tab and newline, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
