@@ -310,9 +310,6 @@ class Adaptation:
         self.in_use.values = self.trainer.weights()
         return self.in_use.weights(self.in_use.used())
 
-    def token_nll(self, model: tg.GPT, ids: Tensor, targets: Tensor, columns: Tensor) -> Tensor:
-        return self.nll_fn(model, ids, targets, columns, *self.replacements())
-
     def gradients(
         self, text: tg.TTTBatch, rows: Tensor, count: int, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -817,6 +814,11 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
     adapted = evaluate(setup, tokens, progress=Budget(c, began, log, sum(chunk.is_mine for chunk in plan)))
     seconds = time.time() - began
     check_losses_finite("adapted", adapted)
+    kept = log.folder / "nll.npy"  # before the scores to compare with: an audit waits for it
+    if tg.rank() == 0:
+        array = io.BytesIO()
+        np.save(array, adapted.nll)
+        tg.write_atomically(kept, array.getvalue())
     if (report := tg.project_module("report")) is None:
         log.line("note: no reports, only the score and nll.npy: records/report.py is not beside eval_ttt.py")
     for line in report.running_bpb(plan, adapted.nll, num_bytes) if report else ():
@@ -837,11 +839,6 @@ def run_scores(inputs: Inputs, log: tg.RunLog, began: float) -> dict[str, Any]:
                  f"time:{scores[name].seconds:.1f}s")  # fmt: skip
     if report:
         report.write_reports(log.folder, tokens, scores, setup.byte_table, log)
-    kept = log.folder / "nll.npy"
-    if tg.rank() == 0:
-        array = io.BytesIO()
-        np.save(array, adapted.nll)
-        tg.write_atomically(kept, array.getvalue())
     text = inputs.shards, c.tokenizer_path
     tg.on_rank_0(lambda: tg.check_score(adapted.val_loss, adapted.val_bpb, np.load(kept), *text))
     sha256_nll = tg.on_rank_0(lambda: tg.sha256_file(kept))

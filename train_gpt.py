@@ -2929,9 +2929,7 @@ class Windows(NamedTuple):
 
     def ranges(self, whole: bool = False) -> Iterator[tuple[int, int]]:
         """Half-open range of targets of each window that has any; whole: of all that it reads."""
-        for start, begin, end in zip(
-            self.start.tolist(), self.begin.tolist(), self.end.tolist(), strict=True
-        ):
+        for start, begin, end in zip(*(part.tolist() for part in self), strict=True):
             if end > begin:
                 yield (start if whole else start + begin), start + end
 
@@ -3105,12 +3103,12 @@ def score(
     """Score tokens (uint16, on the host) chunk by chunk of a plan; every rank gets the whole result.
 
     The ranks share the windows of a chunk, or take whole groups of documents, batch_seqs windows at a time
-    (None: all). adaptation: its `token_nll` scores, and after each chunk it adapts on that (see eval_ttt.py).
-    observe: sees windows, batch, and losses before anything adapts. progress: called with the number of each
-    of this rank's chunks. LedgerError if a target would be scored twice, never, or after it was adapted on.
+    (None: all). adaptation: its weights score a chunk, then it adapts on that; it is given no token before
+    that is scored. observe: sees windows, batch, and losses before anything adapts. progress: called with the
+    number of each of this rank's chunks. LedgerError if a target is scored twice, never, or after adaptation.
     """
     device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
-    forward = nll_fn if adaptation is None else adaptation.token_nll
+    known = np.append(tokens[:1], np.full_like(tokens[1:], BOS_ID))  # to adapt on: what is scored, else BOS
     nll = torch.zeros(len(tokens) - 1, dtype=torch.float32, device=device)
     count = torch.zeros_like(nll, dtype=torch.int32)
     ledger, bar = Ledger(len(nll)), progress_bar("score", len(nll))
@@ -3126,21 +3124,23 @@ def score(
             batch = make_batch(tokens, chunk.scored.take(padded), width, device, length)  # of a fixed shape
             if adaptation is not None:
                 adaptation.select(chunk, index)
-            losses = forward(model, batch.ids, batch.targets, batch.positions)
+            weights = () if adaptation is None else adaptation.replacements()
+            losses = nll_fn(model, batch.ids, batch.targets, batch.positions, *weights)
             # on the host: a mask on the GPU would make it wait
             row, column = np.nonzero(batch.counts[: len(index)])
             targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
-            nll[targets] = losses[
-                torch.from_numpy(row).to(device), torch.from_numpy(column).to(device)
-            ].float()
+            entries = torch.from_numpy(row * losses.size(1) + column).to(device)
+            nll[targets] = losses.flatten()[entries].float()
             count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
             if observe is not None:
                 observe(windows, batch, losses)
             bar.update(len(row) * world_size())
+        for begin, end in chunk.scored.ranges():
+            known[begin + 1 : end + 1] = tokens[begin + 1 : end + 1]
         if adaptation is not None and chunk.adapted is not None:
             ledger.adapt(chunk.adapted)
             if chunk.is_mine:
-                adaptation.adapt(tokens, chunk, nll)
+                adaptation.adapt(known, chunk, nll)
     bar.close()
     if world_size() > 1:
         dist.all_reduce(nll)

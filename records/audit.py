@@ -3,8 +3,8 @@
 `eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
 
 The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are
-compared. Checks T1 to T21 look at what was computed, not at the plan; records/legality.md says what each mode
-knows in advance.
+compared; the plain command is repeated in a process of its own. Checks T1 to T24 look at what was computed,
+not at the plan; records/legality.md says what each mode knows in advance, and what no program can see.
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ import math
 import os
 import re
 import secrets
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from glob import glob
 from pathlib import Path
@@ -32,6 +40,9 @@ import train_gpt as tg
 from eval_ttt import Adaptation, Setup, mode_of
 from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from formats import CHALLENGE_BYTES, shard_header
+
 # ------------------------------------------------------------------------------------------------------------
 # Checks
 # ------------------------------------------------------------------------------------------------------------
@@ -45,7 +56,9 @@ class Trace:
     read; count: how often it was scored; from_row: -log of its entry in the whole, normalized distribution.
     rows: the distributions themselves, (V,) logs, of the targets asked for. events: ("score" or "learn",
     windows) in order. spread: the largest difference of a loss, in nats, between two evaluations of the same
-    text; 0: none is admitted. base_turns: the turns that follow a step of the base.
+    text; 0: none is admitted. base_turns: the turns that follow a step of the base. ahead: the largest
+    difference of a log probability where what stands after it in its window is replaced, and of how many.
+    inner: targets at random, one in each document that enters a slot after another one.
     """
 
     nll: np.ndarray
@@ -57,6 +70,8 @@ class Trace:
     events: list[tuple[str, Windows]]
     spread: float = 0.0
     base_turns: Sequence[int] = ()
+    ahead: tuple[float, int] = (0.0, 0)
+    inner: Sequence[int] = ()
 
     def differ(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Where two arrays of nats differ by more than chance:
@@ -76,6 +91,21 @@ def log_distributions(model: tg.GPT, adaptation: Adaptation | None, batch: tg.Ba
     replaced, adapters = adaptation.replacements() if adaptation else ({}, {})
     extra = dict(adapters=adapters, positions=batch.positions)
     return torch.func.functional_call(model, replaced, (batch.ids,), extra).log_softmax(-1)
+
+
+def read_ahead(
+    model: tg.GPT, adaptation: Adaptation | None, batch: tg.Batch, log_p: Tensor, rng: np.random.Generator
+) -> tuple[float, int]:
+    """Largest change of the log_p (B, C, V) of the first targets of each window, where all that stands after
+    a random one of them is another text; and how many distributions were compared. BOS stays."""
+    positions, vocab_size = batch.positions.cpu().numpy(), log_p.size(-1)
+    last = positions[np.arange(len(positions)), rng.integers(0, positions.shape[1], len(positions))]
+    other = torch.from_numpy(rng.integers(BOS_ID + 1, vocab_size, tuple(batch.ids.shape))).to(batch.ids)
+    after = torch.from_numpy(np.arange(batch.ids.size(1)) > last[:, None]).to(batch.ids.device)
+    ids = torch.where(after & (batch.ids != BOS_ID), other, batch.ids)
+    same = torch.from_numpy(positions <= last[:, None]).to(ids.device)
+    apart = (log_distributions(model, adaptation, batch._replace(ids=ids)) - log_p).abs().amax(-1)
+    return float(apart[same].max()), int(same.sum())
 
 
 def ppm_row(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -98,8 +128,8 @@ def trace_evaluation(
     moment, for every batch. until: the last turn of interest, later ones may miss. With both, only batches
     that hold probes are computed again, and the evaluation ends with the last of them.
     """
-    targets, rows = len(tokens) - 1, {}
-    events, base_turns = [], []
+    targets, rows, rng = len(tokens) - 1, {}, np.random.default_rng([*probes])
+    events, base_turns, ahead = [], [], []
     turn, read_from, count = (np.zeros(targets, np.int64) for _ in range(3))
     nll, from_row, turns = np.full(targets, np.nan, np.float32), np.full(targets, np.nan), 0
 
@@ -126,6 +156,8 @@ def trace_evaluation(
                 from_row[at] = -own[: end - begin].cpu().numpy()
                 for t in held & {*range(start + begin, start + end)}:
                     rows[t] = log_p[w, t - start - begin].cpu().numpy()
+        if log_p is not None and until == math.inf:
+            ahead.append(read_ahead(model, adaptation, batch, log_p, rng))
         events.append(("score", windows))
         if held and until < math.inf and len(rows) == len({*probes}):
             raise Enough
@@ -140,7 +172,8 @@ def trace_evaluation(
         from_row = ev.mixed_nll(from_row, ev.ppm_nll(tokens, setup.config.vocab_size), alpha)
         rows = {t: -ev.mixed_nll(-row, ppm_row(tokens[: t + 1], setup.config.vocab_size), alpha)
                 for t, row in rows.items()}  # fmt: skip
-    return Trace(nll, turn, read_from, count, from_row, rows, events, base_turns=base_turns)
+    worst = max((apart for apart, _ in ahead), default=0.0), sum(compared for _, compared in ahead)
+    return Trace(nll, turn, read_from, count, from_row, rows, events, base_turns=base_turns, ahead=worst)
 
 
 MAX_SPREAD = 0.05  # nats; where a repetition changes a loss by more, T1 can tell nothing and fails
@@ -158,9 +191,10 @@ class Check(NamedTuple):
 def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
     """Turns, and which targets to change: all that are scored later, and in the turn those beyond some place.
 
-    The turns are the first, the middle one, one at random after that, and those that follow a step of the
-    base. The place is the third smallest in a window, so that almost all of the turn changes; or the middle
-    of the turn's targets in the order of the text, so that the windows before it do not; or the turn's end.
+    The turns are the first, the middle one, one at random after that, those that follow a step of the base,
+    and one in each document that enters a slot after another one. The place is the third smallest in a
+    window, so that almost all of the turn changes; or the middle of the turn's targets in the order of the
+    text, so that the windows before it do not; or the turn's end; in those documents, anywhere.
     """
     index, turns = np.arange(len(base.turn)), np.unique(base.turn)
     late = rng.choice(turns[len(turns) // 2 : max(len(turns) - 1, len(turns) // 2 + 1)])
@@ -173,6 +207,11 @@ def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarra
             later = (base.turn > turn) | here & beyond
             if later.any():
                 yield turn, later
+    for place in base.inner:
+        turn = base.turn[place]
+        later = (base.turn > turn) | (base.turn == turn) & (index >= place)
+        if (base.turn < turn).any():
+            yield turn, later
 
 
 def change(
@@ -217,20 +256,25 @@ def check_file_order(
 ) -> Check:
     """T1c: another text after a random place, where documents end included, changes no loss before it.
 
-    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this
-    property by documents, and the certificate says so; under TTT_CHUNK_BY_LENGTH documents keep their ends.
+    The places: one in the middle third, and those of base.inner. A decoder that reads the file from left to
+    right could follow. TTT_MOMENTS=shared does not have this property by documents, and the certificate says
+    so; under TTT_CHUNK_BY_LENGTH documents keep their ends.
     """
-    c, other = setup.config, tokens.copy()
-    place = max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3)))
-    other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
-    ends = rng.random(len(tokens) - place - 1) < 1 / max(c.doc_chunk, 8)
-    if knows_lengths(c):
-        ends = tokens[place + 1 :] == BOS_ID
-    other[place + 1 :][ends] = BOS_ID
-    wrong = int(base.differ(trace(other, (), math.inf).nll[:place], base.nll[:place]).sum())
+    c, wrong, compared = setup.config, 0, 0
     shared, kept = shares_moments(c), ", with the ends of documents kept" * knows_lengths(c)
-    detail = f"{wrong} of {place} losses changed{kept}" + ", TTT_MOMENTS=shared" * shared
-    return Check("T1c no loss depends on later text", None if shared else wrong == 0, place, detail)
+    places = [max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3))), *([] if shared else base.inner)]
+    for place in places:
+        other = tokens.copy()
+        other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
+        ends = rng.random(len(tokens) - place - 1) < 1 / max(c.doc_chunk, 8)
+        if knows_lengths(c):
+            ends = tokens[place + 1 :] == BOS_ID
+        other[place + 1 :][ends] = BOS_ID
+        again = trace(other, (), float(base.turn[:place].max())).nll[:place]
+        wrong, compared = wrong + int(base.differ(again, base.nll[:place]).sum()), compared + place
+    detail = f"{wrong} of {compared} losses changed, at {len(places)} places{kept}"
+    return Check("T1c no loss depends on later text", None if shared else wrong == 0, compared,
+                 detail + ", TTT_MOMENTS=shared" * shared)  # fmt: skip
 
 
 def check_borders(setup: Setup) -> Check:
@@ -247,7 +291,8 @@ def check_borders(setup: Setup) -> Check:
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Targets to probe: four of each of the first two turns, one of each later half, two BOS; at least 8."""
+    """Targets to probe: four of each of the first two turns, one of each later half, those of base.inner,
+    two BOS; at least 8."""
     turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
     groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
     halves = np.array_split(turns[2:], 2)
@@ -257,6 +302,7 @@ def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list
         for group, count in (*wanted, (is_bos, 2))
         for t in rng.permutation(np.flatnonzero(group))[:count].tolist()
     ]
+    probes += [t for t in base.inner if t not in probes]
     more = [t for t in rng.permutation(np.flatnonzero(~is_bos)).tolist() if t not in probes]
     return probes + more[: max(0, LEAST["T2"] - len(probes))]  # where all is scored in one turn
 
@@ -282,6 +328,14 @@ def check_target(
     return Check("T2 no distribution sees its target", wrong == 0, len(tries),
                  f"{wrong} of {len(tries)} changed; {len(probes) - len(inner)} of a BOS, "
                  f"{len(tries) - len(probes)} by a BOS")  # fmt: skip
+
+
+def check_ahead(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+    """T2b: within a window no distribution depends on what stands after it, its target included."""
+    largest, compared = base.ahead
+    return Check("T2b no window is read ahead", largest <= 4 * base.spread, compared,
+                 f"{compared} distributions with another text after them, largest difference {largest:.1e}"
+                 )  # fmt: skip
 
 
 def check_normalized(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
@@ -446,6 +500,26 @@ def check_order(base: Trace, tokens: np.ndarray, config: Config) -> Check:
     return Check("T15 scored in the file's order", wrong == 0, sum(map(len, parts)), f"{wrong} out of order")
 
 
+def refills(plan: Sequence[Chunk]) -> list[int]:
+    """First targets of the documents that enter a slot that another one has left, in a plan by documents."""
+    found, group = [], None
+    for chunk in plan:
+        if chunk.slots is not None and chunk.slots.group == group:
+            found += (chunk.scored.start + chunk.scored.begin)[chunk.slots.fresh].tolist()
+        group = None if chunk.slots is None else chunk.slots.group
+    return found
+
+
+def inner_targets(tokens: np.ndarray, plan: Sequence[Chunk], rng: np.random.Generator) -> list[int]:
+    """A random target of each document in a slot that another one has left, of MOST_REFILLS such documents
+    at most; by flat chunks three targets of the text."""
+    if plan[0].slots is None:
+        return sorted(rng.integers(1, len(tokens) - 1, 3).tolist())
+    begin, end = ev.documents(tokens)
+    number = np.searchsorted(begin, rng.permutation(refills(plan))[:MOST_REFILLS])
+    return sorted(rng.integers(begin[number], end[number]).tolist())
+
+
 def has_moments(c: Config) -> bool:
     """Whether each document has second moments: of a class of one's own nothing is known."""
     by_documents, adapts = mode_of(c)
@@ -537,13 +611,15 @@ def audit(
     base = trace(tokens, rng.permutation(len(tokens) - 1)[:8].tolist(), math.inf)
     if setup.device.type == "cuda":  # some gradients are summed by atomics, in any order
         base.spread = float(np.abs(trace(tokens, (), math.inf).nll - base.nll).max())
+    base.inner = inner_targets(tokens, setup.plan(tokens), rng)
     checks = [
         check_future(trace, base, tokens, rng),
         check_borders(setup),
         check_file_order(setup, trace, base, tokens, rng),
         check_target(trace, base, tokens, rng, not shares_moments(c) and not knows_lengths(c)),
     ]
-    checks += [check(trace, base, tokens, rng) for check in (check_normalized, check_once, check_ledger)]
+    same = (check_ahead, check_normalized, check_once, check_ledger)
+    checks += [check(trace, base, tokens, rng) for check in same]
     checks += [check_warm_up(setup, trace, base, tokens), check_bytes(tokens, setup.byte_table, tokenizer)]
     aligned = replace(setup, config=replace(c, eval_stride=c.eval_seq_len))
     plain = [ev.score_plan(each, tokens).nll for each in (aligned, setup)]
@@ -554,31 +630,340 @@ def audit(
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The plain command in a process of its own
+# ------------------------------------------------------------------------------------------------------------
+
+# What T1 to T18 look at runs in the audit's process, and a program could tell. Here eval_ttt.py runs as users
+# start it, beside a copy of the artifact and nothing else of the run. It is given the first documents of the
+# text, a random number of them, and other content after those: the losses of the former must be the run's,
+# the losses of the latter must not. Python loads the listener before any program, so it sees all files.
+
+T20, T22 = "T20 a fresh process repeats the losses", "T22 no file but those named is used"
+T23, T24 = "T23 other content has other losses", "T24 a fresh process repeats the whole"
+OF_RANKS = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+CACHES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME")
+SYSTEM = ("/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")  # without /dev/shm, which anybody writes
+LISTENER = """
+import json, os, sys
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.forkpty")
+REACHES = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
+into = os.open({into!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def listen(event, what):
+    found = []
+    if event == "open":
+        found = [("write" if (what[2] or 0) & WRITES else "read", what[0])]
+    elif event in ("os.rename", "os.link", "os.symlink"):
+        found = [("read", what[0]), ("write", what[1])]
+    elif event in ("os.truncate", "sqlite3.connect") or event == "os.remove" and what[1] == -1:
+        found = [("write", what[0])]
+    elif event in ("import", "ctypes.dlopen"):  # of compiled modules and libraries
+        found = [("read", what[event == "import"])]
+        found = [each for each in found if "/" in str(each[1])]
+    elif event in STARTS + REACHES:
+        os.write(into, (json.dumps(["start", event + " " + repr(what)[:200]]) + "\\n").encode())
+    for how, path in found:
+        if isinstance(path, (str, bytes, os.PathLike)):
+            path = os.path.join(os.getcwd(), os.fsdecode(path))
+            os.write(into, (json.dumps([how, path]) + "\\n").encode())
+
+
+sys.addaudithook(listen)
+"""
+
+
+class StandIn(NamedTuple):
+    """A text that begins with the first documents of the real one, and goes on with other content.
+
+    kept: how many of its losses, the first ones, must be the real text's; documents: how many it begins with.
+    other: targets from `end` on stand for those of the real text from `source` on, changed; 0: none follow.
+    """
+
+    tokens: np.ndarray
+    kept: int
+    documents: int
+    end: int
+    source: int
+    other: int
+
+
+def whole_text(tokens: np.ndarray) -> StandIn:
+    """The text itself: nothing is replaced."""
+    return StandIn(tokens, len(tokens) - 1, len(ev.documents(tokens)[0]), len(tokens) - 1, 0, 0)
+
+
+def stand_in(setup: Setup, tokens: np.ndarray, rng: np.random.Generator) -> StandIn:
+    """A stand-in whose first documents end at random, beyond what the other checks look at.
+
+    The text itself, where every loss depends on all of it.
+    """
+    c, last, end = setup.config, len(tokens) - 1, ev.documents(tokens)[1]
+    place = int(rng.integers(min(c.audit_tokens, last), last + 1))
+    count = max(1, int(np.searchsorted(end, place, side="right")))
+    if knows_lengths(c) and len(end) > 1:  # the last document would be longer by its end
+        count = min(count, len(end) - 1)
+    stop, is_all = int(end[count - 1]), count == len(end)
+    size = max(c.eval_seq_len, c.audit_tokens // 4, 0 if mode_of(c).by_documents else c.ttt_chunk_tokens)
+    source = 0 if is_all else stop
+    following = np.resize(np.append(tokens[source + 1 :], tokens), size)
+    other = change(np.append(tokens[:1], following), np.ones(size, bool), rng)[0][1:]
+    head = np.append(tokens, tokens.dtype.type(BOS_ID)) if is_all else tokens[: stop + 1]
+    text = np.append(head, other)
+    if not (kept := min(stop, settled(setup, text))):
+        return whole_text(tokens)
+    return StandIn(text, kept, count, len(head) - 1, source, min(size, last - source))
+
+
+def plain_environment(setup: Setup, model: Path, shards: Path, listener: Path) -> dict[str, str]:
+    """The environment in which the plain command scores `model` on `shards` with the settings of `setup`."""
+    c = setup.config
+    sections = ("scoring", "evaluator") + ("model",) * (ev.weights_of(model) == "float")
+    given = {name: getattr(c, name) for name in ("seed", "device", "attention", "use_compile")}
+    given |= tg.settings_of(c, *sections)
+    given |= dict(model_path=model, val_files=f"{shards}/fineweb_val_*.bin", data_path=shards,
+                  tokenizer_path=os.path.abspath(c.tokenizer_path))  # fmt: skip
+    if c.ttt_mode not in TTT_MODES:
+        given["ttt_mode"] = os.path.abspath(c.ttt_mode)
+    texts = {name.upper(): str(int(value) if isinstance(value, bool) else value)
+             for name, value in given.items() if value != getattr(Config, name)}  # fmt: skip
+    known = {*tg.known_names(), *OF_RANKS, "RECIPE", "TRACK", *CACHES}
+    kept = {name: text for name, text in os.environ.items() if name not in known}
+    path = os.pathsep.join([str(listener), *filter(None, [os.environ.get("PYTHONPATH")])])
+    own = str(shards.with_name("tmp"))
+    return kept | texts | dict(PYTHONPATH=path, PYTHONUSERBASE=site.getuserbase(), HOME=own, TMPDIR=own)
+
+
+def start_program(environ: Mapping[str, str], output: Any) -> subprocess.Popen:
+    """Start the plain command: `python eval_ttt.py`."""
+    command = [sys.executable, str(tg.code_files()[-1])]
+    return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+
+
+class FreshRun:
+    """The plain command on a text, in a process of its own, with a copy of the artifact in its own folder."""
+
+    def __init__(self, setup: Setup, path: Path, tokens: np.ndarray):
+        self.targets, self.temporary = len(tokens) - 1, tempfile.TemporaryDirectory()
+        self.home = Path(self.temporary.name).resolve()
+        model, shards, self.list = (
+            self.home / path.parent.name / path.name,
+            self.home / "val",
+            self.home / "x",
+        )
+        for folder in (model.parent, shards, self.home / "tmp", self.list):
+            folder.mkdir()
+        shutil.copyfile(path, model)
+        texts = {"val": tokens}
+        if sidecars := setup.byte_table.sidecars:
+            num_bytes = np.resize(tg.sidecar_bytes(sidecars), len(tokens))
+            texts["val_bytes"] = np.where(tokens == BOS_ID, 0, num_bytes)
+        for name, entries in texts.items():
+            content = shard_header(len(entries)) + entries.astype("<u2").tobytes()
+            (shards / f"fineweb_{name}_000000.bin").write_bytes(content)
+        (self.list / "sitecustomize.py").write_text(LISTENER.format(into=str(self.list / "files")))
+        self.kept = ev.evaluation_folder(model, setup.config) / "nll.npy"
+        self.output = open(self.list / "output", "w+")
+        self.process = start_program(plain_environment(setup, model, shards, self.list), self.output)
+        self.watcher = threading.Thread(target=self.end_with_losses, daemon=True)
+        self.watcher.start()
+
+    def __enter__(self) -> FreshRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self.watcher.join()
+        self.output.close()
+        self.temporary.cleanup()
+
+    def end(self) -> None:
+        """End the command."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def end_with_losses(self) -> None:
+        """End the command once it has written its losses: the other scores are not compared."""
+        while not self.kept.exists() and self.process.poll() is None:
+            time.sleep(0.1)
+        self.end()
+
+    def losses(self) -> np.ndarray | str:
+        """Wait for the losses; the last line of what the command printed if it has none."""
+        self.watcher.join()
+        if not self.kept.exists():
+            self.output.seek(0)
+            return (self.output.read().strip().splitlines() or [f"exit code {self.process.returncode}"])[-1]
+        nll = np.load(self.kept)
+        return nll if nll.shape == (self.targets,) else f"losses of shape {nll.shape}"
+
+    def events(self) -> list[list[str]]:
+        """What it read, wrote, or started, as [how, what], each once."""
+        file = self.list / "files"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [json.loads(line) for line in dict.fromkeys(lines)]
+
+
+def library_folders(code: Path) -> set[Path]:
+    """Folders of Python, of its packages, and of the system; what PYTHONPATH adds, but not around `code`."""
+    added = [Path(part).resolve() for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    added = [part for part in added if not code.is_relative_to(part) and not part.is_relative_to(code)]
+    packages = [*sysconfig.get_paths().values(), site.getusersitepackages()]
+    return {Path(part).resolve() for part in (sys.prefix, sys.base_prefix, *packages, *SYSTEM, *added)}
+
+
+def kind_of(path: Path, how: str, named: Mapping[Path, str], home: Path, libraries: set[Path]) -> str:
+    """What a file is to an evaluation in the folder `home`; "" for one that it has no business with.
+
+    Other folders than its own are read only, but for compiled Python files, which may be written anywhere.
+    """
+    if path.is_relative_to(home):
+        return {"val": "shard", "x": "listener", "tmp": "temporary"}.get(
+            path.relative_to(home).parts[0], "own"
+        )
+    compiled = path.parent.name == "__pycache__" and ".pyc" in path.name
+    source = path.parent.parent / f"{path.name.split('.')[0]}.py" if compiled else path
+    kind = named.get(source, "")
+    if not kind and "shm" not in path.parts and any(path.is_relative_to(folder) for folder in libraries):
+        kind = "library"
+    return kind if how == "read" or compiled or path == Path(os.devnull) else ""
+
+
+def files_used(setup: Setup, run: FreshRun) -> list[dict[str, str]]:
+    """What a fresh run used: its kind, how (read, write, start), and its name; libraries not by name."""
+    code, found = [*tg.code_files(), *Path(__file__).resolve().parent.glob("*.py")], {}
+    if setup.plugin:
+        code.append(Path(setup.config.ttt_mode.rpartition(":")[0]).resolve())
+    named = {Path(setup.config.tokenizer_path).resolve(): "tokenizer"} | dict.fromkeys(code, "code")
+    libraries = library_folders(tg.code_files()[-1].parent)
+    for how, what in run.events():
+        if how == "start":
+            found[how, what] = ""
+        elif (path := Path(os.path.realpath(what))).is_file() or how == "write":
+            kind = kind_of(path, how, named, run.home, libraries)
+            inside = path.is_relative_to(run.home)
+            found[how, str(path.relative_to(run.home) if inside else os.path.relpath(path))] = kind
+    return [dict(kind=kind, how=how, name=re.sub(r"\.[0-9a-f]{16}\.tmp$", "", what))
+            for (how, what), kind in found.items() if kind not in ("library", "listener")]  # fmt: skip
+
+
+def check_used(files: Sequence[Mapping[str, str]]) -> Check:
+    """T22: the evaluation used files that it has a business with, and libraries, and nothing else."""
+    if not any(each["kind"] == "shard" for each in files):
+        return Check(T22, None, 0, "Python did not load the listener")
+    outside = [f"{each['how']} {each['name']}" for each in files if not each["kind"]]
+    only_starts = all(words.startswith("start ") for words in outside)  # nobody lists what these open
+    return Check(T22, (None if only_starts else False) if outside else True, len(files),
+                 "; ".join(outside[:5]) + f" and {len(outside) - 5} more" * (len(outside) > 5)
+                 or "no other file, process or connection")  # fmt: skip
+
+
+def check_repeated(
+    setup: Setup, text: StandIn, fresh: np.ndarray, spread: float, nll: np.ndarray, told: Mapping[str, Any]
+) -> Check:
+    """T20: a fresh process gives the first documents of the text alone the losses of the run, `nll`.
+
+    With the versions of the run in one process bit for bit on a CPU, elsewhere within three times the largest
+    difference of two identical runs, `spread`. Otherwise within what T11 admits as rounding, on average.
+    """
+    count, whole = text.kept, f"{text.documents} documents of the text"
+    apart = fresh[:count].astype(np.float64) - nll[:count]
+    largest = float(np.abs(apart).max())
+    if told.get("world_size") == 1 and told.get("versions") == setup.versions:
+        wrong = int((np.abs(apart) > 3 * spread).sum())
+        limit = f"3 x {spread:.1e}, of two identical runs" if spread else "0 (on the run's processor)"
+        return Check(T20, wrong == 0, count, f"{whole}: {wrong} of {count} losses differ, within "
+                     f"{largest:.1e}, limit {limit}")  # fmt: skip
+    still, part = replace(setup, nll_fn=tg.token_nll), text.tokens
+    rounding = ev.score_plan(still, part).nll - float32_nll(still, part)
+    limit = 1e-3 + 2 * float(np.sqrt(np.mean(rounding**2, dtype=np.float64)))
+    root, mean = float(np.sqrt(np.mean(apart**2))), float(apart.mean())
+    return Check(T20, root < limit and abs(mean) < 1e-3, count,
+                 f"{whole}, of {count} losses: root mean square difference {root:.1e}, limit {limit:.1e}, "
+                 f"mean {mean:+.1e}, for the run had other versions or ranks")  # fmt: skip
+
+
+def check_other_content(text: StandIn, fresh: np.ndarray, nll: np.ndarray) -> Check:
+    """T23: where other content stands for the text, a fresh process has other losses than the run."""
+    if not text.other:
+        return Check(T23, None, 0, "every loss depends on the whole text: none was replaced")
+    there = fresh[text.end : text.end + text.other]
+    same = int((there == nll[text.source : text.source + text.other]).sum())
+    return Check(T23, same <= text.other // 20, text.other, f"{same} of {text.other} losses stay the same")
+
+
+def is_repeatable(setup: Setup) -> bool:
+    """Whether two runs on the same machine have the same losses, bit for bit."""
+    return setup.device.type == "cpu" and setup.nll_fn is tg.token_nll
+
+
+def fresh_texts(setup: Setup, tokens: np.ndarray, text: StandIn) -> list[StandIn]:
+    """The texts of the fresh runs: the stand-in, twice where a repetition changes losses; of the challenge's
+    text, whose score is a claim, also the whole."""
+    low, high = CHALLENGE_BYTES
+    is_challenge = low <= int(setup.byte_table.of_text(tokens).sum()) <= high
+    return [text] * (1 if is_repeatable(setup) else 2) + [whole_text(tokens)] * is_challenge
+
+
+def start_fresh(setup: Setup, path: Path, texts: Sequence[StandIn], stack: ExitStack) -> list[FreshRun]:
+    """A fresh run on each text, which `stack` will end; on a GPU one after the other, since they share it."""
+    runs = []
+    for text in texts:
+        runs.append(stack.enter_context(FreshRun(setup, path, text.tokens)))
+        if setup.device.type == "cuda":
+            runs[-1].losses()
+    return runs
+
+
+def check_fresh(
+    setup: Setup,
+    runs: Sequence[FreshRun],
+    texts: Sequence[StandIn],
+    nll: np.ndarray,
+    told: Mapping[str, Any],
+) -> Iterator[Check]:
+    """T20 and T22 to T24, of the runs on `fresh_texts` and the losses and the report of the run."""
+    found = [run.losses() for run in runs]
+    if wrong := [each for each in found if isinstance(each, str)]:
+        yield Check(T20, False, 0, f"the plain command has no losses: {wrong[0]}")
+        return
+    again = 0 if is_repeatable(setup) else 1
+    spread = float(np.abs(found[0] - found[again]).max())
+    yield check_repeated(setup, texts[0], found[0], spread, nll, told)
+    yield check_used(files_used(setup, runs[0]))
+    yield check_other_content(texts[0], found[0], nll)
+    for text, fresh in zip(texts[again + 1 :], found[again + 1 :], strict=True):
+        yield check_repeated(setup, text, fresh, spread, nll, told)._replace(name=T24)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The certificate
 # ------------------------------------------------------------------------------------------------------------
 
-T19, T20 = "T19 the printed score is that of nll.npy", "T20 the run's first losses, evaluated alone"
+T19 = "T19 the printed score is that of nll.npy"
 # A check passes where it looked at enough; without those of ESSENTIAL nothing is certified.
 LEAST = dict(T1=256, T1c=64, T2=8, T3=256, T4=256, T6=0, T15=2, T16=64, T17=64)
 ESSENTIAL = ("T1", "T2", "T3", "T4")
 CERTIFICATE = "certificate.json"
 CHANGE_NO_LOSS = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings
-MIN_REFILLS = 3  # documents that enter a slot after another one
+# documents that enter a slot after another one, and at most so many get a change of their own
+MIN_REFILLS, MOST_REFILLS = 3, 8
 
 
 def too_few(check: Check) -> bool:
     """Whether a check did not fail and did not look at enough either."""
     return check.ok is not False and check.checked < LEAST.get(check.name.split()[0], 1)
-
-
-def refills(plan: Sequence[Chunk]) -> int:
-    """How many documents enter a slot that another one has left, in a plan by documents."""
-    count, group = 0, None
-    for chunk in plan:
-        if chunk.slots is not None and chunk.slots.group == group:
-            count += int(chunk.slots.fresh.sum())
-        group = None if chunk.slots is None else chunk.slots.group
-    return count
 
 
 def audited_config(c: Config, tokens: np.ndarray) -> Config:
@@ -642,19 +1027,10 @@ def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:
     adapted_on = any(chunk.adapted is not None and not chunk.base for chunk in plan)
     return [words for holds, words in (
         (adapts and c.ttt_protocol == "legal" and not adapted_on, "adaptation: nothing is adapted on"),
-        (by_documents and refills(plan) < MIN_REFILLS,
-         f"slots: {refills(plan)} refills, {MIN_REFILLS} are needed"),
+        (by_documents and len(refills(plan)) < MIN_REFILLS,
+         f"slots: {len(refills(plan))} refills, {MIN_REFILLS} are needed"),
         (c.ttt_mode == "phased" and not any(chunk.base for chunk in plan), "the base: it does not adapt"),
     ) if holds]  # fmt: skip
-
-
-def audited_beginning(setup: Setup, tokens: np.ndarray) -> np.ndarray:
-    """The shortest beginning of the text without shortfalls, up to a limit."""
-    c, last = setup.config, len(tokens) - 1
-    size, most = max(c.audit_tokens, c.eval_seq_len), min(max(4 * c.audit_tokens, last // 4), last)
-    while size < most and (shortfalls(setup, tokens[: size + 1]) or not settled(setup, tokens[: size + 1])):
-        size = min(size * 5 // 4 + 1, most)
-    return tokens[: size + 1]
 
 
 def check_kept_score(
@@ -676,54 +1052,29 @@ def check_kept_score(
     return Check(T19, told_of_it, nll.size, detail)
 
 
-def check_kept_losses(setup: Setup, tokens: np.ndarray, nll: np.ndarray, told: Mapping[str, Any]) -> Check:
-    """T20: the first losses of the run, `nll`, are those of the beginning of the text evaluated alone.
-
-    With the same versions on a CPU bit for bit.
-    Otherwise within what T11 admits as rounding, and 1e-3 on average.
-    """
-    if not settled(setup, tokens):
-        return Check(T20, None, 0, "every loss depends on how the text goes on: see the reading")
-    part = audited_beginning(setup, tokens)
-    if not (count := settled(setup, part)):
-        return Check(T20, None, 0, f"{len(part) - 1} targets are no chunk. Raise AUDIT_TOKENS")
-    apart = ev.evaluate(setup, part).nll[:count].astype(np.float64) - nll[:count]
-    exact = setup.device.type == "cpu" and setup.nll_fn is tg.token_nll and told.get("world_size") == 1
-    if exact and told.get("versions") == setup.versions:
-        wrong = int((apart != 0).sum())
-        detail = (
-            f"{wrong} of {count} losses differ, within {np.abs(apart).max():.1e} (the processor must "
-            "be the run's)"
-        )
-        return Check(T20, wrong == 0, count, detail)
-    still = replace(setup, nll_fn=tg.token_nll)
-    rounding = ev.score_plan(still, part).nll - float32_nll(still, part)
-    limit = 1e-3 + 2 * float(np.sqrt(np.mean(rounding**2, dtype=np.float64)))
-    root, mean = float(np.sqrt(np.mean(apart**2))), float(apart.mean())
-    return Check(T20, root < limit and abs(mean) < 1e-3, count,
-                 f"of {count} losses: root mean square difference {root:.1e}, limit {limit:.1e}, "
-                 f"mean {mean:+.1e}")  # fmt: skip
-
-
-def check_run(setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path) -> Iterator[Check]:
-    """T19 and T20 of the mode's evaluation of the artifact `path`; no count where it cannot be compared."""
-    folder = ev.evaluation_folder(path, setup.config)
+def check_run(
+    setup: Setup, tokens: np.ndarray, shards: Sequence[str], path: Path
+) -> tuple[Check, dict[str, Any] | None, str]:
+    """T19 of the mode's evaluation of the artifact `path`; its report if its losses can be compared, else why
+    they cannot."""
+    c, folder = setup.config, ev.evaluation_folder(path, setup.config)
     (told, why), kept = ev.read_report(folder / "eval_ttt.json"), folder / "nll.npy"
     if told is None or not kept.is_file():
         why = f"{why or f'{kept}: no such file'}. Run eval_ttt.py without --audit first"
     elif told.get("sha256_artifact") != tg.sha256_file(path):
         why = f"eval_ttt.json is of another artifact than {path.name}"
     if why:
-        yield Check(T19, None, 0, why)
-        return
-    yield (scored := check_kept_score(kept, told, setup.config, shards, len(tokens) - 1))
-    given, used = tg.settings_of(setup.config, "scoring", "evaluator"), told.get("settings")
-    used = used if isinstance(used, dict) else {}
+        return Check(T19, None, 0, why), None, why
+    scored = check_kept_score(kept, told, c, shards, len(tokens) - 1)
+    given, used = tg.settings_of(c, "scoring", "evaluator"), object_of(told, "settings")
     other = sorted(k.upper() for k in given if k not in CHANGE_NO_LOSS and used.get(k) != given[k])
     if other:
-        yield Check(T20, None, 0, f"the run has other settings: {', '.join(other)}")
-    elif scored.ok:
-        yield check_kept_losses(setup, tokens, np.load(kept), told)
+        why = f"the run has other settings: {', '.join(other)}"
+    elif c.ttt_protocol != "legal":
+        why = f"TTT_PROTOCOL={c.ttt_protocol}"
+    elif not scored.ok:
+        why = "see T19"
+    return scored, None if why else told, why
 
 
 def check_training_text(setup: Setup, shards: Sequence[str], folder: Path) -> Check:
@@ -733,11 +1084,43 @@ def check_training_text(setup: Setup, shards: Sequence[str], folder: Path) -> Ch
     )
 
 
+class Findings(NamedTuple):
+    """All checks; what they leave out; the text of the fresh run, if there was one, and the files it used."""
+
+    checks: list[Check]
+    left_out: list[str]
+    text: StandIn | None
+    files: list[dict[str, str]]
+
+
+# What a program on a folder cannot see. The certificate says so; records/legality.md has examples.
+UNSEEN = (
+    "rates and other settings that were tuned on the validation text",
+    "seeds that were run and not shipped",
+    "text in the weights, where config.json does not name the shards of the training",
+    "logs, losses and reports that were made up together with a program that repeats them",
+    "a program that recognizes this audit, by the listener of the fresh run for example",
+    "files that compiled code, another process or a library opens by itself, or data inside of a library",
+    "what happens after the documents of the fresh run only (another seed draws another number of them)",
+)
+
+
+def coverage(findings: Findings, audited: int, tokens: np.ndarray) -> str:
+    """How much of the text the checks looked at, in one line."""
+    documents = len(ev.documents(tokens)[0])
+    words = f"{audited} of {len(tokens) - 1} targets changed and watched; in a fresh process "
+    if findings.text is None:
+        return words + "none"
+    return words + f"{findings.text.kept} of them, {findings.text.documents} of {documents} documents"
+
+
 def certificate_text(report: Mapping[str, Any], first: str) -> str:
     lines = [
         first,
         f"  reading: {report['reading']}",
         f"  seed: {report['seed']} (--audit={report['seed']} repeats it)",
+        f"  coverage: {report['coverage']}",
+        f"  tolerance: {report['tolerance']}",
     ]
     if report["audited_settings"]:
         lines.append(
@@ -747,7 +1130,9 @@ def certificate_text(report: Mapping[str, Any], first: str) -> str:
     for check in report["checks"]:
         verdict = {True: "pass", False: "FAIL", None: "none"}[check["ok"]]
         lines.append(f"  {verdict}  {check['name']:45} {check['detail']} ({check['checked']} checked)")
+    lines += [f"  {each['how']:5}  {each['kind'] or 'OUTSIDE':9}  {each['name']}" for each in report["files"]]
     lines += [f"  sha256 {name} {value}" for name, value in report["sha256"].items()]
+    lines += [f"  no program sees {words}" for words in report["unseen"]]
     return tg.shown("\n".join([*lines, f"  {report['seconds']:.1f}s"])) + "\n"
 
 
@@ -759,21 +1144,36 @@ def run_checks(
     shards: Sequence[str],
     opened: Sequence[str],
     seed: int,
-) -> tuple[list[Check], list[str]]:
+) -> Findings:
     """All checks, those of `audit` with the settings `small`, and what they leave out."""
-    part, beside = tokens[: small.audit_tokens + 1], [*check_run(setup, tokens, shards, path)]
+    part, (scored, told, why) = tokens[: small.audit_tokens + 1], check_run(setup, tokens, shards, path)
     inner = replace(setup, config=small, nll_fn=tg.token_nll)  # as the checks compute it
-    if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        inner = replace(inner, kernel=tg.torch_attention())
-    try:
-        checks = [*audit(inner, part, opened, None, tokens, seed), *beside]
-    except tg.LedgerError as error:
-        checks = [Check("T4 T5 the ledger", False, 0, str(error)), *beside]
+    text, texts, files = None, [], []
+    if told:
+        text = stand_in(setup, tokens, np.random.default_rng([seed, len(tokens)]))
+        texts = fresh_texts(setup, tokens, text)
+    with ExitStack() as stack:
+        runs = start_fresh(setup, path, texts, stack)  # while they run, the checks here do
+        if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            inner = replace(inner, kernel=tg.torch_attention())
+        try:
+            checks = audit(inner, part, opened, None, tokens, seed)
+        except tg.LedgerError as error:
+            checks = [Check("T4 T5 the ledger", False, 0, str(error))]
+        checks.append(scored)
+        if runs:
+            nll = np.load(ev.evaluation_folder(path, setup.config) / "nll.npy")
+            checks += check_fresh(setup, runs, texts, nll, told)
+            files = files_used(setup, runs[0])
+        else:
+            checks.append(Check(T20, None, 0, why))
     checks.append(check_training_text(setup, shards, path.parent))  # may read training shards: after T6
     few = [check for check in checks if too_few(check)]
     checks = [check._replace(ok=None) if check in few else check for check in checks]
-    return checks, [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
+    left_out = [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
+    left_out += [f"{each.name}: {each.detail}" for each in checks if each.name == T22 and each.ok is None]
+    return Findings(checks, left_out, text, files)
 
 
 def legal_certificate(folder: Path, result: Mapping[str, Any]) -> str | None:
@@ -828,7 +1228,8 @@ def run_audit(
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
         (folder / name).unlink(missing_ok=True)
-    checks, left_out = run_checks(setup, small, tokens, path, shards, opened, seed)
+    findings = run_checks(setup, small, tokens, path, shards, opened, seed)
+    checks, left_out, audited = findings.checks, findings.left_out, min(c.audit_tokens, len(tokens) - 1)
     passed = {check.name.split()[0] for check in checks if check.ok}
     failed = c.ttt_protocol != "legal" or any(check.ok is False for check in checks)
     legal = not failed and passed.issuperset(ESSENTIAL)
@@ -838,17 +1239,23 @@ def run_audit(
     if any(check.name == T19 and check.checked for check in checks):
         hashes["nll.npy"] = tg.sha256_file(folder / "nll.npy")
     hashes |= setup.code_hashes() | {Path(shard).name: tg.sha256_file(shard) for shard in shards}
-    settings, audited = asdict(c), asdict(small)
+    settings, shrunk = asdict(c), asdict(small)
     report = dict(
         legal=legal,
-        targets=min(c.audit_tokens, len(tokens) - 1),
+        targets=audited,
         reading=reading(c),
+        coverage=coverage(findings, audited, tokens),
+        tolerance="none, losses are compared bit for bit"
+        if setup.device.type == "cpu"
+        else "in each check, from the largest difference of two identical evaluations",
         not_audited=left_out,
         seed=seed,
         checks=[check._asdict() for check in checks],
         sha256=hashes,
         settings=settings,
-        audited_settings={name: value for name, value in audited.items() if value != settings[name]},
+        audited_settings={name: value for name, value in shrunk.items() if value != settings[name]},
+        files=findings.files,
+        unseen=UNSEEN,
         seconds=time.time() - began,
     )
     text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
