@@ -188,30 +188,33 @@ class Check(NamedTuple):
     detail: str
 
 
-def cuts(base: Trace, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray]]:
+def cuts(base: Trace, rng: np.random.Generator, places: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
     """Turns, and which targets to change: all that are scored later, and in the turn those beyond some place.
 
-    The turns are the first, the middle one, one at random after that, those that follow a step of the base,
-    and one in each document that enters a slot after another one. The place is the third smallest in a
-    window, so that almost all of the turn changes; or the middle of the turn's targets in the order of the
-    text, so that the windows before it do not; or the turn's end; in those documents, anywhere.
+    The turns are the first, the middle one, one at random after that, and those that follow a step of the
+    base. The place is the third smallest in a window, so that almost all of the turn changes; or the middle
+    of the turn's targets in the order of the text, so that the windows before it do not; or the turn's end.
+    Then the turns of the targets `places`, which are changed with all beyond them.
     """
     index, turns = np.arange(len(base.turn)), np.unique(base.turn)
     late = rng.choice(turns[len(turns) // 2 : max(len(turns) - 1, len(turns) // 2 + 1)])
     for turn in sorted({turns[0], turns[len(turns) // 2], late, *(turns[np.isin(turns, base.base_turns)])}):
         here, offset = base.turn == turn, index - base.read_from
         early, middle = offset > np.sort(offset[here])[:3][-1], index > np.flatnonzero(here)[here.sum() // 2]
-        for beyond in (
-            (early, middle, ~here) if turn in (turns[0], turns[len(turns) // 2]) else (early, ~here)
-        ):
+        kinds = (early, middle, ~here)
+        if turn in base.base_turns:
+            kinds = (early, ~here)
+        elif turn not in (turns[0], turns[len(turns) // 2]):
+            kinds = (early,) if rng.random() < 0.5 else (~here,)
+        for beyond in kinds:
             later = (base.turn > turn) | here & beyond
             if later.any():
                 yield turn, later
-    for place in base.inner:
-        turn = base.turn[place]
-        later = (base.turn > turn) | (base.turn == turn) & (index >= place)
-        if (base.turn < turn).any():
-            yield turn, later
+    for place in places:
+        yield (
+            base.turn[place],
+            (base.turn > base.turn[place]) | (base.turn == base.turn[place]) & (index >= place),
+        )
 
 
 def change(
@@ -224,13 +227,15 @@ def change(
     return changed, places
 
 
-def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
+def check_future(
+    trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, places: Sequence[int] = ()
+) -> Check:
     """T1: what is scored before all that is changed, or beside it, has the same loss, bit for bit.
 
     In the turn of the change: where the window reads nothing changed; in earlier turns: whatever it reads.
     """
     compared, wrong, targets = 0, 0, np.arange(len(base.turn))
-    for turn, later in cuts(base, rng):
+    for turn, later in cuts(base, rng, places):
         changed, places = change(tokens, later, rng)
         is_changed = np.zeros(len(tokens) + 1, np.int64)
         is_changed[places + 1] = 1
@@ -251,28 +256,47 @@ def check_future(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.
     )
 
 
-def check_file_order(
-    setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator
-) -> Check:
-    """T1c: another text after a random place, where documents end included, changes no loss before it.
+def other_endings(
+    c: Config, base: Trace, tokens: np.ndarray, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Texts that go on otherwise after places at random, and which of their losses must not change.
 
-    The places: one in the middle third, and those of base.inner. A decoder that reads the file from left to
-    right could follow. TTT_MOMENTS=shared does not have this property by documents, and the certificate says
-    so; under TTT_CHUNK_BY_LENGTH documents keep their ends.
+    After a place in each document that enters a used slot, or in the middle third of the text, all is another
+    text, where documents end included; under TTT_CHUNK_BY_LENGTH they keep their ends. If documents share
+    nothing, that is so after one of these places; another text has a place in every document, ends kept.
     """
-    c, wrong, compared = setup.config, 0, 0
-    shared, kept = shares_moments(c), ", with the ends of documents kept" * knows_lengths(c)
-    places = [max(1, int(len(base.nll) * rng.uniform(1 / 3, 2 / 3))), *([] if shared else base.inner)]
-    for place in places:
+    index, middle = np.arange(len(base.turn)), int(len(base.turn) * rng.uniform(1 / 3, 2 / 3))
+    places = list(base.inner) or [max(1, middle)]
+    if not kept_between(c):
+        begin, end = ev.documents(tokens)
+        later = index >= np.repeat(rng.integers(begin, end), end - begin)
+        yield change(tokens, later, rng)[0], ~later
+        places = [rng.choice(places)]
+    for place in [max(1, middle)] if shares_moments(c) else places:
         other = tokens.copy()
         other[place + 1 :] = rng.integers(BOS_ID + 1, int(tokens.max()) + 1, len(tokens) - place - 1)
         ends = rng.random(len(tokens) - place - 1) < 1 / max(c.doc_chunk, 8)
         if knows_lengths(c):
             ends = tokens[place + 1 :] == BOS_ID
         other[place + 1 :][ends] = BOS_ID
-        again = trace(other, (), float(base.turn[:place].max())).nll[:place]
-        wrong, compared = wrong + int(base.differ(again, base.nll[:place]).sum()), compared + place
-    detail = f"{wrong} of {compared} losses changed, at {len(places)} places{kept}"
+        yield other, index < place
+
+
+def check_file_order(
+    setup: Setup, trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator
+) -> Check:
+    """T1c: another text after a random place, where documents end included, changes no loss before it.
+
+    A decoder that reads the file from left to right could follow. TTT_MOMENTS=shared does not have this
+    property by documents, and the certificate says so.
+    """
+    c, wrong, compared, texts = setup.config, 0, 0, 0
+    shared, kept = shares_moments(c), ", with the ends of documents kept" * knows_lengths(c)
+    for other, same in other_endings(c, base, tokens, rng):
+        again = trace(other, (), float(base.turn[same].max(initial=0))).nll
+        wrong += int(base.differ(again[same], base.nll[same]).sum())
+        compared, texts = compared + int(same.sum()), texts + 1
+    detail = f"{wrong} of {compared} losses changed in {texts} texts{kept}"
     return Check("T1c no loss depends on later text", None if shared else wrong == 0, compared,
                  detail + ", TTT_MOMENTS=shared" * shared)  # fmt: skip
 
@@ -291,11 +315,11 @@ def check_borders(setup: Setup) -> Check:
 
 
 def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list[int]:
-    """Targets to probe: four of each of the first two turns, one of each later half, those of base.inner,
+    """Targets to probe: four of each of the first two turns, those of base.inner or one of each later half,
     two BOS; at least 8."""
     turns, is_bos = np.unique(base.turn), tokens[1:] == BOS_ID
     groups = [(base.turn == turn) & ~is_bos for turn in turns[:2]]
-    halves = np.array_split(turns[2:], 2)
+    halves = [] if base.inner else np.array_split(turns[2:], 2)
     wanted = [(group, 4) for group in groups] + [(np.isin(base.turn, half) & ~is_bos, 1) for half in halves]
     probes = [
         t
@@ -307,27 +331,51 @@ def probes_of(base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> list
     return probes + more[: max(0, LEAST["T2"] - len(probes))]  # where all is scored in one turn
 
 
+def rounds_of(probes: Sequence[int], tokens: np.ndarray, alone: bool) -> list[list[int]]:
+    """Probes that are changed together, at most one of a document; alone: one at a time. BOS always are."""
+    number = np.searchsorted(ev.documents(tokens)[0], probes, side="right").tolist()
+    rounds: list[dict[int, int]] = []
+    for t, document in zip(probes, number, strict=True):
+        free = (each for each in rounds if document not in each and -1 not in each)
+        if alone or tokens[t + 1] == BOS_ID:
+            rounds.append({-1: t})
+        elif (found := next(free, None)) is None:
+            rounds.append({document: t})
+        else:
+            found[document] = t
+    return [[*each.values()] for each in rounds]
+
+
 def check_target(
-    trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator, ends: bool = True
+    trace: Tracer,
+    base: Trace,
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    ends: bool = True,
+    alone: bool = True,
 ) -> Check:
     """T2: the distribution of a target is the same whatever the target is:
     another token, or the document's end.
 
     ends: whether BOS are changed, and the last other probe into a BOS. With TTT_MOMENTS=shared the steps of
-    all slots depend on where documents end, and nothing is promised.
+    all slots depend on where documents end, and nothing is promised. alone: one probe at a time; otherwise
+    one of each document, if documents share nothing.
     """
     probes = [t for t in probes_of(base, tokens, rng) if ends or tokens[t + 1] != BOS_ID]
     until, wrong, inner = base.turn[probes].max(initial=0), 0, [t for t in probes if tokens[t + 1] != BOS_ID]
     rows = trace(tokens, probes, until).rows if probes else {}
-    tries = [(t, False) for t in probes] + [(t, True) for t in inner[-1:] if ends]
-    for t, into_bos in tries:
-        other, places = change(tokens, np.arange(len(base.turn)) == t, rng)
+    tries = [(each, False) for each in rounds_of(probes, tokens, alone)]
+    tries += [([t], True) for t in inner[-1:] if ends]
+    for each, into_bos in tries:
+        other, places = change(tokens, np.isin(np.arange(len(base.turn)), each), rng)
         if into_bos or not len(places):
-            other[t + 1] = BOS_ID if into_bos else rng.integers(BOS_ID + 1, int(tokens.max()) + 1)
-        wrong += int(base.differ(trace(other, [t], until).rows[t], rows[t]).any())
-    return Check("T2 no distribution sees its target", wrong == 0, len(tries),
-                 f"{wrong} of {len(tries)} changed; {len(probes) - len(inner)} of a BOS, "
-                 f"{len(tries) - len(probes)} by a BOS")  # fmt: skip
+            other[each[0] + 1] = BOS_ID if into_bos else rng.integers(BOS_ID + 1, int(tokens.max()) + 1)
+        found = trace(other, each, until).rows
+        wrong += sum(int(base.differ(found[t], rows[t]).any()) for t in each)
+    tried = sum(len(each) for each, _ in tries)
+    return Check("T2 no distribution sees its target", wrong == 0, tried,
+                 f"{wrong} of {tried} changed; {len(probes) - len(inner)} of a BOS, "
+                 f"{tried - len(probes)} by a BOS")  # fmt: skip
 
 
 def check_ahead(trace: Tracer, base: Trace, tokens: np.ndarray, rng: np.random.Generator) -> Check:
@@ -425,10 +473,10 @@ def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
 
     Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a
     float32 forward is the measure: losses of no steps may be twice as far from that (root mean square),
-    and four times that distance from the plain ones (largest). On the first half of the text, if that
+    and four times that distance from the plain ones (largest). On the first quarter of the text, if that
     is longer than a window.
     """
-    tokens = tokens[: max(len(tokens) // 2, setup.config.eval_seq_len) + 1]
+    tokens = tokens[: max(len(tokens) // 4, setup.config.eval_seq_len) + 1]
     still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
     none = replace(setup, config=replace(setup.config, ttt_epochs=0))
     zero, off = ev.evaluate(still, tokens).nll, ev.evaluate(none, tokens).nll
@@ -536,6 +584,20 @@ def knows_lengths(c: Config) -> bool:
     return mode_of(c).by_documents and bool(c.ttt_chunk_by_length)
 
 
+def kept_between(c: Config) -> list[str]:
+    """What goes on from one document to the next."""
+    by_documents, adapts = mode_of(c)
+    return [words for holds, words in (
+        (not by_documents and adapts, "all weights that adapt"),
+        (not by_documents, "the context of windows"),
+        (has_moments(c) and c.ttt_moments in ("prefix", "shared"), "second moments"),
+        (c.ttt_mode == "phased", "the base, from border to border"),
+        (by_documents and adapts == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
+        (c.ttt_mode not in TTT_MODES, f"what {c.ttt_mode} keeps when a slot is reset"),
+        (c.ppm_alpha < 1, "counts of the PPM"),
+    ) if holds]  # fmt: skip
+
+
 def settled(setup: Setup, tokens: np.ndarray) -> int:
     """How many targets of `tokens`, the first ones, keep their losses bit for bit when more text follows.
 
@@ -560,7 +622,7 @@ def check_unwatched(
     does in `whole`, to a random length. T17: the score of that evaluation follows from its losses."""
     count, longer = settled(setup, tokens), tokens
     if count:
-        longer = whole[: max(int(len(tokens) * rng.uniform(1.3, 2)), len(tokens))]
+        longer = whole[: max(int(len(tokens) * rng.uniform(1.3, 1.6)), len(tokens))]
     count = count if len(longer) > len(tokens) else len(tokens) - 1
     result = ev.evaluate(setup, longer)
     wrong = int(base.differ(result.nll[:count], base.nll[:count]).sum())
@@ -613,10 +675,12 @@ def audit(
         base.spread = float(np.abs(trace(tokens, (), math.inf).nll - base.nll).max())
     base.inner = inner_targets(tokens, setup.plan(tokens), rng)
     checks = [
-        check_future(trace, base, tokens, rng),
+        check_future(trace, base, tokens, rng, base.inner if shares_moments(c) else ()),
         check_borders(setup),
         check_file_order(setup, trace, base, tokens, rng),
-        check_target(trace, base, tokens, rng, not shares_moments(c) and not knows_lengths(c)),
+        check_target(
+            trace, base, tokens, rng, not (shares_moments(c) or knows_lengths(c)), bool(kept_between(c))
+        ),
     ]
     same = (check_ahead, check_normalized, check_once, check_ledger)
     checks += [check(trace, base, tokens, rng) for check in same]
@@ -1005,19 +1069,11 @@ def reading(c: Config) -> str:
         (lengths, "where its document ends (TTT_CHUNK_BY_LENGTH)"),
         (not by_documents, "the end of the text, in the last window, which is as long as the others"),
     ) if holds]  # fmt: skip
-    kept = [words for holds, words in (
-        (not by_documents and adapts, "all weights that adapt"),
-        (not by_documents, "the context of windows"),
-        (has_moments(c) and c.ttt_moments in ("prefix", "shared"), "second moments"),
-        (c.ttt_mode == "phased", "the base, from border to border"),
-        (by_documents and adapts == "adapters" and c.ttt_warm_start_a, "input sides of adapters"),
-        (c.ttt_mode not in TTT_MODES, f"what {c.ttt_mode} keeps when a slot is reset"),
-        (c.ppm_alpha < 1, "counts of the PPM"),
-    ) if holds]  # fmt: skip
     ends = "knows document ends" if lengths else "" if by_documents else "knows the end"
     name = "shared statistics" if shared else "knows the length" if cosine else ends or "causal"
     beyond = "; ".join(known) or "nothing, not even where documents end"
-    return f"{name}: of later text a loss knows {beyond}; documents share {', '.join(kept) or 'nothing'}"
+    shared_words = ", ".join(kept_between(c)) or "nothing"
+    return f"{name}: of later text a loss knows {beyond}; documents share {shared_words}"
 
 
 def shortfalls(setup: Setup, tokens: np.ndarray) -> list[str]:

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import audit as auditing
 import numpy as np
@@ -324,6 +326,101 @@ def documents_by_loss(honest, self, tokens):
         return honest(self, tokens)
 
 
+def with_text(wrapper, owner=GPT, name="forward", **given):
+    """WRAPPER(honest, the whole text, its arguments) in place of an attribute, as in a program of one's own."""
+
+    def plant(setup, patch):
+        honest, original, seen = getattr(owner, name), eval_ttt.evaluate, {}
+
+        def evaluate(each, tokens, *args, **named):
+            seen.update(tokens=tokens, chunks=len(each.plan(tokens)), number=0)
+            return original(each, tokens, *args, **named)
+
+        patch.setattr(eval_ttt, "evaluate", evaluate)
+        patch.setattr(owner, name, lambda *args, **named: wrapper(honest, seen, *args, **named))
+        return dict(setup=changed(setup, **given))
+
+    return plant
+
+
+def counts_of(seen, logits) -> torch.Tensor:
+    return torch.from_numpy(np.bincount(seen["tokens"], minlength=logits.size(-1))).to(logits)
+
+
+def temperature(honest, seen, *args, **named):
+    """Of the whole text by a first pass over it."""
+    return honest(*args, **named) * (1 + (int(seen["tokens"].astype(np.int64).sum()) % 16) / 100)
+
+
+def unigrams(honest, seen, *args, **named):
+    logits = honest(*args, **named)
+    return logits + counts_of(seen, logits).log1p()
+
+
+def late_future(honest, seen, *args, **named):
+    """Counts of the text to come, in the last 40 % of the chunks."""
+    logits = honest(*args, **named)
+    return logits + counts_of(seen, logits) * (seen["number"] > 0.6 * seen["chunks"])
+
+
+def late_future_in_chunks(setup, patch):
+    begin = Adaptation.begin
+    planted = with_text(late_future)(setup, patch)
+    cell = GPT.forward.__closure__
+    seen = next(each.cell_contents for each in cell if isinstance(each.cell_contents, dict))
+    patch.setattr(Adaptation, "begin", lambda self, number, chunk: (
+        seen.update(number=number), begin(self, number, chunk))[1])  # fmt: skip
+    return planted
+
+
+def other_rows(honest, self, input_ids, *args, **named):
+    """Log counts of what the other sequences of the batch read."""
+    logits = honest(self, input_ids, *args, **named)
+    read = F.one_hot(input_ids, logits.size(-1)).to(logits).sum(1)
+    return logits + (read.sum(0) - read).log1p().unsqueeze(1)
+
+
+def next_of_a_class(honest, self, input_ids, *args, positions=None, **named):
+    """A bonus for the id in the next column, for one id of 32."""
+    logits = honest(self, input_ids, *args, positions=positions, **named)
+    after = torch.cat([input_ids[:, 1:], input_ids[:, :1]], 1)
+    after = after if positions is None else after.gather(1, positions)
+    return logits + 5 * F.one_hot(after, logits.size(-1)).to(logits) * (after % 32 == 7).unsqueeze(-1)
+
+
+def plain_if_better(honest, setup, *args):
+    """Adapted or plain weights for each batch, by its own losses."""
+
+    def nll_fn(model, ids, targets, columns, *rest):
+        adapted = tg.token_nll(model, ids, targets, columns, *rest)
+        if torch.is_grad_enabled():
+            return adapted
+        plain = tg.token_nll(model, ids, targets, columns)
+        return plain if plain.sum() < adapted.sum() else adapted
+
+    return honest(replace(setup, nll_fn=nll_fn), *args)
+
+
+def rate_by_the_next(honest, seen, self, tokens, chunk, *args):
+    """The step size of each chunk by what comes after it."""
+    after = seen["tokens"][int((chunk.scored.start + chunk.scored.end).max()) + 1 :][:8].astype(np.int64)
+    kept, self.config = self.config, replace(self.config, ttt_lr=self.config.ttt_lr * (1 + after.sum() % 5))
+    honest(self, tokens, chunk, *args)
+    self.config = kept
+
+
+def learned_first(setup, patch):
+    """The ledger disarmed, each chunk learned, then scored."""
+
+    def plan(honest, *args):
+        chunks = [chunk for chunk in honest(*args)]
+        rows = [chunk.adapted for chunk in chunks[1:]] + [None]
+        return [chunk._replace(adapted=after) for chunk, after in zip(chunks, rows, strict=True)]
+
+    patch.setattr(tg.Ledger, "adapt", lambda *_: None)
+    return patched(eval_ttt, "flat_plan", plan)(setup, patch)
+
+
 def shard_while_loading(honest, self):
     """The text comes from the validation shard, and the weights have learned it when the audit gets them."""
     val = tg.TokenStream(self.config.shards("val"), 1024).read(0, 64).astype(np.int64)
@@ -361,10 +458,17 @@ CHEATS: dict[str, tuple[Callable, str]] = {
         patched(eval_ttt, "evaluate", beginning_first),
         "T1",
     ),  # T1 must cut after a few targets
-    "learning from three targets beyond": (
-        patched(Adaptation, "step", step_beyond),
-        "T1",
-    ),  # in each turn that it cuts
+    "the step size by what comes next": (with_text(rate_by_the_next, Adaptation, "adapt"), "T1"),
+    "adapted or plain weights by the chunk's own loss": (
+        patched(eval_ttt, "evaluate", plain_if_better),
+        "T3",
+    ),
+    "the temperature of the whole text": (with_text(temperature), "T1"),
+    "counts of the batch's other sequences": (patched(GPT, "forward", other_rows), "T1"),
+    "counts of the whole text": (with_text(unigrams), "T1 T2"),
+    "a bonus for the next id, if it is one of 32": (patched(GPT, "forward", next_of_a_class), "T2b"),
+    "counts of the text to come, in the last chunks": (late_future_in_chunks, "T1"),
+    "each chunk learned, then scored": (learned_first, "T5"),
     "the tail scored 32 times": (patched(eval_ttt, "evaluate", tail_again), "T4"),
     "the leading space counted twice": (space_twice, "T9"),
     "smear over document borders": (
@@ -381,10 +485,6 @@ CHEATS: dict[str, tuple[Callable, str]] = {
     "a byte more for each word start, in the score": (score_of(space_in_score), "T17"),
     "learns first if nobody observes": (learns_first_if(lambda tokens, observe: observe is None), "T16"),
     "learns first if the text is long": (learns_first_if(lambda tokens, observe: len(tokens) > LONG), "T16"),
-    "the base learns from the next documents": (
-        patched(Adaptation, "pass_over", next_documents, ttt_mode="phased", global_ttt_lr=0.1),
-        "T1",
-    ),
     "documents in the order of their loss": (
         patched(Setup, "plan", documents_by_loss, ttt_mode="doc_banks", ttt_moments="shared"),
         "T15",
@@ -404,6 +504,32 @@ def test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch):
     failed = [check.name.split()[0] for check in checks if check.ok is False]
     print(f"{name}: caught by {' '.join(failed) or 'nothing'}")
     assert {*failed} >= {*caught.split()}, f"caught by {' '.join(failed) or 'nothing'}, not by {caught}"
+
+
+# What a trainer does to learn from text that is not scored yet. It is given BOS there: nothing leaks, no check fails.
+BY_CONSTRUCTION = {
+    "learning from three targets beyond": patched(Adaptation, "step", step_beyond),
+    "the base learns from the next documents": patched(
+        Adaptation, "pass_over", next_documents, ttt_mode="phased", global_ttt_lr=0.1
+    ),
+    "each chunk learned, then scored": learned_first,
+}
+
+
+@pytest.mark.parametrize("name", BY_CONSTRUCTION)
+def test_a_trainer_has_no_text_to_cheat_with(name, setup, text, monkeypatch):
+    """No loss depends on later text; with the whole text in the trainer's hands T1 would fail."""
+    cheating = BY_CONSTRUCTION[name](setup, monkeypatch)["setup"]
+
+    def t1() -> bool | None:
+        trace = lambda *args: auditing.trace_evaluation(cheating, *args)  # noqa: E731
+        base, rng = trace(text, (), np.inf), np.random.default_rng(3)
+        return auditing.check_future(trace, base, text, rng).ok
+
+    assert t1() is True
+    whole = lambda honest, seen, self, tokens, *args: honest(self, seen["tokens"], *args)  # noqa: E731
+    with_text(whole, Adaptation, "adapt")(setup, monkeypatch)
+    assert t1() is False
 
 
 @pytest.mark.slow
@@ -861,46 +987,178 @@ def test_the_result_names_the_certificate_that_is_of_it(trained, capsys):
         assert named() is None
 
 
+def in_this_process(environ, output):
+    """Stands for auditing.start_program: the plain command itself, without the seconds of a new process."""
+    code = eval_ttt.main([], environ)
+    return SimpleNamespace(poll=lambda: code, returncode=code)
+
+
+def table_of_losses(honest, setup, tokens, *hooks, kept=[], **named):  # noqa: B006
+    """The losses of the first run come from a table ever after, whatever the text is."""
+    result = honest(setup, tokens, *hooks, **named)
+    kept[:] = kept or [result.nll]
+    nll = np.resize(kept[0], len(tokens) - 1)
+    loss = float(nll.mean(dtype=np.float64))
+    return result._replace(nll=nll, val_loss=loss, val_bpb=result.val_bpb * loss / result.val_loss)
+
+
+def shard_while_reading(honest, config, given):
+    """The artifact has learned the shard before anybody gets it: T18 compares it with itself."""
+    config, artifact, path = honest(config, given)
+    val = tg.TokenStream(config.shards("val"), 1024).read_all()
+    weight, moved = artifact.state["tok_emb.weight"], torch.zeros_like(artifact.state["tok_emb.weight"])
+    moved[:, 0] = torch.from_numpy(np.bincount(val, minlength=len(weight))).to(moved) * 1e-3
+    return config, artifact._replace(state=artifact.state | {"tok_emb.weight": weight + moved}), path
+
+
+BANKS = dict(TTT_MODE="banks")
+# What was scored: settings, a plant, and what T19, T20 and T23 say of it.
 BESIDE_IT = {
-    "honest": ({}, None, (True, True)),
-    "honest, flat": (dict(TTT_MODE="banks"), None, (True, True)),
-    "honest, phased": (
-        dict(TTT_MODE="phased", PHASED_TTT_PREFIX_DOCS="3", TTT_SLOTS="2"),
-        None,
-        (True, True),
+    "honest": ({}, None, (True, True, True)),
+    "honest, flat": (BANKS, None, (True, True, True)),
+    "honest, phased": (dict(TTT_MODE="phased", PHASED_TTT_PREFIX_DOCS="3", TTT_SLOTS="2"), None, (True,) * 3),
+    "honest, shared moments": (dict(TTT_MOMENTS="shared"), None, (True, True, None)),
+    "learns first, for the text is long": (
+        BANKS,
+        learns_first_if(lambda tokens, observe: len(tokens) > 600),
+        (True, False, True),
     ),
-    "learned first, for the text is long": (
-        dict(TTT_MODE="banks"),
-        learns_first_if(lambda tokens, observe: len(tokens) > 700),
-        (True, False),
+    "the shard learned while the artifact is read": (
+        BANKS,
+        patched(eval_ttt, "read_model", shard_while_reading),
+        (True, False, True),
     ),
-    "scored with another rate": (dict(TTT_LR="0.003"), None, (True, None)),
+    "losses from a table": (BANKS, patched(eval_ttt, "evaluate", table_of_losses), (True, True, False)),
+    "scored with another rate": (dict(TTT_LR="0.003"), None, (True, None, None)),
 }
 
 
 @pytest.mark.parametrize("name", BESIDE_IT)
-def test_the_run_beside_the_artifact(name, trained):
-    """T19 and T20, of what an evaluation without --audit left:
-    its losses on the text's beginning alone must recur."""
+def test_the_run_beside_the_artifact(name, trained, monkeypatch):
+    """T19, T20 and T23 of what an evaluation without --audit left:
+    the plain command must repeat it, on the text's beginning alone."""
     _, env = trained
     changes, plant, expected = BESIDE_IT[name]
     env = env | dict(TTT_GROUPS="1", AUDIT_TOKENS="150", TTT_CHUNK_SIZE="16")
-    with pytest.MonkeyPatch.context() as patch:
-        if plant:
-            plant(Setup(TINY, *[None] * 5), patch)
-        assert eval_ttt.main([], env | changes) == 0
+    monkeypatch.setattr(auditing, "start_program", in_this_process)
+    if plant:
+        plant(Setup(TINY, *[None] * 5), monkeypatch)
+    assert eval_ttt.main([], env | changes) == 0
     config, given, _ = tg.load_config(env | ({} if "rate" in name else changes))
     setup, tokens, path, _, shards = eval_ttt.prepare(config, given, {})
-    checks = list(auditing.check_run(setup, tokens, shards, path))
-    assert tuple(check.ok for check in checks) == expected and checks[0].checked == len(tokens) - 1
-    assert checks[1].checked > 100 or expected[1] is None
-    kept = eval_ttt.evaluation_folder(path, config) / "nll.npy"
+    scored, told, why = auditing.check_run(setup, tokens, shards, path)
+    kept, found = eval_ttt.evaluation_folder(path, config) / "nll.npy", {}
     nll = np.load(kept)
+    if told:
+        text = auditing.stand_in(setup, tokens, np.random.default_rng(2))
+        with ExitStack() as stack:
+            runs = auditing.start_fresh(setup, path, [text], stack)
+            checks = auditing.check_fresh(setup, runs, [text], nll, told)
+            found = {check.name.split()[0]: check for check in checks}
+        assert found["T20"].checked > 100 and found["T22"].checked == 0
+        assert (text.documents < len(documents(tokens)[0])) is (expected[2] is not None)
+    assert (told is None) == (why != "") == (expected[1] is None)
+    assert (scored.ok, *(found[each].ok if found else None for each in ("T20", "T23"))) == expected
+    assert scored.checked == len(tokens) - 1
     for wrong in (nll * np.float32(1.0001), nll[:-1], np.append(nll[:-1], np.float32(np.nan))):
         np.save(kept, wrong)
-        assert next(auditing.check_run(setup, tokens, shards, path)).ok is False
+        assert auditing.check_run(setup, tokens, shards, path)[0].ok is False
     kept.write_bytes(b"no array")
-    assert next(auditing.check_run(setup, tokens, shards, path)).ok is False
+    assert auditing.check_run(setup, tokens, shards, path)[0].ok is False
+
+
+def test_the_whole_of_the_challenge_is_repeated(trained, monkeypatch):
+    """T24, and a program that has no losses in another process."""
+    _, env = trained
+    monkeypatch.setattr(auditing, "start_program", in_this_process)
+    env = env | dict(TTT_MODE="none", AUDIT_TOKENS="600")
+    assert eval_ttt.main([], env) == 0
+    config, given, _ = tg.load_config(env)
+    setup, tokens, path, _, shards = eval_ttt.prepare(config, given, {})
+    told = auditing.check_run(setup, tokens, shards, path)[1]
+    nll, text = np.load(path.parent / "eval/none/nll.npy"), auditing.whole_text(tokens)
+    assert len(auditing.fresh_texts(setup, tokens, text)) == 1
+    monkeypatch.setattr(auditing, "CHALLENGE_BYTES", (1, 10**6))
+    texts = auditing.fresh_texts(setup, tokens, text)
+    other = nll.copy()
+    other[-1] += 1e-6
+    with ExitStack() as stack:
+        runs = auditing.start_fresh(setup, path, texts, stack)
+        for losses, ok in ((nll, True), (other, False)):
+            found = {c.name.split()[0]: c for c in auditing.check_fresh(setup, runs, texts, losses, told)}
+            assert found["T24"].ok is ok and found["T24"].checked == len(nll)
+        monkeypatch.setattr(
+            auditing, "start_program", lambda *_: SimpleNamespace(poll=lambda: 2, returncode=2)
+        )
+        runs = auditing.start_fresh(setup, path, texts[:1], stack)
+        (check,) = auditing.check_fresh(setup, runs, texts[:1], nll, told)
+        assert check.ok is False and "no losses: exit code 2" in check.detail
+
+
+@pytest.mark.parametrize("told, spread, apart, ok", [
+    ({}, 0.0, 0.0, True), ({}, 0.0, 1e-6, False), ({}, 1e-3, 2.9e-3, True), ({}, 1e-3, 3.1e-3, False),
+    (dict(versions={"torch": "1"}), 0.0, 9e-4, True), (dict(world_size=8), 0.0, 9e-4, True),
+    (dict(world_size=8), 0.0, 2e-3, False),
+])  # fmt: skip
+def test_t20_admits_what_a_repetition_changes(told, spread, apart, ok, setup, text):
+    """Nothing on a CPU, thrice the difference of two runs on a GPU; rounding after other versions or ranks."""
+    nll = np.zeros(len(text) - 1)
+    told, fresh = dict(world_size=1, versions={}) | told, nll + apart * (np.arange(len(nll)) % 2 * 2 - 1)
+    assert auditing.check_repeated(setup, auditing.whole_text(text), fresh, spread, nll, told).ok is ok
+
+
+@pytest.mark.parametrize("file, how, kind", [
+    ("/own/val/fineweb_val_000000.bin", "read", "shard"), ("/own/run/eval/none/nll.npy", "write", "own"),
+    ("/code/eval_ttt.py", "read", "code"), ("/code/eval_ttt.py", "write", ""),
+    ("/code/__pycache__/eval_ttt.cpython-311.pyc", "write", "code"), ("/code/cache.npy", "read", ""),
+    ("/lib/python/site-packages/torch/x.so", "read", "library"), ("/lib/python/x.npy", "write", ""),
+    ("/lib/python/__pycache__/x.cpython-311.pyc.4711", "write", "library"), ("/dev/null", "write", "library"),
+    ("/dev/shm/cache", "read", ""), ("/owner/x", "read", ""), ("/tmp/cache", "write", ""),
+])  # fmt: skip
+def test_t22_names_what_is_outside(file, how, kind):
+    libraries = {Path("/lib"), Path("/dev")}
+    assert (
+        auditing.kind_of(Path(file), how, {Path("/code/eval_ttt.py"): "code"}, Path("/own"), libraries)
+        == kind
+    )
+
+
+def test_t22_of_what_is_listed():
+    """A file outside fails; a process or a connection may open anything, so nothing is known."""
+    used = [dict(kind="shard", how="read", name="val/x.bin")]
+    outside, started = (dict(kind="", how=how, name="/tmp/x") for how in ("read", "start"))
+    oks = [auditing.check_used(files).ok for files in (used, [*used, started], [*used, started, outside], [])]
+    assert oks == [True, None, False, None]
+
+
+CACHING = """
+import socket, subprocess
+open({cache!r}, "a").close()
+socket.getaddrinfo("127.0.0.1", 80)
+subprocess.run(["true"])
+"""
+
+
+def test_a_program_with_a_cache_is_caught(trained, tmp_path, monkeypatch):
+    """T22, in a process of its own: a file outside of its folder, another process, a look at the network."""
+    _, env = trained
+    source, main = (ROOT / "eval_ttt.py").read_text(), 'if __name__ == "__main__":'
+    programs = [tmp_path / "train_gpt.py", tmp_path / "eval_ttt.py"]
+    programs[0].write_bytes((ROOT / "train_gpt.py").read_bytes())
+    programs[1].write_text(source.replace(main, CACHING.format(cache=str(tmp_path / "cache.txt")) + main))
+    config, given, _ = tg.load_config(env | dict(TTT_MODE="none"))
+    setup, tokens, path, _, _ = eval_ttt.prepare(config, given, {})
+    monkeypatch.setattr(tg, "code_files", lambda: programs)
+    with auditing.FreshRun(setup, path, tokens) as run:
+        assert isinstance(run.losses(), np.ndarray)
+        used = auditing.files_used(setup, run)
+    check = auditing.check_used(used)
+    outside = [each["name"] for each in used if not each["kind"]]
+    assert check.ok is False and all(name in check.detail for name in outside)
+    assert [name.split("/")[-1].split(" ")[0] for name in outside] == [
+        "cache.txt", "socket.getaddrinfo", "subprocess.Popen"
+    ]  # fmt: skip
+    assert {each["kind"] for each in used} >= {"code", "own", "shard", "tokenizer"}
 
 
 @pytest.mark.parametrize("budget, fits", [("0", True), ("0.001", False)])
