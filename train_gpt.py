@@ -3102,10 +3102,9 @@ def score(
 ) -> Score:
     """Score tokens (uint16, on the host) chunk by chunk of a plan; every rank gets the whole result.
 
-    The ranks share the windows of a chunk, or take whole groups of documents, batch_seqs windows at a time
-    (None: all). adaptation: its weights score a chunk, then it adapts on that; it is given no token before
-    that is scored. observe: sees windows, batch, and losses before anything adapts. progress: called with the
-    number of each of this rank's chunks. LedgerError if a target is scored twice, never, or after adaptation.
+    The ranks share a chunk's windows, or take groups of documents, batch_seqs windows at a time (None: all).
+    adaptation: scores a chunk, then adapts on it, and gets scored tokens only. observe: sees windows, batch and
+    losses before that; progress: the number of each of this rank's chunks. LedgerError from Ledger's rules.
     """
     device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
     known = np.append(tokens[:1], np.full_like(tokens[1:], BOS_ID))  # to adapt on: what is scored, else BOS
@@ -3126,8 +3125,7 @@ def score(
                 adaptation.select(chunk, index)
             weights = () if adaptation is None else adaptation.replacements()
             losses = nll_fn(model, batch.ids, batch.targets, batch.positions, *weights)
-            # on the host: a mask on the GPU would make it wait
-            row, column = np.nonzero(batch.counts[: len(index)])
+            row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a GPU would wait for a mask
             targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
             entries = torch.from_numpy(row * losses.size(1) + column).to(device)
             nll[targets] = losses.flatten()[entries].float()

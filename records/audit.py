@@ -560,9 +560,10 @@ def refills(plan: Sequence[Chunk]) -> list[int]:
 
 def inner_targets(tokens: np.ndarray, plan: Sequence[Chunk], rng: np.random.Generator) -> list[int]:
     """A random target of each document in a slot that another one has left, of MOST_REFILLS such documents
-    at most; by flat chunks three targets of the text."""
+    at most; by flat chunks one of each quarter of the text."""
     if plan[0].slots is None:
-        return sorted(rng.integers(1, len(tokens) - 1, 3).tolist())
+        quarters = np.linspace(1, len(tokens) - 1, 5).astype(int)
+        return rng.integers(quarters[:-1], np.maximum(quarters[1:], quarters[:-1] + 1)).tolist()
     begin, end = ev.documents(tokens)
     number = np.searchsorted(begin, rng.permutation(refills(plan))[:MOST_REFILLS])
     return sorted(rng.integers(begin[number], end[number]).tolist())
@@ -1023,11 +1024,29 @@ CERTIFICATE = "certificate.json"
 CHANGE_NO_LOSS = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settings
 # documents that enter a slot after another one, and at most so many get a change of their own
 MIN_REFILLS, MOST_REFILLS = 3, 8
+SHORT, MANY = 2048, 6  # targets that any audit looks at, and documents that are enough
 
 
 def too_few(check: Check) -> bool:
     """Whether a check did not fail and did not look at enough either."""
     return check.ok is not False and check.checked < LEAST.get(check.name.split()[0], 1)
+
+
+def audited_place(setup: Setup, tokens: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """First token of the part that is altered and watched, and its number of targets.
+
+    These are AUDIT_TOKENS, but a sixteenth of a short text, so that an audit takes no longer than its
+    evaluation. The part begins at a random one of the documents with which at least MANY begin in it, or as
+    many as there are. With byte sidecars, which are of the whole text, it is the text's beginning.
+    """
+    last, wanted = len(tokens) - 1, setup.config.audit_tokens
+    if setup.byte_table.sidecars:
+        return 0, min(wanted, last)
+    size = min(wanted, max(last // 16, SHORT), last)
+    begin = ev.documents(tokens)[0]
+    count = np.searchsorted(begin, begin + size) - np.arange(len(begin))
+    count[begin + size > last] = 0
+    return int(rng.choice(begin[count >= min(int(count.max()), MANY)])), size
 
 
 def audited_config(c: Config, tokens: np.ndarray) -> Config:
@@ -1161,13 +1180,13 @@ UNSEEN = (
 )
 
 
-def coverage(findings: Findings, audited: int, tokens: np.ndarray) -> str:
+def coverage(findings: Findings, place: tuple[int, int], tokens: np.ndarray) -> str:
     """How much of the text the checks looked at, in one line."""
-    documents = len(ev.documents(tokens)[0])
-    words = f"{audited} of {len(tokens) - 1} targets changed and watched; in a fresh process "
+    documents, (start, size) = len(ev.documents(tokens)[0]), place
+    words = f"of {len(tokens) - 1} targets {size} from {start} on changed and watched; in a fresh process "
     if findings.text is None:
         return words + "none"
-    return words + f"{findings.text.kept} of them, {findings.text.documents} of {documents} documents"
+    return words + f"the first {findings.text.kept}, {findings.text.documents} of {documents} documents"
 
 
 def certificate_text(report: Mapping[str, Any], first: str) -> str:
@@ -1196,13 +1215,15 @@ def run_checks(
     setup: Setup,
     small: Config,
     tokens: np.ndarray,
+    place: tuple[int, int],
     path: Path,
     shards: Sequence[str],
     opened: Sequence[str],
     seed: int,
 ) -> Findings:
-    """All checks, those of `audit` with the settings `small`, and what they leave out."""
-    part, (scored, told, why) = tokens[: small.audit_tokens + 1], check_run(setup, tokens, shards, path)
+    """All checks, those of `audit` with the settings `small` at the `place`, and what they leave out."""
+    rest, (scored, told, why) = tokens[place[0] :], check_run(setup, tokens, shards, path)
+    part = rest[: place[1] + 1]
     inner = replace(setup, config=small, nll_fn=tg.token_nll)  # as the checks compute it
     text, texts, files = None, [], []
     if told:
@@ -1214,7 +1235,7 @@ def run_checks(
             torch.use_deterministic_algorithms(True, warn_only=True)
             inner = replace(inner, kernel=tg.torch_attention())
         try:
-            checks = audit(inner, part, opened, None, tokens, seed)
+            checks = audit(inner, part, opened, None, rest, seed)
         except tg.LedgerError as error:
             checks = [Check("T4 T5 the ledger", False, 0, str(error))]
         checks.append(scored)
@@ -1276,16 +1297,15 @@ def run_audit(
     seed: of what is changed in the text; None: one that nobody knows beforehand.
     """
     c, began = setup.config, time.time()
-    seed, small = (
-        secrets.randbits(32) if seed is None else seed,
-        audited_config(c, tokens[: c.audit_tokens + 1]),
-    )
+    seed = secrets.randbits(32) if seed is None else seed
+    start, size = place = audited_place(setup, tokens, np.random.default_rng([seed, 1]))
+    small = audited_config(c, tokens[start : start + size + 1])
     folder = ev.evaluation_folder(path, c)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
         (folder / name).unlink(missing_ok=True)
-    findings = run_checks(setup, small, tokens, path, shards, opened, seed)
-    checks, left_out, audited = findings.checks, findings.left_out, min(c.audit_tokens, len(tokens) - 1)
+    findings = run_checks(setup, small, tokens, place, path, shards, opened, seed)
+    checks, left_out = findings[:2]
     passed = {check.name.split()[0] for check in checks if check.ok}
     failed = c.ttt_protocol != "legal" or any(check.ok is False for check in checks)
     legal = not failed and passed.issuperset(ESSENTIAL)
@@ -1298,9 +1318,9 @@ def run_audit(
     settings, shrunk = asdict(c), asdict(small)
     report = dict(
         legal=legal,
-        targets=audited,
+        targets=size,
         reading=reading(c),
-        coverage=coverage(findings, audited, tokens),
+        coverage=coverage(findings, place, tokens),
         tolerance="none, losses are compared bit for bit"
         if setup.device.type == "cpu"
         else "in each check, from the largest difference of two identical evaluations",
@@ -1314,7 +1334,7 @@ def run_audit(
         unseen=UNSEEN,
         seconds=time.time() - began,
     )
-    text = certificate_text(report, f"certificate of {path.name} on the first {report['targets']} targets, "
+    text = certificate_text(report, f"certificate of {path.name} on {size} targets, "
                             f"TTT_MODE={c.ttt_mode} TTT_PROTOCOL={c.ttt_protocol}: {verdict}")  # fmt: skip
     print(text, end="", flush=True)
     tg.write_atomically(folder / CERTIFICATE, json.dumps(report, indent=1).encode())

@@ -327,13 +327,13 @@ def documents_by_loss(honest, self, tokens):
 
 
 def with_text(wrapper, owner=GPT, name="forward", **given):
-    """WRAPPER(honest, the whole text, its arguments) in place of an attribute, as in a program of one's own."""
+    """WRAPPER(honest, the whole text, its arguments) in place of an attribute."""
 
     def plant(setup, patch):
         honest, original, seen = getattr(owner, name), eval_ttt.evaluate, {}
 
         def evaluate(each, tokens, *args, **named):
-            seen.update(tokens=tokens, chunks=len(each.plan(tokens)), number=0)
+            seen.update(tokens=tokens)
             return original(each, tokens, *args, **named)
 
         patch.setattr(eval_ttt, "evaluate", evaluate)
@@ -357,20 +357,19 @@ def unigrams(honest, seen, *args, **named):
     return logits + counts_of(seen, logits).log1p()
 
 
-def late_future(honest, seen, *args, **named):
-    """Counts of the text to come, in the last 40 % of the chunks."""
-    logits = honest(*args, **named)
-    return logits + counts_of(seen, logits) * (seen["number"] > 0.6 * seen["chunks"])
+def late_future(setup, patch):
+    """Counts of the whole text, in the last 40 % of the chunks."""
 
+    def begin(honest, self, number, chunk):
+        self.model.is_late = number > 0.6 * self.chunks
+        honest(self, number, chunk)
 
-def late_future_in_chunks(setup, patch):
-    begin = Adaptation.begin
-    planted = with_text(late_future)(setup, patch)
-    cell = GPT.forward.__closure__
-    seen = next(each.cell_contents for each in cell if isinstance(each.cell_contents, dict))
-    patch.setattr(Adaptation, "begin", lambda self, number, chunk: (
-        seen.update(number=number), begin(self, number, chunk))[1])  # fmt: skip
-    return planted
+    def forward(honest, seen, self, *args, **named):
+        logits = honest(self, *args, **named)
+        return logits + counts_of(seen, logits).log1p() * getattr(self, "is_late", False)
+
+    patched(Adaptation, "begin", begin)(setup, patch)
+    return with_text(forward)(setup, patch)
 
 
 def other_rows(honest, self, input_ids, *args, **named):
@@ -459,15 +458,12 @@ CHEATS: dict[str, tuple[Callable, str]] = {
         "T1",
     ),  # T1 must cut after a few targets
     "the step size by what comes next": (with_text(rate_by_the_next, Adaptation, "adapt"), "T1"),
-    "adapted or plain weights by the chunk's own loss": (
-        patched(eval_ttt, "evaluate", plain_if_better),
-        "T3",
-    ),
+    "adapted or plain weights by their own loss": (patched(eval_ttt, "evaluate", plain_if_better), "T1"),
     "the temperature of the whole text": (with_text(temperature), "T1"),
     "counts of the batch's other sequences": (patched(GPT, "forward", other_rows), "T1"),
     "counts of the whole text": (with_text(unigrams), "T1 T2"),
     "a bonus for the next id, if it is one of 32": (patched(GPT, "forward", next_of_a_class), "T2b"),
-    "counts of the text to come, in the last chunks": (late_future_in_chunks, "T1"),
+    "counts of the text to come, in the last chunks": (late_future, "T1"),
     "each chunk learned, then scored": (learned_first, "T5"),
     "the tail scored 32 times": (patched(eval_ttt, "evaluate", tail_again), "T4"),
     "the leading space counted twice": (space_twice, "T9"),
@@ -506,7 +502,7 @@ def test_a_cheat_is_caught_by_name(name, setup, text, monkeypatch):
     assert {*failed} >= {*caught.split()}, f"caught by {' '.join(failed) or 'nothing'}, not by {caught}"
 
 
-# What a trainer does to learn from text that is not scored yet. It is given BOS there: nothing leaks, no check fails.
+# What a trainer does to learn from text that is not scored yet. It is given BOS there: nothing leaks.
 BY_CONSTRUCTION = {
     "learning from three targets beyond": patched(Adaptation, "step", step_beyond),
     "the base learns from the next documents": patched(
@@ -1101,7 +1097,7 @@ def test_the_whole_of_the_challenge_is_repeated(trained, monkeypatch):
     (dict(world_size=8), 0.0, 2e-3, False),
 ])  # fmt: skip
 def test_t20_admits_what_a_repetition_changes(told, spread, apart, ok, setup, text):
-    """Nothing on a CPU, thrice the difference of two runs on a GPU; rounding after other versions or ranks."""
+    """Nothing on a CPU; on a GPU thrice the difference of two runs; rounding after other versions."""
     nll = np.zeros(len(text) - 1)
     told, fresh = dict(world_size=1, versions={}) | told, nll + apart * (np.arange(len(nll)) % 2 * 2 - 1)
     assert auditing.check_repeated(setup, auditing.whole_text(text), fresh, spread, nll, told).ok is ok
