@@ -3103,8 +3103,9 @@ def score(
     """Score tokens (uint16, on the host) chunk by chunk of a plan; every rank gets the whole result.
 
     The ranks share a chunk's windows, or take groups of documents, batch_seqs windows at a time (None: all).
-    adaptation: scores a chunk, then adapts on it, and gets scored tokens only. observe: sees windows, batch and
-    losses before that; progress: the number of each of this rank's chunks. LedgerError from Ledger's rules.
+    adaptation: scores a chunk, then adapts on it, and gets scored tokens only. observe: sees windows, batch
+    and losses before that. progress: called with the number of each of this rank's chunks. LedgerError if
+    a target would be scored twice, never, or after it was adapted on.
     """
     device, began, number = model.tok_emb.weight.device, time.perf_counter(), 0
     known = np.append(tokens[:1], np.full_like(tokens[1:], BOS_ID))  # to adapt on: what is scored, else BOS
@@ -3127,8 +3128,7 @@ def score(
             losses = nll_fn(model, batch.ids, batch.targets, batch.positions, *weights)
             row, column = np.nonzero(batch.counts[: len(index)])  # on the host: a GPU would wait for a mask
             targets = torch.from_numpy((windows.start + windows.begin)[row] + column).to(device)
-            entries = torch.from_numpy(row * losses.size(1) + column).to(device)
-            nll[targets] = losses.flatten()[entries].float()
+            nll[targets] = losses.take(torch.from_numpy(row * losses.size(1) + column).to(device)).float()
             count.index_add_(0, targets, torch.ones_like(targets, dtype=torch.int32))
             if observe is not None:
                 observe(windows, batch, losses)

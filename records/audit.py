@@ -1035,14 +1035,14 @@ def too_few(check: Check) -> bool:
 def audited_place(setup: Setup, tokens: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
     """First token of the part that is altered and watched, and its number of targets.
 
-    These are AUDIT_TOKENS, but a sixteenth of a short text, so that an audit takes no longer than its
+    These are AUDIT_TOKENS, but a 24th of a short text, so that an audit takes no longer than its
     evaluation. The part begins at a random one of the documents with which at least MANY begin in it, or as
     many as there are. With byte sidecars, which are of the whole text, it is the text's beginning.
     """
     last, wanted = len(tokens) - 1, setup.config.audit_tokens
     if setup.byte_table.sidecars:
         return 0, min(wanted, last)
-    size = min(wanted, max(last // 16, SHORT), last)
+    size = min(wanted, max(last // 24, SHORT), last)
     begin = ev.documents(tokens)[0]
     count = np.searchsorted(begin, begin + size) - np.arange(len(begin))
     count[begin + size > last] = 0
