@@ -1010,7 +1010,6 @@ def shard_while_reading(honest, config, given):
 BANKS = dict(TTT_MODE="banks")
 # What was scored: settings, a plant, and what T19, T20 and T23 say of it.
 BESIDE_IT = {
-    "honest": ({}, None, (True, True, True)),
     "honest, flat": (BANKS, None, (True, True, True)),
     "honest, phased": (dict(TTT_MODE="phased", PHASED_TTT_PREFIX_DOCS="3", TTT_SLOTS="2"), None, (True,) * 3),
     "honest, shared moments": (dict(TTT_MOMENTS="shared"), None, (True, True, None)),
