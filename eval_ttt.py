@@ -22,14 +22,11 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -613,15 +610,14 @@ def window_scores(setup: Setup, tokens: np.ndarray) -> dict[str, tg.Score]:
 # from anybody.
 
 
-def read_report(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object in a file and "", or None and why there is none."""
+def read_report(path: Path, **form: Any) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object in a file, with entries of some form, and ""; or None, and why there is none."""
+    if not path.is_file():
+        return None, f"{path}: no such file"
     try:
-        if not path.is_file():
-            return None, f"{path}: no such file"
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        return None, f"{path} cannot be read: {error}"
-    return (content, "") if isinstance(content, dict) else (None, f"{path} is not a JSON object")
+        return tg.parse_json(tg.read_file(path), form, path), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def trained_on_other_text(
@@ -631,15 +627,13 @@ def trained_on_other_text(
 
     Check T21 of the audit. A normal evaluation refuses an artifact that was trained on the validation text.
     """
-    trained, why = read_report(folder / "config.json")
-    settings = (trained or {}).get("config")
-    known = {k: settings.get(k) for k in ("data_path", "train_files")} if isinstance(settings, dict) else {}
-    if not all(isinstance(text, str) for text in known.values()) or not known:
-        return None, 0, why or "config.json does not name the training shards"
-    pattern = replace(config, **known).shards("train")
-    if not (count := len(glob(pattern))):
-        return None, 0, f"the training shards are not here: {pattern}"
+    trained, why = read_report(folder / "config.json", config={"data_path": str, "train_files": str})
+    if trained is None:
+        return None, 0, why
+    known = {name: trained["config"][name] for name in ("data_path", "train_files")}
+    pattern, count = replace(config, **known).shards("train"), 0
     try:
+        count = len(tg.find_shards(pattern))
         stream = tg.TokenStream(pattern, config.vocab_size)
     except UserError as error:
         return None, count, f"the training shards cannot be read: {error}"
@@ -656,15 +650,11 @@ def weights_of(path: Path) -> str:
 
 
 def read_weights(path: Path, config: Config) -> dict[str, Tensor]:
-    """The state dict in a final_model.pt. One-line UserError for a file without this model's weights."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that no torch wrote
-            state = torch.load(path, map_location="cpu", weights_only=True)
+    """The state dict in a final_model.pt. UserError for a file without this model's weights."""
+    with tg.decoding(f"MODEL_PATH={path}", "the weights of this model"):
+        with tg.open_input(path, tg.STATE_FILE) as file:
+            state = tg.load_tensors(file)
         tg.GPT(config).load_state_dict(state)
-    except Exception as error:  # torch, pickle and zip raise errors of many types for broken bytes
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"MODEL_PATH={path} does not hold the weights of this model: {why[:400]}") from error
     return state
 
 
@@ -762,9 +752,15 @@ REPORTS = ("eval_ttt.log", "nll.npy", "documents.csv", "distribution.json", "dis
 
 
 def evaluation_folder(path: Path, config: Config) -> Path:
-    """eval/MODE beside the artifact `path`: the mode or its class, and the protocol if that is not legal."""
+    """eval/MODE beside the artifact `path`: the mode or its class, and the protocol if that is not legal.
+
+    UserError for a link in its place: an evaluation deletes and writes files there.
+    """
     mode, protocol = config.ttt_mode.rpartition(":")[2], config.ttt_protocol
-    return path.parent / "eval" / (mode if protocol == "legal" else f"{mode}_{protocol}")
+    folder = path.parent / "eval" / (mode if protocol == "legal" else f"{mode}_{protocol}")
+    if link := next((part for part in (folder, folder.parent) if part.is_symlink()), None):
+        raise UserError(f"{link} is a link, but an evaluation writes beside its artifact only. Remove it.")
+    return folder
 
 
 class Budget:
@@ -879,8 +875,11 @@ def sample_arguments(argv: Sequence[str]) -> SampleArguments:
     parser.add_argument("--temperature", type=float, default=0.8, help="of the softmax")
     parser.add_argument("--seed", type=int, default=0)
     found = SampleArguments(**vars(parser.parse_args(argv)))
-    if found.count < 1 or found.length < 1 or found.temperature <= 0:
-        raise UserError("--count and --length are at least 1, --temperature is above 0")
+    tg.check_form(found._asdict(), {"seed": int, "temperature": float}, "--sample")
+    with tg.decoding("--prompt", "UTF-8 text"):
+        found.prompt.encode()
+    if not (0 < found.count < 1 << 16 and 0 < found.length < 1 << 16 and found.temperature > 0):
+        raise UserError("--count and --length are from 1 to 65535, --temperature is above 0")
     return found
 
 
@@ -1030,26 +1029,19 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
     return 0
 
 
-def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Exit code 0: done (with --audit: legal), 1: failed or not legal, 2: user error."""
-    argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
-    try:
-        argv, environ = tg.with_arguments(argv, environ)
-        if argv == ["--help"]:
-            print(tg.described("help_text", __doc__))
-            return 0
-        is_audit = len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])
-        if argv and argv[0] == "--sample":
-            sample_arguments(argv[1:])
-        elif argv and not is_audit:
-            raise UserError(f"unknown arguments {' '.join(argv)}: settings are NAME=VALUE, see --help")
-        return run_all(argv, environ)
-    except (UserError, ArithmeticError, OSError) as error:
-        print(f"error: {tg.shown(error)}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        print("stopped: SIGINT", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+@tg.exits
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run the command line, sys.argv and os.environ by default; of an audit, 1 means not legal."""
+    argv, environ = tg.with_arguments(argv, environ)
+    if argv == ["--help"]:
+        print(tg.described("help_text", __doc__ or ""))
+        return 0
+    is_audit = len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])
+    if argv and argv[0] == "--sample":
+        sample_arguments(argv[1:])
+    elif argv and not is_audit:
+        raise UserError(f"unknown arguments {' '.join(argv)}: settings are NAME=VALUE, see --help")
+    return run_all(argv, environ)
 
 
 if __name__ == "__main__":

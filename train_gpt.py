@@ -9,8 +9,8 @@ byte after 120 s of training (artifact, sliding windows, mean of three seeds, sd
     RECIPE=records/recipes/demo.env torchrun --standalone --nproc_per_node=1 train_gpt.py
     RECIPE=records/recipes/pr1019.env torchrun --standalone --nproc_per_node=8 train_gpt.py
 
-Read top to bottom: settings, ranks and files, data, bytes per token, model, parameter groups and optimizers,
-averaging, scoring, test-time training, calibration, quantization, coding, artifact, GPU memory,
+Read top to bottom: input files, settings, ranks and log, data, bytes per token, model, parameter groups and
+optimizers, averaging, scoring, test-time training, calibration, quantization, coding, artifact, GPU memory,
 meta-learning, training, main. No section uses one below it, and importing the file only defines things.
 
 Bank: a 3-D parameter with one kind of matrix of all blocks, a row each. Window: tokens of one forward pass,
@@ -34,23 +34,26 @@ import math
 import os
 import platform
 import re
+import reprlib
 import secrets
 import signal
+import stat
 import struct
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta
 from functools import cache, cached_property, lru_cache, partial, wraps
-from glob import glob
+from glob import escape, glob
 from itertools import islice, pairwise, takewhile
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
-from typing import Any, NamedTuple
+from types import MappingProxyType, SimpleNamespace, UnionType
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +78,92 @@ def shown(text: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Input files
+# ------------------------------------------------------------------------------------------------------------
+
+# What a user, a cluster, or another program can write is read by these alone: a regular file within a limit
+# of bytes, then a decoder, whose errors are of any type, then the form that the content must have. Sizes are
+# checked before memory is allocated. What is wrong is one UserError: file, place, value, what is expected.
+
+TEXT_FILE, METRICS_FILE, STATE_FILE = 1 << 24, 1 << 30, 1 << 33  # most bytes of a text, a log, a torch.save
+NO_TEXT = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no name of a file contains
+BRIEF = reprlib.Repr()
+BRIEF.maxstring = BRIEF.maxother = 160
+FORMS = {  # what is expected, and whether a value is that
+    int: ("a whole number from 0 on", lambda value: type(value) is int and 0 <= value < 1 << 48),
+    float: ("a finite number", lambda value: type(value) in (int, float) and abs(value) < 1e300),
+    str: ("text", lambda value: isinstance(value, str) and not NO_TEXT.search(value)),
+}
+
+
+def open_input(path: str | Path, limit: float = math.inf) -> BinaryIO:
+    """Open a regular file, behind any link, of at most `limit` bytes. A FIFO is not waited for."""
+    try:
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{path}: {getattr(error, 'strerror', error)}") from error
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+        return file
+    file.close()
+    raise UserError(f"{path}: {status.st_size} bytes, expected a regular file of at most {limit} bytes")
+
+
+def read_file(path: str | Path, limit: int = TEXT_FILE) -> bytes:
+    """The content of a regular file of at most `limit` bytes."""
+    with open_input(path, limit) as file:
+        return file.read()
+
+
+@contextmanager
+def decoding(place: str | Path, expected: str) -> Iterator[None]:
+    """Turn any error inside, where other libraries decode what `place` holds, into a UserError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{place} is not {expected}: {kind}{' '.join(str(error).split())[:400]}") from error
+
+
+def check_form(value: Any, form: Any, place: str) -> None:
+    """UserError at the first place in a decoded file that lacks its form.
+
+    form: a type, see FORMS; [form] of all entries of a list; {str: form} of all values of a dict, or
+    {name: form} of some, where "name?" may be absent or null.
+    """
+    kind = form if isinstance(form, (type, UnionType)) else type(form)
+    expected, is_right = FORMS.get(kind, (kind, lambda value: isinstance(value, kind)))
+    if not is_right(value):
+        raise UserError(f"{place}: {BRIEF.repr(value)}, expected {getattr(expected, '__name__', expected)}")
+    if isinstance(form, list):
+        for number, entry in enumerate(value):
+            check_form(entry, form[0], f"{place}[{number}]")
+    for name, inner in form.items() if isinstance(form, dict) else ():
+        for key in value if name is str else (name.removesuffix("?"),):
+            if name in (str, key) or value.get(key) is not None:
+                check_form(value.get(key), inner, f"{place}: {key}")
+
+
+def parse_json(text: bytes, form: Any, place: str | Path) -> Any:
+    """The value of a JSON text, which must have `form`."""
+    with decoding(place, "JSON"):
+        value = json.loads(text.decode("utf-8-sig"))
+    check_form(value, form, str(place))
+    return value
+
+
+def load_tensors(file: BinaryIO) -> Any:
+    """What torch.save wrote: tensors and plain values. It compresses nothing: the file bounds the memory."""
+    records = zipfile.ZipFile(file).infolist()
+    if (needed := sum(record.file_size for record in records)) > file.seek(0, os.SEEK_END):
+        raise UserError(f"{needed} bytes of records in a file of {file.tell()}")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------------------------
 
@@ -82,6 +171,7 @@ def shown(text: object) -> str:
 # has them. The environment variable is the field's name in capitals. Whatever is wrong is said at once,
 # before anything starts: a typo in a sweep costs money.
 
+MAX_NUMBERS = 1 << 27  # parameters and rotary tables of a model, at one bit each as many as the cap holds
 PACKED_ROWS = 8  # of a step under DATA_ORDER=packed, whatever the number of ranks
 ALL_WEIGHTS = "bank embed memory head proj gate smear scalar"  # groups of PARAM_GROUPS, as in the artifact
 
@@ -111,6 +201,7 @@ TTT_MODES = {
 def setting(default: Any, text: str, low: float | tuple | None = None, high: float | None = None) -> Any:
     """A field of Config: default, one line of help with the unit, and its range or a tuple of choices."""
     choices, low = (low, None) if isinstance(low, tuple) else ((), low)
+    high = 2**31 - 1 if type(default) is int and high is None else high
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
@@ -126,7 +217,7 @@ class Config:
     # fmt: off
     # run
     run_id: str = setting("", "folder of the run under runs/; empty: date, time, and seed")
-    seed: int = setting(1337, "seed of initial weights, data order, and sampling", 0)
+    seed: int = setting(1337, "seed of initial weights, data order, and sampling", 0, 2**64 - 1)
     device: str = setting("auto", "compute device; auto: a GPU if there is one", ("auto", "cpu", "cuda"))
     attention: str = setting("auto", "attention kernel; auto: first usable", ("auto", "fa3", "fa2", "sdpa"))
     use_compile: str = setting("auto", "torch.compile; auto: on GPUs only", ("auto", "0", "1"))
@@ -145,7 +236,7 @@ class Config:
                               ("sequential", "shuffled", "packed"))
     # model
     vocab_size: int = setting(1024, "vocabulary size (V)", 4, 65536)
-    num_layers: int = setting(11, "transformer blocks (L)", 1)
+    num_layers: int = setting(11, "transformer blocks (L)", 1, 1024)
     model_dim: int = setting(512, "width of the residual stream (d)", 8)
     num_heads: int = setting(8, "query heads (H)", 1)
     num_kv_heads: int = setting(4, "key/value heads (K)", 1)
@@ -174,8 +265,7 @@ class Config:
     unet_skips: bool = setting(True, "U-Net skips: first-half outputs feed the second half, last to first")
     skip_gates: bool = setting(False, "blend skips in by a sigmoid gate per channel instead of adding them")
     smear_gate: bool = setting(True, "SmearGate: blend each embedding with its left neighbor's")
-    smear_inputs: int = setting(0, "SmearGate before the norm, by so many inputs of the token; 0: after it, "
-                                "by channel", 0)
+    smear_inputs: int = setting(0, "inputs of a SmearGate before the norm; 0: after it, by channel", 0)
     bigram_vocab_size: int = setting(3072, "rows of the hashed bigram table; 0: no table", 0)
     bigram_dim: int = setting(112, "width of the bigram table", 1)
     bigram_hash: str = setting("xor", "bigram hash: of #198 (xor) or #494 (linear)", ("xor", "linear"))
@@ -188,7 +278,7 @@ class Config:
     ve_dim: int = setting(128, "width of the value embedding", 1)
     ve_layers: str = setting("9,10", "comma list of the bank rows that add the value embedding")
     num_memory_tokens: int = setting(0, "learned vectors in place of the first embeddings of a window", 0)
-    train_seq_len: int = setting(2048, "tokens per training sequence (T); packed: of a piece at the end", 2)
+    train_seq_len: int = setting(2048, "tokens per sequence (T); packed: of a piece at the end", 2, 1 << 20)
     tied_embed_init_std: float = setting(0.005, "standard deviation of the initial token embedding", 0)
     overtone_init: bool = setting(False, "initial embedding with singular values falling as 1 / sqrt(k)")
     # training
@@ -204,8 +294,7 @@ class Config:
     warmdown_frac: float = setting(0.0, "LR warmdown, fraction of the run; 0: WARMDOWN_ITERS", 0, 1)
     warmdown_shape: str = setting("linear", "LR warmdown shape", ("linear", "cosine"))
     min_lr: float = setting(0.0, "LR floor, fraction of the peak", 0, 1)
-    min_lr_shape: str = setting("blend", "blend: fall to MIN_LR over the warmdown; floor: as to 0, but stop "
-                                "at MIN_LR", ("blend", "floor"))
+    min_lr_shape: str = setting("blend", "blend: fall to MIN_LR; floor: cut off there", ("blend", "floor"))
     matrix_lr: float = setting(0.025, "Muon LR of the banks", 0)
     scalar_lr: float = setting(0.025, "AdamW LR of gates, scales, and small projections", 0)
     tied_embed_lr: float = setting(0.035, "AdamW LR of the embeddings with a tied head", 0)
@@ -216,8 +305,7 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "Muon momentum of the first step", 0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", 0)
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1)
-    muon_coeffs: str = setting("quintic", "Newton-Schulz coefficients: always the same (quintic), or those "
-                               "of Polar Express", ("quintic", "polar"))
+    muon_coeffs: str = setting("quintic", "Newton-Schulz: fixed, or of Polar Express", ("quintic", "polar"))
     muon_row_norm: bool = setting(False, "normalize the rows of an update before Newton-Schulz (MuonEq-R)")
     normuon_beta2: float = setting(0.0, "NorMuon: decay of the rows' second moments; 0: off", 0, 0.9999)
     muon_wd: float = setting(0.04, "decoupled weight decay of the banks", 0)
@@ -232,8 +320,7 @@ class Config:
     grad_clip_norm: float = setting(0.3, "maximum global gradient norm; 0: no clipping", 0)
     ema_enabled: bool = setting(True, "export the exponential moving average of the weights")
     ema_decay: float = setting(0.997, "EMA decay per step", 0, 0.999999)
-    ema_export_share: float = setting(1.0, "share of the average in the export; the rest is the last "
-                                      "weights", 0, 1)
+    ema_export_share: float = setting(1.0, "share of the average, not the last weights, in the export", 0, 1)
     ema_nesterov_beta: float = setting(0.0, "before a step, move along the average movement of the weights, "
                                        "times so much and the LR scale; 0: off", 0, 0.9999)
     ema_update_every: int = setting(1, "steps between EMA updates, each with EMA_DECAY to that power", 1)
@@ -245,8 +332,7 @@ class Config:
     mtp_loss_weight: float = setting(0.2, "weight of the mean multi-token prediction loss", 0)
     mtp_weights: str = setting("", "comma list: loss weights of the targets after the next one, by the same "
                                "head; each falls to 0 in its part of the run, the last one first")
-    prefix_loss_weight: float = setting(0.0, "loss weight of the longest token that begins the target, for "
-                                        "two thirds of the run", 0)
+    prefix_loss_weight: float = setting(0.0, "loss weight of the target's longest prefix, to 2/3 of a run", 0)
     zloss_weight: float = setting(0.0, "z-loss: weight of the mean squared log partition function", 0)
     late_qat: bool = setting(False, "QAT: round the banks per row in late steps, not as the export does")
     late_qat_threshold: float = setting(0.15, "LR scale below which LATE_QAT rounds", 0, 1)
@@ -303,7 +389,7 @@ class Config:
     fit_size: bool = setting(False, "scale all quantizer scales by one factor to just fit the size cap")
     code_bytes: int = setting(0, "bytes of the programs that will ship, for FIT_SIZE; 0: of these files", 0)
     # scoring
-    eval_seq_len: int = setting(2048, "tokens per scoring window", 2)
+    eval_seq_len: int = setting(2048, "tokens per scoring window", 2, 1 << 20)
     eval_stride: int = setting(64, "targets scored per sliding window", 1)
     eval_batch_seqs: int = setting(128, "windows per forward pass and rank", 1)
     # evaluator
@@ -322,8 +408,7 @@ class Config:
     ttt_prior_chunks: int = setting(4, "chunks of TTT_CHUNK_SIZE tokens per generated sequence", 1)
     ttt_prior_weight: float = setting(64.0, "weight of a generated chunk, in scored chunks", 1e-6)
     ttt_lr: float = setting(3e-5, "learning rate; the default suits 27 M parameters, 1e-3 suits 1 M", 0)
-    ttt_lr_schedule: str = setting("flat", "LR schedule over the evaluation; phased: over the base's steps",
-                                   ("flat", "cosine"))
+    ttt_lr_schedule: str = setting("flat", "LR schedule; phased: of the base's steps", ("flat", "cosine"))
     ttt_in_lr_mult: float = setting(1.0, "LR factor of the MLP input matrices", 0)
     ttt_out_lr_mult: float = setting(1.0, "LR factor of the MLP output matrices", 0)
     ttt_freeze_blocks: int = setting(0, "first blocks that do not adapt", 0)
@@ -337,8 +422,8 @@ class Config:
     ttt_chunk_size: int = setting(128, "targets per chunk, by documents; at most EVAL_SEQ_LEN", 1)
     ttt_chunk_by_length: str = setting("", "chunks of short documents, as 256:8,2000:24 (up to 256 targets: "
                                        "8); empty: all alike, since a length is known only at the end")
-    ttt_slots: int = setting(16, "documents of a group that adapt at once, by documents", 1)
-    ttt_groups: int = setting(8, "groups of documents, each with its own slots; a rank owns whole groups", 1)
+    ttt_slots: int = setting(16, "documents of a group that adapt at once, by documents", 1, 4096)
+    ttt_groups: int = setting(8, "groups of documents with own slots; a rank owns whole groups", 1, 4096)
     ttt_context: int = setting(0, "left context of the tokens adapted on", 0)
     ttt_batch_seqs: int = setting(32, "sequences per step, by flat chunks", 1)
     ttt_top_frac: float = setting(1.0, "fraction of a scored chunk to adapt on, highest loss first", 0.001, 1)
@@ -356,25 +441,16 @@ class Config:
     ppm_alpha: float = setting(1.0, "model weight in a mixture with an order-1 PPM; 1: no mixture", 0, 1)
     # fmt: on
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def kv_dim(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def mlp_dim(self) -> int:
-        return self.mlp_hidden or int(self.mlp_mult * self.model_dim)
-
-    @property
-    def rotary_dims(self) -> int:
-        return self.rope_dims or self.head_dim
-
-    @property
-    def value_layers(self) -> list[int]:
-        return int_list(self.ve_layers) if self.ve_enabled else []
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    kv_dim = property(lambda self: self.num_kv_heads * self.head_dim)
+    mlp_dim = property(lambda self: self.mlp_hidden or int(self.mlp_mult * self.model_dim))
+    rotary_dims = property(lambda self: self.rope_dims or self.head_dim)
+    value_layers = property(lambda self: int_list(self.ve_layers) if self.ve_enabled else [])
+    token_lr = property(lambda self: self.tied_embed_lr if self.tie_embeddings else self.embed_lr)
+    token_wd = property(lambda self: self.adam_wd if self.embed_wd < 0 else self.embed_wd)
+    step_seqs = property(lambda self: self.train_batch_tokens // self.row_tokens)  # rows, of all ranks
+    doc_chunk = property(lambda self: min(self.ttt_chunk_size, self.eval_seq_len))  # targets, by documents
+    wants_gradients = property(lambda self: self.quant_steps == "two_sided" or self.grad_quant)  # to export
 
     @property
     def block_rows(self) -> list[int]:
@@ -395,14 +471,6 @@ class Config:
         return all(any(half) and half == sorted(half) for half in halves)
 
     @property
-    def token_lr(self) -> float:
-        return self.tied_embed_lr if self.tie_embeddings else self.embed_lr
-
-    @property
-    def token_wd(self) -> float:
-        return self.adam_wd if self.embed_wd < 0 else self.embed_wd
-
-    @property
     def ahead_weights(self) -> list[float]:
         """Loss weights of the targets after the next one."""
         return [float(part) for part in self.mtp_weights.split(",") if part.strip()]
@@ -421,40 +489,22 @@ class Config:
         return [*found, (math.inf, self.train_seq_len)]
 
     @property
-    def step_seqs(self) -> int:
-        """Rows per step, all ranks together."""
-        return self.train_batch_tokens // self.row_tokens
-
-    @property
     def phases(self) -> dict[str, float]:
         """The phases of a run in their order, and the fraction of the run that each takes."""
-        late = {}
-        if self.reptile_enabled:
-            late["reptile"] = self.reptile_time_frac
-        if self.meta_ttt_enabled and self.meta_ttt_objective == "deployed":
-            late["deployed"] = self.meta_ttt_time_frac
+        deployed = self.meta_ttt_enabled and self.meta_ttt_objective == "deployed"
+        late = {"reptile": self.reptile_time_frac} if self.reptile_enabled else {}
+        late |= {"deployed": self.meta_ttt_time_frac} if deployed else {}
         return {"train": 1 - sum(late.values()), **late}
-
-    @property
-    def wants_gradients(self) -> bool:
-        """Whether the export needs gradients of the loss."""
-        return self.quant_steps == "two_sided" or self.grad_quant
-
-    @property
-    def doc_chunk(self) -> int:
-        """Targets per chunk, by documents."""
-        return min(self.ttt_chunk_size, self.eval_seq_len)
 
     @property
     def chunks_by_length(self) -> list[tuple[int, int]]:
         """Largest number of targets of a document, and the size of its chunks; ascending."""
-        return sorted(
-            (int(length), int(size)) for length, size in re.findall(r"(\d+):(\d+)", self.ttt_chunk_by_length)
-        )
+        pairs = re.findall(r"(\d+):(\d+)", self.ttt_chunk_by_length)
+        return sorted((int(length), int(size)) for length, size in pairs)
 
     def shards(self, split: str) -> str:
         """The glob of the shards of a split, train or val."""
-        return getattr(self, f"{split}_files") or f"{self.data_path}/fineweb_{split}_*.bin"
+        return getattr(self, f"{split}_files") or f"{escape(self.data_path)}/fineweb_{split}_*.bin"
 
 
 SECTIONS = dict(run="run_id", data="data_path", model="vocab_size", training="iterations",
@@ -467,9 +517,8 @@ def sections() -> dict[str, list[str]]:
     """The names of the settings by section; SECTIONS has the first of each."""
     names = [f.name for f in fields(Config)]
     starts = [names.index(first) for first in SECTIONS.values()]
-    return {
-        section: names[a:b] for section, (a, b) in zip(SECTIONS, pairwise([*starts, len(names)]), strict=True)
-    }
+    ends = pairwise([*starts, len(names)])
+    return {section: names[a:b] for section, (a, b) in zip(SECTIONS, ends, strict=True)}
 
 
 def settings_of(config: Config, *names: str) -> dict[str, Any]:
@@ -478,18 +527,12 @@ def settings_of(config: Config, *names: str) -> dict[str, Any]:
 
 
 ALIASES = {  # the families of #494 and #1855
-    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE",
-    "BIGRAM_EMBED_DIM": "BIGRAM_DIM",
-    "XSA_LAYERS": "XSA_LAST_N",
-    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD",
-    "SWA_START_FRAC": "SWA_THRESHOLD",
-    "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIB_BATCHES",
-    "GATE_WINDOW": "ATTN_GATE",
-    "SPARSE_ATTN_GATE_SCALE": "ATTN_GATE_SCALE",
-    "SMEAR_GATE_ENABLED": "SMEAR_GATE",
-    "MUON_ROW_NORMALIZE": "MUON_ROW_NORM",
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "BIGRAM_EMBED_DIM": "BIGRAM_DIM", "XSA_LAYERS": "XSA_LAST_N",
+    "QAT_THRESHOLD": "LATE_QAT_THRESHOLD", "SWA_START_FRAC": "SWA_THRESHOLD", "GATE_WINDOW": "ATTN_GATE",
+    "GPTQ_CALIBRATION_BATCHES": "GPTQ_CALIB_BATCHES", "SPARSE_ATTN_GATE_SCALE": "ATTN_GATE_SCALE",
+    "SMEAR_GATE_ENABLED": "SMEAR_GATE", "MUON_ROW_NORMALIZE": "MUON_ROW_NORM",
     "ENABLE_LOOPING_AT": "LOOP_START_FRAC",
-}
+}  # fmt: skip
 
 # Variables of the lineage, or of earlier versions, that this trainer lacks: names, the values that mean the
 # same here ("*": any), and why.
@@ -527,26 +570,31 @@ ABSENT = (
 )  # fmt: skip
 
 KINDS = {  # annotation: pattern of the text, conversion, and what was expected
-    "str": (r"(?s).*", str, "text"),
-    "int": (r"[+-]?\d+", int, "a whole number"),
+    "str": (r"[^\0]{0,4096}", str, "text of at most 4096 characters"),
+    "int": (r"[+-]?[0-9]{1,20}", int, "a whole number"),
     "bool": (r"(?i)0|1|false|true", lambda text: text.lower() in ("1", "true"), "0 or 1"),
-    "float": (r"(?i)[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,2})?", float, "a number"),
+    "float": (r"(?i)[+-]?([0-9]{1,40}\.?[0-9]{0,40}|\.[0-9]{1,40})(e[+-]?[0-9]{1,2})?", float, "a number"),
 }
+MAX_PROBLEMS = 40  # that are shown: looking for likely names takes time
+COMMENT = re.compile(r"""(?P<quoted>"[^"]*"|'[^']*')|(^|\s)#.*""")  # of a recipe
+NEEDED = {"smear_inputs": "smear_gate", "xsa_learned": "xsa_last_n", "phase_resid_mix": "resid_mix",
+          "skip_gates": "unet_skips", "bigram_signs": "bigram_vocab_size",
+          "word_start_boost": "bigram_vocab_size", "pos_conditional_bigram": "bigram_vocab_size"}  # fmt: skip
 
 
 def parse_value(f: Field, text: str) -> Any:
-    """Convert the text of a field of Config; ValueError for a wrong type, value, or range."""
+    """Convert the text of a field of Config; UserError for a wrong type, value, or range."""
     name = f.name.upper()
     pattern, convert, expected = KINDS[f.type]
     low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
     if not re.fullmatch(pattern, text):
-        raise ValueError(f"{name}={text!r}: expected {expected}")
+        raise UserError(f"{name}={BRIEF.repr(text)}: expected {expected}")
     value = convert(text)
     if choices and value not in choices:
-        raise ValueError(f"{name}={text!r}: expected one of {', '.join(choices)}")
+        raise UserError(f"{name}={BRIEF.repr(text)}: expected one of {', '.join(choices)}")
     if (low is not None and value < low) or (high is not None and value > high):
         limit = "" if high is None else f", at most {high}"
-        raise ValueError(f"{name}={text}: must be at least {low}{limit}")
+        raise UserError(f"{name}={text}: must be at least {low}{limit}")
     return value
 
 
@@ -556,29 +604,29 @@ def likely_name(name: str, known: Iterable[str]) -> str | None:
 
 
 def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
-    """Read KEY=VALUE lines (`#` starts a comment, `export` is allowed); returns values and problems."""
+    """Read KEY=VALUE lines, `#`, `~`, quotes, and `export` as in a shell; returns values and problems."""
     values: dict[str, str] = {}
     problems: list[str] = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        return {}, [f"RECIPE={path}: {error}"]
-    for number, line in enumerate(lines, 1):
-        line = line.split("#", 1)[0].strip().removeprefix("export ").strip()
+        with decoding(f"RECIPE={path}", "UTF-8 text"):  # read as the names of files in the environment are
+            text = os.fsdecode(read_file(path, 1 << 20).decode("utf-8-sig").encode())
+    except UserError as error:
+        return {}, [str(error)]
+    for number, line in enumerate(re.split("\r\n?|\n", text), 1):
+        line = COMMENT.sub(lambda found: found["quoted"] or "", line).strip().removeprefix("export ").strip()
         if not line:
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals:
-            problems.append(f"{path}:{number}: expected KEY=VALUE, found {line!r}")
+            problems.append(f"{path}:{number}: expected KEY=VALUE, found {BRIEF.repr(line)}")
         elif key not in known:
-            near = likely_name(key, known)
-            problems.append(
-                f"{path}:{number}: unknown setting {key!r}" + (f", did you mean {near}?" if near else "")
-            )
+            near = likely_name(key, known) if len(problems) < MAX_PROBLEMS else None
+            meant = near and f", did you mean {near}?"
+            problems.append(f"{path}:{number}: unknown setting {BRIEF.repr(key)}{meant or ''}")
         elif key in values:
             problems.append(f"{path}:{number}: {key} is given twice")
         else:
-            values[key] = value.strip("'\"")
+            values[key] = value.strip("'\"") if value[:1] in ("'", '"') else os.path.expanduser(value)
     return values, problems
 
 
@@ -606,15 +654,16 @@ def is_block_list(text: str, num_layers: int) -> bool:
     return not text or (is_list and max(int_list(text)) < num_layers)
 
 
-Rules = list[tuple[Any, str]]  # whether settings agree, and what to say where they do not
-
-
-def model_rules(c: Config) -> Rules:
-    """Rules for the settings of the model."""
+def model_rules(c: Config) -> list[tuple[Any, str]]:
+    """Rules for the settings of the model: whether they agree, and what to say where they do not."""
     ve_ok = not c.ve_enabled or (c.ve_layers and is_block_list(c.ve_layers, c.num_layers))
     ve_ok = ve_ok and len(set(c.value_layers)) == len(c.value_layers)
     order_ok = is_block_list(c.block_order, c.num_layers) and set(c.block_rows) == set(range(c.num_layers))
-    last = c.num_layers - 1
+    last, repeats = c.num_layers - 1, not order_ok or len(c.block_rows) > c.num_layers
+    rows = c.vocab_size * (2 + c.mtp_num_heads) + c.bigram_dim + c.num_memory_tokens
+    numbers = c.model_dim * (2 * c.num_layers * (c.model_dim + c.kv_dim + c.mlp_dim + 8) + rows)
+    numbers += c.bigram_vocab_size * c.bigram_dim + c.ve_dim * (c.vocab_size + c.kv_dim)
+    numbers += 2 * c.head_dim * max(c.row_tokens, 8192)  # of the rotary tables
     return [
         (c.model_dim % c.num_heads == 0, f"NUM_HEADS={c.num_heads} does not divide MODEL_DIM={c.model_dim}"),
         (c.num_heads % c.num_kv_heads == 0,
@@ -624,15 +673,11 @@ def model_rules(c: Config) -> Rules:
          f"ROPE_DIMS={c.rope_dims}: even, at most {c.head_dim}"),
         (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1 leaves no bucket beside the one for first tokens"),
         (not c.pos_conditional_bigram or c.bigram_vocab_size != 2, "BIGRAM_VOCAB_SIZE=2 has no two halves"),
-        (c.bigram_vocab_size or not (c.pos_conditional_bigram or c.word_start_boost),
-         "POS_CONDITIONAL_BIGRAM and WORD_START_BOOST need BIGRAM_VOCAB_SIZE"),
         (c.bigram_hash == "xor" or not c.pos_conditional_bigram,
          "POS_CONDITIONAL_BIGRAM needs BIGRAM_HASH=xor"),
         (order_ok, f"BLOCK_ORDER={c.block_order!r}: must list every bank row from 0 to {last} at least once"),
-        (c.loop_start_frac == 0 or not order_ok or len(c.block_rows) > c.num_layers,
-         "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
-        (not c.loop_shared or not order_ok or len(c.block_rows) > c.num_layers,
-         "LOOP_SHARED needs a BLOCK_ORDER with repeats"),
+        (c.loop_start_frac == 0 or repeats, "LOOP_START_FRAC needs a BLOCK_ORDER with repeats"),
+        (not c.loop_shared or repeats, "LOOP_SHARED needs a BLOCK_ORDER with repeats"),
         (not c.parallel_start_layer or not order_ok or c.lanes_last,
          f"PARALLEL_START_LAYER={c.parallel_start_layer}: a lower bank row follows in BLOCK_ORDER, or none "
          "of the second half is as high"),
@@ -640,30 +685,29 @@ def model_rules(c: Config) -> Rules:
          f"KEY_OFFSET={c.key_offset}: from ROPE_DIMS={c.rotary_dims} to {c.head_dim - 1}"),
         (max(c.attn_gate, c.smear_inputs) <= c.model_dim,
          f"ATTN_GATE={c.attn_gate} and SMEAR_INPUTS={c.smear_inputs}: at most MODEL_DIM={c.model_dim}"),
-        (c.smear_gate or not c.smear_inputs, "SMEAR_INPUTS needs SMEAR_GATE"),
-        (c.bigram_vocab_size or not c.bigram_signs, "BIGRAM_SIGNS needs BIGRAM_VOCAB_SIZE"),
-        (c.xsa_last_n or not c.xsa_learned, "XSA_LEARNED needs XSA_LAST_N"),
-        (c.resid_mix or not c.phase_resid_mix, "PHASE_RESID_MIX needs RESID_MIX"),
-        (c.unet_skips or not c.skip_gates, "SKIP_GATES needs UNET_SKIPS"),
+        *((getattr(c, b) or not getattr(c, a), f"{a.upper()} needs {b.upper()}") for a, b in NEEDED.items()),
         (c.num_memory_tokens + c.mtp_num_heads < min(c.train_seq_len, c.eval_seq_len), "NUM_MEMORY_TOKENS="
          f"{c.num_memory_tokens} and MTP_NUM_HEADS={c.mtp_num_heads} leave no target in a sequence"),
         (c.doc_borders != "attention" or not c.num_memory_tokens, "DOC_BORDERS=attention would hide "
          "NUM_MEMORY_TOKENS from all but the first document of a sequence"),
         (ve_ok, f"VE_LAYERS={c.ve_layers!r}: must list distinct bank rows from 0 to {last}"),
         (c.mlp_dim > 0, f"MLP_MULT={c.mlp_mult} of MODEL_DIM={c.model_dim} leaves no MLP"),
+        (numbers <= MAX_NUMBERS, f"MODEL_DIM={c.model_dim} NUM_LAYERS={c.num_layers} and the other settings "
+         f"of the model make {numbers:.2g} numbers, more than {MAX_NUMBERS}"),
     ]  # fmt: skip
 
 
-def run_rules(c: Config) -> Rules:
+def run_rules(c: Config) -> list[tuple[Any, str]]:
     """Rules for the settings of training, export, and evaluation."""
     blocks_ok, last = partial(is_block_list, num_layers=c.num_layers), c.num_layers - 1
     by_documents = TTT_MODES[c.ttt_mode].by_documents
     flat = c.ttt_lr_schedule == "flat" or c.ttt_mode == "phased"  # where it is the base's
     row = "an eighth of it" if c.data_order == "packed" else f"TRAIN_SEQ_LEN={c.train_seq_len}"
     return [
-        (re.fullmatch(r"(?!\.{1,2}$)[^/\\]*", c.run_id), f"RUN_ID={c.run_id}: must be a folder of runs/"),
+        (re.fullmatch(r"(?!\.{1,2}$)[^/\\\x00-\x1f\x7f]*", c.run_id) and c.run_id == c.run_id.strip(),
+         f"RUN_ID={c.run_id!r}: must be a folder of runs/"),
         (c.run_id or c.resume == "never", f"RESUME={c.resume} needs a RUN_ID"),
-        (re.fullmatch(r"\s*|\s*\d*\.?\d+\s*(,\s*\d*\.?\d+\s*)*", c.mtp_weights),
+        (re.fullmatch(r"\s*|(\s*(\d+(\.\d*)?|\.\d+)\s*(,(?!$)|$))+", c.mtp_weights),
          f"MTP_WEIGHTS={c.mtp_weights!r}: must list numbers from 0 on"),
         (c.mtp_weights.count(",") + 2 < min(c.train_seq_len, c.eval_seq_len) - c.num_memory_tokens,
          f"MTP_WEIGHTS={c.mtp_weights} leaves no target in a sequence"),
@@ -672,7 +716,7 @@ def run_rules(c: Config) -> Rules:
         (c.ema_export_share == 1 or c.ema_enabled or c.swa_enabled, "EMA_EXPORT_SHARE needs an average"),
         (c.data_order != "packed" or c.doc_borders == "attention",
          "DATA_ORDER=packed needs DOC_BORDERS=attention"),
-        (re.fullmatch(r"([1-9]\d*[:@]\d*\.?\d+(,(?!$)|$))*", c.train_seq_schedule),
+        (re.fullmatch(r"([1-9]\d{0,6}[:@](\d+(\.\d*)?|\.\d+)(,(?!$)|$))*", c.train_seq_schedule),
          f"TRAIN_SEQ_SCHEDULE={c.train_seq_schedule}: LENGTH:FRACTION pairs"),
         (c.data_order == "packed" or not c.train_seq_schedule, "TRAIN_SEQ_SCHEDULE needs DATA_ORDER=packed"),
         (c.row_tokens >= c.train_seq_len, "DATA_ORDER=packed: an eighth of TRAIN_BATCH_TOKENS="
@@ -707,8 +751,7 @@ def run_rules(c: Config) -> Rules:
          f"TTT_PROTOCOL={c.ttt_protocol} needs TTT_MODE=banks, all, or lora"),
         (c.ppm_alpha == 1 or not by_documents,
          "PPM_ALPHA needs the order of the text, so a TTT_MODE that is not by documents"),
-        (c.eval_stride <= c.eval_seq_len,
-         f"EVAL_STRIDE={c.eval_stride} is over EVAL_SEQ_LEN={c.eval_seq_len}"),
+        (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride} > EVAL_SEQ_LEN={c.eval_seq_len}"),
     ]  # fmt: skip
 
 
@@ -735,9 +778,8 @@ def with_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[lis
 def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], list[str]]:
     """Read the settings: RECIPE=FILE first, other variables override it.
 
-    Returns the configuration, the fields that were given, and notices to log. Raises UserError with every
-    problem at once: unknown keys in the recipe, wrong types and ranges, contradictions, and names in the
-    environment that are near misses of ours (IGNORE_ENV=A,B excuses some).
+    Returns the configuration, the given fields, and notices to log. UserError for all problems at once: keys,
+    types, ranges, contradictions, and names that are near misses of ours (IGNORE_ENV=A,B excuses some).
     """
     by_name, known = {f.name.upper(): f for f in fields(Config)}, known_names()
     notices: list[str] = []
@@ -762,6 +804,8 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     if len(values) == len(given):
         problems += inconsistencies(Config(**values))
     if problems:
+        more = len(problems) - MAX_PROBLEMS
+        problems[MAX_PROBLEMS:] = [f"and {more} more"] * (more > 0)
         raise UserError("the settings have problems:\n" + "\n".join(f"  {p}" for p in problems))
     return Config(**values), values, notices
 
@@ -811,8 +855,7 @@ def long_timeout_group(world: Any) -> Any:
 def cleanup_distributed() -> None:
     """Destroy all process groups, on all ranks together; after a failure this would wait for the others.
 
-    No group may outlive the interpreter: gloo's threads release tensors, which needs it, and would abort the
-    process.
+    Gloo's threads release tensors, which needs the interpreter, and would abort the process after its end.
     """
     long_timeout_group.cache_clear()
     if dist.is_initialized():
@@ -899,12 +942,15 @@ def maybe_compile(
         except torch._dynamo.exc.FailOnRecompileLimitHit:
             if not warned:
                 shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, Tensor))
+                told = f"{function.__name__}: torch.compile has made {RECOMPILE_LIMIT} graphs, its limit here"
                 warn(
-                    f"{function.__name__}: torch.compile has made {RECOMPILE_LIMIT} graphs, its limit here. "
-                    f"New shapes run uncompiled, first {shapes}. Use fewer shapes, or USE_COMPILE=0."
+                    f"{told}. New shapes run uncompiled, first {shapes}. Use fewer shapes, or USE_COMPILE=0."
                 )
             warned = True
             return function(*args, **named)
+        except torch._dynamo.exc.BackendCompilerFailed as error:  # no compiler, or its path has a space
+            why = " ".join(str(error).split())[:400]
+            raise UserError(f"torch.compile failed: {why}. Set USE_COMPILE=0.") from error
 
     return call
 
@@ -924,7 +970,7 @@ def library_versions(device: torch.device, attention: str) -> dict[str, Any]:
 
 
 def sha256_file(path: str | Path) -> str:
-    with open(path, "rb") as file:
+    with open_input(path) as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
@@ -971,7 +1017,7 @@ class RunLog:
     def line(self, text: str, printed: bool = True) -> None:
         text = shown(text)
         if rank() == 0:
-            with suppress(OSError):  # a closed terminal is no reason to lose a run
+            with suppress(OSError, UnicodeError):  # a closed or ASCII terminal is no reason to lose a run
                 if self.bar is not None:
                     self.bar.clear()
                 if printed:
@@ -985,8 +1031,8 @@ class RunLog:
 
     def _append(self, name: str, text: str) -> None:
         try:
-            # never through a link out of the folder
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            # never through a link out of the folder, nor into a FIFO that nobody reads
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
             with open(os.open(self.folder / name, flags, 0o666), "a", encoding="utf-8") as file:
                 file.write(text + "\n")
         except OSError as error:  # nor is a full disk, until the artifact is written
@@ -998,9 +1044,9 @@ class RunLog:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             rows = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):  # a line cut short by a full disk
-                    rows.append(json.loads(line))
+            for line in read_file(path, METRICS_FILE).splitlines():
+                with suppress(UserError):  # a line cut short by a full disk
+                    rows.append(parse_json(line, {"step": int}, path))
             kept = [row for row in rows if row["step"] < step + ("train_loss" in row)]
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
@@ -1028,22 +1074,17 @@ class RunLog:
 
 def open_shard(path: str) -> np.ndarray:
     """Memory-map the tokens of a shard, uint16. UserError for a wrong magic number, version, or length."""
-    try:
-        size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    if len(header) < 256:
-        raise UserError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header of a shard")
-    magic, version, count = (int(x) for x in header[:3])
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(
-            f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}"
-        )
-    if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UserError(
-            f"{path}: {size} bytes, but {count} tokens by its header, {SHARD_HEADER_BYTES + 2 * count} bytes"
-        )
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    with open_input(path) as file:
+        size, header = os.fstat(file.fileno()).st_size, np.fromfile(file, dtype="<i4", count=256)
+        if len(header) < 256:
+            raise UserError(f"{path}: {size} bytes, shorter than the {SHARD_HEADER_BYTES}-byte header")
+        magic, version, count = (int(x) for x in header[:3])
+        if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+            expected = f"{SHARD_MAGIC} version {SHARD_VERSION}"
+            raise UserError(f"{path}: magic {magic} version {version}, expected {expected}")
+        if count < 1 or size != SHARD_HEADER_BYTES + 2 * count:
+            raise UserError(f"{path}: {size} bytes, its {count} tokens need {SHARD_HEADER_BYTES + 2 * count}")
+        return np.memmap(file, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
 
 
 def shifted(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -1084,24 +1125,27 @@ class Listing(NamedTuple):
     overlap: dict[str, int]  # counts of `data/prepare.py --overlap`
 
 
+SHARD_ROW = {"file": str, "split?": str, "tokens?": int, "sha256?": str}
+LISTINGS = {
+    "manifest.json": {"shards": [SHARD_ROW], "tokenizer": {"sha256": str}, "overlap?": {str: int}},
+    "source.json": {"files": [SHARD_ROW], "overlap?": {str: int}},
+}
+
+
 def read_listing(shard: str) -> Listing | None:
     """Read the listing beside a shard, None without one. UserError for a file that is neither of the two."""
-    for name, key in (("manifest.json", "shards"), ("source.json", "files")):
+    for name, form in LISTINGS.items():
         path = Path(shard).with_name(name)
-        if not path.exists():
+        if not os.path.lexists(path):
             continue
-        try:
-            content, shards = json.loads(path.read_text(encoding="utf-8")), {}
-            for row in content[key]:
-                file = Path(row["file"]).name
-                if named := re.fullmatch(r"fineweb_(train|val)_\d+\.bin", file) or "split" in row:
-                    split = row["split"] if "split" in row else named[1]
-                    shards[file] = dict(split=split, tokens=int(row["tokens"]), sha256=row.get("sha256"))
-            made_with = str(content["tokenizer"]["sha256"]) if name == "manifest.json" else None
-            overlap = {key: int(value) for key, value in (content.get("overlap") or {}).items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is not by data/prepare.py or data/download.py: {error!r}") from error
-        return Listing(path, made_with, shards, overlap)
+        content, shards = parse_json(read_file(path), form, path), {}
+        for row in content["shards" if "shards" in form else "files"]:
+            file = Path(row["file"]).name
+            named = re.fullmatch(r"fineweb_(train|val)_\d+\.bin", file)
+            if split := row.get("split") or (named and named[1]):
+                shards[file] = dict(split=split, tokens=row.get("tokens"), sha256=row.get("sha256"))
+        made_with = content["tokenizer"]["sha256"] if "tokenizer" in form else None
+        return Listing(path, made_with, shards, content.get("overlap") or {})
     return None
 
 
@@ -1111,14 +1155,12 @@ SIDECAR = re.compile(r"(?<![a-z])bytes(?![a-z]).*\.bin$")  # of CaseOps exports:
 def find_shards(pattern: str) -> list[str]:
     """Shards that match a glob, sorted by name, without byte sidecars, which have the shape of shards.
 
-    UserError if there are none, or for a sidecar that is not beside its shard as in the published export:
-    bpb would be wrong.
+    UserError if there are none, or for a sidecar without its shard beside it: bpb would be wrong.
     """
-    paths = [path for path in sorted(glob(pattern)) if not SIDECAR.search(os.path.basename(path))]
+    paths = sorted(glob(pattern)) or [pattern] * os.path.exists(pattern)  # a name may contain brackets
+    paths = [path for path in paths if not SIDECAR.search(os.path.basename(path))]
     if not paths:
-        raise UserError(
-            f"no shards match {pattern} (data/prepare.py makes some, data/download.py fetches some)"
-        )
+        raise UserError(f"no shards match {pattern}. Make some with data/prepare.py or data/download.py.")
     for folder in sorted({os.path.dirname(path) for path in paths}):
         for name in filter(SIDECAR.search, sorted(os.listdir(folder or "."))):
             shard = os.path.join(folder, name.replace("_val_bytes_", "_val_"))
@@ -1171,9 +1213,8 @@ class TokenStream:
     def _check_content(self, index: int, state: tuple[int, int, int]) -> None:
         """A shard whose state has changed must have the same content: network mounts renumber their inodes.
 
-        The mapping stays with the file that was opened, wherever its name leads now; only a write into that
-        file reaches it. Such a file must have the SHA-256 that is listed beside it. UserError if the content
-        differs: to read on in a truncated file would end the process with SIGBUS.
+        The mapping stays with the file that was opened; only a write into that file reaches it. Such a file
+        must have the SHA-256 listed beside it. UserError for other content: truncated, it leads to SIGBUS.
         """
         path, opened = self.paths[index], self.states[index]
         same = state[0] == opened[0] and sample_hash(open_shard(path)) == self.samples[index]
@@ -1232,15 +1273,12 @@ def shuffled_starts(num_tokens: int, seq_len: int, seed: int, epoch: int) -> np.
 def packed_starts(runs: np.ndarray, row_tokens: int, numbers: np.ndarray) -> np.ndarray:
     """Starts of packed rows: 8 a step, side by side from the first document of a shard on (#1855).
 
-    runs as in TokenStream. What is left of a shard after its last whole step is left out. UserError where no
-    shard has a step.
+    runs as in TokenStream. The rest of a shard after its last whole step is left out. UserError without one.
     """
-    step = PACKED_ROWS * (row_tokens + 1)
-    counts = (runs[:, 1] - runs[:, 0]) // step
+    step, lengths = PACKED_ROWS * (row_tokens + 1), runs[:, 1] - runs[:, 0]
+    counts = lengths // step
     if not counts.sum():
-        raise UserError(
-            f"DATA_ORDER=packed: no shard of {(runs[:, 1] - runs[:, 0]).max()} tokens has {step}, a step"
-        )
+        raise UserError(f"DATA_ORDER=packed: no shard of {lengths.max()} tokens has {step}, a step")
     steps, rows = np.divmod(numbers, PACKED_ROWS)
     steps, ends = steps % counts.sum(), np.cumsum(counts)
     shard = np.searchsorted(ends, steps, side="right")
@@ -1255,42 +1293,33 @@ def sequence_starts(config: Config, stream: TokenStream, first: int, count: int)
     if config.data_order == "sequential":
         return numbers * T
     epochs, positions = np.divmod(numbers, num_tokens // T)
-    orders = {
-        epoch: shuffled_starts(num_tokens, T, config.seed, epoch) for epoch in np.unique(epochs).tolist()
-    }
+    order = partial(shuffled_starts, num_tokens, T, config.seed)
+    orders = {epoch: order(epoch) for epoch in np.unique(epochs).tolist()}
     return np.array([orders[epoch][at] for epoch, at in zip(epochs.tolist(), positions, strict=True)])
 
 
 def check_listing(stream: TokenStream, tokenizer_sha256: str, split: str) -> None:
     """Compare the shards of a split (train or val) with the listing beside them, if there is one.
 
-    UserError for another tokenizer, split, or token count, shards that are not listed, validation shards that
-    are listed but missing, and validation shards of other content.
+    UserError for another tokenizer, split, or token count, shards not listed, and missing or altered
+    validation shards.
     """
     listing = read_listing(stream.paths[0])
     if listing is None:
         return
     path, made_with, listed = listing[:3]
     if made_with not in (None, tokenizer_sha256):
-        raise UserError(
-            f"{path}: the shards were made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}"
-        )
-    for shard_path, shard in zip(stream.paths, stream.shards, strict=True):
-        row = listed.pop(Path(shard_path).name, None)
+        raise UserError(f"{path}: shards made with tokenizer {made_with[:12]}, not {tokenizer_sha256[:12]}")
+    for name, shard in zip(stream.paths, stream.shards, strict=True):
+        row = listed.pop(Path(name).name, None)
         if row is None:
-            raise UserError(
-                f"{shard_path}: {len(shard)} tokens, not listed in {path}. Remove it, or prepare all again"
-            )
+            raise UserError(f"{name}: {len(shard)} tokens, not listed in {path}. Remove it, or prepare it.")
         if row["split"] != split:
-            raise UserError(
-                f"{shard_path}: text of split {row['split']} by {path}, but it is to be the {split} text"
-            )
+            raise UserError(f"{name}: split {row['split']} by {path}, but it is to be the {split} text")
         if row["tokens"] != len(shard):
-            raise UserError(f"{shard_path}: {len(shard)} tokens, but {path} says {row['tokens']}")
-        if split == "val" and row["sha256"] not in (None, sha256_file(shard_path)):
-            raise UserError(
-                f"{shard_path}: its content is not what {path} lists. Prepare or download it again."
-            )
+            raise UserError(f"{name}: {len(shard)} tokens, but {path} says {row['tokens']}")
+        if split == "val" and row["sha256"] not in (None, sha256_file(name)):
+            raise UserError(f"{name}: its content is not what {path} lists. Prepare or download it again.")
     if missing := sorted(name for name, row in listed.items() if row["split"] == split == "val"):
         raise UserError(f"{path} lists validation shards that are not there: {', '.join(missing)}")
 
@@ -1298,8 +1327,7 @@ def check_listing(stream: TokenStream, tokenizer_sha256: str, split: str) -> Non
 def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
     """UserError if a training shard is a validation shard: by real path, by inode, or by size and SHA-256.
 
-    Validation shards are read only if a training shard has the size of one. `data/prepare.py --overlap` looks
-    for single documents.
+    Contents are read only of equal sizes. `data/prepare.py --overlap` looks for single documents.
     """
     sizes, train_sizes = ({os.path.getsize(path) for path in paths} for paths in (val_paths, stream.paths))
     known: dict[Any, str] = {}
@@ -1311,10 +1339,8 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
             if paths is val_paths:
                 known |= dict.fromkeys(marks, path)
             elif found := next((known[mark] for mark in marks if mark in known), None):
-                raise UserError(
-                    f"{path} is both training and validation text, the same as {found}. "
-                    "Change TRAIN_FILES or VAL_FILES."
-                )
+                told = f"{path} is both training and validation text, the same as {found}"
+                raise UserError(f"{told}. Change TRAIN_FILES or VAL_FILES.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1326,6 +1352,7 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
 # that share no code must agree on every printed score, and published validation sets must have their known
 # totals.
 
+MAX_VAL_TOKENS = 1 << 28  # the challenge's text has 151 million bytes, so no more tokens
 # Tokens and tokens per byte of the published validation sets.
 PUBLISHED_VAL = {
     62_021_846: 0.41052,
@@ -1386,32 +1413,25 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
     """ByteTable of a SentencePiece model. UserError if it is missing, broken, or not for this vocabulary."""
     import sentencepiece as spm
 
-    if not Path(path).is_file():  # SentencePiece aborts the process over a folder or an empty name
-        raise UserError(f"TOKENIZER_PATH={path}: no such file")
-    try:
-        if not (blob := Path(path).read_bytes()):  # which aborts it, too
-            raise UserError(f"TOKENIZER_PATH={path}: an empty file")
+    with decoding(f"TOKENIZER_PATH={path}", f"a SentencePiece model of {vocab_size} tokens"):
+        if not (blob := read_file(path)):  # over which SentencePiece aborts the process
+            raise UserError("an empty file")
         sp = spm.SentencePieceProcessor(model_proto=blob)  # its own open() takes UTF-8 names only
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"TOKENIZER_PATH={path}: {error}") from error
-    if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
-        raise UserError(
-            f"TOKENIZER_PATH={path}: {sp.vocab_size()} tokens with BOS {sp.bos_id()}, "
-            f"expected VOCAB_SIZE={vocab_size} with BOS {BOS_ID}"
-        )
-    boundary = np.array([sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)])
-    adds_space = sp.encode("a", out_type=str)[0].startswith("\u2581")  # decoding would hide it again
-    lossless = not adds_space and sp.decode(sp.encode(LOSSLESS_PROBE)) == LOSSLESS_PROBE
-    if not lossless and sp.piece_to_id("\u2581") == sp.unk_id():
-        raise UserError(
-            f"TOKENIZER_PATH={path}: without a piece for a lone space, bytes are miscounted (issue #897)"
-        )
-    base, space = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
-    for i in np.flatnonzero(~boundary).tolist():
-        piece = sp.id_to_piece(i)
-        space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
-        base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").replace("\u2581", " ").encode())
-    is_case_ops = sp.piece_to_id(CASE_OPERATORS[0]) != sp.unk_id()
+        if sp.vocab_size() != vocab_size or sp.bos_id() != BOS_ID:
+            expected = f"VOCAB_SIZE={vocab_size} with BOS {BOS_ID}"
+            raise UserError(f"{sp.vocab_size()} tokens with BOS {sp.bos_id()}, expected {expected}")
+        others = [sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i) for i in range(vocab_size)]
+        adds_space = sp.encode("a", out_type=str)[0].startswith("\u2581")  # decoding would hide it again
+        lossless = not adds_space and sp.decode(sp.encode(LOSSLESS_PROBE)) == LOSSLESS_PROBE
+        if not lossless and sp.piece_to_id("\u2581") == sp.unk_id():
+            raise UserError("without a piece for a lone space, bytes are miscounted (issue #897)")
+        boundary, base, space = np.array(others), np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool)
+        for i in np.flatnonzero(~boundary).tolist():
+            piece = sp.id_to_piece(i)
+            space[i] = piece.startswith("\u2581") and not sp.is_byte(i)
+            text = piece.removeprefix("\u2581").replace("\u2581", " ")
+            base[i] = 1 if sp.is_byte(i) else len(text.encode())
+        is_case_ops = sp.piece_to_id(CASE_OPERATORS[0]) != sp.unk_id()
     return ByteTable(base, space, np.zeros(vocab_size, bool) if lossless else boundary, is_case_ops)
 
 
@@ -1444,8 +1464,8 @@ def prefix_tokens(path: str) -> np.ndarray:
 def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str) -> tuple[float, float]:
     """val_loss (nats per target) and val_bpb of losses nll (targets,), from shards and tokenizer alone.
 
-    A second derivation that shares no code with `score` and ByteTable: it counts the pieces of the whole
-    text, then subtracts the leading spaces that the field does not count, those after a boundary.
+    It shares no code with `score` and ByteTable: it counts the pieces of the whole text, then subtracts the
+    leading spaces that the field does not count, those after a boundary.
     """
     import sentencepiece as spm
 
@@ -1456,14 +1476,10 @@ def recomputed_score(nll: np.ndarray, shards: Sequence[str], tokenizer_path: str
     sidecars = [sidecar_of(path) for path in shards]
     occurs = np.bincount(tokens[1:])
     num_bytes = sum(int(occurs[i]) * (1 if sp.is_byte(i) else len(text[i].encode())) for i in plain)
-    if (
-        sp.encode_as_pieces("a")[0].startswith("\u2581")
-        or sp.decode(sp.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE
-    ):
-        spaced = [i for i in plain if text[i].startswith(" ")]
-        boundary = [
-            i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)
-        ]
+    adds_space = sp.encode_as_pieces("a")[0].startswith("\u2581")
+    if adds_space or sp.decode(sp.encode(LOSSLESS_PROBE)) != LOSSLESS_PROBE:
+        spaced, ids = [i for i in plain if text[i].startswith(" ")], range(sp.vocab_size())
+        boundary = [i for i in ids if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i)]
         num_bytes -= int((np.isin(tokens[1:], spaced) & np.isin(tokens[:-1], boundary)).sum())
     if sidecars[0] not in shards and os.path.exists(sidecars[0]):
         entries = [np.fromfile(path, "<u2", offset=SHARD_HEADER_BYTES) for path in sidecars]
@@ -1479,10 +1495,8 @@ def check_score(
     again = recomputed_score(nll, shards, tokenizer_path)
     if not all(abs(x / y - 1) < 1e-9 for x, y in zip((val_loss, val_bpb), again, strict=True)):
         bad = int((~np.isfinite(nll)).sum())
-        raise ArithmeticError(
-            f"the printed score disagrees with its losses: val_loss:{val_loss} val_bpb:{val_bpb}, "
-            f"recomputed {again}; {bad} of {len(nll)} losses are not finite"
-        )
+        printed = f"the printed score disagrees with its losses: val_loss:{val_loss} val_bpb:{val_bpb}"
+        raise ArithmeticError(f"{printed}, recomputed {again}; {bad} of {len(nll)} losses are not finite")
 
 
 def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str) -> None:
@@ -1495,23 +1509,17 @@ def check_fingerprint(num_tokens: int, num_bytes: int, pattern: str) -> None:
         raise UserError(f"{pattern}: {num_tokens} validation tokens, but no byte of text")
     expected, measured = PUBLISHED_VAL.get(num_tokens), (num_tokens - 1) / num_bytes
     if expected and abs(measured / expected - 1) > 2e-4:
-        raise UserError(
-            f"{num_tokens} validation tokens make {measured:.5f} tokens per byte, published {expected}: "
-            "the tokenizer is not the one that made these shards"
-        )
+        found = f"{num_tokens} validation tokens make {measured:.5f} tokens per byte, published {expected}"
+        raise UserError(f"{found}: the tokenizer is not the one that made these shards")
     if "fineweb10B_" in Path(pattern).parent.name and not 151_000_000 <= num_bytes <= 151_100_000:
-        raise UserError(
-            f"{pattern}: {num_bytes} bytes of validation text, but the challenge's has 151.0 to 151.1 "
-            "million. Complete it with data/download.py, or rename the folder if it holds another text."
-        )
+        found = f"{pattern}: {num_bytes} bytes of validation text, the challenge's has 151.0 to 151.1 million"
+        raise UserError(f"{found}. Complete it by data/download.py, or rename the folder of another text.")
 
 
 def check_length(num_tokens: int, seq_len: int) -> None:
     """UserError if a text has no window of seq_len tokens and a target."""
     if num_tokens <= seq_len:
-        raise UserError(
-            f"{num_tokens} validation tokens are fewer than a window, EVAL_SEQ_LEN={seq_len} and a target"
-        )
+        raise UserError(f"{num_tokens} validation tokens: fewer than EVAL_SEQ_LEN={seq_len} and a target")
 
 
 def read_validation(
@@ -1519,16 +1527,16 @@ def read_validation(
 ) -> tuple[np.ndarray, list[str]]:
     """Validation tokens and the paths of their shards. UserError for whatever can be wrong with them."""
     stream = TokenStream(config.shards("val"), config.vocab_size)
+    if len(stream) > MAX_VAL_TOKENS:
+        raise UserError(f"{stream.pattern}: {len(stream)} validation tokens, over {MAX_VAL_TOKENS}")
     check_listing(stream, tokenizer_sha256, "val")
     tokens = stream.read_all()
     check_length(len(tokens), config.eval_seq_len)
     if byte_table.sidecars:
-        counted = sidecar_bytes(byte_table.sidecars)
+        counted, name = sidecar_bytes(byte_table.sidecars), byte_table.sidecars[0]
         if len(counted) != len(tokens) or counted[tokens == BOS_ID].any():
-            raise UserError(
-                f"{byte_table.sidecars[0]}: not the byte sidecar of these shards: {len(counted)} entries for "
-                f"{len(tokens)} tokens, or bytes for a BOS"
-            )
+            found = f"{len(counted)} entries for {len(tokens)} tokens, or bytes for a BOS"
+            raise UserError(f"{name}: not the byte sidecar of these shards: {found}")
     check_fingerprint(len(tokens), int(byte_table.of_text(tokens).sum()), config.shards("val"))
     return tokens, stream.paths
 
@@ -1579,9 +1587,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = N
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if documents is not None:
         mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None
-    )
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=mask is None)
     return y.transpose(1, 2)
 
 
@@ -1658,9 +1664,7 @@ def choose_attention(requested: str, device: torch.device) -> tuple[str, Attenti
     notices = []
     if device.type == "cuda" and compute_dtype(device) == torch.float32:
         generation = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        notices.append(
-            f"this GPU has no bfloat16 (compute capability {generation}, not 8.0): it computes in float32"
-        )
+        notices.append(f"this GPU of compute capability {generation} has no bfloat16: it computes in float32")
     for name, module, generation in (("fa3", "flash_attn_interface", 9), ("fa2", "flash_attn", 8)):
         if requested not in ("auto", name) or (requested == "auto" and device.type != "cuda"):
             continue
@@ -2065,9 +2069,8 @@ class GPT(nn.Module):
             scale = 0.05 if config.bigram_hash == "xor" else None
             self.bigram = FactorizedEmbedding(config.bigram_vocab_size, config.bigram_dim, d, scale)
         self.word_start_boost = nn.Parameter(torch.tensor(1.0)) if config.word_start_boost else None
-        self.register_buffer(
-            "word_start", None if word_start is None else torch.tensor(word_start), persistent=False
-        )
+        starts = None if word_start is None else torch.tensor(word_start)
+        self.register_buffer("word_start", starts, persistent=False)
         if config.bigram_signs:
             heads = torch.rand(SIGN_ROWS, config.bigram_dim, generator=torch.Generator().manual_seed(0)) < 0.5
             self.register_buffer("bigram_signs", (2 * heads - 1).to(dtype), persistent=False)
@@ -2756,9 +2759,9 @@ def short_run_warning(config: Config, step: int, elapsed: float, budget: float) 
     if config.warmdown_frac or total >= config.warmdown_iters:
         return ""
     start = lr_scale(replace(config, iterations=max(1, round(total))), 0, 0.0, 0.0)
+    told = f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps"
     return (
-        f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps: the "
-        f"learning rate starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, a fraction of the run, to 0.5."
+        f"{told}: the LR starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, a fraction of the run, to 0.5."
     )
 
 
@@ -4039,11 +4042,11 @@ def fake_quantized_banks(model: GPT) -> Iterator[None]:
 # and 64 sums of the two are told apart. Encoders stand beside their decoders.
 
 NUM_WIDTHS, NARROWEST = 64, -24
-LZMA = dict(
-    format=lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}]
-)
+LZMA2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0}
+LZMA = dict(format=lzma.FORMAT_RAW, filters=[LZMA2])
 # 40 % of the time of level 22, within 0.04 % of its bytes: records/benchmarks/2026-11-27_coders_cpu.md
 ZSTD_LEVEL = 16
+TABLES_LIMIT = 1 << 24  # bytes of all tables of an entropy coder
 # a frame begins so; LZMA2 data begins with a byte of 0 to 2, or 0x80 and more
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 PACKAGES = {"zstd": ("zstandard", "0.25.0"), "ans": ("constriction", "0.5.0")}
@@ -4055,9 +4058,8 @@ def coder_package(coder: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"COMPRESSOR={coder} needs the package {name}: {error}. Install it: pip install {name}=={version}"
-        ) from None
+        told = f"COMPRESSOR={coder} needs the package {name}: {error}"
+        raise UserError(f"{told}. Install it: pip install {name}=={version}") from None
 
 
 def pack(data: bytes, coder: str) -> bytes:
@@ -4065,11 +4067,18 @@ def pack(data: bytes, coder: str) -> bytes:
     return coder_package(coder).compress(data, ZSTD_LEVEL) if coder == "zstd" else lzma.compress(data, **LZMA)
 
 
-def unpack(data: bytes) -> bytes:
-    """Undo `pack`; the first bytes tell which of the two it was."""
+def unpack(data: bytes, most: int) -> bytes:
+    """Undo `pack`, of at most `most` bytes; the first bytes tell which of the two it was."""
     if data.startswith(ZSTD_MAGIC):
-        return coder_package("zstd").decompress(data)
-    return lzma.decompress(data, **LZMA)
+        size = coder_package("zstd").frame_content_size(data)
+        if 0 <= size <= most:
+            return coder_package("zstd").decompress(data)
+    else:
+        decoder = lzma.LZMADecompressor(**LZMA)
+        content = decoder.decompress(data, most + 1)
+        if (size := len(content)) <= most and decoder.eof:
+            return content
+    raise UserError(f"{len(data)} packed bytes: {size} unpacked, expected a whole stream of at most {most}")
 
 
 def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -4083,9 +4092,7 @@ def code_widths(codes: Tensor) -> tuple[Tensor, Tensor]:
 
 def lay_out(widths: Sequence[tuple[Tensor, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
     """Order of all codes by expected width, and their counts by width and matrix."""
-    sums = [
-        (row.int() + column - NARROWEST).clamp(0, NUM_WIDTHS - 1).to(torch.uint8) for row, column in widths
-    ]
+    sums = [(row.int() + column - NARROWEST).clamp(0, NUM_WIDTHS - 1).byte() for row, column in widths]
     matrices = [matrix.flatten().numpy() for part in sums for matrix in part.view(-1, *part.shape[-2:])]
     counts = np.stack([np.bincount(matrix, minlength=NUM_WIDTHS) for matrix in matrices], axis=1)
     return np.concatenate(matrices).argsort(kind="stable"), counts
@@ -4152,36 +4159,41 @@ def encode_codes(codes: np.ndarray, counts: np.ndarray, coder: str) -> bytes:
     # the coder is a stack: encode in reverse order
     for part, use in zip(np.split(codes, sizes.cumsum()[:-1])[::-1], uses[::-1], strict=True):
         stack.encode_reverse(part.astype(np.int32) - tables[use].low, tables[use].model())
-    side = [
-        struct.pack("<H", len(tables)),
-        *(table.dump() for table in tables),
-        np.array(uses, "<u2").tobytes(),
-    ]
-    packed = pack(b"".join(side), coder)
+    dumped = b"".join(table.dump() for table in tables)
+    packed = pack(struct.pack("<H", len(tables)) + dumped + np.array(uses, "<u2").tobytes(), coder)
     return struct.pack("<I", len(packed)) + packed + stack.get_compressed().astype("<u4").tobytes()
 
 
+def take(file: BinaryIO, shape: Sequence[int] = (), dtype: str = "<i1") -> np.ndarray:
+    """The next bytes of a file as an array. UserError if it has fewer."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if len(part := file.read(size)) < size:
+        raise UserError(f"{len(part)} bytes are left, expected {size} of an array {BRIEF.repr(shape)}")
+    return np.frombuffer(part, dtype).reshape(shape)
+
+
 def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
-    """Undo `encode_codes`."""
+    """Undo `encode_codes`. UserError for other than as many codes as counted."""
+    file, parts = io.BytesIO(data), [np.zeros(0, np.int8)]
     if coder == "zstd":
-        ends = np.frombuffer(data, "<u4", NUM_WIDTHS).cumsum(dtype=np.int64) + 4 * NUM_WIDTHS
-        frames = [data[low:high] for low, high in pairwise([4 * NUM_WIDTHS, *ends.tolist()])]
-        return np.frombuffer(b"".join(unpack(frame) for frame in frames), np.int8)
-    (length,) = struct.unpack_from("<I", data)
-    side, tables = unpack(data[4 : 4 + length]), []
-    (number,), position = struct.unpack_from("<H", side), 2
-    for _ in range(number):
-        low, last = struct.unpack_from("<bB", side, position)
-        tables.append(Table(low, np.frombuffer(side, "<u2", last + 1, position + 2)))
-        position += 2 + tables[-1].frequencies.nbytes
-    sizes = counts[counts > 0]
-    uses = np.frombuffer(side, "<u2", len(sizes), position)
-    stack = coder_package("ans").stream.stack.AnsCoder(np.frombuffer(data, "<u4", offset=4 + length))
-    parts = [
-        stack.decode(tables[use].model(), size) + tables[use].low
-        for size, use in zip(sizes, uses, strict=True)
-    ]
-    return np.concatenate(parts).astype(np.int8)
+        for length, count in zip(
+            take(file, (NUM_WIDTHS,), "<u4").tolist(), counts.sum(1).tolist(), strict=True
+        ):
+            parts.append(np.frombuffer(unpack(take(file, (length,)).tobytes(), count), np.int8))
+    else:
+        side, tables = io.BytesIO(unpack(file.read(take(file, (), "<u4").item()), TABLES_LIMIT)), []
+        for _ in range(take(side, (), "<u2").item()):
+            low, last = take(side).item(), take(side, (), "<u1").item()
+            tables.append(Table(low, take(side, (last + 1,), "<u2")))
+        sizes = counts[counts > 0]
+        uses, words = take(side, (len(sizes),), "<u2"), np.frombuffer(file.read(), "<u4")
+        stack = coder_package("ans").stream.stack.AnsCoder(words)
+        for size, use in zip(sizes.tolist(), uses.tolist(), strict=True):
+            parts.append((stack.decode(tables[use].model(), size) + tables[use].low).astype(np.int8))
+    codes, left = np.concatenate(parts), len(file.read())
+    if left or len(codes) != counts.sum():
+        raise UserError(f"{len(codes)} codes and {left} bytes behind, expected {counts.sum()} and 0")
+    return codes
 
 
 def fit(build: Callable[[float], bytes], budget: int, passes: int = 12) -> tuple[bytes, float]:
@@ -4221,7 +4233,10 @@ def fit(build: Callable[[float], bytes], budget: int, passes: int = 12) -> tuple
 # read it.
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFQ6\0", 2
+ARTIFACT_LIMIT, HEAD_LIMIT, TEXT_LIMIT = 1 << 28, 1 << 26, 1 << 20  # most bytes: file, head, its JSON text
 ARTIFACT_PREFIX = struct.Struct("<8sI4s32s")
+TENSOR = {"name": str, "shape": [int], "coded": bool, "columns": bool, "trellis": bool}
+HEADER = {"config": {}, "tokenizer_sha256": str, "sha256_codes": str, "tensors": [TENSOR]}
 
 
 def checksum(coder: bytes, body: bytes) -> bytes:
@@ -4249,37 +4264,55 @@ def encode_artifact(config: Config, tensors: list[QuantizedTensor], tokenizer_sh
     return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, coder, checksum(coder, body)) + body
 
 
-def decode_tensors(body: bytes, coder: str) -> tuple[dict[str, Any], list[QuantizedTensor]]:
-    """Header and tensors of the body of an artifact. UserError if other codes come out than went in."""
-    (length,) = struct.unpack_from("<I", body)
-    head = unpack(body[4 : 4 + length])
-    (text,) = struct.unpack_from("<I", head)
-    header, position = json.loads(head[4 : 4 + text]), 4 + text
+def read_model_settings(values: Mapping[str, Any]) -> Config:
+    """The settings of a model from the header of an artifact, each of the type and range of its field."""
+    deleted = {name.lower() for names, *_ in ABSENT for name in names.split()}
+    by_name, read = {f.name: f for f in fields(Config) if f.name in settings_of(Config(), "model")}, {}
+    for name, value in values.items():
+        if name in by_name:
+            read[name] = parse_value(by_name[name], value if isinstance(value, str) else json.dumps(value))
+        elif value or name not in deleted:
+            raise UserError(f"unknown model setting {BRIEF.repr(name)}, written by another version")
+    if problems := [message for right, message in model_rules(Config(**read)) if not right]:
+        raise UserError("; ".join(problems))
+    return Config(**read)
 
-    def take(shape: Sequence[int], dtype: str = "<i1") -> Tensor:
-        nonlocal position
-        array = np.frombuffer(head, dtype, math.prod(shape), position).reshape(shape)
-        position += array.nbytes
-        return torch.from_numpy(array.copy())
+
+def decode_tensors(body: bytes, coder: str) -> tuple[dict[str, Any], list[QuantizedTensor]]:
+    """Header, with its settings as a Config, and tensors of the body of an artifact.
+
+    UserError for what `encode_artifact` does not write, or if other codes come out than went in.
+    """
+    file = io.BytesIO(body)
+    head = io.BytesIO(unpack(take(file, (take(file, (), "<u4").item(),)).tobytes(), HEAD_LIMIT))
+    if (length := take(head, (), "<u4").item()) > TEXT_LIMIT:
+        raise UserError(f"header: {length} bytes, expected at most {TEXT_LIMIT}")
+    header = parse_json(head.read(length), HEADER, "header")
+    header["config"] = read_model_settings(header["config"])
+    sizes = {row["name"]: math.prod(row["shape"]) for row in header["tensors"]}
+    if sum(sizes.values()) > MAX_NUMBERS or len(sizes) < len(header["tensors"]):
+        raise UserError(f"{sum(sizes.values())} numbers, expected at most {MAX_NUMBERS}, or a tensor twice")
+
+    def tensor(shape: Sequence[int], dtype: str = "<i1") -> Tensor:
+        return torch.from_numpy(take(head, shape, dtype).copy())
 
     found = {}
     for row in header["tensors"]:
         if not row["coded"]:
-            found[row["name"]] = QuantizedTensor(row["name"], take(row["shape"], "<f2"))
+            found[row["name"]] = QuantizedTensor(row["name"], tensor(row["shape"], "<f2"))
     rows = [row for row in header["tensors"] if row["coded"]]
     sides = [([*lead, out, 1], [*lead, 1, columns]) for *lead, out, columns in (row["shape"] for row in rows)]
-    scales = [
-        (take(side[0]), take(side[1]) if row["columns"] else None)
-        for row, side in zip(rows, sides, strict=True)
-    ]
-    order, counts = lay_out([(take(side[0]), take(side[1])) for side in sides])
-    assert position == len(head), f"{len(head) - position} bytes left over in the artifact"
-    laid_out = decode_codes(body[4 + length :], counts, coder)
+    two_sided = [row["columns"] for row in rows]
+    scales = [(tensor(a), tensor(b) if two else None) for (a, b), two in zip(sides, two_sided, strict=True)]
+    order, counts = lay_out([(tensor(by_row), tensor(by_column)) for by_row, by_column in sides])
+    if rest := head.read():
+        raise UserError(f"{len(rest)} bytes are left over in the head")
+    laid_out = decode_codes(file.read(), counts, coder)
     if hashlib.sha256(laid_out).hexdigest() != header["sha256_codes"]:
-        raise UserError("artifact: its codes do not come out as they went in, another version of the coder?")
+        raise UserError("its codes do not come out as they went in, another version of the coder?")
     codes = np.empty_like(laid_out)
     codes[order] = laid_out
-    parts = torch.from_numpy(codes).split([math.prod(row["shape"]) for row in rows])
+    parts = torch.from_numpy(codes).split([sizes[row["name"]] for row in rows])
     for row, part, pair in zip(rows, parts, scales, strict=True):
         found[row["name"]] = QuantizedTensor(row["name"], part.view(row["shape"]), *pair, row["trellis"])
     return header, [found[row["name"]] for row in header["tensors"]]
@@ -4296,41 +4329,29 @@ class Artifact(NamedTuple):
 
 def read_artifact(path: str | Path) -> Artifact:
     """Read and verify an artifact. UserError if it is missing, truncated, altered, or of another format."""
-    try:
-        blob = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"artifact {path}: {error.strerror}") from error
-    if len(blob) < ARTIFACT_PREFIX.size:
-        raise UserError(
-            f"artifact {path}: {len(blob)} bytes, shorter than its {ARTIFACT_PREFIX.size}-byte prefix"
-        )
-    magic, version = ARTIFACT_PREFIX.unpack_from(blob)[:2]
-    coder, digest = ARTIFACT_PREFIX.unpack_from(blob)[2:]
-    if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
-        raise UserError(
-            f"artifact {path}: magic {magic!r} version {version}, "
-            f"expected {ARTIFACT_MAGIC!r} {ARTIFACT_VERSION}"
-        )
-    body = blob[ARTIFACT_PREFIX.size :]
-    if checksum(coder, body) != digest:
-        raise UserError(f"artifact {path}: the checksum does not match, the file is truncated or altered")
-    name = coder.rstrip(b"\0").decode(errors="replace")
-    if name not in PACKAGES:
-        known = ", ".join(PACKAGES)
-        raise UserError(f"artifact {path}: codes by {name!r}, of another version; this one reads {known}")
-    header, stored = decode_tensors(body, name)
-    deleted = {name.lower() for names, *_ in ABSENT for name in names.split()}
-    settings = {name: value for name, value in header["config"].items() if value or name not in deleted}
-    unknown = sorted(set(settings) - {f.name for f in fields(Config)})
-    if unknown:
-        raise UserError(
-            f"artifact {path}: unknown model settings {', '.join(unknown)}, written by another version"
-        )
-    tensors = {tensor.name: dequantize(tensor) for tensor in stored}
-    factors = {
-        name: tensors.pop(f"factors.{name}").exp2() for name in GPT.BANKS if f"factors.{name}" in tensors
-    }
-    return Artifact(replace(Config(), **settings), tensors, header["tokenizer_sha256"], factors)
+    with decoding(f"artifact {path}", "readable"):
+        blob = read_file(path, ARTIFACT_LIMIT)
+        prefix, body = blob[: ARTIFACT_PREFIX.size], blob[ARTIFACT_PREFIX.size :]
+        magic, version = ARTIFACT_PREFIX.unpack(prefix)[:2]
+        coder, digest = ARTIFACT_PREFIX.unpack(prefix)[2:]
+        if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
+            raise UserError(
+                f"magic {magic!r} version {version}, expected {ARTIFACT_MAGIC!r} {ARTIFACT_VERSION}"
+            )
+        if checksum(coder, body) != digest:
+            raise UserError("the checksum does not match, the file is truncated or altered")
+        name = coder.rstrip(b"\0").decode(errors="replace")
+        if name not in PACKAGES:
+            raise UserError(f"codes by {name!r}, of another version; this one reads {', '.join(PACKAGES)}")
+        header, stored = decode_tensors(body, name)
+        tensors = {tensor.name: dequantize(tensor) for tensor in stored}
+        names = {bank: f"factors.{bank}" for bank in GPT.BANKS}
+        factors = {bank: tensors.pop(name).exp2() for bank, name in names.items() if name in tensors}
+        check_finite("its tensors", tensors | factors)
+        GPT(header["config"]).load_state_dict(tensors)  # every tensor is there, in its shape
+        if any(factor.shape != (len(tensors[bank]), 1, 1) for bank, factor in factors.items()):
+            raise UserError("a factor of Meta-SGD for other than the rows of its bank")
+    return Artifact(header["config"], tensors, header["tokenizer_sha256"], factors)
 
 
 def load_model(
@@ -4423,10 +4444,8 @@ class MetaRates:
     def __init__(self, model: GPT, config: Config):
         banks = model.banks() if config.meta_sgd_enabled else {}
         self.logs = {name: torch.zeros(len(bank), 1, 1, device=bank.device) for name, bank in banks.items()}
-        lr = config.meta_sgd_lr or config.scalar_lr
-        self.adam = (
-            torch.optim.Adam(list(self.logs.values()), lr=lr, betas=(0.9, 0.95)) if self.logs else None
-        )
+        logs, lr = list(self.logs.values()), config.meta_sgd_lr or config.scalar_lr
+        self.adam = torch.optim.Adam(logs, lr=lr, betas=(0.9, 0.95)) if logs else None
 
     def factors(self) -> dict[str, Tensor]:
         """By bank, (rows, 1, 1)."""
@@ -4462,9 +4481,7 @@ class MetaRates:
 
     def report(self) -> dict[str, list[float]]:
         """The factors by bank and row."""
-        return {
-            name: [round(x, 5) for x in factor.flatten().tolist()] for name, factor in self.factors().items()
-        }
+        return {name: [round(x, 5) for x in f.flatten().tolist()] for name, f in self.factors().items()}
 
 
 def rates_text(factors: Mapping[str, Tensor]) -> str:
@@ -4487,9 +4504,8 @@ def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
         return FastWeights(model, replace(c, **sgd), "bank")
     last_quarter = range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)
     sgd |= dict(ttt_freeze_blocks=0, ttt_layers=c.reptile_layers or ",".join(map(str, last_quarter)))
-    return FastWeights(
-        model, replace(c, **sgd), "mlp_up_bank mlp_down_bank", math.ceil(c.reptile_tasks / ranks)
-    )
+    sets = math.ceil(c.reptile_tasks / ranks)
+    return FastWeights(model, replace(c, **sgd), "mlp_up_bank mlp_down_bank", sets)
 
 
 def outer_gradients(
@@ -4556,10 +4572,8 @@ def meta_sequences(batches: list[tuple[Tensor, Tensor]], config: Config) -> tupl
     ids, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     every = config.grad_accum_total * (2 if config.meta_ttt_split == "batch" else 1)
     if len(ids) % every:
-        raise UserError(
-            f"META_TTT_SPLIT={config.meta_ttt_split} takes one sequence in {config.grad_accum_total} "
-            f"(GRAD_ACCUM_TOTAL), and each rank has {len(ids)} sequences of a step: no multiple of {every}"
-        )
+        told = f"META_TTT_SPLIT={config.meta_ttt_split} and GRAD_ACCUM_TOTAL={config.grad_accum_total}"
+        raise UserError(f"{told} need a multiple of {every} sequences of a step per rank, not {len(ids)}")
     return ids[:: config.grad_accum_total], targets[:: config.grad_accum_total]
 
 
@@ -4588,9 +4602,8 @@ def fomaml_step(
     mean = torch.full(support[1].shape, 1 / support[1].numel() / world_size(), device=ids.device)
     weight = torch.full(query[1].shape, total / query[1].numel(), device=ids.device)
     inner = Event(TTTBatch(*support, mean), 0.0 if c.meta_control else c.meta_ttt_inner_lr)
-    [loss], _ = episode(
-        model, fast, rates, [inner] * c.meta_ttt_inner_steps + [Event(TTTBatch(*query, weight))], nll_fn
-    )
+    events = [inner] * c.meta_ttt_inner_steps + [Event(TTTBatch(*query, weight))]
+    [loss], _ = episode(model, fast, rates, events, nll_fn)
     return before, loss / max(total, 1e-12)
 
 
@@ -4615,19 +4628,14 @@ def sample_documents(
             found += 1
             if found == count:
                 return rows, sizes
-    raise UserError(
-        f"META_TTT_OBJECTIVE=deployed finds too few documents of over {config.doc_chunk} tokens. "
-        "Lower TTT_CHUNK_SIZE."
-    )
+    few = f"too few documents of over {config.doc_chunk} tokens"
+    raise UserError(f"META_TTT_OBJECTIVE=deployed finds {few}. Lower TTT_CHUNK_SIZE.")
 
 
 def deployed_events(
     config: Config, rows: np.ndarray, sizes: np.ndarray, device: torch.device
 ) -> Iterator[Event]:
-    """Yield the events of this rank's documents, chunk by chunk: score, then adapt.
-
-    rows (documents, length + 1), sizes (documents,).
-    """
+    """Yield the events of this rank's documents, rows (documents, length + 1): score a chunk, then adapt."""
     c, size = config, config.doc_chunk
     text, ends = (np.array_split(part, world_size())[rank()] for part in (rows, sizes))
     low, weight = np.arange(len(text)) * rows.shape[1], world_size() / int(sizes.sum())
@@ -4662,9 +4670,8 @@ def deployed_step(
     fast.set_factors(rates.factors())
     with fake_quantized_banks(model):
         fast.begin()
-        scored, _ = episode(
-            model, fast, rates, deployed_events(model.config, rows, sizes, fast.device), nll_fn
-        )
+        events = deployed_events(model.config, rows, sizes, fast.device)
+        scored, _ = episode(model, fast, rates, events, nll_fn)
     return torch.stack(scored).sum()
 
 
@@ -4793,15 +4800,12 @@ class Clock:
 def split_batch(config: Config) -> tuple[int, int]:
     """Sequences per rank and step, and micro-batches. UserError if the ranks do not divide the sequences.
 
-    There are more micro-batches than GRAD_ACCUM_TOTAL asks for if the GPU holds fewer sequences: the same
-    step.
+    If the GPU holds fewer sequences, there are more micro-batches than GRAD_ACCUM_TOTAL: the same step.
     """
     rows, ranks = config.step_seqs, world_size()
     if rows % ranks:
-        raise UserError(
-            f"world_size={ranks} must divide the {rows} sequences of a step "
-            f"(TRAIN_BATCH_TOKENS / {config.row_tokens})"
-        )
+        step = f"the {rows} sequences of a step (TRAIN_BATCH_TOKENS / {config.row_tokens})"
+        raise UserError(f"world_size={ranks} must divide {step}")
     mine = rows // ranks
     return mine, mine // max(at_once(config)["train"], 1)
 
@@ -4881,6 +4885,11 @@ class StopSignals:
 
 
 CHECKPOINT = "checkpoint.pt"  # torch.save's bytes, which torch.load reads, and their SHA-256 behind them
+CHECKPOINT_FORM = {
+    "config": {str: str | float | int}, "code": {str: str}, "data": str, "tokenizer": str, "ranks": int,
+    "phase": str, "step": int, "done": {str: [float]}, "seconds": float, "strict": float, "resumed": [int],
+    "earlier_code?": [{"until_step": int}], "model": {str: Tensor}, "looped": bool, "rates": {}, "parts": {},
+}  # fmt: skip
 IGNORED_ON_RESUME = "run_id resume checkpoint_every dist_timeout train_log_every val_loss_every".split()
 MAY_CHANGE_ON_RESUME = (  # with a note: contents are compared in place of names, or they act afterwards
     "data_path train_files val_files tokenizer_path attention use_compile compressor eval_stride "
@@ -4892,9 +4901,8 @@ DATA_FAILED = 255  # beside the numbers of signals
 class Progress:
     """Progress of a run, and its checkpoint.
 
-    `done`: steps of each finished phase, and the clock's seconds at its end. Rank 0 writes a checkpoint for
-    any number of ranks: the parts of the phase (whatever has a state_dict), the model, Meta-SGD's factors,
-    and the clock.
+    `done`: steps of each finished phase, and the clock's seconds at its end. A checkpoint is for any number
+    of ranks: the phase's parts (whatever has a state_dict), the model, Meta-SGD's factors, and the clock.
     """
 
     def __init__(
@@ -4923,22 +4931,20 @@ class Progress:
             return
         self.saved, self.done, self.clock.total = saved, saved["done"], saved["seconds"]
         self.resumed = [*saved["resumed"], saved["step"]]
-        self.model.load_state_dict(saved["model"])
+        with decoding(run.folder / CHECKPOINT, "a checkpoint of this model"):
+            self.model.load_state_dict(saved["model"])
+            self.rates.load_state_dict(saved["rates"])
         self.model.looped = saved["looped"]
-        self.rates.load_state_dict(saved["rates"])
         phase = saved["phase"] or f"after {', '.join(self.done)}"
-        run.log.line(
-            f"resumed: phase:{phase} step:{saved['step']} world_size:{world_size()} (was {saved['ranks']})"
-        )
+        ranks = f"world_size:{world_size()} (was {saved['ranks']})"
+        run.log.line(f"resumed: phase:{phase} step:{saved['step']} {ranks}")
         for name in MAY_CHANGE_ON_RESUME:
             if (then := saved["config"].get(name)) != (now := getattr(run.config, name)):
                 run.log.line(f"note: {name.upper()}={now}, before the checkpoint {then}")
         self.earlier_code = saved.get("earlier_code", [])
         if saved["code"] != self.origin["code"]:
-            self.earlier_code = [
-                *self.earlier_code,
-                dict(until_step=saved["step"], phase=phase, sha256=saved["code"]),
-            ]
+            earlier = dict(until_step=saved["step"], phase=phase, sha256=saved["code"])
+            self.earlier_code = [*self.earlier_code, earlier]
             run.log.line("WARNING: other code wrote the checkpoint; its source is kept in source_until_*")
 
     def begin(self, phase: str, parts: Mapping[str, Any]) -> int:
@@ -4946,8 +4952,9 @@ class Progress:
         self.phase, self.parts, self.checked = phase, parts, self.clock.seconds()
         if self.saved is None or self.saved["phase"] != phase:
             return 0
-        for name, part in parts.items():
-            part.load_state_dict(self.saved["parts"][name])
+        with decoding(self.run.folder / CHECKPOINT, f"a checkpoint of phase {phase}"):
+            for name, part in parts.items():
+                part.load_state_dict(self.saved["parts"][name])
         self.first, self.saved = self.saved["step"], None
         return self.first
 
@@ -4965,9 +4972,8 @@ class Progress:
         A rank has to stop after a signal, or if reading its next batch raised `failure`.
         """
         self.failure = failure
-        elapsed, asked = max_over_ranks(
-            self.clock.seconds(), DATA_FAILED if failure else self.signals.number()
-        )
+        asked = DATA_FAILED if failure else self.signals.number()
+        elapsed, asked = max_over_ranks(self.clock.seconds(), asked)
         self.asked = int(asked)
         return elapsed
 
@@ -4978,9 +4984,7 @@ class Progress:
         """
         saved = self.save(step) if due or self.asked else True
         if self.asked == DATA_FAILED:
-            raise self.failure or UserError(
-                f"stopped after step {step}: another process could not read its data"
-            )
+            raise self.failure or UserError(f"step {step}: another process could not read its data")
         if self.asked:
             lost = "" if saved else ", WITHOUT a checkpoint of it"
             self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}{lost}")
@@ -4988,10 +4992,9 @@ class Progress:
 
     @contextmanager
     def kept(self, step: int) -> Iterator[None]:
-        """Write a checkpoint if data cannot be read after `step` steps; on one rank only, since ranks save
-        together.
+        """Write a checkpoint of one rank if data cannot be read after `step` steps; several save together.
 
-        Several ranks write theirs if the error was known at their last collective (`seconds`).
+        They write theirs if the error was known at their last collective (`seconds`).
         """
         try:
             yield
@@ -5042,28 +5045,24 @@ class Progress:
 
 
 def read_checkpoint(run: Run) -> dict[str, Any] | None:
-    """Read the run's checkpoint; None without one or with RESUME=never.
-
-    UserError if it is broken, or was saved with other settings or data.
-    """
+    """The run's checkpoint, None without one or for RESUME=never. UserError: broken, or of another run."""
     path, c = run.folder / CHECKPOINT, run.config
-    if c.resume == "never" or not path.exists():
+    if c.resume == "never" or not os.path.lexists(path):
         return None
-    try:
-        blob = path.read_bytes()
+    with decoding(path, "a valid checkpoint"):
+        blob = read_file(path, STATE_FILE)
         if hashlib.sha256(blob[:-32]).digest() != blob[-32:]:
-            raise ValueError("its checksum does not match, the file is truncated or altered")
-        saved = torch.load(io.BytesIO(blob[:-32]), map_location="cpu", weights_only=True)
-        theirs = saved["config"]
-    except Exception as error:  # whatever broken bytes lead to
-        raise UserError(f"{path} is not a valid checkpoint: {error}") from error
+            raise UserError("its checksum does not match, the file is truncated or altered")
+        saved = load_tensors(io.BytesIO(blob[:-32]))
+        check_form(saved, CHECKPOINT_FORM, "content")
+        if saved["phase"] not in ("", *c.phases) or any(len(pair) != 2 for pair in saved["done"].values()):
+            raise UserError(f"phase {BRIEF.repr(saved['phase'])}, {BRIEF.repr(saved['done'])}")
+    theirs = saved["config"]
     compared = asdict(c).keys() - {*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME}
     other = [name for name in asdict(c) if name in compared and theirs.get(name) != getattr(c, name)]
     if other:
-        differences = "; ".join(
-            f"{name.upper()}={theirs.get(name)} there, {getattr(c, name)} here" for name in other
-        )
-        raise UserError(f"{path} was saved with different settings: {differences}")
+        pairs = (f"{name.upper()}={theirs.get(name)} there, {getattr(c, name)} here" for name in other)
+        raise UserError(f"{path} was saved with different settings: {'; '.join(pairs)}")
     if saved["data"] != run.train.fingerprint():
         raise UserError(f"{path} was saved with other training shards than {run.train.pattern} has now")
     if saved["tokenizer"] != run.tokenizer_sha256:
@@ -5081,9 +5080,8 @@ def train_step(
     round_banks: bool = False,
     loss: Tensor | None = None,
 ) -> StepMetrics:
-    """Take one optimizer step on micro-batches of equal size; returns loss and gradient norms.
+    """Take one optimizer step on micro-batches of equal size; returns the mean loss and gradient norms.
 
-    The loss is the mean of all ranks.
     Gradients are averaged over micro-batches and ranks and added to those that are there (of a meta-step),
     then clipped, so that the number of ranks changes nothing. loss: of a step without micro-batches, all of
     whose gradients are there.
@@ -5096,10 +5094,7 @@ def train_step(
     if batches:
         banks = model.banks()
         if round_banks:  # straight through: the gradients are those of the banks (arXiv 1308.3432)
-            banks = {
-                name: bank + (fake_quantize(bank, model.config) - bank.detach())
-                for name, bank in banks.items()
-            }
+            banks = {n: b + (fake_quantize(b, model.config) - b.detach()) for n, b in banks.items()}
         weights = model.weights(banks)
         leaves = Weights(*(part.detach().to(model.dtype).requires_grad_() for part in weights))
         sums = [torch.zeros_like(part) for part in weights]
@@ -5150,8 +5145,7 @@ def train_step(
 class Moment(NamedTuple):
     """Position in a phase before a step: its number from 0, and `elapsed` of `budget` seconds (0: no clock).
 
-    left: fraction of the phase that is left by steps or by the clock, whichever is less, with time for one
-    more step.
+    left: fraction of the phase that is left by steps or by the clock, the lesser, with time for a step more.
     """
 
     step: int
@@ -5172,8 +5166,7 @@ def moment(step: int, count: int, elapsed: float, budget: float, ahead: int, pre
 class Phase(NamedTuple):
     """A part of a run, as the loop of `train` sees it.
 
-    parts: whatever has a state_dict, for the checkpoint. finish: called after the last step. loader: what
-    reads ahead.
+    parts: what has a state_dict, for the checkpoint. finish: called after the last step. loader: reads ahead.
     """
 
     step: Callable[[Moment], StepMetrics]
@@ -5251,9 +5244,8 @@ def reptile_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, rat
         size = (c.reptile_inner_steps, world_size() * fast.sets)
         starts = phase_generator(c, 0, now.step).integers(len(run.train), size=size)
         mine = np.split(starts, world_size(), axis=1)[rank()]
-        rows = np.array(
-            [[run.train.read(int(start), c.train_seq_len + 1) for start in line] for line in mine]
-        )
+        read = partial(run.train.read, count=c.train_seq_len + 1)
+        rows = np.array([[read(int(start)) for start in line] for line in mine])
         loss = reptile_step(model, fast, torch.from_numpy(rows).to(run.device), nll_fn)
         return StepMetrics(loss.view(1), ["the loss of Reptile"])
 
@@ -5268,14 +5260,12 @@ def deployed_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
         fast.moments.start = generated_moments(model, c, fast.sets, nll_fn)
 
     def step(now: Moment) -> StepMetrics:
-        rows, sizes = sample_documents(
-            run.train, world_size() * fast.sets, c, phase_generator(c, 1, now.step)
-        )
+        generator = phase_generator(c, 1, now.step)
+        rows, sizes = sample_documents(run.train, world_size() * fast.sets, c, generator)
         loss = deployed_step(model, fast, rates, rows, sizes, nll_fn)
         rates.step(now.left)
-        return train_step(
-            loss_fn, model, [], optimizers, c.meta_ttt_outer_lr * now.left, c.muon_momentum, loss=loss
-        )
+        scale = c.meta_ttt_outer_lr * now.left
+        return train_step(loss_fn, model, [], optimizers, scale, c.muon_momentum, loss=loss)
 
     return Phase(step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast))
 
@@ -5308,9 +5298,8 @@ def train(
         while True:
             if is_main and now.left <= 0 and step < count:
                 seconds = began + now.elapsed
-                log.line(
-                    f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{count}"
-                )
+                at = f"train_time:{1000 * seconds:.0f}ms step:{step}/{count}"
+                log.line(f"stopping_early: wallclock_cap {at}")
             if is_main and c.val_loss_every and (now.left <= 0 or step % c.val_loss_every == 0):
                 clock.stop()
                 result = run.score(model, c.eval_seq_len, nll_fn)
@@ -5413,12 +5402,11 @@ def calibration_batches(run: Run, model: GPT, count: int) -> Iterator[tuple[Tens
     c, length, rows = run.config, run.config.train_seq_len, calibration_rows(run.config)
     for batch in range(rank(), count, world_size()):
         if c.calib_source == "self":
-            ids = generate(model, rows, length + 1, seed=c.seed * count + batch)
+            ids = generate(model, rows, length + 1, seed=(c.seed * count + batch) % 2**64)
             yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         else:
-            yield run.train.sequences(
-                batch * len(run.train) // count + length * np.arange(rows), length, run.device
-            )
+            starts = batch * len(run.train) // count + length * np.arange(rows)
+            yield run.train.sequences(starts, length, run.device)
 
 
 def read_statistics(run: Run, model: GPT) -> Statistics:
@@ -5465,8 +5453,11 @@ def statistics_seconds(run: Run, model: GPT) -> float:
 # ------------------------------------------------------------------------------------------------------------
 
 # From the environment to result.json: checks before anything is trained, the folder and its lock, the head of
-# the log, export, and the score of the artifact as it is read back from disk. Every error of a user is one
-# line.
+# the log, export, and the score of the artifact as it is read back from disk. Every user error is one line.
+
+TORCHRUN = dict(WORLD_SIZE=1, RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1, MASTER_PORT=0)  # least, and default
+SCORES = ("val_loss_roundtrip", "val_loss_sliding", "val_bpb_roundtrip", "val_bpb_sliding")
+RESULT = dict.fromkeys(SCORES, float) | {"fits": bool, "sha256_artifact": str}
 
 
 def process_start() -> float:
@@ -5479,33 +5470,41 @@ def process_start() -> float:
         return time.time()
 
 
-def announced_ranks(environ: Mapping[str, str]) -> tuple[int, int]:
-    """WORLD_SIZE and LOCAL_RANK as torchrun sets them; 1 and 0 without. UserError for an incomplete set."""
+def announced_ranks(environ: Mapping[str, str]) -> dict[str, int]:
+    """The numbers that torchrun sets, by name. UserError for an incomplete or contradictory set."""
     found = {}
-    for name, default in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)):
-        text = environ.get(name, str(default))
-        if not re.fullmatch(r"\d{1,9}", text):
-            raise UserError(f"{name}={text!r}: expected a whole number, as torchrun sets it")
+    for name, least in TORCHRUN.items():
+        text = environ.get(name, str(least))
+        if not re.fullmatch("[0-9]{1,5}", text) or not least <= int(text) < 1 << 16:
+            raise UserError(f"{name}={BRIEF.repr(text)}: expected a whole number from {least} to 65535")
         found[name] = int(text)
-    if found["WORLD_SIZE"] < 1 or found["RANK"] >= found["WORLD_SIZE"]:
-        raise UserError(
-            f"RANK={found['RANK']} of WORLD_SIZE={found['WORLD_SIZE']}: ranks are 0 to WORLD_SIZE - 1"
-        )
+    rank, size = found["RANK"], found["WORLD_SIZE"]
+    if rank >= size:
+        raise UserError(f"RANK={rank} of WORLD_SIZE={size}: ranks are 0 to WORLD_SIZE - 1")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
-    if found["WORLD_SIZE"] > 1 and missing:
-        raise UserError(f"WORLD_SIZE={found['WORLD_SIZE']} without {', '.join(missing)}: start with torchrun")
-    return found["WORLD_SIZE"], found["LOCAL_RANK"]
+    if size > 1 and missing:
+        raise UserError(f"WORLD_SIZE={size} without {', '.join(missing)}: start with torchrun")
+    return found
+
+
+def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: by its affinity, and by the CPU quota of its container (cgroup 2)."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        quota, period = limit.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
 
 
 def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
     """Join the process group that torchrun announces, if any; returns this rank's device."""
-    processes, local_rank = announced_ranks(environ)
+    announced = announced_ranks(environ)
+    device, local_rank = torch.device("cpu"), announced["LOCAL_RANK"]
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("DEVICE=cuda, but torch sees no GPU")
-    device = torch.device("cpu")
     if "OMP_NUM_THREADS" not in environ:  # the ranks of a machine share its cores
-        cores, ranks = len(os.sched_getaffinity(0)), int(environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))
+        threads = min(torch.get_num_threads(), usable_cores() // announced["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, threads))
     if config.device != "cpu" and torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if local_rank >= gpus:
@@ -5514,9 +5513,11 @@ def start_ranks(config: Config, environ: Mapping[str, str]) -> torch.device:
         torch.cuda.set_device(device)
         # TF32, exact for the Hessians' products of bfloat16 inputs
         torch.set_float32_matmul_precision("high")
-    if processes > 1:
+    if announced["WORLD_SIZE"] > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout))
+        place = f"MASTER_ADDR={environ['MASTER_ADDR']} MASTER_PORT={environ['MASTER_PORT']}"
+        with decoding(place, "where all processes meet"):
+            dist.init_process_group(backend, timeout=timedelta(seconds=config.dist_timeout))
     return device
 
 
@@ -5533,21 +5534,18 @@ def make_run_folder(config: Config) -> tuple[Path, int]:
         try:
             stale = [path for path in folder.iterdir() if re.fullmatch(r".+\.[0-9a-f]{16}\.tmp", path.name)]
             found = {path.name for path in folder.iterdir()} - {path.name for path in stale}
-            if "metrics.jsonl" in found and '"train_loss"' not in (folder / "metrics.jsonl").read_text():
-                found.remove("metrics.jsonl")  # of a validation before the first step
+            metrics = folder / "metrics.jsonl"
+            if metrics.name in found and b'"train_loss"' not in read_file(metrics, METRICS_FILE):
+                found.remove(metrics.name)  # of a validation before the first step
             fresh = {"train.log", "config.json", "source", "failed.log", "track"}
             work = sorted(found - fresh if "source" in found else found)
             if work and config.resume == "never":
-                raise UserError(
-                    f"{folder} is there already, with {work[0]}: choose another RUN_ID, or RESUME=auto"
-                )
+                raise UserError(f"{folder} already has {work[0]}: choose another RUN_ID, or RESUME=auto")
             if not work and (folder / "train.log").exists():
                 os.replace(folder / "train.log", folder / "failed.log")
             for name in ("train.log", "metrics.jsonl", "source"):
                 if (folder / name).is_symlink():
-                    raise UserError(
-                        f"{folder / name} is a link, but a run writes to its own folder only. Remove it."
-                    )
+                    raise UserError(f"{folder / name} is a link out of the run's folder. Remove it.")
             for path in stale:  # of a process that was killed
                 path.unlink()
         except BaseException:
@@ -5571,10 +5569,8 @@ def lock_folder(folder: Path, seconds: float = 60.0) -> int:
                 raise UserError(f"{folder} is locked by a running job") from None
             time.sleep(0.2)
         except OSError as error:  # some network file systems
-            print(
-                f"WARNING: {folder} cannot be locked ({error.strerror}): start no second job in it",
-                file=sys.stderr,
-            )
+            told = f"{folder} cannot be locked ({error.strerror}): start no second job in it"
+            print(f"WARNING: {told}", file=sys.stderr)
             return lock
 
 
@@ -5593,10 +5589,8 @@ def prepare_run(config: Config, notices: list[str], environ: Mapping[str, str]) 
     if config.data_order == "packed":
         sequence_starts(config, stream, 0, 1)  # UserError where no shard has a step
     if config.data_order == "shuffled" and len(stream) < config.train_seq_len:
-        raise UserError(
-            f"{stream.pattern}: {len(stream)} tokens, fewer than a sequence of "
-            f"TRAIN_SEQ_LEN={config.train_seq_len}"
-        )
+        needed = f"a sequence of TRAIN_SEQ_LEN={config.train_seq_len}"
+        raise UserError(f"{stream.pattern}: {len(stream)} tokens, fewer than {needed}")
     check_disjoint(stream, shards)
     early = read_validation(config, byte_table, tokenizer_sha256) if config.val_loss_every else None
     coder_package(config.compressor)  # or a UserError, before anything is trained
@@ -5635,9 +5629,8 @@ def log_setup(run: Run, model: GPT, given: Mapping[str, Any]) -> None:
     for line in advice.before_training(run, model) if advice else ():
         log.line(line)
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={c.tokenizer_path}")
-    log.line(
-        f"train_loader:dataset:{Path(c.shards('train')).parent.name} train_shards:{len(run.train.paths)}"
-    )
+    dataset = Path(c.shards("train")).parent.name
+    log.line(f"train_loader:dataset:{dataset} train_shards:{len(run.train.paths)}")
     log.line(f"model_params:{count_parameters(model)}")
     log.line(f"world_size:{world_size()} grad_accum_steps:{split_batch(c)[1]}")
     for line in check_memory(c, TRAINING_PARTS):
@@ -5712,22 +5705,12 @@ def score_artifact(run: Run, nll_fn: Callable) -> dict[str, Any]:
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Result of a finished run; None without one. UserError if it is not of the artifact beside it."""
     path = folder / "result.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        scores = [
-            result[f"val_{unit}_{name}"] for unit in ("loss", "bpb") for name in ("roundtrip", "sliding")
-        ]
-        if not all(map(math.isfinite, scores)) or result["fits"] not in (True, False):
-            raise ValueError(f"scores {scores}, fits {result['fits']}")
+    with decoding(path, "the result of a finished run (delete it to go on from the checkpoint, or to begin)"):
+        result = parse_json(read_file(path), RESULT, "content")
         if result["sha256_artifact"] != sha256_file(folder / "final_model.int6.ptz"):
-            raise ValueError("sha256_artifact is not that of final_model.int6.ptz")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not the result of a finished run: {error!r}. Delete it to resume from the "
-            "checkpoint, or, if there is none, to start again."
-        ) from error
+            raise UserError("sha256_artifact is not that of final_model.int6.ptz")
     return result
 
 
@@ -5773,9 +5756,8 @@ def finish_run(
     if config.warmup_steps:
         run.log.line(f"warm-up: {config.warmup_steps} steps on random tokens, outside the clock")
     warn = lambda text: run.log.line(f"WARNING: {text}")  # noqa: E731
-    loss_fn, nll_fn = (
-        maybe_compile(function, config, run.device, warn) for function in (training_loss, token_nll)
-    )
+    loss_fn = maybe_compile(training_loss, config, run.device, warn)
+    nll_fn = maybe_compile(token_nll, config, run.device, warn)
     reserve = warm_up(run, model, loss_fn, nll_fn)
     run.log.line(f"gptq:reserving {reserve:.2f}s")
     clock, rates, earlier = Clock(run.device), MetaRates(model, config), saved["strict"] if saved else 0.0
@@ -5802,11 +5784,12 @@ def report(run: Run, progress: Progress, measured: dict[str, Any]) -> dict[str, 
     pace = dict(step_avg_ms=1000 * loop_seconds / steps)
     pace["tokens_per_second"] = steps * config.train_batch_tokens / loop_seconds
     result = dict(**measured, train_seconds=train_seconds, strict_seconds=progress.strict(), steps=steps)
-    result |= pace | dict(model_params=count_parameters(progress.model), late_steps=late)
+    result |= pace | dict(
+        model_params=count_parameters(progress.model), late_steps=late, versions=run.versions
+    )
     result |= dict(meta_rates=progress.rates.report(), seed=config.seed, world_size=world_size())
     result |= dict(resumed=progress.resumed, earlier_code=progress.earlier_code, legal=True)
     result |= dict(sha256_code=progress.origin["code"], sha256_tokenizer=run.tokenizer_sha256)
-    result |= dict(versions=run.versions)
     if 0 < config.max_wallclock_seconds < train_seconds:
         run.log.line(f"WARNING: {train_seconds:.3f} s is over MAX_WALLCLOCK_SECONDS")
     run.log.line(f"clocks: contest {train_seconds:.1f}s strict {result['strict_seconds']:.1f}s")
@@ -5827,29 +5810,46 @@ def described(what: str, subject: Any) -> str:
         return f"model_params:{count_parameters(GPT(subject))}"
 
 
-def main(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """Run the command line; exit code 0: done, 1: failed or over the cap, 2: user error, 128 + n: signal."""
-    argv, environ = sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
-    try:
-        argv, environ = with_arguments(argv, environ)
-        if argv not in ([], ["--help"], ["--describe"]):
-            raise UserError(f"unknown arguments {' '.join(argv)}: settings are NAME=VALUE, see --help")
-        if argv == ["--help"]:
-            print(described("help_text", __doc__))
-            return 0
-        config, given, notices = load_config(environ)
-        if argv:
-            print(described("describe", config))
-            return 0
-        code = run_all(config, given, notices, environ)
-    except (UserError, ArithmeticError, OSError) as error:
-        print(f"error: {shown(error)}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
-    except Stopped as stopped:
-        code = 128 + stopped.args[0]
-    except KeyboardInterrupt:  # outside of training, which notes it
-        print("stopped: SIGINT", file=sys.stderr, flush=True)
-        return 128 + signal.SIGINT
+def exits(main: Callable[..., int]) -> Callable[..., int]:
+    """Give a program exit codes, and one line on standard error, in place of what it raises.
+
+    0: done, 1: failed or over the cap, 2: user error, 128 + n: signal.
+    """
+
+    @wraps(main)
+    def call(argv: list[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
+        try:
+            return main(sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ)
+        except Stopped as stopped:
+            cleanup_distributed()
+            return 128 + stopped.args[0]
+        except KeyboardInterrupt:  # outside of training, which notes it
+            code, line = 128 + signal.SIGINT, "stopped: SIGINT"
+        except (ArithmeticError, MemoryError, OSError, RuntimeError, UnicodeError, UserError) as error:
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as torch is out of memory
+                raise
+            code = 2 if isinstance(error, (UserError, UnicodeError)) else 1
+            line = f"error: {str(error) or 'out of memory'}"
+        print(shown(line), file=sys.stderr, flush=True)
+        return code
+
+    return call
+
+
+@exits
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run the command line, sys.argv and os.environ by default."""
+    argv, environ = with_arguments(argv, environ)
+    if argv not in ([], ["--help"], ["--describe"]):
+        raise UserError(f"unknown arguments {' '.join(argv)}: settings are NAME=VALUE, see --help")
+    if argv == ["--help"]:
+        print(described("help_text", __doc__ or ""))
+        return 0
+    config, given, notices = load_config(environ)
+    if argv:
+        print(described("describe", config))
+        return 0
+    code = run_all(config, given, notices, environ)
     cleanup_distributed()
     return code
 

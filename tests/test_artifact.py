@@ -197,7 +197,7 @@ def test_every_coder_gives_back_every_tensor(tmp_path, coder, trellis):
                 else one == two
             )
     ids = random_ids(2, 12)
-    fresh = train_gpt.GPT(replace(Config(), **header["config"]))
+    fresh = train_gpt.GPT(header["config"])
     fresh.load_state_dict({r.name: train_gpt.dequantize(r) for r in records}, strict=True)
     assert torch.equal(load_model(artifact, CPU)(ids), fresh(ids))
 

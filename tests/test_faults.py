@@ -1027,7 +1027,7 @@ RANKS = {
         "RANK=5 of WORLD_SIZE=2",
     ),
     "one process, rank 3": (dict(WORLD_SIZE="1", RANK="3"), "RANK=3 of WORLD_SIZE=1"),
-    "no process": (dict(WORLD_SIZE="0"), "WORLD_SIZE=0"),
+    "no process": (dict(WORLD_SIZE="0"), "WORLD_SIZE='0'"),
     "negative": (dict(WORLD_SIZE="-1"), "WORLD_SIZE='-1'"),
     "no rank": (dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"), "without RANK"),
     "no address": (dict(WORLD_SIZE="2", RANK="0"), "without MASTER_ADDR, MASTER_PORT"),
