@@ -28,11 +28,13 @@ from collections.abc import Container, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
-from files import digest_of
-from prepare import InputError, Job, describe, escaped, prepare
+from files import InputError, check_form, digest_of, exit_code, read_json
+from prepare import TOTALS, Job, describe, prepare
 
 NAME, VOCAB_SIZE, SEED = "demo", 1024, 1337
 TEXT_VERSION = 2  # in the manifest: a corpus of another version is rebuilt
+MADE = {"file": str, "sha256": str}
+MANIFEST = TOTALS | {"python": str, "text_version?": int, "tokenizer": MADE, "shards": [MADE]}  # what is read
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 # Debian and Fedora package these separately or leave them out, so not every machine has their text.
 OPTIONAL_MODULES = {
@@ -185,17 +187,15 @@ def existing_demo(out: Path) -> dict | None:
     path = out / "manifest.json"
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        name, made_from = manifest["name"], (manifest["python"], manifest.get("text_version"))
-        hashes = {entry["file"]: entry["sha256"] for entry in (manifest["tokenizer"], *manifest["shards"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not a manifest ({error!r}); remove the folder or choose another --out"
-        ) from error
-    if name != NAME:
-        raise InputError(f'{out}: contains the dataset "{name}"; choose another --out')
-    intact = all((out / file).exists() and digest_of(out / file) == digest for file, digest in hashes.items())
+    manifest = read_json(path, {"name": str})
+    if manifest["name"] != NAME:
+        raise InputError(f'{out}: contains the dataset "{manifest["name"]}"; choose another --out')
+    check_form(manifest, MANIFEST, path)
+    made_from = manifest["python"], manifest.get("text_version")
+    files = {
+        Path(entry["file"]).name: entry["sha256"] for entry in (manifest["tokenizer"], *manifest["shards"])
+    }
+    intact = all((out / file).is_file() and digest_of(out / file) == digest for file, digest in files.items())
     return manifest if intact and made_from == (platform.python_version(), TEXT_VERSION) else None
 
 
@@ -229,20 +229,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("data/demo"), metavar="DIR", help="default: data/demo"
     )
     options = parser.parse_args(arguments)
-    try:
+
+    def body() -> None:
         manifest = existing_demo(options.out)
         print(
             f"{options.out}: {'kept' if manifest else 'building'}, demo corpus of Python "
             f"{platform.python_version()}"
         )
         print(describe(manifest or build_demo(options.out)))
-    except InputError as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(body)
 
 
 if __name__ == "__main__":

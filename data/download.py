@@ -25,25 +25,37 @@ import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import httpx
 import numpy as np
-from files import digest_of, write_json
+from files import InputError, atomic_file, digest_of, escaped, exit_code, open_input, read_json, write_json
 from formats import HEADER_BYTES, PUBLISHED, SHARD_MAGIC, SHARD_VERSION, Published
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
-from prepare import escaped
 from tqdm import tqdm
+
+try:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import disable_progress_bars
+except ValueError as error:  # it reads numbers from the environment, such as HF_HUB_DOWNLOAD_TIMEOUT
+    print(f"error: a variable HF_...: {error}", file=sys.stderr)
+    sys.exit(2)
 
 # val_bytes: bytes of each validation token
 SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # attempts per file, seconds before the second attempt
 DEFAULT_REPO = "willdepueoai/parameter-golf"
+NETWORK = re.compile(
+    r"(?i)HF_.*|(.*_)?PROXY|SSL_CERT_.*|REQUESTS_CA_BUNDLE"
+)  # variables that steer the client
+PUBLISHED_MANIFEST = {  # what is read of a repository's manifest.json
+    "datasets?": [{"name?": str, "tokenizer_name?": str}],
+    "tokenizers?": [{"name?": str, "model_path?": str, "vocab_path?": str}],
+}
 
 
 class Export(NamedTuple):
@@ -66,12 +78,14 @@ EXPORTS = {
 }
 
 
-class UserError(ValueError):
-    """User error: a bad repository, variant, number of shards or folder. Exit code 2."""
-
-
 class DownloadError(RuntimeError):
     """Network failure, or downloaded content that differs from the repository's listing. Exit code 1."""
+
+
+def unusable(error: Exception) -> InputError:
+    """Return the error of a client that cannot be set up; names the variables, whose values may be secret."""
+    given = ", ".join(name for name in sorted(os.environ) if NETWORK.fullmatch(name) and os.environ[name])
+    return InputError(f"no connection can be made with {given or '--repo and --revision'}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,28 +114,32 @@ class RemoteFile:
 class Hub:
     """One Hugging Face repository at one commit; reads HF_ENDPOINT and HF_TOKEN from the environment.
 
-    Raises UserError if the repository or the revision does not exist,
-    DownloadError if the hub does not respond.
+    Raises InputError if the repository or the revision does not exist, or if a proxy, token or endpoint
+    cannot be used; DownloadError if the hub does not respond, or responds with something else.
     """
 
     def __init__(self, repo: str, repo_type: str, revision: str | None) -> None:
         self.repo, self.repo_type = repo, repo_type
-        self._endpoint = os.environ.get("HF_ENDPOINT")
-        api = HfApi(endpoint=self._endpoint)
+        self._endpoint = os.environ.get("HF_ENDPOINT") or None
         try:
+            api = HfApi(endpoint=self._endpoint)
             self.commit: str = api.repo_info(repo, repo_type=repo_type, revision=revision).sha
             entries = list(
                 api.list_repo_tree(repo, recursive=True, repo_type=repo_type, revision=self.commit)
             )
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(
+            raise InputError(
                 f"{repo_type} {repo}, revision {revision or 'default'}: not found ({reason})"
             ) from error
-        except (httpx.HTTPError, OSError) as error:
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, ImportError) as error:
+            raise unusable(error) from error
+        except (httpx.HTTPError, OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise DownloadError(
-                f"{repo}: the hub does not respond ({error}). Check the connection and try again."
+                f"{repo}: the hub does not respond as it should ({error}). Check the connection and repeat."
             ) from error
+        except ValueError as error:  # a proxy of unknown kind, a token that is not ASCII
+            raise unusable(error) from error
         self.files = [
             RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
             for entry in entries
@@ -151,7 +169,7 @@ class Hub:
 def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
     """Return the repository's folder of a variant's shards: `fineweb10B_sp1024` is variant `sp1024`.
 
-    Raises UserError if no folder or more than one matches; the message lists the variants that exist.
+    Raises InputError if no folder or more than one matches; the message lists the variants that exist.
     """
     start = f"{prefix.strip('/')}/".lstrip("/")
     folders = sorted(
@@ -161,12 +179,12 @@ def find_folder(files: Iterable[RemoteFile], variant: str, prefix: str) -> str:
     labels = {folder: name.split("_", 1)[-1] for folder, name in names.items()}
     matching = [folder for folder in folders if variant in (labels[folder], names[folder])]
     if len(matching) > 1:
-        raise UserError(
+        raise InputError(
             f'variant "{variant}" is in several folders: {", ".join(matching)}. Choose one with --prefix.'
         )
     if not matching:
         available = ", ".join(sorted(set(labels.values()))) or "none"
-        raise UserError(f'no variant "{variant}"; available: {available}')
+        raise InputError(f'no variant "{variant}"; available: {available}')
     return matching[0]
 
 
@@ -178,7 +196,7 @@ def folder_variant(options: argparse.Namespace) -> str:
 def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -> list[RemoteFile]:
     """Return all validation files of a folder, then its first `train_shards` training shards.
 
-    Byte sidecars follow the validation shards. Raises UserError if there are fewer training shards, no
+    Byte sidecars follow the validation shards. Raises InputError if there are fewer training shards, no
     validation shards, or sidecars that do not match these one to one.
     """
     kinds: dict[str, list[RemoteFile]] = {"train": [], "val": [], "val_bytes": []}
@@ -186,15 +204,15 @@ def choose_shards(files: Iterable[RemoteFile], folder: str, train_shards: int) -
         if file.folder == folder and (match := SHARD_FILE.fullmatch(file.name)):
             kinds[match[1]].append(file)
     if train_shards > len(kinds["train"]):
-        raise UserError(f"--train-shards {train_shards}: {folder} has {len(kinds['train'])} training shards")
+        raise InputError(f"--train-shards {train_shards}: {folder} has {len(kinds['train'])} training shards")
     if not kinds["val"]:
-        raise UserError(f"{folder} has no validation shards")
+        raise InputError(f"{folder} has no validation shards")
     if kinds["val_bytes"]:
         shards, sidecars = ({file.name: file.size for file in kinds[kind]} for kind in ("val", "val_bytes"))
         shards = {name.replace("val_", "val_bytes_"): size for name, size in shards.items()}
         for name in sorted(shards.keys() | sidecars.keys()):
             if shards.get(name) != sidecars.get(name):
-                raise UserError(
+                raise InputError(
                     f"{folder}/{name}: {sidecars.get(name, 'no')} bytes, but its validation shard has "
                     f"{shards.get(name, 'no')}; a byte sidecar has one entry per token"
                 )
@@ -244,7 +262,7 @@ def published_entry(manifest: dict, name: str) -> dict:
 
 def shard_tokens(path: Path) -> int:
     """Return the number of tokens in a shard. DownloadError if its header or size is wrong."""
-    with path.open("rb") as stream:
+    with open_input(path) as stream:
         header = stream.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES:
         raise DownloadError(f"{path.name}: {len(header)} bytes, shorter than a shard header")
@@ -281,16 +299,16 @@ def check_listing(
 ) -> None:
     """Check a known export by the repository's listing, before anything is downloaded.
 
-    Raises UserError if sidecar or tokenizer are missing, or if the validation shards have other tokens.
+    Raises InputError if sidecar or tokenizer are missing, or if the validation shards have other tokens.
     """
     files = list(chosen)
     if not tokenizer:
-        raise UserError(f"{repo}: no tokenizer beside {folder}")
+        raise InputError(f"{repo}: no tokenizer beside {folder}")
     if not any(_kind(file) == "val_bytes" for file in files):
-        raise UserError(f"{repo}: no fineweb_val_bytes_000000.bin in {folder}; bits per byte need it")
+        raise InputError(f"{repo}: no fineweb_val_bytes_000000.bin in {folder}; bits per byte need it")
     tokens = sum((file.size - HEADER_BYTES) // 2 for file in files if _kind(file) == "val")
     if tokens != export.totals.tokens:
-        raise UserError(
+        raise InputError(
             f"{repo}: {tokens} validation tokens in {folder}, the published export has "
             f"{export.totals.tokens}. Exports with fewer validation documents may train on the others. "
             f"Choose another --revision, or skip the check with --repo {repo} --variant {export.variant}."
@@ -310,17 +328,15 @@ class HashCache:
     def __init__(self, path: Path, trusted: bool) -> None:
         self._path = path
         self._entries: dict[str, list] = {}
-        if trusted and path.exists():
-            try:
-                self._entries = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                self._entries = {}  # a broken cache only costs time
+        if trusted:
+            with suppress(InputError):  # a broken cache only costs time
+                self._entries = read_json(path, {str: list})
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file; read it only if it is new or changed."""
         status, key = path.stat(), path.resolve().as_posix()
         entry = self._entries.get(key)
-        if not entry or entry[:2] != [status.st_size, status.st_mtime_ns]:
+        if not entry or len(entry) != 3 or entry[:2] != [status.st_size, status.st_mtime_ns]:
             self._entries[key] = [status.st_size, status.st_mtime_ns, digest_of(path)]
         return self._entries[key][2]
 
@@ -351,7 +367,7 @@ class Plan:
 def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: HashCache) -> Plan:
     """Select the files and check which of them already exist.
 
-    Raises UserError if the folder holds shards of another repository: the trainer would read them too.
+    Raises InputError if the folder holds shards of another repository: the trainer would read them too.
     """
     folder = find_folder(hub.files, folder_variant(options), options.prefix)
     shards_at = options.out / "datasets" / PurePosixPath(folder).name
@@ -367,7 +383,7 @@ def make_plan(hub: Hub, options: argparse.Namespace, manifest: dict, cache: Hash
         if path in wanted:
             continue
         if path.name not in listed or not is_intact(path, listed[path.name], cache):
-            raise UserError(
+            raise InputError(
                 f"{path}: not a file of {hub.repo} at {hub.commit[:12]}. Move it or choose another --out."
             )
         kept[path] = listed[path.name]
@@ -409,6 +425,8 @@ def fetch_checked(hub: Hub, file: RemoteFile, staging: Path) -> Path:
 def fetch_all(hub: Hub, plan: Plan, staging: Path, workers: int, cache: HashCache) -> None:
     """Download the missing files in parallel; rename each to its final name after its check."""
     _check_space(staging, plan.missing_bytes)
+    for folder in {path.parent for path in plan.missing}:  # may be a link to another disk
+        _check_space(folder, sum(file.size for path, file in plan.missing.items() if path.parent == folder))
     progress = tqdm(desc="downloading", total=plan.missing_bytes, unit="B", unit_scale=True, disable=None)
     with progress, ThreadPoolExecutor(workers) as pool:
         futures = {
@@ -418,14 +436,25 @@ def fetch_all(hub: Hub, plan: Plan, staging: Path, workers: int, cache: HashCach
         try:
             for future in as_completed(futures):
                 path, file = futures[future]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(future.result(), path)
+                move(future.result(), path)
                 cache.sha256(path)
                 cache.save()
                 progress.update(file.size)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file, or copy it if the target is on another disk; it gets its final name when complete."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with source.open("rb") as content, atomic_file(target) as copy:
+            shutil.copyfileobj(content, copy, 1 << 20)
+        source.unlink()
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -444,12 +473,7 @@ def read_manifest(hub: Hub, options: argparse.Namespace) -> dict:
     if not found:
         return {}
     with tempfile.TemporaryDirectory() as staging:
-        path = fetch_checked(hub, found[0], Path(staging))
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DownloadError(f"{found[0].path}: not JSON ({error})") from error
-    return manifest if isinstance(manifest, dict) else {}
+        return read_json(fetch_checked(hub, found[0], Path(staging)), PUBLISHED_MANIFEST)
 
 
 def source_record(
@@ -490,12 +514,10 @@ def source_record(
 
 def kept_overlap(source: Path, record: dict) -> dict:
     """Return the entry of prepare.py --overlap in `source` if the files are still those of `record`."""
-    try:
-        before = json.loads(source.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    same = isinstance(before, dict) and before.get("files") == record["files"]
-    return {"overlap": before["overlap"]} if same and "overlap" in before else {}
+    with suppress(InputError):
+        before = read_json(source, {"files": list, "overlap": dict})
+        return {"overlap": before["overlap"]} if before["files"] == record["files"] else {}
+    return {}
 
 
 def download(options: argparse.Namespace) -> str:
@@ -563,15 +585,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for a user error."""
     options = parse_arguments(arguments)
     disable_progress_bars()  # our own bar shows the total
-    try:
-        print(download(options))
-    except UserError as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        return 2
-    except (DownloadError, OSError) as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code(lambda: print(download(options)), DownloadError)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import hashlib
 import heapq
 import io
@@ -42,6 +41,7 @@ import os
 import platform
 import random
 import re
+import signal
 import stat
 import sys
 import threading
@@ -51,7 +51,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,32 +59,43 @@ from typing import Any, BinaryIO, NamedTuple
 import case_ops
 import numpy as np
 import sentencepiece as spm
-from files import atomic_file, digest_of, write_json
+from cores import core_count
+from files import (
+    InputError,
+    atomic_file,
+    decoding,
+    digest_of,
+    escaped,
+    exit_code,
+    open_input,
+    read_file,
+    read_json,
+    write_json,
+)
 from formats import BOS_ID, HEADER_BYTES, HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, shard_header
 from tqdm import tqdm
 
 SHARD_NAME, SHARD_FILE = "fineweb_{split}_{index:06d}.bin", r"fineweb_(train|val)_\d+\.bin"
 MANIFEST_VERSION = 1
+MAX_TOKENS = (1 << 31) - 1  # of a shard, whose header has 32 bits for them
 PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 SPLITS = ("train", "val")
 
+# Limits of the input, so that a small file cannot take all memory or hours. They bound memory at about 3 GB.
+FORMATS = {".txt": 1 << 27, ".jsonl": 1 << 26}  # bytes of a document: a whole file, a line
+LOSSY_BYTES = 1 << 24  # bytes of a document for a tokenizer that changes text: it cannot be encoded in parts
+MODEL_BYTES = 1 << 25  # of a tokenizer
+WINDOW_BYTES = 1 << 27  # memory for decompression, zstd's own limit without --long=31
+EXPANSION, ALWAYS_READ = 1000, 1 << 26  # a file may expand to 1,000 times its bytes and 64 MiB
+
 OPENERS: dict[str, Callable[[Path], BinaryIO]] = {
-    "": lambda path: path.open("rb"),
-    ".gz": lambda path: gzip.open(path, "rb"),
+    "": open_input,
+    ".gz": lambda path: open_gz(path),
     ".xz": lambda path: open_xz(path),
     ".zst": lambda path: open_zst(path),
 }
-FORMATS = (".txt", ".jsonl")
-# C0, DEL, C1, soft hyphen, bidirectional controls, separators, surrogates, BOM
-UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]"
-)
 BYTE_ORDER_MARK = "\ufeff".encode()
-
-
-class InputError(ValueError):
-    """User error in the text, the tokenizer, the folder or the options. Exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,7 @@ class Job:
     seed: int = 1337
     overwrite: bool = False
     case_ops: bool = False
+    document_bytes: int | None = None  # limit; None: as in FORMATS
     entries: dict[str, Any] = field(default_factory=dict)  # added to the manifest
 
     def __post_init__(self) -> None:
@@ -120,10 +132,14 @@ class Job:
             raise InputError(f"--val-fraction must be at least 0 and below 1, not {self.val_fraction}")
         if self.val_docs is not None and self.val_docs < 0:
             raise InputError(f"--val-docs must be at least 0, not {self.val_docs}")
-        for option in ("shard_tokens", "workers", "tokenizer_sample_bytes"):
-            if getattr(self, option) < 1:
+        for option, most in (
+            ("shard_tokens", MAX_TOKENS),
+            ("workers", 1024),
+            ("tokenizer_sample_bytes", 1 << 40),
+        ):
+            if not 1 <= getattr(self, option) <= most:
                 raise InputError(
-                    f"--{option.replace('_', '-')} must be at least 1, not {getattr(self, option)}"
+                    f"--{option.replace('_', '-')} must be between 1 and {most}, not {getattr(self, option)}"
                 )
 
     @property
@@ -160,20 +176,22 @@ def import_zstandard() -> Any:
 
 
 class FrameReader(io.RawIOBase):
-    """Decompressed content of a file of one or more frames (zst) or streams (xz).
+    """Decompressed content of a file of one or more frames (zst), streams (xz) or members (gz).
 
-    `new_frame` returns a decompressor, which raises `error` for damaged data; `padded` allows zero bytes
-    between frames. Raises EOFError if the last frame is truncated, OSError if a frame is damaged. The readers
-    of the packages silently return only the beginning of such a file: zstandard's if the last frame is
-    truncated, lzma's if padding or a damaged header follows a stream.
+    `new_frame` returns a decompressor, which raises `error` for damaged data. Between and after frames there
+    may be zero bytes, their number a multiple of `padding`; 0: none. Raises EOFError if the last frame is
+    truncated, OSError if a frame is damaged or the file expands beyond EXPANSION. The readers of the packages
+    silently return only the beginning of such a file: zstandard's if the last frame is truncated, lzma's if
+    padding or a damaged header follows a stream.
     """
 
     CHUNK = 1 << 12  # compressed bytes per read; they expand to at most 7,000 times as much in memory
 
     def __init__(
-        self, path: Path, new_frame: Callable[[], Any], error: type[Exception], padded: bool = False
+        self, path: Path, new_frame: Callable[[], Any], error: type[Exception], padding: int = 0
     ) -> None:
-        self._file, self._new_frame, self._error, self._padded = path.open("rb"), new_frame, error, padded
+        self._file, self._new_frame, self._error, self._multiple = open_input(path), new_frame, error, padding
+        self._left = EXPANSION * os.fstat(self._file.fileno()).st_size + ALWAYS_READ
         self._frame: Any = None  # decompressor of the current frame
         self._compressed = self._plain = b""
         self._frames = self._padding = 0
@@ -184,7 +202,8 @@ class FrameReader(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         while not self._plain:
             self._compressed = self._compressed or self._file.read(self.CHUNK)
-            if not self._compressed and self._frame is None and self._padding % 4 == 0:
+            if not self._compressed and self._frame is None:
+                self._check_padding()
                 return 0
             if not self._compressed:
                 raise EOFError("the compressed file ends before its end-of-stream marker")
@@ -193,20 +212,27 @@ class FrameReader(io.RawIOBase):
         buffer[:count], self._plain = self._plain[:count], self._plain[count:]
         return count
 
+    def _check_padding(self) -> None:
+        if self._padding and self._padding % self._multiple:
+            raise OSError(f"{self._padding} zero bytes after a stream, not a multiple of {self._multiple}")
+
     def _decompress(self) -> None:
         if self._frame is None:
-            content = self._compressed.lstrip(b"\0") if self._padded and self._frames else self._compressed
+            is_padded = self._multiple and self._frames
+            content = self._compressed.lstrip(b"\0") if is_padded else self._compressed
             self._padding += len(self._compressed) - len(content)
             self._compressed = content
             if not content:
                 return
-            if self._padding % 4:
-                raise OSError(f"{self._padding} bytes of padding before a stream; xz pads to a multiple of 4")
+            self._check_padding()
             self._frame, self._padding, self._frames = self._new_frame(), 0, self._frames + 1
         try:
             self._plain = self._frame.decompress(self._compressed)
         except self._error as error:
             raise OSError(f"{error} (frame {self._frames})") from error
+        self._left -= len(self._plain)
+        if self._left < 0:
+            raise OSError(f"it expands to more than {EXPANSION} times its size. Decompress it yourself.")
         self._compressed = self._frame.unused_data if self._frame.eof else b""
         self._frame = None if self._frame.eof else self._frame
 
@@ -215,17 +241,27 @@ class FrameReader(io.RawIOBase):
         super().close()
 
 
+def open_frames(*arguments: Any) -> BinaryIO:
+    """Open a compressed file; arguments as for FrameReader."""
+    return io.BufferedReader(FrameReader(*arguments), 1 << 20)
+
+
+def open_gz(path: Path) -> BinaryIO:
+    """Open a .gz file of one or more members, with or without zero bytes between and after them."""
+    return open_frames(path, partial(zlib.decompressobj, 16 + zlib.MAX_WBITS), zlib.error, 1)
+
+
 def open_xz(path: Path) -> BinaryIO:
     """Open an .xz file of one or more streams, with or without padding between and after them."""
-    new_frame = partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)
-    return io.BufferedReader(FrameReader(path, new_frame, lzma.LZMAError, padded=True), 1 << 20)
+    memory = WINDOW_BYTES + (1 << 20)  # a dictionary, and the decoder itself
+    return open_frames(path, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memory), lzma.LZMAError, 4)
 
 
 def open_zst(path: Path) -> BinaryIO:
     """Open a .zst file of one or more frames."""
     zstd = import_zstandard()
-    decompressor = zstd.ZstdDecompressor(max_window_size=1 << 31)
-    return io.BufferedReader(FrameReader(path, decompressor.decompressobj, zstd.ZstdError), 1 << 20)
+    decompressor = zstd.ZstdDecompressor(max_window_size=WINDOW_BYTES)
+    return open_frames(path, decompressor.decompressobj, zstd.ZstdError)
 
 
 @dataclass
@@ -255,17 +291,6 @@ class LeftOut:
         }
 
 
-def escaped(text: str) -> str:
-    """Return `text` with non-UTF-8 bytes and nonprinting characters as \\xNN or \\uNNNN."""
-
-    def code(match: re.Match) -> str:
-        number = ord(match[0])
-        number -= 0xDC00 if 0xDC80 <= number <= 0xDCFF else 0  # os.fsdecode's surrogate of a byte
-        return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
-
-    return UNSEEN.sub(code, text)
-
-
 def split_suffix(path: Path) -> tuple[str, str] | None:
     """Return (format, compression) of a file name, such as (".jsonl", ".gz"), or None if unsupported."""
     name = Path(path.name.lower())
@@ -284,18 +309,22 @@ def list_inputs(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[
     left_out = left_out or LeftOut()
     found: list[tuple[Path, bool]] = []
     for path in paths:
-        if path.is_dir():
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file or folder") from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
+        if stat.S_ISDIR(mode):
             files = sorted(walk_folder(path, left_out))
             if not files:
                 raise InputError(f"{path}: no .txt or .jsonl file (plain, .gz, .xz, .zst) in this folder")
             found += files
-        elif not path.exists():
-            raise InputError(f"{path}: no such file or folder")
         elif split_suffix(path) is None:
             raise InputError(
                 f"{path}: unsupported extension; supported are .txt and .jsonl, plain or .gz, .xz, .zst"
             )
-        elif not path.is_file():
+        elif not stat.S_ISREG(mode):
             raise InputError(
                 f"{path}: not a regular file; the input is read twice. Write its content to a file."
             )
@@ -355,33 +384,38 @@ def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
 
 
 def read_texts(
-    path: Path, text_key: str = "text", left_out: LeftOut | None = None
+    path: Path, text_key: str = "text", left_out: LeftOut | None = None, limit: int | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """Yield (text, UTF-8 bytes) of every document of one input file, including empty ones.
 
     Blank lines of .jsonl are counted in `left_out`. Byte order marks before a line are dropped: Windows
     programs write them, and concatenating files leaves them in the middle. Raises InputError, with file name
     and line, for text that is not UTF-8, a line that is not a JSON object with exactly one string under
-    `text_key`, and a damaged, truncated or empty compressed file.
+    `text_key`, more than `limit` bytes in a document (None: as in FORMATS), and a damaged, truncated or empty
+    compressed file.
     """
     left_out = left_out or LeftOut()
     kind, compression = split_suffix(path) or ("", "")
-    assert kind, f"{path}: not from list_inputs"
+    limit = limit or FORMATS[kind]
+    too_long = f"a document of more than {limit:,} bytes. Split it or leave it out."
     try:
-        if compression and path.stat().st_size == 0:  # gzip and FrameReader would return an empty text
+        if compression and path.stat().st_size == 0:  # FrameReader would return an empty text
             raise EOFError("0 bytes, not a compressed file")
         with OPENERS[compression](path) as stream:
             if kind == ".txt":
-                content = stream.read()
+                if len(content := stream.read(limit + 1)) > limit:
+                    raise InputError(f"{path}: {too_long}")
                 yield _decode(content, path, 1), content
                 return
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(partial(stream.readline, limit + 2), b""), 1):
+                if len(line) > limit + 1:
+                    raise InputError(f"{path}, line {number}: {too_long}")
                 line = line.removeprefix(BYTE_ORDER_MARK)
                 if line.strip():
                     yield _parse_line(line, path, number, text_key)
                 else:
                     left_out.blank_lines += 1
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
@@ -397,12 +431,8 @@ def _decode(content: bytes, path: Path, first_line: int) -> str:
 
 def _parse_line(line: bytes, path: Path, number: int, text_key: str) -> tuple[str, bytes]:
     content = _decode(line, path, number)
-    try:
+    with decoding(f"{path}, line {number}", "JSON"):
         record = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a number with more than 4,300 digits, deep nesting
-        raise InputError(f"{path}, line {number}: cannot be parsed ({error})") from error
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{path}, line {number}: no string under the key "{text_key}" (see --text-key)')
@@ -426,7 +456,7 @@ def read_documents(job: Job, left_out: LeftOut | None = None) -> Iterator[Docume
         count = 0
         for path in list_inputs(paths, left_out):
             before = count
-            for text, utf8 in read_texts(path, job.text_key, left_out):
+            for text, utf8 in read_texts(path, job.text_key, left_out, job.document_bytes):
                 if utf8:
                     split = "val" if paths is job.val_inputs else _choose_split(job, count, utf8)
                     yield Document(split, text, utf8)
@@ -596,11 +626,12 @@ def load_tokenizer(model: bytes, name: str, symbols: str = "") -> spm.SentencePi
 
     Raises InputError unless BOS is id 1, ids fit in 16 bits, and each of `symbols` has a piece.
     """
-    try:
+    if not model:  # SentencePiece would abort the process
+        raise InputError(f"{name}: an empty file, not a SentencePiece model")
+    with decoding(name, "a SentencePiece model"):
         sp = spm.SentencePieceProcessor(model_proto=model)
         bos_id, vocab_size = sp.bos_id(), sp.vocab_size()
-    except RuntimeError as error:
-        raise InputError(f"{name}: not a SentencePiece model ({error})") from error
+        is_lossless(sp), token_bytes(sp)  # a damaged model fails here, not at the first rare text
     if bos_id != BOS_ID:
         raise InputError(f"{name}: its BOS id is {bos_id}; the shards need {BOS_ID}")
     if vocab_size > 65536:
@@ -788,6 +819,7 @@ def encode_batches(
 
 def _start_worker(model: bytes, case_ops: bool) -> None:
     global _worker_encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent stops this one
     _worker_encoder = Encoder(model, case_ops)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -917,12 +949,16 @@ def prepare(job: Job) -> dict:
     preparation in the same folder is replaced only with `overwrite`, and only after the whole input has
     passed its checks.
     """
+    if job.out.exists() and not job.out.is_dir():
+        raise InputError(f"{job.out}: not a folder")
     earlier = earlier_output(job)
     if earlier and not job.overwrite:
         raise InputError(f"{job.out}: already contains {earlier[0].name}. Replace it with --overwrite.")
     list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # no file twice or in both splits
     symbols = case_ops.OPERATORS if job.case_ops else ""
-    given = _read_model(job.tokenizer, symbols) if job.tokenizer else None
+    given = read_file(job.tokenizer, MODEL_BYTES) if job.tokenizer else None
+    if given is not None and not is_lossless(load_tokenizer(given, str(job.tokenizer), symbols)):
+        job = replace(job, document_bytes=LOSSY_BYTES)
     found = survey(job)
     if left_out := found.left_out.describe():
         print(left_out, file=sys.stderr)
@@ -944,17 +980,6 @@ def prepare(job: Job) -> dict:
             f"{job.out}: all shards are complete, but manifest.json cannot be written: {error}"
         ) from error
     return manifest
-
-
-def _read_model(path: Path, symbols: str) -> bytes:
-    try:
-        model = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if not model:  # SentencePiece would abort the process
-        raise InputError(f"{path}: an empty file, not a SentencePiece model")
-    load_tokenizer(model, str(path), symbols)
-    return model
 
 
 def _write_tokens(job: Job, model: bytes, found: Survey) -> dict:
@@ -1061,7 +1086,7 @@ def count_overlap(folder: Path) -> dict:
     record = next(
         (folder / name for name in ("manifest.json", "source.json") if (folder / name).exists()), None
     )
-    content = read_record(record) if record else {}
+    content = read_json(record, {}) if record else {}
     val, train = (list_shards(folder, split) for split in ("val", "train"))
     tokens = np.concatenate([*read_chunks(val)])
     starts, lengths = document_bounds(tokens)
@@ -1091,17 +1116,6 @@ def count_overlap(folder: Path) -> dict:
     return {**overlap, "record": record and record.name}
 
 
-def read_record(path: Path) -> dict:
-    """Return the JSON object in manifest.json or source.json. InputError if it is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return content
-
-
 def list_shards(folder: Path, split: str) -> dict[Path, int]:
     """Return the shards of a split with their token counts, in order. InputError for a malformed shard."""
     paths = sorted(
@@ -1111,7 +1125,8 @@ def list_shards(folder: Path, split: str) -> dict[Path, int]:
         raise InputError(f"{folder}: no {SHARD_NAME.format(split=split, index=0)} in this folder")
     shards = {}
     for path in paths:
-        size, header = path.stat().st_size, np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+        with open_input(path) as stream:
+            size, header = os.fstat(stream.fileno()).st_size, np.fromfile(stream, "<i4", HEADER_INTS)
         start, count = HEADER_BYTES, int(header[2]) if len(header) == HEADER_INTS else 0
         if count < 1 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION) or size != start + 2 * count:
             raise InputError(f"{path}: not a shard: {size} bytes, header {header[:3].tolist()}")
@@ -1198,7 +1213,7 @@ def find_hashes(shards: dict[Path, int], keys: np.ndarray, short: bool) -> np.nd
 def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
     """Yield the tokens of the shards, uint16, at most CHUNK_TOKENS at a time; not mapped, to bound memory."""
     for path, count in shards.items():
-        with path.open("rb") as stream:
+        with open_input(path) as stream:
             stream.seek(HEADER_BYTES)
             while count > 0:
                 chunk = np.fromfile(stream, "<u2", min(count, CHUNK_TOKENS))
@@ -1211,6 +1226,12 @@ def read_chunks(shards: dict[Path, int]) -> Iterator[np.ndarray]:
 # ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
+
+
+TOTALS = {  # what describe reads of a manifest
+    "splits": {str: dict.fromkeys(("documents", "text_bytes", "tokens"), int)},
+    "case_ops?": {"val_tokens": int, "val_target_bytes": int, "sidecars": list},
+}
 
 
 def describe(manifest: dict) -> str:
@@ -1245,11 +1266,6 @@ def describe_overlap(overlap: dict, seconds: float) -> str:
         f"{overlap['documents_short']:,} documents of fewer than {SPAN} tokens were compared whole\n"
         f"overlap: {overlap['spans_found']:,} of {overlap['spans']:,} spans found; {rate} tokens/s; {written}"
     )
-
-
-def core_count() -> int:
-    """Return the number of cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_arguments(arguments: list[str] | None) -> Job | Path:
@@ -1324,20 +1340,16 @@ def parse_arguments(arguments: list[str] | None) -> Job | Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for a user error."""
-    try:
+
+    def body() -> None:
         job = parse_arguments(arguments)
         if isinstance(job, Path):
             started = time.perf_counter()
             print(describe_overlap(count_overlap(job), time.perf_counter() - started))
         else:
             print(describe(prepare(job)))
-    except InputError as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        return 2
-    except (OSError, BrokenProcessPool) as error:
-        print(f"error: {escaped(str(error))}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(body, BrokenProcessPool)
 
 
 if __name__ == "__main__":
