@@ -49,9 +49,7 @@ except ValueError as error:  # it reads numbers from the environment, such as HF
 SHARD_FILE = re.compile(r"fineweb_(train|val|val_bytes)_(\d{6})\.bin")
 ATTEMPTS, FIRST_PAUSE = 4, 1.0  # attempts per file, seconds before the second attempt
 DEFAULT_REPO = "willdepueoai/parameter-golf"
-NETWORK = re.compile(
-    r"(?i)HF_.*|(.*_)?PROXY|SSL_CERT_.*|REQUESTS_CA_BUNDLE"
-)  # variables that steer the client
+NETWORK = re.compile(r"(?i)HF_.*|(.*_)?PROXY|SSL_CERT_.*")  # variables that steer the client
 PUBLISHED_MANIFEST = {  # what is read of a repository's manifest.json
     "datasets?": [{"name?": str, "tokenizer_name?": str}],
     "tokenizers?": [{"name?": str, "model_path?": str, "vocab_path?": str}],
@@ -120,7 +118,7 @@ class Hub:
 
     def __init__(self, repo: str, repo_type: str, revision: str | None) -> None:
         self.repo, self.repo_type = repo, repo_type
-        self._endpoint = os.environ.get("HF_ENDPOINT") or None
+        self._endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         try:
             api = HfApi(endpoint=self._endpoint)
             self.commit: str = api.repo_info(repo, repo_type=repo_type, revision=revision).sha

@@ -36,6 +36,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import multiprocessing
 import os
 import platform
@@ -82,9 +83,10 @@ PAD_ID, EOS_ID, UNK_ID = 0, 2, 3
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 SPLITS = ("train", "val")
 
-# Limits of the input, so that a small file cannot take all memory or hours. They bound memory at about 3 GB.
+# Limits of the input, so that a small file cannot take all memory, or hours: 3 GB for each worker.
 FORMATS = {".txt": 1 << 27, ".jsonl": 1 << 26}  # bytes of a document: a whole file, a line
-LOSSY_BYTES = 1 << 24  # bytes of a document for a tokenizer that changes text: it cannot be encoded in parts
+CASE_OPS_BYTES = 1 << 26  # of a document under --case-ops, which keeps the bytes of each token
+LOSSY_BYTES = 1 << 23  # of a document for a tokenizer that changes text: it cannot be encoded in parts
 MODEL_BYTES = 1 << 25  # of a tokenizer
 WINDOW_BYTES = 1 << 27  # memory for decompression, zstd's own limit without --long=31
 EXPANSION, ALWAYS_READ = 1000, 1 << 26  # a file may expand to 1,000 times its bytes and 64 MiB
@@ -122,7 +124,7 @@ class Job:
     seed: int = 1337
     overwrite: bool = False
     case_ops: bool = False
-    document_bytes: int | None = None  # limit; None: as in FORMATS
+    document_bytes: float = math.inf  # a further limit beside FORMATS
     entries: dict[str, Any] = field(default_factory=dict)  # added to the manifest
 
     def __post_init__(self) -> None:
@@ -193,7 +195,7 @@ class FrameReader(io.RawIOBase):
         self._file, self._new_frame, self._error, self._multiple = open_input(path), new_frame, error, padding
         self._left = EXPANSION * os.fstat(self._file.fileno()).st_size + ALWAYS_READ
         self._frame: Any = None  # decompressor of the current frame
-        self._compressed = self._plain = b""
+        self._compressed, self._plain = b"", memoryview(b"")  # a slice of a view copies nothing
         self._frames = self._padding = 0
 
     def readable(self) -> bool:
@@ -227,7 +229,7 @@ class FrameReader(io.RawIOBase):
             self._check_padding()
             self._frame, self._padding, self._frames = self._new_frame(), 0, self._frames + 1
         try:
-            self._plain = self._frame.decompress(self._compressed)
+            self._plain = memoryview(self._frame.decompress(self._compressed))
         except self._error as error:
             raise OSError(f"{error} (frame {self._frames})") from error
         self._left -= len(self._plain)
@@ -384,19 +386,19 @@ def walk_folder(root: Path, left_out: LeftOut) -> Iterator[tuple[Path, bool]]:
 
 
 def read_texts(
-    path: Path, text_key: str = "text", left_out: LeftOut | None = None, limit: int | None = None
+    path: Path, text_key: str = "text", left_out: LeftOut | None = None, limit: float = math.inf
 ) -> Iterator[tuple[str, bytes]]:
     """Yield (text, UTF-8 bytes) of every document of one input file, including empty ones.
 
     Blank lines of .jsonl are counted in `left_out`. Byte order marks before a line are dropped: Windows
     programs write them, and concatenating files leaves them in the middle. Raises InputError, with file name
     and line, for text that is not UTF-8, a line that is not a JSON object with exactly one string under
-    `text_key`, more than `limit` bytes in a document (None: as in FORMATS), and a damaged, truncated or empty
-    compressed file.
+    `text_key`, a document of more bytes than `limit` or FORMATS, and a damaged, truncated or empty compressed
+    file.
     """
     left_out = left_out or LeftOut()
     kind, compression = split_suffix(path) or ("", "")
-    limit = limit or FORMATS[kind]
+    limit = min(limit, FORMATS[kind])
     too_long = f"a document of more than {limit:,} bytes. Split it or leave it out."
     try:
         if compression and path.stat().st_size == 0:  # FrameReader would return an empty text
@@ -957,8 +959,9 @@ def prepare(job: Job) -> dict:
     list_inputs([*list_inputs(job.inputs), *list_inputs(job.val_inputs)])  # no file twice or in both splits
     symbols = case_ops.OPERATORS if job.case_ops else ""
     given = read_file(job.tokenizer, MODEL_BYTES) if job.tokenizer else None
-    if given is not None and not is_lossless(load_tokenizer(given, str(job.tokenizer), symbols)):
-        job = replace(job, document_bytes=LOSSY_BYTES)
+    is_lossy = given is not None and not is_lossless(load_tokenizer(given, str(job.tokenizer), symbols))
+    limit = LOSSY_BYTES if is_lossy else CASE_OPS_BYTES if job.case_ops else math.inf
+    job = replace(job, document_bytes=limit)
     found = survey(job)
     if left_out := found.left_out.describe():
         print(left_out, file=sys.stderr)
