@@ -1339,8 +1339,7 @@ def check_disjoint(stream: TokenStream, val_paths: Sequence[str]) -> None:
             if paths is val_paths:
                 known |= dict.fromkeys(marks, path)
             elif found := next((known[mark] for mark in marks if mark in known), None):
-                told = f"{path} is both training and validation text, the same as {found}"
-                raise UserError(f"{told}. Change TRAIN_FILES or VAL_FILES.")
+                raise UserError(f"{path} is validation text, as {found}. Change TRAIN_FILES or VAL_FILES.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1587,7 +1586,8 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = N
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if documents is not None:
         mask = mask & (documents[:, None, past:, None] == documents[:, None, None, :])  # (B, 1, T, past + T)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=mask is None)
+    plain = dict(is_causal=mask is None, enable_gqa=mask is None)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **plain)
     return y.transpose(1, 2)
 
 

@@ -261,6 +261,8 @@ READERS = {
 }  # fmt: skip
 
 
+# What no message names: our code must not fail so. Torch's optimizers load parts of a checkpoint.
+UNFORESEEN = ("MemoryError|allocate|(Assertion|Attribute|Key|Index)Error", "MemoryError|allocate")
 UNEDITED = {"artifact": ("zstd", [], [], [], []), "shard": ([],), "sidecar": ([],)}
 
 
@@ -276,9 +278,8 @@ def fuzz(name: str, folder: Path, count: int, derandomize: bool) -> dict[str, in
         try:
             read(*edits)
         except UserError as error:
-            assert not re.search("MemoryError|allocate|AssertionError|AttributeError|KeyError", str(error)), (
-                error
-            )
+            assert "\n" not in str(error) or name == "recipe"  # which lists all its problems
+            assert not re.search(UNFORESEEN[name == "checkpoint"], str(error)), error
             found["refused"] += 1
         else:
             found["taken"] += 1
