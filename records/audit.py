@@ -197,16 +197,12 @@ def cuts(base: Trace, rng: np.random.Generator, places: Sequence[int]) -> Iterat
     Then the turns of the targets `places`, which are changed with all beyond them.
     """
     index, turns = np.arange(len(base.turn)), np.unique(base.turn)
-    late = rng.choice(turns[len(turns) // 2 : max(len(turns) - 1, len(turns) // 2 + 1)])
-    for turn in sorted({turns[0], turns[len(turns) // 2], late, *(turns[np.isin(turns, base.base_turns)])}):
+    half = len(turns) // 2
+    main = {turns[0], turns[half], rng.choice(turns[min(half + 1, len(turns) - 1) :])}
+    for turn in sorted(main | {*turns[np.isin(turns, base.base_turns)]}):
         here, offset = base.turn == turn, index - base.read_from
         early, middle = offset > np.sort(offset[here])[:3][-1], index > np.flatnonzero(here)[here.sum() // 2]
-        kinds = (early, middle, ~here)
-        if turn in base.base_turns:
-            kinds = (early, ~here)
-        elif turn not in (turns[0], turns[len(turns) // 2]):
-            kinds = (early,) if rng.random() < 0.5 else (~here,)
-        for beyond in kinds:
+        for beyond in (early, middle, ~here) if turn in main else (early, ~here):
             later = (base.turn > turn) | here & beyond
             if later.any():
                 yield turn, later
@@ -473,10 +469,10 @@ def check_no_op(setup: Setup, tokens: np.ndarray) -> Check:
 
     Rounding is at most 1e-3 nats in float32. In another dtype the plain forward's own distance from a
     float32 forward is the measure: losses of no steps may be twice as far from that (root mean square),
-    and four times that distance from the plain ones (largest). On the first quarter of the text, if that
+    and four times that distance from the plain ones (largest). On the first half of the text, if that
     is longer than a window.
     """
-    tokens = tokens[: max(len(tokens) // 4, setup.config.eval_seq_len) + 1]
+    tokens = tokens[: max(len(tokens) // 2, setup.config.eval_seq_len) + 1]
     still = replace(setup, config=replace(setup.config, ttt_lr=0.0, global_ttt_lr=0.0))
     none = replace(setup, config=replace(setup.config, ttt_epochs=0))
     zero, off = ev.evaluate(still, tokens).nll, ev.evaluate(none, tokens).nll

@@ -458,7 +458,10 @@ CHEATS: dict[str, tuple[Callable, str]] = {
         "T1",
     ),  # T1 must cut after a few targets
     "the step size by what comes next": (with_text(rate_by_the_next, Adaptation, "adapt"), "T1"),
-    "adapted or plain weights by their own loss": (patched(eval_ttt, "evaluate", plain_if_better), "T1"),
+    "adapted or plain weights by their own loss": (
+        patched(eval_ttt, "evaluate", plain_if_better, ttt_lr=2.0),
+        "T1",
+    ),
     "the temperature of the whole text": (with_text(temperature), "T1"),
     "counts of the batch's other sequences": (patched(GPT, "forward", other_rows), "T1"),
     "counts of the whole text": (with_text(unigrams), "T1 T2"),
