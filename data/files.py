@@ -96,6 +96,8 @@ def decoding(place: str | Path, expected: str) -> Iterator[None]:
     """Turn any error inside, where a library decodes what `place` holds, into an InputError."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{place} is not {expected}: {' '.join(str(error).split())[:300]}") from error
 

@@ -36,11 +36,13 @@ def overlap_line(train: TokenStream, val_paths: Sequence[str]) -> str:
     listing = tg.read_listing(train.paths[0])
     folders = {Path(path).parent for path in (train.paths[0], *val_paths)}
     found = listing.overlap if listing else {}
-    if len(folders) > 1 or found.get("train_tokens") != len(train):
+    counts = [found.get(key) for key in ("documents_inside", "documents", "documents_touched")]
+    is_counted = all(type(count) is int for count in counts)
+    if len(folders) > 1 or found.get("train_tokens") != len(train) or not is_counted:
         return "overlap: not counted for these shards; data/prepare.py --overlap counts it"
     return (
-        f"overlap: {found['documents_inside']} of {found['documents']} validation documents occur inside "
-        f"training shards, {found['documents_touched']} in part"
+        f"overlap: {counts[0]} of {counts[1]} validation documents occur inside training shards, "
+        f"{counts[2]} in part"
     )
 
 

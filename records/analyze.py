@@ -46,6 +46,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import page  # noqa: E402
+from files import (  # noqa: E402
+    check_form,
+    decoding,
+    open_input,
+    parse_json,
+    read_file,
+)
 from report import (  # noqa: E402
     LOSS_BORDERS,
     Estimate,
@@ -81,6 +88,9 @@ MODE_ROWS = (  # key of eval_ttt.json, label, format
     ("ttt_gain_bpb", "gain", "{:+.4f}"),
     ("eval_seconds", "seconds", "{:.1f}"),
 )
+RESULT = {f"{key}?": float for key, _, _ in ROWS}
+EVALUATION = {f"{key}?": float for key, _, _ in MODE_ROWS} | {"settings?": dict, "sha256_shards?": {str: str}}
+METRICS_BYTES = 1 << 28  # of metrics.jsonl
 MODE_CELLS = len(MODE_ROWS) + 2  # columns after the names of run and mode: these, legal and audited
 AXES = {  # --by: label of the x axis
     "steps": "training step",
@@ -151,12 +161,8 @@ def read_evaluation(folder: Path, mode: str = "") -> Evaluation:
     """Read eval_ttt.json in `folder`; without `mode`, its settings name the mode. ValueError if it is bad."""
     path = folder / "eval_ttt.json"
     scores = read_object(path, "val_bpb_ttt", "ttt_gain_bpb")
-    for key, _, _ in MODE_ROWS:
-        if key in scores and not is_number(scores[key]):
-            raise ValueError(f"{path}: {key} is {escape(str(scores[key]))[:40]}, not a number")
-    for key in ("settings", "sha256_shards"):
-        if not isinstance(scores.setdefault(key, {}), dict):
-            raise ValueError(f"{path}: {key} is {escape(str(scores[key]))[:40]}, not an object")
+    check_form(scores, EVALUATION, path)
+    scores |= {key: scores.get(key) or {} for key in ("settings", "sha256_shards")}
     return Evaluation(mode or str(scores["settings"].get("ttt_mode", "?")), folder, scores)
 
 
@@ -178,14 +184,13 @@ def read_evaluations(run: Path) -> tuple[list[Evaluation], Evaluation | None]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of metrics.jsonl. ValueError for a line without a time or with a text."""
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for number, row in enumerate(found, 1):
-        if not isinstance(row, dict) or not {"step", "seconds"} <= row.keys():
-            raise ValueError(f"line {number} of metrics.jsonl has no step and time in seconds")
-        if not all(map(is_number, row.values())):
-            raise ValueError(f"line {number} of metrics.jsonl has a value that is no number")
-    return found
+    """Return the lines of metrics.jsonl. InputError for a line without step and seconds or with a text."""
+    rows = []
+    for number, line in enumerate(read_file(path, METRICS_BYTES).splitlines(), 1):
+        place = f"{path}, line {number}"
+        rows.append(parse_json(line, {str: float}, place))
+        check_form(rows[-1], {"step": int, "seconds": float}, place)
+    return rows
 
 
 def read_run(folder: Path) -> Run:
@@ -195,13 +200,11 @@ def read_run(folder: Path) -> Run:
         evaluations, legal = read_evaluations(folder)
         if legal:
             result |= {key: legal.scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
-        for key, _, _ in ROWS:
-            if key in result and not is_number(result[key]):
-                raise ValueError(f"{key} in result.json is {escape(str(result[key]))[:40]}, not a number")
-        known = read_object(folder / "config.json") if (folder / "config.json").exists() else {}
-        config, settings = (
-            known.get(key) if isinstance(known.get(key), dict) else {} for key in ("config", "given")
-        )
+        check_form(result, RESULT, folder / "result.json")
+        path = folder / "config.json"
+        known = read_object(path) if path.exists() else {}
+        check_form(known, {"config?": {"train_batch_tokens?": int}, "given?": dict}, path)
+        config, settings = (known.get(key) or {} for key in ("config", "given"))
         metrics = read_metrics(folder / "metrics.jsonl")
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder} has no finished run: {error}") from error
@@ -242,7 +245,13 @@ def read_config(folder: Path, data: Path | None, tokenizer: Path | None) -> tg.C
         )
     settings |= dict(data_path=str(data), val_files="") if data else {}
     settings |= dict(tokenizer_path=str(tokenizer)) if tokenizer else {}
-    return tg.Config(**settings | dict(mtp_num_heads=0))  # MTP heads are used in training only
+    settings |= dict(mtp_num_heads=0)  # MTP heads are used in training only
+    texts = {name.upper(): str(int(value) if isinstance(value, bool) else value)
+             for name, value in settings.items()}  # fmt: skip
+    try:
+        return tg.load_config(texts)[0]
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
 
 
 def read_text(config: tg.Config) -> tuple[np.ndarray, list[str], tg.ByteTable]:
@@ -511,7 +520,8 @@ def document_texts(
     tokens, shards, _ = read_text(config)
     if set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
         raise ValueError(f"{', '.join(shards)} are not the scored {', '.join(scored)}. Use --data.")
-    model = SentencePieceProcessor(model_proto=Path(config.tokenizer_path).read_bytes())
+    with decoding(config.tokenizer_path, "a SentencePiece model"):  # read_text has opened it
+        model = SentencePieceProcessor(model_file=config.tokenizer_path)
     begin, end = ev.documents(tokens)
     ids = {i: tokens[begin[i] : min(end[i], begin[i] + page.EXCERPT) + 1].tolist() for i in documents}
     return {i: model.decode(each)[: page.EXCERPT] for i, each in ids.items()}
@@ -602,6 +612,15 @@ def run_of(evaluation: Path) -> Path:
     return evaluation.parent.parent if evaluation.parent.name == "eval" else evaluation
 
 
+def read_nll(path: Path) -> np.ndarray:
+    """Return the losses in nll.npy, mapped: the file bounds the memory. InputError for anything else."""
+    with open_input(path), decoding(path, "an nll.npy of eval_ttt.py"):
+        found = np.load(path, mmap_mode="r")
+        if not isinstance(found, np.ndarray) or found.dtype not in (np.float32, np.float64):
+            raise ValueError(f"{getattr(found, 'dtype', 'several arrays')}, not one array of floats")
+    return found
+
+
 def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
     """Return the two nll arrays, (targets,), and their text. ValueError if the three do not match."""
     paths = [nll_file(path) for path in (given.a, given.b)]
@@ -613,10 +632,7 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
     tokens, shards, byte_table = read_text(read_config(folders[0], given.data, given.tokenizer))
     losses = []
     for path in paths:
-        try:
-            losses.append(np.load(path))
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not an nll.npy of eval_ttt.py: {error}") from error
+        losses.append(read_nll(path))
         if losses[-1].shape != (len(tokens) - 1,) or not np.isfinite(losses[-1]).all():
             raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in "
                              f"{', '.join(shards)}, or not all finite")  # fmt: skip
@@ -1423,6 +1439,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -27,9 +27,14 @@ from typing import Any
 
 from runfiles import METRIC, create, escape, read_result
 
+# isort: split
+from files import check_form, open_input
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = (ROOT / "train_gpt.py", ROOT / "eval_ttt.py")
+TAIL_BYTES = 1 << 16  # of a run's output, for its last line
 POLL = 0.2  # seconds between polls of a run
+RESULT = {METRIC: float, "bytes_total": int, "fits": bool, "legal?": bool, "strict_seconds?": float}
 ANY_RUN = dict(seed=0, run_id="")  # replaces the per-run settings in hashes
 
 # A run is a child of this guard, which stops it when the guard's stdin closes: when we close it, or when we
@@ -78,8 +83,17 @@ def config_hash(environ: Mapping[str, str]) -> str:
 
 
 def finished_result(folder: Path) -> dict[str, Any]:
-    """Return result.json with the keys that sweeps and the ledger need. ValueError names missing keys."""
-    return read_result(folder / "result.json", "bytes_total", "fits")
+    """Return result.json with what sweeps and the ledger need of it. ValueError names what is missing."""
+    result = read_result(folder / "result.json", "bytes_total", "fits")
+    check_form(result, RESULT, folder / "result.json")
+    return result
+
+
+def last_line(path: Path) -> str:
+    """Return the last line of a run's output that is not empty, without control characters."""
+    with open_input(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+        return escape(file.read(TAIL_BYTES).decode(errors="replace").strip().rpartition("\n")[2])
 
 
 def train(
@@ -119,8 +133,8 @@ def train(
                 with suppress(subprocess.TimeoutExpired):
                     guard.wait(POLL)
         if not (folder / "result.json").exists():
-            last = output.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise Crash(f"{folder}: exit code {guard.returncode}, see {output}: {escape(last)[:200]}")
+            said = last_line(output)[:200]
+            raise Crash(f"{folder}: exit code {guard.returncode}, see {output}: {said}")
         try:
             result = finished_result(folder)
         except ValueError as error:

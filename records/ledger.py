@@ -9,6 +9,7 @@ import ast
 import csv
 import fcntl
 import glob
+import io
 import os
 import re
 import subprocess
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import ANY_RUN, METRIC, PROGRAMS, ROOT, Crash, digest, train, trainer
+
+# isort: split
+from files import decoding, read_file
 
 COLUMNS = (
     "date",
@@ -37,6 +41,7 @@ COLUMNS = (
     "run",
 )
 DIALECT = dict(delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
+LEDGER_BYTES = 1 << 24
 DIGITS = 6  # decimals of the bpb in a line; scores are compared after rounding to them
 FIXED = ("scorer", "task", "budget")  # must be equal in all lines, or their scores are not comparable
 SCORER = ("nll", "token_nll", "Windows", "Chunk", "Score", "Ledger", "sliding_windows", "Batch", "make_batch",
@@ -106,16 +111,22 @@ def commit(root: Path) -> str:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the lines of a ledger. ValueError if its columns differ from COLUMNS."""
-    if not path.exists() or not path.stat().st_size:
+    """Return the lines of a ledger. ValueError for other columns, or a kept line without a score."""
+    if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file, **DIALECT)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+    with decoding(path, "a ledger"):
+        text = read_file(path, LEDGER_BYTES).decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), **DIALECT)
+        lines = list(reader)
+    if text and tuple(reader.fieldnames or ()) != COLUMNS:
+        raise ValueError(f"{path}: columns are {reader.fieldnames}, not {COLUMNS}. Start another --ledger.")
+    for number, line in enumerate(lines, 2):
+        is_whole = None not in line and None not in line.values()
+        if not is_whole or (line["verdict"] == "keep" and not re.fullmatch(r"\d+(\.\d+)?", line["bpb"])):
             raise ValueError(
-                f"{path}: columns are {reader.fieldnames}, not {COLUMNS}. Start another --ledger."
+                f"{path}, line {number}: expected {len(COLUMNS)} columns, and a bpb if it is kept"
             )
-        return list(reader)
+    return lines
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:

@@ -40,19 +40,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from runfiles import escape_lines, write_file
+from runfiles import write_file
+
+# isort: split
+from files import InputError, decoding, exit_code, read_file, read_json
 
 TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parent
 PROGRAMS = (ROOT / "train_gpt.py", ROOT / "eval_ttt.py")
 CACHE = TOOLS / "__pycache__" / "packed.json"  # program and packer -> what they give: packing takes seconds
+SOURCE_BYTES = 1 << 24  # of a program
 CACHED = 50  # entries kept
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 UNPACK = b"#coding:l1\nimport bz2\nexec(bz2.decompress(%s.encode('l1')))"  # l1: Latin-1
 MINIFIER = "python-minifier"
 
 
-class PackError(ValueError):
+class PackError(InputError):
     """User error: a bad file or folder, or a missing package. Exit code 2."""
 
 
@@ -132,11 +136,11 @@ def packed(path: Path) -> Packed:
     The result is cached by content, for packing both programs takes 4 CPU seconds. PackError without the
     minifier.
     """
-    source = path.read_bytes()
+    source = read_file(path, SOURCE_BYTES)
     if is_packed(source):
         return measure(source)
     known = read_cache().get(cache_key(source))
-    return Packed(*known) if known else remember(source, pack(minify(source.decode())))
+    return Packed(**known) if known else remember(source, pack(minify(source.decode())))
 
 
 def measure(blob: bytes) -> Packed:
@@ -152,12 +156,12 @@ def cache_key(source: bytes) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def read_cache() -> dict[str, list]:
-    try:
-        known = json.loads(CACHE.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+def read_cache() -> dict[str, dict]:
+    """Return the cached results, none if the cache is missing or broken."""
+    with suppress(InputError):
+        known = read_json(CACHE, {str: {"size": int, "sha256": str}})
+        return {key: {name: entry[name] for name in Packed._fields} for key, entry in known.items()}
+    return {}
 
 
 def remember(source: bytes, blob: bytes) -> Packed:
@@ -165,7 +169,7 @@ def remember(source: bytes, blob: bytes) -> Packed:
     found, latest = measure(blob), list(read_cache().items())[1 - CACHED :]
     with suppress(OSError):  # a read-only tree packs every time
         CACHE.parent.mkdir(exist_ok=True)
-        write_file(CACHE, json.dumps(dict(latest) | {cache_key(source): found}).encode())
+        write_file(CACHE, json.dumps(dict(latest) | {cache_key(source): found._asdict()}).encode())
     return found
 
 
@@ -182,16 +186,14 @@ def pack_file(path: Path, out: Path) -> tuple[int, int, int]:
     target = out / path.name
     if target.resolve() == path.resolve():
         raise PackError(f"{path} would be overwritten. Choose another folder.")
-    try:
-        source = path.read_bytes()
+    source = read_file(path, SOURCE_BYTES)
+    with decoding(path, "a Python program"):
         small = minify(source.decode())
-        blob = pack(small)
-        out.mkdir(parents=True, exist_ok=True)
-        write_file(target, blob)
-        write_file(out / f"{path.stem}_readable.py", source)
-        size = remember(source, blob).size
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise PackError(f"{path}: {error}") from error
+    blob = pack(small)
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(target, blob)
+    write_file(out / f"{path.stem}_readable.py", source)
+    size = remember(source, blob).size
     return len(source), len(small.encode()), size
 
 
@@ -212,17 +214,15 @@ def main() -> int:
     arguments = parser.parse_args()
     from tabulate import tabulate  # not needed by the programs that call packed_bytes
 
-    try:
+    def body() -> None:
         sizes = {path.name: pack_file(path, arguments.out) for path in arguments.files}
         link_tools(arguments.out)
-    except (PackError, OSError) as error:
-        print(f"error: {escape_lines(error)}", file=sys.stderr)
-        return 2
-    columns = [sum(column) for column in zip(*sizes.values(), strict=True)]
-    rows = [(name, *row) for name, row in [*sizes.items(), ("together", columns)]]
-    print(tabulate(rows, ["bytes", "readable", "minified", "packed"], tablefmt="plain", intfmt=","))
-    print(f"CODE_BYTES={columns[2]}: set it where FIT_SIZE=1 exports from the readable programs")
-    return 0
+        columns = [sum(column) for column in zip(*sizes.values(), strict=True)]
+        rows = [(name, *row) for name, row in [*sizes.items(), ("together", columns)]]
+        print(tabulate(rows, ["bytes", "readable", "minified", "packed"], tablefmt="plain", intfmt=","))
+        print(f"CODE_BYTES={columns[2]}: set it where FIT_SIZE=1 exports from the readable programs")
+
+    return exit_code(body)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,14 @@ from matplotlib.figure import Figure
 from report import class_label, figure_style
 from runfiles import escape_lines, read_object
 
+# isort: split
+from files import check_form, decoding, read_file
+
 DOCUMENTS = 400  # rows of a table of documents; of longer validation sets those that change the score most
 EXCERPT = 2000  # characters of a document's text
 SUMMARY = 70  # characters of it that show before it is unfolded
+CSV_BYTES, SAMPLE_BYTES = 1 << 28, 1 << 24  # of documents.csv, of a file of samples
+CLASS = {"name": str, "targets": float, "before": float, "after": float, "gain_error?": float}
 COLUMNS = ("document", "first_target", "targets", "bytes", "nats", "nats_adapted")  # of documents.csv
 
 
@@ -113,27 +118,24 @@ def class_section(folders: Mapping[str, Path], figure: str) -> Section:
 
 
 def class_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the classes of distribution.json. ValueError if they lack a name or a number."""
+    """Return the classes of distribution.json. InputError if they lack a name or a number."""
     path = folder / "distribution.json"
-    found = read_object(path, "classes")["classes"]
-    for each in found if isinstance(found, list) else [None]:
-        row = each if isinstance(each, dict) else {}
-        numbers = [row.get(key) for key in ("targets", "before", "after")] + [row.get("gain_error") or 0]
-        if not all(isinstance(x, int | float) for x in numbers) or not isinstance(row.get("name"), str):
-            raise ValueError(f"{path} is not a distribution of eval_ttt.py: {escape_lines(each)[:80]}")
-    return found
+    content = read_object(path)
+    check_form(content, {"classes": [CLASS]}, path)
+    return content["classes"]
 
 
 def read_documents(folder: Path) -> np.ndarray:
     """Return documents.csv of an evaluation, (documents, columns) float64. ValueError if it is not one."""
     path = folder / "documents.csv"
-    try:
-        with open(path, encoding="utf-8") as file:
-            if tuple(file.readline().strip().split(",")) != COLUMNS:
-                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-            return np.loadtxt(file, delimiter=",", ndmin=2).reshape(-1, len(COLUMNS))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not the documents.csv of eval_ttt.py: {error}") from error
+    with decoding(path, "the documents.csv of eval_ttt.py"):
+        head, _, body = read_file(path, CSV_BYTES).decode().partition("\n")
+        if tuple(head.strip().split(",")) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        found = np.loadtxt(io.StringIO(body), delimiter=",", ndmin=2).reshape(-1, len(COLUMNS))
+        if not (np.abs(found) < 1e15).all():
+            raise ValueError("numbers that are not below 1e15")
+    return found
 
 
 def gain_bpb(documents: np.ndarray) -> np.ndarray:
@@ -213,7 +215,7 @@ def sample_section(folders: Mapping[str, Path]) -> Section:
     texts = {}
     for label, folder in folders.items():
         for path in sorted(folder.glob("samples*.txt")):
-            texts[f"{label}: {path.name}"] = path.read_text(encoding="utf-8", errors="replace")
+            texts[f"{label}: {path.name}"] = read_file(path, SAMPLE_BYTES).decode(errors="replace")
     return Section("Samples", texts=texts)
 
 

@@ -15,7 +15,6 @@ Exit codes: 0 the plan fits, 1 it does not (what to drop is printed), 2 user err
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import shlex
@@ -31,6 +30,7 @@ from launch import ROOT, Crash, trainer
 from runfiles import escape_lines, read_object, write_file
 
 sys.path.insert(0, str(ROOT / "data"))
+from files import check_form, parse_json, read_file
 from formats import PUBLISHED
 
 MEASURED = ROOT / "records/benchmarks/2026-11-27_gpu_h100.json"
@@ -46,6 +46,7 @@ CHECKPOINTS = 8  # per run
 DISK_BYTES_PER_SECOND = 5e8  # assumed, for checkpoints
 RECORD_SEEDS = 3
 CHECK_SECONDS = 60.0  # assumed, of check.py and of submit.py for one run
+LOG_BYTES = 1 << 28  # of a log of the script
 OF_ONE_RUN = ("seed", "run_id", "resume", "checkpoint_every", "model_path")  # set by the script
 
 
@@ -74,9 +75,9 @@ class Step(NamedTuple):
     def is_done(self) -> bool:
         """Whether the script would skip it, as `finished` there says."""
         path = Path(self.result)
-        return path.exists() and (
-            not self.pattern or bool(re.search(self.pattern, path.read_text(errors="replace"), re.M))
-        )
+        if not path.exists() or not self.pattern:
+            return path.exists()
+        return bool(re.search(self.pattern, read_file(path, LOG_BYTES).decode(errors="replace"), re.M))
 
 
 class Case(NamedTuple):
@@ -434,16 +435,19 @@ def script(case: Case, steps: Sequence[Step], argv: Sequence[str]) -> str:
 
 def read_preflight(path: Path, config: Any, gpus: int) -> dict[str, Any]:
     """Measurements in a preflight's log or in its JSON. ValueError if they are of another run or machine."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    logged = [line.removeprefix("PREFLIGHT ") for line in lines if line.startswith("PREFLIGHT ")]
     try:
-        found = json.loads(logged[-1] if logged else "\n".join(lines))
+        lines = read_file(path, LOG_BYTES).splitlines()
+        logged = [line.removeprefix(b"PREFLIGHT ") for line in lines if line.startswith(b"PREFLIGHT ")]
+        found = parse_json(logged[-1] if logged else b"\n".join(lines), {}, path)
         keys = ["processes", "train_batch_tokens", "flops_per_token", "ms_per_step", "statistics_seconds",
                 "export_seconds", "sliding_seconds"]  # fmt: skip
         keys += ["adapted_seconds"] if config.ttt_mode != "none" else []
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it lacks {', '.join(missing)}. Give it more time: --preflight-seconds")
-    except (ValueError, TypeError) as error:
+        check_form(found, dict.fromkeys(keys, float), path)
+        if low := [key for key in keys if not found[key] > 0]:
+            raise ValueError(f"{', '.join(low)}: not above 0")
+    except ValueError as error:
         raise ValueError(f"--preflight {path}: no measurements of a finished preflight: {error}") from error
     wanted = dict(processes=gpus, train_batch_tokens=config.train_batch_tokens, flops_per_token=flops(config))
     if other := [
@@ -493,6 +497,13 @@ def make_case(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Case
                 arguments.setup_minutes, arguments.download_mb_s)  # fmt: skip
 
 
+def amount(text: str) -> float:
+    """Parse a number of hours, money or megabytes: from 0 to a million."""
+    if not 0 <= (value := float(text)) <= 1e6:
+        raise ValueError
+    return value
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "launch.py plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -500,19 +511,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("recipe", type=Path, help="recipe, such as records/recipes/pr1019.env")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of all machines together (8)")
     time = parser.add_mutually_exclusive_group()
-    time.add_argument("--hours", type=float, default=2.0, help="time limit, hours (2)")
-    time.add_argument("--minutes", type=float, help="time limit, minutes")
-    parser.add_argument("--price", type=float, default=0.0, help="price of a GPU-hour, any currency (0)")
+    time.add_argument("--hours", type=amount, default=2.0, help="time limit, hours (2)")
+    time.add_argument("--minutes", type=amount, help="time limit, minutes")
+    parser.add_argument("--price", type=amount, default=0.0, help="price of a GPU-hour, any currency (0)")
     parser.add_argument(
-        "--budget", type=float, default=0.0, help="money to spend, same currency; 0: no limit"
+        "--budget", type=amount, default=0.0, help="money to spend, same currency; 0: no limit"
     )
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")],
                         default=[1337, 42, 2025], help="comma list (1337,42,2025)")  # fmt: skip
     parser.add_argument("--preflight", type=Path, metavar="FILE",
                         help="log or JSON of gpu_minutes.py --preflight; replaces estimates")  # fmt: skip
-    parser.add_argument("--setup-minutes", type=float, default=5.0,
+    parser.add_argument("--setup-minutes", type=amount, default=5.0,
                         help="minutes to install the environment; 0: it is installed (5)")  # fmt: skip
-    parser.add_argument("--download-mb-s", type=float, default=100.0, help="download rate, MB/s (100)")
+    parser.add_argument("--download-mb-s", type=amount, default=100.0, help="download rate, MB/s (100)")
     parser.add_argument("--script", type=Path, metavar="FILE", help="write the commands as a shell script")
     return parser.parse_args(argv)
 
@@ -529,6 +540,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except (ValueError, OSError, Crash) as error:
         print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(*table(case, steps), sep="\n")
     hours = sum(step.seconds for step in steps) / 3600
     print(f"total: {clock(3600 * hours)} of {clock(limit)}, {hours * case.gpus:.2f} GPU-hours, "

@@ -35,7 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from io import TextIOWrapper
@@ -56,6 +56,10 @@ from sqlalchemy import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from tabulate import tabulate
 from track import check as check_tracker
+
+# isort: split
+from cores import core_count
+from files import check_form, decoding, read_file
 
 try:
     import tomllib
@@ -78,6 +82,8 @@ SAMPLERS = {  # grid samples nothing, but Optuna requires a sampler
     "random": optuna.samplers.RandomSampler,
     "grid": optuna.samplers.RandomSampler,
 }
+SPACE_BYTES, LOG_BYTES = 1 << 20, 1 << 28  # of a space file, of a train.log
+RANGE, POINTS = 1e15, 100_000  # limits of a value in a range, of the points of a grid and of trials
 SPACE_KEYS = dict(recipe=str, seeds=list, sampler=str, trials=int, prune=int, space=dict, rows=dict)
 
 
@@ -143,10 +149,13 @@ def distribution(name: str, value: Any) -> BaseDistribution:
     """Return the distribution of an entry: a value, a list, or {low, high, log}. ValueError for others."""
     if isinstance(value, dict):
         bounds = [value.get(end) for end in ("low", "high")]
-        if not set(value) <= {"low", "high", "log"} or not all(
-            isinstance(end, int | float) for end in bounds
+        numbers = all(type(end) in (int, float) and abs(end) < RANGE for end in bounds)
+        if (
+            not set(value) <= {"low", "high", "log"}
+            or not numbers
+            or type(value.get("log", False)) is not bool
         ):
-            raise ValueError(f"{name}: a range must be {{low, high, log}}, not {value}")
+            raise ValueError(f"{name}: a range must be {{low, high, log}} below {RANGE:g}, not {value}")
         if not bounds[0] < bounds[1] or (value.get("log") and bounds[0] <= 0):
             raise ValueError(f"{name}: a range needs low < high, and low > 0 if log: {value}")
         return (IntDistribution if all(isinstance(end, int) for end in bounds) else FloatDistribution)(
@@ -160,15 +169,16 @@ def distribution(name: str, value: Any) -> BaseDistribution:
 
 def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any]) -> Space:
     """Return the space of a file and the command line. ValueError if they are invalid."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    table = {}
+    if path:
+        with decoding(path, "a TOML file"):
+            table = tomllib.loads(read_file(path, SPACE_BYTES).decode("utf-8-sig"))
     if unknown := sorted(set(table) - set(SPACE_KEYS)):
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known are {', '.join(SPACE_KEYS)}")
     if wrong := [f"{key} is not a {kind.__name__}" for key, kind in SPACE_KEYS.items() if key in table
                  and not isinstance(table[key], kind)]:  # fmt: skip
         raise ValueError(f"{path}: {', '.join(wrong)}")
+    check_form(table, {"rows?": {str: dict}}, path)
     table |= {
         key: given[key] for key in ("seeds", "sampler", "trials", "prune") if given.get(key) is not None
     }
@@ -181,7 +191,7 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
     ranges = [name for name, kind in kinds.items() if not isinstance(kind, CategoricalDistribution)]
     points = 0 if ranges else prod(len(kind.choices) for kind in kinds.values())
     sampler, seeds = table.get("sampler", "tpe" if ranges else "grid"), table.get("seeds", [1337])
-    distinct = {seed for seed in seeds if isinstance(seed, int)}
+    distinct = {seed for seed in seeds if type(seed) is int and 0 <= seed < 1 << 64}
     trials, prune = table.get("trials", points if sampler == "grid" else 20), table.get("prune", 5)
     for wrong, said in (
         (sampler not in SAMPLERS, f"sampler {sampler}: must be one of {', '.join(SAMPLERS)}"),
@@ -195,10 +205,13 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
             f"the grid has {points} points: omit --trials or the grid sampler",
         ),
         (
-            trials < 1 or prune < 0,
-            f"trials must be at least 1 and prune at least 0, not {trials} and {prune}",
+            not 1 <= trials <= POINTS or not 0 <= prune <= POINTS,
+            f"trials must be 1 to {POINTS:,} and prune 0 to {POINTS:,}, not {trials} and {prune}",
         ),
-        (not seeds or len(distinct) < len(seeds), f"seeds {seeds}: must be distinct integers, at least one"),
+        (
+            not seeds or len(distinct) < len(seeds),
+            f"seeds {seeds}: must be distinct integers from 0 to 2^64 - 1, at least one",
+        ),
         (
             "row" in kinds and not set(ends(kinds["row"])) <= set(rows),
             f"row: known are {', '.join(rows) or 'none'}",
@@ -257,16 +270,16 @@ SEED_STEPS = 10_000_000  # step offset of the intermediate values of each furthe
 
 
 def open_storage(url: str, grace: int) -> optuna.storages.RDBStorage:
-    """Open the database, retrying while another process creates its tables. ValueError if that fails."""
+    """Open the database, retrying while another process creates its tables."""
     engine = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else None
     for left in range(3, -1, -1):
         try:
             return optuna.storages.RDBStorage(
                 url, engine, heartbeat_interval=max(grace // 4, 1), grace_period=grace
             )
-        except (ImportError, ValueError, SQLAlchemyError, StorageInternalError) as error:
-            if left == 0 or not isinstance(error, DBAPIError | StorageInternalError):
-                raise ValueError(f"--storage {url.partition('://')[0]}: {error}") from error
+        except (DBAPIError, StorageInternalError):
+            if left == 0:
+                raise
             time.sleep(1 + random.random())
 
 
@@ -287,6 +300,21 @@ def lost(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and "why" not in trial.user_attrs
 
 
+@contextmanager
+def using_study(place: str) -> Iterator[None]:
+    """Turn any error inside, of Optuna, SQLAlchemy or a driver, into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+        said = " ".join(str(cause).split())[:200] or repr(cause)
+        raise ValueError(f"{place} is no study that this sweep and this Optuna can use: {said}") from error
+
+
+SCORED = {METRIC: float, "bytes_total?": int, "fits?": bool, "strict_seconds?": float}  # of a run
+ATTEMPT = {"ticket": int, "attempt": int, "why?": str, "results?": [SCORED]}  # attributes of a trial
+
+
 class Sweep:
     """An opened or newly created study, with everything needed to run its trials."""
 
@@ -299,14 +327,19 @@ class Sweep:
         self.folder, self.stop, self.lock = Path("runs") / space.name, threading.Event(), threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         own = URL.create("sqlite", database=str(self.folder / "study.db"))  # escapes special characters
-        self.storage = open_storage(storage or own.render_as_string(), grace)
+        # a URL may hold a password
+        self.place = f"--storage {storage.partition('://')[0]}" if storage else str(self.folder / "study.db")
         pruner = optuna.pruners.MedianPruner(space.prune) if space.prune else optuna.pruners.NopPruner()
-        self.study = optuna.create_study(storage=self.storage, study_name=space.name,
-                                         sampler=SAMPLERS[space.sampler](), pruner=pruner,
-                                         load_if_exists=True)  # fmt: skip
-        self.study_id, self.workers = self.storage.get_study_id_from_name(space.name), 1
+        with using_study(self.place):
+            self.storage = open_storage(storage or own.render_as_string(), grace)
+            self.study = optuna.create_study(storage=self.storage, study_name=space.name,
+                                             sampler=SAMPLERS[space.sampler](), pruner=pruner,
+                                             load_if_exists=True)  # fmt: skip
+            self.study_id, self.workers = self.storage.get_study_id_from_name(space.name), 1
         self.check_identity()
-        self.study.set_user_attr("space", self.identity())
+        with using_study(self.place):
+            self.study.set_user_attr("space", self.identity())
+        self.attempts()
 
     def identity(self) -> str:
         """Hash what all trials of a study have in common; the number of sampled trials may grow."""
@@ -320,10 +353,20 @@ class Sweep:
                              "them or choose another --study.")  # fmt: skip
 
     def attempts(self) -> dict[int, list[FrozenTrial]]:
-        """Return the trials of each ticket by attempt; of duplicates only the first."""
+        """Return the trials of each ticket by attempt; of duplicates only the first.
+
+        Trials without a ticket, which another program added to the study, are left out. ValueError if the
+        study holds something else than sweeps write.
+        """
         found: dict[int, dict[int, FrozenTrial]] = {}
-        for trial in self.study.get_trials(deepcopy=False):
-            found.setdefault(trial.user_attrs["ticket"], {}).setdefault(trial.user_attrs["attempt"], trial)
+        with using_study(self.place):
+            for trial in self.study.get_trials(deepcopy=False):
+                if {"ticket", "attempt"} & trial.user_attrs.keys():
+                    check_form(trial.user_attrs, ATTEMPT, f"trial {trial.number}")
+                    if trial.state in DONE and trial.value is None:
+                        raise ValueError(f"trial {trial.number} is {trial.state.name} without a value")
+                    ticket, attempt = trial.user_attrs["ticket"], trial.user_attrs["attempt"]
+                    found.setdefault(ticket, {}).setdefault(attempt, trial)
         return {ticket: [own[attempt] for attempt in sorted(own)] for ticket, own in found.items()}
 
     def last_attempts(self) -> list[FrozenTrial]:
@@ -431,7 +474,8 @@ class Sweep:
                 self.storage.record_heartbeat(trial_id)
                 due = time.monotonic() + self.storage.get_heartbeat_interval()
             log = folder / "train.log"
-            new = log.read_text(errors="replace")[read:].rpartition("\n")[0] if log.exists() else ""
+            text = read_file(log, LOG_BYTES).decode(errors="replace") if log.exists() else ""
+            new = text[read:].rpartition("\n")[0]
             read += len(new)
             for step, last, bpb in VAL_LINE.findall(new):
                 if 0 < int(step) < int(last):  # all are equal at step 0; the last step saves nothing
@@ -494,9 +538,9 @@ def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> Non
             dict(trial=ticket, state=trial.state.name.lower(), val_bpb=trial.value)
             | dict(difference=trial.value - best if complete else None)
             | {f"seed_{seed}": result[METRIC] for seed, result in zip(space.seeds, results, strict=False)}
-            | dict(seconds=sum(result["strict_seconds"] or 0 for result in results) or None)
-            | dict(bytes_total=max((r["bytes_total"] or 0 for r in results), default=None))
-            | dict(fits=all(r["fits"] for r in results) if results else None)
+            | dict(seconds=sum(result.get("strict_seconds") or 0 for result in results) or None)
+            | dict(bytes_total=max((r.get("bytes_total") or 0 for r in results), default=None))
+            | dict(fits=all(r.get("fits") for r in results) if results else None)
             | dict(why=trial.user_attrs.get("why", ""))
             | {name: as_text(value) for name, value in trial.params.items()}
         )
@@ -730,7 +774,9 @@ def compare(
         raise ValueError(f"{files[0]} and {files[1]} have the same settings")
     folder = Path("runs") / f"compare_{a}_{b}_{digest(keys)}"
     plan = folder / "seeds.json"
-    if plan.exists() and (fixed := plan.read_text(encoding="utf-8").strip()) != json.dumps(sorted(seeds)):
+    if plan.exists() and (
+        fixed := read_file(plan, SPACE_BYTES).decode(errors="replace").strip()
+    ) != json.dumps(sorted(seeds)):
         raise ValueError(f"{plan} fixed the seeds at {fixed} before the first run. Changing their number "
                          "after seeing results would invalidate the p-value.")  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -812,13 +858,13 @@ def sweep(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     gpus = [gpu for gpu in (given.gpus or environ.get("CUDA_VISIBLE_DEVICES", "")).split(",") if gpu]
     if given.workers > 1 and not gpus:
         gpus = [str(gpu) for gpu in range(trainer().torch.cuda.device_count())]
-    if given.workers < 1 or len(gpus) % given.workers:
+    if not 1 <= given.workers <= 1024 or len(gpus) % given.workers:
         raise ValueError(
-            f"--workers {given.workers}: must be at least 1 and divide the number of GPUs, {len(gpus)}"
+            f"--workers {given.workers}: must be 1 to 1024 and divide the number of GPUs, {len(gpus)}"
         )
     torchrun = any("torch" in word for word in given.launcher)  # sets the threads of its ranks itself
     if given.workers > 1 and not torchrun:
-        environ = {"OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // given.workers, 1)), **environ}
+        environ = {"OMP_NUM_THREADS": str(max(core_count() // given.workers, 1)), **environ}
     environ = {"WANDB_RUN_GROUP": space.name, **environ}
     return Sweep(space, environ, given.launcher, given.storage, given.grace).run(given.workers, gpus)
 
@@ -839,6 +885,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     except (Crash, ValueError, OSError) as error:
         print(f"error: {escape_lines(error)}", file=sys.stderr)
         return 1 if isinstance(error, Crash) else 2
+    except (StorageInternalError, SQLAlchemyError) as error:  # while trials run, such as a full disk
+        print(f"error: the study: {escape_lines(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 1
 

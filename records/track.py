@@ -31,7 +31,11 @@ from typing import Any
 
 from runfiles import escape, read_object, write_file
 
+# isort: split
+from files import read_file
+
 TRACKERS = ("trackio", "wandb")
+METRICS_BYTES = 1 << 28  # of metrics.jsonl
 POLL = 1.0  # seconds between looks at the run folder
 WAIT = 30.0  # seconds that a finished run waits for the upload, which then continues in the background
 GIVE_UP = 600  # seconds after the end of the run until an upload that hangs is ended
@@ -116,7 +120,7 @@ def rows(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[list[int], d
     Added are tokens, step_tokens_per_second since the last training row, and matrix_lr, Muon's learning rate.
     """
     path, step, seconds = folder / "metrics.jsonl", 0, 0.0
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in read_file(path, METRICS_BYTES).splitlines() if path.exists() else ():
         with suppress(ValueError):  # of a line that is not yet complete
             row = json.loads(line)
             values = numbers(row) | {"tokens": row["step"] * config["train_batch_tokens"]}

@@ -671,7 +671,7 @@ def test_losses_that_cannot_be_compared(make_run, tmp_path, capsys):
         ((a, loose), f"shape (5,), but {len(np.load(a / 'nll.npy'))} targets"),
         ((a, b), "scored fineweb_val_000000.bin, which are not"),
         ((a, a / "config.json"), "is not an nll.npy"),
-        ((a, tmp_path / "missing"), "is not an nll.npy"),
+        ((a, tmp_path / "missing"), "missing: cannot be read: No such file"),
     ):
         code, text = said(capsys, "nll", *argv)
         assert code == 2 and message in text, text
@@ -947,11 +947,11 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
         (a / name).symlink_to(a / "outside")
     assert said(capsys, a)[0] == 0 and plotted(a / "curve.png") and (a / "outside").read_text() == "kept"
     for name, content, words in (
-        ("metrics.jsonl", "[]\n", "line 1 of metrics.jsonl"),
-        ("metrics.jsonl", '{"step": 1, "seconds": 2, "train_loss": "3"}', "has a value that is no number"),
-        ("eval_ttt.json", '{"val_bpb_ttt": "low", "ttt_gain_bpb": 1}', "val_bpb_ttt is low, not a number"),
+        ("metrics.jsonl", "[]\n", "metrics.jsonl, line 1: [], expected dict"),
+        ("metrics.jsonl", '{"step": 1, "seconds": 2, "train_loss": "3"}', "line 1: train_loss: '3', expected a number"),
+        ("eval_ttt.json", '{"val_bpb_ttt": "low", "ttt_gain_bpb": 1}', "val_bpb_ttt: 'low', expected a number"),
         ("eval_ttt.json", '{"val_bpb_ttt": 1}', "lacks ttt_gain_bpb"),
-        ("eval_ttt.json", '{"val_bpb_ttt": 1, "ttt_gain_bpb": 1, "settings": 3}', "settings is 3, not an"),
+        ("eval_ttt.json", '{"val_bpb_ttt": 1, "ttt_gain_bpb": 1, "settings": 3}', "settings: 3, expected dict"),
         ("result.json", '{"fits": true}', "lacks val_bpb_sliding"),
         ("result.json", '{"val_bpb', "not a JSON object"),
     ):

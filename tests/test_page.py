@@ -136,7 +136,7 @@ def test_text_that_is_not_there(folders, tmp_path, capsys):
     (run / "eval/doc_banks/documents.csv").unlink()
     (run / "eval/doc_banks/distribution.json").write_text('{"classes": [{"name": "position 0+"}]}')
     code, text = said(capsys, "--html", out, run)
-    assert code == 2 and "is not a distribution of eval_ttt.py" in text and text.count("\n") == 1
+    assert code == 2 and "classes[0]: targets: None, expected a number" in text and text.count("\n") == 1
     (run / "eval/doc_banks/distribution.json").unlink()
     assert said(capsys, "--html", out, run)[0] == 0
     assert titles(parsed(out)) == ["Scores", "Curves", "Settings given"]

@@ -159,15 +159,15 @@ def test_what_cannot_run_is_refused_before_anything_starts(place, capsys, given,
     [
         (
             ["--workers", "2", "--gpus", "0,1,2"],
-            "--workers 2: must be at least 1 and divide the number of GPUs, 3",
+            "--workers 2: must be 1 to 1024 and divide the number of GPUs, 3",
         ),
-        (["--workers", "0"], "--workers 0: must be at least 1"),
+        (["--workers", "0"], "--workers 0: must be 1 to 1024"),
         (["--launcher", "no-such-launcher --fast"], "no-such-launcher --fast: no such program"),
         (["--seeds", "1,1"], "must be distinct integers"),
         (["--trials", "3"], "the grid has 2 points"),
         (["--set", "row=a,b"], "row: known are none"),
         (["--set", "NO_SUCH_SETTING_AT_ALL=1"], "NO_SUCH_SETTING_AT_ALL is not a setting\n"),
-        (["--prune", "-1"], "prune at least 0"),
+        (["--prune", "-1"], "prune 0 to 100,000"),
         (["--storage", "nosuchbase://x"], "--storage nosuchbase"),
     ],
 )
@@ -600,7 +600,7 @@ def test_sweeps_use_only_the_public_interface_of_optuna():
     private = {
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr[0] == "_"
     }
-    assert private == {"_asdict", "_replace", "__name__"}
+    assert private == {"_asdict", "_replace", "__name__", "__cause__"}
 
 
 # ------------------------------------------------------------------------------------------------------------
