@@ -239,7 +239,7 @@ def choose_tokenizer(files: list[RemoteFile], folder: str, manifest: dict) -> li
     """Return the tokenizer files: those the published manifest names, else those with the variant's size."""
     candidates = nearest(files, folder, r"tokenizers/[^/]+")
     name = PurePosixPath(folder).name
-    specs = {entry.get("name"): entry for entry in manifest.get("tokenizers", [])}
+    specs = {entry.get("name"): entry for entry in manifest.get("tokenizers") or []}
     spec = specs.get(published_entry(manifest, name).get("tokenizer_name"), {})
     named = {PurePosixPath(spec[key]).name for key in ("model_path", "vocab_path") if spec.get(key)}
     listed = [file for file in candidates if file.name in named]
@@ -250,7 +250,7 @@ def choose_tokenizer(files: list[RemoteFile], folder: str, manifest: dict) -> li
 
 def published_entry(manifest: dict, name: str) -> dict:
     """Return the entry of a dataset in a published manifest, or an empty object."""
-    return next((entry for entry in manifest.get("datasets", []) if entry.get("name") == name), {})
+    return next((entry for entry in manifest.get("datasets") or [] if entry.get("name") == name), {})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -321,22 +321,21 @@ def sidecar_bytes(paths: Iterable[Path]) -> int | None:
 
 
 class HashCache:
-    """SHA-256 of local files, cached in a JSON file and keyed by size and modification time."""
+    """SHA-256 of local files by size, modification time and path, kept in a JSON file."""
 
     def __init__(self, path: Path, trusted: bool) -> None:
         self._path = path
-        self._entries: dict[str, list] = {}
+        self._entries: dict[str, str] = {}
         if trusted:
             with suppress(InputError):  # a broken cache only costs time
-                self._entries = read_json(path, {str: list})
+                self._entries = read_json(path, {str: str})
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 of a file; read it only if it is new or changed."""
-        status, key = path.stat(), path.resolve().as_posix()
-        entry = self._entries.get(key)
-        if not entry or len(entry) != 3 or entry[:2] != [status.st_size, status.st_mtime_ns]:
-            self._entries[key] = [status.st_size, status.st_mtime_ns, digest_of(path)]
-        return self._entries[key][2]
+        status = path.stat()
+        key = f"{status.st_size} {status.st_mtime_ns} {path.resolve().as_posix()}"
+        self._entries[key] = self._entries.get(key) or digest_of(path)
+        return self._entries[key]
 
     def save(self) -> None:
         """Write the cached hashes."""

@@ -89,7 +89,9 @@ MODE_ROWS = (  # key of eval_ttt.json, label, format
     ("eval_seconds", "seconds", "{:.1f}"),
 )
 RESULT = {f"{key}?": float for key, _, _ in ROWS}
-EVALUATION = {f"{key}?": float for key, _, _ in MODE_ROWS} | {"settings?": dict, "sha256_shards?": {str: str}}
+ADAPTED = ("val_bpb_ttt", "ttt_gain_bpb")  # every eval_ttt.json has them
+EVALUATION = {f"{key}?": float for key, _, _ in MODE_ROWS} | dict.fromkeys(ADAPTED, float)
+EVALUATION |= {"settings?": dict, "sha256_shards?": {str: str}}
 METRICS_BYTES = 1 << 28  # of metrics.jsonl
 MODE_CELLS = len(MODE_ROWS) + 2  # columns after the names of run and mode: these, legal and audited
 AXES = {  # --by: label of the x axis
@@ -157,12 +159,16 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def checked(content: dict[str, Any], form: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return `content`, which must have `form`, without the nulls that it allows."""
+    check_form(content, form, path)
+    return {key: value for key, value in content.items() if value is not None or f"{key}?" not in form}
+
+
 def read_evaluation(folder: Path, mode: str = "") -> Evaluation:
     """Read eval_ttt.json in `folder`; without `mode`, its settings name the mode. ValueError if it is bad."""
     path = folder / "eval_ttt.json"
-    scores = read_object(path, "val_bpb_ttt", "ttt_gain_bpb")
-    check_form(scores, EVALUATION, path)
-    scores |= {key: scores.get(key) or {} for key in ("settings", "sha256_shards")}
+    scores = dict(settings={}, sha256_shards={}) | checked(read_object(path, *ADAPTED), EVALUATION, path)
     return Evaluation(mode or str(scores["settings"].get("ttt_mode", "?")), folder, scores)
 
 
@@ -196,11 +202,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def read_run(folder: Path) -> Run:
     """Read the results of a run. ValueError if the folder has no finished run."""
     try:
-        result = read_result(folder / "result.json")
+        path = folder / "result.json"
+        result = checked(read_result(path), RESULT, path)
         evaluations, legal = read_evaluations(folder)
         if legal:
-            result |= {key: legal.scores[key] for key in ("val_bpb_ttt", "ttt_gain_bpb")}
-        check_form(result, RESULT, folder / "result.json")
+            result |= {key: legal.scores[key] for key in ADAPTED}
         path = folder / "config.json"
         known = read_object(path) if path.exists() else {}
         check_form(known, {"config?": {"train_batch_tokens?": int}, "given?": dict}, path)

@@ -948,10 +948,22 @@ def test_curves_of_runs(make_run, tmp_path, capsys):
     assert said(capsys, a)[0] == 0 and plotted(a / "curve.png") and (a / "outside").read_text() == "kept"
     for name, content, words in (
         ("metrics.jsonl", "[]\n", "metrics.jsonl, line 1: [], expected dict"),
-        ("metrics.jsonl", '{"step": 1, "seconds": 2, "train_loss": "3"}', "line 1: train_loss: '3', expected a number"),
-        ("eval_ttt.json", '{"val_bpb_ttt": "low", "ttt_gain_bpb": 1}', "val_bpb_ttt: 'low', expected a number"),
+        (
+            "metrics.jsonl",
+            '{"step": 1, "seconds": 2, "train_loss": "3"}',
+            "line 1: train_loss: '3', expected a number",
+        ),
+        (
+            "eval_ttt.json",
+            '{"val_bpb_ttt": "low", "ttt_gain_bpb": 1}',
+            "val_bpb_ttt: 'low', expected a number",
+        ),
         ("eval_ttt.json", '{"val_bpb_ttt": 1}', "lacks ttt_gain_bpb"),
-        ("eval_ttt.json", '{"val_bpb_ttt": 1, "ttt_gain_bpb": 1, "settings": 3}', "settings: 3, expected dict"),
+        (
+            "eval_ttt.json",
+            '{"val_bpb_ttt": 1, "ttt_gain_bpb": 1, "settings": 3}',
+            "settings: 3, expected dict",
+        ),
         ("result.json", '{"fits": true}', "lacks val_bpb_sliding"),
         ("result.json", '{"val_bpb', "not a JSON object"),
     ):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -185,6 +187,19 @@ def test_layout_and_source(hub: Repository, tmp_path: Path) -> None:
         content = contents(tmp_path)[entry["file"]]
         assert entry["size"] == len(content) and entry["sha256"] == hashlib.sha256(content).hexdigest()
         assert entry["tokens"] == ((len(content) - 1024) // 2 if entry["file"].endswith(".bin") else None)
+
+
+def test_folders_that_are_links_to_another_disk(hub: Repository, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        if os.stat(other).st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm is on the disk of the temporary files")
+        (tmp_path / "datasets").symlink_to(other)
+        assert run(tmp_path) == 0
+        found = {f"datasets/{name}": content for name, content in contents(Path(other)).items()}
+        assert found | contents(tmp_path / "tokenizers") == {
+            name.removeprefix("tokenizers/"): content for name, content in expected(hub).items()
+        }
+        assert not list(tmp_path.rglob("*.tmp")) and source(tmp_path)["revision"] == COMMIT
 
 
 def test_second_run_downloads_nothing_and_more_shards_only_the_new_ones(
