@@ -270,7 +270,7 @@ def test_the_ledger_refuses_a_second_score_and_early_learning():
 def test_a_plan_that_breaks_the_order_is_stopped_before_it_learns(change, message):
     class Never:
         begin, select = staticmethod(lambda *_: None), staticmethod(lambda *_: None)
-        token_nll = staticmethod(train_gpt.token_nll)
+        replacements = staticmethod(lambda: ())
         learn = staticmethod(lambda *_: pytest.fail("learned"))
 
     plan = flat_plan(len(TOKENS), Config(eval_seq_len=16, eval_stride=8, ttt_chunk_tokens=16))
