@@ -2,8 +2,8 @@
 
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py
     MODEL_PATH=runs/NAME/final_model.int6.ptz torchrun --standalone --nproc_per_node=8 eval_ttt.py
-    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit    check legality
-    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit=7  the same with seed 7
+    MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --audit    check legality; --audit-whole:
+                                                                            repeat all of it; =7: seed 7
     MODEL_PATH=runs/NAME/final_model.int6.ptz python eval_ttt.py --sample --prompt "Once upon a time"
     python eval_ttt.py --help                                               every setting
 
@@ -953,9 +953,9 @@ def run_all(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     lock = tg.on_rank_0(lambda: tg.lock_folder(inputs.path.parent, 0.0))
     try:
         if argv:
-            seed = argv[0].partition("=")[2]
-            setup, tokens, path = inputs[:3]
-            return audit.run_audit(setup, tokens, path, inputs.shards, opened, int(seed) if seed else None)
+            option, _, seed = argv[0].partition("=")
+            how = (inputs.shards, opened, int(seed) if seed else None, option == "--audit-whole")
+            return audit.run_audit(inputs.setup, inputs.tokens, inputs.path, *how)
         return run_evaluation(inputs, given, [*notices, *inputs.notices], began)
     finally:
         if holds:
@@ -1036,7 +1036,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if argv == ["--help"]:
         print(tg.described("help_text", __doc__ or ""))
         return 0
-    is_audit = len(argv) == 1 and re.fullmatch(r"--audit(=\d{1,18})?", argv[0])
+    is_audit = len(argv) == 1 and re.fullmatch(r"--audit(-whole)?(=\d{1,18})?", argv[0])
     if argv and argv[0] == "--sample":
         sample_arguments(argv[1:])
     elif argv and not is_audit:

@@ -1,6 +1,6 @@
 """Audit: check that an evaluation is legal.
 
-`eval_ttt.py --audit[=SEED]` runs it and writes certificate.json and .txt.
+`eval_ttt.py --audit[=SEED]` or `--audit-whole[=SEED]` runs it and writes certificate.json and .txt.
 
 The evaluation of an artifact is traced on the beginning of the text and on altered texts, and the losses are
 compared; the plain command is repeated in a process of its own. Checks T1 to T24 look at what was computed,
@@ -41,7 +41,7 @@ from eval_ttt import Adaptation, Setup, mode_of
 from train_gpt import BOS_ID, TTT_MODES, Chunk, Config, Windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from formats import CHALLENGE_BYTES, shard_header
+from formats import shard_header
 
 # ------------------------------------------------------------------------------------------------------------
 # Checks
@@ -770,7 +770,7 @@ def stand_in(setup: Setup, tokens: np.ndarray, rng: np.random.Generator) -> Stan
     The text itself, where every loss depends on all of it.
     """
     c, last, end = setup.config, len(tokens) - 1, ev.documents(tokens)[1]
-    place = int(rng.integers(min(c.audit_tokens, last), last + 1))
+    place = int(rng.integers(min(c.audit_tokens, last), min(MOST_PARTS * c.audit_tokens, last) + 1))
     count = max(1, int(np.searchsorted(end, place, side="right")))
     if knows_lengths(c) and len(end) > 1:  # the last document would be longer by its end
         count = min(count, len(end) - 1)
@@ -968,12 +968,9 @@ def is_repeatable(setup: Setup) -> bool:
     return setup.device.type == "cpu" and setup.nll_fn is tg.token_nll
 
 
-def fresh_texts(setup: Setup, tokens: np.ndarray, text: StandIn) -> list[StandIn]:
-    """The texts of the fresh runs: the stand-in, twice where a repetition changes losses; of the challenge's
-    text, whose score is a claim, also the whole."""
-    low, high = CHALLENGE_BYTES
-    is_challenge = low <= int(setup.byte_table.of_text(tokens).sum()) <= high
-    return [text] * (1 if is_repeatable(setup) else 2) + [whole_text(tokens)] * is_challenge
+def fresh_texts(setup: Setup, tokens: np.ndarray, text: StandIn, whole: bool) -> list[StandIn]:
+    """The texts of the fresh runs: the stand-in, twice where a repetition changes losses; or also `whole`."""
+    return [text] * (1 if is_repeatable(setup) else 2) + [whole_text(tokens)] * whole
 
 
 def start_fresh(setup: Setup, path: Path, texts: Sequence[StandIn], stack: ExitStack) -> list[FreshRun]:
@@ -1020,6 +1017,7 @@ CHANGE_NO_LOSS = {"audit_tokens", "model_path", "eval_budget_seconds"}  # settin
 # documents that enter a slot after another one, and at most so many get a change of their own
 MIN_REFILLS, MOST_REFILLS = 3, 8
 SHORT, MANY = 2048, 6  # targets that any audit looks at, and documents that are enough
+MOST_PARTS = 64  # times AUDIT_TOKENS: where the documents of T20 end at the latest, minutes of one GPU
 
 
 def too_few(check: Check) -> bool:
@@ -1215,6 +1213,7 @@ def run_checks(
     shards: Sequence[str],
     opened: Sequence[str],
     seed: int,
+    whole: bool,
 ) -> Findings:
     """All checks, those of `audit` with the settings `small` at the `place`, and what they leave out."""
     rest, (scored, told, why) = tokens[place[0] :], check_run(setup, tokens, shards, path)
@@ -1223,7 +1222,7 @@ def run_checks(
     text, texts, files = None, [], []
     if told:
         text = stand_in(setup, tokens, np.random.default_rng([seed, len(tokens)]))
-        texts = fresh_texts(setup, tokens, text)
+        texts = fresh_texts(setup, tokens, text, whole)
     with ExitStack() as stack:
         runs = start_fresh(setup, path, texts, stack)  # while they run, the checks here do
         if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
@@ -1246,6 +1245,8 @@ def run_checks(
     left_out = [*shortfalls(inner, part), *(f"{check.name}: {check.detail}" for check in few)]
     left_out += [f"{T22}: {each.detail}" for each in checks
                  if each.name == T22 and each.ok is None and each.checked]  # fmt: skip
+    if not whole and len(tokens) - 1 > (most := MOST_PARTS * setup.config.audit_tokens):
+        left_out.append(f"{T24}: documents after target {most}, which --audit-whole repeats too")
     return Findings(checks, left_out, text, files)
 
 
@@ -1287,10 +1288,12 @@ def run_audit(
     shards: Sequence[str],
     opened: Sequence[str],
     seed: int | None = None,
+    whole: bool = False,
 ) -> int:
     """Run the checks, print and write the certificate; exit code 0 if legal.
 
-    seed: of what is changed in the text; None: one that nobody knows beforehand.
+    seed: of what is changed in the text; None: one that nobody knows beforehand. whole: repeat the whole text
+    in a fresh process, as long as an evaluation in one process.
     """
     c, began = setup.config, time.time()
     seed = secrets.randbits(32) if seed is None else seed
@@ -1300,7 +1303,7 @@ def run_audit(
     folder.mkdir(parents=True, exist_ok=True)
     for name in (CERTIFICATE, "certificate.txt"):  # what an earlier audit left says nothing of this one
         (folder / name).unlink(missing_ok=True)
-    findings = run_checks(setup, small, tokens, place, path, shards, opened, seed)
+    findings = run_checks(setup, small, tokens, place, path, shards, opened, seed, whole)
     checks, left_out = findings[:2]
     passed = {check.name.split()[0] for check in checks if check.ok}
     failed = c.ttt_protocol != "legal" or any(check.ok is False for check in checks)

@@ -1065,7 +1065,7 @@ def test_the_run_beside_the_artifact(name, trained, monkeypatch):
     assert auditing.check_run(setup, tokens, shards, path)[0].ok is False
 
 
-def test_the_whole_of_the_challenge_is_repeated(trained, monkeypatch):
+def test_the_whole_text_is_repeated_on_demand(trained, monkeypatch):
     """T24, and a program that has no losses in another process."""
     _, env = trained
     monkeypatch.setattr(auditing, "start_program", in_this_process)
@@ -1075,9 +1075,8 @@ def test_the_whole_of_the_challenge_is_repeated(trained, monkeypatch):
     setup, tokens, path, _, shards = eval_ttt.prepare(config, given, {})
     told = auditing.check_run(setup, tokens, shards, path)[1]
     nll, text = np.load(path.parent / "eval/none/nll.npy"), auditing.whole_text(tokens)
-    assert len(auditing.fresh_texts(setup, tokens, text)) == 1
-    monkeypatch.setattr(auditing, "CHALLENGE_BYTES", (1, 10**6))
-    texts = auditing.fresh_texts(setup, tokens, text)
+    assert len(auditing.fresh_texts(setup, tokens, text, False)) == 1
+    texts = auditing.fresh_texts(setup, tokens, text, True)
     other = nll.copy()
     other[-1] += 1e-6
     with ExitStack() as stack:
