@@ -122,6 +122,8 @@ def class_rows(folder: Path) -> list[dict[str, Any]]:
     path = folder / "distribution.json"
     content = read_object(path)
     check_form(content, {"classes": [CLASS]}, path)
+    with decoding(path, "a distribution of eval_ttt.py"):
+        [class_label(each["name"]) for each in content["classes"]]
     return content["classes"]
 
 
