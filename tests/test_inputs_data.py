@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,7 +98,7 @@ def altered(draw: st.DrawFn, value: Any) -> tuple[Any, bool]:
             if draw(st.booleans()):
                 del holder[last]
             else:
-                holder[last] = draw(st.sampled_from(HOSTILE))
+                holder[last] = deepcopy(draw(st.sampled_from(HOSTILE)))
     return value, count == 0
 
 
@@ -423,3 +424,18 @@ def test_proxies_and_tokens_that_cannot_be_used(
     close_session()
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.search(said, error), error
+
+
+def test_ctrl_c_is_one_word(tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, name, arguments in (
+        (prepare, "prepare", ["a.txt", "--out", "b"]),
+        (prepare, "count_overlap", ["--overlap", "b"]),
+        (demo, "existing_demo", ["--out", str(tmp_path)]),
+        (download, "download", ["--variant", "sp1024"]),
+    ):
+        monkeypatch.setattr(module, name, interrupted)
+        assert module.main(arguments) == 130
+        assert capsys.readouterr().err == "stopped\n"

@@ -329,14 +329,14 @@ def test_what_is_no_regular_file_is_not_waited_for(run: Path, kind: str, tmp_pat
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("rows = 3", "rows is not a dict"),
+        ("rows = 3", "rows: 3, expected dict"),
         ("[rows]\na = 3", "rows: a: 3, expected dict"),
         ("[space]\nITERATIONS = {low = true, high = 3}", "a range must be"),
         ("[space]\nITERATIONS = {low = 1, high = 3, log = 'x'}", "a range must be"),
         ("[space]\nMATRIX_LR = {low = 0.1, high = inf}", "a range must be"),
         ("seeds = [-1]\n[space]\nITERATIONS = [1, 2]", "must be distinct integers from 0"),
         ("seeds = [18446744073709551616]\n[space]\nITERATIONS = [1, 2]", "must be distinct integers from 0"),
-        (f"trials = {10**30}\n[space]\nMATRIX_LR = {{low = 0.1, high = 1.0}}", "trials must be 1 to 100,000"),
+        ("trials = 1000000\n[space]\nMATRIX_LR = {low = 0.1, high = 1.0}", "trials must be 1 to 100,000"),
         ("\n".join(["[space]", *(f"{name} = {list(range(400))}" for name in "ABCD")]), "trials must be 1 to"),
         ("a = " + "[" * 100_000, "is not a TOML file"),
         (f"trials = {'9' * 5000}", "is not a TOML file"),
