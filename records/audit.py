@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from evidence import object_of
+from runfiles import object_of
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 

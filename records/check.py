@@ -48,12 +48,11 @@ from evidence import (
     check_tree,
     digest,
     evaluation,
-    object_of,
     read_program,
     trained_on_validation,
     unpack,
 )
-from runfiles import escape, parse_object, read_limited, read_object, read_text
+from runfiles import escape, object_of, parse_object, read_limited, read_object, read_text
 from scipy import stats
 from tabulate import tabulate
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
-from runfiles import is_below, read_limited, read_object, read_text, sha256_file
+from runfiles import is_below, object_of, read_limited, read_object, read_text, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-9  # relative, between two computations of a score
@@ -53,10 +53,6 @@ def digest(path: Path, limit: int = 64 << 20) -> str:
 def evaluation(run: Any) -> dict[str, Any]:
     """Return the evaluator's RESULT of a run, empty if there is none."""
     return next((result for result in reversed(run.results) if "val_bpb_ttt" in result), {})
-
-
-def object_of(result: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return value if isinstance(value := result.get(key), dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import secrets
 import stat
 import sys
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
@@ -170,6 +170,11 @@ def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any
     if missing := [key for key in keys if key not in content]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     return content
+
+
+def object_of(result: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the object under a key of a JSON object; an empty one if there is none."""
+    return value if isinstance(value := result.get(key), dict) else {}
 
 
 def read_result(path: Path, *keys: str) -> dict[str, Any]:
