@@ -600,7 +600,7 @@ def test_sweeps_use_only_the_public_interface_of_optuna():
     private = {
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr[0] == "_"
     }
-    assert private == {"_asdict", "_replace", "__name__", "__cause__"}
+    assert private == {"_asdict", "_replace", "__cause__"}
 
 
 # ------------------------------------------------------------------------------------------------------------
