@@ -906,13 +906,14 @@ def files_used(setup: Setup, run: FreshRun) -> list[dict[str, str]]:
         code.append(Path(setup.config.ttt_mode.rpartition(":")[0]).resolve())
     named = {Path(setup.config.tokenizer_path).resolve(): "tokenizer"} | dict.fromkeys(code, "code")
     libraries = library_folders(tg.code_files()[-1].parent)
+    roots = run.home, Path(__file__).resolve().parents[1]  # names below them say nothing of the machine
     for how, what in run.events():
         if how == "start":
             found[how, what] = ""
         elif (path := Path(os.path.realpath(what))).is_file() or how == "write":
             kind = kind_of(path, how, named, run.home, libraries)
-            inside = path.is_relative_to(run.home)
-            name = str(path.relative_to(run.home) if inside else os.path.relpath(path))
+            root = next((root for root in roots if path.is_relative_to(root)), None)
+            name = str(path.relative_to(root)) if root else os.path.relpath(path)
             found[how, re.sub(r"\.[0-9a-f]{16}\.tmp$", "", name)] = kind  # of tg.write_atomically
     return [dict(kind=kind, how=how, name=name)
             for (how, name), kind in found.items() if kind not in ("library", "listener")]  # fmt: skip
