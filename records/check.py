@@ -52,7 +52,7 @@ from evidence import (
     trained_on_validation,
     unpack,
 )
-from runfiles import escape, object_of, parse_object, read_limited, read_object, read_text
+from runfiles import escape, object_of, parse_object, read_file, read_object, read_text
 from scipy import stats
 from tabulate import tabulate
 
@@ -1592,7 +1592,7 @@ def check_artifact(record: Record) -> Iterator[Finding]:
             yield "fail", f"several seeds have the same artifact {sha256[:12]}..: {', '.join(same)}"
     for path in record.artifacts:
         try:
-            blob = read_limited(path, ARTIFACT_LIMIT)
+            blob = read_file(path, ARTIFACT_LIMIT)
         except ValueError as error:
             yield "fail", str(error)
             continue

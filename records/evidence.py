@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
-from runfiles import is_below, object_of, read_limited, read_object, read_text, sha256_file
+from runfiles import is_below, object_of, read_file, read_object, read_text, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-9  # relative, between two computations of a score
@@ -110,7 +110,7 @@ def bytes_of(text: str | bytes) -> bytes:
 def read_program(path: Path) -> Program:
     """Read a program, or the program packed in it, without running it."""
     try:
-        return parse_source(read_limited(path, PROGRAM_LIMIT), path.name)
+        return parse_source(read_file(path, PROGRAM_LIMIT), path.name)
     except ValueError as error:
         return Program((path.stat().st_size,), problem=str(error))
 
@@ -338,7 +338,7 @@ def count_bytes(shards: list[Path], tokenizer: Path) -> tuple[int, int]:
         import sentencepiece
 
         if not (
-            model := read_limited(tokenizer, TOKENIZER_LIMIT)
+            model := read_file(tokenizer, TOKENIZER_LIMIT)
         ):  # SentencePiece would abort the process at first use
             raise ValueError("the tokenizer is an empty file")
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)

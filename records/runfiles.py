@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
-from files import atomic_file, digest_of
+from files import atomic_file, digest_of, read_file
 
 METRIC = "val_bpb_sliding"
 JSON_LIMIT, JSON_DEPTH, JSON_DIGITS = 16 << 20, 32, 40  # bytes, levels of nesting, digits of a number
@@ -89,26 +89,12 @@ def read_plain(path: Path) -> bytes:
         return file.read()
 
 
-def read_limited(path: Path, limit: int) -> bytes:
-    """Return the bytes of a file, behind any link. ValueError if it is no file or larger than `limit`."""
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ValueError(f"{path} is not a regular file")
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if len(content) > limit:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, and at most {limit} are read")
-    return content
-
-
 def read_text(path: Path, limit: int) -> str:
     """Return the text of a file in UTF-8 or UTF-16, without byte order mark and terminal colors.
 
-    Bytes that are no UTF-8 become U+FFFD. ValueError as for `read_limited`.
+    Bytes that are no UTF-8 become U+FFFD. ValueError as for `read_file`.
     """
-    content = read_limited(path, limit)
+    content = read_file(path, limit)
     codec = next((codec for mark, codec in BOMS.items() if content.startswith(mark)), "utf-8")
     if codec == "utf-8" and len(content) > 3 and not any(content[1:200:2]):  # ASCII in UTF-16, little-endian
         codec = "utf-16-le"
@@ -164,7 +150,7 @@ def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        content = parse_object(read_limited(path, JSON_LIMIT).decode("utf-8-sig"), decimals)
+        content = parse_object(read_file(path, JSON_LIMIT).decode("utf-8-sig"), decimals)
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON object: {escape(str(error))[:200]}") from error
     if missing := [key for key in keys if key not in content]:
