@@ -395,7 +395,7 @@ class Config:
     # evaluator
     model_path: str = setting("", "artifact or final_model.pt; empty: the artifact of runs/RUN_ID")
     eval_budget_seconds: float = setting(600.0, "time limit of the adapted score, seconds; 0: none", 0)
-    audit_tokens: int = setting(8192, "targets that --audit evaluates", 2)
+    audit_tokens: int = setting(8192, "targets that --audit evaluates, a 24th of a short text's", 2)
     ttt_mode: str = setting("doc_banks", "what adapts at test time, see TTT_MODES", tuple(TTT_MODES))
     ttt_protocol: str = setting("legal", "legal: score, then adapt; the others are marked invalid",
                                 ("legal", "adapt_first", "two_pass"))
@@ -5487,12 +5487,13 @@ def announced_ranks(environ: Mapping[str, str]) -> dict[str, int]:
     return found
 
 
-def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: by its affinity, and by the CPU quota of its container (cgroup 2)."""
+def usable_cores(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: by its affinity, and by the CPU quota of its container."""
     cores = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # no such file, or "max"
-        quota, period = limit.read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # cgroup 2 and 1
+        with suppress(OSError, ValueError, ArithmeticError):  # no such file, "max", or a period of 0
+            quota, period = map(int, " ".join((groups / name).read_text() for name in names).split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
 
 

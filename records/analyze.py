@@ -36,7 +36,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from runfiles import escape, escape_lines, read_object, read_result, save_figure, write_file
+from runfiles import escape, escape_lines, read_nll, read_object, read_result, save_figure, write_file
 from scipy.ndimage import gaussian_filter1d
 from sentencepiece import SentencePieceProcessor
 from tabulate import tabulate
@@ -46,13 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import page  # noqa: E402
-from files import (  # noqa: E402
-    check_form,
-    decoding,
-    open_input,
-    parse_json,
-    read_file,
-)
+from files import check_form, decoding, parse_json, read_file  # noqa: E402
 from report import (  # noqa: E402
     LOSS_BORDERS,
     Estimate,
@@ -616,15 +610,6 @@ def nll_file(path: Path) -> Path:
 def run_of(evaluation: Path) -> Path:
     """Return the folder of the run that an evaluation's folder belongs to."""
     return evaluation.parent.parent if evaluation.parent.name == "eval" else evaluation
-
-
-def read_nll(path: Path) -> np.ndarray:
-    """Return the losses in nll.npy, mapped: the file bounds the memory. InputError for anything else."""
-    with open_input(path), decoding(path, "an nll.npy of eval_ttt.py"):
-        found = np.load(path, mmap_mode="r")
-        if not isinstance(found, np.ndarray) or found.dtype not in (np.float32, np.float64):
-            raise ValueError(f"{getattr(found, 'dtype', 'several arrays')}, not one array of floats")
-    return found
 
 
 def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from runfiles import object_of
+from runfiles import object_of, read_nll
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
@@ -863,7 +863,7 @@ class FreshRun:
         if not self.kept.exists():
             self.output.seek(0)
             return (self.output.read().strip().splitlines() or [f"exit code {self.process.returncode}"])[-1]
-        nll = np.load(self.kept)
+        nll = read_nll(self.kept)
         return nll if nll.shape == (self.targets,) else f"losses of shape {nll.shape}"
 
     def events(self) -> list[list[str]]:
@@ -1107,8 +1107,8 @@ def check_kept_score(
 ) -> Check:
     """T19: the score in eval_ttt.json is that of the losses in nll.npy (`path`), by code of its own."""
     try:
-        nll = np.load(path)
-        if not isinstance(nll, np.ndarray) or nll.shape != (targets,) or nll.dtype != np.float32:
+        nll = read_nll(path)
+        if nll.shape != (targets,) or nll.dtype != np.float32:
             raise ValueError(f"not the float32 losses of {targets} targets")
         loss, bpb = told["val_loss_ttt"], told["val_bpb_ttt"]
         tg.check_score(loss, bpb, nll, shards, config.tokenizer_path)
@@ -1235,7 +1235,7 @@ def run_checks(
             checks = [Check("T4 T5 the ledger", False, 0, str(error))]
         checks.append(scored)
         if runs:
-            nll = np.load(ev.evaluation_folder(path, setup.config) / "nll.npy")
+            nll = read_nll(ev.evaluation_folder(path, setup.config) / "nll.npy")
             checks += check_fresh(setup, runs, texts, nll, told)
             files = files_used(setup, runs[0])
         else:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import zstandard
-from runfiles import is_below, object_of, read_file, read_object, read_text, sha256_file
+from runfiles import is_below, object_of, read_file, read_nll, read_object, read_text, sha256_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-9  # relative, between two computations of a score
@@ -419,14 +419,12 @@ def score_again(record: Any, run: Any, path: Path) -> Iterator[Finding]:
     try:
         if (size := path.stat().st_size) > LOSSES_LIMIT:
             raise ValueError(f"{size} bytes, and at most {LOSSES_LIMIT} are read")
-        losses = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(losses, np.ndarray):
-            raise ValueError("no array")
-    except Exception as error:  # damaged files can raise anything
+        losses = read_nll(path)
+    except (OSError, ValueError) as error:
         yield "fail", f"{path.name} cannot be read: {error}"
         return
-    if losses.ndim != 1 or losses.dtype not in (np.float32, np.float64) or not losses.size:
-        yield "fail", f"{path.name} has shape {losses.shape} and type {losses.dtype}, not one loss per target"
+    if losses.ndim != 1 or not losses.size:
+        yield "fail", f"{path.name} has shape {losses.shape}, not one loss per target"
         return
     total = float(np.sum(losses, dtype=np.float64))
     yield from same_score(run, "loss", total / len(losses), path)

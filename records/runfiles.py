@@ -20,8 +20,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "data"))
-from files import atomic_file, digest_of, read_file
+from files import atomic_file, decoding, digest_of, open_input, read_file
 
 METRIC = "val_bpb_sliding"
 JSON_LIMIT, JSON_DEPTH, JSON_DIGITS = 16 << 20, 32, 40  # bytes, levels of nesting, digits of a number
@@ -99,6 +101,15 @@ def read_text(path: Path, limit: int) -> str:
     if codec == "utf-8" and len(content) > 3 and not any(content[1:200:2]):  # ASCII in UTF-16, little-endian
         codec = "utf-16-le"
     return COLOR.sub("", content.decode(codec, errors="replace"))
+
+
+def read_nll(path: Path) -> np.ndarray:
+    """Return the losses in an nll.npy, mapped: the file bounds the memory. ValueError for anything else."""
+    with open_input(path), decoding(path, "an nll.npy of eval_ttt.py"):
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.ndarray) or found.dtype not in (np.float32, np.float64):
+            raise ValueError(f"{getattr(found, 'dtype', 'several arrays')}, not one array of floats")
+    return found
 
 
 def parse_object(text: str, decimals: bool = False) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import pack
 import page
 import plan
 import pytest
+import runfiles
 import sweep
 import track
 from conftest import ROOT
@@ -140,7 +141,7 @@ def test_mutated_losses_are_read_or_refused(tmp_path: Path) -> None:
     def check(changes: list[tuple]) -> None:
         path.write_bytes(changed(content, changes))
         try:
-            found = analyze.read_nll(path)
+            found = runfiles.read_nll(path)
         except InputError as error:
             assert changes and str(path) in str(error)
         else:
@@ -164,7 +165,7 @@ def test_losses_of_other_kinds_are_refused(tmp_path: Path) -> None:
         with open(path, "wb") as file:
             write(file)
         with bounded(), pytest.raises(InputError, match=r"nll\.npy is not an nll\.npy of eval_ttt\.py"):
-            analyze.read_nll(path)
+            runfiles.read_nll(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def test_what_is_no_regular_file_is_not_waited_for(run: Path, kind: str, tmp_pat
     readers = {run / name: lambda: use_all(run) for name in FILES}
     readers |= {tmp_path / name: lambda name=name: READERS[name][1](tmp_path / name)
                 for name in ("ledger.tsv", "preflight.log", "space.toml", "program.py")}  # fmt: skip
-    readers[tmp_path / "nll.npy"] = lambda: analyze.read_nll(tmp_path / "nll.npy")
+    readers[tmp_path / "nll.npy"] = lambda: runfiles.read_nll(tmp_path / "nll.npy")
     for path, read in readers.items():
         kept = path.read_bytes() if path.exists() else b""
         path.unlink(missing_ok=True)

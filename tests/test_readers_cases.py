@@ -350,16 +350,26 @@ def test_processes_that_do_not_meet_are_named(monkeypatch):
     assert "MASTER_ADDR=127.0.0.1 MASTER_PORT=29517" in message
 
 
-def test_threads_follow_the_quota_of_the_container(tmp_path):
-    cores = len(os.sched_getaffinity(0))
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert tg.usable_cores(tmp_path / "cpu.max") == min(cores, 2)
-    (tmp_path / "cpu.max").write_text("10000 100000\n")
-    assert tg.usable_cores(tmp_path / "cpu.max") == 1
-    for text in ("max 100000\n", ""):
-        (tmp_path / "cpu.max").write_text(text)
-        assert tg.usable_cores(tmp_path / "cpu.max") == cores
-    assert tg.usable_cores(tmp_path / "none") == cores
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "10000 100000\n"}, 1),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": ""}, 8),
+        ({"cpu.max": "100000 0\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "250000\n"}, 8),
+        ({}, 8),
+    ],
+)
+def test_threads_follow_the_quota_of_the_container(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert tg.usable_cores(tmp_path) == expected
 
 
 # ------------------------------------------------------------------------------------------------------------
