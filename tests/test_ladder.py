@@ -123,7 +123,7 @@ def test_other_document_never_takes_its_own(trained, monkeypatch):
 def test_measure_keeps_what_it_found(trained):
     ladder.tg.write_atomically(ladder.KEPT / "tiny_rates.json", json.dumps(
         {form: {"0.01": 1.0, "0.02": 2.0} for form in ladder.FORMS}).encode())  # fmt: skip
-    assert "gains" in ladder.measure("tiny", 7, "report", trained / "data", trained)
+    assert "gains" in ladder.measure("tiny", 7, trained / "data", trained, "report")
     kept = json.loads((ladder.KEPT / "tiny_seed7/report.json").read_text())
     assert kept["rates"] == dict.fromkeys([*ladder.FORMS, "another document"], 0.01)
     assert sum(kept["targets_by_position"]) == 1499

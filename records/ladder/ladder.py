@@ -25,8 +25,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +121,7 @@ def write_texts(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def make_data(corpus: Path, data: Path) -> None:
+def make_data(corpus: Path, data: Path) -> str:
     """Write all shards to `data`/all, and the texts to score to `data`/tuning, mixture, and report."""
     data.mkdir(parents=True, exist_ok=True)
     train = read_texts(corpus / "weblab_train.jsonl.xz")
@@ -151,6 +152,9 @@ def make_data(corpus: Path, data: Path) -> None:
         text = np.ascontiguousarray(tokens[borders[first] : borders[last]], "<u2")
         (folder / "fineweb_val_000000.bin").write_bytes(shard_header(len(text)) + text.tobytes())
         first = last
+    return f"{len(kept)} documents to train on; to score: " + ", ".join(
+        f"{n} {len(t)}" for n, t in texts.items()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -158,28 +162,33 @@ def make_data(corpus: Path, data: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def jobs(rungs: list[str]) -> Iterator[tuple[str, int]]:
-    return ((name, seed) for name in rungs for seed in RUNGS[name].seeds)
-
-
-def train(name: str, seed: int, data: Path, out: Path) -> str:
-    """Train and export a rung unless that is done; keep its log and result."""
-    rung, kept = RUNGS[name], KEPT / f"{name}_seed{seed}"
+def run(name: str, seed: int, settings: Mapping[str, str], data: Path, out: Path) -> dict[str, Any]:
+    """Train and export `out`/runs/`name` unless that is done; keep its log and result, and return this."""
+    kept, link = KEPT / name, out / "data"  # a relative path: logs keep it
     if not (kept / "result.json").exists():
+        if not link.exists():
+            with suppress(FileExistsError):  # of another job
+                link.symlink_to(data)
         known = {field.upper() for field in tg.Config.__dataclass_fields__} | {"RECIPE"}
-        env = {key: value for key, value in os.environ.items() if key not in known} | rung.settings | {
-            "RECIPE": str(RECIPE), "DATA_PATH": str(data / "tuning"), "RUN_ID": kept.name, "SEED": str(seed),
-            "TOKENIZER_PATH": str(data / "tuning/tokenizer.model"), "ITERATIONS": str(rung.steps),
-            "RESUME": "auto", "CHECKPOINT_EVERY": "200", "DEVICE": "cpu", "OMP_NUM_THREADS": "1",
+        env = {key: value for key, value in os.environ.items() if key not in known} | dict(settings) | {
+            "RECIPE": str(RECIPE), "DATA_PATH": "data/tuning", "RUN_ID": name, "SEED": str(seed),
+            "TOKENIZER_PATH": "data/tuning/tokenizer.model", "RESUME": "auto",
+            "CHECKPOINT_EVERY": "200", "DEVICE": "cpu", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        with open(out / f"{kept.name}.txt", "a") as log:
+        with open(out / f"{name}.txt", "a") as log:
             subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=out, check=True,
                            stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
         kept.mkdir(parents=True, exist_ok=True)
         for file in ("train.log", "result.json"):
-            (kept / file).write_bytes((out / "runs" / kept.name / file).read_bytes())
-    score = json.loads((kept / "result.json").read_text())["val_bpb_sliding"]
-    return f"{kept.name}: {rung.steps} steps, {score:.4f} sliding on tuning documents"
+            (kept / file).write_bytes((out / "runs" / name / file).read_bytes())
+    return json.loads((kept / "result.json").read_text())
+
+
+def train(name: str, seed: int, data: Path, out: Path) -> str:
+    """Train a rung with a seed unless that is done; what came of it."""
+    rung, run_id = RUNGS[name], f"{name}_seed{seed}"
+    result = run(run_id, seed, rung.settings | {"ITERATIONS": str(rung.steps)}, data, out)
+    return f"{run_id}: {rung.steps} steps, {result['val_bpb_sliding']:.4f} sliding on tuning documents"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -249,8 +258,18 @@ def losses(
     return nll, time.process_time() - began
 
 
+def write_json(path: Path, content: Any) -> None:
+    tg.write_atomically(path, json.dumps(content).encode())
+
+
 def bpb(nll: np.ndarray, text: Text) -> float:
     return float(nll.sum(dtype=np.float64) / math.log(2) / text.num_bytes.sum())
+
+
+def finite_bpb(setup: ev.Setup, text: Text, changes: Mapping[str, Any]) -> float:
+    """The score under changed settings, infinite if adaptation diverges."""
+    nll, _ = losses(setup, text, changes)
+    return bpb(nll, text) if np.isfinite(nll).all() else math.inf
 
 
 def summary(nll: np.ndarray, seconds: float, text: Text) -> dict[str, Any]:
@@ -261,25 +280,42 @@ def summary(nll: np.ndarray, seconds: float, text: Text) -> dict[str, Any]:
                 nats_by_document=np.round(by_document, 4).tolist())  # fmt: skip
 
 
+def sizes(text: Text) -> dict[str, Any]:
+    """What the nats of a summary are divided by, and the hash of the text."""
+    return dict(bytes_by_document=np.bincount(text.document, text.num_bytes).astype(int).tolist(),
+                targets_by_position=np.histogram(text.position, [*POSITIONS, 1 << 30])[0].tolist(),
+                sha256_text=hashlib.sha256(text.tokens.tobytes()).hexdigest())  # fmt: skip
+
+
+def search(
+    first: float, factor: float, score: Callable[[float], float], found: dict[str, float], keep: Callable
+) -> None:
+    """Fill `found`, rate -> score, until its lowest score lies between two others; `keep()` after each."""
+
+    def scored(power: int) -> float:
+        rate = f"{first * factor**power:.4g}"
+        if rate not in found:
+            found[rate] = score(float(rate))
+            keep()
+        return found[rate]
+
+    best = 0
+    while (better := min((best, best - 1, best + 1), key=scored)) != best:
+        best = better
+
+
 def tune(name: str, data: Path, out: Path) -> str:
     """Bracket the best learning rate of each form by factors of two, with the first seed of a rung."""
     rung, kept = RUNGS[name], KEPT / f"{name}_rates.json"
     tried = json.loads(kept.read_text()) if kept.exists() else {}
     setup, text = load(out / f"runs/{name}_seed{rung.seeds[0]}", data / "tuning", rung)
 
-    def score(form: str, power: int) -> float:
-        (settings, first), found = FORMS[form], tried.setdefault(form, {})
-        rate = f"{first * 2**power:.4g}"
-        if rate not in found:
-            nll, _ = losses(setup, text, settings | dict(ttt_lr=float(rate)))
-            found[rate] = bpb(nll, text) if np.isfinite(nll).all() else math.inf
-            tg.write_atomically(kept, json.dumps(tried, indent=1).encode())
-        return found[rate]
+    def score(form: str, rate: float) -> float:
+        return finite_bpb(setup, text, FORMS[form][0] | dict(ttt_lr=rate))
 
-    for form in FORMS:
-        best = 0
-        while (better := min((best, best - 1, best + 1), key=partial(score, form))) != best:
-            best = better
+    for form, (_, first) in FORMS.items():
+        found = tried.setdefault(form, {})
+        search(first, 2, partial(score, form), found, partial(write_json, kept, tried))
     return f"{name}: " + ", ".join(f"{form} {best_rate(found)}" for form, found in tried.items())
 
 
@@ -287,7 +323,7 @@ def best_rate(found: Mapping[str, float]) -> str:
     return min(found, key=found.__getitem__)
 
 
-def measure(name: str, seed: int, part: str, data: Path, out: Path) -> str:
+def measure(name: str, seed: int, data: Path, out: Path, part: str) -> str:
     """Score a run's artifact on a text: no adaptation, every form at its rate, and the controls."""
     rung, kept = RUNGS[name], KEPT / f"{name}_seed{seed}" / f"{part}.json"
     if kept.exists():
@@ -308,47 +344,47 @@ def measure(name: str, seed: int, part: str, data: Path, out: Path) -> str:
         for weight in MIXED if form == "slots" else ():
             mixed = ev.mixed_nll(nll.astype(np.float64), plain.astype(np.float64), weight)
             found[f"{form}, {weight} of the mixture"] = summary(mixed, seconds, text)
-    sizes = dict(bytes_by_document=np.bincount(text.document, text.num_bytes).astype(int).tolist(),
-                 targets_by_position=np.histogram(text.position, [*POSITIONS, 1 << 30])[0].tolist(),
-                 sha256_text=hashlib.sha256(text.tokens.tobytes()).hexdigest())  # fmt: skip
-    tg.write_atomically(kept, json.dumps(dict(rates={f: s["ttt_lr"] for f, s in forms.items()}, **sizes,
-                                              scores=found)).encode())  # fmt: skip
+    write_json(
+        kept, dict(rates={form: s["ttt_lr"] for form, s in forms.items()}, **sizes(text), scores=found)
+    )
     gains = ", ".join(f"{form} {found['none']['bpb'] - one['bpb']:+.4f}" for form, one in found.items())
     return f"{kept.parent.name}, {part}: {found['none']['bpb']:.4f}; gains: {gains}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("data", "train", "tune", "measure"))
+def work(given: argparse.Namespace) -> list[partial]:
+    """The independent jobs of a command."""
+    if given.what == "data":
+        return [partial(make_data, given.corpus, given.data)]
+    if given.what == "tune":
+        return [partial(tune, name, given.data, given.out) for name in given.rungs]
+    job = {"train": train, "measure": partial(measure, part=given.part)}[given.what]
+    runs = ((name, seed) for name in given.rungs for seed in RUNGS[name].seeds)
+    return [partial(job, *run, data=given.data, out=given.out) for run in runs]
+
+
+def main(commands: Sequence[str], about: str, work: Callable[[argparse.Namespace], list[partial]]) -> int:
+    """Do what a command line asks for, jobs in parallel, and print what each says at its end."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=commands)
     parser.add_argument(
-        "--corpus", type=Path, help="data: folder with the three weblab files and the tokenizer"
+        "--corpus", type=Path, help="data: folder of the three weblab files and the tokenizer"
     )
     parser.add_argument("--data", type=Path, default=ROOT / "data/ladder", help="folder of shards")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/ladder", help="folder of models")
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS))
     parser.add_argument(
-        "--part", choices=("tuning", "mixture", "report"), default="report", help="measure: text"
+        "--part", choices=("tuning", "mixture", "report"), default="report", help="text to measure"
     )
     parser.add_argument("--workers", type=int, default=2, help="parallel jobs, one thread each")
-    arguments = parser.parse_args()
-    data, out, rungs = arguments.data.resolve(), arguments.out.resolve(), arguments.rungs
-    if arguments.what == "data":
-        make_data(arguments.corpus, data)
-        return 0
-    for folder in (out, KEPT):
+    given = parser.parse_args()
+    given.data, given.out = given.data.resolve(), given.out.resolve()
+    for folder in (given.out, KEPT):
         folder.mkdir(parents=True, exist_ok=True)
-    work = {
-        "train": [(train, *job, data, out) for job in jobs(rungs)],
-        "tune": [(tune, name, data, out) for name in rungs],
-        "measure": [(measure, *job, arguments.part, data, out) for job in jobs(rungs)],
-    }[arguments.what]
-    with ProcessPoolExecutor(arguments.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for done in [pool.submit(*job) for job in work]:
+    with ProcessPoolExecutor(given.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in [pool.submit(job) for job in work(given)]:
             print(done.result(), flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(("data", "train", "tune", "measure"), __doc__, work))

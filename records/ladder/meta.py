@@ -1,0 +1,202 @@
+"""Separate what meta-learning adds to adaptation: weights, factors of the learning rate, and training time.
+
+    python records/ladder/meta.py cost        what a late step costs; run it before `train`
+    python records/ladder/meta.py train       every arm and seed
+    python records/ladder/meta.py factors     factors of the test-time rate for each run, its weights frozen
+    python records/ladder/meta.py tune        the test-time rate of each cell, on tuning documents
+    python records/ladder/meta.py measure     every cell on a text; `report` once, last
+
+A cell is an arm, with or without factors. The arms train one rung of the ladder with the same seeds:
+
+    plain        ordinary training
+    longer       ordinary training for the time that `deployed` takes
+    deployed     the last steps train for the weights that test-time steps lead to
+    control      the same steps on the same documents, with an inner learning rate of 0
+
+Their learning rates fall in the same way; `deployed` and `control` are bit-identical up to the last phase.
+Factors of the test-time rate, one for each bank row, are learned afterwards, in the same way for all arms,
+with weights frozen. So arms differ in weights alone, and cells of an arm in factors alone.
+
+Fixed before the first run. Endpoint: bpb with adaptation by `slots`, on the report text, each cell at its own
+rate. Comparisons, paired by seed and document: deployed - control without factors (what the weights gain);
+deployed - longer, both with factors (what is left at equal time); factors - no factors, within `longer` (what
+the factors gain without any meta-learned weights). Intervals of 95 % cover seeds and documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ladder
+import numpy as np
+import torch
+from ladder import KEPT, RECIPE, RUNGS, best_rate, finite_bpb, load, losses, search, summary, tg, write_json
+
+RUNG = "0.1M_80"
+SEEDS, TUNING_SEEDS = tuple(range(201, 209)), (201, 202)
+SHARE = 0.05  # of the steps, at the end
+DEPLOYED = {
+    "META_TTT_ENABLED": "1", "META_TTT_OBJECTIVE": "deployed", "META_TTT_TIME_FRAC": str(SHARE),
+    "META_TTT_DOCS": "4", "META_TTT_PIECES": "8", "META_TTT_OUTER_LR": "0.1",
+    "WARMDOWN_FRAC": "0.4737", "MIN_LR": "0.1",  # of the first phase: the plain schedule up to its end
+}  # fmt: skip
+ARMS: dict[str, dict[str, str]] = {
+    "plain": {}, "longer": {}, "control": {**DEPLOYED, "META_CONTROL": "1"}, "deployed": DEPLOYED,
+}  # fmt: skip
+FACTOR_STEPS, FACTOR_LR = 100, "0.03"
+RATE_STEP = 2**0.5  # of the search: a cell's advantage must not be a coarse grid
+
+
+def run_id(arm: str, seed: int) -> str:
+    return f"meta_{arm}_seed{seed}"
+
+
+def rates_file(arm: str, factors: bool) -> Path:
+    """Where a cell's test-time rates and their scores are kept."""
+    return KEPT / f"meta_{arm}{'_factors' * factors}_rates.json"
+
+
+def deployed_form() -> dict[str, Any]:
+    """The form of adaptation of all cells, at the rate that is best for the rung."""
+    rates = json.loads((KEPT / f"{RUNG}_rates.json").read_text())
+    return ladder.FORMS["slots"][0] | dict(ttt_lr=float(best_rate(rates["slots"])))
+
+
+def settings(arm: str) -> dict[str, str]:
+    """What an arm sets, its steps included."""
+    rung, form = RUNGS[RUNG], {name.upper(): str(value) for name, value in deployed_form().items()}
+    steps = rung.steps
+    if arm == "longer":
+        late = json.loads((KEPT / "meta_cost.json").read_text())["late_step"]
+        steps = round(steps * (1 - SHARE + SHARE * late))
+    return rung.settings | form | ARMS[arm] | {"ITERATIONS": str(steps)}
+
+
+class Late:
+    """The last phase of `deployed` on a model: its documents, inner steps, and their gradients."""
+
+    def __init__(self, seed: int, weights: Path | None, data: Path) -> None:
+        environ = {"RECIPE": str(RECIPE), **settings("deployed"), "META_SGD_ENABLED": "1",
+                   "META_SGD_LR": FACTOR_LR, "DATA_PATH": str(data / "tuning"), "SEED": str(seed),
+                   "TOKENIZER_PATH": str(data / "tuning/tokenizer.model"), "DEVICE": "cpu"}  # fmt: skip
+        self.config, _, _ = tg.load_config(environ)
+        table = tg.load_byte_table(self.config.tokenizer_path, self.config.vocab_size)
+        self.model = tg.GPT(self.config, torch.float32, word_start=table.has_leading_space)
+        if weights is None:
+            self.model.init_weights(seed)
+        else:
+            self.model.load_state_dict(torch.load(weights))
+        self.stream = tg.TokenStream(self.config.shards("train"), self.config.vocab_size)
+        self.rates = tg.MetaRates(self.model, self.config)
+        self.fast = tg.inner_weights(self.model, self.config, "deployed")
+        self.fast.moments.start = tg.generated_moments(self.model, self.config, self.fast.sets)
+
+    def gradients(self, step: int) -> torch.Tensor:
+        """Add the gradients of a step's documents, which no phase of training draws; returns their loss."""
+        generator = np.random.default_rng([self.config.seed, 9, step])
+        task = tg.sample_documents(self.stream, self.fast.sets, self.config, generator)
+        return tg.deployed_step(self.model, self.fast, self.rates, *task)
+
+    def learn(self) -> dict[str, torch.Tensor]:
+        """Factors by bank, (rows, 1, 1), after FACTOR_STEPS steps at a rate that falls to 0."""
+        for step in range(FACTOR_STEPS):
+            self.gradients(step)
+            self.model.zero_grad(set_to_none=True)
+            self.rates.step(1 - step / FACTOR_STEPS)
+        return self.rates.factors()
+
+
+def measure_cost(data: Path, rounds: int = 15) -> str:
+    """Keep the CPU seconds of a step of the last phase, as a multiple of an ordinary step's; one thread."""
+    late, spent = Late(0, None, data), {"plain": [], "late": []}
+    c, optimizers = late.config, tg.make_optimizers(late.model, late.config)
+    starts = c.train_seq_len * np.arange(c.train_batch_tokens // c.train_seq_len)
+    for step in range(rounds):
+        batch = late.stream.sequences(starts + step, c.train_seq_len, torch.device("cpu"))
+        for name in spent:
+            began = time.process_time()
+            loss = late.gradients(step) if name == "late" else None
+            batches = [] if name == "late" else [batch]
+            tg.train_step(tg.training_loss, late.model, batches, optimizers, 0.1, c.muon_momentum, loss=loss)
+            spent[name].append(time.process_time() - began)
+    seconds = {name: statistics.median(part[2:]) for name, part in spent.items()}
+    ratio = round(seconds["late"] / seconds["plain"], 2)
+    write_json(KEPT / "meta_cost.json", dict(late_step=ratio, rounds=rounds - 2, seconds=seconds))
+    return f"a late step costs {ratio} plain steps"
+
+
+def train(arm: str, seed: int, data: Path, out: Path) -> str:
+    result = ladder.run(run_id(arm, seed), seed, settings(arm), data, out)
+    return f"{run_id(arm, seed)}: {result['val_bpb_sliding']:.4f} sliding on tuning documents"
+
+
+def learn_factors(arm: str, seed: int, data: Path, out: Path) -> str:
+    kept = KEPT / run_id(arm, seed) / "factors.json"
+    if not kept.exists():
+        found = Late(seed, out / f"runs/{run_id(arm, seed)}/final_model.pt", data).learn()
+        write_json(kept, {name: factor.flatten().tolist() for name, factor in found.items()})
+    found = json.loads(kept.read_text())
+    low, high = (each(map(each, found.values())) for each in (min, max))
+    return f"{run_id(arm, seed)}: factors from {low:.2f} to {high:.2f}"
+
+
+def opened(arm: str, seed: int, factors: bool, folder: Path, out: Path) -> tuple[Any, ladder.Text]:
+    """A cell's artifact, with or without factors, and the text of a folder."""
+    setup, text = load(out / f"runs/{run_id(arm, seed)}", folder, RUNGS[RUNG])
+    kept = json.loads((KEPT / run_id(arm, seed) / "factors.json").read_text()) if factors else {}
+    tensors = {name: torch.tensor(values).view(-1, 1, 1) for name, values in kept.items()}
+    return replace(setup, artifact=setup.artifact._replace(factors=tensors)), text
+
+
+def tune(arm: str, factors: bool, data: Path, out: Path) -> str:
+    """Bracket a cell's best test-time rate by the mean score of the tuning seeds."""
+    kept = rates_file(arm, factors)
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    cells = [opened(arm, seed, factors, data / "tuning", out) for seed in TUNING_SEEDS]
+    form = deployed_form()
+
+    def score(rate: float) -> float:
+        return statistics.fmean(finite_bpb(setup, text, form | dict(ttt_lr=rate)) for setup, text in cells)
+
+    search(form["ttt_lr"], RATE_STEP, score, found, partial(write_json, kept, found))
+    return f"{arm}{', factors' * factors}: {best_rate(found)}, {min(found.values()):.4f}"
+
+
+def measure(arm: str, seed: int, data: Path, out: Path, part: str) -> str:
+    """Score a run on a text: not adapted, and adapted without and with factors."""
+    kept, scores = KEPT / run_id(arm, seed) / f"{part}.json", {}
+    if kept.exists():
+        return f"{run_id(arm, seed)}, {part}: kept"
+    for factors in (False, True):
+        rates = json.loads(rates_file(arm, factors).read_text())
+        setup, text = opened(arm, seed, factors, data / part, out)
+        if not factors:
+            scores["none"] = summary(*losses(setup, text, {}, adapts=False), text)
+        form = deployed_form() | dict(ttt_lr=float(best_rate(rates)))
+        scores["factors" if factors else "slots"] = summary(*losses(setup, text, form), text)
+    write_json(kept, dict(ladder.sizes(text), scores=scores))
+    told = ", ".join(f"{name} {one['bpb']:.4f}" for name, one in scores.items())
+    return f"{run_id(arm, seed)}, {part}: {told}"
+
+
+def work(given: argparse.Namespace) -> list[partial]:
+    """The independent jobs of a command."""
+    places = given.data, given.out
+    if given.what == "cost":
+        return [partial(measure_cost, given.data)]
+    if given.what == "tune":
+        return [partial(tune, arm, factors, *places) for arm in ARMS for factors in (False, True)]
+    job = {"train": train, "factors": learn_factors, "measure": partial(measure, part=given.part)}[given.what]
+    return [partial(job, arm, seed, data=given.data, out=given.out) for seed in SEEDS for arm in ARMS]
+
+
+if __name__ == "__main__":
+    sys.exit(ladder.main(("cost", "train", "factors", "tune", "measure"), __doc__, work))
