@@ -19,6 +19,7 @@ from test_cli import write_shard
 import train_gpt
 
 sys.path.append(str(ROOT / "records/ladder"))
+import ideas
 import ladder
 
 TINY = ladder.Rung(32, 2, 1, seeds=(7,), length=64)
@@ -35,7 +36,8 @@ def trained(demo_data, tmp_path_factory):
         (base / "data" / part / "manifest.json").unlink()
         write_shard(base / "data" / part / "fineweb_val_000000.bin", tokens)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ladder, "KEPT", base / "kept")
+        for module in (ladder, ideas):
+            patch.setattr(module, "KEPT", base / "kept")
         patch.setattr(ladder, "RUNGS", {"tiny": TINY})
         patch.setattr(ladder.Rung, "steps", 2)
         ladder.KEPT.mkdir()
@@ -80,10 +82,11 @@ def test_controls_and_summaries(trained, monkeypatch):
     setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
     plain, _ = ladder.losses(setup, text, {}, adapts=False)
     slots = ladder.FORMS["slots"][0]
-    still, _ = ladder.losses(setup, text, dict(ttt_mode="other_document", ttt_lr=0.0))
+    still, _ = ladder.losses(setup, text, slots | dict(ttt_lr=0.0), trainer=ladder.OtherDocument)
     np.testing.assert_allclose(still, plain, rtol=0, atol=1e-4)
-    own, other = (ladder.losses(setup, text, slots | mode | dict(ttt_lr=0.01))[0]
-                  for mode in ({}, dict(ttt_mode="other_document")))  # fmt: skip
+    own, same, other = (ladder.losses(setup, text, slots | dict(ttt_lr=0.01), trainer=trainer)[0]
+                        for trainer in (None, ladder.Slots, ladder.OtherDocument))  # fmt: skip
+    np.testing.assert_allclose(own, same, rtol=0, atol=1e-4)  # order of the generated text's batches
     first = text.position < setup.config.ttt_chunk_size  # nothing is learned before a document's first chunk
     for nll in (own, other):
         np.testing.assert_allclose(nll[first], plain[first], rtol=0, atol=1e-4)
@@ -107,7 +110,8 @@ def test_other_document_never_takes_its_own(trained, monkeypatch):
         adapt(self, batch)
 
     monkeypatch.setattr(ladder.ev.TestTimeTrainer, "adapt", watch)
-    ladder.losses(setup, text, dict(ttt_mode="other_document", ttt_lr=1e-3))
+    form = ladder.FORMS["slots"][0] | dict(ttt_lr=1e-3)
+    ladder.losses(setup, text, form, trainer=ladder.OtherDocument)
     begin, end = ladder.ev.documents(text.tokens)
     own = {n: text.tokens[a : b + 1].tolist() for n, (a, b) in enumerate(zip(begin, end, strict=True))}
     assert len(drawn) > 10
@@ -149,3 +153,53 @@ def test_tuning_brackets_the_best_rate(trained, monkeypatch):
     tried = json.loads((ladder.KEPT / "tiny_rates.json").read_text())
     for form, (_, first) in ladder.FORMS.items():
         assert ladder.best_rate(tried[form]) == f"{8 * first:.4g}" and len(tried[form]) == 6
+
+
+def test_chunks_by_position_cover_each_document_once(trained):
+    """Small chunks first; sizes of a chunk everywhere give the plan of the evaluator."""
+    assert ideas.chunk_starts(((8, 20), (16, 60)), 64, 150).tolist() == [0, 8, 16, 24, 40, 56, 72, 136, 200]
+    setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
+    setup = ladder.replace(setup, config=ladder.replace(setup.config, **ladder.FORMS["slots"][0]))
+    same = ideas.BySizes(**vars(setup), sizes=((64, 1 << 20),)).plan(text.tokens)
+    for ours, theirs in zip(same, setup.plan(text.tokens), strict=True):
+        for a, b in (
+            (ours.scored, theirs.scored),
+            (ours.adapted, theirs.adapted),
+            (ours.slots, theirs.slots),
+        ):
+            assert (a is None) == (b is None)
+            for left, right in zip(a or (), b or (), strict=True):
+                np.testing.assert_array_equal(left, right)
+    plan = ideas.BySizes(**vars(setup), sizes=((8, 20), (16, 60))).plan(text.tokens)
+    covered = np.zeros(len(text.document), int)
+    for chunk in plan:
+        for begin, end in chunk.scored.ranges():
+            covered[begin:end] += 1
+            at = text.position[begin]
+            assert end - begin <= (8 if at < 20 else 16 if at < 60 else 64)
+    assert (covered == 1).all()
+
+
+def test_twice_takes_two_steps_on_the_first_chunks_only(trained):
+    """Two steps on no chunk are `slots`; those on the first change what follows it and nothing in it."""
+    setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
+    form = ladder.FORMS["slots"][0] | dict(ttt_lr=0.01)
+    once, _ = ladder.losses(setup, text, form)
+    nll = {
+        n: ladder.losses(setup, text, form, trainer=ladder.partial(ideas.TwoSteps, twice=n))[0]
+        for n in (0, 1, 2)
+    }
+    np.testing.assert_allclose(nll[0], once, rtol=0, atol=1e-4)
+    size = setup.config.ttt_chunk_size
+    for fewer, more, first in ((0, 1, size), (1, 2, 2 * size)):
+        moved = np.abs(nll[more] - nll[fewer])
+        # the second moments are those of all slots, so that other documents' steps move a little, too
+        assert moved[text.position < size].max() < 1e-4
+        assert moved[text.position >= first].max() > 1e-3
+
+
+def test_ideas_are_chosen_by_kind(trained):
+    for n, name in enumerate(ideas.IDEAS):
+        ladder.write_json(ideas.rates_file(name), {"0.01": 3.0 - n / 10, "0.02": 4.0})
+    ideas_kept = ideas.chosen()
+    assert ideas_kept == sorted(["slots", "8 to 48, 24 to 192, 48", "twice on 4"])

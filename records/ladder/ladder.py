@@ -196,15 +196,22 @@ def train(name: str, seed: int, data: Path, out: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class OtherDocument(ev.TestTimeTrainer):
+class Slots(ev.TestTimeTrainer):
+    """The trainer of `slots`, for classes that change its steps."""
+
+    def __init__(self, model: tg.GPT, config: tg.Config) -> None:
+        super().__init__(model, replace(config, ttt_mode="doc_banks"), tg.token_nll, {})
+        self.fast.moments.start = tg.generated_moments(model, self.config, self.config.ttt_slots)
+
+
+class OtherDocument(Slots):
     """A control: the steps of `slots`, as many and at the same moments, each on a chunk of another document.
 
     Chunks are drawn from all that were scored before, with a fixed seed.
     """
 
     def __init__(self, model: tg.GPT, config: tg.Config) -> None:
-        super().__init__(model, replace(config, ttt_mode="doc_banks"), tg.token_nll, {})
-        self.fast.moments.start = tg.generated_moments(model, self.config, self.config.ttt_slots)
+        super().__init__(model, config)
         self.documents, self.generator = np.zeros(self.config.ttt_slots, np.int64), np.random.default_rng(0)
         self.count, self.seen, self.owners = 0, [], np.zeros(0, np.int64)
 
@@ -247,12 +254,16 @@ def load(run: Path, folder: Path, rung: Rung) -> tuple[ev.Setup, Text]:
 
 
 def losses(
-    setup: ev.Setup, text: Text, changes: Mapping[str, Any], adapts: bool = True
+    setup: ev.Setup,
+    text: Text,
+    changes: Mapping[str, Any],
+    adapts: bool = True,
+    trainer: Callable[[tg.GPT, tg.Config], Slots] | None = None,
 ) -> tuple[np.ndarray, float]:
-    """Nats of each target under changed settings, and CPU seconds."""
+    """Nats of each target under changed settings, with a trainer of its own if given, and CPU seconds."""
     config, plugin = replace(setup.config, **changes), None
-    if config.ttt_mode == "other_document":
-        plugin = ev.Plugin(OtherDocument, Path(__file__).name, b"")
+    if trainer is not None:
+        config, plugin = replace(config, ttt_mode="own"), ev.Plugin(trainer, Path(__file__).name, b"")
     began = time.process_time()
     nll = ev.evaluate(replace(setup, config=config, plugin=plugin), text.tokens, adapts=adapts).nll
     return nll, time.process_time() - began
@@ -332,14 +343,15 @@ def measure(name: str, seed: int, data: Path, out: Path, part: str) -> str:
     setup, text = load(out / f"runs/{name}_seed{seed}", data / part, rung)
     forms = {form: settings | dict(ttt_lr=float(best_rate(rates[form])))
              for form, (settings, _) in FORMS.items()}  # fmt: skip
-    forms["another document"] = forms["slots"] | dict(ttt_mode="other_document")
+    forms["another document"] = forms["slots"]
     plain, seconds = losses(setup, text, {}, adapts=False)
     found = {"none": summary(plain, seconds, text)}
     for times in LONGER:
         longer = losses(setup, text, dict(eval_seq_len=times * rung.length), adapts=False)
         found[f"context x{times}"] = summary(*longer, text)
     for form, settings in forms.items():
-        nll, seconds = losses(setup, text, settings)
+        trainer = OtherDocument if form == "another document" else None
+        nll, seconds = losses(setup, text, settings, trainer=trainer)
         found[form] = summary(nll, seconds, text)
         for weight in MIXED if form == "slots" else ():
             mixed = ev.mixed_nll(nll.astype(np.float64), plain.astype(np.float64), weight)
