@@ -1,0 +1,276 @@
+"""Write report.md and report.png from the kept results of the ladder alone.
+
+    python records/ladder/tables.py
+
+Intervals are 95 %, and cover documents and seeds: the variances of the mean over documents and over seeds add
+up, with Satterthwaite's degrees of freedom. The prediction is an extrapolation: the logarithm of a gain is
+taken as linear in the logarithms of the parameters and of the training tokens per parameter, fitted to the
+means of the rungs of T = 512, with the interval of a new observation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ladder
+import meta
+import numpy as np
+from ladder import KEPT, POSITIONS, RUNGS, best_rate
+from scipy import stats
+from tabulate import tabulate
+
+sys.path.append(str(ladder.ROOT / "records"))
+from report import figure_style
+
+HERE = Path(__file__).resolve().parent
+Kept = Mapping[str, Any]
+FORMS = ("chunks", "adapters", "slots")
+CONTROLS = ("context x2", "context x4", "context x8", "another document")
+# Published systems: unadapted bpb, gain, parameters. #1855's is against windows side by side, so that a part
+# of it is context.
+FIELD = {
+    "#549": ("chunks", 1.1218, 0.0025, 27.0e6),
+    "#1413": ("chunks", 1.0849, 0.0021, 35.9e6),
+    "#1855": ("adapters", 1.0738, 0.0127, 35.9e6),
+}
+FULL_SIZE = {"pr1019": (27.0e6, 200), "pr1855": (35.9e6, 108)}  # parameters, training tokens for each
+
+
+ABOUT = "Written by tables.py from what is kept. Bits per byte; 95 % intervals over seeds and documents."
+
+
+class Interval(NamedTuple):
+    """A mean and half of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+def interval(nats: np.ndarray, num_bytes: np.ndarray) -> Interval:
+    """Of a difference in bpb: nats (seeds, documents), num_bytes (documents,)."""
+    (seeds, documents), total = nats.shape, num_bytes.sum()
+    bits = nats / math.log(2)
+    by_seed, mean = bits.sum(1) / total, float(bits.sum(1).mean() / total)
+    influence = (bits.mean(0) - mean * num_bytes) / total
+    of_documents = documents / (documents - 1) * float((influence**2).sum())
+    of_seeds = float(by_seed.var(ddof=1)) / seeds
+    freedom = (of_documents + of_seeds) ** 2 / (
+        of_documents**2 / (documents - 1) + of_seeds**2 / (seeds - 1) + 1e-300
+    )
+    return Interval(mean, float(stats.t.ppf(0.975, max(freedom, 1))) * math.sqrt(of_documents + of_seeds))
+
+
+def read(ids: Sequence[str], part: str) -> list[Kept]:
+    """What was kept of runs on a text, those that are there; ValueError if their texts differ."""
+    paths = [KEPT / name / f"{part}.json" for name in ids]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    if len({each["sha256_text"] for each in found}) > 1:
+        raise ValueError(f"{', '.join(ids)}: {part} is not the same text in all")
+    return found
+
+
+def of_rung(name: str, part: str) -> list[Kept]:
+    return read([f"{name}_seed{seed}" for seed in RUNGS[name].seeds], part)
+
+
+def nats(kept: Sequence[Kept], score: str) -> np.ndarray:
+    """By document, (seeds, documents)."""
+    return np.array([each["scores"][score]["nats_by_document"] for each in kept])
+
+
+def gain(kept: Sequence[Kept], score: str, against: str = "none") -> Interval:
+    return interval(nats(kept, against) - nats(kept, score), np.array(kept[0]["bytes_by_document"]))
+
+
+def mean_of(kept: Sequence[Kept], score: str, what: str = "bpb") -> float:
+    return float(np.mean([each["scores"][score][what] for each in kept]))
+
+
+def measured(part: str) -> dict[str, list[Kept]]:
+    """The rungs all of whose seeds are kept."""
+    found = {name: of_rung(name, part) for name in RUNGS}
+    return {name: kept for name, kept in found.items() if len(kept) == len(RUNGS[name].seeds)}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables
+# ------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[list[Any]], headers: Sequence[str]) -> str:
+    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, stralign="right") + "\n"
+
+
+def gains_table(rungs: Mapping[str, list[Kept]], scores: Sequence[str]) -> str:
+    rows = [[name, len(kept), f"{mean_of(kept, 'none'):.4f}", *(str(gain(kept, score)) for score in scores)]
+            for name, kept in rungs.items()]  # fmt: skip
+    return table(rows, ("rung", "seeds", "not adapted, bpb", *(f"gain of {score}" for score in scores)))
+
+
+def seconds_table(rungs: Mapping[str, list[Kept]]) -> str:
+    """CPU milliseconds of one thread for each target."""
+    scores = ("none", *FORMS, *CONTROLS)
+    rows = [[name, *(f"{1e3 * mean_of(kept, score, 'seconds') / sum(kept[0]['targets_by_position']):.2f}"
+                     for score in scores)] for name, kept in rungs.items()]  # fmt: skip
+    return table(rows, ("rung", *scores))
+
+
+def by_position(kept: Sequence[Kept], form: str) -> np.ndarray:
+    """Mean gain of a target in nats, for each bin of POSITIONS."""
+    before, after = (np.mean([each["scores"][score]["nats_by_position"] for each in kept], 0)
+                     for score in ("none", form))  # fmt: skip
+    return (before - after) / np.maximum(kept[0]["targets_by_position"], 1)
+
+
+def position_table(rungs: Mapping[str, list[Kept]]) -> str:
+    names = [f"{low} to {high - 1}" for low, high in pairwise(POSITIONS)]
+    rows = [[name, *(f"{value:.3f}" for value in by_position(kept, "slots"))] for name, kept in rungs.items()]
+    return table(rows, ("rung", *names, f"{POSITIONS[-1]} on"))
+
+
+def rates_table(rungs: Mapping[str, list[Kept]]) -> str:
+    rows = []
+    for name in rungs:
+        tried = json.loads((KEPT / f"{name}_rates.json").read_text())
+        rows.append([name, *(f"{best_rate(tried[form])} of {len(tried[form])}" for form in FORMS)])
+    return table(rows, ("rung", *FORMS))
+
+
+def meta_table(part: str) -> str:
+    """The cells, and the comparisons that were fixed beforehand."""
+    arms = {arm: read([meta.run_id(arm, seed) for seed in meta.SEEDS], part) for arm in meta.ARMS}
+    if any(len(kept) < len(meta.SEEDS) for kept in arms.values()):
+        return ""
+    num_bytes = np.array(arms["plain"][0]["bytes_by_document"])
+
+    def difference(ours: tuple[str, str], theirs: tuple[str, str]) -> Interval:
+        a, b = (nats(arms[arm], score) for arm, score in (ours, theirs))
+        return interval(a - b, num_bytes)
+
+    scores = ("none", "slots", "factors")
+    cells = [[arm, *(f"{mean_of(kept, score):.4f}" for score in scores), str(gain(kept, "slots")),
+              str(gain(kept, "factors"))] for arm, kept in arms.items()]  # fmt: skip
+    compared = {
+        "deployed - control, no factors": (("deployed", "slots"), ("control", "slots")),
+        "deployed - longer, both with factors": (("deployed", "factors"), ("longer", "factors")),
+        "factors - no factors, longer": (("longer", "factors"), ("longer", "slots")),
+        "deployed - longer, no factors": (("deployed", "slots"), ("longer", "slots")),
+        "deployed - longer, not adapted": (("deployed", "none"), ("longer", "none")),
+        "control - plain, no factors": (("control", "slots"), ("plain", "slots")),
+    }
+    rows = [[name, str(difference(*pair))] for name, pair in compared.items()]
+    heads = ("arm", "not adapted", "adapted", "with factors", "gain", "gain with factors")
+    return table(cells, heads) + "\n" + table(rows, ("adapted bpb", f"difference, n = {len(meta.SEEDS)}"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prediction
+# ------------------------------------------------------------------------------------------------------------
+
+
+def features(parameters: float, tokens_per_parameter: float) -> list[float]:
+    return [1.0, math.log(parameters), math.log(tokens_per_parameter)]
+
+
+def predicted(gains: Mapping[str, float], parameters: float, tokens: float) -> tuple[float, float, float]:
+    """Gain at a size and length, and the 95 % interval of a new observation there; gains: by rung."""
+    x = np.array([features(RUNGS[name].parameters, RUNGS[name].tokens_per_parameter) for name in gains])
+    y, at = np.log(list(gains.values())), np.array(features(parameters, tokens))
+    solution, *_ = np.linalg.lstsq(x, y, rcond=None)
+    freedom = len(y) - x.shape[1]
+    variance = float(((y - x @ solution) ** 2).sum()) / freedom
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(variance * (1 + at @ np.linalg.inv(x.T @ x) @ at))
+    middle = float(at @ solution)
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
+
+
+def prediction_table(rungs: Mapping[str, list[Kept]]) -> str:
+    fitted = {name: kept for name, kept in rungs.items() if RUNGS[name].length == 512}
+    if len(fitted) < 5:  # three coefficients, and two degrees of freedom for the interval
+        return ""
+    rows = []
+    for form in FORMS:
+        gains = {name: gain(kept, form).mean for name, kept in fitted.items()}
+        for name, (parameters, tokens) in FULL_SIZE.items() if min(gains.values()) > 0 else ():
+            middle, low, high = predicted(gains, parameters, tokens)
+            rows.append([form, name, f"{middle:.4f}", f"{low:.4f} to {high:.4f}"])
+    return table(rows, ("form", "recipe", "predicted gain, bpb", "95 % interval"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Page
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_report() -> str:
+    report, mixture = measured("report"), measured("mixture")
+    shown = {name: [name, RUNGS[name].width, RUNGS[name].layers, f"{RUNGS[name].parameters:,}",
+                    RUNGS[name].length, RUNGS[name].tokens_per_parameter, f"{RUNGS[name].steps:,}"]
+             for name in report}  # fmt: skip
+    heads = ("rung", "width", "layers", "parameters", "T", "tokens a parameter", "steps")
+    mixed = (
+        [score for score in next(iter(report.values()))[0]["scores"] if "mixture" in score] if report else []
+    )
+    parts = {
+        "Rungs": table(list(shown.values()), heads),
+        "Gains on the report text": gains_table(report, FORMS),
+        "Controls on the report text": gains_table(report, CONTROLS),
+        "Gains on text of the training mixture": gains_table(mixture, FORMS),
+        "Mixtures of the adapted and the unadapted prediction": gains_table(report, mixed),
+        "CPU milliseconds a target": seconds_table(report),
+        "Gain of slots by position, nats a target": position_table(report),
+        "Best test-time rate, and how many were tried": rates_table(report),
+        "Meta-learning on the report text": meta_table("report"),
+        "Prediction, an extrapolation": prediction_table(report),
+    }
+    sections = [f"## {title}\n\n{text.rstrip()}" for title, text in parts.items() if text]
+    return "\n\n".join(["# The ladder, measured", ABOUT, *sections]) + "\n"
+
+
+def plot(path: Path) -> None:
+    """Gain against unadapted score with the field's points, and gain by position."""
+    from matplotlib.figure import Figure
+
+    rungs = measured("report")
+    with figure_style():
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, form in enumerate(FORMS):
+            gains = [gain(kept, form) for kept in rungs.values()]
+            x, color = [mean_of(kept, "none") for kept in rungs.values()], f"C{number}"
+            left.errorbar(x, [g.mean for g in gains], yerr=[g.half for g in gains], fmt="o", color=color,
+                          capsize=2, label=form)  # fmt: skip
+            for name, (kind, score, value, _) in FIELD.items():
+                if kind == form:
+                    left.plot(score, value, "*", color=color, markersize=11)
+                    left.annotate(name, (score, value), xytext=(5, 4), textcoords="offset points")
+        left.set(xlabel="not adapted, bits per byte", ylabel="gain of adaptation, bits per byte")
+        left.set(yscale="log", title="Gain by how good the model is; stars: published, 27 to 36 M parameters")
+        left.legend()
+        for name, kept in rungs.items():
+            right.plot(range(len(POSITIONS)), by_position(kept, "slots"), "o-", markersize=3, label=name)
+        right.set_xticks(range(len(POSITIONS)), [f"{low}" for low in POSITIONS])
+        right.set(xlabel="position in the document, targets from", ylabel="gain of slots, nats a target",
+                  title="Where in a document the gain is")  # fmt: skip
+        right.legend()
+        figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    ladder.tg.write_atomically(HERE / "report.md", make_report().encode())
+    if measured("report"):
+        plot(HERE / "report.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
