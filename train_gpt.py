@@ -2826,14 +2826,10 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         """After step `step` (from 1), taken at `scale` of the peak learning rate."""
-        every = self.config.ema_update_every
-        if self.ema is not None and step % every == 0:
-            torch._foreach_lerp_(self.ema, self.live, 1 - self.config.ema_decay**every)
-        if (
-            self.config.swa_enabled
-            and scale < self.config.swa_threshold
-            and step % self.config.swa_every == 0
-        ):
+        c = self.config
+        if self.ema is not None and step % c.ema_update_every == 0:
+            torch._foreach_lerp_(self.ema, self.live, 1 - c.ema_decay**c.ema_update_every)
+        if c.swa_enabled and scale < c.swa_threshold and step % c.swa_every == 0:
             self.snapshots += 1
             source = self.live if self.ema is None else self.ema
             self.swa = self.swa or [torch.zeros_like(p) for p in source]
@@ -4462,9 +4458,8 @@ class MetaRates:
         """Average the gradients over the ranks and take a step at `scale` of the learning rate."""
         if self.adam is None:
             return
-        for log, g in zip(
-            self.logs.values(), sum_over_ranks([log.grad for log in self.logs.values()]), strict=True
-        ):
+        logs = list(self.logs.values())
+        for log, g in zip(logs, sum_over_ranks([log.grad for log in logs]), strict=True):
             log.grad = g / world_size()
         self.adam.param_groups[0]["lr"] = scale * self.adam.defaults["lr"]
         self.adam.step()
@@ -5270,6 +5265,12 @@ def deployed_phase(run: Run, model: GPT, loss_fn: Callable, nll_fn: Callable, ra
     return Phase(step, dict(muon=optimizers[0], adamw=optimizers[1], fast=fast))
 
 
+def mfu(config: Config, device: torch.device, tokens_per_second: float) -> str:
+    """For the bar: the share of a GPU's peak, if records/describe.py is there and knows the GPU."""
+    describe = project_module("describe") if device.type == "cuda" else None
+    return describe.mfu_text(config, device, tokens_per_second) if describe else ""
+
+
 PHASES = {"train": training_phase, "reptile": reptile_phase, "deployed": deployed_phase}
 
 
@@ -5321,7 +5322,7 @@ def train(
                 also = dict(lr_scale=metrics.lr_scale, data_wait=waited, grad_norm=norm)
                 log.step(step, count, elapsed, also, train_loss=loss)
                 pace = step * c.train_batch_tokens / max(elapsed, 1e-9)
-                log.bar.set_postfix_str(f"loss {loss:.3f}, {pace:,.0f} tokens/s")
+                log.bar.set_postfix_str(f"loss {loss:.3f}, {pace:,.0f} tokens/s{mfu(c, run.device, pace)}")
                 log.bar.update(1 - max(now.left, 0) - log.bar.n)
                 progress.check_replicas(step)
                 progress.check_loader(step, waited)

@@ -1,4 +1,4 @@
-"""What `train_gpt.py --help` and `--describe` print: settings by section, parameters, FLOPs, GPU memory."""
+"""What `--help`, `--describe` and the bar print: settings by section, parameters, FLOPs, GPU memory, MFU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import train_gpt as tg
 from train_gpt import GPT, Config
 
 CARD_SIZES = (12, 16, 24, 80)  # GB, as sold
+# By a part of the GPU's name: dense bfloat16 FLOPs per second, from the datasheets
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def help_text(head: str) -> str:
@@ -35,6 +37,15 @@ def flops_per_token(config: Config) -> int:
     )
     heads = (1 + c.mtp_num_heads) * c.vocab_size * c.model_dim
     return 6 * (layers * block + small + heads) + 6 * layers * c.train_seq_len * c.model_dim
+
+
+def mfu_text(config: Config, device: torch.device, tokens_per_second: float) -> str:
+    """Return ", MFU 0.29" by the operations that all processes count, "" for a GPU that is not in PEAKS."""
+    name = torch.cuda.get_device_name(device)
+    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    if peak is None:
+        return ""
+    return f", MFU {flops_per_token(config) * tokens_per_second / (peak * tg.world_size()):.2f}"
 
 
 def memory_table(config: Config) -> list[str]:

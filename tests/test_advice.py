@@ -10,6 +10,7 @@ import advice
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_artifact import make_run
 from test_model import SMALL, random_model
 from test_training import stream
@@ -132,3 +133,18 @@ def test_metrics_are_json(tmp_path):
     train_gpt.RunLog(tmp_path).step(1, 2, 0.5, dict(lr_scale=1.0), train_loss=3.0)
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == dict(step=1, seconds=0.5, train_loss=3.0, lr_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("NVIDIA H100 80GB HBM3", ", MFU 0.30"), ("NVIDIA H100 PCIe", ", MFU 0.39"), ("NVIDIA GeForce", "")],
+)
+def test_the_bar_shows_the_share_of_a_gpus_peak(monkeypatch, name, expected):
+    """Throughput and MFU (0.295) of the kept step on an H100; nothing for a GPU without a known peak."""
+    kept = json.loads((ROOT / "records/benchmarks/2026-11-27_gpu_h100.json").read_text())
+    step = kept["parts"]["step_compiled"]["result"]["step_compiled"]
+    config, *_ = train_gpt.load_config({"RECIPE": str(ROOT / "records/recipes/pr1019.env")})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = train_gpt.mfu(config, torch.device("cuda"), step["tokens_per_second"])
+    assert found == expected
+    assert train_gpt.mfu(config, torch.device("cpu"), step["tokens_per_second"]) == ""
