@@ -423,9 +423,12 @@ def draw_scores(axis: Axes, runs: Mapping[str, Run]) -> None:
 
 
 def draw_curves(runs: Mapping[str, Run], by: str) -> Figure:
-    """Plot training loss, validation bpb while training, and the scores of the artifacts."""
+    """Plot training loss, validation bpb while training if there is any, and the scores of the artifacts."""
+    validated = any("val_bpb" in row for run in runs.values() for row in run.metrics)
+    widths = (5, 4, 4) if validated else (5, 4)
     with figure_style():
-        figure, (left, middle, right) = new_figure(1, 3, 13.5, 4.8, width_ratios=(5, 4, 4))
+        figure, axes = new_figure(1, len(widths), 13.5 if validated else 9.5, 4.8, width_ratios=widths)
+        left, middle, right = axes[0], axes[1], axes[-1]
         losses, scores, sigmas = [], [], []
         for number, run in enumerate(runs.values()):
             x, y = series(run, "train_loss", by)
@@ -439,8 +442,6 @@ def draw_curves(runs: Mapping[str, Run], by: str) -> Figure:
         focus(left, losses)
         keys = ("val_bpb_roundtrip", "val_bpb_sliding", "val_bpb_ttt")
         focus(middle, scores, [run.result[key] for run in runs.values() for key in keys if key in run.result])
-        right.sharey(middle)
-        draw_scores(right, runs)
         spans = " and ".join(map(str, sorted(set(sigmas))))
         left.set(xlabel=AXES[by], ylabel="nats per token", title="Training loss of the step's batch\n"
                  f"light: raw; dark: smoothed, Gaussian, sigma {spans} points")  # fmt: skip
@@ -448,6 +449,9 @@ def draw_curves(runs: Mapping[str, Run], by: str) -> Figure:
                    title="Validation of the current weights\nnon-overlapping windows")  # fmt: skip
         for axis in (left, middle):
             axis.xaxis.set_major_formatter("{x:,g}")
+        if validated:
+            right.sharey(middle)
+        draw_scores(right, runs)
         handles = [
             Line2D([], [], color=f"C{number}", marker="o", markersize=4) for number in range(len(runs))
         ]

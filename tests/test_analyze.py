@@ -855,6 +855,22 @@ def test_what_curves_show(two_runs, by, end, unit):
     assert all(axis.get_title() and axis.xaxis.get_gridlines()[0].get_visible() for axis in figure.axes)
 
 
+def test_runs_without_validation_have_two_panels(two_runs):
+    for folder in two_runs.values():
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        kept = [line for line in lines if "val_bpb" not in line]
+        (folder / "metrics.jsonl").write_text("\n".join(kept))
+    figure = analyze.draw_curves(
+        {name: analyze.read_run(folder) for name, folder in two_runs.items()}, "steps"
+    )
+    losses, scores = figure.axes
+    assert losses.get_xlabel() == "training step" and losses.get_ylabel() == "nats per token"
+    assert "Scores" in scores.get_title() and "bits per byte" in scores.get_ylabel()
+    assert scores.get_ylim()[0] < 1.8 and 2.1 < scores.get_ylim()[1] < 2.2
+    assert sum(len(line.get_xdata()) for line in scores.lines) == 5
+    assert [t.get_text() for t in scores.get_xticklabels()][1] == "sliding"
+
+
 def overlapping(figure, boxes, others) -> list:
     """The pairs of things drawn in `figure` that overlap."""
     figure.canvas.draw()
