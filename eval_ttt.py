@@ -752,12 +752,13 @@ REPORTS = ("eval_ttt.log", "nll.npy", "documents.csv", "distribution.json", "dis
 
 
 def evaluation_folder(path: Path, config: Config) -> Path:
-    """eval/MODE beside the artifact `path`: the mode or its class, and the protocol if that is not legal.
+    """eval/MODE beside the artifact `path`: the mode or its class, with a protocol that is not legal, and float
+    weights, named behind it.
 
     UserError for a link in its place: an evaluation deletes and writes files there.
     """
-    mode, protocol = config.ttt_mode.rpartition(":")[2], config.ttt_protocol
-    folder = path.parent / "eval" / (mode if protocol == "legal" else f"{mode}_{protocol}")
+    parts = config.ttt_mode.rpartition(":")[2], config.ttt_protocol, weights_of(path)
+    folder = path.parent / "eval" / "_".join(part for part in parts if part not in ("legal", "int6"))
     if link := next((part for part in (folder, folder.parent) if part.is_symlink()), None):
         raise UserError(f"{link} is a link, but an evaluation writes beside its artifact only. Remove it.")
     return folder
@@ -975,7 +976,7 @@ def setup_lines(setup: Setup, targets: int) -> Iterator[str]:
 
 
 def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[str], began: float) -> int:
-    """Score, log, and write eval_ttt.json, where legal also beside the artifact; returns the exit code."""
+    """Score, log, and write eval_ttt.json, a legal one of an artifact also beside it; returns the exit code."""
     setup, path, shards = inputs.setup, inputs.path, inputs.shards
     legal, folder = setup.config.ttt_protocol == "legal", evaluation_folder(path, setup.config)
     c, (trained, why) = setup.config, tg.on_rank_0(lambda: read_report(path.with_name("result.json")))
@@ -983,7 +984,7 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
     if other_text is False:
         raise UserError(detail)
     log, results = tg.RunLog(folder, "eval_ttt.log"), [folder / "eval_ttt.json"]
-    if legal:
+    if legal and weights_of(path) == "int6":
         results.append(path.with_name("eval_ttt.json"))
     if tg.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -992,6 +993,11 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
     notices = [f"note: {notice}" for notice in notices]
     if path.with_name("result.json").exists() and trained is None:
         notices.append(f"WARNING: {why}. It counts as absent.")
+    run, _ = tg.on_rank_0(lambda: read_report(path.with_name("config.json"), config={}))
+    there, here = run["config"] if run else {}, tg.settings_of(c, "scoring", "evaluator")
+    if other := [f"{name.upper()}={value} ({there[name]} there)" for name, value in here.items()
+                 if name != "model_path" and there.get(name, value) != value]:  # fmt: skip
+        notices.append(f"note: not as in the run's config.json: {', '.join(other)}")
     for line in notices:
         log.line(line)
     log.settings(tg.settings_of(c, "model", "scoring", "evaluator"), given)

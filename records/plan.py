@@ -48,6 +48,7 @@ AUDIT_PARTS, AUDIT_STARTS = (
 CHECKPOINTS = 8  # per run
 DISK_BYTES_PER_SECOND = 5e8  # assumed, for checkpoints
 RECORD_SEEDS = 3
+PACK_SECONDS = 5.0
 CHECK_SECONDS = 60.0  # assumed, of check.py and of submit.py for one run
 LOG_BYTES = 1 << 28  # of a log of the script
 OF_ONE_RUN = ("seed", "run_id", "resume", "checkpoint_every", "model_path")  # set by the script
@@ -102,6 +103,11 @@ class Case(NamedTuple):
     @property
     def folder(self) -> str:
         return f"runs/plan_{self.recipe.stem}"
+
+    @property
+    def packed(self) -> str:
+        """Folder of the programs that train, score, and ship: what is counted is what is submitted."""
+        return f"{self.folder}/packed"
 
     @property
     def adapts(self) -> bool:
@@ -253,7 +259,7 @@ def seed_steps(case: Case, seed: int, first: bool) -> Iterator[Step]:
     name = f"{case.recipe.stem}_seed{seed}"
     folder, every = f"runs/{name}", max(1, steps_on_clock(case)[0] // CHECKPOINTS)
     settings = dict(SEED=str(seed), RUN_ID=name, RESUME="auto", CHECKPOINT_EVERY=str(every))
-    yield Step(f"train_seed{seed}", train_parts(case, first), "launch train_gpt.py",
+    yield Step(f"train_seed{seed}", train_parts(case, first), f"launch {case.packed}/train_gpt.py",
                f"{folder}/result.json", '^ "fits": true', settings)  # fmt: skip
     if not case.adapts:
         return
@@ -261,9 +267,9 @@ def seed_steps(case: Case, seed: int, first: bool) -> Iterator[Step]:
     certificate = f"{folder}/eval/{case.config.ttt_mode}/certificate.json"
     if case.config.use_compile == "auto":
         settings["USE_COMPILE"] = "0"  # as measured: many shapes, each used a few times
-    yield Step(f"evaluate_seed{seed}", evaluation_parts(case), "launch eval_ttt.py",
+    yield Step(f"evaluate_seed{seed}", evaluation_parts(case), f"launch {case.packed}/eval_ttt.py",
                f"{folder}/eval_ttt.json", '^ "fits_budget": true', settings)  # fmt: skip
-    yield Step(f"audit_seed{seed}", [audit_part(case)], "python eval_ttt.py --audit",
+    yield Step(f"audit_seed{seed}", [audit_part(case)], f"python {case.packed}/eval_ttt.py --audit",
                certificate, '^ "legal": true', settings)  # fmt: skip
 
 
@@ -272,7 +278,9 @@ def steps_of(case: Case) -> list[Step]:
     preflight = Step("preflight", [Part("preflight", PREFLIGHT_SECONDS, "its own limit")],
                      "launch tests/benchmarks/gpu_minutes.py --preflight",
                      f"{case.folder}/preflight.log", "^all limits will be kept")  # fmt: skip
-    steps = [*setup_steps(case), preflight]
+    pack = Step("pack", [Part("pack", PACK_SECONDS, "two CPU cores")],
+                f"python records/pack.py --out {case.packed}", f"{case.packed}/eval_ttt.py")  # fmt: skip
+    steps = [*setup_steps(case), preflight, pack]
     for number, seed in enumerate(case.seeds):
         steps += seed_steps(case, seed, first=number == 0)
     checking = Part("check", CHECK_SECONDS, "assumed")

@@ -112,7 +112,7 @@ def test_the_rows_of_the_table_follow_each_other_and_add_up(printed):
     code, said = printed("plan", str(RECIPES / "pr549.env"), "--price", "2.50", "--budget", "30")
     assert code == 0
     rows = re.findall(r"(?m)^ +(\d+:\d\d:\d\d) +(\d+:\d\d:\d\d) +(\d+)  (\w+):", said)
-    assert [row[3] for row in rows[:4]] == ["environment", "data", "preflight", "train_seed1337"]
+    assert [row[3] for row in rows[:4]] == ["environment", "data", "preflight", "pack"]
     assert [row[3] for row in rows[-4:]] == ["check_seed1337", "check_seed42", "check_seed2025", "submit"]
 
     def seconds(text: str) -> int:
@@ -303,7 +303,7 @@ def test_a_killed_training_resumes_and_a_failed_step_stops_the_rest(checkout):
 
 def is_trainer(process: Path) -> bool:
     try:
-        return process.joinpath("cmdline").read_bytes().endswith(b"\0train_gpt.py\0")
+        return process.joinpath("cmdline").read_bytes().endswith(b"/packed/train_gpt.py\0")
     except OSError:
         return False
 

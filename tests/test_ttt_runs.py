@@ -626,7 +626,8 @@ def test_settings_of_the_training_do_not_matter(env, run):
 
 @pytest.mark.parametrize("changes", [{}, {"MTP_NUM_HEADS": "1"}], ids=str)
 def test_the_weights_before_rounding_can_be_scored(env, run, changes):
-    """With the recipe's settings; heads of training are not in the file."""
+    """With the recipe's settings; heads of training are not in the file. The artifact's scores stay."""
+    (run / "eval_ttt.json").write_text("the artifact's")
     done = finish(run, env | dict(MODEL_PATH=str(run / "final_model.pt"), TTT_MODE="none") | changes)
     config, _, _ = train_gpt.load_config(env)
     table, model = train_gpt.load_byte_table(env["TOKENIZER_PATH"], 1024), train_gpt.GPT(config)
@@ -641,6 +642,17 @@ def test_the_weights_before_rounding_can_be_scored(env, run, changes):
     assert labels == ["final_float_roundtrip_exact", "final_float_sliding_window_exact",
                       "same_plan_without_ttt_exact", "legal_ttt_exact"]  # fmt: skip
     assert done.result["weights"] == "float" and "int6_" not in done.out
+    assert done.folder.name == "none_float" and (run / "eval_ttt.json").read_text() == "the artifact's"
+
+
+def test_settings_that_differ_from_the_runs_are_named(env, run):
+    settings = env | dict(MODEL_PATH=str(run / "final_model.int6.ptz"))
+    assert "not as in the run's" not in finish(run, settings).out
+    out = finish(run, settings | dict(TTT_MODE="none", TTT_LR="0.125")).out
+    (note,) = [line for line in out.splitlines() if "not as in the run's config.json" in line]
+    kept = json.loads((run / "config.json").read_text())["config"]
+    assert f"TTT_MODE=none ({kept['ttt_mode']} there), " in note
+    assert f"TTT_LR=0.125 ({kept['ttt_lr']} there)" in note and "MODEL_PATH" not in note
 
 
 def fails(folder: Path, env: dict[str, str], capsys) -> str:
@@ -677,6 +689,7 @@ def test_a_loss_that_is_no_number_ends_with_1(env, run, capsys):
     state = torch.load(run / "final_model.pt", weights_only=True)
     state["tok_emb.weight"][300] = math.nan
     torch.save(state, run / "final_model.pt")
+    (run / "eval_ttt.json").unlink(missing_ok=True)
     error = fails(run, env | dict(MODEL_PATH=str(run / "final_model.pt"), TTT_MODE="none"), capsys)
     assert "losses are not finite" in error and "NaN" in error
 
