@@ -752,8 +752,8 @@ REPORTS = ("eval_ttt.log", "nll.npy", "documents.csv", "distribution.json", "dis
 
 
 def evaluation_folder(path: Path, config: Config) -> Path:
-    """eval/MODE beside the artifact `path`: the mode or its class, with a protocol that is not legal, and float
-    weights, named behind it.
+    """eval/MODE beside the artifact `path`: the mode or its class, then a protocol that is not legal, then
+    `float` for weights that are not of an artifact.
 
     UserError for a link in its place: an evaluation deletes and writes files there.
     """
@@ -976,7 +976,7 @@ def setup_lines(setup: Setup, targets: int) -> Iterator[str]:
 
 
 def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[str], began: float) -> int:
-    """Score, log, and write eval_ttt.json, a legal one of an artifact also beside it; returns the exit code."""
+    """Score, log, write eval_ttt.json, a legal one of an artifact also beside it; returns the exit code."""
     setup, path, shards = inputs.setup, inputs.path, inputs.shards
     legal, folder = setup.config.ttt_protocol == "legal", evaluation_folder(path, setup.config)
     c, (trained, why) = setup.config, tg.on_rank_0(lambda: read_report(path.with_name("result.json")))
@@ -995,9 +995,9 @@ def run_evaluation(inputs: Inputs, given: Mapping[str, Any], notices: Sequence[s
         notices.append(f"WARNING: {why}. It counts as absent.")
     run, _ = tg.on_rank_0(lambda: read_report(path.with_name("config.json"), config={}))
     there, here = run["config"] if run else {}, tg.settings_of(c, "scoring", "evaluator")
-    if other := [f"{name.upper()}={value} ({there[name]} there)" for name, value in here.items()
-                 if name != "model_path" and there.get(name, value) != value]:  # fmt: skip
-        notices.append(f"note: not as in the run's config.json: {', '.join(other)}")
+    if other := [n for n, value in here.items() if n != "model_path" and there.get(n, value) != value]:
+        pairs = ", ".join(f"{name.upper()}={here[name]} ({there[name]} there)" for name in other)
+        notices.append(f"note: not as in the run's config.json: {pairs}")
     for line in notices:
         log.line(line)
     log.settings(tg.settings_of(c, "model", "scoring", "evaluator"), given)

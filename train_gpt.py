@@ -123,6 +123,8 @@ def decoding(place: str | Path, expected: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(f"{place} cannot be read: {error.__cause__.strerror}") from error
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(f"{place} is not {expected}: {kind}{' '.join(str(error).split())[:400]}") from error
 
@@ -603,6 +605,11 @@ def likely_name(name: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, 1, cutoff=0.81)), None)
 
 
+def did_you_mean(name: str, known: set[str]) -> str:
+    """Hint at the setting that a wrong name is close to, "" without one."""
+    return f", did you mean {near}?" if (near := likely_name(name, known)) else ""
+
+
 def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
     """Read KEY=VALUE lines, `#`, `~`, quotes, and `export` as in a shell; returns values and problems."""
     values: dict[str, str] = {}
@@ -620,9 +627,8 @@ def read_recipe(path: str, known: set[str]) -> tuple[dict[str, str], list[str]]:
         if not equals:
             problems.append(f"{path}:{number}: expected KEY=VALUE, found {BRIEF.repr(line)}")
         elif key not in known:
-            near = likely_name(key, known) if len(problems) < MAX_PROBLEMS else None
-            meant = near and f", did you mean {near}?"
-            problems.append(f"{path}:{number}: unknown setting {BRIEF.repr(key)}{meant or ''}")
+            meant = did_you_mean(key, known) if len(problems) < MAX_PROBLEMS else ""
+            problems.append(f"{path}:{number}: unknown setting {BRIEF.repr(key)}{meant}")
         elif key in values:
             problems.append(f"{path}:{number}: {key} is given twice")
         else:
@@ -770,8 +776,9 @@ def with_arguments(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[lis
     """Take NAME=VALUE off the head of the arguments into the environment, over what is there."""
     pairs = list(takewhile(lambda word: re.match("[A-Z][A-Z0-9_]*=", word), argv))
     given = dict(pair.split("=", 1) for pair in pairs)
-    if unknown := given.keys() - known_names() - {"RECIPE", "IGNORE_ENV", "TRACK"}:
-        raise UserError(f"unknown setting in the arguments: {', '.join(sorted(unknown))}")
+    if unknown := sorted(given.keys() - (known := known_names()) - {"RECIPE", "IGNORE_ENV", "TRACK"}):
+        named = "; ".join(name + did_you_mean(name, known) for name in unknown)
+        raise UserError(f"unknown setting in the arguments: {named}")
     return list(argv[len(pairs) :]), {**environ, **given}
 
 
@@ -788,12 +795,8 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, dict[str, Any], lis
     given = lineage_names(recipe, problems, notices) | lineage_names(ours, problems, notices)
     # OMP_NUM_THREADS is set everywhere, and close to MTP_NUM_HEADS
     excused = {*known, "RECIPE", "OMP_NUM_THREADS", "IGNORE_ENV", *environ.get("IGNORE_ENV", "").split(",")}
-    for name in environ:
-        if (
-            name not in excused
-            and re.fullmatch(r"[A-Z][A-Z0-9_]*", name)
-            and (near := likely_name(name, known))
-        ):
+    for name in (n for n in environ if n not in excused and re.fullmatch(r"[A-Z][A-Z0-9_]*", n)):
+        if near := likely_name(name, known):
             problems.append(f"{name} is set, did you mean {near}? (IGNORE_ENV={name} if not)")
     values = {}
     for name, text in given.items():
@@ -943,9 +946,7 @@ def maybe_compile(
             if not warned:
                 shapes = ", ".join(str(tuple(x.shape)) for x in args if isinstance(x, Tensor))
                 told = f"{function.__name__}: torch.compile has made {RECOMPILE_LIMIT} graphs, its limit here"
-                warn(
-                    f"{told}. New shapes run uncompiled, first {shapes}. Use fewer shapes, or USE_COMPILE=0."
-                )
+                warn(f"{told}. New shapes run uncompiled, first {shapes}. Use fewer, or USE_COMPILE=0.")
             warned = True
             return function(*args, **named)
         except torch._dynamo.exc.BackendCompilerFailed as error:  # no compiler, or its path has a space
@@ -1412,6 +1413,8 @@ def load_byte_table(path: str, vocab_size: int) -> ByteTable:
     """ByteTable of a SentencePiece model. UserError if it is missing, broken, or not for this vocabulary."""
     import sentencepiece as spm
 
+    if not os.path.lexists(path):
+        raise UserError(f"TOKENIZER_PATH={path}: no such file. Set RECIPE, or make it with a tool of data/")
     with decoding(f"TOKENIZER_PATH={path}", f"a SentencePiece model of {vocab_size} tokens"):
         if not (blob := read_file(path)):  # over which SentencePiece aborts the process
             raise UserError("an empty file")
@@ -2478,14 +2481,17 @@ PARAM_GROUPS = (
 
 
 @cache
-def param_group(name: str) -> ParamGroup | None:
-    """The group whose pattern the whole name matches; None for what is no parameter of a model."""
-    return next((group for group in PARAM_GROUPS if re.fullmatch(group.pattern, name)), None)
+def param_group(name: str) -> ParamGroup:
+    """The group whose pattern the whole name of a parameter matches. UserError if there is none."""
+    for group in PARAM_GROUPS:
+        if re.fullmatch(group.pattern, name):
+            return group
+    raise UserError(f"parameter {name} is in no group: add it to PARAM_GROUPS, for example to scalar")
 
 
 def is_coded(name: str) -> bool:
     """Whether a tensor is stored as int8 codes; others are float16."""
-    return (group := param_group(name)) is not None and group.stored == "codes"
+    return any(re.fullmatch(group.pattern, name) for group in PARAM_GROUPS if group.stored == "codes")
 
 
 def is_matrix(name: str) -> bool:
@@ -2494,12 +2500,10 @@ def is_matrix(name: str) -> bool:
 
 
 def group_parameters(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Named parameters by group; AssertionError if one belongs to none."""
+    """Named parameters by group; UserError if one belongs to none."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {group.name: [] for group in PARAM_GROUPS}
     for name, parameter in model.named_parameters():
-        group = param_group(name)
-        assert group is not None, f"parameter {name} belongs to no optimizer group"
-        groups[group.name].append((name, parameter))
+        groups[param_group(name).name].append((name, parameter))
     return groups
 
 
@@ -2760,9 +2764,7 @@ def short_run_warning(config: Config, step: int, elapsed: float, budget: float) 
         return ""
     start = lr_scale(replace(config, iterations=max(1, round(total))), 0, 0.0, 0.0)
     told = f"WARMDOWN_ITERS={config.warmdown_iters} is longer than this run of about {total:.0f} steps"
-    return (
-        f"{told}: the LR starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, a fraction of the run, to 0.5."
-    )
+    return f"{told}: the LR starts at {start:.0%} of its peak. Set WARMDOWN_FRAC, a share of it, to 0.5."
 
 
 class PieceSchedule:
@@ -3069,9 +3071,8 @@ def make_batch(
     positions = np.minimum(begin[:, None] + np.arange(width), length - 1)  # (B, width)
     counts = np.arange(width) < (end - begin)[:, None]
     arrays = rows[:, :-1], np.take_along_axis(rows, positions + 1, axis=1), positions
-    return Batch(
-        *(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays), counts
-    )
+    sent = (torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in arrays)
+    return Batch(*sent, counts)
 
 
 def batches_of(chunk: Chunk, size: int | None) -> Iterator[tuple[np.ndarray, int, int | None]]:
@@ -3190,9 +3191,8 @@ class SecondMoments:
 
     def begin(self, group: int | None) -> None:
         """Continue a group of documents where it stopped; a new one, or None, begins from the prior."""
-        self.total = (
-            self.start.clone() if group is None else self.totals.setdefault(group, self.start.clone())
-        )
+        fresh = self.start.clone()
+        self.total = fresh if group is None else self.totals.setdefault(group, fresh)
 
     def enter(self, sets: Any) -> None:
         """The sets begin documents: what has been adapted on by now stands earlier in the file."""
@@ -4172,9 +4172,8 @@ def decode_codes(data: bytes, counts: np.ndarray, coder: str) -> np.ndarray:
     """Undo `encode_codes`. UserError for other than as many codes as counted."""
     file, parts = io.BytesIO(data), [np.zeros(0, np.int8)]
     if coder == "zstd":
-        for length, count in zip(
-            take(file, (NUM_WIDTHS,), "<u4").tolist(), counts.sum(1).tolist(), strict=True
-        ):
+        lengths = take(file, (NUM_WIDTHS,), "<u4").tolist()
+        for length, count in zip(lengths, counts.sum(1).tolist(), strict=True):
             parts.append(np.frombuffer(unpack(take(file, (length,)).tobytes(), count), np.int8))
     else:
         side, tables = io.BytesIO(unpack(file.read(take(file, (), "<u4").item()), TABLES_LIMIT)), []
@@ -4328,12 +4327,9 @@ def read_artifact(path: str | Path) -> Artifact:
     with decoding(f"artifact {path}", "readable"):
         blob = read_file(path, ARTIFACT_LIMIT)
         prefix, body = blob[: ARTIFACT_PREFIX.size], blob[ARTIFACT_PREFIX.size :]
-        magic, version = ARTIFACT_PREFIX.unpack(prefix)[:2]
-        coder, digest = ARTIFACT_PREFIX.unpack(prefix)[2:]
-        if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
-            raise UserError(
-                f"magic {magic!r} version {version}, expected {ARTIFACT_MAGIC!r} {ARTIFACT_VERSION}"
-            )
+        *kind, coder, digest = ARTIFACT_PREFIX.unpack(prefix)
+        if kind != (expected := [ARTIFACT_MAGIC, ARTIFACT_VERSION]):
+            raise UserError("magic {!r} version {}".format(*kind) + f", expected {expected}")
         if checksum(coder, body) != digest:
             raise UserError("the checksum does not match, the file is truncated or altered")
         name = coder.rstrip(b"\0").decode(errors="replace")
@@ -4491,10 +4487,8 @@ def inner_weights(model: GPT, config: Config, objective: str) -> FastWeights:
         fast = FastWeights(model, c, TTT_MODES[c.ttt_mode].adapts, math.ceil(c.meta_ttt_docs / ranks))
         fast.moments.across_ranks = True
         return fast
-    sgd = dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0)
-    sgd |= dict(
-        ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0, ttt_layers="", ttt_freeze_blocks=c.meta_ttt_freeze_blocks
-    )
+    sgd = dict(ttt_optimizer="sgd", ttt_momentum=0.0, ttt_weight_decay=0.0, ttt_grad_clip=0.0, ttt_layers="")
+    sgd |= dict(ttt_in_lr_mult=1.0, ttt_out_lr_mult=1.0, ttt_freeze_blocks=c.meta_ttt_freeze_blocks)
     if objective == "fomaml":
         return FastWeights(model, replace(c, **sgd), "bank")
     last_quarter = range(c.num_layers - max(1, c.num_layers // 4), c.num_layers)
@@ -5039,6 +5033,14 @@ class Progress:
         return line.startswith("checkpoint")
 
 
+def check_same_settings(theirs: Mapping[str, Any], config: Config, path: Path) -> None:
+    """UserError if what `path` holds, of a run with the settings `theirs`, is not what `config` asks for."""
+    free = {*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME}
+    ours = ((name, value) for name, value in asdict(config).items() if name not in free)
+    if other := [f"{k.upper()}={theirs.get(k)} there, {v} here" for k, v in ours if theirs.get(k) != v]:
+        raise UserError(f"{path} was saved with different settings: {'; '.join(other)}")
+
+
 def read_checkpoint(run: Run) -> dict[str, Any] | None:
     """The run's checkpoint, None without one or for RESUME=never. UserError: broken, or of another run."""
     path, c = run.folder / CHECKPOINT, run.config
@@ -5052,12 +5054,7 @@ def read_checkpoint(run: Run) -> dict[str, Any] | None:
         check_form(saved, CHECKPOINT_FORM, "content")
         if saved["phase"] not in ("", *c.phases) or any(len(pair) != 2 for pair in saved["done"].values()):
             raise UserError(f"phase {BRIEF.repr(saved['phase'])}, {BRIEF.repr(saved['done'])}")
-    theirs = saved["config"]
-    compared = asdict(c).keys() - {*IGNORED_ON_RESUME, *MAY_CHANGE_ON_RESUME}
-    other = [name for name in asdict(c) if name in compared and theirs.get(name) != getattr(c, name)]
-    if other:
-        pairs = (f"{name.upper()}={theirs.get(name)} there, {getattr(c, name)} here" for name in other)
-        raise UserError(f"{path} was saved with different settings: {'; '.join(pairs)}")
+    check_same_settings(saved["config"], c, path)
     if saved["data"] != run.train.fingerprint():
         raise UserError(f"{path} was saved with other training shards than {run.train.pattern} has now")
     if saved["tokenizer"] != run.tokenizer_sha256:
@@ -5727,6 +5724,9 @@ def run_all(config: Config, given: Mapping[str, Any], notices: list[str], enviro
     try:
         result = on_rank_0(lambda: read_result(run.folder))
         if result is not None:
+            path = run.folder / "config.json"
+            theirs = on_rank_0(lambda: parse_json(read_file(path), {"config": {}}, path))
+            check_same_settings(theirs["config"], config, path)
             run.log.line(f"note: {run.folder}: run already finished, nothing to do")
         else:
             with track(run.folder):

@@ -261,6 +261,18 @@ def test_resolved_settings_in_log_and_config(finished, settings):
     assert saved["versions"]["torch"] == torch.__version__
 
 
+def test_a_finished_run_refuses_other_settings(finished, settings, monkeypatch, capsys):
+    monkeypatch.chdir(finished.work)
+    before = snapshot(finished.folder)
+    assert train_gpt.main(["RESUME=auto", "CHECKPOINT_EVERY=7"], settings) == finished.code
+    assert "run already finished, nothing to do" in capsys.readouterr().out
+    assert train_gpt.main(["RESUME=auto", "MATRIX_LR=0.125", "ITERATIONS=4"], settings) == 2
+    error = capsys.readouterr().err
+    assert "MATRIX_LR=" in error and "0.125 here" in error and "ITERATIONS=3 there, 4 here" in error
+    changed = {name for name, digest in snapshot(finished.folder).items() if before.get(name) != digest}
+    assert changed <= {"train.log"}  # the note that it is finished
+
+
 def test_the_last_line_is_the_result(finished):
     last = finished.log.splitlines()[-1]
     assert finished.log.count("RESULT ") == 1 and last.startswith("RESULT ")

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_gpt
 from train_gpt import Config, UserError, load_config
@@ -452,7 +453,9 @@ def test_arguments_as_a_user(capsys):
     assert train_gpt.main([tiny, "NUM_LAYERS=1", "VE_LAYERS=0", "XSA_LAST_N=1", "--describe"], {}) == 0
     assert "2x64x64" in capsys.readouterr().out
     assert train_gpt.main([tiny, "NUM_LAYER=1"], {}) == 2
-    assert capsys.readouterr().err == "error: unknown setting in the arguments: NUM_LAYER\n"
+    assert capsys.readouterr().err == (
+        "error: unknown setting in the arguments: NUM_LAYER, did you mean NUM_LAYERS?\n"
+    )
     assert train_gpt.main(["--num-layers", "3"], {}) == 2
     assert capsys.readouterr().err == (
         "error: unknown arguments --num-layers 3: settings are NAME=VALUE, see --help\n"
@@ -529,3 +532,24 @@ def test_describe_operations_a_token(capsys, order, heads):
     products = 25_952_256 // 11 * layers + 112 * 512 + 128 * 256 + (1 + heads) * 1024 * 512
     attention = layers * 2 * 512 * 2048 // 2
     assert f"flops_per_token:{6 * (products + attention)}" in capsys.readouterr().out
+
+
+def test_files_that_are_not_there_say_so(recipe, tmp_path, capsys):
+    """Of a recipe, and of a tokenizer without one: no word of formats, and what to do."""
+    assert train_gpt.main(["RECIPE=none.env"], {}) == 2
+    assert capsys.readouterr().err == (
+        "error: the settings have problems:\n  RECIPE=none.env cannot be read: No such file or directory\n"
+    )
+    with pytest.raises(train_gpt.UserError, match=r"no such file\. Set RECIPE, or make it"):
+        train_gpt.load_byte_table(str(tmp_path / "none.model"), 1024)
+
+
+def test_a_parameter_without_a_group_is_named():
+    model = torch.nn.Module()
+    model.head_gain = torch.nn.Parameter(torch.ones(3))
+    for work in (train_gpt.group_parameters, train_gpt.count_parameters):
+        with pytest.raises(
+            train_gpt.UserError, match="parameter head_gain is in no group: add it to PARAM_GR"
+        ):
+            work(model)
+    assert not train_gpt.is_coded("factors.qo_bank") and train_gpt.is_coded("qo_bank")
