@@ -1,6 +1,6 @@
 """Compare the demo recipe with plain transformers, or ablate its features one by one ("levers").
 
-    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, five seeds, 45 min on 2 cores
+    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 min on 2 cores
     python tests/benchmarks/trainer.py --quick                      five seconds of training per arm, one seed
     python tests/benchmarks/trainer.py --levers --out runs/levers   every lever separately, three seeds, hours
     python tests/benchmarks/trainer.py --levers --only frontier     those of #1855 and of modded-nanogpt alone
@@ -60,7 +60,6 @@ PLAIN = {
     "XSA_LAST_N": "0",
     "SMEAR_GATE": "0",
     "BIGRAM_VOCAB_SIZE": "0",
-    "BIGRAM_SIGNS": "0",
     "VE_ENABLED": "0",
     "UNET_SKIPS": "0",
     "RESID_MIX": "0",
@@ -69,11 +68,8 @@ PLAIN = {
     "QK_GAIN_INIT": "1",
     "MLP_LEAKY_SLOPE": "0",
     "LOGIT_SOFTCAP": "0",
-    "KEY_OFFSET": "0",
-    "EMA_EXPORT_SHARE": "1",
 }
-DEMO_SEEDS = (21, 22, 23, 24, 25)  # fixed in advance, used for nothing else
-SEEDS = (1337, 42, 2025)  # of the levers; the recipe was tuned on other seeds
+SEEDS = (1337, 42, 2025)  # fixed in advance; the recipe was tuned on other seeds
 
 SWA = {"SWA_ENABLED": "1", "SWA_EVERY": "5", "SWA_THRESHOLD": "0.2"}
 LEVERS = {  # name -> changes to the recipe; first features that it lacks, then features that it has
@@ -102,15 +98,15 @@ LEVERS = {  # name -> changes to the recipe; first features that it lacks, then 
     "swa": {"EMA_ENABLED": "0", **SWA},
     "late_qat": {"LATE_QAT": "1", "LATE_QAT_THRESHOLD": "0.15"},
     "prune": {"PRUNE_FRAC": "0.03"},
-    "no_average": {"EMA_ENABLED": "0", "EMA_EXPORT_SHARE": "1"},
+    "no_average": {"EMA_ENABLED": "0"},
     "no_xsa": {"XSA_LAST_N": "0"},
     "no_smear": {"SMEAR_GATE": "0"},
-    "no_bigram": {"BIGRAM_VOCAB_SIZE": "0", "BIGRAM_SIGNS": "0"},
+    "no_bigram": {"BIGRAM_VOCAB_SIZE": "0"},
     "no_ve": {"VE_ENABLED": "0"},
     "no_skips": {"UNET_SKIPS": "0"},
     "no_resid_mix": {"RESID_MIX": "0"},
     "no_ln_scale": {"LN_SCALE": "0"},
-    "full_rotary": {"ROPE_DIMS": "0", "KEY_OFFSET": "0"},
+    "full_rotary": {"ROPE_DIMS": "0"},
     "no_softcap": {"LOGIT_SOFTCAP": "0"},
     "qk_gain_1": {"QK_GAIN_INIT": "1"},
     "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # LR of the tied matrix
@@ -122,12 +118,12 @@ FRONTIER = {  # of #1855 and of modded-nanogpt, at the published values where th
     "cautious_wd": {"MUON_CAUTIOUS_WD": "1"},
     "ema_nesterov_3": {"EMA_NESTEROV_BETA": "0.3"},
     "ema_nesterov_6": {"EMA_NESTEROV_BETA": "0.6"},
-    "no_tail_readout": {"EMA_EXPORT_SHARE": "1"},
+    "tail_readout": {"EMA_EXPORT_SHARE": "0.6"},
     "prefix_loss": {"PREFIX_LOSS_WEIGHT": "0.25"},
     "mtp_one_head": {"MTP_WEIGHTS": "0.5,0.25"},
-    "no_key_offset": {"KEY_OFFSET": "0"},
+    "key_offset": {"KEY_OFFSET": "16"},
     "xsa_learned": {"XSA_LEARNED": "1"},
-    "no_bigram_signs": {"BIGRAM_SIGNS": "0"},
+    "bigram_signs": {"BIGRAM_SIGNS": "1"},
     "attn_gate": {"ATTN_GATE": "12"},
     "smear_by_token": {"SMEAR_INPUTS": "12"},
     "two_lanes": {"PARALLEL_START_LAYER": "2"},
@@ -223,7 +219,7 @@ def run_arm(
 
 def compare_with_plain(quick: bool, out: Path) -> None:
     """Run the three arms, each for MAX_WALLCLOCK_SECONDS."""
-    seeds, extra = (DEMO_SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if quick else (DEMO_SEEDS, {})
+    seeds, extra = (SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if quick else (SEEDS, {})
     arms, results = make_arms(), {}
     for turn, seed in enumerate(seeds):
         for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:  # alternating order cancels drift
