@@ -61,13 +61,13 @@ def parsed(pattern: str) -> Case:
 
 CASES = (  # the first whose pattern matches
     Case(r".*make (demo|test|rehearse)", ".venv/bin/python "),  # what it would run; CI runs it
-    Case(r"RECIPE=\S+pr1019.env (SEED=1 RUN_ID=A )?torchrun .*train_gpt.py", "27067484",
-         more="--describe", swap={"packed/": ""}),  # no small model
+    Case(r"(RECIPE=\S+pr1019.env|SEED=1 RUN_ID=A) torchrun .*train_gpt.py", "27067484", more="--describe",
+         settings=dict(RECIPE="records/recipes/pr1019.env"), swap={"packed/": ""}),  # no small model
     parsed(r"RECIPE=\S+ torchrun .*gpu_minutes.py.*"),  # 40 s with two processes: test_gpu_minutes.py
     Case(r"RUN_ID=\S+ .*torchrun .*train_gpt.py", "RESULT {", settings=SHORT),
     Case(r"DATA_PATH=\S+ .*python train_gpt.py", "RESULT {", settings=SHORT,
          swap={"data/mine": "data/demo", "demo.env": "smoke.env"}),
-    Case(r".*python train_gpt.py .*--(help|describe)", "model"),
+    Case(r".*python train_gpt.py .*--(help|describe)", "model", swap={"HEAD_GAIN=1 ": ""}),  # of an idea
     Case(r".*python (packed/)?eval_ttt.py --audit", "NOT CERTIFIED, too little was audited", 1,
          settings=ADAPT | {"AUDIT_TOKENS": "40"}, swap={"demo.env": "smoke.env", "packed/": ""}),
     Case(r".*python eval_ttt.py --sample.*", "sample:1 adapted: ",
@@ -102,7 +102,7 @@ CASES = (  # the first whose pattern matches
          swap={"demo.env": "smoke.env"}),
     Case(r".*python records/sweep.py run .*", "trials.csv", more=f"--trials 1 {STAND_IN_RUNS}"),
     Case(r"python records/sweep.py compare .*", "paired t-test", more=f"--seeds 1,2 {STAND_IN_RUNS}",
-         swap={"records/recipes/": ""}),
+         swap={f"records/recipes/{name}.env": f"{name}.env" for name in "AB"}),
     Case(r".*python records/sweep.py one .*", "verdict=keep", more=STAND_IN_RUNS),
     Case(r"python tests/benchmarks/gpu_minutes.py --prepare .*", "stage",
          more="--wheels wheels --tokens 2000 --tuning 1", swap={"--val TEXT": "--val val.jsonl"}),
@@ -166,7 +166,7 @@ def readers_files(checkout, demo_data) -> None:
     (checkout / "DIR").symlink_to(demo_data)
     for name in ("FILE", "fineweb_1024_bpe.model"):
         (checkout / name).symlink_to(demo_data / "tokenizer.model")
-    for name, rate in (("A", 0.03), ("B", 0.04)):
+    for name, rate in (("A", 0.03), ("B", 0.04), ("gain", 0.05)):
         (checkout / f"{name}.env").write_text((ROOT / SMOKE).read_text() + f"MATRIX_LR={rate}\n")
     report = dict(rehearsal=True, calls=[dict(date="2027-01-01 10:00", seconds=9, used_seconds=8)],
                   parts=dict(probe=entry(gpu="a card", matmul_tflops=711.0)))  # fmt: skip
