@@ -127,6 +127,7 @@ def quantizing(p: Pages) -> None:
                 if row["arm"] == "late_qat")["equal_steps"]["mean"]
     curve = sorted(gpu["quantization"]["curve"], key=lambda point: point["bytes"])
     gaps, sizes = [point["gap_bpb"] for point in curve], [point["bytes"] / 1e6 for point in curve]
+    page.says("Measured on two models of {} M parameters", demo(p, "levers")[0]["model_params"] / 1e6)
     page.says("at {} times the quantization time",
               seconds["quantize trellis"] / seconds["quantize two-sided"])
     page.says("it gained nothing so far: {} bpb", abs(late))

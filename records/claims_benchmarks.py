@@ -42,7 +42,8 @@ def levers(p: Pages) -> None:
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in sorted(kept["runs"], key=lambda run: run["seed"]):
         runs.setdefault((run["arm"], run["steps"]), []).append(run)
-    noise, times, cells, p_values = kept["timing"]["noise"], kept["timing"]["ms"], {}, {}
+    timing, cells, p_values = kept["timing"], {}, {}
+    noise, times = timing["noise"], timing["ms"]
 
     def scores(arm: str, steps: int) -> list[Cell]:
         columns = ([run[f"val_bpb_{name}"] for run in runs[arm, steps]] for name in ("roundtrip", "sliding"))
@@ -62,6 +63,8 @@ def levers(p: Pages) -> None:
     deep = {name: row for name, row in cells.items() if name.startswith("depth")}
     page.shows(0, {name: row for name, row in cells.items() if name not in deep})
     page.shows(1, {"recipe": cells["recipe"], **deep})
+    page.says("trained for {} steps, and for as", timing["run_steps"])
+    page.says("the median over {} rounds of the mean of {} steps", timing["rounds"], timing["steps_a_round"])
     page.says("which differ by {}%", 100 * noise)
     page.says("ends {} behind none at all", -cells["no_average"][5][0])
     page.says("Of {} arms at equal steps {} have p < 0.05 (t, n = 3) and {} after Bonferroni", len(p_values),
@@ -152,6 +155,7 @@ def coders(p: Pages) -> None:
     rows = [{row["coder"] + f" {row.get('level', '')}".rstrip(): row for row in text["results"]
              if not {"threads", "pool"} & set(row)} for text in texts]
     size = {name: [found[name]["bytes"] for found in rows] for name in rows[0]}
+    page.says("{} M Gaussian codes, bytes | CPU s | {} M codes", *(text["codes"] / 1e6 for text in texts[:2]))
     seconds, decode = ({name: row[key] for name, row in rows[0].items()}
                        for key in ("cpu_seconds", "decode_cpu_seconds"))
     page.shows(0, {"lzma, preset 9 extreme" if name == "lzma" else name: [first, seconds[name], *others]
@@ -212,6 +216,9 @@ def slots(p: Pages) -> None:
             cells.setdefault(name, []).extend([[mean(by_seed.values()), stdev(by_seed.values())], spread])
     page.shows(0, cells)
     page.shows(1, tuning_of_slots(p), keys=6)
+    count = {(row["text"], row["documents"]): row["n_documents"] for row in p.json(SLOTS)["rows"]}
+    page.says("The demo's {} documents include the {} that ...; weblab's {} do not.", count["demo", "report"],
+              count["demo", "tune"], count["weblab", "report"])
     seeds = (1337, 2001)
     running, live = (before(p, "demo", order, seeds=seeds) for order in ("batches, file order", "slots"))
     weighted = before(p, "demo", "batches, file order", "A", seeds)

@@ -84,6 +84,8 @@ def hopper(p: Pages) -> None:
         "optimizer's memory": [gb["optimizer"], None, gb["optimizer"] / 4.4],
         "one after the other": [sum(flops.values()), None,
                                 [total, 100 * sum(flops.values()) / total / 989e9, 989]]})
+    params = parts(p)["train"]["model_params"]
+    page.says("`pr1019`: {} M parameters, {} layers", params / 1e6, counted["layers"])
     page.says("in place of 4.4 the same sum is {} ms", total + memory * (1 / 2.9 - 1 / 4.4))
     passes, size = counted["kinds"], gigabytes(counted)
     page.shows(1, {
@@ -93,6 +95,7 @@ def hopper(p: Pages) -> None:
         "matrix products of a micro-batch": [fused(counted, "kernels", "product")],
         "passes of theirs": [fused(counted, kind="product")], "other kernels": [fused(counted, "kernels")],
         "of these small, below a tenth of a pass": [fused(counted, "small")]})
+    page.says("which is a guess; {} are counted below", fused(counted) / 11)
     products, attention, _ = predicted_steps(p)["pr1019"]
     h200, h100 = (products + attention + 2 + size / rate for rate in (4.4, 2.9))
     page.says("at {} ms of products, {} of attention, {} of the rest", products, attention, size / 4.4)
