@@ -207,6 +207,11 @@ def h100(p: Pages) -> None:
                    for row in gpu["adapt"]["gain_by_position"]})
     page.says("; " + " and ".join(f"{{}} minutes ({call['date']})" for call in kept["calls"]),
               *(call["used_seconds"] / 60 for call in kept["calls"]))
+    tails = [line[:160] for part in kept["parts"].values() for line in part.get("log_tail", [])]
+    for quoted in re.finditer(r"(?m)^  > (.*)", page.text):
+        page.spans.append(quoted.span())
+        same = quoted[1] in tails
+        page.add("line of a log", quoted[1], "the same" if same else "in no log", same)
     for name, part in kept["parts"].items():
         why = f", {part['why']}" if "why" in part else ""
         page.says(f"- **{name}** ({part['title'].rstrip('.')}): {part['state']}{why}, {{}} s",

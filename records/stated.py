@@ -34,7 +34,7 @@ def agrees(stated: str, derived: float) -> bool:
     digits, _, exponent = stated.replace(",", "").partition("e")
     scale = 10.0 ** int(exponent or 0)
     unit = scale * 10.0 ** -len(digits.partition(".")[2])
-    return abs(float(digits) * scale - derived) <= 0.5 * unit * (1 + 1e-6)
+    return abs(float(digits) * scale - derived) <= 0.5 * unit * (1 + 1e-6) + 1e-14 * abs(derived)
 
 
 def shown(values: Iterable[float]) -> str:
