@@ -78,7 +78,7 @@ def test_a_change_is_named(name, tmp_path):
 def test_the_command_fails(tmp_path, capsys, monkeypatch):
     root = altered(tmp_path, "README.md", lambda text: text.replace("1.3828 sliding", "1.3829 sliding"))
     monkeypatch.setattr(sys, "argv", ["claims.py"])
-    monkeypatch.setattr(claims, "__file__", str(root / "records/claims.py"))
+    monkeypatch.setattr(claims, "__file__", str(root / "records/claims/claims.py"))
     monkeypatch.setattr(Path, "resolve", lambda path: path)  # links lead to the real pages
     assert claims.main() == 1
     assert re.search(r"1\.3829.* 1\.3828\d.*DIFFERS", capsys.readouterr().out)

@@ -83,7 +83,7 @@ CASES = (  # the first whose pattern matches
     Case(r"python data/download.py .*", "bytes downloaded", more="--out downloads", swap={"COMMIT": "main"}),
     Case(r"python records/pack.py --out packed", "CODE_BYTES="),
     Case(r"python records/launch.py plan .*", "total: "),
-    Case(r"python records/claims.py", "claims, 0 of them differ"),
+    Case(r"python records/claims/claims.py", "claims, 0 of them differ"),
     Case(r"python records/check.py runs/.*", "0 faults"),
     Case(r"python records/check.py .*", "bpb better than OTHER_FOLDER", 1, swap={"TRACK/FOLDER": RECORD}),
     Case(r"python records/submit.py --table", "records/README.md", more="--out records"),

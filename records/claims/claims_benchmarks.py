@@ -82,11 +82,15 @@ def curves(p: Pages, model: str) -> dict[str, list[dict[str, float]]]:
     return p.json(QUANTIZATION)["points"][model]["curves"]
 
 
+def is_published(pipeline: str) -> bool:
+    return not re.search("two-sided|our layout|clip search|late QAT", pipeline)
+
+
 def shares(p: Pages, model: str) -> dict[str, dict[float, tuple[float, float]]]:
     """Return bytes and their share of the best published pipeline's, by pipeline and gap."""
     late = curves(p, "demo, 700 steps, late QAT") if model == MODELS[1] else {}
     every = curves(p, model) | {f"late QAT, {name}": curve for name, curve in late.items()}
-    published = [name for name in every if not re.search("two-sided|our layout|late QAT", name)]
+    published = [name for name in every if is_published(name)]
     found: dict[str, dict[float, tuple[float, float]]] = {name: {} for name in every}
     for gap in (0.001, 0.002, 0.003, 0.004, 0.006):
         at = {name: bytes_at(curve, gap) for name, curve in every.items()}
