@@ -4975,8 +4975,8 @@ class Progress:
         if self.asked == DATA_FAILED:
             raise self.failure or UserError(f"step {step}: another process could not read its data")
         if self.asked:
-            lost = "" if saved else ", WITHOUT a checkpoint of it"
-            self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}{lost}")
+            then = ". RESUME=auto goes on from there" if saved else ", WITHOUT a checkpoint of it"
+            self.run.log.line(f"stopped: {signal.Signals(self.asked).name} after step:{step}{then}")
             raise Stopped(self.asked)
 
     @contextmanager
