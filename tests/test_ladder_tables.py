@@ -103,6 +103,8 @@ def test_page_has_every_comparison(kept):
         assert line in text
     row = next(line for line in text.splitlines() if "deployed - control, no factors" in line)
     assert "-0.0100 ± 0.0000" in row  # arms are in the order plain, longer, control, deployed
+    by_plan = next(line.split("|") for line in text.splitlines() if "pr1019 |" in line and " 89 |" in line)
+    assert [cell.strip() for cell in by_plan[3:6]] == ["276", "882", "825"]  # as plan prints it
     tables.plot(kept / "plot.png")
     assert (kept / "plot.png").stat().st_size > 10_000
 

@@ -14,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from scipy import stats
 from tabulate import tabulate
 
 sys.path.append(str(ladder.ROOT / "records"))
+import plan
 from report import figure_style
 
 HERE = Path(__file__).resolve().parent
@@ -131,6 +133,18 @@ def by_position(kept: Sequence[Kept], form: str) -> np.ndarray:
     return (before - after) / np.maximum(kept[0]["targets_by_position"], 1)
 
 
+def gpu_table() -> str:
+    """Seconds of one evaluation of the challenge's text, by records/plan.py from one measured GPU."""
+    rows = []
+    for recipe in FULL_SIZE:
+        case = plan.make_case(plan.parse([str(ladder.ROOT / f"records/recipes/{recipe}.env")]), {})
+        cases = [case._replace(config=replace(case.config, ttt_mode=mode))
+                 for mode in ("all", "doc_lora", "doc_banks")]  # fmt: skip
+        adapted = [sum(part.seconds for part in plan.evaluation_parts(each)[:2]) for each in cases]
+        rows.append([recipe, f"{plan.sliding(case).seconds:.0f}", *(f"{seconds:.0f}" for seconds in adapted)])
+    return table(rows, ("recipe", "sliding, not adapted", *FORMS))
+
+
 def position_table(rungs: Mapping[str, list[Kept]]) -> str:
     names = [f"{low} to {high - 1}" for low, high in pairwise(POSITIONS)]
     rows = [[name, *(f"{value:.3f}" for value in by_position(kept, "slots"))] for name, kept in rungs.items()]
@@ -227,6 +241,7 @@ def make_report() -> str:
         "Gains on text of the training mixture": gains_table(mixture, FORMS),
         "Mixtures of the adapted and the unadapted prediction": gains_table(report, mixed),
         "CPU milliseconds a target": seconds_table(report),
+        "Seconds of the challenge's text on eight H100, estimated from one": gpu_table(),
         "Gain of slots by position, nats a target": position_table(report),
         "Best test-time rate, and how many were tried": rates_table(report),
         "Meta-learning on the report text": meta_table("report"),
