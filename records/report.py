@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,11 +141,30 @@ def distribution_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def figure_style() -> AbstractContextManager[None]:
-    """Return the context in which figures are drawn, whatever style the process had before."""
-    from matplotlib import style
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Return the context in which figures are drawn, whatever style the process had before.
 
-    return style.context(["default", STYLE])
+    Logarithmic axes get plain labels inside it: matplotlib's own are math text, which STYLE switches off.
+    """
+    from matplotlib import scale, style, ticker
+
+    class PlainFormatter(ticker.LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # which ticks have a label is matplotlib's
+
+    class PlainLogScale(scale.LogScale):
+        def set_default_locators_and_formatters(self, axis: Any) -> None:
+            super().set_default_locators_and_formatters(axis)
+            axis.set_major_formatter(PlainFormatter(self.base))
+            axis.set_minor_formatter(PlainFormatter(self.base, labelOnlyBase=self.subs is not None))
+
+    with style.context(["default", STYLE]):
+        scale.register_scale(PlainLogScale)
+        try:
+            yield
+        finally:
+            scale.register_scale(scale.LogScale)
 
 
 def plot_distribution(path: Path, before: np.ndarray, after: np.ndarray, report: Mapping[str, Any]) -> None:

@@ -566,6 +566,10 @@ def test_slices_and_heatmap_show_the_trials(place):
         assert len(drawn["."]) == 10 and drawn["*"] == [min(drawn["o"], key=lambda point: point[1])]
         assert place.get_xlabel().startswith(f"{name}\n") and len(place.get_xlabel()) > len(name) + 5
     assert "bits per byte" in figure.axes[0].get_ylabel()
+    figure.canvas.draw()
+    texts = [label.get_text() for place in figure.axes for axis in (place.xaxis, place.yaxis)
+             for label in axis.get_ticklabels(which="both")]  # fmt: skip
+    assert {"0.01", "0.1", "0.5"} <= set(texts) and not [text for text in texts if "math" in text]
     space = sweep.read_space(None, ["MATRIX_LR=0.01,0.02", "NUM_LAYERS=3,4,5"], dict(seeds=[1]))
     figure = sweep.draw_heatmap(space, finished_study(space, 6).trials, "title")
     assert [text.get_text() for text in figure.axes[0].texts] == ["2.0100", "2.0200"] * 3
