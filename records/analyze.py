@@ -8,11 +8,11 @@
 The first prints a table of finished runs and one of their evaluations, and plots the curves by steps, seconds
 or tokens. --html writes one page instead, readable offline: curves, scores, loss by position and class,
 documents with their text, samples (samples*.txt in the run folder) and settings that differ. `nll` compares
-the losses of the same targets from two evaluations: runs/ID is the last legal one, runs/ID/eval/MODE a named
-one. TTT_EPOCHS=0 scores the same windows without adaptation. `weights` compares two checkpoints. --null is a
-repeat of A with the same settings and the same or another seed; each number then stands beside the one for A
-and the repeat. Plots and their JSON (of nll and weights also text) go to the first folder or to --out.
-Exit codes: 0 done, 2 user error.
+the losses of the same targets from two evaluations: runs/ID is the last legal one of the run's artifact,
+runs/ID/eval/MODE a named one. TTT_EPOCHS=0 scores the same windows without adaptation. `weights` compares two
+checkpoints. --null is a repeat of A with the same settings and the same or another seed; each number then
+stands beside the one for A and the repeat. Plots and their JSON (of nll and weights also text) go to the
+first folder or to --out. Exit codes: 0 done, 2 user error.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ AXES = {  # --by: label of the x axis
     "seconds": "training time on the contest clock, s",
     "tokens": "training tokens, millions",
 }
-LAST_LEGAL = "the last legal evaluation of the run"
+LAST_LEGAL = "the last legal evaluation of the run's artifact"
+OTHER_WEIGHTS = "MODE of FILE: FILE is not the run's artifact (other SHA-256), so no score of the run"
+MODES_DIFFER = "adapted in different modes: these scores differ by more than the models"
 SKIPPED = 0.1  # of a run: what comes before does not set the range of the y axis
 LABELED = 4  # with more runs, the plot leaves the values of the scores to the table
 NAME_LENGTH = 28  # characters of a run's name in legends and heads of tables
@@ -115,6 +117,7 @@ FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)  # of the line from A to the o
 STEPS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # multiples of the evaluator's step
 CURVATURE_ROWS = 8  # sequences for the Hessian, the first of the sample
 BATCH_TOKENS = 2048  # per batch: second derivatives keep every attention matrix
+TENSORS_TOLD = 4  # of two models of different shapes, in the error message
 LANCZOS, PROBES = 24, 16  # Hessian-vector products for the eigenvalues and for the trace
 SHOWN = (2, 4, 8, 16, LANCZOS)  # reported Lanczos steps
 
@@ -127,17 +130,32 @@ Table = dict[str, dict[str, Estimate]]  # row -> column -> number
 
 
 class Evaluation(NamedTuple):
-    """A finished evaluation of an artifact: its mode, its folder, and the content of eval_ttt.json."""
+    """A finished evaluation: its mode, its folder, and the content of eval_ttt.json.
+
+    `other` names what was scored, if that is not the artifact of the run.
+    """
 
     mode: str
     folder: Path
     scores: dict[str, Any]
+    other: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the mode, and what was scored if that is not the artifact of the run."""
+        return escape(f"{self.mode} of {self.other}" if self.other else self.mode)
+
+    @property
+    def counts(self) -> bool:
+        """Return whether its score is one of the run: legal, and of the run's artifact."""
+        return self.scores.get("legal") is not False and not self.other
 
 
 class Run(NamedTuple):
     """A finished run: result.json (with the adapted score of `legal`), metrics.jsonl, settings, evaluations.
 
-    `given` has the settings that recipe and environment gave. `legal` is the last legal evaluation, or None.
+    `given` has the settings that recipe and environment gave. `legal` is the last legal evaluation of the
+    artifact, or None.
     """
 
     folder: Path
@@ -159,28 +177,41 @@ def checked(content: dict[str, Any], form: Mapping[str, Any], path: Path) -> dic
     return {key: value for key, value in content.items() if value is not None or f"{key}?" not in form}
 
 
-def read_evaluation(folder: Path, mode: str = "") -> Evaluation:
-    """Read eval_ttt.json in `folder`; without `mode`, its settings name the mode. ValueError if it is bad."""
-    path = folder / "eval_ttt.json"
+def run_of(evaluation: Path) -> Path:
+    """Return the folder of the run that an evaluation's folder belongs to."""
+    return evaluation.parent.parent if evaluation.parent.name == "eval" else evaluation
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read eval_ttt.json in `folder`: eval/MODE or a run folder. ValueError if it is bad."""
+    path, run = folder / "eval_ttt.json", run_of(folder)
     scores = dict(settings={}, sha256_shards={}) | checked(read_object(path, *ADAPTED), EVALUATION, path)
-    return Evaluation(mode or str(scores["settings"].get("ttt_mode", "?")), folder, scores)
+    mode = str(scores["settings"].get("ttt_mode", "?")) if folder == run else folder.name
+    result = read_object(run / "result.json") if (run / "result.json").exists() else {}
+    hashes = {each["sha256_artifact"] for each in (result, scores) if "sha256_artifact" in each}
+    kind = "unquantized" if scores.get("weights") == "float" else "another" if len(hashes) > 1 else ""
+    name = Path(str(scores["settings"].get("model_path") or "final_model.int6.ptz")).name
+    return Evaluation(mode, folder, scores, f"{kind} {name}" if kind else "")
 
 
 def read_evaluations(run: Path) -> tuple[list[Evaluation], Evaluation | None]:
-    """Return all evaluations of a run, and the last legal one.
+    """Return all evaluations of a run, and the last legal one of its artifact.
 
     They are in eval/MODE; eval_ttt.json in the run folder is a copy of the last legal one, or, in runs of
-    earlier versions, the only one, whether legal or not.
+    earlier versions, the only one, whether legal or not. If that is of other weights, the newest file among
+    the legal evaluations of the artifact counts.
     """
-    paths = sorted(run.glob("eval/*/eval_ttt.json"))
-    found = [read_evaluation(path.parent, path.parent.name) for path in paths]
+    found = [read_evaluation(path.parent) for path in sorted(run.glob("eval/*/eval_ttt.json"))]
     if not (run / "eval_ttt.json").exists():
         return found, None
     last, identity = read_evaluation(run), ("sha256_nll", "settings", "eval_seconds", "val_bpb_ttt")
-    for each in found:
-        if all(each.scores.get(key) == last.scores.get(key) for key in identity):
-            return found, each
-    return [last, *found], last if last.scores.get("legal") is not False else None
+    same = [each for each in found if all(each.scores.get(k) == last.scores.get(k) for k in identity)]
+    found, last = (found, same[0]) if same else ([last, *found], last)
+    if not last.other:
+        return found, last if last.counts else None
+    counted = [each for each in found if each.counts]
+    age = {each.folder: (each.folder / "eval_ttt.json").stat().st_mtime_ns for each in counted}
+    return found, max(counted, key=lambda each: age[each.folder], default=None)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -332,12 +363,44 @@ def write_report(given: argparse.Namespace, text: str, report: Any, figure: Figu
 
 
 def run_rows(runs: Mapping[str, Run]) -> list[list[str]]:
-    """Return the rows of the table of runs, one per number that any of them has: label, then run by run."""
+    """Return the rows of the table of runs, one per number that any of them has: label, then run by run.
+
+    The adapted score stands behind its mode.
+    """
+
+    def cell(run: Run, key: str, form: str) -> str:
+        mode = f"{run.legal.name} " if key == "val_bpb_ttt" and run.legal else ""
+        return mode + form.format(run.result[key]) if key in run.result else "-"
+
     return [
-        [label, *(form.format(run.result[key]) if key in run.result else "-" for run in runs.values())]
+        [label, *(cell(run, key, form) for run in runs.values())]
         for key, label, form in ROWS
         if any(key in run.result for run in runs.values())
     ]
+
+
+def modes_of(runs: Mapping[str, Run]) -> dict[str, str]:
+    """Return the mode of each run's adapted score, of runs that have one."""
+    return {name: run.legal.name for name, run in runs.items() if run.legal}
+
+
+def modes_differ(runs: Mapping[str, Run]) -> bool:
+    """Return whether the adapted scores are of different modes."""
+    return len(set(modes_of(runs).values())) > 1
+
+
+def labels_of(runs: Mapping[str, Run]) -> list[str]:
+    """Return the names of the runs; where modes differ, with the mode of the adapted score."""
+    modes = modes_of(runs) if modes_differ(runs) else {}
+    return [f"{name} ({modes[name]})" if name in modes else name for name in runs]
+
+
+def score_notes(runs: Mapping[str, Run]) -> list[str]:
+    """Return what must be known to compare the scores: the star, other weights, different modes."""
+    starred = any(len(run.evaluations) > 1 and run.legal for run in runs.values())
+    others = any(each.other for run in runs.values() for each in run.evaluations)
+    notes = {f"*: {LAST_LEGAL}": starred, OTHER_WEIGHTS: others, MODES_DIFFER: modes_differ(runs)}
+    return [note for note, applies in notes.items() if applies]
 
 
 def mode_cells(run: Run, evaluation: Evaluation) -> list[str]:
@@ -347,7 +410,7 @@ def mode_cells(run: Run, evaluation: Evaluation) -> list[str]:
     numbers = [form.format(scores[key]) if key in scores else "-" for key, _, form in MODE_ROWS]
     legal = {"True": "yes", "False": "no"}.get(str(scores.get("legal")), "-")
     audited = ("yes" if scores["audit"] else "no") if "audit" in scores else "-"
-    return [escape(evaluation.mode) + star, *numbers, legal, audited]
+    return [evaluation.name + star, *numbers, legal, audited]
 
 
 def mode_rows(runs: Mapping[str, Run]) -> tuple[list[str], list[list[str]]]:
@@ -368,8 +431,8 @@ def print_tables(runs: Mapping[str, Run]) -> None:
                 "\nbits per byte of each evaluation:\n" + plain_table(rows, head, len(head) - MODE_CELLS)
             )
         )
-    if any(len(run.evaluations) > 1 and run.legal for run in runs.values()):
-        print(f"* {LAST_LEGAL}")
+    if notes := score_notes(runs):
+        print(escape_lines("\n".join(["", *notes])))
 
 
 def smoothed(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -407,7 +470,9 @@ def apart(values: Sequence[float], gap: float) -> list[float]:
 
 def draw_scores(axis: Axes, runs: Mapping[str, Run]) -> None:
     """Plot the scores of the artifacts, one marker per run, with their values if the runs are few."""
-    keys = {"val_bpb_roundtrip": "non-\noverlapping", "val_bpb_sliding": "sliding", "val_bpb_ttt": "adapted"}
+    modes = modes_of(runs)
+    adapted = "\n".join(["adapted", *dict.fromkeys(modes.values())])
+    keys = {"val_bpb_roundtrip": "non-\noverlapping", "val_bpb_sliding": "sliding", "val_bpb_ttt": adapted}
     low, high = axis.get_ylim()
     for x, key in enumerate(keys):
         found = {color: run.result[key] for color, run in enumerate(runs.values()) if key in run.result}
@@ -456,7 +521,9 @@ def draw_curves(runs: Mapping[str, Run], by: str) -> Figure:
             Line2D([], [], color=f"C{number}", marker="o", markersize=4) for number in range(len(runs))
         ]
         note = f"y axes: the range of what comes after the first {SKIPPED:.0%} of each run"
-        figure.legend(handles, list(runs), loc="outside lower center", ncols=min(4, len(runs)), title=note)
+        note = f"{MODES_DIFFER}\n{note}" if modes_differ(runs) else note
+        labels = labels_of(runs)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), title=note)
     return figure
 
 
@@ -470,7 +537,9 @@ def curves(given: argparse.Namespace) -> None:
     else:
         path = given.out or given.runs[0] / "curve.png"
         save_plot(draw_curves(runs, given.by), path)
-        report = {str(run.folder): dict(result=run.result, metrics=run.metrics) for run in runs.values()}
+        modes = modes_of(runs)
+        report = {str(run.folder): dict(result=run.result, ttt_mode=modes.get(name), metrics=run.metrics)
+                  for name, run in runs.items()}  # fmt: skip
         write_file(path.with_suffix(".json"), json.dumps(report, indent=1).encode())
         written = f"curve: {path}"
     print_tables(runs)
@@ -508,9 +577,10 @@ def draw_gain(folders: Mapping[str, Path]) -> Figure:
 def shown_evaluations(runs: Mapping[str, Run]) -> dict[str, tuple[Run, Evaluation]]:
     """Return what a page compares: all evaluations of one run, or the last legal one of each run."""
     if len(runs) > 1:
-        return {name: (run, run.legal) for name, run in runs.items() if run.legal}
+        labeled = zip(labels_of(runs), runs.values(), strict=True)
+        return {label: (run, run.legal) for label, run in labeled if run.legal}
     (run,) = runs.values()
-    return {each.mode: (run, each) for each in run.evaluations}
+    return {each.name: (run, each) for each in run.evaluations}
 
 
 def document_texts(
@@ -559,7 +629,7 @@ def score_section(runs: Mapping[str, Run]) -> page.Section:
     tables = [page.Table(["", *runs], page.plain_cells(run_rows(runs)))]
     head, rows = mode_rows(runs)
     if rows:
-        caption = f"evaluations, bits per byte; *: {LAST_LEGAL}"
+        caption = "; ".join(["evaluations, bits per byte", *score_notes(runs)])
         tables.append(
             page.Table(head, page.plain_cells(rows), range(len(head) - MODE_CELLS), caption=caption)
         )
@@ -580,7 +650,8 @@ def html_page(runs: Mapping[str, Run], given: argparse.Namespace) -> bytes:
         sections.append(page.class_section(classed, page.data_uri(draw_gain(classed))))
     sections += document_sections(shown, given)
     sections.append(page.sample_section({name: run.folder for name, run in runs.items()}))
-    settings = {name: run.config for name, run in runs.items()} if len(runs) > 1 else {}
+    settings = {label: run.config for label, run in zip(labels_of(runs), runs.values(), strict=True)}
+    settings = settings if len(runs) > 1 else {}
     for label, (run, evaluation) in shown.items():
         settings[label] = run.config | evaluation.scores["settings"]
     if len(settings) > 1:
@@ -598,7 +669,7 @@ def html_page(runs: Mapping[str, Run], given: argparse.Namespace) -> bytes:
 def nll_file(path: Path) -> Path:
     """Return the nll.npy of `path`: itself, in eval/MODE of a run, or of a run's last legal evaluation.
 
-    ValueError if the run has only evaluations that are not legal.
+    ValueError if the run has no legal evaluation of its artifact.
     """
     if not path.is_dir():
         return path
@@ -606,19 +677,30 @@ def nll_file(path: Path) -> Path:
         evaluations, legal = read_evaluations(path)
         if not legal:
             names = ", ".join(str(each.folder) for each in evaluations)
-            raise ValueError(f"{path} has no legal evaluation. Name one of {names}.")
+            raise ValueError(f"{path} has no legal evaluation of its artifact. Name one of {names}.")
         path = legal.folder
     return path / "nll.npy"
 
 
-def run_of(evaluation: Path) -> Path:
-    """Return the folder of the run that an evaluation's folder belongs to."""
-    return evaluation.parent.parent if evaluation.parent.name == "eval" else evaluation
+def evaluation_of(losses: Path) -> Evaluation | None:
+    """Return the evaluation that an nll.npy is of, if its eval_ttt.json stands beside it."""
+    return read_evaluation(losses.parent) if (losses.parent / "eval_ttt.json").exists() else None
 
 
-def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
+def require_same_text(paths: Sequence[Path], evaluations: Sequence[Evaluation | None]) -> None:
+    """Raise ValueError if the two evaluations of `paths` (nll.npy) name different shards."""
+    texts = [each.scores["sha256_shards"] for each in evaluations if each]
+    if len(texts) == 2 and all(texts) and sorted(texts[0].values()) != sorted(texts[1].values()):
+        names = (", ".join(f"{name} (SHA-256 {sha[:12]}..)" for name, sha in text.items()) for text in texts)
+        told = " and ".join(f"{path} scored {name}" for path, name in zip(paths, names, strict=True))
+        raise ValueError(f"the two evaluations are of different texts: {told}")
+
+
+def read_losses(
+    paths: Sequence[Path], evaluations: Sequence[Evaluation | None], given: argparse.Namespace
+) -> tuple[list[np.ndarray], np.ndarray, tg.ByteTable]:
     """Return the two nll arrays, (targets,), and their text. ValueError if the three do not match."""
-    paths = [nll_file(path) for path in (given.a, given.b)]
+    require_same_text(paths, evaluations)
     folders = [folder for path in paths if ((folder := run_of(path.parent)) / "config.json").exists()]
     if not folders:
         raise ValueError(
@@ -626,15 +708,14 @@ def read_losses(given: argparse.Namespace) -> tuple[list[np.ndarray], np.ndarray
         )
     tokens, shards, byte_table = read_text(read_config(folders[0], given.data, given.tokenizer))
     losses = []
-    for path in paths:
+    for path, evaluation in zip(paths, evaluations, strict=True):
         losses.append(read_nll(path))
+        scored = evaluation.scores["sha256_shards"] if evaluation else {}
+        if scored and set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
+            raise ValueError(f"{path} scored {', '.join(scored)}, which are not {', '.join(shards)}")
         if losses[-1].shape != (len(tokens) - 1,) or not np.isfinite(losses[-1]).all():
             raise ValueError(f"{path}: shape {losses[-1].shape}, but {len(tokens) - 1} targets in "
                              f"{', '.join(shards)}, or not all finite")  # fmt: skip
-        if (path.parent / "eval_ttt.json").exists():
-            scored = read_object(path.parent / "eval_ttt.json", "sha256_shards")["sha256_shards"]
-            if set(scored.values()) != {tg.sha256_file(shard) for shard in shards}:
-                raise ValueError(f"{path} scored {', '.join(scored)}, which are not {', '.join(shards)}")
     return losses, tokens, byte_table
 
 
@@ -753,20 +834,27 @@ def draw_nll(report: Mapping[str, Table], gain: np.ndarray, tokens: np.ndarray, 
 
 def nll(given: argparse.Namespace) -> None:
     """Compare the losses of two evaluations of the same text."""
-    (a, b), tokens, byte_table = read_losses(given)
+    paths = [nll_file(path) for path in (given.a, given.b)]
+    evaluations = [evaluation_of(path) for path in paths]
+    modes = [each.name if each else "" for each in evaluations]
+    (a, b), tokens, byte_table = read_losses(paths, evaluations, given)
     gain, num_bytes = a.astype(np.float64) - b, int(byte_table.of_text(tokens).sum())
     report, sums = compare_nll(a, b, tokens, byte_table), np.bincount(documents_of(tokens), gain)
-    bits = float(gain.sum()) / math.log(2) / num_bytes
+    bits, differ = float(gain.sum()) / math.log(2) / num_bytes, all(modes) and modes[0] != modes[1]
     head = [
-        f"A {given.a}",
-        f"B {given.b}",
+        f"A {given.a}" + f": {modes[0]}" * bool(modes[0]),
+        f"B {given.b}" + f": {modes[1]}" * bool(modes[1]),
+        *[f"note: {MODES_DIFFER}"] * differ,
         f"gain of B over A: {gain.mean():+.5f} nats/target, {bits:+.5f} bits per byte of {num_bytes:,}; "
         f"B is better in {(sums > 0).sum()} of {len(sums)} documents",
     ]
     parts = [table_text(kind, NLL_NOTES.get(kind, ""), {"": table}, ".5f") for kind, table in report.items()]
     about = dict(a=str(given.a), b=str(given.b), targets=len(gain), bytes=num_bytes, gain_bpb=bits)
-    a_name, b_name = (elided(str(path), 50) for path in (given.a, given.b))
+    about |= dict(a_mode=modes[0], b_mode=modes[1])
+    a_name, b_name = (elided(str(path), 50) + f" ({mode})" * bool(mode)
+                      for path, mode in zip((given.a, given.b), modes, strict=True))  # fmt: skip
     title = f"A: {a_name}   B: {b_name}   gain of B: {bits:+.4f} bits per byte"
+    title += f"\n{MODES_DIFFER}" * differ
     content = about | {kind: as_json(table) for kind, table in report.items()}
     write_report(given, "\n".join(head + parts), content, draw_nll(report, gain, tokens, title))
 
@@ -800,9 +888,29 @@ class Text(NamedTuple):
     seed: int
 
 
+def shapes_apart(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str:
+    """Return the first tensors whose shapes differ, and how many more do; empty if none."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (ours, theirs)]
+    told = [f"{name} {' -> '.join(str(each.get(name, 'absent')) for each in shapes)}"
+            for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]  # fmt: skip
+    more = len(told) - TENSORS_TOLD
+    return ", ".join(told[:TENSORS_TOLD]) + f" and {more} more" * (more > 0)
+
+
+def require_own_model(path: Path, config: tg.Config) -> None:
+    """Raise ValueError if a checkpoint has other tensors than the settings of its run describe."""
+    with tg.decoding(path, "a checkpoint"), tg.open_input(path, tg.STATE_FILE) as file:
+        apart = shapes_apart(tg.GPT(config).state_dict(), tg.load_tensors(file))
+    if apart:
+        raise ValueError(f"{path} is not the model of its config.json here: {apart}. Another version of "
+                         f"train_gpt.py trained it: see {path.parent / 'source'}")  # fmt: skip
+
+
 def read_side(folder: Path, config: tg.Config, table: tg.ByteTable, device: torch.device) -> Side:
-    """Load the checkpoint of a run in float32, and any artifact. UserError without a checkpoint."""
-    config, weights, _ = ev.read_model(replace(config, model_path=str(folder / "final_model.pt")), {})
+    """Load the checkpoint of a run in float32, and any artifact. ValueError without a checkpoint."""
+    path = folder / "final_model.pt"
+    require_own_model(path, config)
+    config, weights, _ = ev.read_model(replace(config, model_path=str(path)), {})
     rounded, missing = None, ""
     try:
         rounded = tg.read_artifact(folder / "final_model.int6.ptz")
@@ -1150,6 +1258,7 @@ def meta_rates(a: Side, text: Text) -> Table:
 # ------------------------------------------------------------------------------------------------------------
 
 
+TRAINED_BY = ("model", "training", "meta", "export")  # sections that shape a checkpoint or its artifact
 ASIDE = ("chance", "barrier", "residual", "loss", "weights", "artifact")  # columns and rows not plotted
 COLORS = {"A": "C0", "B": "C1", "null": "0.55", "A to B": "C1", "A to null": "0.55"}
 
@@ -1305,9 +1414,9 @@ def draw_weights(report: Mapping[str, Mapping[str, Table]], title: str) -> Figur
     return figure
 
 
-def settings_apart(a: tg.Config, b: tg.Config) -> list[str]:
-    """The settings that shape a checkpoint or its artifact and differ."""
-    names = [name for part in ("model", "training", "meta", "export") for name in tg.sections()[part]]
+def settings_apart(a: tg.Config, b: tg.Config, parts: Sequence[str] = TRAINED_BY) -> list[str]:
+    """Return the settings that differ, of the sections that shape a checkpoint or its artifact."""
+    names = [name for part in parts for name in tg.sections()[part]]
     return [f"{name.upper()} {getattr(a, name)} -> {getattr(b, name)}" for name in names
             if getattr(a, name) != getattr(b, name)]  # fmt: skip
 
@@ -1328,14 +1437,11 @@ def read_sides(given: argparse.Namespace, device: torch.device) -> tuple[dict[st
     ways = [name for part in ("data", "scoring", "evaluator") for name in tg.sections()[part]]
     same = {name: getattr(configs["A"], name) for name in ways}
     sides = {name: read_side(folders[name], replace(c, **same), table, device) for name, c in configs.items()}
-    shapes = {
-        name: {key: tuple(p.shape) for key, p in side.model.named_parameters()}
-        for name, side in sides.items()
-    }
-    for name, theirs in shapes.items():
-        if apart := [f"{key} {shapes['A'].get(key)} -> {theirs.get(key)}" for key in {**shapes["A"], **theirs}
-                     if shapes["A"].get(key) != theirs.get(key)]:  # fmt: skip
-            raise ValueError(f"{folders['A']} and {folders[name]} have different tensors: {', '.join(apart)}")
+    for name, side in sides.items():
+        if apart := shapes_apart(sides["A"].model.state_dict(), side.model.state_dict()):
+            told = ", ".join(settings_apart(configs["A"], configs[name], ["model"]))
+            raise ValueError(f"{folders['A']} and {folders[name]} are different models: {told}. "
+                             f"Their tensors: {apart}")  # fmt: skip
     return sides, tokens
 
 
@@ -1346,7 +1452,8 @@ def weights_head(sides: Mapping[str, Side], given: argparse.Namespace) -> list[s
         theirs = side.setup.config
         apart = ", ".join(settings_apart(config, theirs)) or "same settings"
         lines.append(f"{name:5}{side.folder}")
-        lines[-1] += "" if name == "A" else f": {apart}; SEED {config.seed} -> {theirs.seed}"
+        seed = "same SEED" if theirs.seed == config.seed else f"SEED {config.seed} -> {theirs.seed}"
+        lines[-1] += "" if name == "A" else f": {apart}; {seed}"
         lines += [f"     {side.missing}"] if side.missing else []
     if not given.null:
         lines.append(

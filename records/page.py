@@ -193,11 +193,11 @@ def document_section(
 def settings_section(settings: Mapping[str, Mapping[str, Any]]) -> Section:
     """Return the settings that differ between the columns (label -> settings)."""
     names = sorted({name for each in settings.values() for name in each} - {"run_id", "model_path"})
-    rows = [
-        [name.upper(), *(str(each.get(name, "-")) for each in settings.values())]
-        for name in names
-        if len({repr(each.get(name)) for each in settings.values()}) > 1
-    ]
+    rows = []
+    for name in names:
+        first, *others = (each.get(name, "-") for each in settings.values())
+        if any(other != first and str(other) != str(first) for other in others):  # 1 is 1.0, and "1"
+            rows.append([name.upper(), *map(str, (first, *others))])
     note = "" if rows else "None differ."
     tables = [Table(["setting", *settings], plain_cells(rows), range(len(settings) + 1))] if rows else []
     return Section("Settings that differ", note, tables=tables)

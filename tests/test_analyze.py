@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import analyze
+import matplotlib.text
 import numpy as np
 import pytest
 import report
@@ -540,6 +541,7 @@ def write_run(folder: Path, demo_data: Path, seed: int = 0, **settings) -> Path:
     (folder / "final_model.int6.ptz").write_bytes(blob)
     (folder / "config.json").write_text(json.dumps(dict(config=asdict(c), given=dict(seed=seed))))
     result = dict(steps=7 + seed, val_bpb_sliding=2.5, bytes_model=1234)
+    result |= dict(sha256_artifact=train_gpt.sha256_file(folder / "final_model.int6.ptz"))
     (folder / "result.json").write_text(json.dumps(result))
     lines = [dict(step=i, seconds=i, train_loss=7 - i, val_bpb=3 - i / 9) for i in range(4)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -591,10 +593,8 @@ def test_weights_of_three_runs(make_run, tmp_path, capsys, few):
     assert plotted(out / "weights.png") and said(capsys, "weights", a, b, "--only", "cosines")[0] == 0
     assert "no --null" in (a / "weights.txt").read_text() and "only one of B and null" not in text
     twin = make_run("twin", 0, muon_wd=0.1)
-    assert (
-        "only one of B and null has A's seed"
-        in said(capsys, "weights", a, twin, "--null", null, "--only", "cosines")[1]
-    )
+    text = said(capsys, "weights", a, twin, "--null", null, "--only", "cosines")[1]
+    assert "only one of B and null has A's seed" in text and "MUON_WD 0.04 -> 0.1; same SEED\n" in text
 
 
 def plotted(path) -> bool:
@@ -612,11 +612,23 @@ def test_runs_that_cannot_be_compared(make_run, tmp_path, capsys):
     (unknown / "config.json").write_text(json.dumps(dict(config=dict(no_such_setting=1))))
     foreign = make_run("foreign")
     (foreign / "result.json").write_text(json.dumps(dict(sha256_tokenizer="0" * 64)))
+    other_code = make_run("other_code")
+    state = torch.load(other_code / "final_model.pt")
+    torch.save(state | {f"gain.{i}": torch.ones(4) for i in range(6)}, other_code / "final_model.pt")
     no_model = make_run("no_model")
     (no_model / "final_model.pt").unlink()
     for argv, message in (
         ((a, other, "--null", other), "is not a repeat of .*MUON_WD 0.04 -> 0.1"),
-        ((a, wide), r"different tensors: qo_bank \(4, 16, 16\) -> \(4, 24, 24\)"),
+        (
+            (a, wide),
+            r"a and .*wide are different models: MODEL_DIM 16 -> 24. "
+            r"Their tensors: .*qo_bank \(4, 16, 16\) -> \(4, 24, 24\).* and \d+ more",
+        ),
+        (
+            (a, other_code),
+            r"other_code/final_model.pt is not the model of its config.json here: "
+            r"gain.0 absent -> \(4,\).* and 2 more. Another version of train_gpt.py",
+        ),
         ((a, empty), "empty is not a run folder"),
         ((a, unknown), "unknown settings no_such_setting"),
         ((a, no_model), "final_model.pt"),
@@ -660,16 +672,21 @@ def test_losses_of_two_runs(make_run, demo_data, tmp_path, capsys, few):
 
 
 def test_losses_that_cannot_be_compared(make_run, tmp_path, capsys):
-    a, b = make_run("a"), make_run("b")
+    a, b, c = (make_run(name) for name in "abc")
     loose = tmp_path / "loose.npy"
     np.save(loose, np.zeros(5, np.float32))
-    (b / "eval_ttt.json").write_text(
-        json.dumps(dict(settings={}, sha256_shards={"fineweb_val_000000.bin": "0" * 64}))
-    )
+    for folder, hashed in ((b, "0" * 64), (c, "1" * 64)):
+        scores = dict(val_bpb_ttt=1, ttt_gain_bpb=0, sha256_shards={"fineweb_val_000000.bin": hashed})
+        (folder / "eval_ttt.json").write_text(json.dumps(scores))
     for argv, message in (
         ((loose, loose), "config.json names the scored text"),
         ((a, loose), f"shape (5,), but {len(np.load(a / 'nll.npy'))} targets"),
         ((a, b), "scored fineweb_val_000000.bin, which are not"),
+        (
+            (b, c),
+            f"of different texts: {b}/nll.npy scored fineweb_val_000000.bin (SHA-256 000000000000..) "
+            f"and {c}/nll.npy scored fineweb_val_000000.bin (SHA-256 111111111111..)",
+        ),
         ((a, a / "config.json"), "is not an nll.npy"),
         ((a, tmp_path / "missing"), "missing: cannot be read: No such file"),
     ):
@@ -689,6 +706,17 @@ DOCUMENTS = (
 MODES = {"doc_banks": "legal", "banks": "legal", "all": "adapt_first"}  # in the order of their evaluation
 
 
+def score_in(folder: Path, weights: str, mode: str, protocol: str = "legal") -> None:
+    """Score the artifact or the checkpoint of a run with eval_ttt.py."""
+    config = json.loads((folder / "config.json").read_text())["config"]
+    names = "eval_seq_len eval_stride ttt_chunk_size ttt_slots ttt_groups tokenizer_path val_files".split()
+    env = {name.upper(): str(config[name]) for name in names}
+    env |= {name.upper(): str(int(config[name]) if config[name] in (True, False) else config[name])
+            for name in train_gpt.sections()["model"]}  # fmt: skip
+    env |= {"MODEL_PATH": str(folder / weights), "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.01"}
+    assert eval_ttt.main([], env | {"TTT_MODE": mode, "TTT_PROTOCOL": protocol}) == 0
+
+
 def score_modes(folder: Path, demo_data: Path, modes: dict[str, str] = MODES, **settings) -> Path:
     """Write a run of random weights, and score it with eval_ttt.py on DOCUMENTS in each of `modes`.
 
@@ -699,12 +727,8 @@ def score_modes(folder: Path, demo_data: Path, modes: dict[str, str] = MODES, **
     write_run(folder, demo_data, val_files=str(shard), **settings)
     ids = [token for text in DOCUMENTS for token in [1, *tokenizer.encode(text)]]
     write_shard(shard, np.array(ids, np.uint16))
-    config = json.loads((folder / "config.json").read_text())
-    names = "eval_seq_len eval_stride ttt_chunk_size ttt_slots ttt_groups tokenizer_path val_files".split()
-    env = {name.upper(): str(config["config"][name]) for name in names}
-    env |= {"MODEL_PATH": str(folder / "final_model.int6.ptz"), "TTT_CHUNK_TOKENS": "64", "TTT_LR": "0.01"}
     for mode, protocol in modes.items():
-        assert eval_ttt.main([], env | {"TTT_MODE": mode, "TTT_PROTOCOL": protocol}) == 0
+        score_in(folder, "final_model.int6.ptz", mode, protocol)
         if protocol != "legal":  # the name of a folder may be any
             (folder / "eval" / f"{mode}_{protocol}").rename(folder / "eval" / mode)
     return folder
@@ -735,7 +759,7 @@ def test_table_of_modes(modes_run, capsys):
     head, *rows = table_rows(text, "mode")
     assert head == ["mode", "non-overlapping", "sliding", "same windows, not adapted", "adapted", "gain",
                     "seconds", "legal", "audited"]  # fmt: skip
-    assert [row[0] for row in rows] == ["all", "banks *", "doc_banks"] and "* the last legal" in text
+    assert [row[0] for row in rows] == ["all", "banks *", "doc_banks"] and "*: the last legal" in text
     for name, *cells, seconds, legal, audited in rows:
         scores = json.loads((folder / "eval" / name.rstrip(" *") / "eval_ttt.json").read_text())
         wanted = [scores[f"val_bpb_{key}"] for key in ("roundtrip", "sliding", "plan", "ttt")]
@@ -770,14 +794,35 @@ def test_losses_of_modes(modes_run, tmp_path, capsys, few):
     for a, b, names in ((folder, folder / "eval/all", ("banks", "all")),
                         (folder / "eval/doc_banks", folder, ("doc_banks", "banks"))):  # fmt: skip
         code, text = said(capsys, "nll", a, b, "--out", tmp_path / "out")
+        assert text.startswith(f"A {a}: {names[0]}\nB {b}: {names[1]}\nnote: {analyze.MODES_DIFFER}\n")
+        report = strict_json(tmp_path / "out" / "nll.json")
+        assert (report["a_mode"], report["b_mode"]) == names
         gain = (losses[names[0]] - losses[names[1]]).mean()
         assert code == 0 and f"gain of B over A: {gain:+.5f} nats/target" in text and gain != 0
     for mode in ("banks", "doc_banks"):
         shutil.rmtree(folder / "eval" / mode)
     (folder / "eval_ttt.json").unlink()
     code, text = said(capsys, "nll", folder, folder)
-    assert code == 2 and text.endswith(f"has no legal evaluation. Name one of {folder / 'eval/all'}.\n")
+    assert code == 2
+    assert text.endswith(f"has no legal evaluation of its artifact. Name one of {folder / 'eval/all'}.\n")
     assert "bpb, adapted" not in said(capsys, folder)[1]
+
+
+def test_scores_of_other_weights_are_named_and_do_not_count(modes_run, capsys):
+    folder = modes_run
+    score_in(folder, "final_model.pt", "none")
+    text = said(capsys, folder)[1]
+    banks = json.loads((folder / "eval/banks/eval_ttt.json").read_text())["val_bpb_ttt"]
+    (row,) = [line for line in text.splitlines() if line.startswith("bpb, adapted")]
+    assert row.split()[-2:] == ["banks", f"{banks:.4f}"]
+    names = [row[0] for row in table_rows(text, "mode")[1:]]
+    assert names == ["all", "banks *", "doc_banks", "none of unquantized final_model.pt"]
+    assert analyze.OTHER_WEIGHTS in text
+    assert analyze.nll_file(folder) == folder / "eval/banks/nll.npy"
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | dict(sha256_artifact="0" * 64)))
+    text = said(capsys, folder)[1]  # the run was trained again
+    assert "banks of another final_model.int6.ptz" in text and "bpb, adapted" not in text
 
 
 def test_smoothing_by_hand():
@@ -847,7 +892,7 @@ def test_what_curves_show(two_runs, by, end, unit):
     scores = sorted((line.get_xdata()[0], line.get_ydata()[0], line.get_color()) for line in right.lines)
     assert scores == [(0, 2.1, "C0"), (0, 2.1, "C1"), (1, 2.05, "C0"), (1, 2.05, "C1"), (2, 1.8, "C0")]
     names = [label.get_text() for label in right.get_xticklabels()]
-    assert names == ["non-\noverlapping", "sliding", "adapted"]
+    assert names == ["non-\noverlapping", "sliding", "adapted\nbanks"]
     numbers = sorted(text.get_text() for text in right.texts)
     assert numbers == ["1.8000", "2.0500", "2.0500", "2.1000", "2.1000"]
     assert left.get_xlabel().endswith(unit) and middle.get_xlabel().endswith(unit)
@@ -869,6 +914,26 @@ def test_runs_without_validation_have_two_panels(two_runs):
     assert scores.get_ylim()[0] < 1.8 and 2.1 < scores.get_ylim()[1] < 2.2
     assert sum(len(line.get_xdata()) for line in scores.lines) == 5
     assert [t.get_text() for t in scores.get_xticklabels()][1] == "sliding"
+
+
+def test_modes_of_adapted_scores_are_named(two_runs, capsys):
+    same = json.loads((two_runs["one"] / "eval_ttt.json").read_text())
+    for mode, differ in (("banks", False), ("doc_banks", True)):
+        (two_runs["two"] / "eval_ttt.json").write_text(json.dumps(same | dict(settings=dict(ttt_mode=mode))))
+        text = said(capsys, *two_runs.values())[1]
+        (row,) = [line for line in text.splitlines() if line.startswith("bpb, adapted")]
+        assert row.split()[-4:] == ["banks", "1.8000", mode, "1.8000"]
+        assert (analyze.MODES_DIFFER in text) == differ
+        kept = strict_json(two_runs["one"] / "curve.json")
+        assert [run["ttt_mode"] for run in kept.values()] == ["banks", mode]
+        runs = {name: analyze.read_run(folder) for name, folder in two_runs.items()}
+        figure = analyze.draw_curves(runs, "steps")
+        (legend,) = figure.legends
+        assert (analyze.MODES_DIFFER in legend.get_title().get_text()) == differ
+        labels = [label.get_text() for label in legend.texts]
+        assert labels == (["one (banks)", "two (doc_banks)"] if differ else ["one", "two"])
+        tick = figure.axes[2].get_xticklabels()[2].get_text()
+        assert tick == "adapted\nbanks" + "\ndoc_banks" * differ
 
 
 def overlapping(figure, boxes, others) -> list:
@@ -896,6 +961,33 @@ def test_figures_do_not_depend_on_the_style_of_the_process(two_runs, tmp_path):
             analyze.save_plot(analyze.draw_curves(runs, "steps"), tmp_path / "picture.png")
         pictures.append((tmp_path / "picture.png").read_bytes())
     assert pictures[0] == pictures[1] and plotted(tmp_path / "picture.png")
+
+
+def drawn_texts(figure) -> list[str]:
+    figure.draw_without_rendering()
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def test_logarithmic_axes_have_plain_labels():
+    """Math text is off in the project's style, so its markup would be printed as it is."""
+    for span, labels in (((90, 2e4), {"100", "1000", "10000"}), ((3, 7), {"3", "4", "6"}),
+                         ((2e-3, 0.5), {"0.01", "0.1"})):  # fmt: skip
+        with report.figure_style():
+            figure, (axis,) = analyze.new_figure(1, 1, 5, 3)
+            axis.set(yscale="log", ylim=span)
+            texts = drawn_texts(figure)
+        assert labels <= set(texts) and not [text for text in texts if "math" in text]
+    tokens = np.tile(TOKENS, 20)
+    rng = np.random.default_rng(0)
+    a, b = (rng.uniform(0, 8, len(tokens) - 1).astype(np.float32) for _ in range(2))
+    with report.figure_style():
+        figure = analyze.draw_nll(analyze.compare_nll(a, b, tokens, TABLE), a - b, tokens, "a $x$ title")
+        texts = drawn_texts(figure)
+    assert figure.axes[4].get_xscale() == "log" and not [text for text in texts if "math" in text]
+    with style.context("default"):  # the scale of other figures is as before
+        figure, (axis,) = analyze.new_figure(1, 1, 5, 3)
+        axis.set(yscale="log")
+        assert "$\\mathdefault{10^{0}}$" in drawn_texts(figure)
 
 
 def test_axes_of_the_weights(few):

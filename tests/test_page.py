@@ -96,10 +96,13 @@ def test_content_of_two_runs(pages, folders):
     tree = parsed(pages["both"])
     assert "Settings given" not in titles(tree) and tree.find("body/h1").text == "one, two<b>"
     settings = {row[0]: row[1:] for row in cells(tree, "Settings that differ")}
-    assert settings["setting"] == ["one", "two<b>"] and settings["MUON_WD"] == ["0.04", "0.125"]
+    labels = ["one (banks)", "two<b> (doc_banks)"]
+    assert settings["setting"] == labels and settings["MUON_WD"] == ["0.04", "0.125"]
     assert settings["TTT_MODE"] == ["banks", "doc_banks"] and "TTT_LR" not in settings
     # the last legal evaluation of each; texts of the same tokens in two files are one
-    assert [name for name in cells(tree, "Documents")[0] if ":" in name] == ["one: before", "two<b>: before"]
+    heads = [name for name in cells(tree, "Documents")[0] if ":" in name]
+    assert heads == [f"{label}: before" for label in labels]
+    assert analyze.MODES_DIFFER in "".join(tree.itertext())
     assert len(cells(tree, "Documents")) == 4
 
 
