@@ -188,7 +188,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     scores = dict(settings={}, sha256_shards={}) | checked(read_object(path, *ADAPTED), EVALUATION, path)
     mode = str(scores["settings"].get("ttt_mode", "?")) if folder == run else folder.name
     result = read_object(run / "result.json") if (run / "result.json").exists() else {}
-    hashes = {each["sha256_artifact"] for each in (result, scores) if "sha256_artifact" in each}
+    hashes = {str(each["sha256_artifact"]) for each in (result, scores) if "sha256_artifact" in each}
     kind = "unquantized" if scores.get("weights") == "float" else "another" if len(hashes) > 1 else ""
     name = Path(str(scores["settings"].get("model_path") or "final_model.int6.ptz")).name
     return Evaluation(mode, folder, scores, f"{kind} {name}" if kind else "")
