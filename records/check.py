@@ -805,7 +805,7 @@ def groups_of_runs(runs: Sequence[LogFacts]) -> Iterator[Sequence[LogFacts]]:
 
 
 class Test(NamedTuple):
-    """Result of a one-sided test that the new scores are lower."""
+    """Result of a one-sided test that the new scores are lower; `t` is below 0 if their mean is."""
 
     name: str
     t: float
@@ -857,6 +857,11 @@ def compare(new: Record, old: Record) -> tuple[float, float, list[Test]]:
         gain,
         [welch(ours, theirs), one_sample(ours, mean(theirs) - MARGIN_NATS / factor), *pairs],
     )
+
+
+def better_or_worse(nats: float, bpb: float, other: str) -> str:
+    """Return a gain over `other` in words; a negative gain is a loss."""
+    return f"{abs(nats):.5f} nats = {abs(bpb):.5f} bpb {'better' if nats >= 0 else 'worse'} than {other}"
 
 
 def text_bytes(run: LogFacts) -> tuple[float, float] | None:
@@ -1552,7 +1557,8 @@ def check_units(record: Record) -> Iterator[Finding]:
 def check_significance(record: Record, against: Record) -> Iterator[Finding]:
     """Check the gain over the record to beat, and the statistics claimed in submission.json."""
     nats, bpb, tests = compare(record, against)
-    shown = f"{nats:.5f} nats = {bpb:.5f} bpb better than {against.path.name}; {'; '.join(map(str, tests))}"
+    told = f"{better_or_worse(nats, bpb, against.path.name)} (t below 0: better)"
+    shown = "; ".join([told, *map(str, tests)])
     if nats >= MARGIN_NATS and tests[0].p < P_WRITTEN:
         yield "pass", shown
     elif nats > 0 and tests[0].p < P_APPLIED:
@@ -1730,6 +1736,11 @@ def alike(verdicts: Iterable[Verdict]) -> list[Verdict]:
     return [v._replace(evidence=v.evidence + more[id(v)]) for v, *_ in groups.values()]
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number} {noun}" + ("es" if noun.endswith("s") else "s") * (number != 1)
+
+
 def report(record: Record, verdicts: Sequence[Verdict], verbose: bool = False) -> str:
     """Return the recomputed numbers as a table, then faults and warnings, and all verdicts if `verbose`."""
     rows = []
@@ -1743,15 +1754,16 @@ def report(record: Record, verdicts: Sequence[Verdict], verbose: bool = False) -
     told = list(verdicts) if verbose else alike(told)
     told.sort(key=lambda v: STATUSES.index(v.status))
     counts = Counter(verdict.status for verdict in verdicts)
-    more = f", {counts['off']} claims off by a digit" * (counts["off"] > 0)
-    more += f", {counts['note']} notes" * (counts["note"] > 0)
-    passed = f"{counts['pass']} passes" + ("" if verbose else " (--verbose lists them)")
+    told_of = [counted(counts["fail"], "fault"), counted(counts["warn"], "warning")]
+    told_of += [f"{counted(counts['off'], 'claim')} off by a digit"] * (counts["off"] > 0)
+    told_of += [counted(counts["note"], "note")] * (counts["note"] > 0)
+    told_of += [counted(counts["pass"], "pass") + " (--verbose lists them)" * (not verbose)]
     lines = [
         str(record.path),
         *tabulate([[escape(cell) for cell in row] for row in rows], headings, tablefmt="plain",
                   disable_numparse=True, colalign=sides if rows else None).splitlines(),
         *(f"{v.status}  {v.rule:14}  {v.evidence}" for v in told),
-        f"{status_of(verdicts).upper()}: {counts['fail']} faults, {counts['warn']} warnings{more}, {passed}",
+        f"{status_of(verdicts).upper()}: {', '.join(told_of)}",
     ]  # fmt: skip
     return "\n".join(map(escape, lines))
 

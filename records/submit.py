@@ -36,6 +36,7 @@ from contextlib import suppress
 from dataclasses import fields
 from datetime import date
 from importlib.machinery import all_suffixes
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from textwrap import shorten
@@ -69,6 +70,11 @@ class Comparison(NamedTuple):
     bpb: float
     factor: float
     rows: list[tuple[str, float, check.Test]]  # title, margin in bpb, test
+
+    @property
+    def gain(self) -> str:
+        """Return the gain in words."""
+        return check.better_or_worse(self.bpb * self.factor, self.bpb, self.other)
 
     @property
     def shown(self) -> bool:
@@ -212,16 +218,16 @@ def comparison_text(comparison: Comparison | None) -> str:
             f"No comparison was made, so a gain of {check.MARGIN_NATS} nats per token over a record is "
             "not shown."
         )
-    rows = [["test, one-sided", "gain, nats", "gain, bpb", "t", "df", "p"]]
+    rows = [["test, one-sided", "difference, nats", "difference, bpb", "t", "df", "p"]]
     for name, margin, test in comparison.rows:
-        bpb = comparison.bpb - margin
+        bpb = margin - comparison.bpb
         rows.append([name, f"{bpb * comparison.factor:.6f}", f"{bpb:.6f}", f"{test.t:.2f}", f"{test.df:.2f}",
                      f"{test.p:.2g}"])  # fmt: skip
     told = (
-        f"One bit per byte is {comparison.factor:.6f} nats per token here; t, df and p do not depend on "
-        "the unit."
+        f"A difference below 0 is a gain. One bit per byte is {comparison.factor:.6f} nats per token here; "
+        "t, df and p do not depend on the unit."
     )
-    return f"Against {comparison.other}. {comparison.verdict()} {told}\n\n{markdown(rows)}"
+    return f"{comparison.gain}. {comparison.verdict()} {told}\n\n{markdown(rows)}"
 
 
 def compliance(runs: Sequence[Run]) -> str:
@@ -380,6 +386,8 @@ def write_pages(
         raise ValueError("--require-significance needs --against")
     if significant and not comparison.shown:
         raise Refused(comparison.verdict())
+    if comparison:
+        print(escape(f"comparison: {comparison.gain}. {comparison.verdict()}"))
     claims = submission(runs, about, comparison)
     text = escape_lines(json.dumps(claims, indent=1, ensure_ascii=False))
     write_file(folder / "submission.json", f"{text}\n".encode())
@@ -489,19 +497,22 @@ def submit(arguments: argparse.Namespace) -> tuple[Path, list[check.Verdict]]:
 
 
 def named_record(against: str, records: Path) -> str:
-    """Return the folder below `records` of a record named by submission.json, or a mean in bpb unchanged.
+    """Return the folder of a record named by submission.json, or a mean in bpb unchanged.
 
+    It is one of `records` or of this repository's, also of those one level deeper, such as records/example.
     ValueError for anything else: the name is untrusted, and it must not make us read another folder.
     """
     if BPB.fullmatch(against):
         return against
     plain = against not in ("", ".", "..") and not re.search(r"[/\\\0]", against)
-    for track in sorted(records.glob("track_*")) if plain else ():
-        folder = track / against
-        if folder.is_dir() and folder.resolve().is_relative_to(records):
-            return str(folder)
+    for base, depth in product((records, ROOT / "records"), ("track_*", "*/track_*")) if plain else ():
+        for track in sorted(base.glob(depth)):
+            folder = track / against
+            if folder.is_dir() and folder.resolve().is_relative_to(base):
+                return str(folder)
     raise ValueError(
-        f"comparison.against is {against}: must be a folder of {records}/track_* or a mean in bpb"
+        f"comparison.against is {against}: must be a folder of {records}/track_* or a mean in bpb. "
+        "Name another folder with --against."
     )
 
 

@@ -166,9 +166,11 @@ def test_a_published_claim_of_significance_is_recomputed(capsys):
     (record,) = json.loads(capsys.readouterr().out)
     (verdict,) = [v for v in record["verdicts"] if v["rule"] == "significance"]
     assert verdict["status"] == "pass" and "Welch t=-11.83 df=3.31 p=0.0004" in verdict["evidence"]
-    assert "0.00784 nats = 0.00464 bpb" in verdict["evidence"]
+    assert "0.00784 nats = 0.00464 bpb better than" in verdict["evidence"]
     check.main([paths[1], "--against", paths[0], "--json"])
-    assert '"rule": "significance",\n    "status": "fail"' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert '"rule": "significance",\n    "status": "fail"' in text
+    assert "0.00784 nats = 0.00464 bpb worse than" in text and "Welch t=11.83" in text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1156,7 +1158,7 @@ def test_the_report_has_faults_first_and_seeds_together(tmp_path, capsys):
     *_, summary = out = capsys.readouterr().out.splitlines()
     (late,) = [line for line in out if "over 600 s" in line]
     assert late.endswith("(and 2 more)") and "pass" not in lines[False]
-    assert summary.startswith(f"FAIL: {counts['fail']} faults, 1 warnings, {counts['pass']} passes")
+    assert summary.startswith(f"FAIL: {counts['fail']} faults, 1 warning, {counts['pass']} passes")
 
 
 def deviation(file: str, old: str, new: str):

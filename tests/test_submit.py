@@ -237,10 +237,11 @@ def test_what_the_readme_says(record):
     for said in ("Fewer steps.\n\nThan before.", "1. Causal", "2. Normalized",
                  "3. Score before", "4. One pass: each of the 399 targets",
                  "Audits: seeds 7, 42, 1337: certificate of it: legal.", "TTT_MODE=doc_banks",
-                 f"## Comparison\n\nAgainst {OLD}. A gain of 0.005 nats per token at p < 0.01 is not shown "
-                 "(Welch: "):
+                 f"bpb worse than {OLD}. A gain of 0.005 nats per token at p < 0.01 is not shown (Welch: "):
         assert said in record.readme
     # fmt: on
+    (line,) = [line for line in record.done.out.splitlines() if line.startswith("comparison: ")]
+    assert f"## Comparison\n\n{line.removeprefix('comparison: ')} A difference below 0" in record.readme
     delta = mean(evaluated["val_bpb_ttt"] for _, evaluated in record.results.values()) - 3.5
     name = f"A test (not a challenge run): Fewer steps. - val_bpb {delta + 3.5:.5f}"
     assert record.readme.startswith(f"# {name} (3-seed mean, {delta:+.5f} against {OLD})\n") and delta > 0
@@ -698,6 +699,16 @@ def test_what_a_person_says_can_be_changed(record, made, copy, no_start):
     assert done.code == 2 and "2026-01-02_Old: must be a folder" in done.err and snapshot(copy) == before
 
 
+def test_the_other_record_may_be_the_example(copy, tmp_path):
+    """One level deeper than the records, of this repository too: submission.json has the name alone."""
+    before, example = snapshot(copy), tmp_path / "records/example" / TRACK
+    example.mkdir(parents=True)
+    (copy.parent / OLD).rename(example / OLD)
+    assert regenerate(copy).code == 0 and snapshot(copy) == before
+    example = ROOT / "records/example" / TRACK / "2026-11-28_Example"
+    assert submit.named_record(example.name, tmp_path / "records") == str(example)
+
+
 def altered(folder: Path) -> None:
     change(folder, r'"val_bpb_ttt": [\d.]+', '"val_bpb_ttt": 1.5', "train_seed42.log")
 
@@ -902,7 +913,25 @@ def test_statistics_against_scipy(tmp_path):
     assert [margin for margin, _ in rows.values()] == pytest.approx([0, 0, 0, 0.005 * RATIO / math.log(2)])
     entry, text = submit.comparison_keys(found), submit.comparison_text(found)
     assert (entry["delta_bpb"], entry["tests"][0]["t"]) == (pytest.approx(-found.bpb, abs=1e-8), -11.83)
-    assert ["Welch", "0.007842", "0.004645", "-11.83", "3.31", "0.0004"] in table_rows(text)
+    assert text.startswith("0.00784 nats = 0.00464 bpb better than old. A gain of ")
+    assert ["Welch", "-0.007842", "-0.004645", "-11.83", "3.31", "0.0004"] in table_rows(text)
+    worse = submit.compare([facts(*pair) for pair in old.items()], write_logs(tmp_path / "new", new))
+    text = submit.comparison_text(worse)
+    assert text.startswith("0.00784 nats = 0.00464 bpb worse than new. A gain of ")
+    for _, nats, bpb, t, _, p in table_rows(text)[1:]:
+        assert min(float(nats), float(bpb), float(t)) > 0 and float(p) > 0.5
+
+
+def test_the_checkers_words_have_the_sign_of_the_gain(tmp_path, capsys):
+    old, new = (write_logs(tmp_path / name, dict(zip(SEEDS, scores, strict=True)))
+                for name, scores in (("old", PR549), ("new", PR1019)))  # fmt: skip
+    for paths, words in (((new, old), "better than old"), ((old, new), "worse than new")):
+        check.main([paths[0], "--against", paths[1], "--json"])
+        (found,) = json.loads(capsys.readouterr().out)
+        (verdict,) = [each for each in found["verdicts"] if each["rule"] == "significance"]
+        sign = "-" * words.startswith("better")
+        assert f"0.00784 nats = 0.00464 bpb {words} (t below 0: better)" in verdict["evidence"]
+        assert f"Welch t={sign}11.83 " in verdict["evidence"]
 
 
 @real_logs
