@@ -329,6 +329,22 @@ def test_compressed_input_equals_plain(
         assert not (tmp_path / "cut").exists()
 
 
+def test_a_small_validation_split_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = make_texts(0, 300)
+    source, long = tmp_path / "text.jsonl", tmp_path / "long.jsonl"
+    write_jsonl(source, texts)
+    write_jsonl(long, [" ".join(texts[i : i + 40]) for i in range(40)])
+    sizes = [len(text.encode()) for text in texts]
+    cases = [("--val-docs", "1", 1), ("--val-docs", "30", 30)]
+    cases += [("--val-input", str(long), 0), ("--val-fraction", "0", 0)]
+    for number, (*options, few) in enumerate(cases):
+        assert run([source], tmp_path / str(number), *options) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: ")]
+        assert len(lines) == bool(few)
+        numbers = f"has {few} of 300 documents and {sum(sizes[:few]):,} of {sum(sizes):,} bytes"
+        assert not few or (numbers in lines[0] and "larger --val-fraction" in lines[0])
+
+
 def test_folder_of_text_files(texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     (folder / "b").mkdir(parents=True)
