@@ -33,13 +33,13 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from io import TextIOWrapper
-from math import prod, sqrt
+from math import log, prod, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -221,11 +221,11 @@ def read_space(path: Path | None, sets: Sequence[str], given: Mapping[str, Any])
                  sampler, trials, prune)  # fmt: skip
 
 
-def check_space(space: Space, environ: Mapping[str, str]) -> None:
-    """Raise ValueError, listing every problem, for names or values that the trainer would reject.
+def check_space(space: Space, environ: Mapping[str, str]) -> list[Mapping[str, str]]:
+    """Return the environments that were checked: of every point of a grid, otherwise of the first values.
 
-    For a grid every point is checked; otherwise every value alone,
-    and the first values of all settings together.
+    Raise ValueError, listing every problem, for names or values that the trainer would reject. Every value
+    and end of a range is checked alone too.
     """
     tg, problems, own = trainer(), [], [pair for row in space.rows.values() for pair in row.items()]
     by_name = {f.name.upper(): f for f in fields(tg.Config)}
@@ -242,14 +242,35 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
         except ValueError as error:
             problems.append(str(error))
     problems += [f"{name} is both swept and in a row" for name in space.kinds.keys() & dict(own).keys()]
-    first = {name: ends(kind)[0] for name, kind in space.kinds.items()}
+    first, checked = {name: ends(kind)[0] for name, kind in space.kinds.items()}, []
     for point in [] if problems else space.grid() if space.sampler == "grid" else [first]:
         try:
-            tg.load_config({**environ, **space.settings(point), "RUN_ID": space.name})
+            checked.append({**environ, **space.settings(point), "RUN_ID": space.name})
+            tg.load_config(checked[-1])
         except tg.UserError as error:
             problems.append(f"{point}: {error}")
     if problems:
         raise ValueError("invalid search space:\n" + "\n".join(f"  {p}" for p in dict.fromkeys(problems)))
+    return checked
+
+
+def check_data(environments: Sequence[Mapping[str, str]], launcher: Sequence[str]) -> None:
+    """Raise ValueError if runs on this machine would not find their tokenizer or shards.
+
+    Launchers other than Python and torchrun may start runs where other files are, so nothing is checked.
+    """
+    if not re.match("python|torchrun", Path(launcher[0]).name) or any(w.endswith(".py") for w in launcher):
+        return
+    tg = trainer()
+    configs = [tg.load_config(each)[0] for each in environments]
+    try:
+        for path, size in {(c.tokenizer_path, c.vocab_size) for c in configs}:
+            tg.load_byte_table(path, size)
+        for pattern in {c.shards(split) for c in configs for split in ("train", "val")}:
+            tg.find_shards(pattern)
+    except tg.UserError as error:
+        recipe = "" if environments[0].get("RECIPE") else " (RECIPE is not set)"
+        raise ValueError(f"no run was started{recipe}: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -262,6 +283,7 @@ def check_space(space: Space, environ: Mapping[str, str]) -> None:
 # a result are not repeated. Several processes may add the same attempt; the first in the study counts, the
 # others stay waiting forever.
 
+EDGE = 0.05  # of a range, in logarithms if it is sampled so: at its edge
 DONE = (TrialState.COMPLETE, TrialState.PRUNED)
 SEED_STEPS = 10_000_000  # step offset of the intermediate values of each further seed
 
@@ -499,8 +521,8 @@ class Sweep:
         for ticket, trial in trials.items():
             if len(trial.params) == len(self.space.kinds):
                 self.write_recipe(ticket, trial)
-        if advice := self.advice(trials):
-            print(advice)
+        for line in filter(None, (*edges(self.space, trials.values()), self.advice(trials))):
+            print(line)
         draw(self.space, self.study, list(trials.values()), self.folder)
         return 0 if all(trial.state in DONE for trial in trials.values()) else 1
 
@@ -523,6 +545,23 @@ class Sweep:
         launcher = ["--launcher", shlex.join(self.launcher)] if self.launcher != [sys.executable] else []
         words = ["python", "records/sweep.py", "compare", *files, "--seeds", ",".join(fresh), *launcher]
         return f"one seed: confirm with `{shlex.join(words)}`"
+
+
+def edges(space: Space, trials: Iterable[FrozenTrial]) -> Iterator[str]:
+    """Yield a line for each numeric setting whose best value is at an end of its range or of its values."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    best = min(complete, key=lambda trial: trial.value, default=None)
+    kinds = {f.name.upper(): type(f.default) for f in fields(trainer().Config)}
+    for name, kind in space.swept().items() if best else ():
+        if kinds.get(name) not in (int, float):
+            continue
+        at, scale = float(best.params[name]), log if getattr(kind, "log", False) else float
+        low, high = min(map(float, ends(kind))), max(map(float, ends(kind)))
+        near = 0.0 if isinstance(kind, CategoricalDistribution) else EDGE * (scale(high) - scale(low))
+        for end, side in ((low, "below"), (high, "above")):
+            if abs(scale(at) - scale(end)) <= near:
+                told = f"the best value, {at:g}, is at the edge of those tried"
+                yield f"{name}: {told}: try some {side} {end:g}"
 
 
 def report(space: Space, trials: Mapping[int, FrozenTrial], folder: Path) -> None:
@@ -769,6 +808,7 @@ def compare(
     keys = [config_hash(arm) for arm in arms]
     if keys[0] == keys[1]:
         raise ValueError(f"{files[0]} and {files[1]} have the same settings")
+    check_data(arms, launcher)
     folder = Path("runs") / f"compare_{a}_{b}_{digest(keys)}"
     plan = folder / "seeds.json"
     if plan.exists() and (
@@ -851,7 +891,7 @@ def sweep(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Check the space and the machine, run the study, and return the exit code (command `run`)."""
     space = read_space(given.space, given.set, vars(given))
     environ = {**environ, **({"RECIPE": space.recipe} if space.recipe else {})}
-    check_space(space, environ)
+    check_data(check_space(space, environ), given.launcher)
     gpus = [gpu for gpu in (given.gpus or environ.get("CUDA_VISIBLE_DEVICES", "")).split(",") if gpu]
     if given.workers > 1 and not gpus:
         gpus = [str(gpu) for gpu in range(trainer().torch.cuda.device_count())]

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch as launch_module
 import ledger
@@ -306,6 +307,45 @@ def test_code_that_changes_under_a_study_or_a_comparison_stops_it(place, capsys,
     Path("b.env").write_text("NUM_LAYERS=4\nVE_LAYERS=1,2\n")
     assert sweep.main(arguments("compare", "a.env", "b.env", "--seeds", "1,2"), environment()) == 2
     assert "recipes or code changed" in capsys.readouterr().err and len(started()) == 2
+
+
+@pytest.mark.parametrize("launcher", [[], ["--launcher", TORCHRUN]])
+@pytest.mark.parametrize("missing", ["DATA_PATH", "TOKENIZER_PATH"])
+def test_missing_data_is_told_before_the_first_run(place, demo_data, capsys, launcher, missing):
+    here = dict(DATA_PATH=str(demo_data), TOKENIZER_PATH=str(demo_data / "tokenizer.model"))
+    Path("a.env").write_text("NUM_LAYERS=3\nVE_LAYERS=1,2\n")
+    Path("b.env").write_text("NUM_LAYERS=4\nVE_LAYERS=1,2\n")
+    for command in (["run", "--set", "MATRIX_LR=0.01,0.02"], ["compare", "a.env", "b.env", "--seeds", "1,2"]):
+        given = environment(**here | {missing: "absent"})
+        given["RECIPE"] = str(SMOKE) if missing == "DATA_PATH" else ""
+        assert sweep.main([*command, *launcher], given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        told = " (RECIPE is not set)" * (missing == "TOKENIZER_PATH" and command[0] == "run")
+        assert line.startswith(f"error: no run was started{told}: ") and "absent" in line
+    assert not Path("runs").exists()
+
+
+def test_a_best_value_at_the_edge_is_told(place, capsys):
+    sets = ["MATRIX_LR=0.01..0.1:log", "NUM_LAYERS=3..6", "EMA_DECAY=0.01,0.5,0.6", "MUON_WD=0.1",
+            "TIE_EMBEDDINGS=0,1", "WARMDOWN_SHAPE=linear,cosine"]  # fmt: skip
+    space = sweep.read_space(None, sets, dict(trials=5))
+    best = dict(MUON_WD="0.1", TIE_EMBEDDINGS="0", WARMDOWN_SHAPE="linear")
+
+    def told(value: float = 1.0, **point) -> list[str]:
+        states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL)
+        trials = [SimpleNamespace(state=states[0], value=value, params=best | point),
+                  SimpleNamespace(state=states[0], value=2.0, params={}),
+                  SimpleNamespace(state=states[1], value=None, params={})]  # fmt: skip
+        return list(sweep.edges(space, trials))
+
+    lines = told(MATRIX_LR=0.0105, NUM_LAYERS=6, EMA_DECAY="0.6")
+    assert [line.split(":")[0] for line in lines] == ["MATRIX_LR", "NUM_LAYERS", "EMA_DECAY"]
+    assert lines[0] == "MATRIX_LR: the best value, 0.0105, is at the edge of those tried: try some below 0.01"
+    assert [line.split("try some ")[1] for line in lines[1:]] == ["above 6", "above 0.6"]
+    assert told(MATRIX_LR=0.013, NUM_LAYERS=4, EMA_DECAY="0.5") == []
+    assert list(sweep.edges(space, [])) == []
+    assert sweep.main(arguments("run", "--set", "MATRIX_LR=0.02,0.03"), environment()) == 0
+    assert "at the edge of those tried: try some above 0.03\n" in capsys.readouterr().out
 
 
 def test_a_score_that_is_no_number_is_a_crash(place):
