@@ -99,6 +99,8 @@ def decoding(place: str | Path, expected: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno:  # of the system; libraries raise OSError without it
+            raise InputError(f"{place}: cannot be read: {error.strerror}") from error
         raise InputError(f"{place} is not {expected}: {' '.join(str(error).split())[:300]}") from error
 
 

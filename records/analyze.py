@@ -671,6 +671,8 @@ def nll_file(path: Path) -> Path:
 
     ValueError if the run has no legal evaluation of its artifact.
     """
+    if not path.exists():
+        raise ValueError(f"{path}: cannot be read: no such file or folder")
     if not path.is_dir():
         return path
     if any(path.glob("eval/*/eval_ttt.json")):

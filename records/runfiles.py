@@ -160,8 +160,9 @@ def read_object(path: Path, *keys: str, decimals: bool = False) -> dict[str, Any
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    text = read_file(path, JSON_LIMIT)
     try:
-        content = parse_object(read_file(path, JSON_LIMIT).decode("utf-8-sig"), decimals)
+        content = parse_object(text.decode("utf-8-sig"), decimals)
     except ValueError as error:
         raise ValueError(f"{path} is not a JSON object: {escape(str(error))[:200]}") from error
     if missing := [key for key in keys if key not in content]:

@@ -688,7 +688,7 @@ def test_losses_that_cannot_be_compared(make_run, tmp_path, capsys):
             f"and {c}/nll.npy scored fineweb_val_000000.bin (SHA-256 111111111111..)",
         ),
         ((a, a / "config.json"), "is not an nll.npy"),
-        ((a, tmp_path / "missing"), "missing: cannot be read: No such file"),
+        ((tmp_path / "missing", tmp_path / "missing"), "missing: cannot be read: no such file or folder"),
     ):
         code, text = said(capsys, "nll", *argv)
         assert code == 2 and message in text, text

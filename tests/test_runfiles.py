@@ -111,3 +111,18 @@ def test_a_result_is_read_through_links_but_from_no_device(tmp_path):
         Path(tmp_path / name).symlink_to(target)
         with pytest.raises(ValueError, match="no such file"):
             runfiles.read_object(tmp_path / name)
+
+
+def test_what_cannot_be_read_is_not_called_malformed(tmp_path, monkeypatch):
+    """An error of the system has its own words; a library's OSError is about the content."""
+    with (
+        pytest.raises(ValueError, match=r"^RECIPE=absent: cannot be read: No such file or directory$"),
+        runfiles.decoding("RECIPE=absent", "UTF-8 text"),
+    ):
+        (tmp_path / "absent").read_text()
+    with pytest.raises(ValueError, match=r"^a is not a frame: damaged$"), runfiles.decoding("a", "a frame"):
+        raise OSError("damaged")
+    (tmp_path / "large.json").write_text('{"a": 1}')
+    monkeypatch.setattr(runfiles, "JSON_LIMIT", 5)
+    with pytest.raises(ValueError, match=r"large.json: 8 bytes, expected at most 5$"):
+        runfiles.read_object(tmp_path / "large.json")
