@@ -650,8 +650,8 @@ def html_page(runs: Mapping[str, Run], given: argparse.Namespace) -> bytes:
         sections.append(page.class_section(classed, page.data_uri(draw_gain(classed))))
     sections += document_sections(shown, given)
     sections.append(page.sample_section({name: run.folder for name, run in runs.items()}))
-    settings = {label: run.config for label, run in zip(labels_of(runs), runs.values(), strict=True)}
-    settings = settings if len(runs) > 1 else {}
+    labeled = zip(labels_of(runs), runs.values(), strict=True)
+    settings = {label: run.config for label, run in labeled} if len(runs) > 1 else {}
     for label, (run, evaluation) in shown.items():
         settings[label] = run.config | evaluation.scores["settings"]
     if len(settings) > 1:

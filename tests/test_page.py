@@ -106,6 +106,13 @@ def test_content_of_two_runs(pages, folders):
     assert len(cells(tree, "Documents")) == 4
 
 
+def test_settings_whose_types_alone_differ_are_the_same():
+    one, other = dict(a=1, b=1337, c="1,2", d=0.1), dict(a=1.0, b="1337", c="12", e=1)
+    (table,) = page.settings_section({"one": one, "other": other}).tables
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert rows == [["C", "1,2", "12"], ["D", "0.1", "-"], ["E", "-", "1"]]
+
+
 @pytest.mark.parametrize("name", ["one", "both"])
 def test_nothing_is_loaded_and_nothing_from_files_is_markup(pages, name):
     tree = parsed(pages[name])
