@@ -802,7 +802,9 @@ def plain_environment(setup: Setup, model: Path, shards: Path, listener: Path) -
     kept = {name: text for name, text in os.environ.items() if name not in known}
     path = os.pathsep.join([str(listener), *filter(None, [os.environ.get("PYTHONPATH")])])
     own = str(shards.with_name("tmp"))
-    return kept | texts | dict(PYTHONPATH=path, PYTHONUSERBASE=site.getuserbase(), HOME=own, TMPDIR=own)
+    folders = dict(PYTHONPATH=path, PYTHONUSERBASE=site.getuserbase(), HOME=own, TMPDIR=own)
+    # threads that spin while they wait would take the cores from the checks
+    return kept | texts | folders | dict(OMP_WAIT_POLICY="passive")
 
 
 def start_program(environ: Mapping[str, str], output: Any) -> subprocess.Popen:
@@ -1226,6 +1228,9 @@ def run_checks(
         texts = fresh_texts(setup, tokens, text, whole)
     with ExitStack() as stack:
         runs = start_fresh(setup, path, texts, stack)  # while they run, the checks here do
+        if runs and setup.device.type == "cpu":  # the fresh run needs as many as the run had
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels
             torch.use_deterministic_algorithms(True, warn_only=True)
             inner = replace(inner, kernel=tg.torch_attention())
