@@ -186,7 +186,8 @@ def read_evaluation(folder: Path) -> Evaluation:
     """Read eval_ttt.json in `folder`: eval/MODE or a run folder. ValueError if it is bad."""
     path, run = folder / "eval_ttt.json", run_of(folder)
     scores = dict(settings={}, sha256_shards={}) | checked(read_object(path, *ADAPTED), EVALUATION, path)
-    mode = str(scores["settings"].get("ttt_mode", "?")) if folder == run else folder.name
+    named = folder.name.removesuffix("_float")  # which `other` says
+    mode = str(scores["settings"].get("ttt_mode", "?")) if folder == run else named
     result = read_object(run / "result.json") if (run / "result.json").exists() else {}
     hashes = {str(each["sha256_artifact"]) for each in (result, scores) if "sha256_artifact" in each}
     kind = "unquantized" if scores.get("weights") == "float" else "another" if len(hashes) > 1 else ""

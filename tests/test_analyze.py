@@ -643,7 +643,7 @@ def test_runs_that_cannot_be_compared(make_run, tmp_path, capsys):
         assert re.search(message, text.splitlines()[-1]), text
     (a / "final_model.int6.ptz").unlink()
     code, text = said(capsys, "weights", a, other, "--only", "rounding", "--out", tmp_path / "out")
-    assert code == 0 and "final_model.int6.ptz: No such file" in text
+    assert code == 0 and "final_model.int6.ptz cannot be read: No such file" in text
 
 
 def test_settings_are_the_evaluators_where_it_has_run(make_run):

@@ -16,6 +16,7 @@ from train_gpt import (
     QUINTIC,
     Config,
     Muon,
+    UserError,
     WeightAverage,
     group_parameters,
     lr_scale,
@@ -229,7 +230,7 @@ def test_a_parameter_that_no_group_knows_is_refused():
     model = GPT(SMALL)
     assert sum(len(members) for members in group_parameters(model).values()) == len(list(model.parameters()))
     model.blocks[2].new_gate = nn.Parameter(torch.ones(1))
-    with pytest.raises(AssertionError, match=r"blocks\.2\.new_gate"):
+    with pytest.raises(UserError, match=r"blocks\.2\.new_gate"):
         make_optimizers(model, model.config)
 
 
