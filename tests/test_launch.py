@@ -328,7 +328,7 @@ def test_two_seeds_for_real(checkout):
     code, said = run_script(checkout, f"{ALONE} bash plan.sh")
     assert code == 0, said
     names = [f"{name}_seed{seed}" for seed in (7, 8) for name in ("train", "evaluate", "audit")]
-    names = ["preflight", *names, "check_seed7", "check_seed8"]
+    names = ["preflight", "pack", *names, "check_seed7", "check_seed8"]
     assert events(said) == ["skip environment", "skip data", *(f"start {name}" for name in names)]
     for seed in (7, 8):
         evaluated = json.loads((checkout / f"runs/smoke_seed{seed}/eval_ttt.json").read_text())
@@ -456,8 +456,9 @@ def cluster(checkout, monkeypatch) -> Path:
 
 def check_two_ranks(folder: Path, code: int, said: str) -> None:
     assert code == 0, said
-    assert [event for event in events(said) if event.startswith("start")] == [
-        "start train_seed7", "start evaluate_seed7", "start audit_seed7", "start check_seed7"]  # fmt: skip
+    expected = [f"start {name}" for name in
+                ("pack", "train_seed7", "evaluate_seed7", "audit_seed7", "check_seed7")]  # fmt: skip
+    assert [event for event in events(said) if event.startswith("start")] == expected
     for name in ("result.json", "eval_ttt.json"):
         assert json.loads((folder / "runs/smoke_seed7" / name).read_text())["world_size"] == 2
 
