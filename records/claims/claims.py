@@ -26,6 +26,7 @@ import numpy as np
 from stated import Pages, paired
 from tabulate import tabulate
 
+COMMANDS = "benchmarks/2026-11-28_commands_cpu"
 # fmt: off
 
 
@@ -44,6 +45,9 @@ def readme(p: Pages) -> None:
     published = [at[name] for name in curves if bench.is_published(name)]
     part = at["two-sided, trellis, ans"] / np.nanmin(published, axis=0)
     fewer = [100 * (1 - part.max()), 100 * (1 - part.min())]
+    minutes = {name: run["seconds"] / 60 for name, run in p.json(COMMANDS)["commands"].items()}
+    page.says("export, scores, audit: {} min", minutes["make demo"])
+    page.says("# the tests, {} min; make test-slow", minutes["make test"])
     page.says("at equal loss ours is {} to {} % smaller", *fewer)
     page.says("{} to {} % fewer bytes than the best of them where rounding costs {} to {} bpb", *fewer,
               gaps[0], gaps[-1])
