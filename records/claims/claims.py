@@ -161,7 +161,9 @@ def check(root: Path) -> Pages:
     pages = Pages(root)
     for derive in (readme, legality, guides, quantizing):
         derive(pages)
-    for derive in (bench.evaluator, bench.levers, bench.quantisation, bench.coders, bench.slots):
+    for derive in (bench.evaluator, bench.levers, bench.quantisation, bench.coders):
+        derive(pages)
+    for derive in (bench.slots, bench.frontier):
         derive(pages)
     for derive in (on_gpu.hopper, on_gpu.h100, on_gpu.traffic):
         derive(pages)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from scipy.special import stdtr
-from stated import Cell, Pages
+from stated import Cell, Pages, paired
 
 EVALUATOR, LEVERS, QUANTIZATION = (f"benchmarks/{name}_cpu" for name in (
     "2026-11-20_evaluator", "2026-11-21_levers", "2026-11-21_quantisation"))  # fmt: skip
+FRONTIER = "benchmarks/2026-11-28_frontier_levers_cpu"
 CODERS, SLOTS = "benchmarks/2026-11-27_coders_cpu", "benchmarks/2026-11-27_slots_cpu"
 MODELS = ("half an hour", "demo, 700 steps")  # of the benchmark of quantization
 # fmt: off
@@ -152,6 +153,24 @@ def quantisation(p: Pages) -> None:
               "text by the demo model itself, 8 x 256 tokens: with the cache, without":
                   ["generate cached", "generate full prefix"]}
     page.shows(2, {label: [[kept["timing"][name] for name in names]] for label, names in labels.items()})
+
+
+def frontier(p: Pages) -> None:
+    page = p.page(f"records/{FRONTIER}.md")
+    runs = sorted(p.json(FRONTIER)["runs"], key=lambda run: run["seed"])
+    rows: dict[str, list[Cell]] = {}
+    for arm, label in (("before", "without the three"), ("after", "with all three"),
+                       ("without_key_offset", "without KEY_OFFSET=16"),
+                       ("without_bigram_signs", "without BIGRAM_SIGNS=1"),
+                       ("without_tail_readout", "without EMA_EXPORT_SHARE=0.6")):
+        found, after = ([[run[f"val_bpb_{key}"] for run in runs if run["arm"] == name]
+                         for key in ("roundtrip", "sliding", "ttt")] for name in (arm, "after"))
+        steps = next(run["steps"] for run in runs if run["arm"] == arm)
+        apart = ["", ""] if arm == "after" else [paired(found[i], after[i])[:3] for i in (1, 2)]
+        rows[label] = [steps, *([mean(scores), stdev(scores)] for scores in found), *apart]
+    page.shows(0, rows)
+    before, after = (sliding[0] - adapted[0] for _, _, sliding, adapted, *_ in list(rows.values())[:2])
+    page.says("gains {} over the sliding score with the three levers, {} without", after, before)
 
 
 def coders(p: Pages) -> None:
