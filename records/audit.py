@@ -1228,7 +1228,7 @@ def run_checks(
         texts = fresh_texts(setup, tokens, text, whole)
     with ExitStack() as stack:
         runs = start_fresh(setup, path, texts, stack)  # while they run, the checks here do
-        if runs and setup.device.type == "cpu":  # the fresh run needs as many as the run had
+        if runs and setup.device.type == "cpu":  # the fresh run has all, to repeat the run bit for bit
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         if setup.device.type == "cuda":  # gradients without atomics, wherever torch has such kernels

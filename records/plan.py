@@ -41,10 +41,8 @@ CACHED_SHARE = 6.50 / 37.95
 CACHE = "runs/compile_cache"
 PREFLIGHT_SECONDS = 90.0  # gpu_minutes.py --preflight stops itself then
 TRAIN_SHARDS, SHARD_BYTES = 80, 200_001_024  # of published exports, 100 M tokens each
-AUDIT_PARTS, AUDIT_STARTS = (
-    94,
-    3,
-)  # of AUDIT_TOKENS: 30 by the checks, 32 on average by each of two fresh runs
+AUDIT_PARTS = 94  # times AUDIT_TOKENS: 30 by the checks, 32 on average by each of two fresh runs
+AUDIT_STARTS = 3
 CHECKPOINTS = 8  # per run
 DISK_BYTES_PER_SECOND = 5e8  # assumed, for checkpoints
 RECORD_SEEDS = 3
