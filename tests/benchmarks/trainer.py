@@ -1,6 +1,6 @@
 """Compare the demo recipe with plain transformers, or ablate its features one by one ("levers").
 
-    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, three seeds, 26 min on 2 cores
+    python tests/benchmarks/trainer.py --out runs/bench_trainer     three arms, five seeds, 45 min on 2 cores
     python tests/benchmarks/trainer.py --quick                      five seconds of training per arm, one seed
     python tests/benchmarks/trainer.py --levers --out runs/levers   every lever separately, three seeds, hours
     python tests/benchmarks/trainer.py --levers --only frontier     those of #1855 and of modded-nanogpt alone
@@ -68,8 +68,10 @@ PLAIN = {
     "QK_GAIN_INIT": "1",
     "MLP_LEAKY_SLOPE": "0",
     "LOGIT_SOFTCAP": "0",
+    "KEY_OFFSET": "0",
 }
-SEEDS = (1337, 42, 2025)  # fixed in advance; the recipe was tuned on other seeds
+DEMO_SEEDS = (21, 22, 23, 24, 25)  # fixed in advance, used for nothing else
+SEEDS = (1337, 42, 2025)  # of the levers; the recipe was tuned on other seeds
 
 SWA = {"SWA_ENABLED": "1", "SWA_EVERY": "5", "SWA_THRESHOLD": "0.2"}
 LEVERS = {  # name -> changes to the recipe; first features that it lacks, then features that it has
@@ -106,7 +108,7 @@ LEVERS = {  # name -> changes to the recipe; first features that it lacks, then 
     "no_skips": {"UNET_SKIPS": "0"},
     "no_resid_mix": {"RESID_MIX": "0"},
     "no_ln_scale": {"LN_SCALE": "0"},
-    "full_rotary": {"ROPE_DIMS": "0"},
+    "full_rotary": {"ROPE_DIMS": "0", "KEY_OFFSET": "0"},
     "no_softcap": {"LOGIT_SOFTCAP": "0"},
     "qk_gain_1": {"QK_GAIN_INIT": "1"},
     "untied": {"TIE_EMBEDDINGS": "0", "EMBED_LR": "0.035", "HEAD_LR": "0.035"},  # LR of the tied matrix
@@ -121,7 +123,7 @@ FRONTIER = {  # of #1855 and of modded-nanogpt, at the published values where th
     "tail_readout": {"EMA_EXPORT_SHARE": "0.6"},
     "prefix_loss": {"PREFIX_LOSS_WEIGHT": "0.25"},
     "mtp_one_head": {"MTP_WEIGHTS": "0.5,0.25"},
-    "key_offset": {"KEY_OFFSET": "16"},
+    "no_key_offset": {"KEY_OFFSET": "0"},
     "xsa_learned": {"XSA_LEARNED": "1"},
     "bigram_signs": {"BIGRAM_SIGNS": "1"},
     "attn_gate": {"ATTN_GATE": "12"},
@@ -219,7 +221,7 @@ def run_arm(
 
 def compare_with_plain(quick: bool, out: Path) -> None:
     """Run the three arms, each for MAX_WALLCLOCK_SECONDS."""
-    seeds, extra = (SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if quick else (SEEDS, {})
+    seeds, extra = (DEMO_SEEDS[:1], {"MAX_WALLCLOCK_SECONDS": "5"}) if quick else (DEMO_SEEDS, {})
     arms, results = make_arms(), {}
     for turn, seed in enumerate(seeds):
         for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:  # alternating order cancels drift
