@@ -4,9 +4,9 @@
     python tests/benchmarks/frontier.py small --data DIR --report DIR --out DIR   bytes, bpb, adaptation
 
 demo: the recipe WITHOUT three levers, WITH them, and without each. The first two are tuned with the same
-trials of the settings that are no lever (SPACE), on documents cut from the training text; then each arm trains
-on all of it with five seeds that nothing was tuned on, for the steps that fit in the time of 690 steps of the
-first. Step time is measured as in trainer.py.
+trials of the settings that are no lever (SPACE), on documents cut from the training text; then each arm
+trains on all of it with five seeds that nothing was tuned on, for the steps that fit in the time of 690 steps
+of the first. Step time is measured as in trainer.py.
 
 small: the model and training of pr1855.env at 128 dimensions, six layers, and 1,024 tokens, on the shards of
 --data (their validation text tunes), three seeds, equal steps. Of the same weights, exports of both systems
