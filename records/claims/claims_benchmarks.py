@@ -38,38 +38,44 @@ def evaluator(p: Pages) -> None:
                    for name, row in modes.items()})
 
 
-def levers(p: Pages) -> None:
-    page, kept = p.page(f"records/{LEVERS}.md"), p.json(LEVERS)
+def lever_rows(kept: dict[str, Any]) -> dict[str, list[Cell]]:
+    """Return the cells of every arm at the steps of the timing, and at equal time."""
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in sorted(kept["runs"], key=lambda run: run["seed"]):
         runs.setdefault((run["arm"], run["steps"]), []).append(run)
-    timing, cells, p_values = kept["timing"], {}, {}
-    noise, times = timing["noise"], timing["ms"]
+    timing, cells = kept["timing"], {}
+    steps, noise, times = timing["run_steps"], timing["noise"], timing["ms"]
 
     def scores(arm: str, steps: int) -> list[Cell]:
         columns = ([run[f"val_bpb_{name}"] for run in runs[arm, steps]] for name in ("roundtrip", "sliding"))
         plain, sliding = (np.array(column) for column in columns)
-        gaps = sliding - [run["val_bpb_sliding"] for run in runs["recipe", 100]]
+        gaps = sliding - [run["val_bpb_sliding"] for run in runs["recipe", timing["run_steps"]]]
         return [plain.mean(), sliding.mean(), [gaps.mean(), gaps.std(ddof=1)]]
 
     for row in kept["rows"]:
         settings = [f"{key}={value}" for key, value in row["settings"].items()]
         ms = times[max((key for key in times if set(key.split()) <= set(settings)), key=len)]
-        fit = 100 if abs(times[""] / ms - 1) <= 2 * noise else round(100 * times[""] / ms)
-        sizes = [mean(run[key] for run in runs[row["arm"], 100]) for key in ("model_params", "bytes_model")]
-        same = scores(row["arm"], 100)
+        fit = steps if abs(times[""] / ms - 1) <= 2 * noise else round(steps * times[""] / ms)
+        sizes = [mean(run[key] for run in runs[row["arm"], steps]) for key in ("model_params", "bytes_model")]
+        same = scores(row["arm"], steps)
         cells[row["arm"]] = [ms, *sizes, *same, fit, *scores(row["arm"], fit), " ".join(settings)]
-        if row["arm"] != "recipe":
-            p_values[row["arm"]] = float(2 * stdtr(2, -abs(same[2][0]) / (same[2][1] / 3**0.5)))
+    return cells
+
+
+def levers(p: Pages) -> None:
+    page, kept = p.page(f"records/{LEVERS}.md"), p.json(LEVERS)
+    timing, cells = kept["timing"], lever_rows(kept)
+    gaps = {name: row[5] for name, row in cells.items() if name != "recipe"}
+    p_values = [float(2 * stdtr(2, -abs(gap) / (spread / 3**0.5))) for gap, spread in gaps.values()]
     deep = {name: row for name, row in cells.items() if name.startswith("depth")}
     page.shows(0, {name: row for name, row in cells.items() if name not in deep})
     page.shows(1, {"recipe": cells["recipe"], **deep})
     page.says("trained for {} steps, and for as", timing["run_steps"])
     page.says("the median over {} rounds of the mean of {} steps", timing["rounds"], timing["steps_a_round"])
-    page.says("which differ by {}%", 100 * noise)
+    page.says("which differ by {}%", 100 * timing["noise"])
     page.says("ends {} behind none at all", -cells["no_average"][5][0])
     page.says("Of {} arms at equal steps {} have p < 0.05 (t, n = 3) and {} after Bonferroni", len(p_values),
-              *(sum(x < limit for x in p_values.values()) for limit in (0.05, 0.05 / len(p_values))))
+              *(sum(x < limit for x in p_values) for limit in (0.05, 0.05 / len(p_values))))
     page.says("which took {} to {} steps", *(which(row[6] for row in deep.values()) for which in (min, max)))
 
 

@@ -180,6 +180,8 @@ def meta_table(part: str) -> str:
         "deployed - longer, no factors": (("deployed", "slots"), ("longer", "slots")),
         "deployed - longer, not adapted": (("deployed", "none"), ("longer", "none")),
         "control - plain, no factors": (("control", "slots"), ("plain", "slots")),
+        "horizon - longer_still, no factors": (("horizon", "slots"), ("longer_still", "slots")),
+        "horizon - longer_still, both with factors": (("horizon", "factors"), ("longer_still", "factors")),
     }
     rows = [[name, str(difference(*pair))] for name, pair in compared.items()]
     heads = ("arm", "not adapted", "adapted", "with factors", "gain", "gain with factors")
