@@ -39,6 +39,7 @@ def trained(demo_data, tmp_path_factory):
         for module in (ladder, ideas):
             patch.setattr(module, "KEPT", base / "kept")
         patch.setattr(ladder, "RUNGS", {"tiny": TINY})
+        patch.setattr(ladder, "COMPILE", "0")
         patch.setattr(ladder.Rung, "steps", 2)
         ladder.KEPT.mkdir()
         assert "2 steps" in ladder.train("tiny", 7, base / "data", base)

@@ -36,6 +36,7 @@ def trained(demo_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (ladder, meta):
             patch.setattr(module, "KEPT", base / "kept")
+        patch.setattr(ladder, "COMPILE", "0")
         patch.setattr(ladder.Rung, "steps", STEPS)
         patch.setitem(ladder.RUNGS, meta.RUNG, ladder.Rung(32, 2, 1, length=64))
         patch.setattr(meta, "FACTOR_STEPS", 3)
