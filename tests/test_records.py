@@ -33,9 +33,10 @@ ROWS = {
 
 @pytest.mark.parametrize("arm", ROWS)
 def test_the_table_of_the_readme(arm):
-    kept = json.loads((ROOT / "records/benchmarks/2026-11-27_demo_cpu.json").read_text())
+    *_, newest = sorted((ROOT / "records/benchmarks").glob("*_demo_cpu.json"))
+    kept = json.loads(newest.read_text())
     runs = [run for run in kept["runs"] if run["arm"] == arm]
-    assert sorted(run["seed"] for run in runs) == [42, 1337, 2025]
+    assert sorted(run["seed"] for run in runs) == [21, 22, 23, 24, 25]
     (row,) = [
         line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| {ROWS[arm]}")
     ]

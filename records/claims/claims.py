@@ -73,6 +73,10 @@ def readme(p: Pages) -> None:
              for key in ("val_bpb_sliding", "val_bpb_ttt")]
     page.says("the first row scores {} ± {} lower sliding and {} ± {} lower adapted (95 %, n = {})",
               *(x for row in lower for x in row[:2]), len(ours))
+    levers = p.json(bench.FRONTIER)["runs"]
+    without, after = (mean(run["val_bpb_sliding"] for run in levers if run["arm"] == arm)
+                      for arm in ("without_key_offset", "after"))
+    page.says("it gains {} on this text", without - after)
 
 
 def legality(p: Pages) -> None:
