@@ -15,6 +15,7 @@ from stated import Cell, Pages, paired
 EVALUATOR, LEVERS, QUANTIZATION = (f"benchmarks/{name}_cpu" for name in (
     "2026-11-20_evaluator", "2026-11-21_levers", "2026-11-21_quantisation"))  # fmt: skip
 FRONTIER = "benchmarks/2026-11-28_frontier_levers_cpu"
+SINGLE = "benchmarks/2026-11-28_single_levers_cpu"
 CODERS, SLOTS = "benchmarks/2026-11-27_coders_cpu", "benchmarks/2026-11-27_slots_cpu"
 MODELS = ("half an hour", "demo, 700 steps")  # of the benchmark of quantization
 # fmt: off
@@ -77,6 +78,20 @@ def levers(p: Pages) -> None:
     page.says("Of {} arms at equal steps {} have p < 0.05 (t, n = 3) and {} after Bonferroni", len(p_values),
               *(sum(x < limit for x in p_values) for limit in (0.05, 0.05 / len(p_values))))
     page.says("which took {} to {} steps", *(which(row[6] for row in deep.values()) for which in (min, max)))
+
+
+def single_levers(p: Pages) -> None:
+    page, corpora = p.page(f"records/{SINGLE}.md"), p.json(SINGLE)["corpora"]
+    demo, web = (lever_rows(corpora[name]) for name in ("demo", "weblab"))
+    page.shows(0, demo)
+    page.shows(1, web)
+    page.says("trained for {} steps", corpora["demo"]["timing"]["run_steps"])
+    page.says("copies of the recipe differ by {} %", 100 * corpora["demo"]["timing"]["noise"])
+    page.says("gain on both texts at 250 steps, {} and {} on the demo's, {} and {} on web text",
+              *(-rows[name][5][0] for rows in (demo, web) for name in ("bigram_signs", "tail_readout")))
+    page.says("`KEY_OFFSET` gains {} on the demo's text", -demo["key_offset"][5][0])
+    page.says("were timed {} % and {} % faster", *(100 * (1 - demo[name][0] / demo["recipe"][0])
+                                                 for name in ("normuon", "ema_nesterov_3")))
 
 
 def bytes_at(points: list[dict[str, float]], gap: float) -> float:
