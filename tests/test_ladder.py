@@ -55,8 +55,9 @@ def test_parameters_are_those_of_the_banks():
     assert ladder.RUNGS["0.1M_80"].steps == round(80 * ladder.RUNGS["0.1M_80"].parameters / 4096)
 
 
-def test_texts_are_apart(tmp_path):
-    """Held out by hash: equal documents of the training file leave it together."""
+def test_texts_are_apart(tmp_path, monkeypatch):
+    """Held out by hash: equal documents of the training file leave it together. Tuning documents are cut."""
+    monkeypatch.setattr(ladder, "TUNING_TARGETS", 12)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     words = [f"document {n} of many, with a few words {n * n}" for n in range(900)]
@@ -75,85 +76,134 @@ def test_texts_are_apart(tmp_path):
         tokens = train_gpt.open_shard(str(tmp_path / f"data/{name}/fineweb_val_000000.bin")).tolist()
         begins = [n for n, token in enumerate(tokens) if token == train_gpt.BOS_ID]
         parts = [tokens[a + 1 : b] for a, b in zip(begins, [*begins[1:], None], strict=True)]
-        assert [tokenizer.decode(part) for part in parts] == documents
+        if name == "tuning":
+            assert parts == [tokenizer.encode(document)[:12] for document in documents]
+        else:
+            assert [tokenizer.decode(part) for part in parts] == documents
 
 
-def test_controls_and_summaries(trained, monkeypatch):
-    """Without steps all forms score as the plan; steps on another document are steps, but other ones."""
+def test_controls_and_summaries(trained):
+    """Without steps all forms score as their plans; steps on another document are steps, but other ones."""
     setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
-    plain, _ = ladder.losses(setup, text, {}, adapts=False)
-    slots = ladder.FORMS["slots"][0]
-    still, _ = ladder.losses(setup, text, slots | dict(ttt_lr=0.0), trainer=ladder.OtherDocument)
-    np.testing.assert_allclose(still, plain, rtol=0, atol=1e-4)
-    own, same, other = (ladder.losses(setup, text, slots | dict(ttt_lr=0.01), trainer=trainer)[0]
-                        for trainer in (None, ladder.Slots, ladder.OtherDocument))  # fmt: skip
-    np.testing.assert_allclose(own, same, rtol=0, atol=1e-4)  # order of the generated text's batches
-    first = text.position < setup.config.ttt_chunk_size  # nothing is learned before a document's first chunk
-    for nll in (own, other):
+    slots = ladder.FORMS["slots"][0] | dict(ttt_chunk_size=16)
+    other = ladder.OtherDocument(**vars(setup))
+    plain, _ = ladder.unadapted(setup, text, slots)
+    for which in (setup, other):
+        still, _ = ladder.losses(which, text, slots | dict(ttt_lr=0.0))
+        np.testing.assert_allclose(still, plain, rtol=0, atol=1e-4)
+    own, theirs = (ladder.losses(which, text, slots | dict(ttt_lr=0.01))[0] for which in (setup, other))
+    first = text.position < 16  # nothing is learned before a document's first chunk
+    for nll in (own, theirs):
         np.testing.assert_allclose(nll[first], plain[first], rtol=0, atol=1e-4)
         assert np.abs(nll - plain)[~first].max() > 0.01
-    assert np.abs(own - other)[~first].max() > 0.01
+    assert np.abs(own - theirs)[~first].max() > 0.01
     found = ladder.summary(own, 1.0, text)
     assert sum(found["nats_by_position"]) == pytest.approx(own.sum(dtype=np.float64))
     assert sum(found["nats_by_document"]) == pytest.approx(own.sum(dtype=np.float64), abs=0.1)
     assert found["bpb"] == pytest.approx(own.sum(dtype=np.float64) / math.log(2) / text.num_bytes.sum())
 
 
-def test_other_document_never_takes_its_own(trained, monkeypatch):
+def test_steps_on_another_document_are_its_chunks_in_order(trained):
+    """As many windows, of the same size, at the same moments; chunk n of the partner in place of chunk n."""
     setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
-    drawn, adapt = [], ladder.ev.TestTimeTrainer.adapt
+    config = ladder.replace(setup.config, **ladder.FORMS["slots"][0], ttt_chunk_size=16)
+    tokens = np.concatenate([text.tokens, text.tokens[:250], text.tokens[1:200]])  # the last is the longest
+    setup = ladder.replace(setup, config=config)
+    begin, end = ladder.ev.documents(tokens)
+    taken: dict[int, list[int]] = {}
+    for own, other in zip(setup.plan(tokens), ladder.OtherDocument(**vars(setup)).plan(tokens), strict=True):
+        assert (own.adapted is None) == (other.adapted is None)
+        for a, b in zip(own.scored or (), other.scored or (), strict=True):
+            np.testing.assert_array_equal(a, b)
+        if own.adapted is not None:
+            np.testing.assert_array_equal(own.adapted.begin, other.adapted.begin)
+            np.testing.assert_array_equal(own.adapted.end, other.adapted.end)
+            for start, instead, size in zip(
+                own.adapted.start, other.adapted.start, own.adapted.end, strict=True
+            ):
+                if size:
+                    document = int(np.searchsorted(begin, start, side="right")) - 1
+                    taken.setdefault(document, []).append(int(instead))
+    counts = -(-(end - begin) // 16) - 1
+    assert len(taken) == len(begin) and [len(taken[n]) for n in sorted(taken)] == counts.tolist()
+    for document, starts in taken.items():
+        partner = int(np.searchsorted(begin, starts[0], side="right")) - 1
+        offsets = np.arange(len(starts)) * 16 % (16 * counts[partner])
+        assert partner != document and starts == (begin[partner] + offsets).tolist()
+        assert counts[partner] >= counts[document] or counts[document] == counts.max()
 
-    def watch(self, batch):
-        count = len(batch.slots)
-        drawn.extend(zip(self.documents[batch.slots.numpy()].tolist(), batch.text.targets[:count].tolist(),
-                         batch.text.loss_weight[:count].gt(0).sum(1).tolist(), strict=True))  # fmt: skip
-        assert not batch.text.loss_weight[count:].any()
-        adapt(self, batch)
 
-    monkeypatch.setattr(ladder.ev.TestTimeTrainer, "adapt", watch)
-    form = ladder.FORMS["slots"][0] | dict(ttt_lr=1e-3)
-    ladder.losses(setup, text, form, trainer=ladder.OtherDocument)
-    begin, end = ladder.ev.documents(text.tokens)
-    own = {n: text.tokens[a : b + 1].tolist() for n, (a, b) in enumerate(zip(begin, end, strict=True))}
-    assert len(drawn) > 10
+def test_a_longer_context_scales_the_rotary_base(trained, monkeypatch):
+    setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
+    generator = torch.Generator().manual_seed(0)  # after two steps attention adds nothing yet
+    state = {name: weight + 0.1 * torch.randn(weight.shape, generator=generator) if "bank" in name else weight
+             for name, weight in setup.artifact.state.items()}  # fmt: skip
+    setup = ladder.replace(setup, artifact=setup.artifact._replace(state=state))
+    bases, score_plan = [], ladder.ev.score_plan
 
-    def inside(part: list[int], whole: list[int]) -> bool:
-        return any(whole[i : i + len(part)] == part for i in range(len(whole)))
+    def watch(setup, tokens):
+        bases.append(setup.load().config.rope_base)
+        assert setup.config.eval_seq_len == 2 * TINY.length
+        return score_plan(setup, tokens)
 
-    for document, targets, length in drawn:
-        assert not inside(targets[:length], own[document])
-        assert any(inside(targets[:length], each) for n, each in own.items() if n != document)
+    monkeypatch.setattr(ladder.ev, "score_plan", watch)
+    plain, scaled = (ladder.with_context(setup, text, TINY, 2, flag)[0] for flag in (False, True))
+    r = setup.artifact.config.rotary_dims
+    assert bases == [10000.0, pytest.approx(10000 * 2 ** (r / (r - 2)))]
+    np.testing.assert_array_equal(plain[text.position == 0], scaled[text.position == 0])
+    assert np.abs(plain - scaled).max() > 1e-3
 
 
-def test_measure_keeps_what_it_found(trained):
-    ladder.tg.write_atomically(ladder.KEPT / "tiny_rates.json", json.dumps(
-        {form: {"0.01": 1.0, "0.02": 2.0} for form in ladder.FORMS}).encode())  # fmt: skip
+def test_measure_keeps_what_it_found_and_goes_on(trained, monkeypatch):
+    rates = {form: {"0.01": 1.0, "0.02": 2.0} for form in ladder.FORMS} | {
+        "mixture": {"0.5": 1.0, "0.9": 2.0}
+    }
+    ladder.write_json(ladder.KEPT / "tiny_rates.json", rates)
+    path = ladder.KEPT / "tiny_seed7/report.json"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ladder, "mixed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        ladder.measure("tiny", 7, trained / "data", trained, "report")
+    before = json.loads(path.read_text())["scores"]
+    assert "slots" in before and "mixture" not in before
+    before["none"]["seconds"] = 1e6
+    ladder.write_json(path, json.loads(path.read_text()) | dict(scores=before))
     assert "gains" in ladder.measure("tiny", 7, trained / "data", trained, "report")
-    kept = json.loads((ladder.KEPT / "tiny_seed7/report.json").read_text())
-    assert kept["rates"] == dict.fromkeys([*ladder.FORMS, "another document"], 0.01)
+    kept = json.loads(path.read_text())
+    assert kept["scores"]["none"]["seconds"] == 1e6
+    assert {*kept["scores"]} == {*ladder.UNADAPTED, *ladder.FORMS, "mixture", *ladder.OTHER}
     assert sum(kept["targets_by_position"]) == 1499
     setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)
-    plain, adapted = (ladder.losses(setup, text, changes, adapts)[0].astype(np.float64) for changes, adapts in
-                      (({}, False), (ladder.FORMS["slots"][0] | dict(ttt_lr=0.01), True)))  # fmt: skip
+    slots = ladder.FORMS["slots"][0]
+    plain, _ = ladder.unadapted(setup, text, slots)
+    adapted, _ = ladder.losses(setup, text, slots | dict(ttt_lr=0.01))
+    plain, adapted = plain.astype(np.float64), adapted.astype(np.float64)
     half = -logsumexp([-plain, -adapted], axis=0) + math.log(2)
-    assert kept["scores"]["slots, 0.5 of the mixture"]["bpb"] == pytest.approx(
-        ladder.bpb(half, text), abs=1e-9
-    )
+    assert kept["scores"]["mixture"]["bpb"] == pytest.approx(ladder.bpb(half, text), abs=1e-9)
 
 
 def test_tuning_brackets_the_best_rate(trained, monkeypatch):
-    """A loss with its least at 8 times the first rate of every form."""
+    """A loss with its least at 6 times the first rate of every form; the nearest half power is 2.5."""
 
-    def curve(setup, text, changes, adapts=True):
+    def curve(setup, text, changes):
         first = next(rate for settings, rate in ladder.FORMS.values() if settings.items() <= changes.items())
-        return np.full(len(text.document), 2 + abs(math.log2(changes["ttt_lr"] / first) - 3)), 0.0
+        return np.full(len(text.document), 2 + abs(math.log2(changes["ttt_lr"] / first) - 2.6)), 0.0
 
     (ladder.KEPT / "tiny_rates.json").unlink(missing_ok=True)
     monkeypatch.setattr(ladder, "losses", curve)
     ladder.tune("tiny", trained / "data", trained)
     tried = json.loads((ladder.KEPT / "tiny_rates.json").read_text())
     for form, (_, first) in ladder.FORMS.items():
-        assert ladder.best_rate(tried[form]) == f"{8 * first:.4g}" and len(tried[form]) == 6
+        assert ladder.best_rate(tried[form]) == f"{first * 2**2.5:.4g}" and len(tried[form]) == 8
+    assert ladder.best_rate(tried["mixture"]) in map(str, ladder.MIXED)
+
+
+def test_a_search_that_finds_nothing_ends():
+    found = {}
+    ladder.search(1.0, lambda rate: rate, found, lambda: None)  # the lower the better
+    assert 2**-11 < float(ladder.best_rate(found)) < 2**-7
+    flat = {}
+    ladder.search(1.0, lambda rate: math.inf, flat, lambda: None)
+    assert len(flat) == 5
 
 
 def test_chunks_by_position_cover_each_document_once(trained):

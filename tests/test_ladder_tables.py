@@ -42,7 +42,8 @@ def kept(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name, rung in ladder.RUNGS.items():
         gain = 2 * rung.parameters**-0.2 * rung.tokens_per_parameter**-0.3
-        gains = dict.fromkeys((*tables.CONTROLS, "chunks", "adapters"), 0.001) | dict(slots=gain)
+        gains = dict.fromkeys((*tables.CONTROLS, "mixture", "chunks", "adapters"), 0.001) | dict(slots=gain)
+        gains |= {"none, adapters": 0.0, "none, chunks": 0.0}
         for seed in rung.seeds:
             for part in ("report", "mixture"):
                 kept_run(tmp_path / f"{name}_seed{seed}/{part}.json", gains, rng)
@@ -99,7 +100,7 @@ def test_prediction_finds_a_power_law(kept):
 
 def test_page_has_every_comparison(kept):
     text = tables.make_report()
-    for line in ("deployed - longer, both with factors |", "| deployed", "pr1019", "context x8"):
+    for line in ("deployed - longer, both with factors |", "deployed |", "pr1019", "gain of context x4"):
         assert line in text
     row = next(line for line in text.splitlines() if "deployed - control, no factors" in line)
     assert "-0.0100 ± 0.0000" in row  # arms are in the order plain, longer, control, deployed

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,6 @@ import torch
 from ladder import KEPT, RUNGS, best_rate, ev, load, losses, search, summary, tg, write_json
 
 RUNG = "0.1M_80"
-RATE_STEP = 2**0.5
 
 
 class Idea(NamedTuple):
@@ -88,11 +88,12 @@ class BySizes(ev.Setup):
         return plan
 
 
-class TwoSteps(ladder.Slots):
-    """Two steps on each of the first `twice` chunks of a document."""
+class TwoSteps(ev.TestTimeTrainer):
+    """The trainer of `slots` with two steps on each of the first `twice` chunks of a document."""
 
     def __init__(self, model: tg.GPT, config: tg.Config, twice: int) -> None:
-        super().__init__(model, config)
+        super().__init__(model, replace(config, ttt_mode="doc_banks"), tg.token_nll, {})
+        self.fast.moments.start = tg.generated_moments(model, self.config, self.config.ttt_slots)
         self.twice, self.taken = twice, torch.zeros(config.ttt_slots, dtype=torch.int64)
 
     def reset(self, slots: torch.Tensor) -> None:
@@ -133,9 +134,10 @@ def tune(name: str, data: Path, out: Path) -> str:
     first = float(best_rate(json.loads((KEPT / f"{RUNG}_rates.json").read_text())["slots"]))
 
     def score(rate: float) -> float:
-        return ladder.bpb(scored(setup, text, name, rate)[0], text)
+        nll, _ = scored(setup, text, name, rate)
+        return ladder.bpb(nll, text) if np.isfinite(nll).all() else math.inf
 
-    search(first, RATE_STEP, score, found, partial(write_json, kept, found))
+    search(first, score, found, partial(write_json, kept, found))
     return f"{name}: {best_rate(found)}, {min(found.values()):.4f}"
 
 

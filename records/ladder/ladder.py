@@ -30,12 +30,12 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -69,6 +69,11 @@ class Rung(NamedTuple):
         return {name: str(value) for name, value in sizes.items()}
 
     @property
+    def longer(self) -> tuple[int, ...]:
+        """Contexts to score without adaptation; at T = 2,048 they would take longer than all other scores."""
+        return LONGER if self.length == 512 else ()
+
+    @property
     def parameters(self) -> int:
         """Of the matrices of all blocks: what tokens per parameter count."""
         c, _, _ = tg.load_config({"RECIPE": str(RECIPE), **self.settings})
@@ -89,17 +94,26 @@ RUNGS = {
     "0.3M_80": Rung(96, 4, 80),
 }
 TUNING_DOCUMENTS, MIXTURE_DOCUMENTS = 200, 600
+TUNING_TARGETS = 4096  # of each document: two of the 200 would be a fifth of the text, and rule the rates
 
-# Form of adaptation -> its settings, and the learning rate that its search begins with.
+# Form of adaptation -> its settings, and the learning rate that its search begins with. `chunks` is #549's;
+# `adapters` is #1855's without the phases of its base weights, and with the rank that these widths allow.
 FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "chunks": (
-        dict(ttt_mode="banks", ttt_optimizer="sgd", ttt_momentum=0.9, ttt_epochs=3,
+        dict(ttt_mode="all", ttt_optimizer="sgd", ttt_momentum=0.9, ttt_epochs=3, ttt_grad_clip=1.0,
              ttt_chunk_tokens=32768, ttt_lr_schedule="cosine"), 0.01,
     ),
-    "adapters": (dict(ttt_mode="doc_lora", ttt_optimizer="adamw", ttt_lora_form="parallel"), 1e-3),
+    "adapters": (  # at T = 2,048, too, with the context of 512
+        dict(ttt_mode="doc_lora", ttt_optimizer="adamw", ttt_lora_form="parallel", ttt_chunk_size=48,
+             ttt_context=464, ttt_lora_alpha=14.4, ttt_warm_start_a=True, ttt_weight_decay=0.5,
+             ttt_grad_clip=0.0), 1e-3,
+    ),
     "slots": (dict(ttt_mode="doc_banks", ttt_optimizer="precond"), 2e-3),
 }  # fmt: skip
-LONGER = (2, 4, 8)  # contexts without adaptation, as multiples of the rung's length
+# Scores without adaptation -> the form whose plan they share: context differs by chunk.
+UNADAPTED = {"none": "slots", "none, adapters": "adapters", "none, chunks": "chunks"}
+LONGER = (2, 4)  # contexts without adaptation, as multiples of T = 512
+OTHER = {"another document": 1.0, "another document, quarter rate": 0.25}  # by the rate of `slots`
 MIXED = (0.5, 0.75, 0.9)  # weights of the adapted prediction in a mixture with the unadapted one
 POSITIONS = (0, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # first targets of the bins within a document
 
@@ -150,7 +164,9 @@ def make_data(corpus: Path, data: Path) -> str:
         for path in [*(data / "all").glob("fineweb_train_*.bin"), data / "all/tokenizer.model"]:
             (folder / path.name).unlink(missing_ok=True)
             (folder / path.name).symlink_to(path)
-        text = np.ascontiguousarray(tokens[borders[first] : borders[last]], "<u2")
+        longest = TUNING_TARGETS if name == "tuning" else len(tokens)
+        documents = [tokens[a : min(a + longest + 1, b)] for a, b in pairwise(borders[first : last + 1])]
+        text = np.concatenate(documents).astype("<u2")
         (folder / "fineweb_val_000000.bin").write_bytes(shard_header(len(text)) + text.tobytes())
         first = last
     return f"{len(kept)} documents to train on; to score: " + ", ".join(
@@ -181,7 +197,7 @@ def run(name: str, seed: int, settings: Mapping[str, str], data: Path, out: Path
                            stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
         kept.mkdir(parents=True, exist_ok=True)
         for file in ("train.log", "result.json"):
-            (kept / file).write_bytes((out / "runs" / name / file).read_bytes())
+            tg.write_atomically(kept / file, (out / "runs" / name / file).read_bytes())
     return json.loads((kept / "result.json").read_text())
 
 
@@ -197,39 +213,31 @@ def train(name: str, seed: int, data: Path, out: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------
 
 
-class Slots(ev.TestTimeTrainer):
-    """The trainer of `slots`, for classes that change its steps."""
+class OtherDocument(ev.Setup):
+    """A control: every step of a document is taken on the same chunk of another, its partner.
 
-    def __init__(self, model: tg.GPT, config: tg.Config) -> None:
-        super().__init__(model, replace(config, ttt_mode="doc_banks"), tg.token_nll, {})
-        self.fast.moments.start = tg.generated_moments(model, self.config, self.config.ttt_slots)
-
-
-class OtherDocument(Slots):
-    """A control: the steps of `slots`, as many and at the same moments, each on a chunk of another document.
-
-    Chunks are drawn from all that were scored before, with a fixed seed.
+    A partner is drawn with a fixed seed from the documents that begin no later and have at least as many
+    chunks, so that its chunk is scored by then. Where there is none, the longest serves over and over.
     """
 
-    def __init__(self, model: tg.GPT, config: tg.Config) -> None:
-        super().__init__(model, config)
-        self.documents, self.generator = np.zeros(self.config.ttt_slots, np.int64), np.random.default_rng(0)
-        self.count, self.seen, self.owners = 0, [], np.zeros(0, np.int64)
+    def plan(self, tokens: np.ndarray) -> list[ev.Chunk]:
+        begin, end = ev.documents(tokens)
+        count = -(-(end - begin) // self.config.doc_chunk)
+        steps = count - 1  # nothing adapts on the last chunk
+        first, _ = ev.assign_slots(count, self.config.ttt_slots)
+        generator, partner = np.random.default_rng(0), np.zeros(len(begin), np.int64)
+        for one in range(len(begin)):
+            earlier = np.flatnonzero((first <= first[one]) & (np.arange(len(begin)) != one) & (steps > 0))
+            enough = earlier[steps[earlier] >= steps[one]]
+            partner[one] = generator.choice(enough) if len(enough) else earlier[steps[earlier].argmax()]
 
-    def reset(self, slots: Tensor) -> None:
-        super().reset(slots)
-        self.documents[slots.numpy()] = self.count + np.arange(len(slots))
-        self.count += len(slots)
+        def moved(windows: ev.Windows) -> ev.Windows:
+            own = np.searchsorted(begin, windows.start, side="right") - 1
+            offset = (windows.start - begin[own]) % (steps[partner[own]] * self.config.doc_chunk)
+            return windows._replace(start=begin[partner[own]] + offset)
 
-    def adapt(self, batch: ev.ScoredBatch) -> None:
-        own = self.documents[batch.slots.numpy()]
-        self.seen += zip(*(part[: len(own)] for part in batch.text), strict=True)
-        self.owners = np.append(self.owners, own)
-        chosen = [self.generator.choice(np.flatnonzero(self.owners != one)) for one in own]
-        rows = [self.seen[index] for index in np.resize(chosen, len(batch.rows))]
-        text = tg.TTTBatch(*map(torch.stack, zip(*rows, strict=True)))
-        text.loss_weight[len(own) :] = 0.0  # rows that fill the batch
-        super().adapt(batch._replace(text=text))
+        return [chunk if chunk.adapted is None else chunk._replace(adapted=moved(chunk.adapted))
+                for chunk in super().plan(tokens)]  # fmt: skip
 
 
 class Text(NamedTuple):
@@ -255,19 +263,32 @@ def load(run: Path, folder: Path, rung: Rung) -> tuple[ev.Setup, Text]:
 
 
 def losses(
-    setup: ev.Setup,
-    text: Text,
-    changes: Mapping[str, Any],
-    adapts: bool = True,
-    trainer: Callable[[tg.GPT, tg.Config], Slots] | None = None,
+    setup: ev.Setup, text: Text, changes: Mapping[str, Any], trainer: Callable | None = None
 ) -> tuple[np.ndarray, float]:
     """Nats of each target under changed settings, with a trainer of its own if given, and CPU seconds."""
     config, plugin = replace(setup.config, **changes), None
     if trainer is not None:
         config, plugin = replace(config, ttt_mode="own"), ev.Plugin(trainer, Path(__file__).name, b"")
     began = time.process_time()
-    nll = ev.evaluate(replace(setup, config=config, plugin=plugin), text.tokens, adapts=adapts).nll
+    nll = ev.evaluate(replace(setup, config=config, plugin=plugin), text.tokens).nll
     return nll, time.process_time() - began
+
+
+def unadapted(setup: ev.Setup, text: Text, changes: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """Nats of each target in the plan of changed settings, by the plain forward, and CPU seconds."""
+    began = time.process_time()
+    nll = ev.score_plan(replace(setup, config=replace(setup.config, **changes)), text.tokens).nll
+    return nll, time.process_time() - began
+
+
+def with_context(
+    setup: ev.Setup, text: Text, rung: Rung, times: int, scaled: bool
+) -> tuple[np.ndarray, float]:
+    """`unadapted` with a longer context, its rotary base as trained or scaled with the context (NTK)."""
+    c = setup.artifact.config
+    base = c.rope_base * times ** (c.rotary_dims / (c.rotary_dims - 2)) if scaled else c.rope_base
+    artifact = setup.artifact._replace(config=replace(c, rope_base=base))
+    return unadapted(replace(setup, artifact=artifact), text, dict(eval_seq_len=times * rung.length))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -276,6 +297,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def bpb(nll: np.ndarray, text: Text) -> float:
     return float(nll.sum(dtype=np.float64) / math.log(2) / text.num_bytes.sum())
+
+
+def mixed(adapted: np.ndarray, plain: np.ndarray, weight: float) -> np.ndarray:
+    """Nats of each target under `weight` * adapted + (1 - weight) * plain prediction."""
+    return ev.mixed_nll(adapted.astype(np.float64), plain.astype(np.float64), weight)
 
 
 def finite_bpb(setup: ev.Setup, text: Text, changes: Mapping[str, Any]) -> float:
@@ -299,25 +325,28 @@ def sizes(text: Text) -> dict[str, Any]:
                 sha256_text=hashlib.sha256(text.tokens.tobytes()).hexdigest())  # fmt: skip
 
 
-def search(
-    first: float, factor: float, score: Callable[[float], float], found: dict[str, float], keep: Callable
-) -> None:
-    """Fill `found`, rate -> score, until its lowest score lies between two others; `keep()` after each."""
+def search(first: float, score: Callable[[float], float], found: dict[str, float], keep: Callable) -> None:
+    """Fill `found`, rate -> score, by factors of two until the lowest lies between two others, then of 2^0.5.
 
-    def scored(power: int) -> float:
-        rate = f"{first * factor**power:.4g}"
+    `keep()` after each. Stops at 256 times or a 256th of `first`: then the lowest is at an edge.
+    """
+
+    def scored(power: float) -> float:
+        rate = f"{first * 2**power:.4g}"
         if rate not in found:
             found[rate] = score(float(rate))
             keep()
         return found[rate]
 
     best = 0
-    while (better := min((best, best - 1, best + 1), key=scored)) != best:
+    while (better := min((best, best - 1, best + 1), key=scored)) != best and abs(better) <= 8:
         best = better
+    for power in (best - 0.5, best + 0.5):
+        scored(power)
 
 
 def tune(name: str, data: Path, out: Path) -> str:
-    """Bracket the best learning rate of each form by factors of two, with the first seed of a rung."""
+    """Choose on tuning documents, with a rung's first seed: rates, rotary bases of contexts, the mixture."""
     rung, kept = RUNGS[name], KEPT / f"{name}_rates.json"
     tried = json.loads(kept.read_text()) if kept.exists() else {}
     setup, text = load(out / f"runs/{name}_seed{rung.seeds[0]}", data / "tuning", rung)
@@ -327,8 +356,16 @@ def tune(name: str, data: Path, out: Path) -> str:
 
     for form, (_, first) in FORMS.items():
         found = tried.setdefault(form, {})
-        search(first, 2, partial(score, form), found, partial(write_json, kept, tried))
-    return f"{name}: " + ", ".join(f"{form} {best_rate(found)}" for form, found in tried.items())
+        search(first, partial(score, form), found, partial(write_json, kept, tried))
+    for times in rung.longer:
+        plain, scaled = (with_context(setup, text, rung, times, scaled)[0] for scaled in (False, True))
+        tried[f"context x{times}"] = {"as trained": bpb(plain, text), "scaled": bpb(scaled, text)}
+    settings = FORMS["slots"][0]
+    adapted, _ = losses(setup, text, settings | dict(ttt_lr=float(best_rate(tried["slots"]))))
+    plain, _ = unadapted(setup, text, settings)
+    tried["mixture"] = {str(weight): bpb(mixed(adapted, plain, weight), text) for weight in MIXED}
+    write_json(kept, tried)
+    return f"{name}: " + ", ".join(f"{what} {best_rate(found)}" for what, found in tried.items())
 
 
 def best_rate(found: Mapping[str, float]) -> str:
@@ -337,31 +374,37 @@ def best_rate(found: Mapping[str, float]) -> str:
 
 def measure(name: str, seed: int, data: Path, out: Path, part: str) -> str:
     """Score a run's artifact on a text: no adaptation, every form at its rate, and the controls."""
-    rung, kept = RUNGS[name], KEPT / f"{name}_seed{seed}" / f"{part}.json"
-    if kept.exists():
-        return f"{kept.parent.name}, {part}: kept"
+    rung, path = RUNGS[name], KEPT / f"{name}_seed{seed}" / f"{part}.json"
     rates = json.loads((KEPT / f"{name}_rates.json").read_text())
+    chosen = {what: best_rate(found) for what, found in rates.items()}
     setup, text = load(out / f"runs/{name}_seed{seed}", data / part, rung)
-    forms = {form: settings | dict(ttt_lr=float(best_rate(rates[form])))
-             for form, (settings, _) in FORMS.items()}  # fmt: skip
-    forms["another document"] = forms["slots"]
-    plain, seconds = losses(setup, text, {}, adapts=False)
-    found = {"none": summary(plain, seconds, text)}
-    for times in LONGER:
-        longer = losses(setup, text, dict(eval_seq_len=times * rung.length), adapts=False)
-        found[f"context x{times}"] = summary(*longer, text)
-    for form, settings in forms.items():
-        trainer = OtherDocument if form == "another document" else None
-        nll, seconds = losses(setup, text, settings, trainer=trainer)
-        found[form] = summary(nll, seconds, text)
-        for weight in MIXED if form == "slots" else ():
-            mixed = ev.mixed_nll(nll.astype(np.float64), plain.astype(np.float64), weight)
-            found[f"{form}, {weight} of the mixture"] = summary(mixed, seconds, text)
-    write_json(
-        kept, dict(rates={form: s["ttt_lr"] for form, s in forms.items()}, **sizes(text), scores=found)
-    )
-    gains = ", ".join(f"{form} {found['none']['bpb'] - one['bpb']:+.4f}" for form, one in found.items())
-    return f"{kept.parent.name}, {part}: {found['none']['bpb']:.4f}; gains: {gains}"
+    kept = json.loads(path.read_text()) if path.exists() else dict(chosen=chosen, **sizes(text), scores={})
+    scores = kept["scores"]
+
+    def add(score: str, nll: np.ndarray, seconds: float) -> None:
+        scores[score] = summary(nll, seconds, text)
+        write_json(path, kept)
+
+    for score, form in UNADAPTED.items():
+        if score not in scores:
+            add(score, *unadapted(setup, text, FORMS[form][0]))
+    for times in rung.longer:
+        if (score := f"context x{times}") not in scores:
+            add(score, *with_context(setup, text, rung, times, chosen[score] == "scaled"))
+    for form in ("chunks", "adapters"):
+        if form not in scores:
+            add(form, *losses(setup, text, FORMS[form][0] | dict(ttt_lr=float(chosen[form]))))
+    settings, rate = FORMS["slots"][0], float(chosen["slots"])
+    if "mixture" not in scores:
+        nll, seconds = losses(setup, text, settings | dict(ttt_lr=rate))
+        plain, more = unadapted(setup, text, settings)
+        add("slots", nll, seconds)
+        add("mixture", mixed(nll, plain, float(chosen["mixture"])), seconds + more)
+    for score, factor in OTHER.items():
+        if score not in scores:
+            add(score, *losses(OtherDocument(**vars(setup)), text, settings | dict(ttt_lr=rate * factor)))
+    gains = ", ".join(f"{form} {scores['none']['bpb'] - one['bpb']:+.4f}" for form, one in scores.items())
+    return f"{path.parent.name}, {part}: {scores['none']['bpb']:.4f}; gains: {gains}"
 
 
 def work(given: argparse.Namespace) -> list[partial]:

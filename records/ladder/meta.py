@@ -21,11 +21,15 @@ Factors of the test-time rate, one for each bank row, are learned afterwards, in
 with weights frozen. So arms differ in weights alone, and cells of an arm in factors alone.
 
 Fixed before the first run. Endpoint: bpb with adaptation by `slots`, on the report text, each cell at its own
-rate. Comparisons, paired by seed and document: deployed - control without factors (what the weights gain);
+rate, paired by seed and document. Three primary comparisons, with intervals of 95 % for all three together:
+deployed - control, both with factors (what the inner steps add to the same documents and schedule);
 deployed - longer, both with factors (what is left at equal time); factors - no factors, within `longer` (what
-the factors gain without any meta-learned weights). Intervals of 95 % cover seeds and documents. The last two
-arms are the one attempt to make meta-learning work where it falls short: documents of the texts have some 32
-chunks, so its steps see all of what adaptation will do. It is judged once, by horizon - longer_still.
+factors add without any meta-learned weights). Meta-learning of weights pays if the first two are below 0. All
+others are exploratory.
+
+The last two arms are the one attempt to make it work where it falls short, chosen before: its steps see up to
+32 chunks, as most documents have fewer. It is judged once, by horizon - longer_still with factors; a gain
+would still need a control of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,7 +48,19 @@ from typing import Any
 import ladder
 import numpy as np
 import torch
-from ladder import KEPT, RECIPE, RUNGS, best_rate, finite_bpb, load, losses, search, summary, tg, write_json
+from ladder import (
+    KEPT,
+    RECIPE,
+    RUNGS,
+    best_rate,
+    finite_bpb,
+    load,
+    losses,
+    summary,
+    tg,
+    unadapted,
+    write_json,
+)
 
 RUNG = "0.1M_80"
 SEEDS, TUNING_SEEDS = tuple(range(201, 209)), (199, 200)
@@ -59,7 +76,6 @@ ARMS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 TIME_OF = {"longer": "deployed", "longer_still": "horizon"}  # plain training for the time of another arm
 FACTOR_STEPS, FACTOR_LR = 100, "0.03"
-RATE_STEP = 2**0.5  # of the search: a cell's advantage must not be a coarse grid
 
 
 def run_id(arm: str, seed: int) -> str:
@@ -93,7 +109,8 @@ class Late:
     def __init__(self, seed: int, weights: Path | None, data: Path, arm: str = "deployed") -> None:
         environ = {"RECIPE": str(RECIPE), **settings(arm), "META_SGD_ENABLED": "1",
                    "META_SGD_LR": FACTOR_LR, "DATA_PATH": str(data / "tuning"), "SEED": str(seed),
-                   "TOKENIZER_PATH": str(data / "tuning/tokenizer.model"), "DEVICE": "cpu"}  # fmt: skip
+                   "TOKENIZER_PATH": str(data / "tuning/tokenizer.model"), "DEVICE": "cpu",
+                   "USE_COMPILE": ladder.COMPILE}  # fmt: skip
         self.config, _, _ = tg.load_config(environ)
         table = tg.load_byte_table(self.config.tokenizer_path, self.config.vocab_size)
         self.model = tg.GPT(self.config, torch.float32, word_start=table.has_leading_space)
@@ -106,11 +123,11 @@ class Late:
         self.fast = tg.inner_weights(self.model, self.config, "deployed")
         self.fast.moments.start = tg.generated_moments(self.model, self.config, self.fast.sets)
 
-    def gradients(self, step: int) -> torch.Tensor:
+    def gradients(self, step: int, nll_fn: Callable = tg.token_nll) -> torch.Tensor:
         """Add the gradients of a step's documents, which no phase of training draws; returns their loss."""
         generator = np.random.default_rng([self.config.seed, 9, step])
         task = tg.sample_documents(self.stream, self.fast.sets, self.config, generator)
-        return tg.deployed_step(self.model, self.fast, self.rates, *task)
+        return tg.deployed_step(self.model, self.fast, self.rates, *task, nll_fn)
 
     def learn(self) -> dict[str, torch.Tensor]:
         """Factors by bank, (rows, 1, 1), after FACTOR_STEPS steps at a rate that falls to 0."""
@@ -122,26 +139,31 @@ class Late:
 
 
 def late_step(arm: str, data: Path, rounds: int) -> float:
-    """CPU seconds of a step of an arm's last phase, as a multiple of an ordinary step's; one thread."""
-    late, spent = Late(0, None, data, arm), {"plain": [], "late": []}
+    """CPU seconds of a step of an arm's last phase, as a multiple of an ordinary step's; one thread.
+
+    Compiled as in training. Of two passes over the same documents the second counts, when all is compiled.
+    """
+    late = Late(0, None, data, arm)
     c, optimizers = late.config, tg.make_optimizers(late.model, late.config)
+    loss_fn, nll_fn = (tg.maybe_compile(f, c, torch.device("cpu")) for f in (tg.training_loss, tg.token_nll))
     starts = c.train_seq_len * np.arange(c.train_batch_tokens // c.train_seq_len)
-    for step in range(rounds):
-        batch = late.stream.sequences(starts + step, c.train_seq_len, torch.device("cpu"))
-        for name in spent:
-            began = time.process_time()
-            loss = late.gradients(step) if name == "late" else None
-            batches = [] if name == "late" else [batch]
-            tg.train_step(tg.training_loss, late.model, batches, optimizers, 0.1, c.muon_momentum, loss=loss)
-            spent[name].append(time.process_time() - began)
-    plain, slow = (statistics.fmean(part[2:]) for part in spent.values())
-    return round(slow / plain, 2)
+    for _ in range(2):
+        spent = {"plain": 0.0, "late": 0.0}
+        for step in range(rounds):
+            batch = late.stream.sequences(starts + step, c.train_seq_len, torch.device("cpu"))
+            for name in spent:
+                began = time.process_time()
+                loss = late.gradients(step, nll_fn) if name == "late" else None
+                batches = [] if name == "late" else [batch]
+                tg.train_step(loss_fn, late.model, batches, optimizers, 0.1, c.muon_momentum, loss=loss)
+                spent[name] += time.process_time() - began
+    return round(spent["late"] / spent["plain"], 2)
 
 
-def measure_cost(data: Path, rounds: int = 32) -> str:
-    """Keep what late steps cost: documents differ in length, so the mean over `rounds` steps less two."""
+def measure_cost(data: Path, rounds: int = 30) -> str:
+    """Keep what late steps cost, in ordinary steps."""
     found = {arm: late_step(arm, data, rounds) for arm in TIME_OF.values()}
-    write_json(KEPT / "meta_cost.json", dict(late_step=found, rounds=rounds - 2))
+    write_json(KEPT / "meta_cost.json", dict(late_step=found, rounds=rounds))
     return ", ".join(f"a late step of {arm} costs {ratio} plain steps" for arm, ratio in found.items())
 
 
@@ -178,7 +200,7 @@ def tune(arm: str, factors: bool, data: Path, out: Path) -> str:
     def score(rate: float) -> float:
         return statistics.fmean(finite_bpb(setup, text, form | dict(ttt_lr=rate)) for setup, text in cells)
 
-    search(form["ttt_lr"], RATE_STEP, score, found, partial(write_json, kept, found))
+    ladder.search(form["ttt_lr"], score, found, partial(write_json, kept, found))
     return f"{arm}{', factors' * factors}: {best_rate(found)}, {min(found.values()):.4f}"
 
 
@@ -191,7 +213,7 @@ def measure(arm: str, seed: int, data: Path, out: Path, part: str) -> str:
         rates = json.loads(rates_file(arm, factors).read_text())
         setup, text = opened(arm, seed, factors, data / part, out)
         if not factors:
-            scores["none"] = summary(*losses(setup, text, {}, adapts=False), text)
+            scores["none"] = summary(*unadapted(setup, text, {}), text)
         form = deployed_form() | dict(ttt_lr=float(best_rate(rates)))
         scores["factors" if factors else "slots"] = summary(*losses(setup, text, form), text)
     write_json(kept, dict(ladder.sizes(text), scores=scores))
