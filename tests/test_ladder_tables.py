@@ -11,9 +11,12 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-sys.path.append(str(ROOT / "records/ladder"))
+sys.path += [str(ROOT / "records/ladder"), str(ROOT / "records/claims")]
+import claims_ladder
+import ideas
 import ladder
 import meta
+import stated
 import tables
 
 SIZE = np.array([100, 300, 50, 4000, 900, 1200, 70, 800])  # bytes of eight documents
@@ -37,8 +40,9 @@ def kept_run(path, gains, rng, noise=1.0):
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """Rungs whose gains of `slots` are a power law, 2 P^-0.2 t^-0.3, without noise; and all cells of meta."""
+    folder = tmp_path / "records/ladder/kept"
     for module in (ladder, meta, tables):
-        monkeypatch.setattr(module, "KEPT", tmp_path)
+        monkeypatch.setattr(module, "KEPT", folder)
     rng = np.random.default_rng(0)
     for name, rung in ladder.RUNGS.items():
         gain = 2 * rung.parameters**-0.2 * rung.tokens_per_parameter**-0.3
@@ -46,13 +50,15 @@ def kept(tmp_path, monkeypatch):
         gains |= {"none, adapters": 0.0, "none, chunks": 0.0}
         for seed in rung.seeds:
             for part in ("report", "mixture"):
-                kept_run(tmp_path / f"{name}_seed{seed}/{part}.json", gains, rng)
-        (tmp_path / f"{name}_rates.json").write_text(json.dumps({f: {"0.01": 1.0} for f in tables.FORMS}))
+                kept_run(folder / f"{name}_seed{seed}/{part}.json", gains, rng)
+        (folder / f"{name}_rates.json").write_text(json.dumps({f: {"0.01": 1.0} for f in tables.FORMS}))
+    for seed in ladder.RUNGS[ideas.RUNG].seeds:
+        kept_run(folder / f"{ideas.RUNG}_seed{seed}/report_ideas.json", dict(slots=0.1, twice=0.12), rng)
     for number, arm in enumerate(meta.ARMS):
         for seed in meta.SEEDS:
             gains = dict(slots=0.1 + 0.01 * number, factors=0.2 + 0.01 * number)
-            kept_run(tmp_path / meta.run_id(arm, seed) / "report.json", gains, np.random.default_rng(seed))
-    return tmp_path
+            kept_run(folder / meta.run_id(arm, seed) / "report.json", gains, np.random.default_rng(seed))
+    return folder
 
 
 def test_interval_is_a_t_test_where_one_side_does_not_vary():
@@ -115,3 +121,41 @@ def test_texts_that_differ_are_refused(kept):
     path.write_text(path.read_text().replace('"same"', '"other"'))
     with pytest.raises(ValueError, match="not the same text"):
         tables.of_rung("0.1M_20", "report")
+
+
+def test_a_script_of_its_own_derives_the_same_page(kept):
+    """With noise over seeds and documents in every score; and a changed digit is found."""
+    rng = np.random.default_rng(2)
+    for path in sorted(kept.glob("*/*.json")):
+        content = json.loads(path.read_text())
+        for score in content["scores"].values():
+            nats = (
+                np.array(score["nats_by_document"]) * rng.normal(1, 0.003, len(SIZE)) * rng.normal(1, 0.001)
+            )
+            score |= dict(nats_by_document=nats.tolist(), bpb=nats.sum() / math.log(2) / SIZE.sum(),
+                          seconds=rng.uniform(1, 9))  # fmt: skip
+        path.write_text(json.dumps(content))
+    root, report = kept.parents[2], kept.parents[2] / claims_ladder.REPORT
+    report.write_text(text := tables.make_report())
+    claims = page_claims(root)
+    assert [claim for claim in claims if not claim.agrees] == []
+    numbers = [int(claim.stated.split()[0]) for claim in claims]
+    assert len(claims) == 12 and min(numbers) >= 6 and sum(numbers) > 300
+    for section in (
+        "Gains on the report text",
+        "Controls on",
+        "Meta-learning",
+        "Prediction from the report",
+        "Ideas",
+    ):
+        first = text.index(f"## {section}")
+        last = text[: text.find("##", first + 5) % len(text)].rstrip()
+        digit = max(n for n, letter in enumerate(last) if letter.isdigit())
+        report.write_text(text[:digit] + str((int(text[digit]) + 5) % 10) + text[digit + 1 :])
+        assert any(not claim.agrees for claim in page_claims(root)), section
+
+
+def page_claims(root):
+    pages = stated.Pages(root)
+    claims_ladder.ladder(pages)
+    return pages.page(claims_ladder.REPORT).claims

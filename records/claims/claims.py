@@ -21,6 +21,7 @@ from typing import Any
 
 import claims_benchmarks as bench
 import claims_gpu as on_gpu
+import claims_ladder
 import claims_meta
 import numpy as np
 from stated import Pages, paired
@@ -171,7 +172,7 @@ def check(root: Path) -> Pages:
         derive(pages)
     for derive in (on_gpu.hopper, on_gpu.h100, on_gpu.traffic):
         derive(pages)
-    for derive in (claims_meta.training, claims_meta.readme, claims_meta.report):
+    for derive in (claims_meta.training, claims_meta.readme, claims_meta.report, claims_ladder.ladder):
         derive(pages)
     return pages
 
