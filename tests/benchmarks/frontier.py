@@ -155,7 +155,7 @@ SYSTEMS = {  # each varies one factor on its scales; #1855's own is 1
         (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), ours=True,
     ),
 }  # fmt: skip
-GAPS = (0.008, 0.015, 0.03)  # bpb that rounding costs, on both curves
+GAPS = (0.008, 0.012, 0.02)  # bpb that rounding costs, on both curves
 ADAPTATION = {  # form -> its settings, and the rates that are tried
     "none": ({"TTT_MODE": "none"}, ("0",)),
     "chunks of the text, SGD (#549)": (
