@@ -68,6 +68,8 @@ def readme(p: Pages) -> None:
     page.says("counted: {} ms looped on one H100",
               sum(map(round, on_gpu.predicted_steps(p)["looped, measured rates"])))
     ours, narrow = demo(p, "levers"), demo(p, "narrow")
+    steps = [run["steps"] for run in ours]
+    page.says("Five of our runs took {} to {} steps", min(steps), max(steps))
     page.says("on {} held-out bytes ({} documents)", sum(row[0] for row in ours[0]["documents"]),
               len(ours[0]["documents"]))
     lower = [paired([run[key] for run in narrow], [run[key] for run in ours])
