@@ -129,10 +129,11 @@ def power_law(page: Page, title: str, rungs: dict[str, Runs]) -> None:
                 if len(row) == 7 and row[0] in rungs}
         rows: dict[tuple[str, str], list[Cell]] = {}
         for form in ("adapters", "slots"):
-            found = {name: gain(runs, form)[0] for name, runs in rungs.items() if "2048" not in name}
+            found = {name: gain(runs, form)[0] for name, runs in rungs.items()}
             if min(found.values()) <= 0:
                 rows[form, ""] = ["none: a rung has no gain", "", ""]
                 continue
+            found = {name: value for name, value in found.items() if "2048" not in name}
             short, long = (gain(rungs[name], form) for name in ("0.1M_80", "0.1M_80_2048"))
             shift = math.log(long[0] / short[0]), sum((half / 1.96 / x) ** 2 for x, half in (short, long))
             for name, target in FULL_SIZE.items():

@@ -44,6 +44,20 @@ FIELD = {
     "#1413": ("chunks", 1.0849, 0.0021, 35.9e6),
     "#1855": ("adapters", 1.0738, 0.0127, 35.9e6),
 }
+# Of meta-learning: bpb of (arm, score) less that of another. Which are primary was fixed before the first run.
+PRIMARY = {
+    "deployed - control, both with factors": (("deployed", "factors"), ("control", "factors")),
+    "deployed - longer, both with factors": (("deployed", "factors"), ("longer", "factors")),
+    "factors - no factors, longer": (("longer", "factors"), ("longer", "slots")),
+}
+EXPLORED = {
+    "horizon - longer_still, both with factors": (("horizon", "factors"), ("longer_still", "factors")),
+    "deployed - control, no factors": (("deployed", "slots"), ("control", "slots")),
+    "deployed - longer, no factors": (("deployed", "slots"), ("longer", "slots")),
+    "deployed - longer, not adapted": (("deployed", "none"), ("longer", "none")),
+    "control - longer, no factors": (("control", "slots"), ("longer", "slots")),
+    "control - plain, no factors": (("control", "slots"), ("plain", "slots")),
+}
 FULL_SIZE = {"pr1019": (26.0e6, 208), "pr1855": (31.7e6, 122)}  # parameters of blocks, tokens for each
 
 
@@ -200,31 +214,12 @@ def meta_table(part: str) -> str:
     scores = ("none", "slots", "factors")
     cells = [[arm, *(f"{mean_of(kept, score):.4f}" for score in scores), str(gain(kept, "slots")),
               str(gain(kept, "factors"))] for arm, kept in arms.items()]  # fmt: skip
-    primary = {
-        "deployed - control, both with factors": (("deployed", "factors"), ("control", "factors")),
-        "deployed - longer, both with factors": (("deployed", "factors"), ("longer", "factors")),
-        "factors - no factors, longer": (("longer", "factors"), ("longer", "slots")),
-    }
-    explored = {
-        "horizon - longer_still, both with factors": (("horizon", "factors"), ("longer_still", "factors")),
-        "deployed - control, no factors": (("deployed", "slots"), ("control", "slots")),
-        "deployed - longer, no factors": (("deployed", "slots"), ("longer", "slots")),
-        "deployed - longer, not adapted": (("deployed", "none"), ("longer", "none")),
-        "control - longer, no factors": (("control", "slots"), ("longer", "slots")),
-        "control - plain, no factors": (("control", "slots"), ("plain", "slots")),
-    }
-    level = 1 - 0.05 / len(primary)
-    rows = [[name, str(difference(*pair, level)), "primary"] for name, pair in primary.items()]
-    rows += [[name, str(difference(*pair)), ""] for name, pair in explored.items()]
+    level = 1 - 0.05 / len(PRIMARY)
+    rows = [[name, str(difference(*pair, level)), "primary"] for name, pair in PRIMARY.items()]
+    rows += [[name, str(difference(*pair)), ""] for name, pair in EXPLORED.items()]
     heads = ("arm", "not adapted", "adapted", "with factors", "gain", "gain with factors")
-    return (
-        table(cells, heads)
-        + "\n"
-        + table(
-            rows,
-            ("adapted bpb", f"difference, n = {len(meta.SEEDS)}", "primary: 95 % for all three together"),
-        )
-    )
+    compared = ("adapted bpb", f"difference, n = {len(meta.SEEDS)}", "primary: 95 % for all three together")
+    return table(cells, heads) + "\n" + table(rows, compared)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,6 +255,11 @@ def longer_training_context(rungs: Mapping[str, list[Kept]], form: str) -> tuple
     return math.log(long.mean / short.mean), variance
 
 
+def spelled(prediction: tuple[float, float, float]) -> tuple[str, str]:
+    middle, low, high = prediction
+    return f"{middle:.4f}", f"{low:.4f} to {high:.4f}"
+
+
 def prediction_table(rungs: Mapping[str, list[Kept]]) -> str:
     fitted = {name: kept for name, kept in rungs.items() if RUNGS[name].length == 512}
     if len(fitted) < 5 or "0.1M_80_2048" not in rungs:  # three coefficients, two degrees of freedom
@@ -267,13 +267,10 @@ def prediction_table(rungs: Mapping[str, list[Kept]]) -> str:
     rows = []
     for form in ("adapters", "slots"):  # that of `chunks` depends on the length of the text
         gains = {name: gain(kept, form).mean for name, kept in fitted.items()}
-        if min(gains.values()) <= 0:
+        if min(*gains.values(), gain(rungs["0.1M_80_2048"], form).mean) <= 0:
             rows.append([form, "", "none: a rung has no gain", "", ""])
             continue
-        shift, last = (
-            longer_training_context(rungs, form),
-            max(gains, key=lambda name: RUNGS[name].parameters),
-        )
+        shift, last = longer_training_context(rungs, form), max(gains, key=lambda n: RUNGS[n].parameters)
         targets = {name: (*size, shift) for name, size in FULL_SIZE.items()}
         rows += [[form, name, *spelled(predicted(gains, *target)), ""] for name, target in targets.items()]
         others = {name: value for name, value in gains.items() if name != last}
@@ -282,11 +279,6 @@ def prediction_table(rungs: Mapping[str, list[Kept]]) -> str:
             rows.append([form, f"{last}, by the other rungs", *spelled(predicted(others, *size)),
                          f"{gains[last]:.4f}"])  # fmt: skip
     return table(rows, ("form", "of", "predicted gain, bpb", "95 % interval", "measured"))
-
-
-def spelled(prediction: tuple[float, float, float]) -> tuple[str, str]:
-    middle, low, high = prediction
-    return f"{middle:.4f}", f"{low:.4f} to {high:.4f}"
 
 
 # ------------------------------------------------------------------------------------------------------------
