@@ -44,7 +44,7 @@ FIELD = {
     "#1413": ("chunks", 1.0849, 0.0021, 35.9e6),
     "#1855": ("adapters", 1.0738, 0.0127, 35.9e6),
 }
-# Of meta-learning: bpb of (arm, score) less that of another. Which are primary was fixed before the first run.
+# Of meta-learning: bpb of (arm, score) less that of another. The first three are what the experiment tests.
 PRIMARY = {
     "deployed - control, both with factors": (("deployed", "factors"), ("control", "factors")),
     "deployed - longer, both with factors": (("deployed", "factors"), ("longer", "factors")),
