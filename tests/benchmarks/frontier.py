@@ -149,10 +149,10 @@ SMALL = {
     "EVAL_STRIDE": "128", "TTT_CONTEXT": "512", **BY_STEPS,
 }  # fmt: skip
 SYSTEMS = {  # each varies one factor on its scales; #1855's own is 1
-    "#1855": quantisation.Pipeline(dict(quant_steps="sigmas"), "factor", (0.7, 1.0, 1.4, 2.0, 2.8, 4.0)),
+    "#1855": quantisation.Pipeline(dict(quant_steps="sigmas"), "factor", (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)),
     "ours": quantisation.Pipeline(
         dict(quant_steps="two_sided", quant_trellis=True, gptq_embed=False), "quant_loss",
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), ours=True,
+        (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), ours=True,
     ),
 }  # fmt: skip
 GAPS = (0.008, 0.012, 0.02)  # bpb that rounding costs, on both curves
@@ -160,7 +160,7 @@ ADAPTATION = {  # form -> its settings, and the rates that are tried
     "none": ({"TTT_MODE": "none"}, ("0",)),
     "chunks of the text, SGD (#549)": (
         {"TTT_MODE": "banks", "TTT_OPTIMIZER": "sgd", "TTT_MOMENTUM": "0.9", "TTT_CHUNK_TOKENS": "8192"},
-        ("1e-3", "3e-3", "1e-2", "3e-2"),
+        ("1e-2", "3e-2", "1e-1", "3e-1"),
     ),
     "adapters in phases (#1855)": ({"PHASED_TTT_PREFIX_DOCS": "20"}, ("3e-5", "1e-4", "3e-4", "1e-3")),
     "adapters by document": (
@@ -245,10 +245,16 @@ def compare_small(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
              for (run, form), score in zip(jobs, scores, strict=True)]  # fmt: skip
     at_gap = {name: {str(gap): [quantisation.bytes_at(kept["curves"][name], gap) for kept in curves.values()]
                      for gap in GAPS} for name in SYSTEMS}  # fmt: skip
+    texts = {}
+    for what, folder in (("tuning", data), ("report", report)):
+        tokens = tg.open_shard(str(folder / "fineweb_val_000000.bin"))
+        documents = int((tokens == tg.BOS_ID).sum())
+        texts[what] = dict(documents=documents, targets=len(tokens) - documents)
     results = [json.loads((run / "result.json").read_text()) for run in runs]
     keys = ("val_bpb_roundtrip", "val_bpb_sliding", "bytes_model", "model_params")
     return dict(benchmark="frontier small", seeds=SMALL_SEEDS, curves=curves, bytes_at_gap=at_gap,
-                adaptation=forms, tuning=[dict(form=f, rate=r, **s) for (f, r), s in tuned.items()],
+                texts=texts, adaptation=forms,
+                tuning=[dict(form=f, rate=r, **s) for (f, r), s in tuned.items()],
                 trained=[{key: result[key] for key in keys} for result in results],
                 mean_sliding=statistics.mean(r["val_bpb_sliding"] for r in results))  # fmt: skip
 
