@@ -162,9 +162,9 @@ ADAPTATION = {  # form -> its settings, and the rates that are tried
         {"TTT_MODE": "banks", "TTT_OPTIMIZER": "sgd", "TTT_MOMENTUM": "0.9", "TTT_CHUNK_TOKENS": "8192"},
         ("1e-2", "3e-2", "1e-1", "3e-1"),
     ),
-    "adapters in phases (#1855)": ({"PHASED_TTT_PREFIX_DOCS": "20"}, ("3e-5", "1e-4", "3e-4", "1e-3")),
+    "adapters in phases (#1855)": ({"PHASED_TTT_PREFIX_DOCS": "20"}, ("3e-4", "1e-3", "3e-3", "1e-2")),
     "adapters by document": (
-        {"TTT_MODE": "doc_lora", "TTT_LR_SCHEDULE": "flat"}, ("3e-5", "1e-4", "3e-4", "1e-3"),
+        {"TTT_MODE": "doc_lora", "TTT_LR_SCHEDULE": "flat"}, ("3e-4", "1e-3", "3e-3", "1e-2"),
     ),
     "all weights by document (ours)": (
         {"TTT_MODE": "doc_banks", "TTT_OPTIMIZER": "precond", "TTT_LORA_FORM": "series",
