@@ -160,7 +160,7 @@ ADAPTATION = {  # form -> its settings, and the rates that are tried
     "none": ({"TTT_MODE": "none"}, ("0",)),
     "chunks of the text, SGD (#549)": (
         {"TTT_MODE": "banks", "TTT_OPTIMIZER": "sgd", "TTT_MOMENTUM": "0.9", "TTT_CHUNK_TOKENS": "8192"},
-        ("1e-2", "3e-2", "1e-1", "3e-1"),
+        ("1e-1", "3e-1", "1", "3"),
     ),
     "adapters in phases (#1855)": ({"PHASED_TTT_PREFIX_DOCS": "20"}, ("3e-4", "1e-3", "3e-3", "1e-2")),
     "adapters by document": (
