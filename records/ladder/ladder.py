@@ -3,7 +3,7 @@
     python records/ladder/ladder.py data --corpus DIR     shards of weblab, and of three texts to score
     python records/ladder/ladder.py train                 every rung and seed; hours
     python records/ladder/ladder.py tune                  the learning rate of each form, on tuning documents
-    python records/ladder/ladder.py measure               forms and controls on a text; `report` once, last
+    python records/ladder/ladder.py measure               forms and controls on a text; `report` once
 
 A rung is a width, a depth, and a number of training tokens per parameter outside tables. Every run is bounded
 by steps and every result is kept in a file of its own, so each command continues where it stopped, and other

@@ -4,7 +4,7 @@
     python records/ladder/meta.py train       every arm and seed
     python records/ladder/meta.py factors     factors of the test-time rate for each run, its weights frozen
     python records/ladder/meta.py tune        the test-time rate of each cell, on tuning documents
-    python records/ladder/meta.py measure     every cell on a text; `report` once, last
+    python records/ladder/meta.py measure     every cell on a text; `report` once
 
 A cell is an arm, with or without factors. The arms train one rung of the ladder with the same seeds, two
 of which choose the rates of the cells and are not reported:
