@@ -170,7 +170,7 @@ def check(root: Path) -> Pages:
         derive(pages)
     for derive in (bench.evaluator, bench.levers, bench.quantisation, bench.coders):
         derive(pages)
-    for derive in (bench.slots, bench.frontier, bench.single_levers):
+    for derive in (bench.slots, bench.frontier, bench.frontier_small, bench.single_levers):
         derive(pages)
     for derive in (on_gpu.hopper, on_gpu.h100, on_gpu.traffic):
         derive(pages)

@@ -15,6 +15,7 @@ from stated import Cell, Pages, paired
 EVALUATOR, LEVERS, QUANTIZATION = (f"benchmarks/{name}_cpu" for name in (
     "2026-11-20_evaluator", "2026-11-21_levers", "2026-11-21_quantisation"))  # fmt: skip
 FRONTIER = "benchmarks/2026-11-28_frontier_levers_cpu"
+SMALL = "benchmarks/2026-11-28_frontier_small_cpu"
 SINGLE = "benchmarks/2026-11-28_single_levers_cpu"
 CODERS, SLOTS = "benchmarks/2026-11-27_coders_cpu", "benchmarks/2026-11-27_slots_cpu"
 MODELS = ("half an hour", "demo, 700 steps")  # of the benchmark of quantization
@@ -192,6 +193,48 @@ def frontier(p: Pages) -> None:
     page.shows(0, rows)
     before, after = (sliding[0] - adapted[0] for _, _, sliding, adapted, *_ in list(rows.values())[:2])
     page.says("gains {} over the sliding score with the three levers, {} without", after, before)
+
+
+def gap_at(points: list[dict[str, float]], size: float) -> float:
+    """Return the gap of a curve at a number of bytes, on straight lines between logarithms; nan outside."""
+    x, y = zip(*sorted((math.log(point["bytes"]), math.log(point["gap"])) for point in points), strict=True)
+    return math.exp(np.interp(math.log(size), x, y, left=math.nan, right=math.nan))
+
+
+def frontier_small(p: Pages) -> None:
+    page, kept = p.page(f"records/{SMALL}.md"), p.json(SMALL)
+    systems = {name: [run["curves"][name] for run in kept["curves"].values()] for name in ("#1855", "ours")}
+    fewer = {}
+    for index, (at, places) in enumerate(((bytes_at, (0.008, 0.012, 0.02)), (gap_at, (4e5, 4.5e5, 5e5)))):
+        rows = {}
+        for place in places:
+            theirs, ours = (np.array([at(curve, place) for curve in curves]) for curves in systems.values())
+            less = 100 * (1 - ours / theirs)
+            rows[f"{place:,.15g}"] = [theirs.mean(), ours.mean(), [less.min(), less.max()]]
+            fewer[place] = less
+        page.shows(index, rows)
+    every = np.concatenate([fewer[gap] for gap in (0.008, 0.012, 0.02)])
+    recipe = p.page("records/recipes/ours.env")
+    page.says("trellis, and coder take {} to {} % fewer bytes", every.min(), every.max())
+    recipe.says("trellis take {} to {} % fewer bytes", every.min(), every.max())
+    forms: dict[str, list[dict[str, Any]]] = {}
+    for row in kept["adaptation"]:
+        forms.setdefault(row["form"], []).append(row)
+    rows: dict[str, list[Cell]] = {}
+    for form, runs in forms.items():
+        plain, adapted = ([run[f"val_bpb_{key}"] for run in runs] for key in ("plan", "ttt"))
+        own = [float(runs[0]["rate"]), paired(plain, adapted)[:2]] if form != "none" else ["", ""]
+        rows[form] = [own[0], mean(plain), mean(adapted), own[1], mean(run["eval_seconds"] for run in runs)]
+    page.shows(2, rows)
+    recipe.says("all weights gain {}, its adapters in phases {}",
+                rows["all weights by document (ours)"][3][0], rows["adapters in phases (#1855)"][3][0])
+    page.says("Not adapted, the three models score {} in non-overlapping windows and {} sliding",
+              *(mean(run[f"val_bpb_{key}"] for run in forms["none"]) for key in ("roundtrip", "sliding")))
+    for what, name in (("tuning", "tunes"), ("report", "reports")):
+        page.says(f"{{}} documents, {{}} targets, {name}",
+                  kept["texts"][what]["documents"], kept["texts"][what]["targets"])
+    page.says("{} bytes on average, {} parameters", mean(run["bytes_model"] for run in kept["trained"]),
+              kept["trained"][0]["model_params"])
 
 
 def coders(p: Pages) -> None:
