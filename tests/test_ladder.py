@@ -82,6 +82,14 @@ def test_texts_are_apart(tmp_path, monkeypatch):
             assert [tokenizer.decode(part) for part in parts] == documents
 
 
+def test_a_lost_model_is_trained_again(trained, tmp_path):
+    """What is kept of a run does not stand in for its model; the same run gives the same bytes."""
+    assert (ladder.KEPT / "tiny_seed7/result.json").exists()
+    ladder.train("tiny", 7, trained / "data", tmp_path)
+    one, other = (base / "runs/tiny_seed7/final_model.int6.ptz" for base in (trained, tmp_path))
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_controls_and_summaries(trained):
     """Without steps all forms score as their plans; steps on another document are steps, but other ones."""
     setup, text = ladder.load(trained / "runs/tiny_seed7", trained / "data/report", TINY)

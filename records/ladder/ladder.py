@@ -181,8 +181,8 @@ def make_data(corpus: Path, data: Path) -> str:
 
 def run(name: str, seed: int, settings: Mapping[str, str], data: Path, out: Path) -> dict[str, Any]:
     """Train and export `out`/runs/`name` unless that is done; keep its log and result, and return this."""
-    kept = KEPT / name
-    if not (kept / "result.json").exists():
+    kept, folder = KEPT / name, out / "runs" / name
+    if not (folder / "result.json").exists():
         for link, target in ((out / "data", data), (out / RECIPE.name, RECIPE)):  # logs keep relative paths
             with suppress(FileExistsError):
                 link.symlink_to(target)
@@ -195,9 +195,9 @@ def run(name: str, seed: int, settings: Mapping[str, str], data: Path, out: Path
         with open(out / f"{name}.txt", "a") as log:
             subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=out, check=True,
                            stdout=log, stderr=subprocess.STDOUT)  # fmt: skip
-        kept.mkdir(parents=True, exist_ok=True)
-        for file in ("train.log", "result.json"):
-            tg.write_atomically(kept / file, (out / "runs" / name / file).read_bytes())
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in ("train.log", "result.json"):
+        tg.write_atomically(kept / file, (folder / file).read_bytes())
     return json.loads((kept / "result.json").read_text())
 
 
