@@ -101,12 +101,12 @@ TUNING_TARGETS = 4096  # of each document: two of the 200 would be a fifth of th
 FORMS: dict[str, tuple[dict[str, Any], float]] = {
     "chunks": (
         dict(ttt_mode="all", ttt_optimizer="sgd", ttt_momentum=0.9, ttt_epochs=3, ttt_grad_clip=1.0,
-             ttt_chunk_tokens=32768, ttt_lr_schedule="cosine"), 0.01,
+             ttt_chunk_tokens=32768, ttt_lr_schedule="cosine"), 0.05,
     ),
     "adapters": (  # at T = 2,048, too, with the context of 512
         dict(ttt_mode="doc_lora", ttt_optimizer="adamw", ttt_lora_form="parallel", ttt_chunk_size=48,
              ttt_context=464, ttt_lora_alpha=14.4, ttt_warm_start_a=True, ttt_weight_decay=0.5,
-             ttt_grad_clip=0.0), 1e-3,
+             ttt_grad_clip=0.0), 8e-3,
     ),
     "slots": (dict(ttt_mode="doc_banks", ttt_optimizer="precond"), 2e-3),
 }  # fmt: skip
