@@ -31,7 +31,7 @@ def trained(demo_data, tmp_path_factory):
     base = tmp_path_factory.mktemp("ladder")
     tokens = train_gpt.open_shard(str(demo_data / "fineweb_val_000000.bin"))[:1500].copy()
     tokens[::250] = train_gpt.BOS_ID
-    for part in ("tuning", "report"):
+    for part in ("tuning", "report", "mixture"):
         shutil.copytree(demo_data, base / "data" / part)
         (base / "data" / part / "manifest.json").unlink()
         write_shard(base / "data" / part / "fineweb_val_000000.bin", tokens)
@@ -187,6 +187,9 @@ def test_measure_keeps_what_it_found_and_goes_on(trained, monkeypatch):
     plain, adapted = plain.astype(np.float64), adapted.astype(np.float64)
     half = -logsumexp([-plain, -adapted], axis=0) + math.log(2)
     assert kept["scores"]["mixture"]["bpb"] == pytest.approx(ladder.bpb(half, text), abs=1e-9)
+    ladder.measure("tiny", 7, trained / "data", trained, "mixture")
+    kept = json.loads(path.with_name("mixture.json").read_text())
+    assert {*kept["scores"]} == {*ladder.UNADAPTED, *ladder.FORMS, "mixture"}
 
 
 def test_tuning_brackets_the_best_rate(trained, monkeypatch):

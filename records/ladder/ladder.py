@@ -3,7 +3,7 @@
     python records/ladder/ladder.py data --corpus DIR     shards of weblab, and of three texts to score
     python records/ladder/ladder.py train                 every rung and seed; hours
     python records/ladder/ladder.py tune                  the learning rate of each form, on tuning documents
-    python records/ladder/ladder.py measure               forms and controls on a text; `report` once
+    python records/ladder/ladder.py measure               forms on a text, controls on `report`, once
 
 A rung is a width, a depth, and a number of training tokens per parameter outside tables. Every run is bounded
 by steps and every result is kept in a file of its own, so each command continues where it stopped, and other
@@ -70,8 +70,8 @@ class Rung(NamedTuple):
 
     @property
     def longer(self) -> tuple[int, ...]:
-        """Contexts to score without adaptation; at T = 2,048 they would take longer than all other scores."""
-        return LONGER if self.length == 512 else ()
+        """Contexts to score without adaptation; elsewhere they would take longer than all other scores."""
+        return LONGER if self.length == 512 and self.width < 160 else ()
 
     @property
     def parameters(self) -> int:
@@ -373,7 +373,7 @@ def best_rate(found: Mapping[str, float]) -> str:
 
 
 def measure(name: str, seed: int, data: Path, out: Path, part: str) -> str:
-    """Score a run's artifact on a text: no adaptation, every form at its rate, and the controls."""
+    """Score a run's artifact on a text: no adaptation, every form at its rate; but on `mixture`, controls."""
     rung, path = RUNGS[name], KEPT / f"{name}_seed{seed}" / f"{part}.json"
     rates = json.loads((KEPT / f"{name}_rates.json").read_text())
     chosen = {what: best_rate(found) for what, found in rates.items()}
@@ -388,7 +388,8 @@ def measure(name: str, seed: int, data: Path, out: Path, part: str) -> str:
     for score, form in UNADAPTED.items():
         if score not in scores:
             add(score, *unadapted(setup, text, FORMS[form][0]))
-    for times in rung.longer:
+    controls = part != "mixture"  # that text is itself a control: of the shift of domain
+    for times in rung.longer if controls else ():
         if (score := f"context x{times}") not in scores:
             add(score, *with_context(setup, text, rung, times, chosen[score] == "scaled"))
     for form in ("chunks", "adapters"):
@@ -400,7 +401,7 @@ def measure(name: str, seed: int, data: Path, out: Path, part: str) -> str:
         plain, more = unadapted(setup, text, settings)
         add("slots", nll, seconds)
         add("mixture", mixed(nll, plain, float(chosen["mixture"])), seconds + more)
-    for score, factor in OTHER.items():
+    for score, factor in OTHER.items() if controls else ():
         if score not in scores:
             add(score, *losses(OtherDocument(**vars(setup)), text, settings | dict(ttt_lr=rate * factor)))
     gains = ", ".join(f"{form} {scores['none']['bpb'] - one['bpb']:+.4f}" for form, one in scores.items())
