@@ -201,9 +201,10 @@ def rates_table(rungs: Mapping[str, list[Kept]]) -> str:
 
 
 def meta_table(part: str) -> str:
-    """The cells, and the comparisons that were fixed beforehand."""
-    arms = {arm: read([meta.run_id(arm, seed) for seed in meta.SEEDS], part) for arm in meta.ARMS}
-    if any(len(kept) < len(meta.SEEDS) for kept in arms.values()):
+    """The cells of the arms whose seeds are all there, and the comparisons that were fixed beforehand."""
+    found = {arm: read([meta.run_id(arm, seed) for seed in meta.SEEDS], part) for arm in meta.ARMS}
+    arms = {arm: kept for arm, kept in found.items() if len(kept) == len(meta.SEEDS)}
+    if any(arm not in arms for pair in PRIMARY.values() for arm, _ in pair) or "plain" not in arms:
         return ""
     num_bytes = np.array(arms["plain"][0]["bytes_by_document"])
 
@@ -216,7 +217,8 @@ def meta_table(part: str) -> str:
               str(gain(kept, "factors"))] for arm, kept in arms.items()]  # fmt: skip
     level = 1 - 0.05 / len(PRIMARY)
     rows = [[name, str(difference(*pair, level)), "primary"] for name, pair in PRIMARY.items()]
-    rows += [[name, str(difference(*pair)), ""] for name, pair in EXPLORED.items()]
+    explored = {name: pair for name, pair in EXPLORED.items() if all(arm in arms for arm, _ in pair)}
+    rows += [[name, str(difference(*pair)), ""] for name, pair in explored.items()]
     heads = ("arm", "not adapted", "adapted", "with factors", "gain", "gain with factors")
     compared = ("adapted bpb", f"difference, n = {len(meta.SEEDS)}", "primary: 95 % for all three together")
     return table(cells, heads) + "\n" + table(rows, compared)
