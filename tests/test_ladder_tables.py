@@ -159,3 +159,16 @@ def page_claims(root):
     pages = stated.Pages(root)
     claims_ladder.ladder(pages)
     return pages.page(claims_ladder.REPORT).claims
+
+
+def test_the_last_attempt_may_be_missing_and_no_other_arm(kept):
+    def cells() -> list[list[str]]:
+        lines = (line.split("|") for line in tables.meta_table("report").splitlines() if "---" not in line)
+        return [[cell.strip() for cell in line] for line in lines]
+
+    whole = cells()
+    (kept / meta.run_id("horizon", meta.SEEDS[-1]) / "report.json").unlink()
+    without = [row for row in whole if not any("horizon" in cell for cell in row)]
+    assert cells() == without and len(without) == len(whole) - 2
+    (kept / meta.run_id("control", meta.SEEDS[0]) / "report.json").unlink()
+    assert tables.meta_table("report") == ""
